@@ -1,0 +1,41 @@
+# The two commands that a new user needs are `make demo` and `make test`; both create the environment when it is missing.
+PYTHON ?= python3.11
+PY := .venv/bin/python
+
+.PHONY: help setup demo demo-long test test-unit test-full lint bench lock clean
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+setup: .venv/.ready ## create .venv and fetch the model and the ratings (done by the other targets when needed)
+.venv/.ready: pyproject.toml deploy/setup_env.py controller/assets.py
+	$(PYTHON) deploy/setup_env.py
+
+demo: setup ## SFT, reward models, PPO and evaluation on real data, about 20 minutes on two cores
+	$(PY) train.py
+
+demo-long: setup ## the same road with a larger budget
+	$(PY) train.py +experiment=demo_long
+
+lint: setup ## style, format, types, import direction
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+test-unit: setup ## the tests that start no engine
+	$(PY) -m pytest tests/unit
+
+test: lint ## everything CI runs, under 25 minutes on two cores
+	$(PY) -m pytest -m "not gpu and not full"
+
+test-full: lint ## the longer proofs too
+	$(PY) -m pytest -m "not gpu"
+
+bench: setup ## the benchmarks, one after another
+	$(PY) benchmarks/ppo_step.py
+
+lock: setup ## write the versions that .venv holds into pyproject.toml
+	$(PY) deploy/setup_env.py --write-lock
+
+clean: ## remove the environment, the cache and the runs
+	rm -rf .venv .cache runs

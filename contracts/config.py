@@ -1,0 +1,227 @@
+"""The configuration schema. YAML under conf/ fills it; `contracts.validation` lists every conflict before a process starts.
+
+Every field that is not self-evident says its unit and what it trades.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # directory of a Hugging Face checkpoint, or a hub id
+    revision: str | None = None
+    dtype: str = "bfloat16"  # of the engines and of the forward pass; the learner's master weights are always float32
+    trust_remote_code: bool = False
+
+
+@dataclass
+class SourceConfig:
+    """One data set: local files (.jsonl, .json, .csv, .parquet), a directory saved by `datasets`, or a hub id."""
+
+    path: str = MISSING
+    split: str = "train"
+    # text | prompt | prompt_completion | messages | pair | rated; "auto" reads it off the columns
+    format: str = "auto"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    text_column: str = "text"
+    messages_column: str = "messages"
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    rating_column: str = "rating"  # one number
+    ratings_column: str = "ratings"  # a list of numbers, one for each rater
+    max_rows: int | None = None
+
+
+@dataclass
+class DataConfig:
+    sft: SourceConfig = field(default_factory=SourceConfig)
+    prompts: SourceConfig = field(default_factory=SourceConfig)  # what PPO completes
+    preferences: SourceConfig = field(default_factory=SourceConfig)  # trains the reward model that PPO sees
+    gold: SourceConfig | None = None  # trains the judge that PPO never sees
+    test: SourceConfig = field(default_factory=SourceConfig)  # held-out preferences
+    eval_prompts: SourceConfig = field(default_factory=SourceConfig)  # held-out prompts
+    # Turn a text into a prompt of its first words and a completion of the rest; null takes prompts as they are.
+    prompt_words: int | None = None
+    chat: bool = False  # wrap prompts in the tokenizer's chat template
+    max_prompt_tokens: int = 256
+    max_bad_rows: float = 0.001  # share of unusable rows above which a run refuses to start
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-5
+    head_learning_rate: float | None = None  # of a scalar head; null: as the rest
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    schedule: str = "constant"  # constant | linear (to zero over the run)
+
+
+@dataclass
+class SFTConfig:
+    epochs: int = 1
+    batch_size: int = 32
+    max_tokens: int = 512  # longer examples are left out and counted
+    trainable_layers: int | None = None  # the top ones; null trains everything, embeddings included
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class RewardModelConfig:
+    epochs: int = 1
+    batch_size: int = 32  # texts a step; all pairs within a batch count
+    max_tokens: int = 512
+    trainable_layers: int | None = None
+    freeze_embeddings: bool = True
+    eval_pairs: int = 4000
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class SamplingConfig:
+    max_completion_tokens: int = 48
+    min_completion_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass
+class KLConfig:
+    coef: float = 0.05  # per token, in the reward
+    controller: str = "fixed"  # fixed | adaptive (Ziegler 2019)
+    target: float = 6.0  # nats a sequence
+    horizon: int = 10000  # episodes
+
+
+@dataclass
+class PPOConfig:
+    updates: int = 50
+    rollouts_per_update: int = 64
+    samples_per_prompt: int = 1
+    epochs: int = 1
+    minibatches: int = 1  # optimizer steps an epoch
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    dual_clip: float | None = 3.0
+    value_clip: float | None = 0.2
+    target_approx_kl: float | None = 0.02  # ends the remaining epochs of an update
+    whiten_advantages: bool = True
+    kl: KLConfig = field(default_factory=KLConfig)
+    ptx_coef: float = 0.0  # PPO-ptx: weight of the SFT loss in the same optimizer step
+    ptx_batch_size: int = 16
+    missing_eos_penalty: float = 0.3  # score units
+    value_warmup_updates: int = 2  # updates that train only the value model
+    trainable_layers: int | None = None  # of the policy
+    value_trainable_layers: int | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    value_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    gold_rollouts: int = 32  # rollouts an update that the gold judge scores too; 0 switches it off
+    max_failed_scores: float = 0.01  # share of rollouts without a score above which the run stops
+    init_value_from: str = "reward_model"  # reward_model | policy
+
+
+@dataclass
+class EvaluateConfig:
+    prompts: int = 256
+    seed: int = 1234
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    bootstrap_samples: int = 2000
+    # What must hold for the verdict "better than SFT".
+    max_length_change: float = 0.25
+    min_eos_share: float = 0.9
+    max_kl: float = 10.0  # nats a sequence
+
+
+@dataclass
+class EngineConfig:
+    """vLLM."""
+
+    max_num_seqs: int = 64
+    max_model_len: int = 512
+    kv_cache_gib: float = 1.0  # CPU only; a GPU engine uses gpu_memory_utilization
+    gpu_memory_utilization: float = 0.8
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = True
+
+
+@dataclass
+class LearnerConfig:
+    zero_stage: int = 0
+    microbatch_tokens: int = 2048  # padded tokens of one forward pass
+    # Tokens whose activations may be kept from the log-probability pass to the backward pass, which saves the second
+    # forward pass of the first epoch; 0 recomputes everything. About 1 MB a token for a 135M model.
+    held_tokens: int = 0
+    attention: str = "auto"  # auto | sdpa | eager | short_causal | flash_attention_2; auto: short_causal on CPU
+    gradient_checkpointing: bool = False
+    weight_transfer: str = "auto"  # auto | ray_object | nccl | ipc; auto: ray_object on CPU, nccl on GPU
+
+
+@dataclass
+class RewardServiceConfig:
+    replicas: int = 1
+    batch_tokens: int = 1024  # padded tokens of one forward pass
+    dtype: str = "bfloat16"
+    max_tokens: int = 1024
+    deadline_s: float = 120.0
+
+
+@dataclass
+class ClusterConfig:
+    address: str = "local"  # "local" starts an embedded Ray; "auto" joins a running cluster
+    num_actors: int = 1
+    num_learner_ranks: int = 1
+    # One phase runs at a time in a synchronous run, so each may use every core of a laptop.
+    threads_per_actor: int = 2
+    threads_per_learner_rank: int = 2
+    threads_per_reward_replica: int = 2
+    cpus_per_process: float = 0.1  # what Ray books for each of our processes
+    gpus_per_actor: float = 0.0
+    gpus_per_learner_rank: float = 0.0
+    gpus_per_reward_replica: float = 0.0
+    object_store_gib: float = 1.0
+    min_memory_gib: float = 6.0  # free memory below which nothing starts
+    start_timeout_s: float = 300.0
+    step_timeout_s: float = 900.0  # longest wait for one generation, update or weight transfer
+
+
+@dataclass
+class LoggerConfig:
+    wandb: str = "offline"  # offline | online | disabled
+    project: str = "tandem"
+    samples_per_update: int = 4
+    heartbeat_s: float = 30.0
+
+
+@dataclass
+class TandemConfig:
+    stage: str = "pipeline"  # pipeline | sft | reward_model | ppo | evaluate
+    name: str = "demo"
+    seed: int = 1
+    run_dir: str = MISSING
+    cache_dir: str = MISSING
+    reuse_stages: bool = True  # take a finished stage from the cache when its inputs have not changed
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    reward_service: RewardServiceConfig = field(default_factory=RewardServiceConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    # Checkpoints to use instead of running the stage that makes them.
+    sft_model: str | None = None
+    proxy_model: str | None = None
+    gold_model: str | None = None
+    ppo_model: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # free notes, kept with the run

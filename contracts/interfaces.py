@@ -1,0 +1,36 @@
+"""What the components expect of each other. Structural types: an implementation need not import this module."""
+
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from contracts.config import SamplingConfig
+from contracts.records import Completion, Score
+
+
+class Engine(Protocol):
+    """A generation engine whose weights can be replaced between two decoding steps."""
+
+    def submit(self, token_ids: list[int], sampling: SamplingConfig, seed: int) -> Future[Completion]:
+        """Queue one prompt. The future fails with ValueError where the prompt leaves no room for a completion."""
+
+    def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
+        """log p of the tokens from `start` on, for each (token_ids, start), under the current weights at temperature 1."""
+
+    def control(self, method: str, argument: dict[str, Any] | None = None) -> None:
+        """Run one call of vLLM's weight-transfer protocol between two decoding steps."""
+
+    def shutdown(self) -> None: ...
+
+
+class RewardClient(Protocol):
+    """Scores token sequences. Errors are results, so that one bad item costs only itself."""
+
+    def score(self, scorer: str, sequences: list[list[int]]) -> list[Score]: ...
+
+
+class WeightTransfer(Protocol):
+    """Moves the learner's weights into every rollout engine. All learner ranks call `send` together."""
+
+    def send(self, policy_version: int) -> None: ...
+
+    def shutdown(self) -> None: ...

