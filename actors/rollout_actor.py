@@ -1,0 +1,122 @@
+"""Ray actor: requests in, scored rollouts out. It owns one generation engine and asks the reward service itself, so that
+texts and scores travel in one hop."""
+
+import time
+from typing import Any
+
+import ray
+
+from contracts.config import ClusterConfig, EngineConfig, ModelConfig, SamplingConfig
+from contracts.interfaces import RewardClient
+from contracts.records import Rollout, RolloutRequest, Score
+from contracts.scoring import scoring_ids
+
+
+class RolloutActor:
+    """One engine and its control plane. The four weight-transfer methods are the ones that vLLM's
+    `RayVLLMWeightSyncClient` calls on an actor handle."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        engine: EngineConfig,
+        weight_transfer: str,
+        on_cpu: bool,
+        eos_token_id: int,
+        reward_client: RewardClient | None,
+    ):
+        from actors.vllm_engine import VLLMEngine
+
+        self._engine = VLLMEngine(model, engine, weight_transfer, on_cpu)
+        self._rewards = reward_client
+        self._eos = eos_token_id
+
+    def ready(self) -> int:
+        """Process id, once the engine can serve."""
+        import os
+
+        return os.getpid()
+
+    def rollout(
+        self, requests: list[RolloutRequest], sampling: SamplingConfig, scorers: dict[str, int]
+    ) -> tuple[list[Rollout], dict[str, float]]:
+        """Sample every request and score the completions.
+
+        Scoring starts when the last completion is there: on a machine where one phase may use every core, overlapping
+        the two costs more than it saves.
+
+        Args:
+            scorers: how many of the rollouts, from the front, each scorer sees.
+
+        Returns:
+            The rollouts in the order of the requests, and seconds: `generate_s`, `score_s`.
+        """
+        start = time.perf_counter()
+        waiting = [self._engine.submit(list(r.prompt.token_ids), sampling, r.seed) for r in requests]
+        rollouts = [Rollout(r.key, r.prompt, done.result()) for r, done in zip(requests, waiting, strict=True)]
+        generated = time.perf_counter()
+        for scorer, number in scorers.items():
+            chosen = rollouts[:number]
+            for rollout, score in zip(chosen, self._score(scorer, chosen), strict=True):
+                rollout.scores[scorer] = score
+        return rollouts, {"generate_s": generated - start, "score_s": time.perf_counter() - generated}
+
+    def _score(self, scorer: str, rollouts: list[Rollout]) -> list[Score]:
+        if self._rewards is None:
+            raise RuntimeError("this actor was started without a reward service")
+        return self._rewards.score(
+            scorer,
+            [scoring_ids([*r.prompt.token_ids, *r.completion.token_ids.tolist()], self._eos) for r in rollouts],
+        )
+
+    def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
+        return self._engine.token_logprobs(sequences)
+
+    # ---- vLLM's weight-transfer protocol
+
+    def init_weight_transfer_engine(self, request: Any) -> None:
+        self._engine.control("init_weight_transfer_engine", {"init_info": request.init_info})
+
+    def start_weight_update(self) -> None:
+        self._engine.control("start_weight_update")
+
+    def update_weights(self, request: Any) -> None:
+        self._engine.control("update_weights", {"update_info": request.update_info})
+
+    def finish_weight_update(self) -> None:
+        self._engine.control("finish_weight_update")
+
+    def update_weight_version(self, version: str) -> None:
+        self._engine.control("set_weight_version", {"version": version})
+
+
+def start_actors(
+    cluster: ClusterConfig,
+    model: ModelConfig,
+    engine: EngineConfig,
+    weight_transfer: str,
+    eos_token_id: int,
+    reward_client: RewardClient | None,
+    env: dict[str, str],
+) -> list[ray.actor.ActorHandle]:
+    """Start `cluster.num_actors` actors; returns when all of them can serve.
+
+    Raises:
+        ray.exceptions.RayActorError: where an engine cannot start, with the engine's own error.
+        ray.exceptions.GetTimeoutError: after `cluster.start_timeout_s`.
+    """
+    on_cpu = cluster.gpus_per_actor == 0
+    options = {
+        "num_cpus": cluster.cpus_per_process,
+        "num_gpus": cluster.gpus_per_actor,
+        "runtime_env": {"env_vars": env},
+        # Weight transfer must get through while a rollout call is waiting for its completions.
+        "max_concurrency": 4,
+    }
+    remote = ray.remote(RolloutActor)
+    actors = [
+        remote.options(**options).remote(model, engine, weight_transfer, on_cpu, eos_token_id, reward_client)
+        for _ in range(cluster.num_actors)
+    ]
+    ray.get([actor.ready.remote() for actor in actors], timeout=cluster.start_timeout_s)
+    return actors

@@ -1,0 +1,187 @@
+"""A generation engine: one thread owns an in-process vLLM engine and runs commands between two decoding steps.
+
+    submit / token_logprobs / control (any thread)          engine thread
+      put a command, hold a Future     ── queue ──>   run every waiting command, then one step;
+                                                      a finished request resolves its Future;
+                                                      blocks on the queue only when no request is unfinished
+                                                      or while a weight update is under way
+
+vLLM's own asynchronous engine needs three processes and is a third slower to start; on two cores this matters.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from itertools import count
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import RequestOutput
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from contracts.config import EngineConfig, ModelConfig, SamplingConfig
+from contracts.records import Completion
+
+
+class VLLMEngine:
+    """Raises what vLLM raises when the model cannot be loaded. One instance a process."""
+
+    def __init__(self, model: ModelConfig, config: EngineConfig, weight_transfer: str, on_cpu: bool, seed: int = 0):
+        arguments: dict[str, Any] = {
+            "model": model.path,
+            "revision": model.revision,
+            "trust_remote_code": model.trust_remote_code,
+            "dtype": model.dtype,
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "enforce_eager": config.enforce_eager,
+            "seed": seed,
+            # A prefix computed by older weights must never be reused after an update.
+            "enable_prefix_caching": False,
+            # log p at the sampling temperature, as the learner computes it; the default ignores the temperature.
+            "logprobs_mode": "processed_logprobs",
+            "weight_transfer_config": {"backend": weight_transfer},
+            "disable_log_stats": True,
+        }
+        if on_cpu:
+            arguments |= {
+                "distributed_executor_backend": "uni",
+                "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+            }
+        else:
+            arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._engine.set_weight_version("0")
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
+        self._requests: dict[str, Future[RequestOutput]] = {}
+        self._ids = count()
+        self._updating = False
+        self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
+        self._thread.start()
+
+    # ---- any thread
+
+    def submit(self, token_ids: list[int], sampling: SamplingConfig, seed: int) -> "Future[Completion]":
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_completion_tokens,
+            min_tokens=sampling.min_completion_tokens,
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            detokenize=True,
+        )
+        return self._request(token_ids, params, _completion)
+
+    def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0, detokenize=False)
+
+        def read(start: int) -> Callable[[RequestOutput], list[float]]:
+            return lambda out: [
+                next(iter(entry.values())).logprob  # the first entry is the prompt's own token
+                for entry in (out.prompt_logprobs or [])[start:]
+                if entry
+            ]
+
+        waiting = [self._request(ids, params, read(start)) for ids, start in sequences]
+        return [future.result() for future in waiting]
+
+    def control(self, method: str, argument: dict[str, Any] | None = None) -> None:
+        """One call of vLLM's weight-transfer protocol. No step runs between start_weight_update and
+        finish_weight_update, so requests see either the old weights or the new ones."""
+
+        def run() -> None:
+            if method == "set_weight_version":
+                assert argument is not None
+                self._engine.set_weight_version(str(argument["version"]))
+                return
+            if method == "start_weight_update":
+                self._updating = True
+            self._engine.collective_rpc(method, kwargs=argument or {})
+            if method == "finish_weight_update":
+                self._updating = False
+
+        self._call(run).result()
+
+    def shutdown(self) -> None:
+        self._commands.put(None)
+        self._thread.join(timeout=30)
+
+    # ---- engine thread
+
+    def _request(self, token_ids: list[int], params: SamplingParams, read: Callable[[RequestOutput], Any]) -> Future:
+        result: Future = Future()
+        request_id = str(next(self._ids))
+
+        def add() -> None:
+            raw: Future[RequestOutput] = Future()
+            raw.add_done_callback(lambda done: _forward(done, result, read))
+            self._requests[request_id] = raw
+            try:
+                self._engine.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+            except Exception as error:  # vLLM validates here; the caller of this one request must hear of it
+                del self._requests[request_id]
+                result.set_exception(error)
+
+        self._call(add)
+        return result
+
+    def _call(self, function: Callable[[], Any]) -> Future:
+        done: Future = Future()
+        self._commands.put((function, done))
+        return done
+
+    def _run(self) -> None:
+        while True:
+            idle = self._updating or not self._engine.has_unfinished_requests()
+            try:
+                command = self._commands.get(block=idle)
+            except queue.Empty:
+                try:
+                    self._step()
+                except BaseException as error:
+                    # The engine is lost: every waiting caller fails, none waits for ever.
+                    for future in self._requests.values():
+                        future.set_exception(error)
+                    self._requests.clear()
+                    raise
+                continue
+            if command is None:
+                return
+            function, done = command
+            try:
+                done.set_result(function())
+            except BaseException as error:
+                done.set_exception(error)
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            if output.finished:
+                self._requests.pop(output.request_id).set_result(output)
+
+
+def _forward(done: Future, result: Future, read: Callable[[Any], Any]) -> None:
+    try:
+        result.set_result(read(done.result()))
+    except BaseException as error:
+        result.set_exception(error)
+
+
+def _completion(output: RequestOutput) -> Completion:
+    sampled = output.outputs[0]
+    token_ids = np.asarray(sampled.token_ids, dtype=np.int32)
+    logprobs = [step[token].logprob for step, token in zip(sampled.logprobs or [], sampled.token_ids, strict=True)]
+    versions = np.zeros(len(token_ids), dtype=np.int32)
+    for span in sampled.weight_versions or []:
+        versions[span.start : span.end] = int(span.version)
+    return Completion(
+        token_ids=token_ids,
+        behavior_logprobs=np.asarray(logprobs, dtype=np.float32),
+        policy_versions=versions,
+        finish_reason=str(sampled.finish_reason),
+        text=sampled.text,
+    )
