@@ -1,0 +1,84 @@
+"""A reward model: token ids in, one score a sequence out.
+
+Works with any `AutoModelForSequenceClassification` of one label over a causal backbone. Scores are (raw - mean) / std with
+the normaliser that `stage=reward_model` wrote into the configuration of the checkpoint, where there is one.
+"""
+
+import math
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from contracts import attention
+from contracts.records import Score
+
+
+class ModelError(ValueError):
+    """The checkpoint cannot serve as a reward model."""
+
+
+class RewardModel:
+    """Raises ModelError where the checkpoint has no single-label `score` head over a causal backbone."""
+
+    def __init__(self, path: str, dtype: str = "bfloat16", batch_tokens: int = 1024, max_tokens: int = 1024):
+        on_cpu = not torch.cuda.is_available()
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation=attention.resolve("auto", on_cpu)
+        ).eval()
+        if not on_cpu:
+            self.model.cuda()
+        head = getattr(self.model, "score", None)
+        if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
+            raise ModelError(f"{path}: a reward model needs a linear `score` head with one label")
+        self.backbone = getattr(self.model, self.model.base_model_prefix)
+        self.head = head.float()  # one dot product; in bfloat16 its rounding would be the score's resolution
+        config = self.model.config
+        self.mean = float(getattr(config, "score_mean", None) or 0.0)
+        self.std = float(getattr(config, "score_std", None) or 1.0)
+        self.vocab_size = config.vocab_size
+        self.batch_tokens, self.max_tokens = batch_tokens, max_tokens
+
+    def score(self, sequences: list[list[int]]) -> list[Score]:
+        """Scores in the order given. An item that cannot be scored gets its reason; the others are unharmed.
+
+        Identical sequences are computed once, so they tie exactly. Batches are sorted by length and capped at
+        `batch_tokens` padded tokens.
+        """
+        results: dict[tuple[int, ...], Score] = {}
+        todo = []
+        for key in {tuple(s) for s in sequences}:
+            problem = self._problem(key)
+            if problem:
+                results[key] = Score(None, problem)
+            else:
+                todo.append(key)
+        todo.sort(key=lambda key: (len(key), key))
+        while todo:
+            # Longest first: its length times the count is what the batch costs.
+            longest = len(todo[-1])
+            count = max(1, self.batch_tokens // longest)
+            batch, todo = todo[-count:], todo[:-count]
+            results.update(zip(batch, self._forward(batch), strict=True))
+        return [results[tuple(s)] for s in sequences]
+
+    def _problem(self, key: tuple[int, ...]) -> str | None:
+        if not key:
+            return "empty"
+        if len(key) > self.max_tokens:
+            return f"too_long: {len(key)} tokens, the limit is {self.max_tokens}"
+        if min(key) < 0 or max(key) >= self.vocab_size:
+            return "out_of_vocabulary"
+        return None
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[tuple[int, ...]]) -> list[Score]:
+        lengths = torch.tensor([len(key) for key in batch])
+        ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
+        for row, key in enumerate(batch):
+            ids[row, : len(key)] = torch.tensor(key)
+        device = self.head.weight.device
+        # Padding on the right of a causal model: no mask, and the last token is found by length, never by its id.
+        hidden = self.backbone(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(batch), device=device), lengths.to(device) - 1]
+        values = (self.head(last.float()).squeeze(-1) - self.mean) / self.std
+        return [Score(v) if math.isfinite(v) else Score(None, "non_finite") for v in values.tolist()]
