@@ -81,11 +81,13 @@ class VLLMEngine:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0, detokenize=False)
 
         def read(start: int) -> Callable[[RequestOutput], list[float]]:
-            return lambda out: [
-                next(iter(entry.values())).logprob  # the first entry is the prompt's own token
-                for entry in (out.prompt_logprobs or [])[start:]
-                if entry
-            ]
+            return (
+                lambda out: [
+                    next(iter(entry.values())).logprob  # the first entry is the prompt's own token
+                    for entry in (out.prompt_logprobs or [])[start:]
+                    if entry
+                ]
+            )
 
         waiting = [self._request(ids, params, read(start)) for ids, start in sequences]
         return [future.result() for future in waiting]

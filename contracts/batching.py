@@ -1,0 +1,43 @@
+"""Cutting sequences into microbatches: little padding, equal counts on every rank."""
+
+import heapq
+
+
+def cut_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
+    """Indices of `lengths` as [rank][microbatch][row].
+
+    Sequences are sorted by length and cut where the next one would push the padded size, longest x count, over
+    `token_budget`; a sequence longer than the budget travels alone. Every rank gets the same number of microbatches,
+    since the collectives of a sharded model run once a microbatch on all ranks, and about the same number of tokens.
+
+    Raises:
+        ValueError: with fewer sequences than ranks.
+    """
+    if len(lengths) < ranks:
+        raise ValueError(f"{len(lengths)} sequences cannot feed {ranks} ranks")
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and lengths[i] * (len(batches[-1]) + 1) <= token_budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    while len(batches) % ranks:
+        batches.sort(key=lambda b: (len(b), lengths[b[-1]] * len(b)))
+        largest = batches.pop()
+        middle = len(largest) // 2
+        batches += [largest[:middle], largest[middle:]]
+    return _balance(batches, [lengths[b[-1]] * len(b) for b in batches], ranks)
+
+
+def _balance(batches: list[list[int]], costs: list[int], ranks: int) -> list[list[list[int]]]:
+    """Give each rank equally many batches and about equal cost: the dearest goes to the rank with least so far."""
+    share = len(batches) // ranks
+    result: list[list[list[int]]] = [[] for _ in range(ranks)]
+    queue = [(0, rank) for rank in range(ranks)]
+    for i in sorted(range(len(batches)), key=lambda i: -costs[i]):
+        cost, rank = heapq.heappop(queue)
+        result[rank].append(batches[i])
+        if len(result[rank]) < share:
+            heapq.heappush(queue, (cost + costs[i], rank))
+    return result

@@ -1,0 +1,439 @@
+"""The checks of a configuration before any process starts: every conflict at once, with rule, value and remedy.
+
+Three kinds of rules: the range of one value, a choice among names, and relations between values. The first two are
+tables; the third is one short list a section. `validate` reads the configuration only, `check_machine` compares it with
+the machine, `unknown_keys` compares a nested dict with the schema.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from omegaconf import MISSING
+
+from contracts.config import SamplingConfig, TandemConfig
+
+RUNS_PPO = ("pipeline", "ppo")
+SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
+OPTIMIZERS = ("sft.optimizer", "reward_model.optimizer", "ppo.optimizer", "ppo.value_optimizer")
+SAMPLINGS = ("ppo.sampling", "evaluate.sampling")
+
+
+class ConfigError(ValueError):
+    """The configuration contradicts itself, the schema or the machine."""
+
+
+class Check(NamedTuple):
+    """One rule applied to the values found, and what to write where it does not hold."""
+
+    holds: bool
+    key: str
+    rule: str
+    found: Any
+    instead: str
+
+    @property
+    def message(self) -> str:
+        return f"{self.key} must be {self.rule}; found {_shown(self.found)}; write {self.instead}"
+
+
+class Range(NamedTuple):
+    """One rule on the values of several keys."""
+
+    rule: str
+    holds: Callable[[Any], bool]
+    keys: tuple[str, ...]
+
+
+def _under(parents: Iterable[str], *names: str) -> tuple[str, ...]:
+    return tuple(f"{parent}.{name}" for parent in parents for name in names)
+
+
+RANGES = [
+    Range(
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            "data.max_prompt_tokens",
+            *_under(("sft", "reward_model"), "epochs", "batch_size", "max_tokens"),
+            "reward_model.eval_pairs",
+            *_under(["ppo"], "updates", "rollouts_per_update", "samples_per_prompt", "epochs", "minibatches"),
+            *_under(["ppo"], "ptx_batch_size", "kl.horizon"),
+            *_under(SAMPLINGS, "max_completion_tokens"),
+            "evaluate.bootstrap_samples",
+            *_under(["engine"], "max_num_seqs", "max_model_len", "tensor_parallel_size"),
+            "learner.microbatch_tokens",
+            *_under(["reward_service"], "replicas", "batch_tokens", "max_tokens"),
+            *_under(["cluster"], "num_actors", "num_learner_ranks"),
+            *_under(["cluster"], "threads_per_actor", "threads_per_learner_rank", "threads_per_reward_replica"),
+        ),
+    ),
+    Range("at least 2, as one prompt has no confidence interval", lambda value: value >= 2, ("evaluate.prompts",)),
+    Range(
+        "0 or more",
+        lambda value: value >= 0,
+        (
+            *_under(OPTIMIZERS, "weight_decay", "warmup_steps"),
+            *_under(["ppo"], "kl.coef", "ptx_coef", "missing_eos_penalty", "value_warmup_updates", "gold_rollouts"),
+            *_under(SAMPLINGS, "min_completion_tokens"),
+            "learner.held_tokens",
+            *_under(["cluster"], "gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica"),
+            *_under(["cluster"], "cpus_per_process", "min_memory_gib"),
+            "logger.samples_per_update",
+        ),
+    ),
+    Range(
+        "above 0",
+        lambda value: value > 0,
+        (
+            *_under(OPTIMIZERS, "learning_rate", "eps", "max_grad_norm"),
+            *_under(SAMPLINGS, "temperature"),
+            "ppo.kl.target",
+            *_under(["evaluate"], "max_length_change", "max_kl"),
+            "engine.kv_cache_gib",
+            "reward_service.deadline_s",
+            *_under(["cluster"], "object_store_gib", "start_timeout_s", "step_timeout_s"),
+            "logger.heartbeat_s",
+        ),
+    ),
+    Range(
+        "null or above 0",
+        lambda value: value is None or value > 0,
+        (*_under(OPTIMIZERS, "head_learning_rate"), *_under(["ppo"], "value_clip", "target_approx_kl")),
+    ),
+    Range(
+        "null or at least 1",
+        lambda value: value is None or value >= 1,
+        ("data.prompt_words", "sft.trainable_layers", "ppo.trainable_layers"),
+    ),
+    Range(
+        "null or 0 (the head alone) or more",
+        lambda value: value is None or value >= 0,
+        ("reward_model.trainable_layers", "ppo.value_trainable_layers"),
+    ),
+    Range(
+        "in [0, 1]",
+        lambda value: 0 <= value <= 1,
+        ("ppo.gamma", "ppo.lam", "data.max_bad_rows", "ppo.max_failed_scores", "evaluate.min_eos_share"),
+    ),
+    Range("in (0, 1)", lambda value: 0 < value < 1, ("ppo.clip",)),
+    Range("in (0, 1]", lambda value: 0 < value <= 1, ("evaluate.sampling.top_p", "engine.gpu_memory_utilization")),
+    Range("null or above 1", lambda value: value is None or value > 1, ("ppo.dual_clip",)),
+    Range(
+        "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio",
+        lambda value: value == 1,
+        ("ppo.sampling.top_p",),
+    ),
+    Range(
+        "two numbers in [0, 1)",
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+        _under(OPTIMIZERS, "betas"),
+    ),
+]
+
+DTYPES = ("bfloat16", "float16", "float32")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "stage": ("pipeline", "sft", "reward_model", "ppo", "evaluate"),
+    "model.dtype": DTYPES,
+    "reward_service.dtype": DTYPES,
+    "ppo.kl.controller": ("fixed", "adaptive"),
+    "ppo.init_value_from": ("reward_model", "policy"),
+    "learner.zero_stage": (0, 1, 2, 3),
+    "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),
+    "learner.weight_transfer": ("auto", "ray_object", "nccl", "ipc"),
+    "logger.wandb": ("offline", "online", "disabled"),
+    **dict.fromkeys(_under(OPTIMIZERS, "schedule"), ("constant", "linear")),
+    **dict.fromkeys(
+        [f"data.{source}.format" for source in SOURCES],
+        ("auto", "text", "prompt", "prompt_completion", "messages", "pair", "rated"),
+    ),
+}
+
+
+def _value(config: Any, key: str) -> Any:
+    """The value at a dotted key; None below a section that is null (`data.gold`)."""
+    return reduce(lambda section, name: None if section is None else getattr(section, name), key.split("."), config)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _example(default: Any) -> str:
+    return f"for example {_shown(default)} (the default)"
+
+
+def closest(name: str, options: Iterable[str]) -> str | None:
+    """The option most like `name`, or None where none is alike."""
+    matches = difflib.get_close_matches(name, list(options), n=1)
+    return matches[0] if matches else None
+
+
+def _range_checks(config: TandemConfig) -> list[Check]:
+    defaults = TandemConfig()
+    return [
+        Check(entry.holds(value := _value(config, key)), key, entry.rule, value, _example(_value(defaults, key)))
+        for entry in RANGES
+        for key in entry.keys
+    ]
+
+
+def _choice_checks(config: TandemConfig) -> list[Check]:
+    checks = []
+    for key, options in CHOICES.items():
+        if key.startswith("data.gold.") and config.data.gold is None:
+            continue
+        value, names = _value(config, key), [str(option) for option in options]
+        instead = closest(str(value), names) or f"for example {names[0]}"
+        checks.append(Check(value in options, key, f"one of {', '.join(names)}", value, instead))
+    return checks
+
+
+def _path_checks(config: TandemConfig) -> list[Check]:
+    """Keys that the stage reads and that are still open; directories that are files."""
+    data, runs_ppo = config.data, config.stage in RUNS_PPO
+    reads_sft = config.stage == "sft" or (runs_ppo and (config.sft_model is None or config.ppo.ptx_coef > 0))
+    trains_reward_model = config.stage == "reward_model" or (runs_ppo and config.proxy_model is None)
+    source, directory = "a file, a directory or a hub id", "a directory"
+    required = [
+        (True, "run_dir", config.run_dir, directory),
+        (True, "cache_dir", config.cache_dir, directory),
+        (True, "model.path", config.model.path, "a checkpoint directory or a hub id"),
+        (reads_sft, "data.sft.path", data.sft.path, source),
+        (trains_reward_model, "data.preferences.path", data.preferences.path, source),
+        (trains_reward_model, "data.test.path", data.test.path, source),
+        (runs_ppo, "data.prompts.path", data.prompts.path, source),
+        (config.stage in ("pipeline", "evaluate"), "data.eval_prompts.path", data.eval_prompts.path, source),
+    ]
+    if data.gold is not None:
+        required.append((config.gold_model is None, "data.gold.path", data.gold.path, source))
+    checks = [
+        Check(value not in (MISSING, None, ""), key, f"set for stage {config.stage}", value, instead)
+        for needed, key, value, instead in required
+        if needed
+    ]
+    for key, value in (("run_dir", config.run_dir), ("cache_dir", config.cache_dir)):
+        checks.append(Check(not Path(value or "").is_file(), key, directory, f"the file {value}", "another path"))
+    return checks
+
+
+def _sampling_checks(config: TandemConfig, key: str, sampling: SamplingConfig) -> list[Check]:
+    """Completion lengths, and what must hold the longest sequence."""
+    longest = config.data.max_prompt_tokens + sampling.max_completion_tokens
+    tokens = f"{config.data.max_prompt_tokens} + {sampling.max_completion_tokens} = {longest}"
+    length = f"data.max_prompt_tokens + {key}.max_completion_tokens"
+    return [
+        Check(
+            sampling.min_completion_tokens < sampling.max_completion_tokens,
+            f"{key}.min_completion_tokens",
+            f"below {key}.max_completion_tokens ({sampling.max_completion_tokens})",
+            sampling.min_completion_tokens,
+            f"{max(0, sampling.max_completion_tokens - 1)} or less",
+        ),
+        Check(
+            longest <= config.engine.max_model_len,
+            length,
+            f"at most engine.max_model_len ({config.engine.max_model_len})",
+            tokens,
+            f"engine.max_model_len={longest} or shorter lengths",
+        ),
+        Check(
+            longest < config.reward_service.max_tokens,
+            length,
+            f"below reward_service.max_tokens ({config.reward_service.max_tokens}), as scoring appends an EOS",
+            tokens,
+            f"reward_service.max_tokens={longest + 1} or shorter lengths",
+        ),
+    ]
+
+
+def _ppo_checks(config: TandemConfig) -> list[Check]:
+    ppo, rollouts, ranks = config.ppo, config.ppo.rollouts_per_update, config.cluster.num_learner_ranks
+    samples, least = max(1, ppo.samples_per_prompt), ranks * ppo.minibatches
+    has_gold = config.data.gold is not None or config.gold_model is not None
+    return [
+        Check(
+            rollouts % samples == 0,
+            "ppo.rollouts_per_update",
+            f"a multiple of ppo.samples_per_prompt ({ppo.samples_per_prompt})",
+            rollouts,
+            f"{max(1, round(rollouts / samples)) * samples}",
+        ),
+        Check(
+            rollouts >= least,
+            "ppo.rollouts_per_update",
+            f"at least cluster.num_learner_ranks * ppo.minibatches ({ranks} * {ppo.minibatches} = {least}), "
+            "a rollout for each rank in each minibatch",
+            rollouts,
+            f"{least} or more, or fewer minibatches",
+        ),
+        Check(
+            ppo.gold_rollouts <= rollouts,
+            "ppo.gold_rollouts",
+            f"at most ppo.rollouts_per_update ({rollouts})",
+            ppo.gold_rollouts,
+            f"{rollouts} or less",
+        ),
+        Check(
+            config.stage not in RUNS_PPO or ppo.gold_rollouts <= 0 or has_gold,
+            "ppo.gold_rollouts",
+            "0 without a gold judge (data.gold and gold_model are null)",
+            ppo.gold_rollouts,
+            "ppo.gold_rollouts=0, or set data.gold or gold_model",
+        ),
+    ]
+
+
+def _learner_checks(config: TandemConfig) -> list[Check]:
+    learner, engine, cluster = config.learner, config.engine, config.cluster
+    longest = config.data.max_prompt_tokens + config.ppo.sampling.max_completion_tokens
+    on_cpu = cluster.gpus_per_learner_rank == 0
+    gpus = f"gpus_per_learner_rank {cluster.gpus_per_learner_rank}, gpus_per_actor {cluster.gpus_per_actor}"
+    return [
+        Check(
+            longest <= learner.microbatch_tokens,
+            "learner.microbatch_tokens",
+            f"at least data.max_prompt_tokens + ppo.sampling.max_completion_tokens ({longest}): one sequence must fit",
+            learner.microbatch_tokens,
+            f"{longest} or more",
+        ),
+        Check(
+            not (learner.zero_stage == 3 and learner.held_tokens > 0),
+            "learner.held_tokens",
+            "0 with learner.zero_stage 3, which releases gathered parameters between the passes",
+            learner.held_tokens,
+            "learner.held_tokens=0 or learner.zero_stage=2",
+        ),
+        Check(
+            not (config.model.dtype == "float16" and on_cpu),
+            "model.dtype",
+            "bfloat16 or float32 on CPU (cluster.gpus_per_learner_rank 0): without loss scaling, small float16 "
+            "gradients vanish",
+            config.model.dtype,
+            "bfloat16",
+        ),
+        Check(
+            not (learner.attention == "flash_attention_2" and on_cpu),
+            "learner.attention",
+            "one that runs on CPU (cluster.gpus_per_learner_rank 0)",
+            learner.attention,
+            "auto",
+        ),
+        Check(
+            learner.weight_transfer not in ("nccl", "ipc") or not (on_cpu or cluster.gpus_per_actor == 0),
+            "learner.weight_transfer",
+            f"auto or ray_object unless learner ranks and actors have GPUs (cluster: {gpus})",
+            learner.weight_transfer,
+            "auto",
+        ),
+        Check(
+            engine.tensor_parallel_size <= 1 or cluster.gpus_per_actor >= engine.tensor_parallel_size,
+            "engine.tensor_parallel_size",
+            f"1, or at most cluster.gpus_per_actor ({cluster.gpus_per_actor})",
+            engine.tensor_parallel_size,
+            f"1, or cluster.gpus_per_actor={engine.tensor_parallel_size}",
+        ),
+    ]
+
+
+def _raise_conflicts(checks: list[Check]) -> None:
+    conflicts = [check.message for check in checks if not check.holds]
+    if conflicts:
+        count = "1 conflict" if len(conflicts) == 1 else f"{len(conflicts)} conflicts"
+        raise ConfigError("\n  - ".join([f"{count} in the configuration:", *conflicts]))
+
+
+def validate(config: TandemConfig) -> None:
+    """Check the values of a configuration against each other.
+
+    Args:
+        config: a `TandemConfig` object; paths that the stage does not read may still be `MISSING`.
+
+    Raises:
+        ConfigError: lists every conflict, one a line: the rule, the value found and what to write instead.
+    """
+    _raise_conflicts(
+        [
+            *_path_checks(config),
+            *_choice_checks(config),
+            *_range_checks(config),
+            *_sampling_checks(config, "ppo.sampling", config.ppo.sampling),
+            *_sampling_checks(config, "evaluate.sampling", config.evaluate.sampling),
+            *_ppo_checks(config),
+            *_learner_checks(config),
+        ]
+    )
+
+
+def check_machine(config: TandemConfig, free_memory_gib: float, cpu_count: int) -> list[str]:
+    """Compare a configuration with the machine it is to start on.
+
+    Threads are compared for each kind of process on its own, as one phase runs at a time, and only on an embedded
+    cluster: a cluster that we join spreads the processes over machines we do not see here.
+
+    Returns:
+        Warnings, each beginning with "warning: ".
+
+    Raises:
+        ConfigError: free memory is below `cluster.min_memory_gib`.
+    """
+    cluster = config.cluster
+    memory = Check(
+        free_memory_gib >= cluster.min_memory_gib,
+        "free memory",
+        f"at least cluster.min_memory_gib ({cluster.min_memory_gib:.1f} GiB)",
+        f"{free_memory_gib:.1f} GiB",
+        "a smaller cluster.min_memory_gib if the model is small, or end other programs",
+    )
+    _raise_conflicts([memory])
+    pairs = [
+        ("cluster.num_actors", "cluster.threads_per_actor"),
+        ("cluster.num_learner_ranks", "cluster.threads_per_learner_rank"),
+        ("reward_service.replicas", "cluster.threads_per_reward_replica"),
+    ]
+    phases = [(*pair, *(_value(config, key) for key in pair)) for pair in pairs]
+    return [
+        f"warning: {count_key} * {threads_key} = {count} * {threads} threads share {cpu_count} cores; write "
+        f"{threads_key}={max(1, cpu_count // count)}"
+        for count_key, threads_key, count, threads in phases
+        if cluster.address == "local" and count * threads > cpu_count
+    ]
+
+
+def _section(annotation: Any) -> Any:
+    """The dataclass that an annotation holds (`A` or `A | None`), or None."""
+    return next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
+
+
+def _schema_keys(schema_class: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a schema, sections included."""
+    keys = []
+    for name, annotation in get_type_hints(schema_class).items():
+        section = _section(annotation)
+        keys += [prefix + name, *(_schema_keys(section, f"{prefix}{name}.") if section else [])]
+    return keys
+
+
+def unknown_keys(given: dict[str, Any], schema_class: type) -> list[str]:
+    """Messages for the keys of a nested dict that a dataclass schema does not have, each with the closest dotted key.
+
+    A field that is a free dict in the schema (`extra`) takes any keys.
+    """
+    known = _schema_keys(schema_class)
+
+    def walk(values: dict[str, Any], section_class: type, prefix: str) -> list[str]:
+        hints = get_type_hints(section_class)
+        messages = []
+        for name, value in values.items():
+            key = f"{prefix}{name}"
+            if name not in hints:
+                instead = closest(key, known) or f"one of {', '.join(hints)}"
+                messages.append(f"{key} is not a key of the configuration; found {_shown(value)}; write {instead}")
+            elif isinstance(value, dict) and (section := _section(hints[name])):
+                messages += walk(value, section, f"{key}.")
+        return messages
+
+    return walk(given, schema_class, "")

@@ -1,0 +1,37 @@
+"""Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load."""
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from contracts.config import ModelConfig
+from learner.engine import Ranks, TrainEngine
+
+
+def save_checkpoint(
+    engine: TrainEngine,
+    path: str,
+    tokenizer_from: str,
+    model: ModelConfig,
+    ranks: Ranks,
+    config_fields: dict[str, Any] | None = None,
+) -> None:
+    """Gather the weights on all ranks and let rank 0 write them to `path` with configuration and tokenizer.
+
+    `config_fields` are added to the checkpoint's config.json.
+    """
+    weights = {}
+    for name, tensor in engine.named_weights():  # a collective under ZeRO-3
+        if ranks.rank == 0:
+            weights[name] = tensor.detach().to("cpu", copy=True)
+    if ranks.rank == 0:
+        lm = engine.model.lm
+        for key, value in (config_fields or {}).items():
+            setattr(lm.config, key, value)
+        # Tied weights appear once in `weights`, as they do on disk.
+        lm.save_pretrained(path, state_dict=weights, safe_serialization=True)
+        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        AutoTokenizer.from_pretrained(tokenizer_from, **options).save_pretrained(path)
+    if ranks.world_size > 1:
+        torch.distributed.barrier()

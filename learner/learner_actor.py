@@ -1,0 +1,81 @@
+"""Ray actor: one rank of the learner, hosting the task of a stage. `LearnerGroup` is the driver's side."""
+
+from typing import Any
+
+import ray
+
+from contracts.config import ClusterConfig
+
+
+class LearnerActor:
+    def __init__(self, rank: int, world_size: int, on_cpu: bool):
+        self.rank, self.world_size, self.on_cpu = rank, world_size, on_cpu
+        self._task: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 waits for the others."""
+        from vllm.utils.network_utils import get_open_port
+
+        return ray.util.get_node_ip_address(), get_open_port()
+
+    def start(self, task: str, address: str, port: int, seed: int, arguments: tuple[Any, ...]) -> None:
+        """Join the process group and build the stage's task; all ranks together."""
+        from learner.engine import join
+        from learner.ppo import PPOTask
+        from learner.reward_model import RewardModelTask
+        from learner.sft import SFTTask
+
+        tasks = {"sft": SFTTask, "reward_model": RewardModelTask, "ppo": PPOTask}
+        ranks = join(self.rank, self.world_size, address, port, self.on_cpu, seed)
+        self._task = tasks[task](ranks, *arguments)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._task, method)(*arguments)
+
+    def peak_memory_gib(self) -> float:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class LearnerGroup:
+    """All ranks of one stage. Every call runs on all ranks and raises the first rank's error that comes."""
+
+    def __init__(self, cluster: ClusterConfig, task: str, seed: int, arguments: tuple[Any, ...], env: dict[str, str]):
+        world_size = cluster.num_learner_ranks
+        self.timeout_s = cluster.step_timeout_s
+        options = {
+            "num_cpus": cluster.cpus_per_process,
+            "num_gpus": cluster.gpus_per_learner_rank,
+            "runtime_env": {"env_vars": env},
+        }
+        remote = ray.remote(LearnerActor).options(**options)
+        on_cpu = cluster.gpus_per_learner_rank == 0
+        self.actors = [remote.remote(rank, world_size, on_cpu) for rank in range(world_size)]
+        address, port = ray.get(self.actors[0].address.remote(), timeout=cluster.start_timeout_s)
+        shared = ray.put(arguments)
+        self._started = [_start(actor, task, address, port, seed, shared) for actor in self.actors]
+        self._start_timeout_s = cluster.start_timeout_s
+
+    def wait_ready(self) -> None:
+        ray.get(self._started, timeout=self._start_timeout_s)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """The results of all ranks, for the same arguments."""
+        return ray.get([a.call.remote(method, *arguments) for a in self.actors], timeout=self.timeout_s)
+
+    def call_each(self, method: str, per_rank: list[Any], *arguments: Any) -> list[Any]:
+        """The results of all ranks, where rank r gets `per_rank[r]` first."""
+        calls = [a.call.remote(method, mine, *arguments) for a, mine in zip(self.actors, per_rank, strict=True)]
+        return ray.get(calls, timeout=self.timeout_s)
+
+    def peak_memory_gib(self) -> float:
+        return sum(ray.get([a.peak_memory_gib.remote() for a in self.actors], timeout=60))
+
+    def stop(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def _start(actor: Any, task: str, address: str, port: int, seed: int, shared: Any) -> Any:
+    return actor.start.remote(task, address, port, seed, shared)

@@ -1,0 +1,306 @@
+"""One rank's part of a PPO update.
+
+    ref, policy and value forward passes     (policy and value keep their graphs where memory allows: `held_tokens`)
+      -> token rewards -> GAE -> whitening over the global batch
+      -> for each epoch, minibatch, microbatch: policy and value loss, backward; one step of both a minibatch
+
+With the graphs kept, the first minibatch needs no second forward pass: its proximal log-probabilities are the policy's own,
+detached. Nothing else is derived from the rollout engine's log-probabilities, which differ by rounding: they only measure
+the mismatch between sampler and learner.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from contracts.batching import cut_microbatches
+from contracts.config import TandemConfig
+from contracts.records import Example, Microbatch, TrainingBatch
+from learner.advantages import gae, token_rewards, whiten, whitening_moments
+from learner.checkpoint import save_checkpoint
+from learner.engine import Ranks, TrainEngine, frozen
+from learner.kl import kl_k1, kl_k3
+from learner.losses import policy_loss, value_loss
+from learner.models import freeze_below, load_policy, load_scalar
+from learner.sft import example_nll, loss_tokens
+from learner.weight_publisher import EngineSource, WeightPublisher
+
+
+@dataclass
+class Pass:
+    """What is known of one microbatch before the first optimizer step. Tensors are float32 [B, C], 0 where no token
+    trains."""
+
+    batch: Microbatch
+    places: "Places"
+    ref_logprobs: Tensor
+    proximal_logprobs: Tensor
+    old_values: Tensor
+    entropy: Tensor
+    live: tuple[Tensor, Tensor] | None  # policy_logprobs and values with their graphs, until used
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0))
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    returns: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Timer:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class PPOTask:
+    """Policy, value and reference model of one rank."""
+
+    def __init__(
+        self, ranks: Ranks, config: TandemConfig, policy: str, value: str, eos_token_id: int, ptx: list[Example]
+    ):
+        ppo, learner = config.ppo, config.learner
+        self.ranks, self.config, self.eos, self.ptx = ranks, config, eos_token_id, ptx
+        self.policy_path = policy
+        steps = ppo.epochs * ppo.minibatches
+        model = load_policy(policy, config.model, learner, ranks.on_cpu)
+        freeze_below(model.lm, ppo.trainable_layers, freeze_embeddings=False)
+        self.policy = TrainEngine(model, ppo.optimizer, learner, ranks, ppo.updates * steps)
+        scalar = load_scalar(value, config.model, learner, ranks.on_cpu, config.seed)
+        freeze_below(scalar.lm, ppo.value_trainable_layers, freeze_embeddings=True)
+        value_steps = (ppo.updates + ppo.value_warmup_updates) * steps
+        self.value = TrainEngine(scalar, ppo.value_optimizer, learner, ranks, value_steps)
+        self.reference = frozen(load_policy(policy, config.model, learner, ranks.on_cpu), learner, ranks)
+        self._ptx_rng = np.random.default_rng(config.seed)  # the same draws on every rank
+        self._publisher: WeightPublisher | None = None
+
+    # ---- weights
+
+    def connect(self, backend: str, actors: list) -> None:
+        """Open the weight transfer to the actors' engines."""
+        source = EngineSource(self.policy)
+        self._publisher = WeightPublisher(backend, source, actors, self.ranks.rank, self.ranks.world_size)
+
+    def publish(self, policy_version: int) -> None:
+        if self._publisher is None:
+            raise RuntimeError("publish() before connect()")
+        self._publisher.send(policy_version)
+
+    def save(self, path: str) -> None:
+        save_checkpoint(self.policy, path, self.policy_path, self.config.model, self.ranks)
+
+    @torch.no_grad()
+    def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
+        """log p of the tokens from `start` on of each (token_ids, start), under the policy now at temperature 1."""
+        result = []
+        for token_ids, start in sequences:
+            ids = torch.tensor([token_ids], device=self.ranks.device)
+            select = torch.arange(start - 1, len(token_ids) - 1, device=self.ranks.device)
+            result.append(self.policy(ids, select, ids[0, start:])[0].tolist())
+        return result
+
+    # ---- the update
+
+    def update(self, batch: TrainingBatch, kl_coef: float, train_policy: bool) -> dict[str, float]:
+        """All optimizer steps of one update; collective over the ranks.
+
+        Args:
+            train_policy: false in the first updates, which only fit the value model.
+
+        Raises:
+            NonFiniteError: before any optimizer step with a loss that is NaN or infinite.
+        """
+        timer, ppo = Timer(), self.config.ppo
+        held_left = self.config.learner.held_tokens
+        passes: list[list[Pass]] = []
+        for minibatch in batch.minibatches:
+            passes.append([])
+            for mb in minibatch:
+                hold = len(passes) == 1 and mb.num_computed_tokens <= held_left
+                held_left -= mb.num_computed_tokens if hold else 0
+                passes[-1].append(self._first_pass(mb, hold, train_policy, timer))
+        everything = [p for minibatch in passes for p in minibatch]
+        self._set_advantages(everything, kl_coef)
+
+        steps: list[dict[str, float]] = []
+        stopped = False
+        for _ in range(ppo.epochs):
+            for minibatch, tokens in zip(passes, batch.global_loss_tokens, strict=True):
+                if not stopped:
+                    steps.append(self._step(minibatch, tokens, train_policy, timer))
+                    approx_kl = steps[-1].get("policy/approx_kl", 0.0)
+                    stopped = ppo.target_approx_kl is not None and approx_kl > ppo.target_approx_kl
+        metrics = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
+        metrics["policy/optimizer_steps"] = float(len(steps))
+        return metrics | self._describe(everything, batch.global_sequences) | timer.seconds
+
+    def _first_pass(self, mb: Microbatch, hold: bool, train_policy: bool, timer: Timer) -> Pass:
+        places = Places(mb, self.ranks.device)
+        with timer("perf/reference_s"), torch.no_grad():
+            ref_logprobs, _ = self._logprobs(self.reference, places)
+        with timer("perf/policy_forward_s"), torch.set_grad_enabled(hold and train_policy):
+            policy_logprobs, entropy = self._logprobs(self.policy, places)
+        with timer("perf/value_forward_s"), torch.set_grad_enabled(hold):
+            values = self._values(places)
+        return Pass(
+            batch=mb,
+            places=places,
+            ref_logprobs=ref_logprobs,
+            proximal_logprobs=policy_logprobs.detach(),
+            old_values=values.detach(),
+            entropy=entropy,
+            live=(policy_logprobs, values) if hold else None,
+        )
+
+    def _logprobs(self, model: Any, places: "Places") -> tuple[Tensor, Tensor]:
+        sampling = self.config.ppo.sampling
+        early = places.early(sampling.min_completion_tokens)
+        logprobs, entropy = model(
+            places.input_ids, places.select, places.targets, sampling.temperature, self.eos, early
+        )
+        return places.spread(logprobs), places.spread(entropy)
+
+    def _values(self, places: "Places") -> Tensor:
+        return places.spread(self.value(places.input_ids, places.select))
+
+    def _set_advantages(self, passes: list[Pass], kl_coef: float) -> None:
+        ppo = self.config.ppo
+        moments = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        for p in passes:
+            scores = torch.from_numpy(p.batch.scores).to(self.ranks.device)
+            lengths = torch.from_numpy(p.batch.completion_lens).to(self.ranks.device)
+            mask = p.places.mask
+            p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, lengths, mask, kl_coef)
+            p.advantages, p.returns = gae(p.rewards, p.old_values, mask, ppo.gamma, ppo.lam)
+            moments += whitening_moments(p.advantages, mask)
+        if ppo.whiten_advantages:
+            self.ranks.sum(moments)
+            for p in passes:
+                p.advantages = whiten(p.advantages, p.places.mask, moments)
+
+    def _step(self, minibatch: list[Pass], tokens: int, train_policy: bool, timer: Timer) -> dict[str, float]:
+        """One optimizer step of both models. Returns means over the tokens of the global minibatch."""
+        ppo = self.config.ppo
+        use_ptx = train_policy and ppo.ptx_coef > 0
+        sums = torch.zeros(6, dtype=torch.float64, device=self.ranks.device)
+        ratio_max = torch.zeros((), device=self.ranks.device)
+        for i, p in enumerate(minibatch):
+            is_last = i == len(minibatch) - 1
+            live, p.live = p.live, None
+            mask = p.places.mask
+            if train_policy:
+                with timer("perf/policy_forward_s"):
+                    policy_logprobs = live[0] if live else self._logprobs(self.policy, p.places)[0]
+                with timer("perf/policy_backward_s"):
+                    loss, stats = policy_loss(
+                        policy_logprobs, p.proximal_logprobs, p.advantages, mask, ppo.clip, ppo.dual_clip
+                    )
+                    self.policy.backward(loss / tokens, is_last and not use_ptx)
+                sums[:4] += torch.stack([loss.detach(), stats["clipped"], stats["approx_kl"], stats["ratio"]])
+                ratio_max = torch.maximum(ratio_max, stats["ratio_max"])
+            with timer("perf/value_forward_s"):
+                values = live[1] if live else self._values(p.places)
+            with timer("perf/value_backward_s"):
+                loss, stats = value_loss(values, p.old_values, p.returns, mask, ppo.value_clip)
+                self.value.backward(loss / tokens, is_last)
+            sums[4:] += torch.stack([loss.detach(), stats["clipped"]])
+        metrics = {}
+        if use_ptx:
+            with timer("perf/ptx_s"):
+                metrics["policy/ptx_loss"] = self._ptx_backward()
+        with timer("perf/optimizer_s"):
+            policy_norm = self.policy.step() if train_policy else 0.0
+            value_norm = self.value.step()
+        means = (self.ranks.sum(sums) / max(tokens, 1)).tolist()
+        if train_policy:
+            names = ("policy/loss", "policy/clipfrac", "policy/approx_kl", "policy/ratio_mean")
+            metrics |= dict(zip(names, means[:4], strict=True))
+            metrics |= {"policy/ratio_max": self.ranks.max(ratio_max).item(), "policy/grad_norm": policy_norm}
+        return metrics | {"value/loss": means[4], "value/clipfrac": means[5], "value/grad_norm": value_norm}
+
+    def _ptx_backward(self) -> float:
+        """PPO-ptx (InstructGPT): the SFT loss of a few examples joins the same optimizer step."""
+        rows = self._ptx_rng.choice(len(self.ptx), self.config.ppo.ptx_batch_size, replace=False)
+        examples = [self.ptx[i] for i in rows]
+        tokens = loss_tokens(examples)
+        lengths = [len(e.token_ids) for e in examples]
+        cut = cut_microbatches(lengths, self.config.learner.microbatch_tokens, self.ranks.world_size)[self.ranks.rank]
+        total = torch.zeros((), device=self.ranks.device)
+        for i, part in enumerate(cut):
+            loss = example_nll(self.policy, [examples[r] for r in part], self.ranks.device) / tokens
+            self.policy.backward(self.config.ppo.ptx_coef * loss, is_last=i == len(cut) - 1)
+            total += loss.detach()
+        return self.ranks.sum(total).item()
+
+    def _describe(self, passes: list[Pass], sequences: int) -> dict[str, float]:
+        """Metrics of the batch before the update, over all ranks."""
+        sums = torch.zeros(7, dtype=torch.float64, device=self.ranks.device)
+        largest = torch.zeros((), device=self.ranks.device)
+        returns, residuals = torch.zeros_like(sums[:3]), torch.zeros_like(sums[:3])
+        for p in passes:
+            mask = p.places.mask
+            behavior = torch.from_numpy(p.batch.behavior_logprobs).to(self.ranks.device)
+            gap = torch.where(mask, p.proximal_logprobs - behavior, 0.0)
+            sums += torch.stack(
+                [
+                    mask.sum(),
+                    kl_k1(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
+                    kl_k3(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
+                    kl_k3(behavior, p.proximal_logprobs)[mask].sum(),
+                    gap.abs().sum(),
+                    p.entropy[mask].sum(),
+                    p.rewards.sum(),
+                ]
+            ).double()
+            largest = torch.maximum(largest, gap.abs().max())
+            returns += whitening_moments(p.returns, mask)
+            residuals += whitening_moments(p.returns - p.old_values, mask)
+        tokens, k1, k3, mismatch, gap_sum, entropy, rewards = self.ranks.sum(sums).tolist()
+        variance = _variance(self.ranks.sum(returns))
+        tokens, sequences = max(tokens, 1.0), max(sequences, 1)
+        return {
+            "kl/ref_seq": k1 / sequences,
+            "kl/ref_token": k1 / tokens,
+            "kl/ref_k3": k3 / tokens,
+            "kl/mismatch_k3": mismatch / tokens,
+            "kl/mismatch_logp_mean": gap_sum / tokens,
+            "kl/mismatch_logp_max": self.ranks.max(largest).item(),
+            "policy/entropy": entropy / tokens,
+            "reward/total_mean": rewards / sequences,
+            "value/explained_var": 1 - _variance(self.ranks.sum(residuals)) / variance if variance > 0 else 0.0,
+        }
+
+
+def _variance(moments: Tensor) -> float:
+    count, total, squares = moments.tolist()
+    return (squares - total * total / count) / (count - 1) if count > 1 else 0.0
+
+
+class Places:
+    """Where the training tokens of a microbatch lie. The state before completion token t of row b is position
+    prompt_len + t - 1, which both predicts the token and carries V(s_t)."""
+
+    def __init__(self, mb: Microbatch, device: torch.device):
+        self.input_ids = torch.from_numpy(mb.input_ids).to(device)
+        self.mask = torch.from_numpy(mb.loss_mask).to(device)  # bool [B, C]
+        self.rows, self.steps = self.mask.nonzero(as_tuple=True)
+        before = torch.from_numpy(mb.prompt_lens).to(device)[self.rows] + self.steps - 1
+        self.select = self.rows * self.input_ids.shape[1] + before  # [N], into the flattened [B, T]
+        self.targets = self.input_ids.flatten()[self.select + 1]
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """[N] -> [B, C], 0 where no token trains; differentiable."""
+        return torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device).index_put(
+            (self.rows, self.steps), flat
+        )
+
+    def early(self, min_completion_tokens: int) -> Tensor | None:
+        """Which of the N tokens were sampled while EOS was masked (None: never)."""
+        return self.steps < min_completion_tokens if min_completion_tokens else None

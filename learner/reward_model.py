@@ -1,0 +1,117 @@
+"""Training a reward model on human preferences: every pair within a batch counts, against the share of raters who prefer
+one text over the other."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from contracts.batching import cut_microbatches
+from contracts.config import TandemConfig
+from contracts.records import PreferencePair, RatedText
+from learner.checkpoint import save_checkpoint
+from learner.engine import Ranks, TrainEngine
+from learner.losses import soft_pairwise_loss
+from learner.models import freeze_below, load_scalar
+from learner.preferences import preference_matrix
+from learner.sft import epoch_batches, pad
+
+
+def batch_preferences(
+    batch: Sequence[RatedText | PreferencePair],
+) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+    """Scoring inputs of a batch, P(i beats j) [N, N], and which entries are known preferences [N, N].
+
+    Rated texts are compared all with all; of stored pairs only the two halves of a pair are.
+    """
+    texts = []
+    if all(isinstance(item, RatedText) for item in batch):
+        rated = [item for item in batch if isinstance(item, RatedText)]
+        preferences = preference_matrix([item.ratings for item in rated])
+        return [item.token_ids for item in rated], preferences, torch.ones_like(preferences, dtype=torch.bool)
+    pairs = [item for item in batch if isinstance(item, PreferencePair)]
+    preferences = torch.full((2 * len(pairs), 2 * len(pairs)), 0.5)
+    known = torch.zeros_like(preferences, dtype=torch.bool)
+    for i, pair in enumerate(pairs):
+        texts += [pair.chosen_ids, pair.rejected_ids]
+        preferences[2 * i, 2 * i + 1] = pair.preference
+        known[2 * i, 2 * i + 1] = True
+    return texts, preferences, known
+
+
+class RewardModelTask:
+    """All ranks hold all examples; each scores its share of a batch and sees everybody's scores in the loss."""
+
+    def __init__(self, ranks: Ranks, config: TandemConfig, examples: Sequence[RatedText | PreferencePair]):
+        self.ranks, self.config, self.examples = ranks, config, examples
+        stage = config.reward_model
+        self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed)
+        model = load_scalar(config.model.path, config.model, config.learner, ranks.on_cpu, config.seed)
+        freeze_below(model.lm, stage.trainable_layers, stage.freeze_embeddings)
+        self.engine = TrainEngine(model, stage.optimizer, config.learner, ranks, len(self.batches))
+        self.model = model
+
+    def num_steps(self) -> int:
+        return len(self.batches)
+
+    def step(self, index: int) -> dict[str, float]:
+        """One optimizer step."""
+        start = time.perf_counter()
+        texts, preferences, known = batch_preferences([self.examples[i] for i in self.batches[index]])
+        rows, mine = self._score(texts)
+        scores = self._gather(rows, mine, len(texts))
+        device = self.ranks.device
+        loss, pairs = soft_pairwise_loss(scores, preferences.to(device), known.to(device))
+        loss = loss / pairs.clamp(min=1)
+        self.engine.backward(loss, is_last=True)
+        norm = self.engine.step()
+        with torch.no_grad():
+            upper = known.to(device).triu(1) & (preferences.to(device) != 0.5)
+            agrees = (scores[:, None] > scores[None, :]) == (preferences.to(device) > 0.5)
+        return {
+            "reward_model/loss": loss.item(),
+            "reward_model/accuracy": agrees[upper].float().mean().item() if upper.any() else 0.0,
+            "reward_model/score_std": scores.detach().std().item(),
+            "reward_model/grad_norm": norm,
+            "perf/train_tokens_per_s": sum(map(len, texts)) / (time.perf_counter() - start),
+        }
+
+    def _score(self, texts: list[list[int]]) -> tuple[list[int], torch.Tensor]:
+        """This rank's rows and their scores."""
+        lengths = [len(text) for text in texts]
+        cut = cut_microbatches(lengths, self.config.learner.microbatch_tokens, self.ranks.world_size)[self.ranks.rank]
+        rows, scores = [], []
+        for part in cut:
+            ids = pad([texts[r] for r in part], self.ranks.device)
+            last = torch.tensor([i * ids.shape[1] + lengths[r] - 1 for i, r in enumerate(part)], device=ids.device)
+            scores.append(self.engine(ids, last))
+            rows += part
+        return rows, torch.cat(scores)
+
+    def _gather(self, rows: list[int], mine: torch.Tensor, count: int) -> torch.Tensor:
+        """Everybody's scores in batch order. Gradient flows to this rank's own alone, so that summed over the ranks each
+        score gets its gradient once."""
+        everyone = torch.zeros(count, device=mine.device)
+        everyone[rows] = mine.detach()
+        if self.ranks.world_size > 1:
+            dist.all_reduce(everyone)
+        return everyone.index_put((torch.tensor(rows, device=mine.device),), mine)
+
+    @torch.no_grad()
+    def score(self, texts: list[list[int]]) -> list[float]:
+        """Scores of scoring inputs, in order, on every rank."""
+        rows, mine = self._score(texts)
+        return self._gather(rows, mine, len(texts)).tolist()
+
+    def save(self, path: str) -> None:
+        """Normalise on (a sample of) the training texts to mean 0 and variance 1, and write the checkpoint."""
+        sample = np.random.default_rng(self.config.seed).permutation(len(self.examples))[:512]
+        texts: list[list[int]] = []
+        for i in sample:
+            item = self.examples[i]
+            texts += [item.token_ids] if isinstance(item, RatedText) else [item.chosen_ids, item.rejected_ids]
+        raw = np.asarray(self.score(texts)) * self.model.std + self.model.mean
+        fields = {"score_mean": float(raw.mean()), "score_std": float(raw.std() or 1.0)}
+        save_checkpoint(self.engine, path, self.config.model.path, self.config.model, self.ranks, fields)

@@ -1,0 +1,109 @@
+"""Supervised fine-tuning: next-token loss on the tokens that the examples mark."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from contracts.batching import cut_microbatches
+from contracts.config import TandemConfig
+from contracts.records import Example
+from learner.checkpoint import save_checkpoint
+from learner.engine import Ranks, TrainEngine
+from learner.losses import token_nll_loss
+from learner.models import PolicyModel, freeze_below, load_policy
+
+
+def epoch_batches(count: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Row numbers of every step: a new permutation each epoch, the same on every rank; an epoch's last batch may be
+    short, and one that is left with a single row is joined to the one before."""
+    batches = []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+        rows = [order[i : i + batch_size] for i in range(0, count, batch_size)]
+        if len(rows) > 1 and len(rows[-1]) == 1:
+            rows[-2] += rows.pop()
+        batches += rows
+    return batches
+
+
+def pad(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    """int64 [B, T], padded on the right with 0; what lies there is never read (see learner.models)."""
+    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return torch.from_numpy(ids).to(device)
+
+
+def example_nll(engine: Any, examples: list[Example], device: torch.device) -> torch.Tensor:
+    """Summed loss in nats of one microbatch, with gradient."""
+    ids = pad([e.token_ids for e in examples], device)
+    width = ids.shape[1]
+    select, targets = [], []
+    for row, example in enumerate(examples):
+        for t, trains in enumerate(example.loss_mask):
+            if trains and t:
+                select.append(row * width + t - 1)  # the position before predicts the token
+                targets.append(example.token_ids[t])
+    logprobs, _ = engine(
+        ids, torch.tensor(select, dtype=torch.long, device=device), torch.tensor(targets, device=device)
+    )
+    return token_nll_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
+
+
+def loss_tokens(examples: list[Example]) -> int:
+    return sum(sum(e.loss_mask[1:]) for e in examples)
+
+
+class SFTTask:
+    """All ranks hold all examples and take their share of each batch."""
+
+    def __init__(self, ranks: Ranks, config: TandemConfig, examples: list[Example], held_out: list[Example]):
+        self.ranks, self.config = ranks, config
+        self.examples, self.held_out = examples, held_out
+        self.batches = epoch_batches(len(examples), config.sft.batch_size, config.sft.epochs, config.seed)
+        model = load_policy(config.model.path, config.model, config.learner, ranks.on_cpu)
+        freeze_below(model.lm, config.sft.trainable_layers, freeze_embeddings=False)
+        self.engine = TrainEngine(model, config.sft.optimizer, config.learner, ranks, len(self.batches))
+        self.model: PolicyModel = model
+
+    def num_steps(self) -> int:
+        return len(self.batches)
+
+    def step(self, index: int) -> dict[str, float]:
+        """One optimizer step."""
+        start = time.perf_counter()
+        batch = [self.examples[i] for i in self.batches[index]]
+        tokens = loss_tokens(batch)
+        cut = cut_microbatches(
+            [len(e.token_ids) for e in batch], self.config.learner.microbatch_tokens, self.ranks.world_size
+        )[self.ranks.rank]
+        total = torch.zeros((), device=self.ranks.device)
+        for i, rows in enumerate(cut):
+            loss = example_nll(self.engine, [batch[r] for r in rows], self.ranks.device) / tokens
+            self.engine.backward(loss, is_last=i == len(cut) - 1)
+            total += loss.detach()
+        norm = self.engine.step()
+        seconds = time.perf_counter() - start
+        return {
+            "sft/loss": self.ranks.sum(total).item(),
+            "sft/grad_norm": norm,
+            "perf/train_tokens_per_s": sum(len(e.token_ids) for e in batch) / seconds,
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss in nats a token on the held-out examples."""
+        if not self.held_out:
+            return {}
+        cut = cut_microbatches(
+            [len(e.token_ids) for e in self.held_out], self.config.learner.microbatch_tokens, self.ranks.world_size
+        )[self.ranks.rank]
+        total = torch.zeros((), device=self.ranks.device)
+        for rows in cut:
+            total += example_nll(self.engine, [self.held_out[r] for r in rows], self.ranks.device)
+        return {"sft/eval_loss": self.ranks.sum(total).item() / loss_tokens(self.held_out)}
+
+    def save(self, path: str) -> None:
+        save_checkpoint(self.engine, path, self.config.model.path, self.config.model, self.ranks)
