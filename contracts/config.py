@@ -4,7 +4,6 @@ Every field that is not self-evident says its unit and what it trades.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -224,4 +223,3 @@ class TandemConfig:
     proxy_model: str | None = None
     gold_model: str | None = None
     ppo_model: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # free notes, kept with the run

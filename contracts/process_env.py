@@ -4,9 +4,9 @@ They steer libraries, never Tandem: what a user chooses is in the configuration.
 """
 
 
-def worker_env(threads: int) -> dict[str, str]:
+def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
     """Environment of one actor, learner rank or reward replica that may use `threads` cores."""
-    return {
+    env = {
         # Must be there before torch is imported: OpenMP reads it once.
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -24,8 +24,9 @@ def worker_env(threads: int) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
-        "DS_ACCELERATOR": "cpu",
     }
+    # DeepSpeed otherwise probes for devices and warns that it found none.
+    return env | {"DS_ACCELERATOR": "cpu"} if on_cpu else env
 
 
 def driver_env() -> dict[str, str]:

@@ -437,3 +437,21 @@ def unknown_keys(given: dict[str, Any], schema_class: type) -> list[str]:
         return messages
 
     return walk(given, schema_class, "")
+
+
+def unknown_overrides(arguments: list[str]) -> list[str]:
+    """Messages for Hydra overrides of keys that the schema does not have, all of them.
+
+    Hydra itself stops at the first and advises to add it with a `+`, which would then be accepted and ignored.
+    """
+    known = _schema_keys(TandemConfig)
+    groups = ("experiment", "data", "cluster", "hydra", "model")
+    messages = []
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            continue
+        key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
+        if key not in known and key.split(".")[0] not in ("hydra", "experiment") and key not in groups:
+            instead = closest(key, known)
+            messages.append(f"{key} is not a key of the configuration" + (f"; write {instead}" if instead else ""))
+    return messages

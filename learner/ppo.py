@@ -162,8 +162,9 @@ class PPOTask:
     def _logprobs(self, model: Any, places: "Places") -> tuple[Tensor, Tensor]:
         sampling = self.config.ppo.sampling
         early = places.early(sampling.min_completion_tokens)
+        banned = None if early is None else self.eos
         logprobs, entropy = model(
-            places.input_ids, places.select, places.targets, sampling.temperature, self.eos, early
+            places.input_ids, places.select, places.targets, sampling.temperature, banned, early
         )
         return places.spread(logprobs), places.spread(entropy)
 

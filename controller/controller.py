@@ -1,0 +1,211 @@
+"""The PPO loop.
+
+      prompts ──requests──> rollout actors (vLLM) ──sequences──> reward service (Ray Serve)
+                                 │        ▲  └────────scores────────┘
+                         scored rollouts  │
+                                 ▼        │ weights of version v+1, over vLLM's weight-transfer API
+                              batcher     │
+                                 │        │
+                          training batch  │
+                                 ▼        │
+                            learner ranks (DeepSpeed): ref, policy, values -> rewards -> GAE -> PPO steps
+
+    synchronous: rollouts of version v  ->  update to v+1  ->  publish v+1  ->  rollouts of version v+1 ...
+
+What the loop waits for, and what unblocks it (every wait ends after `cluster.step_timeout_s` with an error that names it):
+    rollouts   all actors have answered; an actor answers when its last completion is sampled and scored
+    update     all learner ranks have taken the optimizer steps
+    publish    every engine has loaded the weights and carries their version
+
+The controller holds references and numbers, never a model.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from contracts.config import TandemConfig
+from contracts.records import Rollout, RolloutRequest
+from controller.batcher import make_batches, useful_token_fraction
+from controller.metrics import RunLog
+from controller.progress import Progress, format_update
+from controller.prompts import PromptStream
+from controller.statistics import distinct_n, repeat_fraction
+from learner.kl import make_kl_controller
+from learner.learner_actor import LearnerGroup
+
+
+class ScoreError(RuntimeError):
+    """Too many rollouts came back without a score."""
+
+
+@dataclass
+class ScoreNormalizer:
+    """Scores to mean 0 and variance 1 on samples of the reference policy, fixed from the first batch on."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    is_fitted: bool = False
+
+    def fit(self, scores: list[float]) -> None:
+        self.mean, self.std, self.is_fitted = float(np.mean(scores)), float(np.std(scores)) or 1.0, True
+
+    def __call__(self, score: float) -> float:
+        return (score - self.mean) / self.std
+
+
+class PPOController:
+    def __init__(
+        self,
+        config: TandemConfig,
+        stream: PromptStream,
+        actors: list[Any],
+        learner: LearnerGroup,
+        log: RunLog,
+        progress: Progress,
+        has_gold: bool,
+    ):
+        self.config, self.stream, self.actors, self.learner = config, stream, actors, learner
+        self.log, self.progress, self.has_gold = log, progress, has_gold
+        self.kl = make_kl_controller(config.ppo.kl)
+        self.normalizer = ScoreNormalizer()
+        self.rng = np.random.default_rng(config.seed)
+        self.first_score: float | None = None
+        self.version = 0
+
+    def run(self) -> None:
+        """All value-only and PPO updates of the configuration."""
+        ppo = self.config.ppo
+        durations: list[float] = []
+        for index in range(ppo.value_warmup_updates + ppo.updates):
+            train_policy = index >= ppo.value_warmup_updates
+            start = time.perf_counter()
+            metrics = self._update(train_policy)
+            durations.append(time.perf_counter() - start)
+            metrics["perf/step_s"] = durations[-1]
+            left = ppo.value_warmup_updates + ppo.updates - index - 1
+            metrics["progress/eta_s"] = eta = left * float(np.median(durations[-8:]))
+            metrics["progress/version"] = self.version
+            self.log.log("ppo" if train_policy else "value_warmup", index, metrics)
+            line = format_update(metrics, eta)
+            self.progress.line(line if train_policy else f"fitting the value model  {line}")
+
+    def _update(self, train_policy: bool) -> dict[str, float]:
+        rollouts, metrics = self._rollouts()
+        failed = [r for r in rollouts if r.scores["proxy"].value is None]
+        if len(failed) > self.config.ppo.max_failed_scores * len(rollouts):
+            reasons = sorted({str(r.scores["proxy"].error) for r in failed})
+            raise ScoreError(
+                f"{len(failed)} of {len(rollouts)} rollouts of version {self.version} have no score "
+                f"(ppo.max_failed_scores allows {self.config.ppo.max_failed_scores:.0%}); reasons: {reasons[:3]}"
+            )
+        scored = [r for r in rollouts if r.scores["proxy"].value is not None]
+        metrics["fault/unscored"] = float(len(failed))
+        metrics |= self._describe(scored)
+
+        ppo, learner = self.config.ppo, self.config.learner
+        batches = make_batches(
+            scored,
+            [self._shaped(r) for r in scored],
+            self.config.cluster.num_learner_ranks,
+            ppo.minibatches,
+            learner.microbatch_tokens,
+            self.rng,
+        )
+        self.progress.waiting_for(f"the learner's update {self.version + 1}")
+        start = time.perf_counter()
+        references = [ray.put(batch) for batch in batches]
+        metrics |= self.learner.call_each("update", references, self.kl.coef, train_policy)[0]
+        train_s = time.perf_counter() - start
+        tokens = sum(r.num_tokens for r in scored)
+        metrics |= {
+            "perf/train_s": train_s,
+            "perf/train_tokens_per_s": tokens / train_s,
+            "perf/useful_token_frac": useful_token_fraction(batches),
+            "kl/coef": self.kl.coef,
+            "reward/kl_penalty_mean": -self.kl.coef * metrics["kl/ref_seq"],
+        }
+        if train_policy:
+            self.kl.update(metrics["kl/ref_seq"], len(scored))
+            metrics["perf/sync_s"] = self._publish()
+        return metrics
+
+    def _rollouts(self) -> tuple[list[Rollout], dict[str, float]]:
+        ppo = self.config.ppo
+        requests = self.stream.next_requests(ppo.rollouts_per_update // ppo.samples_per_prompt)
+        shares = [requests[i :: len(self.actors)] for i in range(len(self.actors))]
+        gold = ppo.gold_rollouts if self.has_gold else 0
+        self.progress.waiting_for(f"{len(requests)} rollouts of version {self.version}")
+        start = time.perf_counter()
+        answers = ray.get(
+            [self._send(actor, share, gold) for actor, share in zip(self.actors, shares, strict=True)],
+            timeout=self.config.cluster.step_timeout_s,
+        )
+        seconds = time.perf_counter() - start
+        rollouts = sorted((r for answer, _ in answers for r in answer), key=lambda r: r.key)
+        generate_s = max(times["generate_s"] for _, times in answers)
+        tokens = sum(len(r.completion.token_ids) for r in rollouts)
+        return rollouts, {
+            "perf/rollout_s": seconds,
+            "perf/generate_s": generate_s,
+            "perf/score_s": max(times["score_s"] for _, times in answers),
+            "perf/gen_tokens_per_s": tokens / generate_s,
+        }
+
+    def _send(self, actor: Any, share: list[RolloutRequest], gold: int) -> Any:
+        scorers = {"proxy": len(share)}
+        if gold:
+            scorers["gold"] = -(-gold // len(self.actors))
+        return actor.rollout.remote(share, self.config.ppo.sampling, scorers)
+
+    def _shaped(self, rollout: Rollout) -> float:
+        value = rollout.scores["proxy"].value
+        assert value is not None
+        missing_eos = rollout.completion.finish_reason != "stop"
+        return self.normalizer(value) - self.config.ppo.missing_eos_penalty * missing_eos
+
+    def _describe(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Metrics of the texts and scores, and a few samples into the log."""
+        scores = [r.scores["proxy"].value for r in rollouts]
+        values = [s for s in scores if s is not None]
+        if not self.normalizer.is_fitted:
+            self.normalizer.fit(values)
+        gold = [(r, g.value) for r in rollouts if (g := r.scores.get("gold")) and g.value is not None]
+        lengths = [len(r.completion.token_ids) for r in rollouts]
+        tokens = [r.completion.token_ids.tolist() for r in rollouts]
+        mean = float(np.mean(values))
+        self.first_score = mean if self.first_score is None else self.first_score
+        metrics = {
+            "reward/score_mean": mean,
+            "reward/score_std": float(np.std(values)),
+            "reward/score_gain": mean - self.first_score,
+            "completion/len_mean": float(np.mean(lengths)),
+            "completion/len_p95": float(np.percentile(lengths, 95)),
+            "completion/eos_frac": float(np.mean([r.completion.finish_reason == "stop" for r in rollouts])),
+            "completion/distinct_2": distinct_n(tokens, 2),
+            "completion/repeat_frac": float(np.mean([repeat_fraction(t, 4) for t in tokens])),
+        }
+        metrics["completion/truncated_frac"] = 1 - metrics["completion/eos_frac"]
+        if gold:
+            metrics["reward/gold_mean"] = float(np.mean([value for _, value in gold]))
+        self.log.samples([_sample(r, self.version) for r in rollouts[: self.config.logger.samples_per_update]])
+        return metrics
+
+    def _publish(self) -> float:
+        """Give every engine the weights of the next version. Returns seconds."""
+        start = time.perf_counter()
+        self.progress.waiting_for(f"the engines to load version {self.version + 1}")
+        self.learner.call("publish", self.version + 1)
+        self.version += 1
+        return time.perf_counter() - start
+
+
+def _sample(rollout: Rollout, version: int) -> dict[str, Any]:
+    completion = rollout.completion
+    row = {"stage": "ppo", "step": version, "prompt_id": rollout.prompt.prompt_id, "prompt": rollout.prompt.text}
+    row |= {"completion": completion.text, "tokens": len(completion.token_ids)}
+    row |= {name: score.value for name, score in rollout.scores.items()}
+    return row | {"eos": completion.finish_reason == "stop"}

@@ -1,0 +1,166 @@
+"""Base, SFT and PPO on the same held-out prompts with the same seeds: judged by the gold reward model, VADER and the proxy.
+
+One engine serves all three, its weights replaced through the same transfer that training uses. The KL of a model against
+SFT is the mean over its own samples of log p - log p_SFT, both computed by that engine.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from contracts.config import TandemConfig
+from contracts.records import Prompt, Rollout, RolloutRequest
+from controller import statistics
+from controller.progress import Progress
+from controller.prompts import sampling_seed
+from controller.verdict import verdict
+
+REFERENCE = "sft"
+
+
+@dataclass
+class Judged:
+    """One model's completions of the held-out prompts, in prompt order."""
+
+    rollouts: list[Rollout]
+    log_ratio: np.ndarray  # float64 [N], log p - log p_SFT of each completion, nats
+
+    def score(self, judge: str) -> np.ndarray:
+        """float64 [N]; NaN where the judge gave no score."""
+        if judge == "vader":
+            return np.array(vader_scores([r.prompt.text + r.completion.text for r in self.rollouts]))
+        return np.array([np.nan if (v := r.scores[judge].value) is None else v for r in self.rollouts])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(r.completion.token_ids) for r in self.rollouts])
+
+
+def vader_scores(texts: list[str]) -> list[float]:
+    """VADER's rule-based compound sentiment in [-1, 1]."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyzer = SentimentIntensityAnalyzer()
+    return [analyzer.polarity_scores(text)["compound"] for text in texts]
+
+
+def judge_models(
+    config: TandemConfig,
+    models: dict[str, str],
+    prompts: list[Prompt],
+    actors: list[Any],
+    judges: list[str],
+    progress: Progress,
+) -> dict[str, Judged]:
+    """Generate with every model and score; `actors` serve the first model of `models` already, and SFT comes last."""
+    from learner.weight_publisher import BACKEND, CheckpointSource, WeightPublisher
+
+    sampling, timeout_s = config.evaluate.sampling, config.cluster.step_timeout_s
+    requests = [
+        RolloutRequest(0, 0, prompt, sampling_seed(config.evaluate.seed, 0, prompt.prompt_id, 0)) for prompt in prompts
+    ]
+    shares = [requests[i :: len(actors)] for i in range(len(actors))]
+    rollouts: dict[str, list[Rollout]] = {}
+    own: dict[str, list[list[float]]] = {}
+
+    def logprobs(name: str) -> list[list[float]]:
+        sequences = [
+            ([*r.prompt.token_ids, *r.completion.token_ids.tolist()], len(r.prompt.token_ids)) for r in rollouts[name]
+        ]
+        parts = [sequences[i :: len(actors)] for i in range(len(actors))]
+        calls = [a.token_logprobs.remote(part) for a, part in zip(actors, parts, strict=True)]
+        result: list[list[float]] = [[]] * len(sequences)
+        for i, answer in enumerate(ray.get(calls, timeout=timeout_s)):
+            result[i :: len(actors)] = answer
+        return result
+
+    for version, (name, path) in enumerate(models.items()):
+        with progress.phase(f"evaluating {name}: {len(prompts)} held-out prompts"):
+            if version:
+                WeightPublisher(BACKEND, CheckpointSource(path), actors, 0, 1).send(version)
+            calls = [
+                actor.rollout.remote(share, sampling, {judge: len(share) for judge in judges})
+                for actor, share in zip(actors, shares, strict=True)
+            ]
+            answers = ray.get(calls, timeout=timeout_s)
+            rollouts[name] = sorted((r for answer, _ in answers for r in answer), key=lambda r: r.key)
+            own[name] = logprobs(name)
+    judged = {}
+    with progress.phase("KL against SFT"):
+        for name in models:
+            reference = own[name] if name == REFERENCE else logprobs(name)
+            ratio = [sum(a) - sum(b) for a, b in zip(own[name], reference, strict=True)]
+            judged[name] = Judged(rollouts[name], np.array(ratio))
+    return judged
+
+
+def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig) -> dict[str, Any]:
+    """The content of evaluation.json. Prompts where a judge failed on any model leave that judge's comparison."""
+    judges = [*judges, "vader"]
+    options = {"samples": config.evaluate.bootstrap_samples, "seed": config.evaluate.seed}
+    scores = {name: {judge: j.score(judge) for judge in judges} for name, j in judged.items()}
+    models: dict[str, Any] = {}
+    for name, j in judged.items():
+        tokens = [r.completion.token_ids.tolist() for r in j.rollouts]
+        row: dict[str, Any] = {
+            judge: statistics.bootstrap_mean(v[np.isfinite(v)], **options).as_dict()
+            for judge, v in scores[name].items()
+        }
+        models[name] = row | {
+            "length": statistics.bootstrap_mean(j.lengths, **options).as_dict(),
+            "kl": statistics.bootstrap_mean(j.log_ratio, **options).as_dict(),
+            "eos_share": float(np.mean([r.completion.finish_reason == "stop" for r in j.rollouts])),
+            "distinct_2": statistics.distinct_n(tokens, 2),
+            "repeat_fraction": float(np.mean([statistics.repeat_fraction(t, 4) for t in tokens])),
+            "prompts": len(j.rollouts),
+        }
+    comparisons = {
+        f"{name}_vs_{REFERENCE}": _compare(scores[name], scores[REFERENCE], j, judged[REFERENCE], options)
+        for name, j in judged.items()
+        if name != REFERENCE
+    }
+    result = {"models": models, "comparisons": comparisons}
+    if "ppo" in models and "gold" in judges:
+        result["verdict"] = verdict(models, comparisons, config.evaluate)
+    return result
+
+
+def _compare(
+    mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray], a: Judged, b: Judged, options: dict[str, Any]
+) -> dict[str, Any]:
+    judge = "gold" if "gold" in mine else "proxy"
+    valid = np.isfinite(mine[judge]) & np.isfinite(theirs[judge])
+    gain = {
+        f"{j}_gain": statistics.paired_gain(mine[j][ok], theirs[j][ok], **options).as_dict()
+        for j in mine
+        if (ok := np.isfinite(mine[j]) & np.isfinite(theirs[j])).any()
+    }
+    x, y = mine[judge][valid], theirs[judge][valid]
+    difference = (a.lengths - b.lengths)[valid].astype(float)
+    same = statistics.matched_length(x, y, a.lengths[valid], b.lengths[valid])
+    matched: dict[str, Any] = {"pairs": len(same)}
+    if len(same) >= 2:
+        matched["gold_gain"] = statistics.paired_gain(x[same], y[same], **options).as_dict()
+        matched["win_rate"] = statistics.win_rate(x[same], y[same], **options).as_dict()
+    return gain | {
+        "judge": judge,
+        "win_rate": statistics.win_rate(x, y, **options).as_dict(),
+        "length_ratio": float(a.lengths.mean() / b.lengths.mean()),
+        "length_adjusted_gain": statistics.length_adjusted_gain(x - y, difference, **options).as_dict(),
+        "matched_length": matched,
+    }
+
+
+def sample_rows(judged: dict[str, Judged], judges: list[str]) -> list[dict[str, Any]]:
+    """One line a completion for samples.jsonl."""
+    rows = []
+    for name, j in judged.items():
+        scores = {judge: j.score(judge) for judge in [*judges, "vader"]}
+        for i, r in enumerate(j.rollouts):
+            row = {"stage": "evaluate", "model": name, "prompt_id": r.prompt.prompt_id, "prompt": r.prompt.text}
+            row |= {"completion": r.completion.text, "tokens": len(r.completion.token_ids)}
+            row |= {judge: float(values[i]) for judge, values in scores.items()}
+            rows.append(row | {"kl": float(j.log_ratio[i]), "eos": r.completion.finish_reason == "stop"})
+    return rows

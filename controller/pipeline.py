@@ -1,0 +1,376 @@
+"""The road of InstructGPT: SFT, reward models, PPO, evaluation. Each stage runs alone or in turn, and leaves a normal
+Hugging Face checkpoint.
+
+    model ──> SFT ─────────────┬──> PPO ──> evaluation ──> report
+    ratings ──> proxy ─────────┘              ▲
+    other ratings ──> gold ───────────────────┘   (the judge that PPO never sees)
+
+Whatever can be known beforehand is checked before an engine starts: configuration, models, data, memory.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+import yaml
+from transformers import AutoConfig, AutoTokenizer
+
+from contracts.config import SourceConfig, TandemConfig
+from contracts.records import Example, PreferencePair, Prompt, RatedText, StageResult
+from contracts.validation import ConfigError, check_machine
+from controller import statistics
+from controller.data import LoadReport, fingerprint, load_preferences, load_prompts, load_sft
+from controller.metrics import RunLog, redacted
+from controller.progress import Progress
+from controller.prompts import PromptStream
+from controller.runtime import Runtime, weight_backend
+from controller.stages import StageStore, checkpoint_fingerprint
+
+EVAL_CHUNK = 256  # texts a call, so that progress and deadlines stay fine-grained
+
+
+@dataclass
+class Inputs:
+    """All data of a run, loaded and checked; what a stage does not need is empty."""
+
+    sft: list[Example]
+    prompts: list[Prompt]
+    preferences: dict[str, Sequence[RatedText | PreferencePair]]  # by reward model: proxy, gold
+    test: Sequence[RatedText | PreferencePair]
+    eval_prompts: list[Prompt]
+
+
+class Pipeline:
+    def __init__(self, config: TandemConfig, log: RunLog, progress: Progress):
+        self.config, self.log, self.progress = config, log, progress
+        self.run_dir = Path(config.run_dir)
+        self.store = StageStore(Path(config.cache_dir), self.run_dir, config.reuse_stages)
+        self.results: dict[str, StageResult] = {}
+        self.seconds: dict[str, float] = {}
+        check_model(config)
+        options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, **options)
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
+        with progress.phase("reading the data"):
+            self.data = self._load()
+        for warning in check_machine(config, psutil.virtual_memory().available / 2**30, psutil.cpu_count() or 1):
+            progress.line(warning)
+
+    # ---- what a user asks for
+
+    def run(self) -> dict[str, Any]:
+        """Run `config.stage`. Returns the numbers of the summary."""
+        stage = self.config.stage
+        with Runtime(self.config) as self.runtime:
+            if stage in ("pipeline", "sft"):
+                self._stage("sft", self._sft)
+            if stage in ("pipeline", "reward_model"):
+                for name in self.data.preferences:
+                    self._stage(f"reward_model/{name}", lambda path, name=name: self._reward_model(name, path))
+            if stage in ("pipeline", "ppo"):
+                self._stage("ppo", self._ppo)
+            if stage in ("pipeline", "evaluate"):
+                self._evaluate()
+        return {name: result.metrics for name, result in self.results.items()}
+
+    # ---- inputs
+
+    def _load(self) -> Inputs:
+        config, data, stage = self.config, self.config.data, self.config.stage
+        wants = {"pipeline": {"sft", "reward_model", "ppo", "evaluate"}}.get(stage, {stage})
+        tokenizer = self.tokenizer
+
+        def kept(name: str, report: LoadReport, items: Any) -> Any:
+            if report.left_out:
+                left = ", ".join(f"{count} {reason}" for reason, count in report.left_out.most_common())
+                self.progress.line(f"  {name}: {report.used} of {report.rows} rows used; left out: {left}")
+            return items
+
+        def prompts(name: str, source: SourceConfig, completion_tokens: int) -> list[Prompt]:
+            report = LoadReport()
+            limit = config.engine.max_model_len
+            return kept(name, report, load_prompts(source, data, tokenizer, completion_tokens, limit, report))
+
+        def preferences(name: str, source: SourceConfig) -> Any:
+            report = LoadReport()
+            limit = config.reward_model.max_tokens
+            return kept(name, report, load_preferences(source, data, tokenizer, limit, report))
+
+        inputs = Inputs([], [], {}, [], [])
+        if wants & {"sft", "ppo", "evaluate"}:
+            report = LoadReport()
+            inputs.sft = kept("data.sft", report, load_sft(data.sft, data, tokenizer, config.sft.max_tokens, report))
+        if wants & {"reward_model", "ppo", "evaluate"}:
+            inputs.preferences["proxy"] = preferences("data.preferences", data.preferences)
+            if data.gold is not None:
+                inputs.preferences["gold"] = preferences("data.gold", data.gold)
+            inputs.test = preferences("data.test", data.test)
+        if wants & {"ppo", "evaluate"}:
+            inputs.prompts = prompts("data.prompts", data.prompts, config.ppo.sampling.max_completion_tokens)
+        if wants & {"evaluate"}:
+            sampling = config.evaluate.sampling
+            every = prompts("data.eval_prompts", data.eval_prompts, sampling.max_completion_tokens)
+            order = np.random.default_rng(config.evaluate.seed).permutation(len(every))[: config.evaluate.prompts]
+            inputs.eval_prompts = [every[i] for i in sorted(order)]
+        return inputs
+
+    def _inputs_of(self, name: str) -> dict[str, Any]:
+        """What decides the result of a stage: its hash names the directory of the result."""
+        config = self.config
+        common: dict[str, Any] = {
+            "format": 1,
+            "seed": config.seed,
+            "model": checkpoint_fingerprint(config.model.path, config.model.revision),
+            "dtype": config.model.dtype,
+            "learner": config.learner,
+            "ranks": config.cluster.num_learner_ranks,
+        }
+        if name == "sft":
+            return common | {"sft": config.sft, "data": fingerprint(self.data.sft)}
+        if name.startswith("reward_model/"):
+            data = fingerprint(self.data.preferences[name.split("/")[1]])
+            test = fingerprint(self.data.test)
+            return common | {"reward_model": config.reward_model, "data": data, "test": test}
+        return common | {
+            "ppo": config.ppo,
+            "engine": config.engine,
+            "actors": config.cluster.num_actors,
+            "prompts": fingerprint(self.data.prompts),
+            "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
+            "policy": checkpoint_fingerprint(self._checkpoint("sft")),
+            "proxy": checkpoint_fingerprint(self._checkpoint("reward_model/proxy")),
+            "gold": checkpoint_fingerprint(self._checkpoint("reward_model/gold")) if self._has_gold() else None,
+        }
+
+    def _checkpoint(self, name: str) -> str:
+        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache."""
+        if name in self.results:
+            return self.results[name].path
+        key = {"reward_model/proxy": "proxy_model", "reward_model/gold": "gold_model"}.get(name, f"{name}_model")
+        given = getattr(self.config, key)
+        if given:
+            return given
+        found = self.store.find(name, self._inputs_of(name))
+        if found is None:
+            stage = name.split("/")[0]
+            raise ConfigError(
+                f"stage={self.config.stage} needs the result of {name}, which has not run with this configuration: "
+                f"run stage={stage} or stage=pipeline first, or set {key}=PATH"
+            )
+        self.results[name] = found
+        return found.path
+
+    def _has_gold(self) -> bool:
+        return self.config.gold_model is not None or "gold" in self.data.preferences
+
+    # ---- stages
+
+    def _stage(self, name: str, work: Any) -> None:
+        given = {"sft": "sft_model", "reward_model/proxy": "proxy_model", "reward_model/gold": "gold_model"}.get(name)
+        if self.config.stage == "pipeline" and given and getattr(self.config, given):
+            self.progress.line(f"✓ {name}: {getattr(self.config, given)} (given)")
+            return
+        inputs = self._inputs_of(name)
+        found = self.store.find(name, inputs)
+        start = time.time()
+        if found:
+            self.results[name] = found
+            self.progress.line(f"✓ {name}: nothing has changed, reusing {found.path}")
+        else:
+            self.results[name] = self.store.run(name, inputs, work)
+            self.progress.line(f"✓ {name}: {self.results[name].path}")
+        self.seconds[name] = time.time() - start
+        self._write_stages()
+
+    def _write_stages(self) -> None:
+        rows = [asdict(result) | {"seconds": self.seconds.get(name, 0.0)} for name, result in self.results.items()]
+        (self.run_dir / "stages.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+    def _sft(self, path: Path) -> dict[str, Any]:
+        order = np.random.default_rng(self.config.seed).permutation(len(self.data.sft))
+        held = max(1, len(order) // 20)
+        examples = [self.data.sft[i] for i in order]
+        with self._learner("sft", "sft", self.config, examples[held:], examples[:held]) as group:
+            with self._phase("sft", f"SFT on {len(examples) - held} texts"):
+                steps = group.call("num_steps")[0]
+                before = group.call("evaluate")[0]
+                self.log.log("sft", 0, before)
+                for step in range(steps):
+                    metrics = group.call("step", step)[0]
+                    last = step == steps - 1
+                    if last or step % 10 == 9:
+                        metrics |= group.call("evaluate")[0] if last else {}
+                        loss = " ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in metrics.items() if "loss" in k)
+                        speed = metrics["perf/train_tokens_per_s"]
+                        self.progress.line(f"  SFT step {step + 1}/{steps} | {loss} | {speed:.0f} tok/s")
+                    self.log.log("sft", step + 1, metrics)
+            group.call("save", str(path))
+        return {"eval_loss_before": before.get("sft/eval_loss"), "eval_loss": metrics.get("sft/eval_loss")}
+
+    def _reward_model(self, name: str, path: Path) -> dict[str, Any]:
+        stage, examples = f"reward_model/{name}", self.data.preferences[name]
+        with self._learner(stage, "reward_model", self.config, examples) as group:
+            with self._phase(stage, f"{name} reward model on {len(examples)} preferences"):
+                steps = group.call("num_steps")[0]
+                recent: list[dict[str, float]] = []
+                for step in range(steps):
+                    metrics = group.call("step", step)[0]
+                    self.log.log(stage, step + 1, metrics)
+                    recent.append(metrics)
+                    if step == steps - 1 or step % 20 == 19:
+                        means = {k: float(np.mean([m[k] for m in recent])) for k in metrics}
+                        recent = []
+                        self.progress.line(
+                            f"  {name} reward model step {step + 1}/{steps} | loss {means['reward_model/loss']:.3f} | "
+                            f"pairs right {means['reward_model/accuracy']:.1%} | "
+                            f"{means['perf/train_tokens_per_s']:.0f} tok/s"
+                        )
+            with self._phase(stage, f"held-out accuracy of the {name} reward model"):
+                accuracy = self._pair_accuracy(group)
+            group.call("save", str(path))
+        self.progress.line(
+            f"  {name} reward model: {accuracy['accuracy']:.1%} of {accuracy['pairs']} held-out pairs right"
+            + (f" (VADER's rules: {accuracy['vader_accuracy']:.1%})" if "vader_accuracy" in accuracy else "")
+        )
+        return accuracy
+
+    def _pair_accuracy(self, group: Any) -> dict[str, float]:
+        """Held-out pairs on which the higher score goes to the text that people rated higher, with 95% intervals."""
+        config, test = self.config, self.data.test
+        options = {"samples": config.evaluate.bootstrap_samples, "seed": config.seed}
+
+        def score(texts: list[list[int]]) -> list[float]:
+            chunks = [texts[i : i + EVAL_CHUNK] for i in range(0, len(texts), EVAL_CHUNK)]
+            return [s for chunk in chunks for s in group.call("score", chunk)[0]]
+
+        rated = [item for item in test if isinstance(item, RatedText)]
+        if not rated:
+            pairs = [item for item in test if isinstance(item, PreferencePair)]
+            chosen, rejected = score([p.chosen_ids for p in pairs]), score([p.rejected_ids for p in pairs])
+            interval = statistics.win_rate(chosen, rejected, **options)
+            return _accuracy("accuracy", interval) | {"pairs": len(pairs)}
+        ratings = [float(np.mean(item.ratings)) for item in rated]
+        chosen_pairs = statistics.random_pairs(ratings, config.reward_model.eval_pairs, config.seed)
+        model = statistics.pair_accuracy(score([item.token_ids for item in rated]), ratings, chosen_pairs, **options)
+        from controller.evaluate import vader_scores
+
+        vader = statistics.pair_accuracy(vader_scores([i.text for i in rated]), ratings, chosen_pairs, **options)
+        rows = _accuracy("accuracy", model) | _accuracy("vader_accuracy", vader)
+        return rows | {"pairs": len(chosen_pairs), "texts": len(rated)}
+
+    def _ppo(self, path: Path) -> dict[str, Any]:
+        from controller.controller import PPOController
+
+        config = self.config
+        policy, proxy = self._checkpoint("sft"), self._checkpoint("reward_model/proxy")
+        scorers = {"proxy": proxy}
+        if self._has_gold() and config.ppo.gold_rollouts:
+            scorers["gold"] = self._checkpoint("reward_model/gold")
+        value = proxy if config.ppo.init_value_from == "reward_model" else policy
+        backend, eos = weight_backend(config), self.tokenizer.eos_token_id
+        ptx = self.data.sft if config.ppo.ptx_coef else []
+        stream = PromptStream(self.data.prompts, config.ppo.samples_per_prompt, config.seed)
+        self._start_ray("ppo")
+        with ExitStack() as engines:
+            learner = engines.enter_context(self.runtime.learner("ppo", config, policy, value, eos, ptx))
+            # The learner starts meanwhile.
+            with self._phase("ppo", "starting the reward service"):
+                client = engines.enter_context(self.runtime.service(scorers))
+            with self._phase("ppo", "starting vLLM"):
+                actors = engines.enter_context(self.runtime.actors(policy, backend, eos, client))
+            with self._phase("ppo", "starting the learner for PPO"):
+                learner.wait_ready()
+                learner.call("connect", backend, actors)
+            controller = PPOController(config, stream, actors, learner, self.log, self.progress, "gold" in scorers)
+            with self._phase("ppo", f"PPO: {config.ppo.updates} updates of {config.ppo.rollouts_per_update} rollouts"):
+                controller.run()
+            learner.call("save", str(path))
+            return {"versions": controller.version, "learner_peak_gib": learner.peak_memory_gib()}
+
+    def _evaluate(self) -> None:
+        from controller.evaluate import REFERENCE, judge_models, sample_rows, summarize
+        from learner.weight_publisher import BACKEND
+
+        config = self.config
+        models = {"base": config.model.path, "ppo": self._checkpoint("ppo"), REFERENCE: self._checkpoint("sft")}
+        scorers = {"proxy": self._checkpoint("reward_model/proxy")}
+        if self._has_gold():
+            scorers["gold"] = self._checkpoint("reward_model/gold")
+        start = time.time()
+        eos = self.tokenizer.eos_token_id
+        self._start_ray("evaluate")
+        with ExitStack() as engines:
+            with self._phase("evaluate", "starting the reward service and vLLM"):
+                client = engines.enter_context(self.runtime.service(scorers))
+                actors = engines.enter_context(self.runtime.actors(models["base"], BACKEND, eos, client))
+            with self.log.phase("evaluate", "evaluation"):
+                judged = judge_models(config, models, self.data.eval_prompts, actors, list(scorers), self.progress)
+        result = summarize(judged, list(scorers), config)
+        self.log.samples(sample_rows(judged, list(scorers)))
+        (self.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        self.results["evaluate"] = StageResult("evaluate", str(self.run_dir / "evaluation.json"), False, result)
+        self.seconds["evaluate"] = time.time() - start
+        self._write_stages()
+
+    # ---- engines and phases
+
+    def _start_ray(self, stage: str) -> None:
+        if not ray.is_initialized():
+            with self._phase(stage, "starting Ray"):
+                self.runtime.start()
+
+    @contextmanager
+    def _learner(self, stage: str, task: str, *arguments: Any) -> Iterator[Any]:
+        """The ranks of a stage, ready."""
+        self._start_ray(stage)
+        with self.runtime.learner(task, *arguments) as group:
+            with self._phase(stage, f"starting the learner for {stage}"):
+                group.wait_ready()
+            yield group
+
+    @contextmanager
+    def _phase(self, stage: str, text: str) -> Iterator[None]:
+        """Announce a phase on the terminal and record it for the report."""
+        with self.progress.phase(text), self.log.phase(stage, text):
+            yield
+
+
+def _accuracy(name: str, interval: statistics.Interval) -> dict[str, float]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def check_model(config: TandemConfig) -> None:
+    """Refuse a model that cannot be loaded, before anything starts.
+
+    Raises:
+        ConfigError: naming the key and what is wrong.
+    """
+    keys = {"model.path": config.model.path}
+    keys |= {k: v for k in ("sft_model", "proxy_model", "gold_model", "ppo_model") if (v := getattr(config, k))}
+    problems = []
+    for key, path in keys.items():
+        try:
+            AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
+            problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def open_run(config: TandemConfig, progress: Progress) -> RunLog:
+    """Create the run directory, write the resolved configuration, open the log."""
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    plain = redacted(asdict(config))
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    return RunLog(run_dir, plain, config.logger, config.stage)

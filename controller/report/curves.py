@@ -1,0 +1,218 @@
+"""Everything drawn over versions or steps: the PPO small multiples, the frontier, the losses of SFT and reward models."""
+
+import math
+
+from controller.report import svg
+from controller.report.alarms import limits_of
+from controller.report.data import Run, number
+from controller.report.markup import absent, bounds, compact, esc, section
+from controller.report.svg import Scale, Series, line_chart
+
+MODELS = ("base", "sft", "ppo")
+MODEL_NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
+
+# (title, unit, [(name, colour class, metric)])
+PPO_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
+    ("Score", "score", (("learned", "proxy", "reward/score_mean"), ("gold", "gold", "reward/gold_mean"))),
+    ("KL from reference", "nats a sequence", (("KL", "plain", "kl/ref_seq"),)),
+    ("Length", "tokens", (("mean", "plain", "completion/len_mean"), ("p95", "soft", "completion/len_p95"))),
+    ("Ends with EOS", "share of completions", (("EOS share", "plain", "completion/eos_frac"),)),
+    ("Explained variance", "share, value model", (("explained variance", "plain", "value/explained_var"),)),
+    ("Entropy", "nats a token", (("entropy", "plain", "policy/entropy"),)),
+    ("Change in one update", "approximate KL", (("approx_kl", "plain", "policy/approx_kl"),)),
+    ("Clipped tokens", "share", (("clipfrac", "plain", "policy/clipfrac"),)),
+    ("Sampler against learner", "mismatch k3, nats a token", (("k3", "plain", "kl/mismatch_k3"),)),
+    (
+        "Gradients",
+        "L2 norm before clipping",
+        (("policy", "ppo", "policy/grad_norm"), ("value", "soft", "value/grad_norm")),
+    ),
+    ("Distinct bigrams", "share", (("distinct bigrams", "plain", "completion/distinct_2"),)),
+    (
+        "Speed",
+        "tokens a second",
+        (("generate", "plain", "perf/gen_tokens_per_s"), ("train", "soft", "perf/train_tokens_per_s")),
+    ),
+)
+
+
+def ppo_curves(run: Run) -> str:
+    charts, drawn, longest = [], 0, 0
+    for title, unit, lines in PPO_CHARTS:
+        series = [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines]
+        drawn += any(s.curve for s in series)
+        longest = max(longest, *(len(s.curve) for s in series))
+        limits = [limit for _, _, metric in lines for limit in limits_of(metric)]
+        max_kl = number(run.setting("evaluate.max_kl"))
+        if lines[0][2] == "kl/ref_seq" and max_kl is not None:
+            limits.append((max_kl, "limit of the verdict"))
+        charts.append(line_chart(title, series, unit=unit, limits=limits))
+    if not drawn:
+        return section("curves", "PPO, version by version", absent("No PPO metrics in this run yet."))
+    intro = (
+        "One point per policy version, measured on that version’s own rollouts. The number is the last value; hover for "
+        "the others."
+    )
+    if longest >= svg.SMOOTH_FROM:
+        intro += " Thin: each version. Bold: moving mean."
+    return section("curves", "PPO, version by version", f'<div class="charts">{"".join(charts)}</div>', intro)
+
+
+def frontier(run: Run) -> str:
+    """Gold and learned score against the distance from the reference (Gao et al. 2022, figure 1)."""
+    panels = [
+        _frontier_panel(run, "Gold judge", "gold", "reward/gold_mean"),
+        _frontier_panel(run, "Learned score (proxy)", "proxy", "reward/score_mean"),
+    ]
+    drawn = "".join(panel for panel in panels if panel)
+    if not drawn:
+        return section("frontier", "Frontier", absent("Needs a KL and a score: no PPO metrics, no evaluation yet."))
+    versions = [step for step, _ in run.curve("ppo", "kl/ref_seq")]
+    key = ""
+    if versions:
+        key = (
+            f'<p class="ramp"><span>version {versions[0]:.0f}</span><i></i><span>{versions[-1]:.0f}</span>'
+            "<em>small points: rollouts in training</em><em>large marks: evaluation prompts, bars are 95% intervals"
+            "</em></p>"
+        )
+    intro = (
+        "How much was gained for how much drift. A good run climbs steeply on the left panel; where the right panel goes "
+        "on climbing while the left one bends down, the reward model is being exploited."
+    )
+    return section("frontier", "Frontier: score against KL", f'{key}<div class="pair">{drawn}</div>', intro)
+
+
+def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> str:
+    kl = dict(run.curve("ppo", "kl/ref_seq"))
+    points = [(step, kl.get(step), value) for step, value in run.curve("ppo", metric)]
+    trail = [(step, x, y) for step, x, y in points if x is not None and y is not None]
+    trail = trail[:: max(1, math.ceil(len(trail) / svg.MAX_POINTS))]
+    marks, levels = _evaluation_marks(run, measure, max((x for _, x, _ in trail), default=0.0))
+    if not trail and not marks:
+        return ""
+    xs = [x for _, x, _ in trail] + [v for _, xb, _ in marks for v in xb if v is not None]
+    ys = [y for _, _, y in trail] + [v for _, _, yb in marks for v in yb if v is not None] + [y for _, y in levels]
+    width, height = 480.0, 320.0
+    x = Scale(*svg.padded([0.0, *xs], 0.06), 48.0, width - 14.0)
+    y = Scale(*_room(ys), height - 36.0, 26.0)
+    body = [svg.axes(x, y, "KL from the reference, nats a sequence", "score")]
+    for model, level in levels:
+        body.append(
+            f'<line class="level {model}" x1="{x.start}" x2="{x.end}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>'
+            f'<text class="mark-text {model}" x="{x.end - 4:.1f}" y="{y(level) - 5:.1f}" text-anchor="end">'
+            f"{MODEL_NAMES[model]}</text>"
+        )
+    if len(trail) > 1:
+        line = " ".join(f"{x(kx):.1f},{y(v):.1f}" for _, kx, v in trail)
+        body.append(f'<polyline class="trail" points="{line}"/>')
+    for i, (step, kx, v) in enumerate(trail):
+        share = 100 * i / max(1, len(trail) - 1)
+        text = f"version {step:g}\nKL {compact(kx)} nats\n{title.lower()} {compact(v)}"
+        body.append(
+            f'<circle class="version" style="--at:{share:.0f}%" cx="{x(kx):.1f}" cy="{y(v):.1f}" r="3.4">'
+            f"<title>{esc(text)}</title></circle>"
+        )
+    dots = [(x(kx), y(v)) for _, kx, v in trail]
+    body += [_mark(model, xb, yb, x, y, title, dots) for model, xb, yb in marks]
+    return (
+        f'<figure class="chart wide"><figcaption><b>{esc(title)}</b></figcaption><svg viewBox="0 0 {width:.0f} '
+        f'{height:.0f}" role="img" aria-label="{esc(title)} against KL">{"".join(body)}</svg></figure>'
+    )
+
+
+Bounds = tuple[float | None, float | None, float | None]
+
+
+def _evaluation_marks(
+    run: Run, measure: str, furthest: float
+) -> tuple[list[tuple[str, Bounds, Bounds]], list[tuple[str, float]]]:
+    """Models to mark as points, and those to draw as a level, because their KL is unknown or would squeeze the axis."""
+    found = []
+    for model in MODELS:
+        values = (run.evaluation.get("models") or {}).get(model) or {}
+        found.append((model, bounds(values.get("kl")), bounds(values.get(measure))))
+    for _, (kl, _, _), _ in found[1:]:
+        furthest = max(furthest, kl or 0.0)
+    marks, levels = [], []
+    for model, kl_bounds, bounds_ in found:
+        if bounds_[0] is None:
+            continue
+        if kl_bounds[0] is not None and kl_bounds[0] <= 2 * (furthest or math.inf):
+            marks.append((model, kl_bounds, bounds_))
+        else:
+            levels.append((model, bounds_[0]))
+    return marks, levels
+
+
+def _room(values: list[float]) -> tuple[float, float]:
+    """As `svg.padded`, but scores have no natural zero to stop at."""
+    room = (max(values) - min(values)) * 0.1 or 1.0
+    return min(values) - room, max(values) + room
+
+
+def _emptiest(at: tuple[float, float], dots: list[tuple[float, float]], x: Scale) -> tuple[float, float, str]:
+    """Of the four corners beside a mark, the one where a label covers the fewest points."""
+    corners = [(dx, dy, "start" if dx > 0 else "end") for dx in (11.0, -11.0) for dy in (-11.0, 20.0)]
+
+    def covered(corner: tuple[float, float, str]) -> int:
+        left = at[0] + (corner[0] if corner[0] > 0 else corner[0] - 32)
+        inside = [1 for px, py in dots if left <= px <= left + 32 and abs(py - (at[1] + corner[1] - 4)) < 9]
+        return len(inside) + (1000 if left + 32 > x.end or left < x.start else 0)
+
+    return min(corners, key=covered)
+
+
+def _mark(model: str, xb: Bounds, yb: Bounds, x: Scale, y: Scale, title: str, dots: list[tuple[float, float]]) -> str:
+    at_x, at_y = x(xb[0] or 0.0), y(yb[0] or 0.0)
+    out = ""
+    if xb[1] is not None and xb[2] is not None:
+        out += (
+            f'<line class="whisker {model}" x1="{x(xb[1]):.1f}" x2="{x(xb[2]):.1f}" y1="{at_y:.1f}" y2="{at_y:.1f}"/>'
+        )
+    if yb[1] is not None and yb[2] is not None:
+        out += (
+            f'<line class="whisker {model}" x1="{at_x:.1f}" x2="{at_x:.1f}" y1="{y(yb[1]):.1f}" y2="{y(yb[2]):.1f}"/>'
+        )
+    # Shape as well as colour tells the models apart.
+    shape = {
+        "base": f'<rect class="mark base" x="{at_x - 5:.1f}" y="{at_y - 5:.1f}" width="10" height="10"/>',
+        "sft": f'<path class="mark sft" d="M{at_x:.1f} {at_y - 7:.1f}l7 7-7 7-7-7z"/>',
+        "ppo": f'<circle class="mark ppo" cx="{at_x:.1f}" cy="{at_y:.1f}" r="6.2"/>',
+    }[model]
+    dx, dy, anchor = _emptiest((at_x, at_y), dots, x)
+    text = f"{MODEL_NAMES[model]}, evaluation\nKL {compact(xb[0])} nats\n{title.lower()} {compact(yb[0])}"
+    return (
+        f"<g><title>{esc(text)}</title>{out}{shape}"
+        f'<text class="mark-text {model}" x="{at_x + dx:.1f}" y="{at_y + dy:.1f}" text-anchor="{anchor}">'
+        f"{MODEL_NAMES[model]}</text></g>"
+    )
+
+
+def training_losses(run: Run) -> str:
+    """Loss of SFT, loss and accuracy of the reward models."""
+    charts = []
+    sft = [
+        Series("training", "sft", run.curve("sft", "sft/loss")),
+        Series("held out", "soft", run.curve("sft", "sft/eval_loss")),
+    ]
+    if any(s.curve for s in sft):
+        charts.append(line_chart("SFT loss", sft, unit="nats a token", x_label="step"))
+    models = run.stages_of("reward_model/")
+    colours = {"reward_model/proxy": "proxy", "reward_model/gold": "gold"}
+    for title, unit, metric in (
+        ("Pair loss", "nats a pair, reward models", "reward_model/loss"),
+        ("Pair accuracy", "share of pairs, reward models", "reward_model/accuracy"),
+    ):
+        series = [Series(m.partition("/")[2], colours.get(m, "plain"), run.curve(m, metric)) for m in models]
+        if any(s.curve for s in series):
+            charts.append(line_chart(title, series, unit=unit, x_label="step"))
+    notes = [
+        f"{esc(stage.get('name'))} came from the cache: its curve is in the run that trained it."
+        for stage in run.stages
+        if stage.get("cached") and str(stage.get("name")).startswith(("sft", "reward_model"))
+    ]
+    body = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+    body += "".join(absent(note) for note in notes)
+    intro = "Each should flatten out; a held-out loss that turns up again means too many epochs." if charts else ""
+    missing = absent("No losses of SFT or reward models yet.")
+    return section("losses", "Before PPO: SFT and reward models", body or missing, intro)

@@ -1,0 +1,172 @@
+"""Read a run directory, whole or half finished, into one record that the sections of the report draw from."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from controller.metrics import redacted
+
+CURVE_FILES = ("metrics.jsonl", "stages.json", "evaluation.json")
+
+
+class ReportError(ValueError):
+    """The directory holds nothing that a report could be made of."""
+
+
+Curve = list[tuple[float, float | None]]  # (step, value); None where the run logged null
+
+
+@dataclass
+class Run:
+    """What the files of a run directory say. A file that is missing leaves its field empty and its name in `missing`."""
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)  # of Hydra, where it kept them
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.path.name)
+
+    def setting(self, dotted: str) -> Any:
+        """A value of the configuration by its path, or None."""
+        value: Any = self.config
+        for part in dotted.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def curve(self, stage: str, metric: str) -> Curve:
+        """(step, value) in order of step. A resumed run may log a step twice: the later line counts."""
+        by_step: dict[float, float | None] = {}
+        for row in self.metrics:
+            if row.get("stage") == stage and metric in row and number(row.get("step")) is not None:
+                by_step[float(row["step"])] = number(row[metric])
+        return sorted(by_step.items())
+
+    def stages_of(self, prefix: str) -> list[str]:
+        """Names of the stages that logged metrics and start with `prefix`, in order of appearance."""
+        names = [str(row.get("stage")) for row in self.metrics]
+        return [name for name in dict.fromkeys(names) if name.startswith(prefix)]
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """What stages.json says of one stage, or an empty dict."""
+        return next((stage for stage in self.stages if stage.get("name") == name), {})
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for null, NaN, text and whatever else a broken run may have left."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def load(run_dir: str | Path) -> Run:
+    """Read the directory.
+
+    Raises:
+        ReportError: it does not exist, or has none of the files that a report is about.
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise ReportError(f"{path} is not a directory; write the run directory that `train.py` printed")
+    run = Run(path.resolve())
+    run.metrics = _jsonl(run, "metrics.jsonl")
+    run.samples = _jsonl(run, "samples.jsonl")
+    run.phases = _laid_end_to_end(_jsonl(run, "phases.jsonl"))
+    stages = _json(run, "stages.json")
+    run.stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    evaluation = _json(run, "evaluation.json")
+    run.evaluation = evaluation if isinstance(evaluation, dict) else {}
+    run.config = _yaml(run)
+    if not (run.metrics or run.stages or run.evaluation):
+        raise ReportError(
+            f"{path} has none of {', '.join(CURVE_FILES)} with content: nothing to report. "
+            "Is it a run directory, and has its first stage finished a step?"
+        )
+    return run
+
+
+def _jsonl(run: Run, name: str) -> list[dict[str, Any]]:
+    path = run.path / name
+    if not path.exists():
+        run.missing.append(name)
+        return []
+    rows, broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken += 1  # a process that was killed leaves half a line
+    if broken:
+        run.problems.append(f"{name}: {broken} line{'s' if broken > 1 else ''} could not be read and count for nothing")
+    return rows
+
+
+def _json(run: Run, name: str) -> Any:
+    path = run.path / name
+    if not path.exists():
+        run.missing.append(name)
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        run.problems.append(f"{name} is not valid JSON ({error})")
+        return None
+
+
+def _yaml(run: Run) -> dict[str, Any]:
+    path = run.path / "config.yaml"
+    overrides = run.path / ".hydra/overrides.yaml"
+    try:
+        if overrides.exists():
+            kept = yaml.safe_load(overrides.read_text(encoding="utf-8"))
+            run.overrides = [_redacted_override(str(item)) for item in kept] if isinstance(kept, list) else []
+        if not path.exists():
+            run.missing.append("config.yaml")
+            return {}
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        # Not shown as it is: what cannot be parsed cannot be cleared of secrets either.
+        run.problems.append(f"config.yaml is not valid YAML ({str(error).splitlines()[0]})")
+        return {}
+    return redacted(config) if isinstance(config, dict) else {}
+
+
+def _redacted_override(override: str) -> str:
+    name, _, value = override.partition("=")
+    return f"{name}={redacted({name: value})[name]}"
+
+
+def _laid_end_to_end(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Phases with usable times. A resumed run starts its clock at zero: its phases move behind those before it.
+
+    Lines are written when a phase ends, so within one attempt their ends never decrease.
+    """
+    kept: list[dict[str, Any]] = []
+    offset_s = last_s = 0.0
+    for row in rows:
+        start_s, end_s = number(row.get("start_s")), number(row.get("end_s"))
+        if start_s is None or end_s is None or end_s < start_s:
+            continue
+        if end_s + offset_s < last_s:
+            offset_s = last_s
+        last_s = end_s + offset_s
+        kept.append(row | {"start_s": start_s + offset_s, "end_s": last_s})
+    return kept

@@ -1,0 +1,127 @@
+"""The verdict on a run: is PPO better than SFT, by limits that were fixed before the run, and what does it show if not?
+
+A gain counts on the gold judge, which PPO never saw; the learned ("proxy") score rises in almost any run. It counts
+only at about SFT's length, with completions that end, and near the reference policy: stopping early can please a judge.
+"""
+
+import math
+from typing import Any
+
+from contracts.config import EvaluateConfig
+
+
+def _number(value: Any) -> float:
+    """A measured number, or NaN for one that is absent: comparisons with NaN are false, so it passes no check."""
+    return float("nan") if value is None else float(value)
+
+
+def _interval(values: dict[str, Any] | None) -> tuple[float, float, float]:
+    values = values or {}
+    return _number(values.get("mean")), _number(values.get("low")), _number(values.get("high"))
+
+
+def _direction(interval: tuple[float, float, float]) -> str:
+    _, low, high = interval
+    if math.isnan(low) or math.isnan(high):
+        return "unknown"
+    return "rose" if low > 0 else "fell" if high < 0 else "unclear"
+
+
+def _shown(interval: tuple[float, float, float]) -> str:
+    mean, low, high = interval
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _check(name: str, value: float, limit: float, passed: bool) -> dict[str, Any]:
+    return {"name": name, "value": value, "limit": limit, "passed": bool(passed)}
+
+
+def _reservations(length_change: float, eos_share: float, kl: float, config: EvaluateConfig) -> list[str]:
+    """What speaks against the run apart from the gold score, one clause each."""
+    direction = "shorter" if length_change < 0 else "longer"
+    rows = [
+        (
+            abs(length_change) <= config.max_length_change,
+            length_change,
+            f"completions got {abs(length_change):.1%} {direction} than SFT's (limit {config.max_length_change:.1%})",
+            "the change of length is not known",
+        ),
+        (
+            eos_share >= config.min_eos_share,
+            eos_share,
+            f"only {eos_share:.1%} of the completions end with EOS (limit {config.min_eos_share:.1%})",
+            "the EOS share is not known",
+        ),
+        (
+            kl <= config.max_kl,
+            kl,
+            f"the KL is {kl:.1f} nats a sequence (limit {config.max_kl:.1f})",
+            "the KL is not known",
+        ),
+    ]
+    return [unknown if math.isnan(value) else clause for passed, value, clause, unknown in rows if not passed]
+
+
+def _text(gold: tuple[float, float, float], proxy: tuple[float, float, float], reservations: list[str]) -> str:
+    proxy_direction = _direction(proxy)
+    learned = {
+        "rose": f"the learned score rose ({_shown(proxy)})",
+        "fell": f"the learned score fell ({_shown(proxy)})",
+        "unclear": f"the learned score did not clearly change ({_shown(proxy)})",
+        "unknown": "the change of the learned score is not known",
+    }[proxy_direction]
+    against = " and ".join(reservations)
+    besides = f"; besides, {against}" if reservations else ""
+    match _direction(gold):
+        case "rose" if not reservations:
+            return (
+                f"Passed: the gold score rose over SFT's ({_shown(gold)}) within the limits of length, EOS share and "
+                f"KL, and {learned}."
+            )
+        case "rose":
+            return f"Not passed: the gold score rose over SFT's ({_shown(gold)}), but {against}."
+        case "fell" if proxy_direction == "rose":
+            return f"Not passed: {learned} while the gold score fell below SFT's ({_shown(gold)}){besides}."
+        case "fell":
+            return f"Not passed: the gold score fell below SFT's ({_shown(gold)}), and {learned}{besides}."
+        case "unclear" if proxy_direction == "rose":
+            return f"Not passed: {learned}, but the gold score did not clearly change ({_shown(gold)}){besides}."
+        case "unclear":
+            return f"Inconclusive: the gold score did not clearly change ({_shown(gold)}), and {learned}{besides}."
+    return f"Inconclusive: the gold gain over SFT is not known, and {learned}{besides}."
+
+
+def verdict(models: dict[str, Any], comparisons: dict[str, Any], config: EvaluateConfig) -> dict[str, Any]:
+    """Judge the policy "ppo" against "sft" by the limits in `config`.
+
+    Args:
+        models: per model ("sft", "ppo", ...) its "kl" as {"mean", "low", "high"} in nats a sequence and its
+            "eos_share"; the rest is not read here.
+        comparisons: "ppo_vs_sft" with "gold_gain" and "proxy_gain" as {"mean", "low", "high"} and "length_ratio".
+        config: `max_length_change` (relative), `min_eos_share` and `max_kl`.
+
+    Returns:
+        {"passed", "text" (one sentence), "checks": [{"name", "value", "limit", "passed"}]}. What was not measured
+        (absent, None or NaN) has the value NaN and does not pass.
+    """
+    ppo, against_sft = models["ppo"], comparisons["ppo_vs_sft"]
+    gold, proxy = _interval(against_sft.get("gold_gain")), _interval(against_sft.get("proxy_gain"))
+    length_change = _number(against_sft.get("length_ratio")) - 1.0
+    eos_share, (kl, _, _) = _number(ppo.get("eos_share")), _interval(ppo.get("kl"))
+    checks = [
+        _check("gold gain over SFT, lower end of its 95% interval", gold[1], 0.0, gold[1] > 0),
+        _check(
+            "length change from SFT, relative",
+            length_change,
+            config.max_length_change,
+            abs(length_change) <= config.max_length_change,
+        ),
+        _check("EOS share of the completions", eos_share, config.min_eos_share, eos_share >= config.min_eos_share),
+        _check("KL from the reference, nats a sequence", kl, config.max_kl, kl <= config.max_kl),
+    ]
+    reservations = _reservations(length_change, eos_share, kl, config)
+    return {
+        "passed": all(check["passed"] for check in checks),
+        "text": _text(gold, proxy, reservations),
+        "checks": checks,
+    }

@@ -1,0 +1,227 @@
+"""The losses, each a *sum* over the tokens or pairs of its mask, and the log-probabilities that they need.
+
+The caller divides by the count of the global minibatch, which makes one gradient of any partition into microbatches or
+ranks. Masks are bool, and what lies outside a mask is replaced before any arithmetic, not multiplied by zero after it:
+the gradient of 0 * inf is NaN.
+
+Left out: an entropy bonus (InstructGPT has none; the KL penalty keeps the policy broad) and importance weights for
+asynchronous rollouts.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Rows whose logits are in float32 at once: 64 x 49,152 (SmolLM2) are 13 MB. More rows are not faster on a CPU.
+ROWS_PER_CHUNK = 64
+
+
+def policy_loss(
+    policy_logprobs: Tensor,
+    proximal_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate of PPO, with the dual clip.
+
+    rho = exp(clamp(log pi - log pi_prox, -20, 20))
+    L   = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), and min(L, -A dual_clip) where A < 0
+
+    Without the dual clip the loss of a bad token that has become likely is unbounded.
+
+    Sources: Schulman et al. 2017 (arXiv 1707.06347), equation 7; Ye et al. 2020 (arXiv 1912.09729), dual-clip PPO.
+
+    Args:
+        policy_logprobs: [B, C], under the policy being trained; carries the gradient.
+        proximal_logprobs: [B, C], before this batch's updates.
+        advantages: [B, C], whitened.
+        mask: bool [B, C], tokens that train.
+        clip: half-width of the trust region of rho.
+        dual_clip: greater than 1, or None for none.
+
+    Returns:
+        The sum over the mask (float32 scalar) and detached scalars. Sums over the mask: `clipped` (tokens where the
+        clip decides), `approx_kl` (k3 of proximal against policy: rho - 1 - log rho, nats), `ratio` (rho). A maximum:
+        `ratio_max`, 0 where the mask is empty.
+    """
+    difference = torch.where(mask, policy_logprobs.float() - proximal_logprobs.detach().float(), 0.0)
+    advantages = torch.where(mask, advantages.detach().float(), 0.0)
+    log_ratio = difference.clamp(-20.0, 20.0)
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    losses = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
+    with torch.no_grad():
+        masked_ratio = torch.where(mask, ratio, 0.0)
+        stats = {
+            "clipped": (clipped > unclipped).sum().float(),
+            "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
+            "ratio": masked_ratio.sum(),
+            "ratio_max": masked_ratio.max() if masked_ratio.numel() else masked_ratio.new_zeros(()),
+        }
+    return losses.sum(), stats
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped squared error: 1/2 max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2).
+
+    Source: "The N implementation details of RLHF with PPO"; the unclipped half squared error where `clip` is None.
+
+    Args:
+        values: [B, C], V(s_t) now; carries the gradient.
+        old_values: [B, C], V(s_t) before this batch's updates.
+        returns: [B, C], A + V_old before whitening.
+        mask: bool [B, C], tokens that train.
+        clip: in units of the value, or None.
+
+    Returns:
+        The sum over the mask (float32 scalar) and `clipped`, the detached number of tokens where the clip decides.
+    """
+    values = torch.where(mask, values.float(), 0.0)
+    old_values = torch.where(mask, old_values.detach().float(), 0.0)
+    returns = torch.where(mask, returns.detach().float(), 0.0)
+    unclipped = (values - returns).square()
+    if clip is None:
+        return 0.5 * unclipped.sum(), {"clipped": unclipped.new_zeros(())}
+    near_old = old_values + (values - old_values).clamp(-clip, clip)
+    clipped = (near_old - returns).square()
+    # Inside the clip the two errors are equal but for the rounding of old + (V - old), which must not be counted.
+    decides = (clipped > unclipped) & ((values - old_values).abs() > clip)
+    stats = {"clipped": decides.sum().float()}
+    return 0.5 * torch.maximum(unclipped, clipped).sum(), stats
+
+
+def token_nll_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Negative log-likelihood, summed over the mask: the loss of SFT and of PPO-ptx.
+
+    Args:
+        logprobs: any shape, log p of the target tokens; carries the gradient.
+        mask: bool, same shape.
+
+    Returns:
+        float32 scalar, nats.
+    """
+    return -torch.where(mask, logprobs.float(), 0.0).sum()
+
+
+def soft_pairwise_loss(scores: Tensor, preferences: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy of sigmoid(s_i - s_j) against P(i beats j), over the pairs i < j of a batch.
+
+    With P in {0, 1} it is -log sigmoid(s_winner - s_loser), the loss of Stiennon et al. 2020 (arXiv 2009.01325); P
+    between them is the share of rater pairs that agree (`learner.preferences`).
+
+    Args:
+        scores: [N], carries the gradient.
+        preferences: [N, N], P(i beats j); read above the diagonal only.
+        mask: bool [N, N], pairs that count; read above the diagonal only.
+
+    Returns:
+        The sum over the pairs (float32 scalar, nats) and their number (int64 scalar).
+    """
+    pairs = mask.triu(diagonal=1)
+    scores = scores.float()
+    margins = torch.where(pairs, scores[:, None] - scores[None, :], 0.0)
+    losses = F.binary_cross_entropy_with_logits(margins, preferences.float(), reduction="none")
+    return torch.where(pairs, losses, 0.0).sum(), pairs.sum()
+
+
+class SelectedLogprobs(torch.autograd.Function):
+    """log_softmax(logits / T) at the targets, without a float32 copy of the logits.
+
+    Row chunks go to float32 and are dropped; the backward pass recomputes them and writes
+    d loss / d logits = (onehot(target) - softmax(logits / T)) * g / T into one buffer of the logits' dtype.
+    Autograd's own log_softmax of bfloat16 logits in float32 would hold three times the memory at least.
+    """
+
+    @staticmethod
+    def _scaled(logits: Tensor, temperature: float, banned_token: int | None, banned_mask: Tensor | None) -> Tensor:
+        """A chunk [n, V] of logits / temperature in float32 (float64 stays), banned tokens at -inf."""
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
+        if banned_token is not None and banned_mask is not None:
+            scaled[:, banned_token].masked_fill_(banned_mask, -torch.inf)
+        return scaled
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        banned_token: int | None,
+        banned_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        compute_dtype = torch.promote_types(logits.dtype, torch.float32)
+        num_rows = logits.shape[0]
+        logprobs = torch.empty(num_rows, dtype=compute_dtype, device=logits.device)
+        log_normalizers = torch.empty_like(logprobs)
+        entropy = torch.empty_like(logprobs)
+        for start in range(0, num_rows, ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            banned_rows = None if banned_mask is None else banned_mask[rows]
+            scaled = SelectedLogprobs._scaled(logits[rows], temperature, banned_token, banned_rows)
+            log_normalizer = scaled.logsumexp(dim=-1)
+            log_normalizers[rows] = log_normalizer
+            logprobs[rows] = scaled.gather(1, targets[rows, None]).squeeze(1) - log_normalizer
+            # entr(0) is 0, where -p log p would be NaN for a banned token.
+            probabilities = scaled.sub_(log_normalizer[:, None]).exp_()
+            entropy[rows] = torch.special.entr(probabilities).sum(dim=-1)
+        ctx.save_for_backward(logits, targets, log_normalizers, banned_mask)
+        ctx.temperature = temperature
+        ctx.banned_token = banned_token
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, targets, log_normalizers, banned_mask = ctx.saved_tensors
+        grad_logits = torch.empty_like(logits)
+        for start in range(0, logits.shape[0], ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            banned_rows = None if banned_mask is None else banned_mask[rows]
+            scaled = SelectedLogprobs._scaled(logits[rows], ctx.temperature, ctx.banned_token, banned_rows)
+            probabilities = scaled.sub_(log_normalizers[rows, None]).exp_()
+            weights = (grad_logprobs[rows] / ctx.temperature)[:, None]
+            grad = probabilities.mul_(-weights).scatter_add_(1, targets[rows, None], weights)
+            # A row outside the loss has weight 0, and 0 * NaN from garbage logits must not reach the model.
+            grad_logits[rows] = grad.masked_fill_(weights == 0, 0.0)
+        return grad_logits, None, None, None, None
+
+
+def selected_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    banned_token: int | None = None,
+    banned_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log p of the target tokens at the sampling temperature, and the entropy of their distributions.
+
+    log p = log_softmax(float32(logits) / temperature)[target]. The temperature divides logits, not log p.
+
+    Args:
+        logits: [N, V], bfloat16 or float32 (float64 is computed in float64); carries the gradient.
+        targets: int64 [N], in [0, V) on every row, padding included.
+        temperature: greater than 0.
+        banned_token: a token that some rows could not sample (EOS before `min_completion_tokens`).
+        banned_mask: bool [N], the rows where `banned_token` has logit -inf; given together with it or not at all.
+
+    Returns:
+        logprobs, float32 [N], -inf where the target is banned; entropy, float32 [N], nats, always without gradient.
+
+    Raises:
+        ValueError: if only one of `banned_token` and `banned_mask` is given.
+    """
+    if (banned_token is None) != (banned_mask is None):
+        raise ValueError("banned_token and banned_mask go together: give both, or neither")
+    logprobs, entropy = SelectedLogprobs.apply(logits, targets, temperature, banned_token, banned_mask)
+    return logprobs, entropy

@@ -1,0 +1,149 @@
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from contracts.config import LoggerConfig
+from controller.metrics import REDACTED, RunLog, redacted
+
+CANARY = "canary-3f9c1d77"
+
+
+def lines(path: Path) -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+class Ticks:
+    """A clock that moves one second for each look at it."""
+
+    def __init__(self) -> None:
+        self.now = 99.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.fixture
+def disabled() -> LoggerConfig:
+    return LoggerConfig(wandb="disabled")
+
+
+def test_lines_are_json_and_on_disk_at_once(tmp_path, disabled):
+    log = RunLog(tmp_path, {}, disabled, "ppo", clock=Ticks())
+    log.log("ppo", 3, {"kl/ref_seq": 2.5, "policy/loss": float("nan"), "value/loss": float("inf"), "policy/lr": None})
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"stage": "ppo", "step": 3, "wall_s": 1.0, "kl/ref_seq": 2.5}
+        | {"policy/loss": None, "value/loss": None, "policy/lr": None}
+    ]
+    log.samples([{"stage": "ppo", "step": 3, "prompt": "a ", "completion": "日本", "proxy": float("nan"), "eos": True}])
+    assert lines(tmp_path / "samples.jsonl")[0] == {
+        "stage": "ppo", "step": 3, "prompt": "a ", "completion": "日本", "proxy": None, "eos": True,
+    }  # fmt: skip
+    log.close()
+    log.close()
+
+
+def test_a_phase_is_recorded_also_where_it_fails(tmp_path, disabled):
+    with RunLog(tmp_path, {}, disabled, "ppo", clock=Ticks()) as log:
+        with log.phase("ppo", "generate"):
+            pass
+        with pytest.raises(ValueError, match="stop"), log.phase("ppo", "train"):
+            raise ValueError("stop")
+    assert lines(tmp_path / "phases.jsonl") == [
+        {"stage": "ppo", "phase": "generate", "start_s": 1.0, "end_s": 2.0},
+        {"stage": "ppo", "phase": "train", "start_s": 3.0, "end_s": 4.0},
+    ]
+
+
+def test_a_resumed_run_appends_behind_a_torn_line(tmp_path, disabled):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "ppo", "step": 1}\n{"stage": "pp')
+    with RunLog(tmp_path, {}, disabled, "ppo") as log:
+        log.log("ppo", 2, {"policy/loss": 0.5})
+    text = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(text) == 3
+    assert json.loads(text[2])["step"] == 2
+
+
+def test_redacted_hides_secrets_and_keeps_token_counts():
+    config = {
+        "api_key": CANARY,
+        "hfToken": CANARY,
+        "password": 12345,
+        "nested": [{"client_secret": {"value": CANARY}}],
+        "url": f"https://user:{CANARY}@host/path",
+        "max_tokens": 512,
+        "microbatch_tokens": 2048,
+        "monkeys": None,
+        "name": "demo",
+    }
+    assert redacted(config) == {
+        "api_key": REDACTED,
+        "hfToken": REDACTED,
+        "password": REDACTED,
+        "nested": [{"client_secret": {"value": REDACTED}}],
+        "url": f"https://{REDACTED}@host/path",
+        "max_tokens": 512,
+        "microbatch_tokens": 2048,
+        "monkeys": None,
+        "name": "demo",
+    }
+
+
+def test_offline_wandb_run_holds_the_metrics_and_no_secret_and_no_text(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"extra.api_key={CANARY}"])
+    config = {"name": "demo", "ppo": {"updates": 7}, "extra": {"api_key": CANARY}}
+    with RunLog(tmp_path, config, LoggerConfig(), "ppo") as log:
+        log.log("reward_model/proxy", 1, {"reward_model/loss": 0.693})
+        log.log("reward_model/gold", 1, {"reward_model/loss": 0.512})
+        log.log("ppo", 1, {"reward/score_mean": 0.25, "kl/ref_seq": float("nan")})
+        log.samples([{"stage": "ppo", "step": 1, "prompt": "private-prompt-text", "completion": "x", "proxy": 0.1}])
+    assert log.wandb_faults == 0
+    files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
+    stored = next(path for path in files if path.name.endswith(".wandb")).read_bytes()
+    for name in (b"reward_model/proxy/loss", b"reward_model/gold/loss", b"reward/score_mean", b"ppo/step"):
+        assert name in stored
+    for path in [*files, tmp_path / "metrics.jsonl"]:
+        assert CANARY.encode() not in path.read_bytes(), path
+        assert b"private-prompt-text" not in path.read_bytes(), path
+    assert capfd.readouterr() == ("", "")
+
+
+class BrokenRun:
+    def define_metric(self, *_: object, **__: object) -> None: ...
+
+    def log(self, _: dict) -> None:
+        raise ConnectionError("the service is gone")
+
+
+def test_a_fault_of_wandb_is_counted_said_once_and_never_raised(tmp_path, disabled, capsys):
+    with RunLog(tmp_path, {}, disabled, "ppo") as log:
+        log._wandb = BrokenRun()
+        log.log("ppo", 1, {"policy/loss": 1.0})
+        log._wandb = BrokenRun()
+        log.log("ppo", 2, {"policy/loss": 2.0})
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [row.get("fault/wandb") for row in rows] == [None, 1, None, 2]
+    assert [row.get("policy/loss") for row in rows] == [1.0, None, 2.0, None]
+    assert capsys.readouterr().err.count("the service is gone") == 1
+
+
+def test_an_unknown_wandb_mode_does_not_stop_the_run(tmp_path, capsys):
+    with RunLog(tmp_path, {}, LoggerConfig(wandb="nonsense"), "ppo") as log:
+        log.log("ppo", 1, {"policy/loss": 1.0})
+    assert log.wandb_faults == 1
+    assert lines(tmp_path / "metrics.jsonl")[1]["policy/loss"] == 1.0
+    assert "wandb init failed" in capsys.readouterr().err
+
+
+def test_text_reaches_wandb_only_on_request(tmp_path, disabled):
+    sent: list[dict] = []
+    with RunLog(tmp_path, {}, disabled, "ppo", wandb_text=True) as log:
+        log._wandb = SimpleNamespace(log=sent.append, finish=lambda: None)
+        log.samples([{"prompt": "p", "completion": "c", "proxy": 1.0}])
+    assert sent[0]["samples/table"].data == [["c", "p", 1.0]]

@@ -1,0 +1,291 @@
+"""Every rule with one failing value: the message names the key, the value found and what to write instead."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+from contracts.config import SourceConfig, TandemConfig
+from contracts.validation import (
+    CHOICES,
+    RANGES,
+    ConfigError,
+    check_machine,
+    closest,
+    unknown_keys,
+    validate,
+)
+
+# A value that breaks each rule of the table of ranges.
+OUTSIDE = {
+    "at least 1": 0,
+    "at least 2, as one prompt has no confidence interval": 1,
+    "0 or more": -1,
+    "above 0": 0,
+    "null or above 0": 0,
+    "null or at least 1": 0,
+    "null or 0 (the head alone) or more": -1,
+    "in [0, 1]": 1.5,
+    "in (0, 1)": 1.0,
+    "in (0, 1]": 0.0,
+    "null or above 1": 1.0,
+    "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio": 0.9,
+    "two numbers in [0, 1)": [0.9, 1.0],
+}
+
+
+@pytest.fixture
+def config() -> TandemConfig:
+    """The defaults with the paths that have none."""
+    filled = TandemConfig(run_dir="runs/demo", cache_dir="cache")
+    filled.model.path = "model"
+    for source in ("sft", "prompts", "preferences", "test", "eval_prompts"):
+        getattr(filled.data, source).path = f"{source}.jsonl"
+    filled.data.gold = SourceConfig(path="gold.jsonl")
+    return filled
+
+
+def put(config: TandemConfig, **values: Any) -> TandemConfig:
+    """A copy with the values at dotted keys, whose dots are written as `__`."""
+    changed = copy.deepcopy(config)
+    for key, value in values.items():
+        *parents, name = key.split("__")
+        section: Any = changed
+        for parent in parents:
+            section = getattr(section, parent)
+        setattr(section, name, value)
+    return changed
+
+
+def conflicts(config: TandemConfig) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        validate(config)
+    count, *lines = str(raised.value).split("\n  - ")
+    assert count.split()[0] == str(len(lines))
+    return lines
+
+
+def test_defaults_with_paths_pass(config):
+    validate(config)
+
+
+@pytest.mark.parametrize(("entry", "key"), [(entry, key) for entry in RANGES for key in entry.keys])
+def test_each_range(config, entry, key):
+    value = OUTSIDE[entry.rule]
+    expected = f"{key} must be {entry.rule}; found {value}; write for example "
+    assert any(line.startswith(expected) for line in conflicts(put(config, **{key.replace(".", "__"): value})))
+
+
+@pytest.mark.parametrize("key", ["ppo.kl.coef", "ppo.clip", "ppo.lam", "sft.optimizer.learning_rate"])
+def test_nan_is_outside_every_range(config, key):
+    assert any(key in line for line in conflicts(put(config, **{key.replace(".", "__"): math.nan})))
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_each_choice(config, key):
+    lines = conflicts(put(config, **{key.replace(".", "__"): "other"}))
+    assert any(line.startswith(f"{key} must be one of ") and "found other; write " in line for line in lines)
+
+
+def test_a_choice_suggests_the_closest_name(config):
+    (line,) = conflicts(put(config, ppo__kl__controller="adaptve"))
+    assert line == "ppo.kl.controller must be one of fixed, adaptive; found adaptve; write adaptive"
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        (
+            {"ppo__samples_per_prompt": 6},
+            ["ppo.rollouts_per_update must be a multiple of ppo.samples_per_prompt (6)", "found 64", "write 66"],
+        ),
+        (
+            {"cluster__num_learner_ranks": 8, "ppo__minibatches": 9},
+            ["ppo.rollouts_per_update must be at least", "(8 * 9 = 72)", "found 64", "write 72 or more"],
+        ),
+        (
+            {"ppo__gold_rollouts": 65},
+            ["ppo.gold_rollouts must be at most ppo.rollouts_per_update (64)", "found 65", "write 64 or less"],
+        ),
+        (
+            {"data__gold": None},
+            ["ppo.gold_rollouts must be 0 without a gold judge", "found 32", "set data.gold or gold_model"],
+        ),
+        (
+            {"ppo__sampling__min_completion_tokens": 48},
+            ["ppo.sampling.min_completion_tokens must be below", "(48)", "found 48", "write 47 or less"],
+        ),
+        (
+            {"evaluate__sampling__min_completion_tokens": 50},
+            ["evaluate.sampling.min_completion_tokens must be below", "(48)", "found 50", "write 47 or less"],
+        ),
+        (
+            {"ppo__sampling__max_completion_tokens": 300},
+            [
+                "data.max_prompt_tokens + ppo.sampling.max_completion_tokens must be at most engine.max_model_len",
+                "found 256 + 300 = 556",
+                "write engine.max_model_len=556",
+            ],
+        ),
+        (
+            {"evaluate__sampling__max_completion_tokens": 257},
+            [
+                "data.max_prompt_tokens + evaluate.sampling.max_completion_tokens must be at most engine.max_model_len",
+                "found 256 + 257 = 513",
+                "write engine.max_model_len=513",
+            ],
+        ),
+        (
+            {"learner__microbatch_tokens": 303},
+            ["learner.microbatch_tokens must be at least", "(304)", "found 303", "write 304 or more"],
+        ),
+        (
+            {"learner__zero_stage": 3, "learner__held_tokens": 4096},
+            ["learner.held_tokens must be 0 with learner.zero_stage 3", "found 4096", "learner.zero_stage=2"],
+        ),
+        (
+            {"model__dtype": "float16"},
+            ["model.dtype must be bfloat16 or float32 on CPU", "found float16", "write bfloat16"],
+        ),
+        (
+            {"learner__attention": "flash_attention_2"},
+            ["learner.attention must be one that runs on CPU", "found flash_attention_2", "write auto"],
+        ),
+        (
+            {"learner__weight_transfer": "nccl"},
+            ["learner.weight_transfer must be auto or ray_object unless", "found nccl", "write auto"],
+        ),
+        (
+            {"engine__tensor_parallel_size": 2, "cluster__gpus_per_actor": 1.0},
+            ["engine.tensor_parallel_size must be 1, or at most", "(1.0)", "found 2", "cluster.gpus_per_actor=2"],
+        ),
+        (
+            {"data__prompts__path": "???"},
+            ["data.prompts.path must be set for stage pipeline", "found ???", "write a file"],
+        ),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_each_relation(config, values, parts):
+    (line,) = conflicts(put(config, **values))
+    assert [part for part in parts if part not in line] == []
+
+
+def test_scoring_needs_room_for_an_eos(config):
+    lines = conflicts(put(config, reward_service__max_tokens=304))
+    assert len(lines) == 2  # the completions of PPO and of the evaluation
+    assert "found 256 + 48 = 304; write reward_service.max_tokens=305" in lines[0]
+    validate(put(config, reward_service__max_tokens=305))
+
+
+def test_a_directory_that_is_a_file_is_refused(config, tmp_path):
+    file = tmp_path / "run"
+    file.touch()
+    for key in ("run_dir", "cache_dir"):
+        (line,) = conflicts(put(config, **{key: str(file)}))
+        assert line == f"{key} must be a directory; found the file {file}; write another path"
+    validate(put(config, run_dir=str(tmp_path), cache_dir="relative/cache"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"learner__zero_stage": 3},
+        {"learner__held_tokens": 4096, "ppo__epochs": 4, "ppo__minibatches": 4},
+        {"learner__zero_stage": 2, "learner__held_tokens": 4096},
+        {"ppo__ptx_coef": 0.5},
+        {"ppo__dual_clip": None, "ppo__value_clip": None, "ppo__target_approx_kl": None, "data__prompt_words": None},
+        {"ppo__kl__coef": 0.0, "ppo__gamma": 0.0, "ppo__lam": 1.0},
+        {"data__gold": None, "gold_model": "checkpoint"},
+        {"data__gold": None, "ppo__gold_rollouts": 0},
+        {"data__gold": None, "stage": "evaluate"},
+        {"stage": "evaluate", "ppo_model": None},
+        {"model__dtype": "float16", "cluster__gpus_per_learner_rank": 1.0},
+        {"engine__tensor_parallel_size": 2, "cluster__gpus_per_actor": 2.0},
+    ],
+    ids=lambda values: ",".join(values),
+)
+def test_what_is_allowed(config, values):
+    validate(put(config, **values))
+
+
+def test_a_stage_needs_only_the_data_it_reads():
+    config = TandemConfig(stage="sft", run_dir="run", cache_dir="cache")
+    config.model.path = "model"
+    assert conflicts(config) == [
+        "data.sft.path must be set for stage sft; found ???; write a file, a directory or a hub id"
+    ]
+    config.data.sft.path = "sft.jsonl"
+    validate(config)
+
+
+def test_a_given_checkpoint_needs_no_data(config):
+    given = put(config, sft_model="sft", proxy_model="proxy", gold_model="gold")
+    for source in ("sft", "preferences", "test", "gold"):
+        given = put(given, **{f"data__{source}__path": "???"})
+    validate(given)
+    (line,) = conflicts(put(given, ppo__ptx_coef=0.1))
+    assert line.startswith("data.sft.path must be set")
+
+
+def test_all_conflicts_are_listed_at_once(config):
+    broken = put(config, stage="train", ppo__clip=2.0, ppo__sampling__top_p=0.9, learner__zero_stage=4, run_dir="???")
+    lines = conflicts(broken)
+    assert [line.split()[0] for line in lines] == [
+        "run_dir",
+        "stage",
+        "learner.zero_stage",
+        "ppo.clip",
+        "ppo.sampling.top_p",
+    ]
+
+
+def test_machine_with_room_is_silent(config):
+    assert check_machine(config, free_memory_gib=6.0, cpu_count=2) == []
+
+
+def test_machine_without_memory_is_refused(config):
+    expected = r"free memory must be at least cluster.min_memory_gib \(6.0 GiB\); found 5.9 GiB; write a smaller"
+    with pytest.raises(ConfigError, match=expected):
+        check_machine(config, free_memory_gib=5.9, cpu_count=2)
+
+
+def test_threads_beyond_the_cores_are_a_warning(config):
+    crowded = put(config, cluster__num_actors=2)
+    assert check_machine(crowded, free_memory_gib=8.0, cpu_count=2) == [
+        "warning: cluster.num_actors * cluster.threads_per_actor = 2 * 2 threads share 2 cores; write "
+        "cluster.threads_per_actor=1"
+    ]
+    assert len(check_machine(config, free_memory_gib=8.0, cpu_count=1)) == 3
+    assert check_machine(put(crowded, cluster__address="auto"), free_memory_gib=8.0, cpu_count=2) == []
+
+
+def test_closest():
+    assert closest("adaptve", ["fixed", "adaptive"]) == "adaptive"
+    assert closest("qqq", ["fixed", "adaptive"]) is None
+    assert closest("fixed", []) is None
+
+
+def test_unknown_keys_name_the_closest_dotted_key():
+    given = {
+        "sead": 1,
+        "ppo": {"clipp": 0.2, "max_completion_tokens": 8, "kl": {"coef": 0.1}},
+        "data": {"gold": {"pth": "gold.jsonl"}},
+        "zzzz": {"a": 1},
+    }
+    messages = unknown_keys(given, TandemConfig)
+    assert messages[:4] == [
+        "sead is not a key of the configuration; found 1; write seed",
+        "ppo.clipp is not a key of the configuration; found 0.2; write ppo.clip",
+        "ppo.max_completion_tokens is not a key of the configuration; found 8; write "
+        "ppo.sampling.max_completion_tokens",
+        "data.gold.pth is not a key of the configuration; found gold.jsonl; write data.gold.path",
+    ]
+    assert messages[4].startswith("zzzz is not a key of the configuration; found {'a': 1}; write one of stage, name, ")
+    assert len(messages) == 5
+
+
+def test_known_and_free_keys_are_accepted():
+    given = {"extra": {"anything": {"goes": 1}}, "data": {"gold": None}, "sft": {"optimizer": {"betas": [0.9, 0.95]}}}
+    assert unknown_keys(given, TandemConfig) == []

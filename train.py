@@ -1,0 +1,88 @@
+"""Tandem's entry point: `python train.py [stage=...] [key=value ...]`, a Hydra application.
+
+Exit codes: 0 done, 1 a run failed, 2 the configuration or the data cannot be used, 130 interrupted.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from contracts.process_env import driver_env
+
+os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from contracts.config import TandemConfig
+from contracts.validation import ConfigError, unknown_overrides, validate
+
+ConfigStore.instance().store(name="tandem", node=TandemConfig)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> float | None:
+    """Run one job. Returns the gold reward's gain over SFT where it was measured, for sweepers."""
+    from controller.data import DataError
+
+    try:
+        config = OmegaConf.to_object(composed)
+        assert isinstance(config, TandemConfig)
+        validate(config)
+        return run(config)
+    except (ConfigError, DataError) as error:
+        sys.exit(refuse(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished stages are kept and will be reused", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(config: TandemConfig) -> float | None:
+    from controller.pipeline import Pipeline, open_run
+    from controller.progress import Progress
+    from controller.report import render
+    from controller.summary import summary_rows
+
+    # The engines' processes end with the driver's `with` blocks, so a polite kill must unwind them too.
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with Progress(config.logger.heartbeat_s) as progress:
+        progress.line(f"Tandem: stage={config.stage}, run directory {config.run_dir}")
+        with open_run(config, progress) as log:
+            try:
+                results = Pipeline(config, log, progress).run()
+            except (ConfigError, ValueError):
+                raise
+            except Exception as error:
+                path = Path(config.run_dir) / "error.log"
+                path.write_text(traceback.format_exc())
+                progress.line(f"✗ the run failed: {root_cause(error)}")
+                progress.line(f"  whole traceback: {path}; finished stages are kept and will be reused")
+                sys.exit(1)
+        with progress.phase("writing the report"):
+            report = render(Path(config.run_dir))
+        progress.summary(summary_rows(config, results, report), "Tandem")
+    evaluation = results.get("evaluate", {})
+    gain = evaluation.get("comparisons", {}).get("ppo_vs_sft", {}).get("gold_gain", {})
+    return gain.get("mean")
+
+
+def root_cause(error: BaseException) -> str:
+    """One line: Ray wraps what an actor raised in its own error."""
+    cause = getattr(error, "cause", None) or error.__cause__ or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+
+
+def refuse(error: Exception) -> int:
+    print(f"\nTandem cannot start:\n{error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    problems = unknown_overrides(sys.argv[1:])
+    if problems:
+        sys.exit(refuse(ConfigError("\n".join(problems))))
+    main()
