@@ -26,7 +26,7 @@ def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     # DeepSpeed otherwise probes for devices and warns that it found none.
-    return env | {"DS_ACCELERATOR": "cpu"} if on_cpu else env
+    return env | {"DS_ACCELERATOR": "cpu" if on_cpu else "cuda"}
 
 
 def driver_env() -> dict[str, str]:
@@ -39,5 +39,5 @@ def driver_env() -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "DS_ACCELERATOR": "cpu",
     }

@@ -97,12 +97,12 @@ class Pipeline:
         def prompts(name: str, source: SourceConfig, completion_tokens: int) -> list[Prompt]:
             report = LoadReport()
             limit = config.engine.max_model_len
-            return kept(name, report, load_prompts(source, data, tokenizer, completion_tokens, limit, report))
+            return kept(name, report, load_prompts(source, data, tokenizer, completion_tokens, limit, report, name))
 
         def preferences(name: str, source: SourceConfig) -> Any:
             report = LoadReport()
             limit = config.reward_model.max_tokens
-            return kept(name, report, load_preferences(source, data, tokenizer, limit, report))
+            return kept(name, report, load_preferences(source, data, tokenizer, limit, report, name))
 
         inputs = Inputs([], [], {}, [], [])
         if wants & {"sft", "ppo", "evaluate"}:
@@ -283,7 +283,7 @@ class Pipeline:
             learner = engines.enter_context(self.runtime.learner("ppo", config, policy, value, eos, ptx))
             # The learner starts meanwhile.
             with self._phase("ppo", "starting the reward service"):
-                client = engines.enter_context(self.runtime.service(scorers))
+                client = self.runtime.service(scorers)
             with self._phase("ppo", "starting vLLM"):
                 actors = engines.enter_context(self.runtime.actors(policy, backend, eos, client))
             with self._phase("ppo", "starting the learner for PPO"):
@@ -309,7 +309,7 @@ class Pipeline:
         self._start_ray("evaluate")
         with ExitStack() as engines:
             with self._phase("evaluate", "starting the reward service and vLLM"):
-                client = engines.enter_context(self.runtime.service(scorers))
+                client = self.runtime.service(scorers)
                 actors = engines.enter_context(self.runtime.actors(models["base"], BACKEND, eos, client))
             with self.log.phase("evaluate", "evaluation"):
                 judged = judge_models(config, models, self.data.eval_prompts, actors, list(scorers), self.progress)

@@ -35,7 +35,8 @@ class Runtime:
 
     def __init__(self, config: TandemConfig):
         self.config = config
-        self._has_service = False
+        self._scorers: dict[str, str] = {}
+        self._client: Any = None
 
     def __enter__(self) -> "Runtime":
         return self
@@ -43,11 +44,11 @@ class Runtime:
     def __exit__(self, *error: object) -> None:
         if not ray.is_initialized():
             return
-        if self._has_service:
+        if self._scorers and self.config.cluster.address != "local":
             from reward_service.app import stop_service
 
             stop_service()
-        ray.shutdown()
+        ray.shutdown()  # an embedded Ray takes every process with it
 
     def start(self) -> None:
         """Start or join Ray; does nothing where it runs already."""
@@ -63,17 +64,18 @@ class Runtime:
             }
         ray.init(address=cluster.address, **options)
 
-    @contextmanager
-    def service(self, scorers: dict[str, str]) -> Iterator[Any]:
-        """The reward service with {scorer: checkpoint}; yields its client."""
-        from reward_service.app import start_service, stop_service
+    def service(self, scorers: dict[str, str]) -> Any:
+        """The client of a reward service with {scorer: checkpoint}. The service lives as long as this runtime; stages
+        that ask for the same scorers share it."""
+        from reward_service.app import start_service
 
         self.start()
-        self._has_service = True
-        config = self.config
-        yield start_service(scorers, config.reward_service, config.cluster, environments(config.cluster)["reward"])
-        stop_service()
-        self._has_service = False
+        if scorers != self._scorers:
+            config = self.config
+            env = environments(config.cluster)["reward"]
+            self._client = start_service(scorers, config.reward_service, config.cluster, env)
+            self._scorers = scorers
+        return self._client
 
     @contextmanager
     def actors(self, model_path: str, backend: str, eos_token_id: int, reward_client: Any) -> Iterator[list[Any]]:

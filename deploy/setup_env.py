@@ -75,7 +75,9 @@ def main() -> None:
     if args.write_lock:
         return write_lock()
     if sys.version_info[:2] != (3, 11):
-        sys.exit(f"set-up: Python 3.11 is needed, this is {sys.version.split()[0]}; try `make PYTHON=/path/to/python3.11`")
+        sys.exit(
+            f"set-up: Python 3.11 is needed, this is {sys.version.split()[0]}; try `make PYTHON=/path/to/python3.11`"
+        )
     start = time.time()
     if not (VENV / "bin/python").exists():
         say("creating .venv")

@@ -49,12 +49,12 @@ class LearnerGroup:
             "num_gpus": cluster.gpus_per_learner_rank,
             "runtime_env": {"env_vars": env},
         }
-        remote = ray.remote(LearnerActor).options(**options)
+        remote: Any = ray.remote(LearnerActor).options(**options)
         on_cpu = cluster.gpus_per_learner_rank == 0
-        self.actors = [remote.remote(rank, world_size, on_cpu) for rank in range(world_size)]
+        self.actors: list[Any] = [remote.remote(rank, world_size, on_cpu) for rank in range(world_size)]
         address, port = ray.get(self.actors[0].address.remote(), timeout=cluster.start_timeout_s)
         shared = ray.put(arguments)
-        self._started = [_start(actor, task, address, port, seed, shared) for actor in self.actors]
+        self._started = [actor.start.remote(task, address, port, seed, shared) for actor in self.actors]
         self._start_timeout_s = cluster.start_timeout_s
 
     def wait_ready(self) -> None:
@@ -75,7 +75,3 @@ class LearnerGroup:
     def stop(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
-
-
-def _start(actor: Any, task: str, address: str, port: int, seed: int, shared: Any) -> Any:
-    return actor.start.remote(task, address, port, seed, shared)

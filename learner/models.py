@@ -1,6 +1,8 @@
 """The networks that train: a causal language model that returns log-probabilities of given tokens, and a transformer with
 a scalar head (reward and value model). Both take sequences padded on the right, which needs no attention mask."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,7 +51,7 @@ class FloatLinear(nn.Linear):
 class ScalarModel(nn.Module):
     """Scores or values: (head(hidden) - mean) / std, with the normaliser of the checkpoint it came from."""
 
-    def __init__(self, classifier: PreTrainedModel):
+    def __init__(self, classifier: Any):
         super().__init__()
         old = classifier.score
         head = FloatLinear(old.in_features, 1, bias=False, dtype=old.weight.dtype)

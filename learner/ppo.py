@@ -120,9 +120,9 @@ class PPOTask:
         timer, ppo = Timer(), self.config.ppo
         held_left = self.config.learner.held_tokens
         passes: list[list[Pass]] = []
-        for minibatch in batch.minibatches:
+        for microbatches in batch.minibatches:
             passes.append([])
-            for mb in minibatch:
+            for mb in microbatches:
                 hold = len(passes) == 1 and mb.num_computed_tokens <= held_left
                 held_left -= mb.num_computed_tokens if hold else 0
                 passes[-1].append(self._first_pass(mb, hold, train_policy, timer))
@@ -163,9 +163,7 @@ class PPOTask:
         sampling = self.config.ppo.sampling
         early = places.early(sampling.min_completion_tokens)
         banned = None if early is None else self.eos
-        logprobs, entropy = model(
-            places.input_ids, places.select, places.targets, sampling.temperature, banned, early
-        )
+        logprobs, entropy = model(places.input_ids, places.select, places.targets, sampling.temperature, banned, early)
         return places.spread(logprobs), places.spread(entropy)
 
     def _values(self, places: "Places") -> Tensor:

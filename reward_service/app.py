@@ -1,6 +1,7 @@
 """The reward service: one Ray Serve application a scorer. Actors reach it by handle; no HTTP port is opened."""
 
 import asyncio
+import logging
 
 from ray import serve
 
@@ -32,6 +33,7 @@ def start_service(
     Raises:
         RuntimeError: where a replica cannot start, with the replica's own error.
     """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled")
     deployment = serve.deployment(RewardReplica).options(
         num_replicas=config.replicas,
@@ -42,9 +44,13 @@ def start_service(
             "runtime_env": {"env_vars": env},
         },
     )
-    for scorer, path in scorers.items():
-        application = deployment.options(name=scorer).bind(path, config)
-        serve.run(application, name=application_name(scorer), route_prefix=None, blocking=False)
+    targets = [
+        serve.RunTarget(
+            target=deployment.options(name=scorer).bind(path, config), name=application_name(scorer), route_prefix=None
+        )
+        for scorer, path in scorers.items()
+    ]
+    serve.run_many(targets)
     return HandleClient(config.deadline_s)
 
 

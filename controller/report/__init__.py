@@ -8,7 +8,7 @@ The page needs no network, no account and no script. It renders half-finished ru
 import os
 from pathlib import Path
 
-from controller.report import curves, samples, sections
+from controller.report import curves, samples, sections, timeline
 from controller.report.data import ReportError, Run, load
 from controller.report.markup import count, esc
 from controller.report.style import CSS
@@ -56,7 +56,7 @@ def page(run: Run) -> str:
         curves.training_losses(run),
         samples.side_by_side(run),
         samples.during_ppo(run),
-        sections.time_spent(run),
+        timeline.time_spent(run),
         sections.alarm_list(run),
         sections.configuration(run),
         sections.reproduce(run),

@@ -26,7 +26,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Limit:
-    """Fires at every version where `metric` lies strictly beyond `limit`."""
+    """Fires at every version where `metric` lies strictly beyond `limit`; a note where that was rare and has passed."""
 
     metric: str
     side: str  # "above" | "below"
@@ -34,7 +34,6 @@ class Limit:
     title: str
     meaning: str
     advice: str
-    severity: str = "alarm"
     after: int = 0  # versions up to this one do not count
 
 
@@ -76,6 +75,11 @@ LIMITS = (
         "More than one in ten completions reached the token limit without ending.",
         "Raise ppo.missing_eos_penalty or ppo.sampling.max_completion_tokens.",
     ),
+    Limit(
+        "completion/repeat_frac", "above", 0.3, "Completions repeat themselves",
+        "The policy found phrases that score well and says them again and again.",
+        "Raise ppo.kl.coef; read the samples.",
+    ),
 )  # fmt: skip
 
 
@@ -115,7 +119,8 @@ def _beyond(limit: Limit, curve: Curve) -> Alarm | None:
         f"{limit.metric} {limit.side} {limit.limit:g} in {len(out)} of {len(known)} versions, first at version "
         f"{out[0][0]:.0f}, {ended}; worst {compact(worst)}."
     )
-    return Alarm(limit.severity, limit.title, finding, limit.meaning, limit.advice)
+    passing = len(out) < 0.05 * len(known) and out[-1][0] != known[-1][0]
+    return Alarm("note" if passing else "alarm", limit.title, finding, limit.meaning, limit.advice)
 
 
 def _values(run: Run, metric: str) -> list[float]:
@@ -257,7 +262,7 @@ def loses_to_sft(run: Run) -> list[Alarm] | None:
         Alarm(
             "alarm" if sure else "note", "PPO loses to SFT" if sure else "PPO may lose to SFT",
             f"Its completion is the better one on {percent(mean)}{shown} of the evaluation prompts.",
-            "By the gold judge, PPO did not improve the model" + ("." if sure else ", though chance may explain it."),
+            "PPO did not improve the model by this judge" + ("." if sure else ", though chance may explain it."),
             "See the curves: if gold rose and fell again, stop earlier; if it never rose, improve the reward model.",
         )
     ]  # fmt: skip

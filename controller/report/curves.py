@@ -48,13 +48,15 @@ def ppo_curves(run: Run) -> str:
             limits.append((max_kl, "limit of the verdict"))
         charts.append(line_chart(title, series, unit=unit, limits=limits))
     if not drawn:
-        return section("curves", "PPO, version by version", absent("No PPO metrics in this run yet."))
+        cached = "PPO came from the cache: its curves are in the run that trained it."
+        missing = cached if run.stage("ppo").get("cached") else "No PPO metrics in this run yet."
+        return section("curves", "PPO, version by version", absent(missing))
     intro = (
-        "One point per policy version, measured on that version’s own rollouts. The number is the last value; hover for "
-        "the others."
+        "One point per update: the rollouts that it trained on, and the step that it took to the next version. The number "
+        "is the last value; hover for the others."
     )
     if longest >= svg.SMOOTH_FROM:
-        intro += " Thin: each version. Bold: moving mean."
+        intro += " Thin: each update. Bold: moving mean."
     return section("curves", "PPO, version by version", f'<div class="charts">{"".join(charts)}</div>', intro)
 
 
@@ -201,7 +203,7 @@ def training_losses(run: Run) -> str:
     colours = {"reward_model/proxy": "proxy", "reward_model/gold": "gold"}
     for title, unit, metric in (
         ("Pair loss", "nats a pair, reward models", "reward_model/loss"),
-        ("Pair accuracy", "share of pairs, reward models", "reward_model/accuracy"),
+        ("Pairs right", "share of pairs, reward models", "reward_model/accuracy"),
     ):
         series = [Series(m.partition("/")[2], colours.get(m, "plain"), run.curve(m, metric)) for m in models]
         if any(s.curve for s in series):
@@ -209,10 +211,15 @@ def training_losses(run: Run) -> str:
     notes = [
         f"{esc(stage.get('name'))} came from the cache: its curve is in the run that trained it."
         for stage in run.stages
-        if stage.get("cached") and str(stage.get("name")).startswith(("sft", "reward_model"))
+        if stage.get("cached")
+        and str(stage.get("name")).startswith(("sft", "reward_model"))
+        and not run.stages_of(str(stage["name"]))
     ]
     body = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
     body += "".join(absent(note) for note in notes)
     intro = "Each should flatten out; a held-out loss that turns up again means too many epochs." if charts else ""
+    before, after = (number((run.stage("sft").get("metrics") or {}).get(k)) for k in ("eval_loss_before", "eval_loss"))
+    if before is not None and after is not None:
+        intro = f"SFT took the held-out loss from {compact(before)} to {compact(after)} nats a token. {intro}"
     missing = absent("No losses of SFT or reward models yet.")
     return section("losses", "Before PPO: SFT and reward models", body or missing, intro)

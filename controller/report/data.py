@@ -26,7 +26,7 @@ class Run:
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
-    overrides: list[str] = field(default_factory=list)  # of Hydra, where it kept them
+    overrides: list[str] | None = None  # of the command line; None where Hydra kept no record of them
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     phases: list[dict[str, Any]] = field(default_factory=list)
@@ -47,11 +47,18 @@ class Run:
         return value
 
     def curve(self, stage: str, metric: str) -> Curve:
-        """(step, value) in order of step. A resumed run may log a step twice: the later line counts."""
+        """(step, value) in order of step, (version, value) for PPO. A resumed run may log a step twice: the later counts.
+
+        PPO counts its steps from the updates that only fit the value model, so its rows also say their version.
+        """
         by_step: dict[float, float | None] = {}
         for row in self.metrics:
-            if row.get("stage") == stage and metric in row and number(row.get("step")) is not None:
-                by_step[float(row["step"])] = number(row[metric])
+            step = number(row.get("step"))
+            if stage == "ppo":
+                version = number(row.get("progress/version"))
+                step = step if version is None else version
+            if row.get("stage") == stage and metric in row and step is not None:
+                by_step[step] = number(row[metric])
         return sorted(by_step.items())
 
     def stages_of(self, prefix: str) -> list[str]:
@@ -133,18 +140,18 @@ def _json(run: Run, name: str) -> Any:
 
 def _yaml(run: Run) -> dict[str, Any]:
     path = run.path / "config.yaml"
-    overrides = run.path / ".hydra/overrides.yaml"
+    overrides = run.path / "hydra/overrides.yaml"
     try:
         if overrides.exists():
             kept = yaml.safe_load(overrides.read_text(encoding="utf-8"))
-            run.overrides = [_redacted_override(str(item)) for item in kept] if isinstance(kept, list) else []
+            run.overrides = [_redacted_override(str(item)) for item in kept] if isinstance(kept, list) else None
         if not path.exists():
             run.missing.append("config.yaml")
             return {}
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         # Not shown as it is: what cannot be parsed cannot be cleared of secrets either.
-        run.problems.append(f"config.yaml is not valid YAML ({str(error).splitlines()[0]})")
+        run.problems.append(f"config.yaml or hydra/overrides.yaml is not valid YAML ({str(error).splitlines()[0]})")
         return {}
     return redacted(config) if isinstance(config, dict) else {}
 

@@ -5,7 +5,7 @@ from typing import Any
 from controller.report.data import Run, number
 from controller.report.markup import absent, count, esc, num, section
 
-MAX_PROMPT, MAX_COMPLETION = 240, 700  # characters shown; a prompt keeps its end, a completion its beginning
+MAX_PROMPT, MAX_COMPLETION = 160, 700  # characters shown; a prompt keeps its end, a completion its beginning
 EACH = 2  # prompts shown for "best", "median" and "worst"
 
 

@@ -36,6 +36,14 @@ MEASURES = (  # (key, label, unit, digits, is a share)
     ("length", "Length", "tokens", 1, False),
     ("eos_share", "Ends with EOS", "", 1, True),
     ("distinct_2", "Distinct bigrams", "", 1, True),
+    ("repeat_fraction", "Repeated 4-grams", "", 1, True),
+)
+
+
+PAIRS = (
+    ("ppo_vs_sft", "PPO against SFT", "ppo"),
+    ("base_vs_sft", "Base against SFT", "base"),
+    ("sft_vs_base", "SFT against base", "sft"),
 )
 
 
@@ -45,6 +53,8 @@ def verdict(run: Run) -> str:
     if not found:
         kind = "none"
         text = "This run has not been evaluated, so nothing here says whether PPO helped."
+        if run.evaluation:
+            text = "This run was evaluated without PPO or without a gold judge, so no limit says whether PPO helped."
     else:
         kind = "good" if found.get("passed") else "unsure" if text.lower().startswith("inconclusive") else "bad"
         for word in ("Passed: ", "Not passed: ", "Inconclusive: "):
@@ -149,30 +159,32 @@ def models(run: Run) -> str:
     head = ["", *(f'<span class="{model}">{MODEL_NAMES[model]}</span>' for model in present)]
     prompts = sorted({int(n) for model in present if (n := number(found[model].get("prompts"))) is not None})
     many = " / ".join(f"{n:,}" for n in prompts)
-    intro = f"Means over {many} prompts that no stage trained on; brackets are 95% bootstrap intervals over prompts."
+    intro = f"Means over {many} prompts; brackets are 95% bootstrap intervals over prompts."
     return section("models", title, table(head, rows, "models") + _comparisons(run), intro if many else "")
 
 
 def _comparisons(run: Run) -> str:
     compared = run.evaluation.get("comparisons") or {}
     out = []
-    for key, title, css in (("ppo_vs_sft", "PPO against SFT", "ppo"), ("sft_vs_base", "SFT against base", "sft")):
+    for key, title, css in PAIRS:
         values = compared.get(key)
         if not isinstance(values, dict):
             continue
         matched = values.get("matched_length") or {}
         gains = [("Gold gain", values.get("gold_gain")), ("Learned-score gain", values.get("proxy_gain"))]
         gains.append(("VADER gain", values.get("vader_gain")))
-        gains.append(("Gold gain at matched length", matched.get("gold_gain")))
+        judge = "Learned-score" if values.get("judge") == "proxy" else "Gold"
+        gains.append((f"{judge} gain at matched length", matched.get("gold_gain")))
+        gains.append((f"{judge} gain, length regressed out", values.get("length_adjusted_gain")))
         rates = [("Win rate", values.get("win_rate")), ("Win rate at matched length", matched.get("win_rate"))]
         low, high = svg.shared_range([value for _, value in gains], 0.0)
         rows = [
-            [esc(label), interval(value, 3, signed=True), svg.interval_bar(value, low, high, 0.0, css)]
+            [esc(label), interval(value, 3, signed=True), svg.interval_bar([(value, css)], low, high, 0.0)]
             for label, value in gains
             if bounds(value)[0] is not None
         ]
         rows += [
-            [esc(label), interval(value, 1, share=True), svg.interval_bar(value, 0.0, 1.0, 0.5, css)]
+            [esc(label), interval(value, 1, share=True), svg.interval_bar([(value, css)], 0.0, 1.0, 0.5)]
             for label, value in rates
             if bounds(value)[0] is not None
         ]
@@ -202,16 +214,15 @@ def reward_models(run: Run) -> str:
             [
                 f'<i class="swatch {css}"></i>{esc(str(stage["name"]).partition("/")[2] or stage["name"])}',
                 interval(mine, 1, share=True),
-                svg.interval_bar(mine, 0.5, 1.0, 0.5, css),
                 interval(theirs, 1, share=True),
-                svg.interval_bar(theirs, 0.5, 1.0, 0.5),
+                svg.interval_bar([(theirs, "plain"), (mine, css)], 0.5, 1.0, 0.5),
                 num(metrics.get("pairs"), 0),
             ]
         )
-    head = ("", "Accuracy", "50 to 100%", "VADER’s accuracy", "50 to 100%", "Pairs")
+    head = ("", "Accuracy", "VADER’s", "50 to 100%", "Pairs")
     intro = (
         "How often the model prefers the text that people preferred, beside VADER, a word list without learning, on the "
-        "same pairs. “proxy” trains PPO; “gold” only judges, and never saw the same texts."
+        "same pairs. “proxy” trains PPO; “gold” only judges."
     )
     return section("reward-models", title, table(head, rows, "gains"), intro)
 
@@ -234,71 +245,6 @@ def alarm_list(run: Run) -> str:
     if unknown:
         lists += f'<p class="note">Not checked, for lack of data: {esc(", ".join(unknown))}.</p>'
     return section("alarms", "Alarms", body + lists)
-
-
-def time_spent(run: Run) -> str:
-    """A lane for every kind of phase, on one time axis."""
-    if not run.phases:
-        return section("time", "Where the time went", absent("<code>phases.jsonl</code> has no phases yet."))
-    lanes: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for row in sorted(run.phases, key=lambda row: row["start_s"]):
-        key = str(row.get("stage", "")), str(row.get("phase", ""))
-        lanes.setdefault(key, []).append((row["start_s"], row["end_s"]))
-    begin = min(start for spans in lanes.values() for start, _ in spans)
-    end = max(stop for spans in lanes.values() for _, stop in spans)
-    whole = (end - begin) or 1.0
-    rows, groups = [], list(dict.fromkeys(stage for stage, _ in lanes))
-    colours = {phase: i % 6 for i, phase in enumerate(dict.fromkeys(phase for _, phase in lanes))}
-    for stage in groups:
-        rows.append(f'<h4 class="stage">{esc(stage)}</h4>')
-        for (name, phase), spans in lanes.items():
-            if name == stage:
-                rows.append(_lane(phase, spans, begin, whole, colours[phase]))
-    marks = "".join(
-        f'<span style="left:{100 * mark / whole:.2f}%">{esc(duration(mark) if mark else "0")}</span>'
-        for mark in _time_ticks(whole)
-    )
-    intro = (
-        f"{duration(whole)} from the first phase to the last; each lane is one kind of phase. Shares are of the whole time "
-        "and add up to less than 100% where nothing was recorded, to more where phases overlap."
-    )
-    axis = f'<div class="lane axis-row"><span></span><div class="marks">{marks}</div><b>total</b><b>share</b></div>'
-    return section("time", "Where the time went", f'<div class="lanes">{"".join(rows)}{axis}</div>', intro)
-
-
-def _time_ticks(whole: float) -> list[float]:
-    step = next((s for s in (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200) if whole / s <= 5), whole / 4)
-    return [i * step for i in range(int(whole / step) + 1) if i * step <= 0.97 * whole]
-
-
-def _lane(phase: str, spans: list[tuple[float, float]], begin: float, whole: float, colour: int) -> str:
-    total = sum(end - start for start, end in spans)
-    rects = []
-    for start, end in _merged(spans, whole):
-        left, width = 1000 * (start - begin) / whole, max(1.5, 1000 * (end - start) / whole)
-        title = f"{phase}\n{duration(end - start)}, from {duration(start - begin)}"
-        rects.append(
-            f'<rect class="p{colour}" x="{left:.1f}" width="{width:.1f}" height="10"><title>{esc(title)}</title></rect>'
-        )
-    times = f" <small>× {len(spans)}</small>" if len(spans) > 1 else ""
-    return (
-        f'<div class="lane"><span>{esc(phase)}{times}</span><svg viewBox="0 0 1000 10" preserveAspectRatio="none" '
-        f'role="img" aria-label="{esc(phase)}">{"".join(rects)}</svg><b>{duration(total)}</b>'
-        f"<b>{percent(total / whole)}</b></div>"
-    )
-
-
-def _merged(spans: list[tuple[float, float]], whole: float) -> list[tuple[float, float]]:
-    """Joins neighbours that no screen could show apart, where there are very many."""
-    if len(spans) <= 250:
-        return spans
-    out = [spans[0]]
-    for start, end in spans[1:]:
-        if start - out[-1][1] < whole / 500:
-            out[-1] = (out[-1][0], max(end, out[-1][1]))
-        else:
-            out.append((start, end))
-    return out
 
 
 def stages(run: Run) -> str:
@@ -324,13 +270,13 @@ def configuration(run: Run) -> str:
 
 
 def reproduce(run: Run) -> str:
-    if run.overrides:
-        command = shlex.join(["python", "train.py", *run.overrides])
+    if run.overrides is not None:
+        again = f"<p>The same run again:</p><pre>{esc(shlex.join(['python', 'train.py', *run.overrides]))}</pre>"
     else:
-        command = f"python train.py --config-path {shlex.quote(str(run.path))} --config-name config run_dir=runs/again"
+        again = (
+            "<p>The command line was not recorded. The configuration above holds every value; "
+            "<code>python train.py --cfg job</code> prints the defaults to compare it with.</p>"
+        )
     report = f"python -m controller.report {shlex.quote(str(run.path))}"
-    body = (
-        f"{stages(run)}<p>The same run again:</p><pre>{esc(command)}</pre><p>This page again, from the files of the run:</p>"
-        f"<pre>{esc(report)}</pre>"
-    )
+    body = f"{stages(run)}{again}<p>This page again, from the files of the run:</p><pre>{esc(report)}</pre>"
     return section("reproduce", "How to reproduce", body)

@@ -123,7 +123,7 @@ serif;font-size:16px;line-height:1.5}
 .scores{display:flex;flex-wrap:wrap;gap:2px 12px;margin:0;color:var(--faint);font-size:12.5px}
 .scores b{font-weight:620;color:var(--c,var(--soft))}
 .cut{color:var(--limit)}
-.alarms{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:14px}
+.alarms{margin-top:14px;display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:14px}
 .alarm{padding:16px 18px;border:1px solid var(--rule);border-left:4px solid var(--tone);border-radius:10px;
 background:var(--card)}
 .alarm.alarm{--tone:var(--bad)}.alarm.note{--tone:var(--unsure);margin:0;color:inherit;font-size:inherit}
@@ -134,7 +134,10 @@ background:var(--card)}
 .quiet{color:var(--good);font-weight:600}
 .lanes{padding:8px 20px 14px;background:var(--card);border:1px solid var(--rule);border-radius:12px}
 .stage{margin:14px 0 2px}
-.lane{display:grid;grid-template-columns:190px 1fr 64px 52px;gap:0 14px;align-items:center;min-height:26px;
+.lanes+.lanes{margin-top:14px}.stack{display:block;width:100%;height:22px;border-radius:5px;margin:8px 0 12px}
+.keys{display:flex;flex-wrap:wrap;gap:4px 24px;margin:0;font-size:13.5px}
+.keys svg{width:10px;height:10px;margin-right:7px}.keys b{font-weight:620}
+.lane{display:grid;grid-template-columns:230px 1fr 64px 52px;gap:0 14px;align-items:center;min-height:26px;
 font-size:13.5px}
 .lane>span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .lane svg{display:block;width:100%;height:14px;background:var(--grid);border-radius:3px}

@@ -49,8 +49,10 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def tick_text(value: float, step: float) -> str:
-    if value and (abs(value) >= 1e5 or abs(step) < 1e-4):
-        return f"{value:.0e}".replace("-", "−").replace("e−0", "e−").replace("e+0", "e")
+    if value == 0 and step < 1e-4:
+        return "0"
+    if value and (abs(value) >= 1e5 or step < 1e-4):
+        return f"{value:.1e}".replace(".0e", "e").replace("-", "−").replace("e−0", "e−").replace("e+0", "e")
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 2
     return f"{value:,.{digits}f}".replace("-", "−")
 
@@ -211,9 +213,8 @@ def _hovers(series: Sequence[Series], steps: list[float], x: Scale, y: Scale, x_
     return "".join(out)
 
 
-def interval_bar(values: object, low: float, high: float, null: float, css: str = "plain") -> str:
-    """A mean with its interval on a short axis from `low` to `high`, with a mark at `null` (no effect)."""
-    mean, lower, upper = bounds(values)
+def interval_bar(intervals: Sequence[tuple[object, str]], low: float, high: float, null: float) -> str:
+    """Means with their intervals, each with a colour class, on a short axis with a mark at `null` (no effect)."""
     x = Scale(low, high, 4.0, 136.0)
 
     def at(value: float) -> float:
@@ -221,10 +222,12 @@ def interval_bar(values: object, low: float, high: float, null: float, css: str 
 
     body = '<line class="axis" x1="0" x2="140" y1="9" y2="9"/>'
     body += f'<line class="null" x1="{at(null):.1f}" x2="{at(null):.1f}" y1="2" y2="16"/>'
-    if lower is not None and upper is not None:
-        body += f'<line class="whisker {css}" x1="{at(lower):.1f}" x2="{at(upper):.1f}" y1="9" y2="9"/>'
-    if mean is not None:
-        body += f'<circle class="{css}" cx="{at(mean):.1f}" cy="9" r="3.6"/>'
+    for values, css in intervals:
+        mean, lower, upper = bounds(values)
+        if lower is not None and upper is not None:
+            body += f'<line class="whisker {css}" x1="{at(lower):.1f}" x2="{at(upper):.1f}" y1="9" y2="9"/>'
+        if mean is not None:
+            body += f'<circle class="{css}" cx="{at(mean):.1f}" cy="9" r="3.6"/>'
     return f'<svg class="bar" viewBox="0 0 140 18" aria-hidden="true">{body}</svg>'
 
 

@@ -131,6 +131,7 @@ def invented_evaluation() -> dict:
 
     def comparison(gold: float, proxy: float, win: float, ratio: float) -> dict:
         return {
+            "judge": "gold", "length_adjusted_gain": around(gold - 0.03, 0.1),
             "gold_gain": around(gold, 0.09), "proxy_gain": around(proxy, 0.1), "vader_gain": around(0.2, 0.04),
             "win_rate": around(win, 0.06), "length_ratio": ratio,
             "matched_length": {"pairs": 131, "gold_gain": around(gold - 0.05, 0.12), "win_rate": around(win - 0.02, 0.08)},
@@ -144,7 +145,7 @@ def invented_evaluation() -> dict:
         },
         "comparisons": {
             "ppo_vs_sft": comparison(0.62, 1.14, 0.74, 0.94),
-            "sft_vs_base": comparison(0.3, 0.36, 0.61, 0.59),
+            "base_vs_sft": comparison(-0.3, -0.36, 0.39, 1.69),
         },
         "verdict": {
             "passed": True,
@@ -164,7 +165,6 @@ def invented_phases(versions: int) -> list[dict]:
     rows = [
         {"stage": "sft", "phase": "train", "start_s": 2.0, "end_s": 150.0},
         {"stage": "reward_model/proxy", "phase": "train", "start_s": 151.0, "end_s": 260.0},
-        {"stage": "reward_model/gold", "phase": "train", "start_s": 261.0, "end_s": 365.0},
         {"stage": "ppo", "phase": "starting vLLM", "start_s": 366.0, "end_s": 400.0},
     ]
     at = 400.0
@@ -184,10 +184,9 @@ def write_run(path: Path, versions: int = 50) -> Path:
         rows.append({"stage": "sft", "step": k, "wall_s": 3.0 * k, "sft/loss": 2.6 + 1.5 / k + rng.gauss(0, 0.04)})
         if k % 10 == 0:
             rows[-1]["sft/eval_loss"] = 2.75 + 1.2 / k
-    for name, floor in (("proxy", 0.5), ("gold", 0.48)):
-        for k in range(1, 61):
-            row = {"stage": f"reward_model/{name}", "step": k, "wall_s": 150 + k}
-            rows.append(row | {"reward_model/loss": floor + 0.2 / k**0.5, "reward_model/accuracy": 0.8 - 0.25 / k**0.5})
+    for k in range(1, 61):
+        row = {"stage": "reward_model/proxy", "step": k, "wall_s": 150 + k}
+        rows.append(row | {"reward_model/loss": 0.5 + 0.2 / k**0.5, "reward_model/accuracy": 0.8 - 0.25 / k**0.5})
     jsonl(path / "metrics.jsonl", rows + ppo_metrics(versions, rng))
     jsonl(path / "samples.jsonl", invented_samples(rng, versions))
     jsonl(path / "phases.jsonl", invented_phases(versions))
@@ -329,11 +328,18 @@ def test_null_nan_and_wrong_types_are_tolerated(tmp_path):
         ("kl__mismatch_logp_max", 5.0, 5.1, "Single tokens with a very different log-probability"),
         ("kl__ref_seq", 18.0, 18.1, "The policy left its reference far behind"),
         ("completion__eos_frac", 0.9, 0.89, "Completions are cut off"),
+        ("completion__repeat_frac", 0.3, 0.31, "Completions repeat themselves"),
     ],
 )
 def test_a_limit_fires_beyond_its_value_and_not_at_it(metric, at, beyond, title):
     assert title not in titles(ppo_run(**{metric: [at, at, at]}))
     assert title in titles(ppo_run(**{metric: [at, beyond, at]}))
+
+
+def test_a_rare_excess_that_has_passed_is_only_a_note():
+    rare, at_the_end = [0.0] * 10 + [0.06] + [0.0] * 10, [0.0] * 20 + [0.06]
+    assert [alarm.severity for alarm in evaluate(ppo_run(policy__approx_kl=rare))[0]] == ["note"]
+    assert [alarm.severity for alarm in evaluate(ppo_run(policy__approx_kl=at_the_end))[0]] == ["alarm"]
 
 
 def test_explained_variance_counts_only_after_20_updates():
@@ -401,6 +407,33 @@ def test_a_later_line_for_the_same_step_counts_and_resumed_phases_move_on(tmp_pa
     assert [(row["start_s"], row["end_s"]) for row in run.phases] == [(0, 10), (10, 20), (20, 25), (25, 28)]
 
 
+def test_ppo_is_drawn_over_its_version_where_the_row_says_it():
+    rows = [{"stage": "ppo", "step": i + 2, "progress/version": i + 1, "a": float(i)} for i in range(2)]
+    rows.append({"stage": "sft", "step": 7, "a": 0.5})
+    run = Run(Path("/none"), metrics=rows)
+    assert run.curve("ppo", "a") == [(1.0, 0.0), (2.0, 1.0)]
+    assert run.curve("sft", "a") == [(7.0, 0.5)]
+
+
+def test_the_command_line_is_shown_without_its_secrets(tmp_path):
+    run = write_run(tmp_path / "run", 3)
+    (run / "hydra").mkdir()
+    (run / "hydra/overrides.yaml").write_text("- ppo.updates=3\n- +extra.api_key=canary-78\n")
+    text = " ".join(parsed(render(run)).texts)
+    assert "python train.py ppo.updates=3 '+extra.api_key=[redacted]'" in text
+    assert "canary" not in text
+
+
+def test_an_evaluation_without_a_verdict_says_so(tmp_path):
+    run = write_run(tmp_path / "run", 3)
+    evaluation = invented_evaluation()
+    del evaluation["verdict"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = " ".join(parsed(render(run)).texts)
+    assert "No verdict yet" in text
+    assert "without a gold judge" in text
+
+
 def test_samples_are_chosen_by_gain():
     rows = [
         {"stage": "evaluate", "model": model, "prompt_id": i, "prompt": "p", "completion": "c", "gold": gold}
@@ -421,6 +454,8 @@ def test_ticks_are_round_and_inside():
     assert svg.ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert svg.ticks(-0.13, 0.31) == [-0.1, 0.0, 0.1, 0.2, 0.3]
     assert svg.ticks(2.0, 2.0) == [2.0]
+    assert [svg.tick_text(v, 5e-5) for v in (0.0, 1e-4, 1.5e-4)] == ["0", "1e−4", "1.5e−4"]
+    assert [svg.tick_text(v, 0.5) for v in (-0.5, 0.0, 1.0)] == ["−0.5", "0.0", "1.0"]
 
 
 def test_thinning_keeps_the_spikes():

@@ -1,0 +1,120 @@
+"""Fixtures that start an engine do so once per session. The tiny model has SmolLM2's tokenizer and random weights."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from contracts.process_env import driver_env
+
+os.environ.update(driver_env())
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from contracts.config import ModelConfig, SourceConfig, TandemConfig  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
+VADER = ROOT / ".cache/data/vader"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def make_tiny_model(path: Path, dtype: torch.dtype, tied: bool) -> Path:
+    """A two-layer Llama whose weights are large enough that its distributions are not flat."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+    AutoTokenizer.from_pretrained(SMOLLM).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", torch.bfloat16, tied=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny-float32", torch.float32, tied=False)
+
+
+@pytest.fixture
+def tiny_config(tiny_model: Path, tmp_path: Path) -> TandemConfig:
+    return make_config(tiny_model, tmp_path)
+
+
+def make_config(model: Path, folder: Path, dtype: str = "bfloat16") -> TandemConfig:
+    """The whole road in miniature, on the demo's data."""
+
+    def source(part: str, form: str, rows: int) -> SourceConfig:
+        return SourceConfig(path=str(VADER / f"{part}.jsonl"), format=form, max_rows=rows)
+
+    config = TandemConfig(
+        name="tiny",
+        run_dir=str(folder / "run"),
+        cache_dir=str(folder / "cache"),
+        model=ModelConfig(path=str(model), dtype=dtype),
+    )
+    data = config.data
+    data.sft, data.prompts = source("sft", "text", 100), source("sft", "text", 100)
+    data.preferences, data.gold = source("proxy", "rated", 96), source("gold", "rated", 96)
+    data.test, data.eval_prompts = source("test", "rated", 64), source("test", "text", 64)
+    data.prompt_words = 4
+    config.ppo.updates, config.ppo.value_warmup_updates = 2, 1
+    config.ppo.rollouts_per_update, config.ppo.gold_rollouts = 8, 4
+    config.ppo.sampling.max_completion_tokens = config.evaluate.sampling.max_completion_tokens = 12
+    config.evaluate.prompts, config.evaluate.bootstrap_samples = 8, 100
+    config.engine.max_model_len, config.engine.kv_cache_gib = 512, 0.25
+    config.cluster.min_memory_gib = 3.0
+    config.logger.wandb = "disabled"
+    return config
+
+
+@pytest.fixture(scope="session")
+def ray_runtime() -> Iterator[None]:
+    """One Ray for the session's engine tests."""
+    import logging
+
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=2**30,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        namespace="tandem",
+    )
+    yield
+    ray.shutdown()
+
+
+def kill(actors: list[Any]) -> None:
+    import ray
+
+    for actor in actors:
+        ray.kill(actor)
