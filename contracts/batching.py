@@ -1,4 +1,4 @@
-"""Cutting sequences into microbatches: little padding, equal counts on every rank."""
+"""Cutting sequences into microbatches: neighbours in length together, equal counts on every rank."""
 
 import heapq
 
@@ -6,9 +6,9 @@ import heapq
 def cut_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
     """Indices of `lengths` as [rank][microbatch][row].
 
-    Sequences are sorted by length and cut where the next one would push the padded size, longest x count, over
-    `token_budget`; a sequence longer than the budget travels alone. Every rank gets the same number of microbatches,
-    since the collectives of a sharded model run once a microbatch on all ranks, and about the same number of tokens.
+    Sequences are sorted by length and cut where the next one would push the sum over `token_budget`; a sequence longer
+    than the budget travels alone. Every rank gets the same number of microbatches, since the collectives of a sharded
+    model run once a microbatch on all ranks, and about the same number of tokens.
 
     Raises:
         ValueError: with fewer sequences than ranks.
@@ -17,17 +17,20 @@ def cut_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list[
         raise ValueError(f"{len(lengths)} sequences cannot feed {ranks} ranks")
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batches: list[list[int]] = []
+    tokens = 0
     for i in order:
-        if batches and lengths[i] * (len(batches[-1]) + 1) <= token_budget:
+        tokens += lengths[i]
+        if batches and tokens <= token_budget:
             batches[-1].append(i)
         else:
             batches.append([i])
+            tokens = lengths[i]
     while len(batches) % ranks:
-        batches.sort(key=lambda b: (len(b), lengths[b[-1]] * len(b)))
+        batches.sort(key=lambda b: (len(b), sum(lengths[i] for i in b)))
         largest = batches.pop()
         middle = len(largest) // 2
         batches += [largest[:middle], largest[middle:]]
-    return _balance(batches, [lengths[b[-1]] * len(b) for b in batches], ranks)
+    return _balance(batches, [sum(lengths[i] for i in b) for b in batches], ranks)
 
 
 def _balance(batches: list[list[int]], costs: list[int], ranks: int) -> list[list[list[int]]]:

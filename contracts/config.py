@@ -154,7 +154,7 @@ class EngineConfig:
 @dataclass
 class LearnerConfig:
     zero_stage: int = 0
-    microbatch_tokens: int = 2048  # padded tokens of one forward pass
+    microbatch_tokens: int = 4096  # of one forward pass
     # Tokens whose activations may be kept from the log-probability pass to the backward pass, which saves the second
     # forward pass of the first epoch; 0 recomputes everything. About 1 MB a token for a 135M model.
     held_tokens: int = 0
@@ -166,7 +166,7 @@ class LearnerConfig:
 @dataclass
 class RewardServiceConfig:
     replicas: int = 1
-    batch_tokens: int = 1024  # padded tokens of one forward pass
+    batch_tokens: int = 1024  # of one forward pass
     dtype: str = "bfloat16"
     max_tokens: int = 1024
     deadline_s: float = 120.0

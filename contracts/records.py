@@ -64,27 +64,21 @@ class Rollout:
 
 @dataclass
 class Microbatch:
-    """Sequences of one forward pass: prompt and completion contiguous, padded on the right to the longest.
+    """Sequences of one forward pass: prompt and completion contiguous, one sequence after another.
 
-    Padding on the right needs no attention mask in a causal model. All masks come from lengths, never from token
-    identity: with pad = eos a comparison of tokens would lose the EOS.
+    All masks come from lengths, never from token identity: with pad = eos a comparison of tokens would lose the EOS.
     """
 
-    input_ids: np.ndarray  # int64 [B, T]
+    sequences: list[np.ndarray]  # B arrays of int64 [prompt + completion tokens]
     prompt_lens: np.ndarray  # int64 [B]
     completion_lens: np.ndarray  # int64 [B]
     behavior_logprobs: np.ndarray  # float32 [B, C], C = longest completion; 0 on padding
     scores: np.ndarray  # float32 [B], shaped score, paid at the last completion token
     loss_mask: np.ndarray  # bool [B, C], completion tokens that train
-    rows: np.ndarray  # int64 [B], position of each sequence in its TrainingBatch
 
     @property
     def num_tokens(self) -> int:
         return int(self.prompt_lens.sum() + self.completion_lens.sum())
-
-    @property
-    def num_computed_tokens(self) -> int:
-        return int(self.input_ids.size)
 
 
 @dataclass

@@ -18,7 +18,7 @@ def make_batches(
 
     Args:
         scores: what each rollout's completion is worth after shaping, in the order of `rollouts`.
-        token_budget: padded tokens of a microbatch.
+        token_budget: tokens of a microbatch.
 
     Raises:
         ValueError: with fewer rollouts than ranks x minibatches.
@@ -37,29 +37,18 @@ def make_batches(
 
 def _microbatch(rollouts: list[Rollout], scores: list[float], rows: list[int]) -> Microbatch:
     chosen = [rollouts[r] for r in rows]
-    width = max(r.num_tokens for r in chosen)
-    longest = max(1, *(len(r.completion.token_ids) for r in chosen))
-    input_ids = np.zeros((len(chosen), width), dtype=np.int64)
+    longest = max(len(r.completion.token_ids) for r in chosen)
     behavior_logprobs = np.zeros((len(chosen), longest), dtype=np.float32)
     loss_mask = np.zeros((len(chosen), longest), dtype=bool)
     for i, rollout in enumerate(chosen):
-        prompt, completion = rollout.prompt.token_ids, rollout.completion
-        input_ids[i, : len(prompt)] = prompt
-        input_ids[i, len(prompt) : rollout.num_tokens] = completion.token_ids
-        behavior_logprobs[i, : len(completion.token_ids)] = completion.behavior_logprobs
-        loss_mask[i, : len(completion.token_ids)] = True
+        length = len(rollout.completion.token_ids)
+        behavior_logprobs[i, :length] = rollout.completion.behavior_logprobs
+        loss_mask[i, :length] = True
     return Microbatch(
-        input_ids=input_ids,
+        sequences=[np.array([*r.prompt.token_ids, *r.completion.token_ids], dtype=np.int64) for r in chosen],
         prompt_lens=np.array([len(r.prompt.token_ids) for r in chosen]),
         completion_lens=np.array([len(r.completion.token_ids) for r in chosen]),
         behavior_logprobs=behavior_logprobs,
         scores=np.array([scores[r] for r in rows], dtype=np.float32),
         loss_mask=loss_mask,
-        rows=np.array(rows),
     )
-
-
-def useful_token_fraction(batches: list[TrainingBatch]) -> float:
-    """Real tokens / computed tokens: what padding leaves."""
-    microbatches = [mb for batch in batches for minibatch in batch.minibatches for mb in minibatch]
-    return sum(mb.num_tokens for mb in microbatches) / sum(mb.num_computed_tokens for mb in microbatches)

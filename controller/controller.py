@@ -29,7 +29,7 @@ import ray
 
 from contracts.config import TandemConfig
 from contracts.records import Rollout, RolloutRequest
-from controller.batcher import make_batches, useful_token_fraction
+from controller.batcher import make_batches
 from controller.metrics import RunLog
 from controller.progress import Progress, format_update
 from controller.prompts import PromptStream
@@ -124,7 +124,6 @@ class PPOController:
         metrics |= {
             "perf/train_s": train_s,
             "perf/train_tokens_per_s": tokens / train_s,
-            "perf/useful_token_frac": useful_token_fraction(batches),
             "kl/coef": self.kl.coef,
             "reward/kl_penalty_mean": -self.kl.coef * metrics["kl/ref_seq"],
         }

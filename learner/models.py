@@ -1,5 +1,5 @@
 """The networks that train: a causal language model that returns log-probabilities of given tokens, and a transformer with
-a scalar head (reward and value model). Both take sequences padded on the right, which needs no attention mask."""
+a scalar head (reward and value model). Both take packed sequences, so that no padding is computed."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from contracts import attention
+from contracts.attention import Packed
 from contracts.config import LearnerConfig, ModelConfig
 from learner.losses import selected_logprobs
 
@@ -20,24 +21,23 @@ class PolicyModel(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        packed: Packed,
         select: torch.Tensor,
         targets: torch.Tensor,
         temperature: float = 1.0,
         banned_token: int | None = None,
         banned_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of `targets` [N] at the flat positions `select` [N] of `input_ids` [B, T].
+        """Log-probabilities of `targets` [M] at the positions `select` [M] of the packed row.
 
         Only those positions reach the LM head, as a contiguous 2-D matrix: on CPU a bfloat16 product over a slice is
         20 x slower, and prompts need no logits.
 
         Returns:
-            log p [N] float32, and the entropy [N] of the distributions, without gradient.
+            log p [M] float32, and the entropy [M] of the distributions, without gradient.
         """
-        backbone = getattr(self.lm, self.lm.base_model_prefix)
-        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        logits = self.lm.get_output_embeddings()(hidden.flatten(0, 1)[select])
+        hidden = packed.hidden(getattr(self.lm, self.lm.base_model_prefix))
+        logits = self.lm.get_output_embeddings()(hidden.index_select(0, select))
         return selected_logprobs(logits, targets, temperature, banned_token, banned_mask)
 
 
@@ -61,11 +61,10 @@ class ScalarModel(nn.Module):
         self.mean = float(getattr(classifier.config, "score_mean", None) or 0.0)
         self.std = float(getattr(classifier.config, "score_std", None) or 1.0)
 
-    def forward(self, input_ids: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
-        """float32 [N] at the flat positions `select` [N] of `input_ids` [B, T]."""
-        backbone = getattr(self.lm, self.lm.base_model_prefix)
-        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        return (self.lm.score(hidden.flatten(0, 1)[select]).squeeze(-1) - self.mean) / self.std
+    def forward(self, packed: Packed, select: torch.Tensor) -> torch.Tensor:
+        """float32 [M] at the positions `select` [M] of the packed row."""
+        hidden = packed.hidden(getattr(self.lm, self.lm.base_model_prefix))
+        return (self.lm.score(hidden.index_select(0, select)).squeeze(-1) - self.mean) / self.std
 
 
 def load_policy(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> PolicyModel:

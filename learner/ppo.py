@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from contracts.attention import Packed
 from contracts.batching import cut_microbatches
 from contracts.config import TandemConfig
 from contracts.records import Example, Microbatch, TrainingBatch
@@ -101,9 +102,9 @@ class PPOTask:
         """log p of the tokens from `start` on of each (token_ids, start), under the policy now at temperature 1."""
         result = []
         for token_ids, start in sequences:
-            ids = torch.tensor([token_ids], device=self.ranks.device)
+            packed = Packed.of([token_ids], self.ranks.device)
             select = torch.arange(start - 1, len(token_ids) - 1, device=self.ranks.device)
-            result.append(self.policy(ids, select, ids[0, start:])[0].tolist())
+            result.append(self.policy(packed, select, packed.input_ids[0, start:])[0].tolist())
         return result
 
     # ---- the update
@@ -123,8 +124,8 @@ class PPOTask:
         for microbatches in batch.minibatches:
             passes.append([])
             for mb in microbatches:
-                hold = len(passes) == 1 and mb.num_computed_tokens <= held_left
-                held_left -= mb.num_computed_tokens if hold else 0
+                hold = len(passes) == 1 and mb.num_tokens <= held_left
+                held_left -= mb.num_tokens if hold else 0
                 passes[-1].append(self._first_pass(mb, hold, train_policy, timer))
         everything = [p for minibatch in passes for p in minibatch]
         self._set_advantages(everything, kl_coef)
@@ -163,11 +164,11 @@ class PPOTask:
         sampling = self.config.ppo.sampling
         early = places.early(sampling.min_completion_tokens)
         banned = None if early is None else self.eos
-        logprobs, entropy = model(places.input_ids, places.select, places.targets, sampling.temperature, banned, early)
+        logprobs, entropy = model(places.packed, places.select, places.targets, sampling.temperature, banned, early)
         return places.spread(logprobs), places.spread(entropy)
 
     def _values(self, places: "Places") -> Tensor:
-        return places.spread(self.value(places.input_ids, places.select))
+        return places.spread(self.value(places.packed, places.select))
 
     def _set_advantages(self, passes: list[Pass], kl_coef: float) -> None:
         ppo = self.config.ppo
@@ -287,19 +288,19 @@ class Places:
     prompt_len + t - 1, which both predicts the token and carries V(s_t)."""
 
     def __init__(self, mb: Microbatch, device: torch.device):
-        self.input_ids = torch.from_numpy(mb.input_ids).to(device)
+        self.packed = Packed.of(mb.sequences, device)
         self.mask = torch.from_numpy(mb.loss_mask).to(device)  # bool [B, C]
         self.rows, self.steps = self.mask.nonzero(as_tuple=True)
-        before = torch.from_numpy(mb.prompt_lens).to(device)[self.rows] + self.steps - 1
-        self.select = self.rows * self.input_ids.shape[1] + before  # [N], into the flattened [B, T]
-        self.targets = self.input_ids.flatten()[self.select + 1]
+        first = torch.tensor(self.packed.starts, device=device) + torch.from_numpy(mb.prompt_lens).to(device)
+        self.select = first[self.rows] + self.steps - 1  # [M], into the packed row
+        self.targets = self.packed.input_ids[0, self.select + 1]
 
     def spread(self, flat: Tensor) -> Tensor:
-        """[N] -> [B, C], 0 where no token trains; differentiable."""
+        """[M] -> [B, C], 0 where no token trains; differentiable."""
         return torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device).index_put(
             (self.rows, self.steps), flat
         )
 
     def early(self, min_completion_tokens: int) -> Tensor | None:
-        """Which of the N tokens were sampled while EOS was masked (None: never)."""
+        """Which of the M tokens were sampled while EOS was masked (None: never)."""
         return self.steps < min_completion_tokens if min_completion_tokens else None

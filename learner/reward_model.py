@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from contracts.attention import Packed
 from contracts.batching import cut_microbatches
 from contracts.config import TandemConfig
 from contracts.records import PreferencePair, RatedText
@@ -16,7 +17,7 @@ from learner.engine import Ranks, TrainEngine
 from learner.losses import soft_pairwise_loss
 from learner.models import freeze_below, load_scalar
 from learner.preferences import preference_matrix
-from learner.sft import epoch_batches, pad
+from learner.sft import epoch_batches
 
 
 def batch_preferences(
@@ -84,9 +85,10 @@ class RewardModelTask:
         cut = cut_microbatches(lengths, self.config.learner.microbatch_tokens, self.ranks.world_size)[self.ranks.rank]
         rows, scores = [], []
         for part in cut:
-            ids = pad([texts[r] for r in part], self.ranks.device)
-            last = torch.tensor([i * ids.shape[1] + lengths[r] - 1 for i, r in enumerate(part)], device=ids.device)
-            scores.append(self.engine(ids, last))
+            packed = Packed.of([texts[r] for r in part], self.ranks.device)
+            # The last token by length, never by its id: with pad = eos a search for padding finds the EOS.
+            last = [start + length - 1 for start, length in zip(packed.starts, packed.lengths, strict=True)]
+            scores.append(self.engine(packed, torch.tensor(last, device=self.ranks.device)))
             rows += part
         return rows, torch.cat(scores)
 

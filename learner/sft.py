@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from contracts.attention import Packed
 from contracts.batching import cut_microbatches
 from contracts.config import TandemConfig
 from contracts.records import Example
@@ -28,27 +29,16 @@ def epoch_batches(count: int, batch_size: int, epochs: int, seed: int) -> list[l
     return batches
 
 
-def pad(rows: list[list[int]], device: torch.device) -> torch.Tensor:
-    """int64 [B, T], padded on the right with 0; what lies there is never read (see learner.models)."""
-    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    return torch.from_numpy(ids).to(device)
-
-
 def example_nll(engine: Any, examples: list[Example], device: torch.device) -> torch.Tensor:
     """Summed loss in nats of one microbatch, with gradient."""
-    ids = pad([e.token_ids for e in examples], device)
-    width = ids.shape[1]
+    packed = Packed.of([e.token_ids for e in examples], device)
     select, targets = [], []
-    for row, example in enumerate(examples):
+    for start, example in zip(packed.starts, examples, strict=True):
         for t, trains in enumerate(example.loss_mask):
             if trains and t:
-                select.append(row * width + t - 1)  # the position before predicts the token
+                select.append(start + t - 1)  # the position before predicts the token
                 targets.append(example.token_ids[t])
-    logprobs, _ = engine(
-        ids, torch.tensor(select, dtype=torch.long, device=device), torch.tensor(targets, device=device)
-    )
+    logprobs, _ = engine(packed, torch.tensor(select, device=device), torch.tensor(targets, device=device))
     return token_nll_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
 
 

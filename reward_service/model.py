@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from contracts import attention
+from contracts.attention import Packed
+from contracts.batching import cut_microbatches
 from contracts.records import Score
 
 
@@ -42,23 +44,20 @@ class RewardModel:
         """Scores in the order given. An item that cannot be scored gets its reason; the others are unharmed.
 
         Identical sequences are computed once, so they tie exactly. Batches are sorted by length and capped at
-        `batch_tokens` padded tokens.
+        `batch_tokens` tokens.
         """
         results: dict[tuple[int, ...], Score] = {}
         todo = []
-        for key in {tuple(s) for s in sequences}:
+        for key in sorted({tuple(s) for s in sequences}):
             problem = self._problem(key)
             if problem:
                 results[key] = Score(None, problem)
             else:
                 todo.append(key)
-        todo.sort(key=lambda key: (len(key), key))
-        while todo:
-            # Longest first: its length times the count is what the batch costs.
-            longest = len(todo[-1])
-            count = max(1, self.batch_tokens // longest)
-            batch, todo = todo[-count:], todo[:-count]
-            results.update(zip(batch, self._forward(batch), strict=True))
+        if todo:
+            for rows in cut_microbatches([len(key) for key in todo], self.batch_tokens, ranks=1)[0]:
+                batch = [todo[r] for r in rows]
+                results.update(zip(batch, self._forward(batch), strict=True))
         return [results[tuple(s)] for s in sequences]
 
     def _problem(self, key: tuple[int, ...]) -> str | None:
@@ -72,13 +71,10 @@ class RewardModel:
 
     @torch.inference_mode()
     def _forward(self, batch: list[tuple[int, ...]]) -> list[Score]:
-        lengths = torch.tensor([len(key) for key in batch])
-        ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
-        for row, key in enumerate(batch):
-            ids[row, : len(key)] = torch.tensor(key)
         device = self.head.weight.device
-        # Padding on the right of a causal model: no mask, and the last token is found by length, never by its id.
-        hidden = self.backbone(input_ids=ids.to(device), use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(batch), device=device), lengths.to(device) - 1]
-        values = (self.head(last.float()).squeeze(-1) - self.mean) / self.std
+        packed = Packed.of(batch, device)
+        # The last token is found by length, never by its id: with pad = eos a search for padding finds the EOS.
+        last = [start + length - 1 for start, length in zip(packed.starts, packed.lengths, strict=True)]
+        hidden = packed.hidden(self.backbone).index_select(0, torch.tensor(last, device=device))
+        values = (self.head(hidden.float()).squeeze(-1) - self.mean) / self.std
         return [Score(v) if math.isfinite(v) else Score(None, "non_finite") for v in values.tolist()]

@@ -9,10 +9,10 @@ from contracts.process_env import driver_env
 
 os.environ.update(driver_env())
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from contracts.config import ModelConfig, SourceConfig, TandemConfig  # noqa: E402
+from contracts.config import ModelConfig, SourceConfig, TandemConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
