@@ -29,6 +29,9 @@ def main(composed: DictConfig) -> float | None:
     from controller.data import DataError
 
     try:
+        # Which of the open paths (`???`) this stage needs is for `validate` to say, all at once.
+        for key in OmegaConf.missing_keys(composed):
+            OmegaConf.update(composed, key, "")
         config = OmegaConf.to_object(composed)
         assert isinstance(config, TandemConfig)
         validate(config)
