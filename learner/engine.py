@@ -1,5 +1,6 @@
 """The only module that imports DeepSpeed: one model, its optimizer and its ranks."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,13 +140,21 @@ class TrainEngine:
             self._engine.step()  # counts the microbatch; nothing is updated before the boundary
 
     def step(self) -> float:
-        """Clip, update, clear. Returns the gradient norm before clipping."""
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        if norm is None:
-            return 0.0
-        norm = float(norm)
-        if norm != norm or norm == float("inf"):
+        """Clip, update, clear. Returns the gradient norm before clipping.
+
+        Raises:
+            NonFiniteError: on all ranks; nothing was updated.
+        """
+        if hasattr(self._engine.optimizer, "_global_grad_norm"):
+            self._engine.step()  # skips the update where the norm is not finite
+            norm = float(self._engine.get_global_grad_norm())
+        else:
+            # In float32 without ZeRO, DeepSpeed clips the gradient but neither keeps its norm nor refuses NaN.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients).item()
+            if math.isfinite(norm):
+                self._engine.step()
+        if not math.isfinite(norm):
             raise NonFiniteError(f"the gradient norm is {norm}")
         return norm
 

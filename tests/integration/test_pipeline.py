@@ -1,0 +1,148 @@
+"""The whole road on a tiny model with the real engines, started as a user starts it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, VADER
+
+
+def run(folder: Path, model: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    arguments = [
+        f"run_dir={folder}/run",
+        f"cache_dir={folder}/cache",
+        f"model.path={model}",
+        "name=tiny",
+        *(f"data.{name}.path={VADER}/{part}.jsonl" for name, part in PARTS.items()),
+        *(f"data.{name}.max_rows=96" for name in PARTS),
+        "ppo.updates=3",
+        "ppo.value_warmup_updates=1",
+        "ppo.rollouts_per_update=8",
+        "ppo.gold_rollouts=4",
+        "ppo.sampling.max_completion_tokens=12",
+        "evaluate.sampling.max_completion_tokens=12",
+        "evaluate.prompts=8",
+        "evaluate.bootstrap_samples=100",
+        "engine.kv_cache_gib=0.25",
+        "cluster.min_memory_gib=3",
+        *overrides,
+    ]
+    command = [sys.executable, "train.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+PARTS = {
+    "sft": "sft",
+    "prompts": "sft",
+    "preferences": "proxy",
+    "gold": "gold",
+    "test": "test",
+    "eval_prompts": "test",
+}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipeline")
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tiny_model: Path) -> subprocess.CompletedProcess[str]:
+    done = run(folder, tiny_model)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
+def test_every_stage_leaves_a_checkpoint(finished: Any, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    stages = {row["name"]: row for row in json.loads((folder / "run/stages.json").read_text())}
+    assert set(stages) == {"sft", "reward_model/proxy", "reward_model/gold", "ppo", "evaluate"}
+    for name in ("sft", "ppo"):
+        AutoModelForCausalLM.from_pretrained(stages[name]["path"])
+        AutoTokenizer.from_pretrained(stages[name]["path"])
+    reward_model = AutoModelForSequenceClassification.from_pretrained(stages["reward_model/proxy"]["path"])
+    assert reward_model.config.num_labels == 1
+    assert reward_model.config.problem_type == "regression"
+    assert reward_model.config.score_std > 0
+
+
+def test_every_update_is_logged(finished: Any, folder: Path) -> None:
+    rows = [row for row in lines(folder / "run/metrics.jsonl") if row["stage"] == "ppo"]
+    assert [row["progress/version"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert abs(row["policy/ratio_mean"] - 1) < 1e-5  # one optimizer step: proximal = policy
+        assert row["kl/mismatch_k3"] < 0.02
+        assert row["reward/gold_mean"] is not None
+    assert rows[0]["kl/ref_seq"] == 0.0  # the first rollouts are the reference's own
+
+
+def test_evaluation_compares_the_three_models(finished: Any, folder: Path) -> None:
+    result = json.loads((folder / "run/evaluation.json").read_text())
+    assert set(result["models"]) == {"base", "sft", "ppo"}
+    assert result["models"]["sft"]["kl"]["mean"] == 0.0
+    assert {"gold_gain", "proxy_gain", "vader_gain", "win_rate", "matched_length"} <= set(
+        result["comparisons"]["ppo_vs_sft"]
+    )
+    assert isinstance(result["verdict"]["passed"], bool)
+    samples = [row for row in lines(folder / "run/samples.jsonl") if row["stage"] == "evaluate"]
+    assert len(samples) == 3 * 8
+
+
+def test_what_a_user_finds_in_the_run_directory(finished: Any, folder: Path) -> None:
+    run_dir = folder / "run"
+    assert (run_dir / "config.yaml").exists()
+    assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    report = (run_dir / "report.html").read_text()
+    assert "<svg" in report
+    assert f"report        │ {run_dir}" in finished.stdout.replace("\n", " ") or "report" in finished.stdout
+    for phase in ("starting Ray", "starting the reward service", "starting vLLM", "version 3"):
+        assert phase in finished.stdout
+
+
+def test_unchanged_stages_are_reused(finished: Any, folder: Path, tiny_model: Path) -> None:
+    again = run(folder, tiny_model, f"run_dir={folder}/again", "stage=ppo")
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    assert "ppo: nothing has changed" in again.stdout
+    assert "starting" not in again.stdout
+    assert len([r for r in lines(folder / "again/metrics.jsonl") if r["stage"] == "ppo"]) == 3
+
+
+def test_no_process_is_left(finished: Any, folder: Path) -> None:
+    left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
+    assert left == []
+
+
+def test_a_stage_without_its_inputs_says_what_to_run(folder: Path, tiny_model: Path) -> None:
+    done = run(folder, tiny_model, f"run_dir={folder}/alone", f"cache_dir={folder}/empty", "stage=ppo")
+    assert done.returncode == 2
+    assert "run stage=sft or stage=pipeline first, or set sft_model=PATH" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ppo.updats=3", "foo=1"], "ppo.updats is not a key of the configuration; write ppo.updates"),
+        (["ppo.clip=2", "learner.zero_stage=7"], "2 conflicts in the configuration"),
+        (["model.path=/no/such/model"], "model.path=/no/such/model: no model can be loaded"),
+        (["data.sft.path=/no/such/file.jsonl"], "data.sft.path"),
+        (["cluster.min_memory_gib=100000"], "free memory must be at least"),
+    ],
+)
+def test_bad_input_is_refused_before_an_engine_starts(
+    overrides: list[str], message: str, folder: Path, tiny_model: Path
+) -> None:
+    done = run(folder, tiny_model, f"run_dir={folder}/bad", *overrides)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "starting Ray" not in done.stdout
