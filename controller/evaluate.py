@@ -86,7 +86,10 @@ def judge_models(
             ]
             answers = ray.get(calls, timeout=timeout_s)
             rollouts[name] = sorted((r for answer, _ in answers for r in answer), key=lambda r: r.key)
-            own[name] = logprobs(name)
+            if sampling.temperature == 1 and sampling.top_p == 1 and not sampling.min_completion_tokens:
+                own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
+            else:  # what was recorded is log p of another distribution than the model's own
+                own[name] = logprobs(name)
     judged = {}
     with progress.phase("KL against SFT"):
         for name in models:
