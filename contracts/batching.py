@@ -8,7 +8,8 @@ def cut_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list[
 
     Sequences are sorted by length and cut where the next one would push the sum over `token_budget`; a sequence longer
     than the budget travels alone. Every rank gets the same number of microbatches, since the collectives of a sharded
-    model run once a microbatch on all ranks, and about the same number of tokens.
+    model run once a microbatch on all ranks, and about the same number of tokens. No microbatch is empty: where too few
+    sequences are left to give every rank one more, some travel together over the budget.
 
     Raises:
         ValueError: with fewer sequences than ranks.
@@ -25,11 +26,17 @@ def cut_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list[
         else:
             batches.append([i])
             tokens = lengths[i]
-    while len(batches) % ranks:
+    target = -(-len(batches) // ranks) * ranks
+    if target > len(lengths):  # one sequence for each is too many: the cheapest travel together, over the budget
+        target -= ranks
+    while len(batches) < target:
         batches.sort(key=lambda b: (len(b), sum(lengths[i] for i in b)))
         largest = batches.pop()
         middle = len(largest) // 2
         batches += [largest[:middle], largest[middle:]]
+    while len(batches) > target:
+        batches.sort(key=lambda b: sum(lengths[i] for i in b))
+        batches = [batches[0] + batches[1], *batches[2:]]
     return _balance(batches, [sum(lengths[i] for i in b) for b in batches], ranks)
 
 

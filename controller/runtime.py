@@ -65,8 +65,8 @@ class Runtime:
         ray.init(address=cluster.address, **options)
 
     def service(self, scorers: dict[str, str]) -> Any:
-        """The client of a reward service with {scorer: checkpoint}. The service lives as long as this runtime; stages
-        that ask for the same scorers share it."""
+        """The client of a reward service with {scorer: checkpoint}, which may still be starting: `wait_for_service`.
+        The service lives as long as this runtime; stages that ask for the same scorers share it."""
         from reward_service.app import start_service
 
         self.start()
@@ -76,6 +76,11 @@ class Runtime:
             self._client = start_service(scorers, config.reward_service, config.cluster, env)
             self._scorers = scorers
         return self._client
+
+    def wait_for_service(self) -> None:
+        from reward_service.app import wait_for_service
+
+        wait_for_service(self._scorers, self.config.cluster.start_timeout_s)
 
     @contextmanager
     def actors(self, model_path: str, backend: str, eos_token_id: int, reward_client: Any) -> Iterator[list[Any]]:

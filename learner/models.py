@@ -100,11 +100,15 @@ def _load_options(model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> d
 
 
 def _prepare(lm: PreTrainedModel, learner: LearnerConfig) -> PreTrainedModel:
-    for module in lm.modules():
+    modules: list[Any] = list(lm.modules())
+    for module in modules:
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # a ratio of two forward passes under different dropout masks is not a policy ratio
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # attention functions take it as an argument
     if learner.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.train()  # transformers loads models in evaluation mode, in which it recomputes nothing
     return lm
 
 
@@ -115,14 +119,14 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
 
 
 def freeze_below(lm: PreTrainedModel, trainable_layers: int | None, freeze_embeddings: bool) -> None:
-    """Let only the top `trainable_layers` layers, the final norm and the head train (None: all layers).
+    """Let only the top `trainable_layers` layers, the final norm and the head train (None: all layers, 0: none).
 
     Raises:
         ValueError: where the model has fewer layers.
     """
     layers = decoder_layers(lm)
-    if trainable_layers is not None and not 0 < trainable_layers <= len(layers):
-        raise ValueError(f"trainable_layers is {trainable_layers}, the model has {len(layers)}: write 1..{len(layers)}")
+    if trainable_layers is not None and not 0 <= trainable_layers <= len(layers):
+        raise ValueError(f"trainable_layers is {trainable_layers}, the model has {len(layers)}: write 0..{len(layers)}")
     if freeze_embeddings or trainable_layers is not None:
         lm.get_input_embeddings().weight.requires_grad_(False)
     if trainable_layers is not None:

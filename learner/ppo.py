@@ -75,7 +75,7 @@ class PPOTask:
         freeze_below(model.lm, ppo.trainable_layers, freeze_embeddings=False)
         self.policy = TrainEngine(model, ppo.optimizer, learner, ranks, ppo.updates * steps)
         scalar = load_scalar(value, config.model, learner, ranks.on_cpu, config.seed)
-        freeze_below(scalar.lm, ppo.value_trainable_layers, freeze_embeddings=True)
+        freeze_below(scalar.lm, ppo.value_trainable_layers, freeze_embeddings=False)
         value_steps = (ppo.updates + ppo.value_warmup_updates) * steps
         self.value = TrainEngine(scalar, ppo.value_optimizer, learner, ranks, value_steps)
         self.reference = frozen(load_policy(policy, config.model, learner, ranks.on_cpu), learner, ranks)
@@ -259,7 +259,8 @@ class PPOTask:
                     p.rewards.sum(),
                 ]
             ).double()
-            largest = torch.maximum(largest, gap.abs().max())
+            if gap.numel():  # an empty completion may be alone in its microbatch
+                largest = torch.maximum(largest, gap.abs().max())
             returns += whitening_moments(p.returns, mask)
             residuals += whitening_moments(p.returns - p.old_values, mask)
         tokens, k1, k3, mismatch, gap_sum, entropy, rewards = self.ranks.sum(sums).tolist()

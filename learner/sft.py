@@ -24,7 +24,8 @@ def epoch_batches(count: int, batch_size: int, epochs: int, seed: int) -> list[l
         order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
         rows = [order[i : i + batch_size] for i in range(0, count, batch_size)]
         if len(rows) > 1 and len(rows[-1]) == 1:
-            rows[-2] += rows.pop()
+            last = rows.pop()
+            rows[-1] += last
         batches += rows
     return batches
 
@@ -38,7 +39,9 @@ def example_nll(engine: Any, examples: list[Example], device: torch.device) -> t
             if trains and t:
                 select.append(start + t - 1)  # the position before predicts the token
                 targets.append(example.token_ids[t])
-    logprobs, _ = engine(packed, torch.tensor(select, device=device), torch.tensor(targets, device=device))
+    # The dtype is named, as a microbatch may hold no marked token.
+    where, what = (torch.tensor(values, dtype=torch.int64, device=device) for values in (select, targets))
+    logprobs, _ = engine(packed, where, what)
     return token_nll_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import time
+from collections.abc import Iterable
 
 from ray import serve
 
@@ -28,11 +30,7 @@ class RewardReplica:
 def start_service(
     scorers: dict[str, str], config: RewardServiceConfig, cluster: ClusterConfig, env: dict[str, str]
 ) -> HandleClient:
-    """Deploy {scorer: checkpoint} and return once every replica can score.
-
-    Raises:
-        RuntimeError: where a replica cannot start, with the replica's own error.
-    """
+    """Deploy {scorer: checkpoint}; `wait_for_service` says when every replica can score."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled")
     deployment = serve.deployment(RewardReplica).options(
@@ -50,8 +48,26 @@ def start_service(
         )
         for scorer, path in scorers.items()
     ]
-    serve.run_many(targets)
+    serve.run_many(targets, wait_for_applications_running=False)
     return HandleClient(config.deadline_s)
+
+
+def wait_for_service(scorers: Iterable[str], timeout_s: float) -> None:
+    """Return once every scorer's replicas run.
+
+    Raises:
+        RuntimeError: where a replica cannot start, with the replica's own error, or after `timeout_s`.
+    """
+    names, end = {application_name(scorer) for scorer in scorers}, time.monotonic() + timeout_s
+    while True:
+        states = {name: app for name, app in serve.status().applications.items() if name in names}
+        if len(states) == len(names) and all(app.status == "RUNNING" for app in states.values()):
+            return
+        failed = [app for app in states.values() if app.status in ("DEPLOY_FAILED", "UNHEALTHY")]
+        if failed or time.monotonic() > end:
+            reasons = [d.message for app in failed for d in app.deployments.values() if d.message]
+            raise RuntimeError(f"the reward service does not start: {'; '.join(reasons) or 'no answer'}")
+        time.sleep(0.25)
 
 
 def stop_service() -> None:

@@ -26,13 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def make_tiny_model(path: Path, dtype: torch.dtype, tied: bool) -> Path:
+def make_tiny_model(path: Path, dtype: torch.dtype, tied: bool, vocab_size: int = 49152) -> Path:
     """A two-layer Llama whose weights are large enough that its distributions are not flat."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -59,6 +59,26 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny-float32", torch.float32, tied=False)
+
+
+@pytest.fixture(scope="session")
+def small_vocab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """float32 with 512 of the tokens: for tests that train and compare many models."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "small-vocab", torch.float32, tied=False, vocab_size=512)
+
+
+@pytest.fixture(scope="session")
+def classifier(small_vocab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model's checkpoint in float32 with a normaliser."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("models") / "classifier"
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(small_vocab, num_labels=1, dtype=torch.float32)
+    model.config.score_mean, model.config.score_std = 0.75, 0.5
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(small_vocab).save_pretrained(path)
+    return path
 
 
 @pytest.fixture
@@ -111,6 +131,19 @@ def ray_runtime() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Any:
+    """This process as the learner's only rank: DeepSpeed runs without Ray, one process group a session."""
+    import socket
+
+    from learner.engine import join
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return join(0, 1, "127.0.0.1", port, on_cpu=True, seed=0)
 
 
 def kill(actors: list[Any]) -> None:

@@ -104,7 +104,7 @@ def test_what_a_user_finds_in_the_run_directory(finished: Any, folder: Path) -> 
     report = (run_dir / "report.html").read_text()
     assert "<svg" in report
     assert f"report        │ {run_dir}" in finished.stdout.replace("\n", " ") or "report" in finished.stdout
-    for phase in ("starting Ray", "starting the reward service", "starting vLLM", "version 3"):
+    for phase in ("starting Ray", "starting reward service, vLLM and learner", "version 3"):
         assert phase in finished.stdout
 
 

@@ -11,10 +11,10 @@ import ray
 
 from contracts.config import ClusterConfig, RewardServiceConfig
 from controller.runtime import environments
-from reward_service.app import start_service, stop_service
+from reward_service.app import start_service, stop_service, wait_for_service
 from reward_service.client import HandleClient, application_name
 
-SEQUENCES = [[5, 9, 7, 2], [8, 2], [5, 9, 7, 2], list(range(10, 60)) + [2]]
+SEQUENCES = [[5, 9, 7, 2], [8, 2], [5, 9, 7, 2], [*range(10, 60), 2]]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,9 @@ def client(ray_runtime: None, reward_model: Path) -> Iterator[HandleClient]:
     cluster = ClusterConfig(threads_per_reward_replica=1)
     service = RewardServiceConfig(dtype="float32", max_tokens=64, deadline_s=60)
     scorers = {"proxy": str(reward_model), "gold": str(reward_model)}
-    yield start_service(scorers, service, cluster, environments(cluster)["reward"])
+    started = start_service(scorers, service, cluster, environments(cluster)["reward"])
+    wait_for_service(scorers, timeout_s=120)
+    yield started
     stop_service()
 
 

@@ -61,7 +61,7 @@ def test_a_sequence_does_not_see_its_neighbours() -> None:
 
 
 def test_an_architecture_that_drops_the_layout_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="learner.attention=sdpa"):
+    with pytest.raises(RuntimeError, match=r"learner\.attention=sdpa"):
         build(attention.NAME).model(input_ids=torch.tensor([[1, 2, 3]]))
 
 

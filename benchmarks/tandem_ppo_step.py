@@ -1,0 +1,112 @@
+"""One block of Tandem's PPO updates: `python tandem_ppo_step.py JOB.json OUT.json`, started by `ppo_step.py`.
+
+Every component is the real one: Ray, a rollout actor with vLLM, the reward service by handle, the DeepSpeed learner and
+the weight transfer, driven by the controller that `train.py` uses. Engines start once and end with the process.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+from transformers import AutoTokenizer
+
+from contracts.config import (
+    ClusterConfig,
+    LearnerConfig,
+    LoggerConfig,
+    ModelConfig,
+    PPOConfig,
+    SamplingConfig,
+    SourceConfig,
+    TandemConfig,
+)
+from contracts.records import Prompt
+from contracts.validation import validate
+from controller.controller import PPOController
+from controller.metrics import RunLog
+from controller.progress import Progress
+from controller.prompts import PromptStream
+from controller.runtime import Runtime, weight_backend
+
+
+def make_config(job: dict[str, Any], run_dir: str) -> TandemConfig:
+    """Raises ConfigError where the sizes of the job contradict each other."""
+    tokens = job["completion_tokens"]
+    config = TandemConfig(
+        stage="ppo",
+        name="benchmark",
+        seed=job["seed"],
+        run_dir=run_dir,
+        cache_dir=run_dir,
+        model=ModelConfig(path=job["model"]),
+        ppo=PPOConfig(
+            updates=job["updates"],
+            rollouts_per_update=job["rollouts"],
+            missing_eos_penalty=0.0,
+            value_warmup_updates=0,
+            gold_rollouts=0,
+            # EOS is banned up to the last token but one, so every completion has exactly `tokens` tokens.
+            sampling=SamplingConfig(max_completion_tokens=tokens, min_completion_tokens=tokens - 1),
+        ),
+        learner=LearnerConfig(held_tokens=job["held_tokens"], microbatch_tokens=job["microbatch_tokens"]),
+        cluster=ClusterConfig(
+            threads_per_actor=job["threads"],
+            threads_per_learner_rank=job["threads"],
+            threads_per_reward_replica=job["threads"],
+        ),
+        logger=LoggerConfig(wandb="disabled", samples_per_update=0),
+        sft_model=job["model"],
+        proxy_model=job["reward_model"],
+    )
+    config.data.prompts = SourceConfig(path=job["texts"])
+    validate(config)
+    return config
+
+
+def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
+    """Seconds and peak memory of the block: `updates` has the metrics of every update, the first one included."""
+    config = make_config(job, run_dir)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    prompts = [Prompt(i, tokenizer.decode(ids), tuple(ids)) for i, ids in enumerate(job["prompts"])]
+    stream = PromptStream(prompts, samples_per_prompt=1, seed=config.seed)
+    policy, reward, eos = job["model"], job["reward_model"], tokenizer.eos_token_id
+    backend = weight_backend(config)
+    with (
+        Progress(config.logger.heartbeat_s) as progress,
+        RunLog(run_dir, {}, config.logger, "ppo") as log,
+        Runtime(config) as runtime,
+        ExitStack() as engines,
+    ):
+        # In the order of `Pipeline._ppo`: the learner starts while the others do.
+        learner = engines.enter_context(runtime.learner("ppo", config, policy, reward, eos, []))
+        client = runtime.service({"proxy": reward})
+        actors = engines.enter_context(runtime.actors(policy, backend, eos, client))
+        learner.wait_ready()
+        learner.call("connect", backend, actors)
+        start_s = time.time() - psutil.Process().create_time()
+        PPOController(config, stream, actors, learner, log, progress, has_gold=False).run()
+        peak = learner.peak_memory_gib()
+    rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    lengths = {row["completion/len_mean"] for row in rows}
+    if lengths != {float(job["completion_tokens"])}:
+        raise RuntimeError(f"mean completion lengths are {lengths}, not {job['completion_tokens']}")
+    return {
+        "start_s": start_s,
+        "learner_peak_gib": peak,
+        "updates": [{k: v for k, v in row.items() if k.startswith("perf/")} for row in rows],
+    }
+
+
+def main(job_path: Path, out_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="tandem-bench-") as run_dir:
+        result = run(json.loads(job_path.read_text()), run_dir)
+    out_path.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,150 @@
+"""One block of TRL's PPO updates: `python trl_ppo_step.py JOB.json OUT.json`, started by `ppo_step.py` in TRL's environment.
+
+It imports nothing of Tandem. TRL's trainer is used as it is; callbacks and hooks only read the clock.
+
+Set in TRL's favour: no gradient checkpointing (its default), prompts of one length (no padding), one generation call for
+the whole batch, bf16 Adam states (Tandem keeps float32 masters). Set to equal work: no stop token, and a pad token other
+than EOS, so that an EOS inside a completion is a token like any other and every completion has full length.
+"""
+
+import functools
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+
+class Clock(TrainerCallback):
+    """Seconds of every update, whole and by phase."""
+
+    def __init__(self) -> None:
+        self.updates: list[dict[str, float]] = []
+        self._phases: dict[str, float] = {}
+        self._last = 0.0
+        self._busy = False
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._last = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.updates.append({"step_s": now - self._last} | self._phases)
+        self._last, self._phases = now, {}
+
+    def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with its seconds counted as `phase` unless it runs inside another timed phase."""
+
+        @functools.wraps(function)  # `generate` looks at the signature of `forward`
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._busy:
+                return function(*args, **kwargs)
+            self._busy, start = True, time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._busy = False
+                self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - start
+
+        return call
+
+
+def make_trainer(job: dict[str, Any], directory: str, clock: Clock) -> PPOTrainer:
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
+    tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
+    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    policy = AutoModelForCausalLM.from_pretrained(job["model"], **options)
+    reference = AutoModelForCausalLM.from_pretrained(job["model"], **options)
+    value, reward = (
+        AutoModelForSequenceClassification.from_pretrained(job["reward_model"], num_labels=1, **options)
+        for _ in range(2)
+    )
+    args = PPOConfig(
+        output_dir=directory,
+        seed=job["seed"],
+        use_cpu=True,
+        bf16=False,  # the weights are bf16 already; autocast would only add casts
+        fp16=False,
+        gradient_checkpointing=False,
+        learning_rate=1e-5,
+        per_device_train_batch_size=job["trl_batch"],
+        gradient_accumulation_steps=job["rollouts"] // job["trl_batch"],
+        total_episodes=job["rollouts"] * job["updates"],
+        num_ppo_epochs=1,
+        num_mini_batches=1,
+        local_rollout_forward_batch_size=min(job["trl_forward_batch"], job["rollouts"]),
+        response_length=job["completion_tokens"],
+        temperature=1.0,
+        stop_token=None,
+        missing_eos_penalty=None,
+        num_sample_generations=0,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = PPOTrainer(
+        args=args,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=Dataset.from_dict({"input_ids": job["prompts"]}),
+        eval_dataset=Dataset.from_dict({"input_ids": job["prompts"][:8]}),  # required, never used
+        callbacks=[clock],
+    )
+    # Module calls are read at their `forward`; the policy's inside generation belong to generation.
+    for phase, module in [
+        ("policy_forward_s", policy),
+        ("reference_s", reference),
+        ("value_forward_s", value.base_model),
+        ("score_s", reward.base_model),
+    ]:
+        module.forward = clock.timed(phase, module.forward)
+    ppo_trainer.batch_generation = clock.timed("generate_s", full_length(job, ppo_trainer.batch_generation))
+    trainer.accelerator.backward = clock.timed("backward_s", trainer.accelerator.backward)
+    trainer.optimizer.step = clock.timed("optimizer_s", trainer.optimizer.step)
+    return trainer
+
+
+def full_length(job: dict[str, Any], generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate`, refusing completions of another length than the job's."""
+
+    def call(model: Any, queries: torch.Tensor, *args: Any) -> Any:
+        sequences, logits = generate(model, queries, *args)
+        shape = (job["rollouts"], queries.shape[1] + job["completion_tokens"])
+        if tuple(sequences.shape) != shape:
+            raise RuntimeError(f"TRL generated {tuple(sequences.shape)}, expected {shape}")
+        return sequences, logits
+
+    return call
+
+
+def main(job_path: Path, out_path: Path) -> None:
+    job = json.loads(job_path.read_text())
+    torch.set_num_threads(job["threads"])
+    clock = Clock()
+    with tempfile.TemporaryDirectory(prefix="trl-bench-") as directory:
+        trainer = make_trainer(job, directory, clock)
+        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    result = {"updates": clock.updates, "peak_gib": peak, "trainable_parameters": trainable}
+    out_path.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,127 @@
+"""Every shipped configuration and every command of the README composes and passes the checks."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import train
+from contracts.config import TandemConfig
+from contracts.validation import unknown_overrides, validate
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").rglob("*.yaml"))
+# What a user has to fill in before `data=files` can start.
+OWN_FILES = [f"data.{name}.path={name}.jsonl" for name in ("sft", "prompts", "preferences", "test", "eval_prompts")]
+
+
+def composed(overrides: list[str]) -> TandemConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", overrides))
+    assert isinstance(config, TandemConfig)
+    return config
+
+
+def overrides_of(file: str) -> list[str]:
+    """How a file under conf/ is chosen on the command line."""
+    group, _, name = file.rpartition("/")
+    if not group:
+        return []
+    chosen = f"+{group}={name}" if group == "experiment" else f"{group}={name}"
+    return [chosen, *OWN_FILES, "ppo.gold_rollouts=0"] if file == "data/files" else [chosen]
+
+
+def test_the_files_are_found() -> None:
+    assert {"config", "data/vader", "data/files"} <= set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_composes_and_is_valid(file: str) -> None:
+    overrides = overrides_of(file)
+    assert unknown_overrides(overrides) == []
+    validate(composed(overrides))
+
+
+def test_an_experiment_is_the_demo_with_other_values() -> None:
+    for file in FILES:
+        if file.startswith("experiment/"):
+            assert composed(overrides_of(file)) != composed([])
+
+
+def test_every_stage_of_the_demo_is_valid() -> None:
+    for stage in ("sft", "reward_model", "ppo", "evaluate", "pipeline"):
+        validate(composed([f"stage={stage}"]))
+
+
+def test_run_directories_are_below_the_name() -> None:
+    assert re.fullmatch(r"runs/second/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", composed(["name=second"]).run_dir)
+    assert composed(["cache_dir=/elsewhere"]).data.sft.path == "/elsewhere/data/vader/sft.jsonl"
+
+
+def readme_commands() -> list[list[str]]:
+    """The arguments of each `python train.py` in the README's blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "train.py" in line]
+    return [shlex.split(command, comments=True)[2:] for command in commands]
+
+
+def readme_settings() -> list[list[str]]:
+    """The `key=value` pairs of each code span in the README's text."""
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    spans = [span.split() for span in re.findall(r"`([^`]+)`", text) if re.match(r"[a-z_.]+=\S", span)]
+    assert all("=" in word for span in spans for word in span)
+    return spans
+
+
+def test_the_readme_has_examples() -> None:
+    assert len(readme_commands()) >= 4
+    assert len(readme_settings()) >= 2
+
+
+@pytest.mark.parametrize("overrides", [*readme_commands(), *readme_settings()], ids=" ".join)
+def test_the_readmes_examples_are_valid(overrides: list[str]) -> None:
+    assert unknown_overrides(overrides) == []
+    validate(composed([word for word in overrides if "=" in word]))
+
+
+def test_all_unknown_overrides_are_named_at_once() -> None:
+    arguments = ["ppo.updats=3", "--cfg", "job", "seed=2", "+sead=1", "ppo.kl.coeff=0.1", "hydra.run.dir=x"]
+    assert unknown_overrides(arguments) == [
+        "ppo.updats is not a key of the configuration; write ppo.updates",
+        "sead is not a key of the configuration; write seed",
+        "ppo.kl.coeff is not a key of the configuration; write ppo.kl.coef",
+    ]
+
+
+def test_a_misspelt_command_line_ends_with_the_right_keys() -> None:
+    command = [sys.executable, "train.py", "ppo.updats=3", "stagee=sft"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.split("\n")[1:] == [
+        "Tandem cannot start:",
+        "ppo.updats is not a key of the configuration; write ppo.updates",
+        "stagee is not a key of the configuration; write stage",
+        "",
+    ]
+
+
+def test_root_cause_is_one_line_of_what_was_raised_first() -> None:
+    class RayTaskError(Exception):
+        """Ray keeps what an actor raised in `cause`."""
+
+        def __init__(self, cause: Exception):
+            super().__init__("ray::LearnerActor.call() (pid=1)\n  File ...\n")
+            self.cause = cause
+
+    assert train.root_cause(RayTaskError(ValueError("first line\n\n  the reason\n"))) == "ValueError:   the reason"
+    assert train.root_cause(KeyError("x")) == "KeyError: 'x'"
+    assert train.root_cause(RuntimeError()) == "RuntimeError: "
+    error = RuntimeError("the stage failed")
+    error.__cause__ = OSError("disk full")
+    assert train.root_cause(error) == "OSError: disk full"

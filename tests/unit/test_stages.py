@@ -1,0 +1,153 @@
+"""Stages are reused while nothing that went in has changed, and never half done."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contracts.config import LoggerConfig, SFTConfig
+from controller.metrics import RunLog
+from controller.stages import LOGS, StageStore, checkpoint_fingerprint
+
+INPUTS: dict[str, Any] = {"seed": 1, "sft": SFTConfig(), "data": "abc"}
+
+
+def run_of(tmp_path: Path, name: str, reuse: bool = True) -> tuple[StageStore, RunLog]:
+    log = RunLog(tmp_path / name, {}, LoggerConfig(wandb="disabled"), "test")
+    return StageStore(tmp_path / "cache", tmp_path / name, reuse), log
+
+
+def work_with(log: RunLog, loss: float, stage: str = "sft") -> Any:
+    def work(path: Path) -> dict[str, Any]:
+        path.mkdir()
+        (path / "weights").write_text(str(loss))
+        log.log(stage, 1, {"loss": loss})
+        with log.phase(stage, "training"):
+            log.samples([{"stage": stage, "text": "x"}])
+        return {"eval_loss": loss}
+
+    return work
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_finished_stage_is_found_again(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+    assert store.find("sft", INPUTS) is None
+    made = store.run("sft", INPUTS, work_with(log, 2.5))
+    found = store.find("sft", {"data": "abc", "sft": SFTConfig(), "seed": 1})  # equal inputs in another order
+    assert found is not None
+    assert (made.cached, found.cached) == (False, True)
+    assert found.path == made.path
+    assert found.metrics == made.metrics == {"eval_loss": 2.5}
+    assert (Path(found.path) / "weights").read_text() == "2.5"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 2}, {"sft": replace(SFTConfig(), batch_size=8)}, {"data": "abd"}, {"more": None}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_input_is_another_stage(change: dict[str, Any], tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+    made = store.run("sft", INPUTS, work_with(log, 2.5))
+    assert store.find("sft", INPUTS | change) is None
+    assert store.find("reward_model/proxy", INPUTS) is None
+    other = store.run("sft", INPUTS | change, work_with(log, 3.5))
+    assert other.path != made.path
+    assert (Path(made.path) / "weights").read_text() == "2.5"
+    assert store.directory("reward_model/proxy", INPUTS).parent == tmp_path / "cache/stages"
+
+
+def test_without_reuse_nothing_is_found_and_the_result_is_replaced(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first", reuse=False)
+    first = store.run("sft", INPUTS, work_with(log, 2.5))
+    assert store.find("sft", INPUTS) is None
+    second = store.run("sft", INPUTS, work_with(log, 3.5))
+    assert first.path == second.path
+    assert (Path(second.path) / "weights").read_text() == "3.5"
+
+
+def test_a_crash_leaves_no_stage_and_the_next_run_works(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+
+    def crash(path: Path) -> dict[str, Any]:
+        path.mkdir()
+        (path / "half").write_text("of it")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        store.run("sft", INPUTS, crash)
+    assert store.find("sft", INPUTS) is None
+    made = store.run("sft", INPUTS, work_with(log, 2.5))
+    assert [p.name for p in Path(made.path).iterdir()] == ["weights"]
+    assert [p.name for p in (tmp_path / "cache/stages").iterdir()] == [Path(made.path).parent.name]
+
+
+def test_a_crash_keeps_the_result_that_was_there(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first", reuse=False)
+    made = store.run("sft", INPUTS, work_with(log, 2.5))
+
+    def crash(path: Path) -> dict[str, Any]:
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        store.run("sft", INPUTS, crash)
+    assert (Path(made.path) / "weights").read_text() == "2.5"
+
+
+def test_a_reused_stage_brings_its_own_log_lines_alone(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+    log.log("before", 1, {"loss": 9.0})
+    made = store.run("sft", INPUTS, work_with(log, 2.5))
+    log.log("after", 1, {"loss": 9.0})
+
+    later, log = run_of(tmp_path, "second")
+    log.log("earlier", 1, {"loss": 8.0})
+    assert later.find("sft", INPUTS) is not None
+    assert [(row["stage"], row["loss"]) for row in lines(tmp_path / "second/metrics.jsonl")] == [
+        ("earlier", 8.0),
+        ("sft", 2.5),
+    ]
+    assert [row["text"] for row in lines(tmp_path / "second/samples.jsonl")] == ["x"]
+    assert [row["phase"] for row in lines(tmp_path / "second/phases.jsonl")] == ["training"]
+    assert sorted(p.name for p in (Path(made.path).parent / "log").iterdir()) == sorted(LOGS)
+
+
+def test_stage_json_says_what_went_in(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+    made = store.run("sft", INPUTS, work_with(log, 2.5))
+    content = json.loads((Path(made.path).parent / "stage.json").read_text())
+    assert content["inputs"]["sft"]["optimizer"]["learning_rate"] == SFTConfig().optimizer.learning_rate
+    assert content["inputs"]["seed"] == 1
+    assert (content["name"], content["metrics"]) == ("sft", {"eval_loss": 2.5})
+    assert content["seconds"] >= 0
+
+
+def test_checkpoint_fingerprint(tmp_path: Path) -> None:
+    def checkpoint(name: str, files: dict[str, bytes]) -> str:
+        for file, content in files.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(content)
+        return str(tmp_path / name)
+
+    big = bytes(3 << 20)
+    base = {"config.json": b"{}", "sub/model.safetensors": big}
+    same = checkpoint_fingerprint(checkpoint("a", base))
+    assert checkpoint_fingerprint(checkpoint("b", base)) == same
+    changes: list[dict[str, bytes]] = [
+        {"config.json": b"[]"},
+        {"sub/model.safetensors": b"x" + big[1:]},
+        {"sub/model.safetensors": big[:-1] + b"x"},  # the end of a large file
+        {"sub/model.safetensors": big + b"\0"},
+        {"more": b""},
+    ]
+    for i, change in enumerate(changes):
+        assert checkpoint_fingerprint(checkpoint(f"changed{i}", base | change)) != same
+    hub = checkpoint_fingerprint("owner/model")
+    assert hub != checkpoint_fingerprint("owner/other")
+    assert hub != checkpoint_fingerprint("owner/model", "v1.0")
