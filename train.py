@@ -44,6 +44,7 @@ def main(composed: DictConfig) -> float | None:
 
 
 def run(config: TandemConfig) -> float | None:
+    from controller.data import DataError
     from controller.pipeline import Pipeline, open_run
     from controller.progress import Progress
     from controller.report import render
@@ -56,7 +57,7 @@ def run(config: TandemConfig) -> float | None:
         with open_run(config, progress) as log:
             try:
                 results = Pipeline(config, log, progress).run()
-            except (ConfigError, ValueError):
+            except (ConfigError, DataError):
                 raise
             except Exception as error:
                 path = Path(config.run_dir) / "error.log"

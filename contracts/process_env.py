@@ -44,4 +44,5 @@ def driver_env() -> dict[str, str]:
         "RAY_worker_niceness": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "DS_ACCELERATOR": "cpu",
+        "WANDB_DISABLE_WEAVE": "true",
     }

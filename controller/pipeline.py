@@ -358,13 +358,29 @@ def check_model(config: TandemConfig) -> None:
     problems = []
     for key, path in keys.items():
         try:
-            AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+            found = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+            if key == "model.path":
+                problems += _too_many_layers(config, getattr(found, "num_hidden_layers", None))
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
             problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:
+    wanted = {
+        "sft.trainable_layers": config.sft.trainable_layers,
+        "reward_model.trainable_layers": config.reward_model.trainable_layers,
+        "ppo.trainable_layers": config.ppo.trainable_layers,
+        "ppo.value_trainable_layers": config.ppo.value_trainable_layers,
+    }
+    return [
+        f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"
+        for key, value in wanted.items()
+        if layers is not None and value is not None and value > layers
+    ]
 
 
 def open_run(config: TandemConfig, progress: Progress) -> RunLog:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
+from ray.util.state import list_actors
 
 from contracts.config import ClusterConfig, RewardServiceConfig
 from controller.runtime import environments
@@ -68,7 +68,7 @@ def test_a_bad_item_harms_itself_alone(client: HandleClient) -> None:
 
 def test_a_killed_replica_loses_nothing(client: HandleClient, reward_model: Path) -> None:
     before = [s.value for s in client.score("gold", SEQUENCES)]
-    replicas = [a for a in ray.util.state.list_actors(filters=[("state", "=", "ALIVE")]) if "gold" in (a.name or "")]
+    replicas = [a for a in list_actors(filters=[("state", "=", "ALIVE")]) if "gold" in (a.name or "")]
     os.kill(replicas[0].pid, signal.SIGKILL)
     assert [s.value for s in client.score("gold", SEQUENCES)] == before
 

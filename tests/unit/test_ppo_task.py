@@ -106,7 +106,6 @@ class PlainPPO:
         for plain, theirs in ((self.policy, task.policy), (self.reference, task.reference), (self.value, task.value)):
             plain.load_state_dict(weights_of(theirs))
             plain.train()
-        self.value.model.embed_tokens.weight.requires_grad_(False)
         ppo = self.config.ppo
 
         def adam(parameters: Any, options: Any) -> torch.optim.AdamW:
@@ -115,8 +114,7 @@ class PlainPPO:
             return torch.optim.AdamW(parameters, lr=rate, betas=betas, eps=options.eps, weight_decay=0.0)
 
         head, rest = self.value.score.weight, ppo.value_optimizer
-        body = [p for p in self.value.model.parameters() if p.requires_grad]
-        groups = [{"params": body}, {"params": [head], "lr": rest.head_learning_rate}]
+        groups = [{"params": list(self.value.model.parameters())}, {"params": [head], "lr": rest.head_learning_rate}]
         self.adams = [adam(self.policy.parameters(), ppo.optimizer), adam(groups, rest)]
 
     def logprobs(self, model: Any, r: Rollout) -> tuple[list[torch.Tensor], list[float]]:
@@ -377,7 +375,7 @@ def test_value_warm_up_leaves_the_policy_alone(config: TandemConfig, make_task: 
     metrics = task.update(batch_of(ROLLOUTS, 8), KL_COEF, train_policy=False)
     assert all(torch.equal(policy[name], w) for name, w in weights_of(task.policy).items())
     moved = {name for name, w in weights_of(task.value).items() if not torch.equal(value[name], w)}
-    assert moved == value.keys() - {"model.embed_tokens.weight"}
+    assert moved == value.keys()
     assert "policy/loss" not in metrics
     task.update(batch_of(ROLLOUTS, 8), KL_COEF, train_policy=True)
     assert not torch.equal(policy["lm_head.weight"], weights_of(task.policy)["lm_head.weight"])
