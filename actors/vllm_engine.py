@@ -51,6 +51,10 @@ class VLLMEngine:
             arguments |= {
                 "distributed_executor_backend": "uni",
                 "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+                # A prompt cut in two steps rewinds the request's generator, which CPU generators cannot do (vLLM 0.32:
+                # "CPU Generator does not use offset"); and the seeds are what makes a rollout repeatable.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, config.max_model_len),
             }
         else:
             arguments["gpu_memory_utilization"] = config.gpu_memory_utilization

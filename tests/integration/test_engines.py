@@ -99,6 +99,11 @@ def test_temperature_divides_the_logits(engine: Any) -> None:
     assert np.concatenate(at_one).mean() < np.concatenate([r.completion.behavior_logprobs for r in samples]).mean()
 
 
+def test_more_prompt_tokens_than_one_step_takes(engine: Any) -> None:
+    long = [RolloutRequest(0, 0, Prompt(i, "", tuple(range(100 + i, 400 + i))), seed=i) for i in range(24)]
+    assert {r.key[1] for r in rollouts(engine, long)} == set(range(24))
+
+
 def test_bad_prompt_fails_alone(engine: Any) -> None:
     too_long = RolloutRequest(0, 0, Prompt(99, "", tuple([5] * 600)), seed=1)
     with pytest.raises(ray.exceptions.RayTaskError, match="512"):
