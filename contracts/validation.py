@@ -445,13 +445,12 @@ def unknown_overrides(arguments: list[str]) -> list[str]:
     Hydra itself stops at the first and advises to add it with a `+`, which would then be accepted and ignored.
     """
     known = _schema_keys(TandemConfig)
-    groups = ("experiment", "data", "cluster", "hydra", "model")
     messages = []
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument:
             continue
         key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
-        if key not in known and key.split(".")[0] not in ("hydra", "experiment") and key not in groups:
+        if key not in known and key.split(".")[0] not in ("hydra", "experiment"):
             instead = closest(key, known)
             messages.append(f"{key} is not a key of the configuration" + (f"; write {instead}" if instead else ""))
     return messages
