@@ -20,6 +20,7 @@ import numpy as np
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from contracts.config import EngineConfig, ModelConfig, SamplingConfig
@@ -78,6 +79,7 @@ class VLLMEngine:
             seed=seed,
             logprobs=0,  # of the sampled token alone
             detokenize=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # else every step builds every request's output so far
         )
         return self._request(token_ids, params, _completion)
 
