@@ -10,7 +10,7 @@ setup: .venv/.ready ## create .venv and fetch the model and the ratings (done by
 .venv/.ready: pyproject.toml deploy/setup_env.py controller/assets.py
 	$(PYTHON) deploy/setup_env.py
 
-demo: setup ## SFT, reward models, PPO and evaluation on real data, about 20 minutes on two cores
+demo: setup ## SFT, reward models, PPO and evaluation on real data, on two cores
 	$(PY) train.py
 
 demo-long: setup ## the same road with a larger budget

@@ -33,6 +33,8 @@ from controller.prompts import PromptStream
 from controller.runtime import Runtime, weight_backend
 from controller.stages import StageStore, checkpoint_fingerprint
 
+# Stages that a pipeline skips where the configuration names a checkpoint.
+GIVEN = {"sft": "sft_model", "reward_model/proxy": "proxy_model", "reward_model/gold": "gold_model"}
 EVAL_CHUNK = 256  # texts a call, so that progress and deadlines stay fine-grained
 
 
@@ -154,7 +156,7 @@ class Pipeline:
         """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache."""
         if name in self.results:
             return self.results[name].path
-        key = {"reward_model/proxy": "proxy_model", "reward_model/gold": "gold_model"}.get(name, f"{name}_model")
+        key = GIVEN.get(name, f"{name}_model")
         given = getattr(self.config, key)
         if given:
             return given
@@ -174,7 +176,7 @@ class Pipeline:
     # ---- stages
 
     def _stage(self, name: str, work: Any) -> None:
-        given = {"sft": "sft_model", "reward_model/proxy": "proxy_model", "reward_model/gold": "gold_model"}.get(name)
+        given = GIVEN.get(name)
         if self.config.stage == "pipeline" and given and getattr(self.config, given):
             self.progress.line(f"✓ {name}: {getattr(self.config, given)} (given)")
             return
