@@ -2,19 +2,24 @@
 texts and scores travel in one hop."""
 
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import ray
 
 from contracts.config import ClusterConfig, EngineConfig, ModelConfig, SamplingConfig
-from contracts.interfaces import RewardClient
+from contracts.interfaces import Engine, RewardClient
 from contracts.records import Rollout, RolloutRequest, Score
 from contracts.scoring import scoring_ids
 
 
 class RolloutActor:
-    """One engine and its control plane. The four weight-transfer methods are the ones that vLLM's
-    `RayVLLMWeightSyncClient` calls on an actor handle."""
+    """One engine and its control plane. The weight-transfer methods are the ones that vLLM's `RayVLLMWeightSyncClient`
+    calls on an actor handle.
+
+    `serve` is the only method of Ray's default group, whose one thread builds the engine and runs it; all others have
+    threads of the group "control", so that a weight transfer gets through while a rollout call waits.
+    """
 
     def __init__(
         self,
@@ -25,18 +30,36 @@ class RolloutActor:
         eos_token_id: int,
         reward_client: RewardClient | None,
     ):
-        from actors.vllm_engine import VLLMEngine
-
-        self._engine = VLLMEngine(model, engine, weight_transfer, on_cpu)
+        self._arguments = (model, engine, weight_transfer, on_cpu)
         self._rewards = reward_client
         self._eos = eos_token_id
+        self._started: Future[Engine] = Future()
 
+    def serve(self) -> None:
+        """Build the engine and run it; returns never, or raises what ended the engine."""
+        from actors.vllm_engine import VLLMEngine
+
+        try:
+            engine = VLLMEngine(*self._arguments)
+        except BaseException as error:
+            self._started.set_exception(error)
+            raise
+        self._started.set_result(engine)
+        engine.run()
+
+    @property
+    def _engine(self) -> Engine:
+        return self._started.result()
+
+    @ray.method(concurrency_group="control")
     def ready(self) -> int:
         """Process id, once the engine can serve."""
         import os
 
+        self._started.result()
         return os.getpid()
 
+    @ray.method(concurrency_group="control")
     def rollout(
         self, requests: list[RolloutRequest], sampling: SamplingConfig, scorers: dict[str, int]
     ) -> tuple[list[Rollout], dict[str, float]]:
@@ -69,23 +92,29 @@ class RolloutActor:
             [scoring_ids([*r.prompt.token_ids, *r.completion.token_ids.tolist()], self._eos) for r in rollouts],
         )
 
+    @ray.method(concurrency_group="control")
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
         return self._engine.token_logprobs(sequences)
 
     # ---- vLLM's weight-transfer protocol
 
+    @ray.method(concurrency_group="control")
     def init_weight_transfer_engine(self, request: Any) -> None:
         self._engine.control("init_weight_transfer_engine", {"init_info": request.init_info})
 
+    @ray.method(concurrency_group="control")
     def start_weight_update(self) -> None:
         self._engine.control("start_weight_update")
 
+    @ray.method(concurrency_group="control")
     def update_weights(self, request: Any) -> None:
         self._engine.control("update_weights", {"update_info": request.update_info})
 
+    @ray.method(concurrency_group="control")
     def finish_weight_update(self) -> None:
         self._engine.control("finish_weight_update")
 
+    @ray.method(concurrency_group="control")
     def update_weight_version(self, version: str) -> None:
         self._engine.control("set_weight_version", {"version": version})
 
@@ -102,7 +131,7 @@ def start_actors(
     """Start `cluster.num_actors` actors; returns when all of them can serve.
 
     Raises:
-        ray.exceptions.RayActorError: where an engine cannot start, with the engine's own error.
+        ray.exceptions.RayTaskError: where an engine cannot start, with the engine's own error.
         ray.exceptions.GetTimeoutError: after `cluster.start_timeout_s`.
     """
     on_cpu = cluster.gpus_per_actor == 0
@@ -110,13 +139,13 @@ def start_actors(
         "num_cpus": cluster.cpus_per_process,
         "num_gpus": cluster.gpus_per_actor,
         "runtime_env": {"env_vars": env},
-        # Weight transfer must get through while a rollout call is waiting for its completions.
-        "max_concurrency": 4,
     }
-    remote = ray.remote(RolloutActor)
+    remote = ray.remote(concurrency_groups={"control": 4})(RolloutActor)
     actors = [
         remote.options(**options).remote(model, engine, weight_transfer, on_cpu, eos_token_id, reward_client)
         for _ in range(cluster.num_actors)
     ]
+    for actor in actors:
+        actor.serve.remote()
     ray.get([actor.ready.remote() for actor in actors], timeout=cluster.start_timeout_s)
     return actors

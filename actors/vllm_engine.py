@@ -1,16 +1,17 @@
 """A generation engine: one thread owns an in-process vLLM engine and runs commands between two decoding steps.
 
-    submit / token_logprobs / control (any thread)          engine thread
+    submit / token_logprobs / control (any thread)          the thread inside `run`
       put a command, hold a Future     ── queue ──>   run every waiting command, then one step;
                                                       a finished request resolves its Future;
                                                       blocks on the queue only when no request is unfinished
                                                       or while a weight update is under way
 
-vLLM's own asynchronous engine needs three processes and is a third slower to start; on two cores this matters.
+vLLM's own asynchronous engine needs three processes and is a third slower to start; on two cores this matters. So does
+the thread: the one that runs the engine must also have built it. OpenMP keeps a team of threads for each thread that ever
+computed, and once there are more of them than cores it lets every one sleep between two loops: generation is a third slower.
 """
 
 import queue
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
@@ -28,7 +29,7 @@ from contracts.records import Completion
 
 
 class VLLMEngine:
-    """Raises what vLLM raises when the model cannot be loaded. One instance a process."""
+    """Raises what vLLM raises when the model cannot be loaded. One instance a process, `run` by the thread that made it."""
 
     def __init__(self, model: ModelConfig, config: EngineConfig, weight_transfer: str, on_cpu: bool, seed: int = 0):
         arguments: dict[str, Any] = {
@@ -65,8 +66,6 @@ class VLLMEngine:
         self._requests: dict[str, Future[RequestOutput]] = {}
         self._ids = count()
         self._updating = False
-        self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
-        self._thread.start()
 
     # ---- any thread
 
@@ -116,10 +115,10 @@ class VLLMEngine:
         self._call(run).result()
 
     def shutdown(self) -> None:
+        """`run` returns."""
         self._commands.put(None)
-        self._thread.join(timeout=30)
 
-    # ---- engine thread
+    # ---- the thread inside `run`
 
     def _request(self, token_ids: list[int], params: SamplingParams, read: Callable[[RequestOutput], Any]) -> Future:
         result: Future = Future()
@@ -143,7 +142,8 @@ class VLLMEngine:
         self._commands.put((function, done))
         return done
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Serve until `shutdown`. Raises what ended the engine; every waiting caller gets the same error."""
         while True:
             idle = self._updating or not self._engine.has_unfinished_requests()
             try:

@@ -124,9 +124,8 @@ def generation(job: dict[str, Any]) -> dict[str, float]:
 
     from actors.vllm_engine import VLLMEngine
 
-    owner = VLLMEngine(ModelConfig(path=job["model"]), EngineConfig(), "ray_object", on_cpu=True)
-    owner.shutdown()  # only its thread ends: the engine inside has Tandem's arguments and is driven directly from here
-    engine = owner._engine
+    # The engine inside has Tandem's arguments and is driven directly from here.
+    engine = VLLMEngine(ModelConfig(path=job["model"]), EngineConfig(), "ray_object", on_cpu=True)._engine
     prompts, tokens = job["prompts"][: job["rollouts"]], job["completion_tokens"]
     common: dict[str, Any] = {"temperature": 1.0, "max_tokens": tokens}
     serial = iter(range(1 << 30))

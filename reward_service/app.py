@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from ray import serve
 
@@ -18,13 +19,14 @@ class RewardReplica:
     def __init__(self, path: str, config: RewardServiceConfig):
         from reward_service.model import RewardModel
 
-        self._model = RewardModel(path, config.dtype, config.batch_tokens, config.max_tokens)
-        self._one_at_a_time = asyncio.Lock()  # a second forward pass would only contend for the same cores
+        # One thread loads the model and runs every forward pass: a second pass would only contend for the same cores, and a
+        # second thread would bring an OpenMP team of its own. The replica answers health checks meanwhile.
+        self._thread = ThreadPoolExecutor(1)
+        arguments = (path, config.dtype, config.batch_tokens, config.max_tokens)
+        self._model = self._thread.submit(RewardModel, *arguments).result()
 
     async def score(self, sequences: list[list[int]]) -> list[Score]:
-        async with self._one_at_a_time:
-            # In a thread, so that the replica answers health checks meanwhile.
-            return await asyncio.to_thread(self._model.score, sequences)
+        return await asyncio.wrap_future(self._thread.submit(self._model.score, sequences))
 
 
 def start_service(
