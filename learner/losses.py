@@ -171,9 +171,10 @@ class SelectedLogprobs(torch.autograd.Function):
             log_normalizer = scaled.logsumexp(dim=-1)
             log_normalizers[rows] = log_normalizer
             logprobs[rows] = scaled.gather(1, targets[rows, None]).squeeze(1) - log_normalizer
-            # entr(0) is 0, where -p log p would be NaN for a banned token.
-            probabilities = scaled.sub_(log_normalizer[:, None]).exp_()
-            entropy[rows] = torch.special.entr(probabilities).sum(dim=-1)
+            all_logprobs = scaled.sub_(log_normalizer[:, None])
+            probabilities = all_logprobs.exp()
+            # A banned token has p = 0 and log p = -inf, whose product must be 0.
+            entropy[rows] = -torch.linalg.vecdot(probabilities, all_logprobs.clamp_(min=-1e4))
         ctx.save_for_backward(logits, targets, log_normalizers, banned_mask)
         ctx.temperature = temperature
         ctx.banned_token = banned_token

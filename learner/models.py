@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from contracts import attention
 from contracts.attention import Packed
 from contracts.config import LearnerConfig, ModelConfig
+from learner.lean import make_lean
 from learner.losses import selected_logprobs
 
 
@@ -69,7 +70,7 @@ class ScalarModel(nn.Module):
 
 def load_policy(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> PolicyModel:
     lm = AutoModelForCausalLM.from_pretrained(path, **_load_options(model, learner, on_cpu))
-    return PolicyModel(_prepare(lm, learner))
+    return PolicyModel(_prepare(lm, learner, on_cpu))
 
 
 def load_scalar(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool, seed: int) -> ScalarModel:
@@ -87,7 +88,7 @@ def load_scalar(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: b
         width = classifier.score.in_features
         weight = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
         classifier.score.weight.data.copy_(weight)
-    return ScalarModel(_prepare(classifier, learner))
+    return ScalarModel(_prepare(classifier, learner, on_cpu))
 
 
 def _load_options(model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> dict:
@@ -99,7 +100,7 @@ def _load_options(model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> d
     }
 
 
-def _prepare(lm: PreTrainedModel, learner: LearnerConfig) -> PreTrainedModel:
+def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTrainedModel:
     modules: list[Any] = list(lm.modules())
     for module in modules:
         if isinstance(module, nn.Dropout):
@@ -109,6 +110,8 @@ def _prepare(lm: PreTrainedModel, learner: LearnerConfig) -> PreTrainedModel:
     if learner.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()  # transformers loads models in evaluation mode, in which it recomputes nothing
+    if on_cpu:
+        make_lean(lm)
     return lm
 
 

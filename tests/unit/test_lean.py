@@ -1,0 +1,108 @@
+"""The lean norm and MLP against transformers' own in float64, and what they keep."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from learner.lean import ROWS, RMSNorm, SwiGLU, make_lean
+
+WIDTH = 24
+
+
+def norm(dtype: torch.dtype) -> LlamaRMSNorm:
+    module = LlamaRMSNorm(WIDTH, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        module.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    return module
+
+
+def run(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+    """Output, gradient of the input, gradients of the weights."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    out.backward(grad)
+    return [out.detach(), x.grad, *(p.grad for p in module.parameters())]
+
+
+@pytest.mark.parametrize("rows", [1, ROWS - 1, ROWS + 3])
+def test_norm_equals_the_formula_in_float64(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, grad = (torch.randn(2, rows, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    lean = norm(torch.float32)
+    weight, u = lean.weight.detach().double().requires_grad_(), x.clone().requires_grad_()
+    expected = weight * u / (u.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected.backward(grad)
+    assert make_lean(nn.ModuleList([lean])) == 1
+    out, dx, dw = run(lean, x.float(), grad.float())
+    torch.testing.assert_close(out.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx.double(), u.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dw.double(), weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_norm_rounds_where_transformers_rounds() -> None:
+    x = torch.randn(3, 200, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+    module = norm(torch.bfloat16)
+    expected = module(x)
+    make_lean(nn.ModuleList([module]))
+    assert (module(x) != expected).float().mean() < 1e-3  # but for sums in another order
+
+
+def test_mlp_gradients_in_float64() -> None:
+    config = LlamaConfig(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=4)
+    mlp = LlamaMLP(config).double()
+    generator = torch.Generator().manual_seed(2)
+    x, grad = (torch.randn(5, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected = run(mlp, x, grad)
+    mlp.zero_grad()
+    assert make_lean(nn.ModuleList([mlp])) == 1
+    for found, right in zip(run(mlp, x, grad), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+def test_gradcheck() -> None:
+    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
+    x = torch.randn(3, 8, requires_grad=True)
+    weight = torch.rand(8, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: RMSNorm.apply(*a, 1e-5), (x, weight), eps=1e-2, atol=2e-2, rtol=2e-2)
+
+
+def test_another_formula_is_left_alone() -> None:
+    gemma = GemmaRMSNorm(WIDTH)  # multiplies by 1 + weight
+    with torch.no_grad():
+        gemma.weight.uniform_(0.5, 1.5)
+    gelu = LlamaMLP(LlamaConfig(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=4, hidden_act="gelu"))
+    assert make_lean(nn.ModuleList([gemma, gelu])) == 0
+
+
+def test_a_layer_keeps_half() -> None:
+    """Bytes that autograd keeps of a bfloat16 decoder stack, per token and layer, weights apart."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
+    lm = LlamaForCausalLM(config).bfloat16()
+    weights = {p.data_ptr() for p in lm.parameters()}
+
+    def kept() -> int:
+        storages: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            if t.data_ptr() not in weights:
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = lm.model(input_ids=torch.arange(48)[None])
+        return sum(storages.values()) if out.last_hidden_state.requires_grad else 0
+
+    before = kept()
+    assert make_lean(lm) == 2 * 3 + 1
+    assert kept() < 0.7 * before
