@@ -243,7 +243,7 @@ def main() -> int:
     tokens = f"{len(job['prompts'][0])} + {args.completion_tokens} tokens"
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     show(summary, console, f"{args.model.name}, bf16, {args.rollouts} rollouts of {tokens}; {line}")
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    options = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     blocks = {"tandem": benchmark.tandem, "trl": benchmark.trl, "limits": benchmark.limits}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": where, "options": options, "summary": summary, "blocks": blocks}
