@@ -7,15 +7,9 @@ from typing import Any
 import pytest
 
 from contracts.config import SourceConfig, TandemConfig
-from contracts.validation import (
-    CHOICES,
-    RANGES,
-    ConfigError,
-    check_machine,
-    closest,
-    unknown_keys,
-    validate,
-)
+from contracts.overrides import closest
+from contracts.ranges import CHOICES, RANGES
+from contracts.validation import ConfigError, check_machine, validate
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {
@@ -265,27 +259,3 @@ def test_closest():
     assert closest("adaptve", ["fixed", "adaptive"]) == "adaptive"
     assert closest("qqq", ["fixed", "adaptive"]) is None
     assert closest("fixed", []) is None
-
-
-def test_unknown_keys_name_the_closest_dotted_key():
-    given = {
-        "sead": 1,
-        "ppo": {"clipp": 0.2, "max_completion_tokens": 8, "kl": {"coef": 0.1}},
-        "data": {"gold": {"pth": "gold.jsonl"}},
-        "zzzz": {"a": 1},
-    }
-    messages = unknown_keys(given, TandemConfig)
-    assert messages[:4] == [
-        "sead is not a key of the configuration; found 1; write seed",
-        "ppo.clipp is not a key of the configuration; found 0.2; write ppo.clip",
-        "ppo.max_completion_tokens is not a key of the configuration; found 8; write "
-        "ppo.sampling.max_completion_tokens",
-        "data.gold.pth is not a key of the configuration; found gold.jsonl; write data.gold.path",
-    ]
-    assert messages[4].startswith("zzzz is not a key of the configuration; found {'a': 1}; write one of stage, name, ")
-    assert len(messages) == 5
-
-
-def test_known_keys_are_accepted():
-    given = {"data": {"gold": None}, "sft": {"optimizer": {"betas": [0.9, 0.95]}}}
-    assert unknown_keys(given, TandemConfig) == []
