@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from contracts.estimators import AGGREGATIONS, ESTIMATORS, KL_PLACES
+
 SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
 OPTIMIZERS = ("sft.optimizer", "reward_model.optimizer", "ppo.optimizer", "ppo.value_optimizer")
 SAMPLINGS = ("ppo.sampling", "evaluate.sampling")
@@ -30,6 +32,7 @@ RANGES = [
             "reward_model.eval_pairs",
             *_under(["ppo"], "updates", "rollouts_per_update", "samples_per_prompt", "epochs", "minibatches"),
             *_under(["ppo"], "ptx_batch_size", "kl.horizon"),
+            "ppo.off_policy.cap",
             *_under(SAMPLINGS, "max_completion_tokens"),
             "evaluate.bootstrap_samples",
             *_under(["engine"], "max_num_seqs", "max_model_len", "tensor_parallel_size"),
@@ -87,6 +90,8 @@ RANGES = [
         lambda value: 0 <= value <= 1,
         ("ppo.gamma", "ppo.lam", "data.max_bad_rows", "ppo.max_failed_scores", "evaluate.min_eos_share"),
     ),
+    Range("in [0, 1), as tokens with w = 1 must train", lambda value: 0 <= value < 1, ("ppo.off_policy.low",)),
+    Range("above 1, as tokens with w = 1 must train", lambda value: value > 1, ("ppo.off_policy.high",)),
     Range("in (0, 1)", lambda value: 0 < value < 1, ("ppo.clip",)),
     Range("in (0, 1]", lambda value: 0 < value <= 1, ("evaluate.sampling.top_p", "engine.gpu_memory_utilization")),
     Range("null or above 1", lambda value: value is None or value > 1, ("ppo.dual_clip",)),
@@ -107,7 +112,11 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "stage": ("pipeline", "sft", "reward_model", "ppo", "evaluate"),
     "model.dtype": DTYPES,
     "reward_service.dtype": DTYPES,
+    "ppo.estimator": tuple(ESTIMATORS),
+    "ppo.aggregation": (None, *AGGREGATIONS),
+    "ppo.off_policy.correction": ("none", "truncated", "masked"),
     "ppo.kl.controller": ("fixed", "adaptive"),
+    "ppo.kl.place": (None, *KL_PLACES),
     "ppo.init_value_from": ("reward_model", "policy"),
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from omegaconf import MISSING
 
 from contracts.config import SamplingConfig, TandemConfig
+from contracts.estimators import ESTIMATORS
 from contracts.overrides import closest
 from contracts.ranges import CHOICES, RANGES
 
@@ -63,7 +64,7 @@ def _choice_checks(config: TandemConfig) -> list[Check]:
     for key, options in CHOICES.items():
         if key.startswith("data.gold.") and config.data.gold is None:
             continue
-        value, names = _value(config, key), [str(option) for option in options]
+        value, names = _value(config, key), [_shown(option) for option in options]
         instead = closest(str(value), names) or f"for example {names[0]}"
         checks.append(Check(value in options, key, f"one of {', '.join(names)}", value, instead))
     return checks
@@ -164,12 +165,42 @@ def _ppo_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
+def _estimator_checks(config: TandemConfig) -> list[Check]:
+    ppo = config.ppo
+    estimator = ESTIMATORS.get(ppo.estimator)
+    if estimator is None:  # the table of choices says so
+        return []
+    return [
+        Check(
+            not estimator.needs_groups or ppo.samples_per_prompt >= 2,
+            "ppo.samples_per_prompt",
+            f"at least 2 with ppo.estimator {ppo.estimator}, which compares the rollouts of a prompt",
+            ppo.samples_per_prompt,
+            "ppo.samples_per_prompt=4 or ppo.estimator=reinforce_plus_plus",
+        ),
+        Check(
+            estimator.has_value_model or ppo.init_value_from == "reward_model",
+            "ppo.init_value_from",
+            f"left at reward_model with ppo.estimator {ppo.estimator}, which has no value model to start",
+            ppo.init_value_from,
+            "ppo.init_value_from=reward_model or ppo.estimator=gae",
+        ),
+    ]
+
+
 def _learner_checks(config: TandemConfig) -> list[Check]:
     learner, engine, cluster = config.learner, config.engine, config.cluster
+    ranks = cluster.num_learner_ranks
+    batches = [("sft.batch_size", config.sft.batch_size), ("reward_model.batch_size", config.reward_model.batch_size)]
+    batches += [("ppo.ptx_batch_size", config.ppo.ptx_batch_size)] if config.ppo.ptx_coef > 0 else []
     longest = config.data.max_prompt_tokens + config.ppo.sampling.max_completion_tokens
     on_cpu = cluster.gpus_per_learner_rank == 0
     gpus = f"gpus_per_learner_rank {cluster.gpus_per_learner_rank}, gpus_per_actor {cluster.gpus_per_actor}"
     return [
+        *(
+            Check(size >= ranks, key, f"at least cluster.num_learner_ranks ({ranks})", size, f"{ranks} or more")
+            for key, size in batches
+        ),
         Check(
             longest <= learner.microbatch_tokens,
             "learner.microbatch_tokens",
@@ -240,6 +271,7 @@ def validate(config: TandemConfig) -> None:
             *_sampling_checks(config, "ppo.sampling", config.ppo.sampling),
             *_sampling_checks(config, "evaluate.sampling", config.evaluate.sampling),
             *_ppo_checks(config),
+            *_estimator_checks(config),
             *_learner_checks(config),
         ]
     )
