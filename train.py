@@ -18,7 +18,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from contracts.config import TandemConfig
-from contracts.validation import ConfigError, unknown_overrides, validate
+from contracts.overrides import unknown_overrides
+from contracts.validation import ConfigError, validate
 
 ConfigStore.instance().store(name="tandem", node=TandemConfig)
 

@@ -92,14 +92,31 @@ class SamplingConfig:
 
 @dataclass
 class KLConfig:
-    coef: float = 0.05  # per token, in the reward
+    coef: float = 0.05  # beta, of each token
+    place: str | None = None  # reward (k1) | k2 | k3 (loss terms); null: as the estimator's paper has it
     controller: str = "fixed"  # fixed | adaptive (Ziegler 2019)
     target: float = 6.0  # nats a sequence
     horizon: int = 10000  # episodes
 
 
 @dataclass
+class OffPolicyConfig:
+    """Importance weight w = pi_proximal / pi_behavior of each token, for rollouts that an older policy sampled.
+
+    The default is none: in a synchronous run w differs from 1 by the rounding of the engines alone.
+    """
+
+    correction: str = "none"  # none | truncated: min(w, cap) | masked: 0 for w outside [low, high]
+    cap: float = 2.0
+    low: float = 0.5
+    high: float = 5.0
+
+
+@dataclass
 class PPOConfig:
+    # gae | grpo | dr_grpo | rloo | reinforce_plus_plus: docs/algorithms.md. All but gae do without a value model, and
+    # ignore `lam` and every key of the value model. The three with groups need samples_per_prompt >= 2.
+    estimator: str = "gae"
     updates: int = 50
     rollouts_per_update: int = 64
     samples_per_prompt: int = 1
@@ -111,7 +128,11 @@ class PPOConfig:
     dual_clip: float | None = 3.0
     value_clip: float | None = 0.2
     target_approx_kl: float | None = 0.02  # ends the remaining epochs of an update
-    whiten_advantages: bool = True
+    whiten_advantages: bool | None = None  # null: as the estimator's paper has it
+    # Mean over tokens, over means or sums of sequences, or over the token budget: tokens | sequences | sequence_sums |
+    # budget; null: as the estimator's paper has it.
+    aggregation: str | None = None
+    off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     ptx_coef: float = 0.0  # PPO-ptx: weight of the SFT loss in the same optimizer step
     ptx_batch_size: int = 16

@@ -61,6 +61,11 @@ class Rollout:
     def num_tokens(self) -> int:
         return len(self.prompt.token_ids) + len(self.completion.token_ids)
 
+    @property
+    def group(self) -> tuple[int, int]:
+        """What the siblings of a rollout group share: epoch and prompt."""
+        return self.key[:2]
+
 
 @dataclass
 class Microbatch:
@@ -75,6 +80,7 @@ class Microbatch:
     behavior_logprobs: np.ndarray  # float32 [B, C], C = longest completion; 0 on padding
     scores: np.ndarray  # float32 [B], shaped score, paid at the last completion token
     loss_mask: np.ndarray  # bool [B, C], completion tokens that train
+    groups: np.ndarray  # int64 [B], which of the batch's rollout groups each sequence belongs to
 
     @property
     def num_tokens(self) -> int:
@@ -88,7 +94,8 @@ class TrainingBatch:
     minibatches: list[list[Microbatch]]
     # Over all ranks, per minibatch: the denominators that make one gradient of any partition.
     global_loss_tokens: list[int]
-    global_sequences: int
+    global_sequences: list[int]
+    num_groups: int  # over all ranks; the rollouts of a group may lie on any of them
 
 
 @dataclass

@@ -1,25 +1,22 @@
 """The checks of a configuration before any process starts: every conflict at once, with rule, value and remedy.
 
 Three kinds of rules: the range of one value, a choice among names, and relations between values. The first two are
-tables; the third is one short list a section. `validate` reads the configuration only, `check_machine` compares it with
-the machine, `unknown_keys` compares a nested dict with the schema.
+tables (`contracts.ranges`); the third is one short list a section. `validate` reads the configuration only, `check_machine`
+compares it with the machine. Keys that the schema does not have: `contracts.overrides`.
 """
 
-import difflib
-from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
 from contracts.config import SamplingConfig, TandemConfig
+from contracts.estimators import ESTIMATORS
+from contracts.overrides import closest
+from contracts.ranges import CHOICES, RANGES
 
 RUNS_PPO = ("pipeline", "ppo")
-SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
-OPTIMIZERS = ("sft.optimizer", "reward_model.optimizer", "ppo.optimizer", "ppo.value_optimizer")
-SAMPLINGS = ("ppo.sampling", "evaluate.sampling")
 
 
 class ConfigError(ValueError):
@@ -40,119 +37,6 @@ class Check(NamedTuple):
         return f"{self.key} must be {self.rule}; found {_shown(self.found)}; write {self.instead}"
 
 
-class Range(NamedTuple):
-    """One rule on the values of several keys."""
-
-    rule: str
-    holds: Callable[[Any], bool]
-    keys: tuple[str, ...]
-
-
-def _under(parents: Iterable[str], *names: str) -> tuple[str, ...]:
-    return tuple(f"{parent}.{name}" for parent in parents for name in names)
-
-
-RANGES = [
-    Range(
-        "at least 1",
-        lambda value: value >= 1,
-        (
-            "data.max_prompt_tokens",
-            *_under(("sft", "reward_model"), "epochs", "batch_size", "max_tokens"),
-            "reward_model.eval_pairs",
-            *_under(["ppo"], "updates", "rollouts_per_update", "samples_per_prompt", "epochs", "minibatches"),
-            *_under(["ppo"], "ptx_batch_size", "kl.horizon"),
-            *_under(SAMPLINGS, "max_completion_tokens"),
-            "evaluate.bootstrap_samples",
-            *_under(["engine"], "max_num_seqs", "max_model_len", "tensor_parallel_size"),
-            "learner.microbatch_tokens",
-            *_under(["reward_service"], "replicas", "batch_tokens", "max_tokens"),
-            *_under(["cluster"], "num_actors", "num_learner_ranks"),
-            *_under(["cluster"], "threads_per_actor", "threads_per_learner_rank", "threads_per_reward_replica"),
-        ),
-    ),
-    Range("at least 2, as one prompt has no confidence interval", lambda value: value >= 2, ("evaluate.prompts",)),
-    Range(
-        "0 or more",
-        lambda value: value >= 0,
-        (
-            *_under(OPTIMIZERS, "weight_decay", "warmup_steps"),
-            *_under(["ppo"], "kl.coef", "ptx_coef", "missing_eos_penalty", "value_warmup_updates", "gold_rollouts"),
-            *_under(SAMPLINGS, "min_completion_tokens"),
-            "learner.held_tokens",
-            *_under(["cluster"], "gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica"),
-            *_under(["cluster"], "cpus_per_process", "min_memory_gib"),
-            "logger.samples_per_update",
-        ),
-    ),
-    Range(
-        "above 0",
-        lambda value: value > 0,
-        (
-            *_under(OPTIMIZERS, "learning_rate", "eps", "max_grad_norm"),
-            *_under(SAMPLINGS, "temperature"),
-            "ppo.kl.target",
-            *_under(["evaluate"], "max_length_change", "max_kl"),
-            "engine.kv_cache_gib",
-            "reward_service.deadline_s",
-            *_under(["cluster"], "object_store_gib", "start_timeout_s", "step_timeout_s"),
-            "logger.heartbeat_s",
-        ),
-    ),
-    Range(
-        "null or above 0",
-        lambda value: value is None or value > 0,
-        (*_under(OPTIMIZERS, "head_learning_rate"), *_under(["ppo"], "value_clip", "target_approx_kl")),
-    ),
-    Range(
-        "null or at least 1",
-        lambda value: value is None or value >= 1,
-        ("data.prompt_words", "sft.trainable_layers", "ppo.trainable_layers"),
-    ),
-    Range(
-        "null or 0 (the head alone) or more",
-        lambda value: value is None or value >= 0,
-        ("reward_model.trainable_layers", "ppo.value_trainable_layers"),
-    ),
-    Range(
-        "in [0, 1]",
-        lambda value: 0 <= value <= 1,
-        ("ppo.gamma", "ppo.lam", "data.max_bad_rows", "ppo.max_failed_scores", "evaluate.min_eos_share"),
-    ),
-    Range("in (0, 1)", lambda value: 0 < value < 1, ("ppo.clip",)),
-    Range("in (0, 1]", lambda value: 0 < value <= 1, ("evaluate.sampling.top_p", "engine.gpu_memory_utilization")),
-    Range("null or above 1", lambda value: value is None or value > 1, ("ppo.dual_clip",)),
-    Range(
-        "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio",
-        lambda value: value == 1,
-        ("ppo.sampling.top_p",),
-    ),
-    Range(
-        "two numbers in [0, 1)",
-        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
-        _under(OPTIMIZERS, "betas"),
-    ),
-]
-
-DTYPES = ("bfloat16", "float16", "float32")
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "stage": ("pipeline", "sft", "reward_model", "ppo", "evaluate"),
-    "model.dtype": DTYPES,
-    "reward_service.dtype": DTYPES,
-    "ppo.kl.controller": ("fixed", "adaptive"),
-    "ppo.init_value_from": ("reward_model", "policy"),
-    "learner.zero_stage": (0, 1, 2, 3),
-    "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),
-    "learner.weight_transfer": ("auto", "ray_object", "nccl", "ipc"),
-    "logger.wandb": ("offline", "online", "disabled"),
-    **dict.fromkeys(_under(OPTIMIZERS, "schedule"), ("constant", "linear")),
-    **dict.fromkeys(
-        [f"data.{source}.format" for source in SOURCES],
-        ("auto", "text", "prompt", "prompt_completion", "messages", "pair", "rated"),
-    ),
-}
-
-
 def _value(config: Any, key: str) -> Any:
     """The value at a dotted key; None below a section that is null (`data.gold`)."""
     return reduce(lambda section, name: None if section is None else getattr(section, name), key.split("."), config)
@@ -164,12 +48,6 @@ def _shown(value: Any) -> str:
 
 def _example(default: Any) -> str:
     return f"for example {_shown(default)} (the default)"
-
-
-def closest(name: str, options: Iterable[str]) -> str | None:
-    """The option most like `name`, or None where none is alike."""
-    matches = difflib.get_close_matches(name, list(options), n=1)
-    return matches[0] if matches else None
 
 
 def _range_checks(config: TandemConfig) -> list[Check]:
@@ -186,7 +64,7 @@ def _choice_checks(config: TandemConfig) -> list[Check]:
     for key, options in CHOICES.items():
         if key.startswith("data.gold.") and config.data.gold is None:
             continue
-        value, names = _value(config, key), [str(option) for option in options]
+        value, names = _value(config, key), [_shown(option) for option in options]
         instead = closest(str(value), names) or f"for example {names[0]}"
         checks.append(Check(value in options, key, f"one of {', '.join(names)}", value, instead))
     return checks
@@ -287,12 +165,42 @@ def _ppo_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
+def _estimator_checks(config: TandemConfig) -> list[Check]:
+    ppo = config.ppo
+    estimator = ESTIMATORS.get(ppo.estimator)
+    if estimator is None:  # the table of choices says so
+        return []
+    return [
+        Check(
+            not estimator.needs_groups or ppo.samples_per_prompt >= 2,
+            "ppo.samples_per_prompt",
+            f"at least 2 with ppo.estimator {ppo.estimator}, which compares the rollouts of a prompt",
+            ppo.samples_per_prompt,
+            "ppo.samples_per_prompt=4 or ppo.estimator=reinforce_plus_plus",
+        ),
+        Check(
+            estimator.has_value_model or ppo.init_value_from == "reward_model",
+            "ppo.init_value_from",
+            f"left at reward_model with ppo.estimator {ppo.estimator}, which has no value model to start",
+            ppo.init_value_from,
+            "ppo.init_value_from=reward_model or ppo.estimator=gae",
+        ),
+    ]
+
+
 def _learner_checks(config: TandemConfig) -> list[Check]:
     learner, engine, cluster = config.learner, config.engine, config.cluster
+    ranks = cluster.num_learner_ranks
+    batches = [("sft.batch_size", config.sft.batch_size), ("reward_model.batch_size", config.reward_model.batch_size)]
+    batches += [("ppo.ptx_batch_size", config.ppo.ptx_batch_size)] if config.ppo.ptx_coef > 0 else []
     longest = config.data.max_prompt_tokens + config.ppo.sampling.max_completion_tokens
     on_cpu = cluster.gpus_per_learner_rank == 0
     gpus = f"gpus_per_learner_rank {cluster.gpus_per_learner_rank}, gpus_per_actor {cluster.gpus_per_actor}"
     return [
+        *(
+            Check(size >= ranks, key, f"at least cluster.num_learner_ranks ({ranks})", size, f"{ranks} or more")
+            for key, size in batches
+        ),
         Check(
             longest <= learner.microbatch_tokens,
             "learner.microbatch_tokens",
@@ -363,6 +271,7 @@ def validate(config: TandemConfig) -> None:
             *_sampling_checks(config, "ppo.sampling", config.ppo.sampling),
             *_sampling_checks(config, "evaluate.sampling", config.evaluate.sampling),
             *_ppo_checks(config),
+            *_estimator_checks(config),
             *_learner_checks(config),
         ]
     )
@@ -401,56 +310,3 @@ def check_machine(config: TandemConfig, free_memory_gib: float, cpu_count: int) 
         for count_key, threads_key, count, threads in phases
         if cluster.address == "local" and count * threads > cpu_count
     ]
-
-
-def _section(annotation: Any) -> Any:
-    """The dataclass that an annotation holds (`A` or `A | None`), or None."""
-    return next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
-
-
-def _schema_keys(schema_class: Any, prefix: str = "") -> list[str]:
-    """Every dotted key of a schema, sections included."""
-    keys = []
-    for name, annotation in get_type_hints(schema_class).items():
-        section = _section(annotation)
-        keys += [prefix + name, *(_schema_keys(section, f"{prefix}{name}.") if section else [])]
-    return keys
-
-
-def unknown_keys(given: dict[str, Any], schema_class: type) -> list[str]:
-    """Messages for the keys of a nested dict that a dataclass schema does not have, each with the closest dotted key.
-
-    A field that is a free dict in the schema (`extra`) takes any keys.
-    """
-    known = _schema_keys(schema_class)
-
-    def walk(values: dict[str, Any], section_class: type, prefix: str) -> list[str]:
-        hints = get_type_hints(section_class)
-        messages = []
-        for name, value in values.items():
-            key = f"{prefix}{name}"
-            if name not in hints:
-                instead = closest(key, known) or f"one of {', '.join(hints)}"
-                messages.append(f"{key} is not a key of the configuration; found {_shown(value)}; write {instead}")
-            elif isinstance(value, dict) and (section := _section(hints[name])):
-                messages += walk(value, section, f"{key}.")
-        return messages
-
-    return walk(given, schema_class, "")
-
-
-def unknown_overrides(arguments: list[str]) -> list[str]:
-    """Messages for Hydra overrides of keys that the schema does not have, all of them.
-
-    Hydra itself stops at the first and advises to add it with a `+`, which would then be accepted and ignored.
-    """
-    known = _schema_keys(TandemConfig)
-    messages = []
-    for argument in arguments:
-        if argument.startswith("-") or "=" not in argument:
-            continue
-        key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
-        if key not in known and key.split(".")[0] not in ("hydra", "experiment"):
-            instead = closest(key, known)
-            messages.append(f"{key} is not a key of the configuration" + (f"; write {instead}" if instead else ""))
-    return messages

@@ -1,9 +1,17 @@
 """Scored rollouts -> the training batch of every rank."""
 
+from collections import Counter
+
 import numpy as np
 
 from contracts.batching import cut_microbatches
 from contracts.records import Microbatch, Rollout, TrainingBatch
+
+
+def with_siblings(rollouts: list[Rollout]) -> list[Rollout]:
+    """The rollouts that share their prompt with another: alone there is nothing to compare with."""
+    sizes = Counter(r.group for r in rollouts)
+    return [r for r in rollouts if sizes[r.group] > 1]
 
 
 def make_batches(
@@ -25,17 +33,21 @@ def make_batches(
     """
     if len(rollouts) < ranks * minibatches:
         raise ValueError(f"{len(rollouts)} scored rollouts cannot fill {minibatches} minibatches on {ranks} ranks")
-    batches = [TrainingBatch([], [], len(rollouts)) for _ in range(ranks)]
+    numbers = {group: i for i, group in enumerate(sorted({r.group for r in rollouts}))}
+    groups = [numbers[r.group] for r in rollouts]
+    batches = [TrainingBatch([], [], [], len(numbers)) for _ in range(ranks)]
     for rows in np.array_split(rng.permutation(len(rollouts)), minibatches):
         cut = cut_microbatches([rollouts[r].num_tokens for r in rows], token_budget, ranks)
         tokens = sum(len(rollouts[r].completion.token_ids) for r in rows)
         for batch, parts in zip(batches, cut, strict=True):
-            batch.minibatches.append([_microbatch(rollouts, scores, [int(rows[i]) for i in part]) for part in parts])
+            chosen = [[int(rows[i]) for i in part] for part in parts]
+            batch.minibatches.append([_microbatch(rollouts, scores, groups, part) for part in chosen])
             batch.global_loss_tokens.append(tokens)
+            batch.global_sequences.append(len(rows))
     return batches
 
 
-def _microbatch(rollouts: list[Rollout], scores: list[float], rows: list[int]) -> Microbatch:
+def _microbatch(rollouts: list[Rollout], scores: list[float], groups: list[int], rows: list[int]) -> Microbatch:
     chosen = [rollouts[r] for r in rows]
     longest = max(len(r.completion.token_ids) for r in chosen)
     behavior_logprobs = np.zeros((len(chosen), longest), dtype=np.float32)
@@ -51,4 +63,5 @@ def _microbatch(rollouts: list[Rollout], scores: list[float], rows: list[int]) -
         behavior_logprobs=behavior_logprobs,
         scores=np.array([scores[r] for r in rows], dtype=np.float32),
         loss_mask=loss_mask,
+        groups=np.array([groups[r] for r in rows], dtype=np.int64),
     )

@@ -8,7 +8,7 @@
                                  │        │
                           training batch  │
                                  ▼        │
-                            learner ranks (DeepSpeed): ref, policy, values -> rewards -> GAE -> PPO steps
+                            learner ranks (DeepSpeed): ref, policy, values -> rewards -> advantages -> PPO steps
 
     synchronous: rollouts of version v  ->  update to v+1  ->  publish v+1  ->  rollouts of version v+1 ...
 
@@ -28,8 +28,9 @@ import numpy as np
 import ray
 
 from contracts.config import TandemConfig
+from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.records import Rollout, RolloutRequest
-from controller.batcher import make_batches
+from controller.batcher import make_batches, with_siblings
 from controller.metrics import RunLog
 from controller.progress import Progress, format_update
 from controller.prompts import PromptStream
@@ -78,16 +79,16 @@ class PPOController:
 
     def run(self) -> None:
         """All value-only and PPO updates of the configuration."""
-        ppo = self.config.ppo
+        warmup = warmup_updates(self.config.ppo)
+        total = warmup + self.config.ppo.updates
         durations: list[float] = []
-        for index in range(ppo.value_warmup_updates + ppo.updates):
-            train_policy = index >= ppo.value_warmup_updates
+        for index in range(total):
+            train_policy = index >= warmup
             start = time.perf_counter()
             metrics = self._update(train_policy)
             durations.append(time.perf_counter() - start)
             metrics["perf/step_s"] = durations[-1]
-            left = ppo.value_warmup_updates + ppo.updates - index - 1
-            metrics["progress/eta_s"] = eta = left * float(np.median(durations[-8:]))
+            metrics["progress/eta_s"] = eta = (total - index - 1) * float(np.median(durations[-8:]))
             metrics["progress/version"] = self.version
             self.log.log("ppo" if train_policy else "value_warmup", index, metrics)
             line = format_update(metrics, eta)
@@ -106,7 +107,12 @@ class PPOController:
         metrics["fault/unscored"] = float(len(failed))
         metrics |= self._describe(scored)
 
-        ppo, learner = self.config.ppo, self.config.learner
+        ppo, learner, estimator = self.config.ppo, self.config.learner, chosen_estimator(self.config.ppo)
+        if estimator.needs_groups:
+            # A rollout whose siblings all failed to be scored has no baseline.
+            metrics["fault/no_sibling"] = float(len(scored))
+            scored = with_siblings(scored)
+            metrics["fault/no_sibling"] -= len(scored)
         batches = make_batches(
             scored,
             [self._shaped(r) for r in scored],
@@ -125,8 +131,9 @@ class PPOController:
             "perf/train_s": train_s,
             "perf/train_tokens_per_s": tokens / train_s,
             "kl/coef": self.kl.coef,
-            "reward/kl_penalty_mean": -self.kl.coef * metrics["kl/ref_seq"],
         }
+        if estimator.kl == "reward":
+            metrics["reward/kl_penalty_mean"] = -self.kl.coef * metrics["kl/ref_seq"]
         if train_policy:
             self.kl.update(metrics["kl/ref_seq"], len(scored))
             metrics["perf/sync_s"] = self._publish()

@@ -20,12 +20,13 @@ import numpy as np
 import psutil
 import ray
 import yaml
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from contracts.config import SourceConfig, TandemConfig
 from contracts.records import Example, PreferencePair, Prompt, RatedText, StageResult
 from contracts.validation import ConfigError, check_machine
 from controller import statistics
+from controller.checks import check_amounts, check_model
 from controller.data import LoadReport, fingerprint, load_preferences, load_prompts, load_sft
 from controller.metrics import RunLog, redacted
 from controller.progress import Progress
@@ -63,6 +64,7 @@ class Pipeline:
             raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
         with progress.phase("reading the data"):
             self.data = self._load()
+        check_amounts(config, len(self.data.sft))
         for warning in check_machine(config, psutil.virtual_memory().available / 2**30, psutil.cpu_count() or 1):
             progress.line(warning)
 
@@ -198,7 +200,7 @@ class Pipeline:
 
     def _sft(self, path: Path) -> dict[str, Any]:
         order = np.random.default_rng(self.config.seed).permutation(len(self.data.sft))
-        held = max(1, len(order) // 20)
+        held = max(self.config.cluster.num_learner_ranks, len(order) // 20)
         examples = [self.data.sft[i] for i in order]
         with self._learner("sft", "sft", self.config, examples[held:], examples[:held]) as group:
             with self._phase("sft", f"SFT on {len(examples) - held} texts"):
@@ -347,42 +349,6 @@ class Pipeline:
 
 def _accuracy(name: str, interval: statistics.Interval) -> dict[str, float]:
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def check_model(config: TandemConfig) -> None:
-    """Refuse a model that cannot be loaded, before anything starts.
-
-    Raises:
-        ConfigError: naming the key and what is wrong.
-    """
-    keys = {"model.path": config.model.path}
-    keys |= {k: v for k in ("sft_model", "proxy_model", "gold_model", "ppo_model") if (v := getattr(config, k))}
-    problems = []
-    for key, path in keys.items():
-        try:
-            found = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
-            if key == "model.path":
-                problems += _too_many_layers(config, getattr(found, "num_hidden_layers", None))
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
-            problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:
-    wanted = {
-        "sft.trainable_layers": config.sft.trainable_layers,
-        "reward_model.trainable_layers": config.reward_model.trainable_layers,
-        "ppo.trainable_layers": config.ppo.trainable_layers,
-        "ppo.value_trainable_layers": config.ppo.value_trainable_layers,
-    }
-    return [
-        f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"
-        for key, value in wanted.items()
-        if layers is not None and value is not None and value > layers
-    ]
 
 
 def open_run(config: TandemConfig, progress: Progress) -> RunLog:

@@ -1,8 +1,14 @@
-"""From scores to advantages: per-token rewards, generalised advantage estimation, whitening over the global batch.
+"""From scores to advantages: per-token rewards, generalised advantage estimation, comparison within the group of a prompt,
+whitening over the global batch.
+
+REINFORCE++ (Hu et al. 2025, arXiv 2501.03262) needs nothing of its own: its advantage is the reward-to-go, which is `gae`
+with V = 0 and lambda = 1, whitened.
 
 B is the number of sequences and C the longest completion. Masks are bool, and what lies outside a mask is never
 multiplied by zero but replaced, so that not even a NaN on padding can leak. Nothing here carries a gradient.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -83,6 +89,63 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 @torch.no_grad()
+def group_moments(rewards: Tensor, mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """Count, sum and sum of squares of the outcomes of each rollout group, for `group_advantages`.
+
+    The outcome of a rollout is the sum of its rewards. Rows without a token that trains do not count. Moments of
+    microbatches or ranks add up, so that a group may lie on any of them.
+
+    Args:
+        rewards: [B, C], from `token_rewards`.
+        mask: bool [B, C], tokens that train.
+        groups: int64 [B], in [0, num_groups).
+
+    Returns:
+        float64 [num_groups, 3].
+    """
+    trains = mask.any(dim=1)
+    outcomes = torch.where(trains, torch.where(mask, rewards.double(), 0.0).sum(dim=1), 0.0)
+    rows = torch.stack([trains.double(), outcomes, outcomes.square()], dim=1)
+    return rows.new_zeros(num_groups, 3).index_add_(0, groups, rows)
+
+
+@torch.no_grad()
+def group_advantages(
+    estimator: str, rewards: Tensor, mask: Tensor, groups: Tensor, moments: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """One advantage for all tokens of a rollout: its outcome R_i against the n rollouts of its group.
+
+    grpo:    (R_i - mean) / (std + eps), unbiased std; Shao et al. 2024 (arXiv 2402.03300), outcome supervision
+    dr_grpo: R_i - mean; Liu et al. 2025 (arXiv 2503.20783): the std favours prompts that are nearly solved or hopeless
+    rloo:    R_i - mean of the others = (R_i - mean) n / (n - 1); Ahmadian et al. 2024 (arXiv 2402.14740)
+
+    A rollout that is alone in its group gets 0. Rewards are not discounted: an outcome belongs to the whole rollout.
+
+    Args:
+        rewards: [B, C], from `token_rewards`.
+        mask: bool [B, C], tokens that train.
+        groups: int64 [B], the rows of `moments`.
+        moments: float64 [num_groups, 3], `group_moments` summed over the global batch.
+
+    Returns:
+        float32 [B, C], 0 on masked tokens.
+
+    Raises:
+        ValueError: for an unknown estimator.
+    """
+    mine = moments[groups]
+    count, total, _ = mine.unbind(dim=1)
+    advantages = torch.where(mask, rewards.double(), 0.0).sum(dim=1) - total / count.clamp(min=1)
+    if estimator == "grpo":
+        advantages = advantages / (variance(mine).sqrt() + eps)
+    elif estimator == "rloo":
+        advantages = advantages * count / (count - 1).clamp(min=1)
+    elif estimator != "dr_grpo":
+        raise ValueError(f"the estimator of a group must be grpo, dr_grpo or rloo, found {estimator!r}")
+    return torch.where(mask, advantages[:, None], 0.0).float()
+
+
+@torch.no_grad()
 def whitening_moments(advantages: Tensor, mask: Tensor) -> Tensor:
     """Count, sum and sum of squares of the advantages under `mask`, for `whiten`.
 
@@ -101,6 +164,15 @@ def whitening_moments(advantages: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([mask.sum().double(), valid.sum(), valid.square().sum()])
 
 
+def variance(moments: Tensor) -> Tensor:
+    """Unbiased variance of what `moments` [..., 3] (count, sum, sum of squares) describe: float64 [...], 0 for fewer
+    than two."""
+    count, total, total_of_squares = moments.double().unbind(-1)
+    mean = total / count.clamp(min=1)
+    # Rounding can push the variance of equal values just below zero.
+    return ((total_of_squares - total * mean) / (count - 1).clamp(min=1)).clamp(min=0)
+
+
 @torch.no_grad()
 def whiten(advantages: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
     """(A - mean) / sqrt(var + eps) with the mean and the unbiased variance that `moments` describe.
@@ -115,29 +187,21 @@ def whiten(advantages: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8)
     Returns:
         float32, same shape, 0 on masked tokens.
     """
-    count, total, total_of_squares = moments.double().unbind()
+    count, total, _ = moments.double().unbind()
     mean = total / count.clamp(min=1)
-    # Rounding can push the variance of equal advantages just below zero.
-    variance = ((total_of_squares - total * mean) / (count - 1).clamp(min=1)).clamp(min=0)
-    scale = torch.where(count >= 2, (variance + eps).rsqrt(), 1.0)
+    scale = torch.where(count >= 2, (variance(moments) + eps).rsqrt(), 1.0)
     return torch.where(mask, (advantages.double() - mean) * scale, 0.0).float()
 
 
-@torch.no_grad()
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) under the mask: 1 is a perfect critic, 0 a constant one, negative worse than constant.
+def explained_variance(returns: Tensor, residuals: Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 a constant one, negative worse than constant.
 
     Args:
-        values: any shape, V(s_t).
-        returns: same shape, regression targets.
-        mask: bool, same shape.
+        returns: float64 [3], `whitening_moments` of the returns R, summed over the global batch.
+        residuals: float64 [3], those of R - V.
 
     Returns:
-        float64 scalar; NaN where it is undefined (fewer than two tokens, or all returns equal).
+        NaN where it is undefined (fewer than two tokens, or all returns equal).
     """
-    targets = returns[mask].double()
-    residuals = targets - values[mask].double()
-    if targets.numel() < 2:
-        return targets.new_full((), torch.nan)
-    variance = targets.var()
-    return torch.where(variance > 0, 1 - residuals.var() / variance, torch.nan)
+    spread = variance(returns).item()
+    return 1 - variance(residuals).item() / spread if spread > 0 else math.nan

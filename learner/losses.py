@@ -4,8 +4,7 @@ The caller divides by the count of the global minibatch, which makes one gradien
 ranks. Masks are bool, and what lies outside a mask is replaced before any arithmetic, not multiplied by zero after it:
 the gradient of 0 * inf is NaN.
 
-Left out: an entropy bonus (InstructGPT has none; the KL penalty keeps the policy broad) and importance weights for
-asynchronous rollouts.
+Left out: an entropy bonus (InstructGPT has none; the KL penalty keeps the policy broad).
 """
 
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from learner.kl import kl_k2, kl_k3
 
 # Rows whose logits are in float32 at once: 64 x 49,152 (SmolLM2) are 13 MB. More rows are not faster on a CPU.
 ROWS_PER_CHUNK = 64
@@ -26,15 +27,18 @@ def policy_loss(
     mask: Tensor,
     clip: float,
     dual_clip: float | None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate of PPO, with the dual clip.
 
     rho = exp(clamp(log pi - log pi_prox, -20, 20))
-    L   = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), and min(L, -A dual_clip) where A < 0
+    L   = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), and min(L, -A dual_clip) where A < 0; times the weight
 
-    Without the dual clip the loss of a bad token that has become likely is unbounded.
+    Without the dual clip the loss of a bad token that has become likely is unbounded. With `off_policy_weights` as weights
+    it is the decoupled PPO of AReaL: the trust region is around the proximal policy, whoever sampled.
 
-    Sources: Schulman et al. 2017 (arXiv 1707.06347), equation 7; Ye et al. 2020 (arXiv 1912.09729), dual-clip PPO.
+    Sources: Schulman et al. 2017 (arXiv 1707.06347), equation 7; Ye et al. 2020 (arXiv 1912.09729), dual-clip PPO;
+    Fu et al. 2025 (arXiv 2505.24298), decoupled PPO.
 
     Args:
         policy_logprobs: [B, C], under the policy being trained; carries the gradient.
@@ -43,11 +47,12 @@ def policy_loss(
         mask: bool [B, C], tokens that train.
         clip: half-width of the trust region of rho.
         dual_clip: greater than 1, or None for none.
+        weights: [B, C], 0 or more, without gradient; None for 1.
 
     Returns:
-        The sum over the mask (float32 scalar) and detached scalars. Sums over the mask: `clipped` (tokens where the
-        clip decides), `approx_kl` (k3 of proximal against policy: rho - 1 - log rho, nats), `ratio` (rho). A maximum:
-        `ratio_max`, 0 where the mask is empty.
+        The weighted sum over the mask (float32 scalar) and detached scalars without weights. Sums over the mask: `clipped`
+        (tokens where the clip decides), `approx_kl` (k3 of proximal against policy: rho - 1 - log rho, nats), `ratio` (rho).
+        A maximum: `ratio_max`, 0 where the mask is empty.
     """
     difference = torch.where(mask, policy_logprobs.float() - proximal_logprobs.detach().float(), 0.0)
     advantages = torch.where(mask, advantages.detach().float(), 0.0)
@@ -58,6 +63,8 @@ def policy_loss(
     losses = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
+    if weights is not None:
+        losses = losses * torch.where(mask, weights.detach().float(), 0.0)
     with torch.no_grad():
         masked_ratio = torch.where(mask, ratio, 0.0)
         stats = {
@@ -67,6 +74,112 @@ def policy_loss(
             "ratio_max": masked_ratio.max() if masked_ratio.numel() else masked_ratio.new_zeros(()),
         }
     return losses.sum(), stats
+
+
+def kl_loss(policy_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: str, weights: Tensor) -> Tensor:
+    """KL penalty as a loss term, with gradient: k2 or k3 of policy against reference, times the weight, summed.
+
+    On tokens of the policy itself the expected gradient of k2 is that of KL(policy || reference); that of k3, GRPO's
+    choice (arXiv 2402.03300, equation 4), is the gradient of KL(reference || policy). Both are 0 where the two agree.
+
+    Args:
+        policy_logprobs: [B, C], under the policy being trained; carries the gradient.
+        ref_logprobs: [B, C], under the frozen reference.
+        mask: bool [B, C], tokens that train.
+        estimator: k2 or k3.
+        weights: [B, C], without gradient: the expectation is over the same samples as that of `policy_loss`.
+
+    Returns:
+        float32 scalar, nats.
+
+    Raises:
+        ValueError: for another estimator.
+    """
+    if estimator not in ("k2", "k3"):
+        raise ValueError(f"the KL in the loss must be k2 or k3, found {estimator!r}")
+    policy, reference, weights = (torch.where(mask, x, 0.0) for x in (policy_logprobs, ref_logprobs, weights))
+    kl = kl_k2(policy, reference) if estimator == "k2" else kl_k3(policy, reference)
+    return (kl * weights.detach()).sum()
+
+
+@torch.no_grad()
+def off_policy_weights(
+    proximal_logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    mask: Tensor,
+    correction: str,
+    cap: float,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:
+    """Importance weight of each token that another policy sampled: w = pi_prox / pi_behavior, bounded.
+
+    none:      1
+    truncated: min(w, cap); Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"
+               (TIS): little bias for a bounded variance
+    masked:    w, and 0 outside [low, high]; Ring team 2025 (arXiv 2510.18855, IcePop): what two policies disagree on that
+               much teaches nothing
+
+    w is taken token by token: the product over a sequence would be exact, with a variance that grows exponentially in its
+    length. Left out with it: that the states of an older policy's rollouts are not those that the new one would visit.
+
+    Args:
+        proximal_logprobs: [B, C], learner, before this batch's updates.
+        behavior_logprobs: [B, C], recorded at sampling.
+        mask: bool [B, C], tokens that train.
+
+    Returns:
+        weights, float32 [B, C], 0 outside the mask; how many tokens the bounds have changed (int64 scalar).
+
+    Raises:
+        ValueError: for an unknown correction.
+    """
+    log_ratio = torch.where(mask, proximal_logprobs.float() - behavior_logprobs.float(), 0.0)
+    ratio = log_ratio.clamp(-20.0, 20.0).exp()
+    if correction == "none":
+        weights, changed = torch.ones_like(ratio), torch.zeros_like(mask)
+    elif correction == "truncated":
+        weights, changed = ratio.clamp(max=cap), ratio > cap
+    elif correction == "masked":
+        changed = (ratio < low) | (ratio > high)
+        weights = torch.where(changed, 0.0, ratio)
+    else:
+        raise ValueError(f"the correction must be none, truncated or masked, found {correction!r}")
+    return torch.where(mask, weights, 0.0), (changed & mask).sum()
+
+
+def aggregation_weights(mask: Tensor, aggregation: str, tokens: int, sequences: int, budget: int) -> Tensor:
+    """Weights that turn `sum over tokens / tokens` into another mean over the N sequences of a global minibatch:
+
+    tokens:        1/tokens sum_i sum_t           every token counts alike
+    sequences:     1/N sum_i 1/|o_i| sum_t        every sequence counts alike; GRPO
+    sequence_sums: 1/N sum_i sum_t                the gradient of log p of whole sequences; REINFORCE, RLOO
+    budget:        1/N sum_i 1/budget sum_t       the same over a constant; Dr. GRPO, as 1/|o_i| makes wrong answers long
+
+    |o_i| is the number of tokens of sequence i that train.
+
+    Args:
+        mask: bool [B, C], tokens that train.
+        tokens: tokens that train in the global minibatch.
+        sequences: N, in the global minibatch.
+        budget: the most tokens that a completion may have.
+
+    Returns:
+        float32 [B, 1].
+
+    Raises:
+        ValueError: for an unknown aggregation.
+    """
+    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1).float()
+    if aggregation == "tokens":
+        return torch.ones_like(lengths)
+    if aggregation == "sequences":
+        return tokens / sequences / lengths
+    if aggregation == "sequence_sums":
+        return torch.full_like(lengths, tokens / sequences)
+    if aggregation == "budget":
+        return torch.full_like(lengths, tokens / sequences / budget)
+    raise ValueError(f"the aggregation must be tokens, sequences, sequence_sums or budget, found {aggregation!r}")
 
 
 def value_loss(

@@ -1,18 +1,19 @@
 """One rank's part of a PPO update.
 
     ref, policy and value forward passes     (policy and value keep their graphs where memory allows: `held_tokens`)
-      -> token rewards -> GAE -> whitening over the global batch
+      -> token rewards -> advantages (GAE, or against the rollouts of the same prompt), over the global batch
       -> for each epoch, minibatch, microbatch: policy and value loss, backward; one step of both a minibatch
 
 With the graphs kept, the first minibatch needs no second forward pass: its proximal log-probabilities are the policy's own,
-detached. Nothing else is derived from the rollout engine's log-probabilities, which differ by rounding: they only measure
-the mismatch between sampler and learner.
+detached. Log-probabilities of the rollout engine enter nothing but the off-policy correction; without it they only measure
+the mismatch between sampler and learner, which is rounding. Without a value model (`contracts.estimators`) there is nothing
+of it: no network, no pass, no metric.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,21 @@ from torch import Tensor
 from contracts.attention import Packed
 from contracts.batching import cut_microbatches
 from contracts.config import TandemConfig
+from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.records import Example, Microbatch, TrainingBatch
-from learner.advantages import gae, token_rewards, whiten, whitening_moments
+from learner.advantages import (
+    explained_variance,
+    gae,
+    group_advantages,
+    group_moments,
+    token_rewards,
+    whiten,
+    whitening_moments,
+)
 from learner.checkpoint import save_checkpoint
 from learner.engine import Ranks, TrainEngine, frozen
 from learner.kl import kl_k1, kl_k3
-from learner.losses import policy_loss, value_loss
+from learner.losses import aggregation_weights, kl_loss, off_policy_weights, policy_loss, value_loss
 from learner.models import freeze_below, load_policy, load_scalar
 from learner.sft import example_nll, loss_tokens
 from learner.weight_publisher import EngineSource, WeightPublisher
@@ -42,9 +52,11 @@ class Pass:
     places: "Places"
     ref_logprobs: Tensor
     proximal_logprobs: Tensor
-    old_values: Tensor
+    behavior_logprobs: Tensor
+    old_values: Tensor  # 0 without a value model
     entropy: Tensor
-    live: tuple[Tensor, Tensor] | None  # policy_logprobs and values with their graphs, until used
+    live: tuple[Tensor, Tensor | None] | None  # policy_logprobs and values with their graphs, until used
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))  # of each token in the policy's losses
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     returns: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -62,22 +74,24 @@ class Timer:
 
 
 class PPOTask:
-    """Policy, value and reference model of one rank."""
+    """Policy, value (where the estimator has one) and reference model of one rank."""
 
     def __init__(
         self, ranks: Ranks, config: TandemConfig, policy: str, value: str, eos_token_id: int, ptx: list[Example]
     ):
         ppo, learner = config.ppo, config.learner
         self.ranks, self.config, self.eos, self.ptx = ranks, config, eos_token_id, ptx
-        self.policy_path = policy
+        self.policy_path, self.estimator = policy, chosen_estimator(ppo)
         steps = ppo.epochs * ppo.minibatches
         model = load_policy(policy, config.model, learner, ranks.on_cpu)
         freeze_below(model.lm, ppo.trainable_layers, freeze_embeddings=False)
         self.policy = TrainEngine(model, ppo.optimizer, learner, ranks, ppo.updates * steps)
-        scalar = load_scalar(value, config.model, learner, ranks.on_cpu, config.seed)
-        freeze_below(scalar.lm, ppo.value_trainable_layers, freeze_embeddings=False)
-        value_steps = (ppo.updates + ppo.value_warmup_updates) * steps
-        self.value = TrainEngine(scalar, ppo.value_optimizer, learner, ranks, value_steps)
+        self.value: TrainEngine | None = None
+        if self.estimator.has_value_model:
+            scalar = load_scalar(value, config.model, learner, ranks.on_cpu, config.seed)
+            freeze_below(scalar.lm, ppo.value_trainable_layers, freeze_embeddings=False)
+            value_steps = (ppo.updates + warmup_updates(ppo)) * steps
+            self.value = TrainEngine(scalar, ppo.value_optimizer, learner, ranks, value_steps)
         self.reference = frozen(load_policy(policy, config.model, learner, ranks.on_cpu), learner, ranks)
         self._ptx_rng = np.random.default_rng(config.seed)  # the same draws on every rank
         self._publisher: WeightPublisher | None = None
@@ -117,7 +131,10 @@ class PPOTask:
 
         Raises:
             NonFiniteError: before any optimizer step with a loss that is NaN or infinite.
+            ValueError: without `train_policy` where there is no value model to fit.
         """
+        if not (train_policy or self.value):
+            raise ValueError(f"the estimator {self.config.ppo.estimator} has no value model to fit")
         timer, ppo = Timer(), self.config.ppo
         held_left = self.config.learner.held_tokens
         passes: list[list[Pass]] = []
@@ -128,19 +145,20 @@ class PPOTask:
                 held_left -= mb.num_tokens if hold else 0
                 passes[-1].append(self._first_pass(mb, hold, train_policy, timer))
         everything = [p for minibatch in passes for p in minibatch]
-        self._set_advantages(everything, kl_coef)
+        self._set_advantages(everything, batch.num_groups, kl_coef)
+        off_policy = self._set_weights(passes, batch)
 
         steps: list[dict[str, float]] = []
         stopped = False
         for _ in range(ppo.epochs):
             for minibatch, tokens in zip(passes, batch.global_loss_tokens, strict=True):
                 if not stopped:
-                    steps.append(self._step(minibatch, tokens, train_policy, timer))
+                    steps.append(self._step(minibatch, tokens, kl_coef, train_policy, timer))
                     approx_kl = steps[-1].get("policy/approx_kl", 0.0)
                     stopped = ppo.target_approx_kl is not None and approx_kl > ppo.target_approx_kl
         metrics = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
         metrics["policy/optimizer_steps"] = float(len(steps))
-        return metrics | self._describe(everything, batch.global_sequences) | timer.seconds
+        return metrics | off_policy | self._describe(everything, sum(batch.global_sequences)) | timer.seconds
 
     def _first_pass(self, mb: Microbatch, hold: bool, train_policy: bool, timer: Timer) -> Pass:
         places = Places(mb, self.ranks.device)
@@ -148,14 +166,17 @@ class PPOTask:
             ref_logprobs, _ = self._logprobs(self.reference, places)
         with timer("perf/policy_forward_s"), torch.set_grad_enabled(hold and train_policy):
             policy_logprobs, entropy = self._logprobs(self.policy, places)
-        with timer("perf/value_forward_s"), torch.set_grad_enabled(hold):
-            values = self._values(places)
+        values = None
+        if self.value:
+            with timer("perf/value_forward_s"), torch.set_grad_enabled(hold):
+                values = self._values(self.value, places)
         return Pass(
             batch=mb,
             places=places,
             ref_logprobs=ref_logprobs,
             proximal_logprobs=policy_logprobs.detach(),
-            old_values=values.detach(),
+            behavior_logprobs=torch.from_numpy(mb.behavior_logprobs).to(self.ranks.device),
+            old_values=torch.zeros_like(ref_logprobs) if values is None else values.detach(),
             entropy=entropy,
             live=(policy_logprobs, values) if hold else None,
         )
@@ -167,29 +188,68 @@ class PPOTask:
         logprobs, entropy = model(places.packed, places.select, places.targets, sampling.temperature, banned, early)
         return places.spread(logprobs), places.spread(entropy)
 
-    def _values(self, places: "Places") -> Tensor:
-        return places.spread(self.value(places.packed, places.select))
+    def _values(self, value: TrainEngine, places: "Places") -> Tensor:
+        return places.spread(value(places.packed, places.select))
 
-    def _set_advantages(self, passes: list[Pass], kl_coef: float) -> None:
-        ppo = self.config.ppo
-        moments = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
-        for p in passes:
-            scores = torch.from_numpy(p.batch.scores).to(self.ranks.device)
-            lengths = torch.from_numpy(p.batch.completion_lens).to(self.ranks.device)
+    def _set_advantages(self, passes: list[Pass], num_groups: int, kl_coef: float) -> None:
+        ppo, device = self.config.ppo, self.ranks.device
+        in_reward = kl_coef if self.estimator.kl == "reward" else 0.0
+        groups = [torch.from_numpy(p.batch.groups).to(device) for p in passes]
+        of_groups = torch.zeros(num_groups, 3, dtype=torch.float64, device=device)
+        for p, numbers in zip(passes, groups, strict=True):
+            scores, lengths = (torch.from_numpy(a).to(device) for a in (p.batch.scores, p.batch.completion_lens))
             mask = p.places.mask
-            p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, lengths, mask, kl_coef)
-            p.advantages, p.returns = gae(p.rewards, p.old_values, mask, ppo.gamma, ppo.lam)
+            p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, lengths, mask, in_reward)
+            of_groups += group_moments(p.rewards, mask, numbers, num_groups)
+        if self.estimator.needs_groups:
+            self.ranks.sum(of_groups)
+        moments = torch.zeros(3, dtype=torch.float64, device=device)
+        for p, numbers in zip(passes, groups, strict=True):
+            mask = p.places.mask
+            if self.estimator.needs_groups:
+                p.advantages = group_advantages(ppo.estimator, p.rewards, mask, numbers, of_groups)
+            else:
+                lam = ppo.lam if self.value else 1.0  # without values: the reward-to-go
+                p.advantages, p.returns = gae(p.rewards, p.old_values, mask, ppo.gamma, lam)
             moments += whitening_moments(p.advantages, mask)
-        if ppo.whiten_advantages:
+        if self.estimator.whiten:
             self.ranks.sum(moments)
             for p in passes:
                 p.advantages = whiten(p.advantages, p.places.mask, moments)
 
-    def _step(self, minibatch: list[Pass], tokens: int, train_policy: bool, timer: Timer) -> dict[str, float]:
+    def _set_weights(self, passes: list[list[Pass]], batch: TrainingBatch) -> dict[str, float]:
+        """Weight each token: off-policy correction times aggregation. Returns what the correction does."""
+        off_policy, budget = self.config.ppo.off_policy, self.config.ppo.sampling.max_completion_tokens
+        sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
+        largest = torch.zeros((), device=self.ranks.device)
+        for minibatch, tokens, sequences in zip(passes, batch.global_loss_tokens, batch.global_sequences, strict=True):
+            for p in minibatch:
+                mask = p.places.mask
+                weights, changed = off_policy_weights(
+                    p.proximal_logprobs, p.behavior_logprobs, mask, **asdict(off_policy)
+                )
+                sums[:3] += whitening_moments(weights, mask)
+                sums[3] += changed
+                if weights.numel():
+                    largest = torch.maximum(largest, weights.max())
+                p.weights = weights * aggregation_weights(mask, self.estimator.aggregation, tokens, sequences, budget)
+        if off_policy.correction == "none":
+            return {}
+        count, total, squares, changed_tokens = self.ranks.sum(sums).tolist()
+        return {
+            "off_policy/ess": total * total / (count * squares) if squares > 0 else 0.0,
+            "off_policy/weight_mean": total / max(count, 1.0),
+            "off_policy/weight_max": self.ranks.max(largest).item(),
+            f"off_policy/{off_policy.correction}_frac": changed_tokens / max(count, 1.0),
+        }
+
+    def _step(
+        self, minibatch: list[Pass], tokens: int, kl_coef: float, train_policy: bool, timer: Timer
+    ) -> dict[str, float]:
         """One optimizer step of both models. Returns means over the tokens of the global minibatch."""
-        ppo = self.config.ppo
+        ppo, kl_in_loss = self.config.ppo, self.estimator.kl != "reward"
         use_ptx = train_policy and ppo.ptx_coef > 0
-        sums = torch.zeros(6, dtype=torch.float64, device=self.ranks.device)
+        sums = torch.zeros(7, dtype=torch.float64, device=self.ranks.device)
         ratio_max = torch.zeros((), device=self.ranks.device)
         for i, p in enumerate(minibatch):
             is_last = i == len(minibatch) - 1
@@ -200,30 +260,40 @@ class PPOTask:
                     policy_logprobs = live[0] if live else self._logprobs(self.policy, p.places)[0]
                 with timer("perf/policy_backward_s"):
                     loss, stats = policy_loss(
-                        policy_logprobs, p.proximal_logprobs, p.advantages, mask, ppo.clip, ppo.dual_clip
+                        policy_logprobs, p.proximal_logprobs, p.advantages, mask, ppo.clip, ppo.dual_clip, p.weights
                     )
-                    self.policy.backward(loss / tokens, is_last and not use_ptx)
-                sums[:4] += torch.stack([loss.detach(), stats["clipped"], stats["approx_kl"], stats["ratio"]])
+                    kl = torch.zeros_like(loss)
+                    if kl_in_loss:
+                        kl = kl_loss(policy_logprobs, p.ref_logprobs, mask, self.estimator.kl, p.weights)
+                    self.policy.backward((loss + kl_coef * kl) / tokens, is_last and not use_ptx)
+                sums[:3] += torch.stack([stats["clipped"], stats["approx_kl"], stats["ratio"]])
+                sums[3:5] += torch.stack([loss.detach(), kl.detach()])
                 ratio_max = torch.maximum(ratio_max, stats["ratio_max"])
-            with timer("perf/value_forward_s"):
-                values = live[1] if live else self._values(p.places)
-            with timer("perf/value_backward_s"):
-                loss, stats = value_loss(values, p.old_values, p.returns, mask, ppo.value_clip)
-                self.value.backward(loss / tokens, is_last)
-            sums[4:] += torch.stack([loss.detach(), stats["clipped"]])
+            if self.value:
+                with timer("perf/value_forward_s"):
+                    values = live[1] if live else None
+                    values = self._values(self.value, p.places) if values is None else values
+                with timer("perf/value_backward_s"):
+                    loss, stats = value_loss(values, p.old_values, p.returns, mask, ppo.value_clip)
+                    self.value.backward(loss / tokens, is_last)
+                sums[5:] += torch.stack([loss.detach(), stats["clipped"]])
         metrics = {}
         if use_ptx:
             with timer("perf/ptx_s"):
                 metrics["policy/ptx_loss"] = self._ptx_backward()
         with timer("perf/optimizer_s"):
-            policy_norm = self.policy.step() if train_policy else 0.0
-            value_norm = self.value.step()
+            if train_policy:
+                metrics["policy/grad_norm"] = self.policy.step()
+            if self.value:
+                metrics["value/grad_norm"] = self.value.step()
         means = (self.ranks.sum(sums) / max(tokens, 1)).tolist()
         if train_policy:
-            names = ("policy/loss", "policy/clipfrac", "policy/approx_kl", "policy/ratio_mean")
-            metrics |= dict(zip(names, means[:4], strict=True))
-            metrics |= {"policy/ratio_max": self.ranks.max(ratio_max).item(), "policy/grad_norm": policy_norm}
-        return metrics | {"value/loss": means[4], "value/clipfrac": means[5], "value/grad_norm": value_norm}
+            names = ("policy/clipfrac", "policy/approx_kl", "policy/ratio_mean", "policy/loss")
+            metrics |= dict(zip(names, means[:4], strict=True)) | ({"policy/kl_loss": means[4]} if kl_in_loss else {})
+            metrics["policy/ratio_max"] = self.ranks.max(ratio_max).item()
+        if self.value:
+            metrics |= {"value/loss": means[5], "value/clipfrac": means[6]}
+        return metrics
 
     def _ptx_backward(self) -> float:
         """PPO-ptx (InstructGPT): the SFT loss of a few examples joins the same optimizer step."""
@@ -246,14 +316,13 @@ class PPOTask:
         returns, residuals = torch.zeros_like(sums[:3]), torch.zeros_like(sums[:3])
         for p in passes:
             mask = p.places.mask
-            behavior = torch.from_numpy(p.batch.behavior_logprobs).to(self.ranks.device)
-            gap = torch.where(mask, p.proximal_logprobs - behavior, 0.0)
+            gap = torch.where(mask, p.proximal_logprobs - p.behavior_logprobs, 0.0)
             sums += torch.stack(
                 [
                     mask.sum(),
                     kl_k1(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
                     kl_k3(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
-                    kl_k3(behavior, p.proximal_logprobs)[mask].sum(),
+                    kl_k3(p.behavior_logprobs, p.proximal_logprobs)[mask].sum(),
                     gap.abs().sum(),
                     p.entropy[mask].sum(),
                     p.rewards.sum(),
@@ -261,12 +330,12 @@ class PPOTask:
             ).double()
             if gap.numel():  # an empty completion may be alone in its microbatch
                 largest = torch.maximum(largest, gap.abs().max())
-            returns += whitening_moments(p.returns, mask)
-            residuals += whitening_moments(p.returns - p.old_values, mask)
+            if self.value:
+                returns += whitening_moments(p.returns, mask)
+                residuals += whitening_moments(p.returns - p.old_values, mask)
         tokens, k1, k3, mismatch, gap_sum, entropy, rewards = self.ranks.sum(sums).tolist()
-        variance = _variance(self.ranks.sum(returns))
         tokens, sequences = max(tokens, 1.0), max(sequences, 1)
-        return {
+        metrics = {
             "kl/ref_seq": k1 / sequences,
             "kl/ref_token": k1 / tokens,
             "kl/ref_k3": k3 / tokens,
@@ -275,13 +344,10 @@ class PPOTask:
             "kl/mismatch_logp_max": self.ranks.max(largest).item(),
             "policy/entropy": entropy / tokens,
             "reward/total_mean": rewards / sequences,
-            "value/explained_var": 1 - _variance(self.ranks.sum(residuals)) / variance if variance > 0 else 0.0,
         }
-
-
-def _variance(moments: Tensor) -> float:
-    count, total, squares = moments.tolist()
-    return (squares - total * total / count) / (count - 1) if count > 1 else 0.0
+        if self.value:
+            metrics["value/explained_var"] = explained_variance(self.ranks.sum(returns), self.ranks.sum(residuals))
+        return metrics
 
 
 class Places:

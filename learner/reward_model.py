@@ -48,7 +48,7 @@ class RewardModelTask:
     def __init__(self, ranks: Ranks, config: TandemConfig, examples: Sequence[RatedText | PreferencePair]):
         self.ranks, self.config, self.examples = ranks, config, examples
         stage = config.reward_model
-        self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed)
+        self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
         model = load_scalar(config.model.path, config.model, config.learner, ranks.on_cpu, config.seed)
         freeze_below(model.lm, stage.trainable_layers, stage.freeze_embeddings)
         self.engine = TrainEngine(model, stage.optimizer, config.learner, ranks, len(self.batches))

@@ -16,14 +16,14 @@ from learner.losses import token_nll_loss
 from learner.models import PolicyModel, freeze_below, load_policy
 
 
-def epoch_batches(count: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+def epoch_batches(count: int, batch_size: int, epochs: int, seed: int, ranks: int) -> list[list[int]]:
     """Row numbers of every step: a new permutation each epoch, the same on every rank; an epoch's last batch may be
-    short, and one that is left with a single row is joined to the one before."""
+    short, and one that is left with a single row, or without a row for every rank, is joined to the one before."""
     batches = []
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
         rows = [order[i : i + batch_size] for i in range(0, count, batch_size)]
-        if len(rows) > 1 and len(rows[-1]) == 1:
+        if len(rows) > 1 and len(rows[-1]) < max(2, ranks):
             last = rows.pop()
             rows[-1] += last
         batches += rows
@@ -55,7 +55,8 @@ class SFTTask:
     def __init__(self, ranks: Ranks, config: TandemConfig, examples: list[Example], held_out: list[Example]):
         self.ranks, self.config = ranks, config
         self.examples, self.held_out = examples, held_out
-        self.batches = epoch_batches(len(examples), config.sft.batch_size, config.sft.epochs, config.seed)
+        stage = config.sft
+        self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
         model = load_policy(config.model.path, config.model, config.learner, ranks.on_cpu)
         freeze_below(model.lm, config.sft.trainable_layers, freeze_embeddings=False)
         self.engine = TrainEngine(model, config.sft.optimizer, config.learner, ranks, len(self.batches))

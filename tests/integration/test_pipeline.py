@@ -118,6 +118,21 @@ def test_unchanged_stages_are_reused(finished: Any, folder: Path, tiny_model: Pa
     assert len([r for r in lines(folder / "again/metrics.jsonl") if r["stage"] == "ppo"]) == 3
 
 
+def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) -> None:
+    overrides = ["ppo.estimator=grpo", "ppo.samples_per_prompt=4", "ppo.off_policy.correction=masked"]
+    done = run(folder, tiny_model, f"run_dir={folder}/grpo", "stage=ppo", *overrides)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    # No warm-up update comes first; the metrics of the cached stages are in the file too.
+    rows = [row for row in lines(folder / "grpo/metrics.jsonl") if row["stage"] in ("ppo", "value_warmup")]
+    assert [(row["stage"], row["progress/version"]) for row in rows] == [("ppo", 1), ("ppo", 2), ("ppo", 3)]
+    for row in rows:
+        assert [name for name in row if "value" in name] == []
+        assert row["fault/no_sibling"] == 0
+        assert 0.9 < row["off_policy/ess"] <= 1  # rounding alone
+        assert row["policy/kl_loss"] >= 0
+    assert "<svg" in (folder / "grpo/report.html").read_text()
+
+
 def test_no_process_is_left(finished: Any, folder: Path) -> None:
     left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
     assert left == []

@@ -1,6 +1,7 @@
 """Microbatches, the packed weight buffer and training batches: every row once, and every value where it belongs."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from contracts.batching import cut_microbatches
 from contracts.packing import ALIGNMENT, Slot, layout, view
 from contracts.records import Completion, Microbatch, Prompt, Rollout
-from controller.batcher import make_batches
+from controller.batcher import make_batches, with_siblings
 
 EOS = 2  # the pad token too
 
@@ -183,14 +184,16 @@ def test_every_rollout_trains_once_with_its_own_values(ranks: int, minibatches: 
     assert len(batches) == ranks
     assert sorted(row for b in batches for mini in b.minibatches for mb in mini for row in rows_of(mb)) == EXPECTED
     for batch in batches:
-        assert len(batch.minibatches) == len(batch.global_loss_tokens) == minibatches
-        assert batch.global_sequences == 5
+        assert len(batch.minibatches) == len(batch.global_loss_tokens) == len(batch.global_sequences) == minibatches
+        assert sum(batch.global_sequences) == 5
         # The denominators are those of all ranks together, and no rank has fewer microbatches than another.
         assert batch.global_loss_tokens == batches[0].global_loss_tokens
+        assert batch.global_sequences == batches[0].global_sequences
         assert [len(mini) for mini in batch.minibatches] == [len(mini) for mini in batches[0].minibatches]
     for i in range(minibatches):
         masks = [mb.loss_mask for b in batches for mb in b.minibatches[i]]
         assert sum(int(mask.sum()) for mask in masks) == batches[0].global_loss_tokens[i]
+        assert sum(len(mask) for mask in masks) == batches[0].global_sequences[i]
     assert sum(batches[0].global_loss_tokens) == 2 + 4 + 0 + 3 + 1
 
 
@@ -215,3 +218,20 @@ def test_minibatches_are_drawn_by_the_generator() -> None:
 def test_too_few_rollouts_are_refused() -> None:
     with pytest.raises(ValueError, match="5 scored rollouts cannot fill 3 minibatches on 2 ranks"):
         make_batches(ROLLOUTS, SCORES, 2, 3, 100, np.random.default_rng(0))
+
+
+def test_siblings_carry_the_number_of_their_group() -> None:
+    """A group is the rollouts of a prompt in an epoch, wherever they go."""
+    keys = [(1, 7, 0), (0, 9, 1), (0, 7, 0), (0, 9, 0), (1, 7, 1)]
+    family = [replace(r, key=key) for r, key in zip(ROLLOUTS, keys, strict=True)]
+    for ranks, minibatches in ((1, 1), (2, 2)):
+        batches = make_batches(family, SCORES, ranks, minibatches, 1, np.random.default_rng(0))
+        assert all(batch.num_groups == 3 for batch in batches)
+        mbs = [mb for batch in batches for mini in batch.minibatches for mb in mini]
+        assert all(mb.groups.dtype == np.int64 for mb in mbs)
+        found = {
+            score: group for mb in mbs for score, group in zip(mb.scores.tolist(), mb.groups.tolist(), strict=True)
+        }
+        assert found == {0.5: 2, -1.5: 1, 2.0: 0, 3.0: 1, -4.0: 2}
+    assert with_siblings(family) == [family[0], family[1], family[3], family[4]]
+    assert with_siblings(ROLLOUTS) == []

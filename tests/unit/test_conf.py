@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 import train
 from contracts.config import TandemConfig
-from contracts.validation import unknown_overrides, validate
+from contracts.overrides import unknown_overrides
+from contracts.validation import validate
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").rglob("*.yaml"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from contracts.attention import Packed
 from contracts.config import TandemConfig
 from contracts.records import Completion, Example, Prompt, Rollout, TrainingBatch
 from controller.batcher import make_batches
@@ -440,6 +441,24 @@ def test_a_score_that_is_not_a_number_stops_before_the_step(
             task.update(batch_of(ROLLOUTS, 8, scores=[*SCORES[:4], math.nan]), KL_COEF, train_policy)
         assert all(torch.equal(policy[name], w) for name, w in weights_of(task.policy).items())
         assert all(torch.equal(value[name], w) for name, w in weights_of(task.value).items())
+
+
+@pytest.mark.parametrize(("dtype", "zero_stage"), [("float32", 0), ("float32", 2), ("bfloat16", 0), ("bfloat16", 2)])
+def test_a_gradient_that_is_not_a_number_is_not_taken(
+    dtype: str, zero_stage: int, config: TandemConfig, tiny_model: Path, make_task: Callable[..., PPOTask]
+) -> None:
+    """A finite loss may have one: that of sqrt(0 * w) is 0, its gradient inf * 0."""
+    if dtype == "bfloat16":
+        config = replace(config, model=replace(config.model, path=str(tiny_model), dtype=dtype))
+    config.learner.zero_stage = zero_stage
+    task = make_task(config)
+    policy = weights_of(task.policy)
+    packed = Packed.of([[5, 6, 7]], task.ranks.device)
+    logprobs, _ = task.policy(packed, torch.tensor([0, 1]), torch.tensor([6, 7]))
+    task.policy.backward((0 * logprobs.sum()).sqrt(), is_last=True)
+    with pytest.raises(NonFiniteError, match="gradient"):
+        task.policy.step()
+    assert all(torch.equal(policy[name], w) for name, w in weights_of(task.policy).items())
 
 
 def test_an_epoch_stops_where_the_policy_has_moved_enough(

@@ -298,13 +298,18 @@ def test_sft_imitates_and_saves(config: TandemConfig, ranks: Ranks, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("count", "sizes"), [(10, [4, 4, 2]), (9, [4, 5]), (13, [4, 4, 5]), (5, [5]), (4, [4]), (1, [1]), (3, [3])]
+    ("count", "ranks", "sizes"),
+    [
+        *[(10, 1, [4, 4, 2]), (9, 1, [4, 5]), (13, 1, [4, 4, 5]), (5, 1, [5]), (4, 1, [4]), (1, 1, [1]), (3, 1, [3])],
+        # A last batch that cannot feed every rank joins the one before.
+        *[(10, 2, [4, 4, 2]), (10, 3, [4, 6]), (11, 4, [4, 7]), (12, 4, [4, 4, 4])],
+    ],
 )
-def test_an_epoch_takes_every_row_once(count: int, sizes: list[int]) -> None:
-    batches = epoch_batches(count, 4, 2, seed=0)
+def test_an_epoch_takes_every_row_once(count: int, ranks: int, sizes: list[int]) -> None:
+    batches = epoch_batches(count, 4, 2, seed=0, ranks=ranks)
     assert [len(b) for b in batches] == 2 * sizes
     first, second = batches[: len(sizes)], batches[len(sizes) :]
     for epoch in (first, second):
         assert sorted(row for batch in epoch for row in batch) == list(range(count))
     assert count < 5 or first != second
-    assert epoch_batches(count, 4, 2, seed=0) == batches
+    assert epoch_batches(count, 4, 2, seed=0, ranks=ranks) == batches

@@ -7,15 +7,10 @@ from typing import Any
 import pytest
 
 from contracts.config import SourceConfig, TandemConfig
-from contracts.validation import (
-    CHOICES,
-    RANGES,
-    ConfigError,
-    check_machine,
-    closest,
-    unknown_keys,
-    validate,
-)
+from contracts.overrides import closest
+from contracts.ranges import CHOICES, RANGES
+from contracts.validation import ConfigError, check_machine, validate
+from controller.checks import check_amounts
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {
@@ -28,6 +23,8 @@ OUTSIDE = {
     "null or 0 (the head alone) or more": -1,
     "in [0, 1]": 1.5,
     "in (0, 1)": 1.0,
+    "in [0, 1), as tokens with w = 1 must train": 1.0,
+    "above 1, as tokens with w = 1 must train": 1.0,
     "in (0, 1]": 0.0,
     "null or above 1": 1.0,
     "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio": 0.9,
@@ -161,6 +158,30 @@ def test_a_choice_suggests_the_closest_name(config):
             ["engine.tensor_parallel_size must be 1, or at most", "(1.0)", "found 2", "cluster.gpus_per_actor=2"],
         ),
         (
+            {"ppo__estimator": "rloo"},
+            ["ppo.samples_per_prompt must be at least 2 with ppo.estimator rloo", "found 1", "samples_per_prompt=4"],
+        ),
+        (
+            {"ppo__estimator": "reinforce_plus_plus", "ppo__init_value_from": "policy"},
+            [
+                "ppo.init_value_from must be left at reward_model",
+                "found policy",
+                "write ppo.init_value_from=reward_model",
+            ],
+        ),
+        (
+            {"cluster__num_learner_ranks": 4, "sft__batch_size": 3},
+            ["sft.batch_size must be at least cluster.num_learner_ranks (4)", "found 3", "write 4 or more"],
+        ),
+        (
+            {"cluster__num_learner_ranks": 4, "reward_model__batch_size": 2},
+            ["reward_model.batch_size must be at least cluster.num_learner_ranks (4)", "found 2", "write 4 or more"],
+        ),
+        (
+            {"cluster__num_learner_ranks": 4, "ppo__ptx_batch_size": 2, "ppo__ptx_coef": 0.1},
+            ["ppo.ptx_batch_size must be at least cluster.num_learner_ranks (4)", "found 2", "write 4 or more"],
+        ),
+        (
             {"data__prompts__path": "???"},
             ["data.prompts.path must be set for stage pipeline", "found ???", "write a file"],
         ),
@@ -195,6 +216,12 @@ def test_a_directory_that_is_a_file_is_refused(config, tmp_path):
         {"learner__held_tokens": 4096, "ppo__epochs": 4, "ppo__minibatches": 4},
         {"learner__zero_stage": 2, "learner__held_tokens": 4096},
         {"ppo__ptx_coef": 0.5},
+        {"cluster__num_learner_ranks": 4, "ppo__ptx_batch_size": 2},
+        # The value model's defaults, its warm-up included, are no conflict where there is none.
+        *[{"ppo__estimator": e, "ppo__samples_per_prompt": 2} for e in ("grpo", "dr_grpo", "rloo")],
+        {"ppo__estimator": "reinforce_plus_plus"},
+        {"ppo__kl__place": "k2", "ppo__aggregation": "sequences", "ppo__whiten_advantages": False},
+        {"ppo__off_policy__correction": "masked", "ppo__off_policy__low": 0.0, "ppo__off_policy__high": 1.5},
         {"ppo__dual_clip": None, "ppo__value_clip": None, "ppo__target_approx_kl": None, "data__prompt_words": None},
         {"ppo__kl__coef": 0.0, "ppo__gamma": 0.0, "ppo__lam": 1.0},
         {"data__gold": None, "gold_model": "checkpoint"},
@@ -227,6 +254,29 @@ def test_a_given_checkpoint_needs_no_data(config):
     validate(given)
     (line,) = conflicts(put(given, ppo__ptx_coef=0.1))
     assert line.startswith("data.sft.path must be set")
+
+
+def test_a_null_choice_is_shown_as_it_is_written(config):
+    (line,) = conflicts(put(config, ppo__kl__place="k1"))
+    assert line == "ppo.kl.place must be one of null, reward, k2, k3; found k1; write for example null"
+    (line,) = conflicts(put(config, ppo__estimator="grpoo", ppo__init_value_from="policy"))
+    assert line.startswith("ppo.estimator must be one of gae, grpo, dr_grpo, rloo, reinforce_plus_plus; found grpoo;")
+    assert line.endswith("write grpo")
+
+
+def test_examples_must_fill_a_step(config):
+    check_amounts(put(config, ppo__ptx_coef=0.1, ppo__ptx_batch_size=9), 9)
+    check_amounts(config, 2)
+    check_amounts(put(config, sft_model="sft"), 0)
+    check_amounts(put(config, stage="evaluate", ppo__ptx_coef=0.1), 0)
+    with pytest.raises(ConfigError) as raised:
+        check_amounts(put(config, ppo__ptx_coef=0.1, cluster__num_learner_ranks=4), 7)
+    assert str(raised.value).split("\n") == [
+        "ppo.ptx_batch_size must be at most the number of usable examples in data.sft (7); found 16; write "
+        "ppo.ptx_batch_size=7 or less, or give more examples",
+        "data.sft must have an example to train on and one to hold out for each of cluster.num_learner_ranks (4); found 7 "
+        "usable; give 8 or more",
+    ]
 
 
 def test_all_conflicts_are_listed_at_once(config):
@@ -265,27 +315,3 @@ def test_closest():
     assert closest("adaptve", ["fixed", "adaptive"]) == "adaptive"
     assert closest("qqq", ["fixed", "adaptive"]) is None
     assert closest("fixed", []) is None
-
-
-def test_unknown_keys_name_the_closest_dotted_key():
-    given = {
-        "sead": 1,
-        "ppo": {"clipp": 0.2, "max_completion_tokens": 8, "kl": {"coef": 0.1}},
-        "data": {"gold": {"pth": "gold.jsonl"}},
-        "zzzz": {"a": 1},
-    }
-    messages = unknown_keys(given, TandemConfig)
-    assert messages[:4] == [
-        "sead is not a key of the configuration; found 1; write seed",
-        "ppo.clipp is not a key of the configuration; found 0.2; write ppo.clip",
-        "ppo.max_completion_tokens is not a key of the configuration; found 8; write "
-        "ppo.sampling.max_completion_tokens",
-        "data.gold.pth is not a key of the configuration; found gold.jsonl; write data.gold.path",
-    ]
-    assert messages[4].startswith("zzzz is not a key of the configuration; found {'a': 1}; write one of stage, name, ")
-    assert len(messages) == 5
-
-
-def test_known_keys_are_accepted():
-    given = {"data": {"gold": None}, "sft": {"optimizer": {"betas": [0.9, 0.95]}}}
-    assert unknown_keys(given, TandemConfig) == []

@@ -1,0 +1,44 @@
+"""The advantage estimators by name, with what their papers say beside the advantage itself: docs/algorithms.md."""
+
+from dataclasses import dataclass, replace
+
+from contracts.config import PPOConfig
+
+KL_PLACES = ("reward", "k2", "k3")
+AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """What goes with an estimator; the configuration may choose otherwise in the last three."""
+
+    has_value_model: bool
+    needs_groups: bool  # compares the rollouts of a prompt
+    kl: str  # the KL penalty is k1 in the "reward" of each token, or a loss term: "k2", "k3"
+    whiten: bool  # advantages, over the tokens of the global batch
+    aggregation: str  # of token losses: `learner.losses.aggregation_weights`
+
+
+ESTIMATORS = {
+    "gae": Estimator(True, False, "reward", True, "tokens"),
+    "grpo": Estimator(False, True, "k3", False, "sequences"),
+    "dr_grpo": Estimator(False, True, "k3", False, "budget"),
+    "rloo": Estimator(False, True, "reward", False, "sequence_sums"),
+    "reinforce_plus_plus": Estimator(False, False, "reward", True, "tokens"),
+}
+
+
+def chosen_estimator(ppo: PPOConfig) -> Estimator:
+    """The estimator of a configuration, with the configuration's own choices where it makes any."""
+    paper = ESTIMATORS[ppo.estimator]
+    return replace(
+        paper,
+        kl=ppo.kl.place or paper.kl,
+        whiten=paper.whiten if ppo.whiten_advantages is None else ppo.whiten_advantages,
+        aggregation=ppo.aggregation or paper.aggregation,
+    )
+
+
+def warmup_updates(ppo: PPOConfig) -> int:
+    """Updates that fit the value model alone; none where there is no value model."""
+    return ppo.value_warmup_updates if ESTIMATORS[ppo.estimator].has_value_model else 0

@@ -1,0 +1,45 @@
+"""Keys on the command line that the configuration does not have, each with the closest one that it has."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from contracts.config import TandemConfig
+
+
+def closest(name: str, options: Iterable[str]) -> str | None:
+    """The option most like `name`, or None where none is alike."""
+    matches = difflib.get_close_matches(name, list(options), n=1)
+    return matches[0] if matches else None
+
+
+def _section(annotation: Any) -> Any:
+    """The dataclass that an annotation holds (`A` or `A | None`), or None."""
+    return next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
+
+
+def _schema_keys(schema_class: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a schema, sections included."""
+    keys = []
+    for name, annotation in get_type_hints(schema_class).items():
+        section = _section(annotation)
+        keys += [prefix + name, *(_schema_keys(section, f"{prefix}{name}.") if section else [])]
+    return keys
+
+
+def unknown_overrides(arguments: list[str]) -> list[str]:
+    """Messages for Hydra overrides of keys that the schema does not have, all of them.
+
+    Hydra itself stops at the first and advises to add it with a `+`, which would then be accepted and ignored.
+    """
+    known = _schema_keys(TandemConfig)
+    messages = []
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            continue
+        key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
+        if key not in known and key.split(".")[0] not in ("hydra", "experiment"):
+            instead = closest(key, known)
+            messages.append(f"{key} is not a key of the configuration" + (f"; write {instead}" if instead else ""))
+    return messages

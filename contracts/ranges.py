@@ -1,0 +1,130 @@
+"""What single keys of the configuration may hold: ranges of numbers and choices among names."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from contracts.estimators import AGGREGATIONS, ESTIMATORS, KL_PLACES
+
+SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
+OPTIMIZERS = ("sft.optimizer", "reward_model.optimizer", "ppo.optimizer", "ppo.value_optimizer")
+SAMPLINGS = ("ppo.sampling", "evaluate.sampling")
+
+
+class Range(NamedTuple):
+    """One rule on the values of several keys."""
+
+    rule: str
+    holds: Callable[[Any], bool]
+    keys: tuple[str, ...]
+
+
+def _under(parents: Iterable[str], *names: str) -> tuple[str, ...]:
+    return tuple(f"{parent}.{name}" for parent in parents for name in names)
+
+
+RANGES = [
+    Range(
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            "data.max_prompt_tokens",
+            *_under(("sft", "reward_model"), "epochs", "batch_size", "max_tokens"),
+            "reward_model.eval_pairs",
+            *_under(["ppo"], "updates", "rollouts_per_update", "samples_per_prompt", "epochs", "minibatches"),
+            *_under(["ppo"], "ptx_batch_size", "kl.horizon"),
+            "ppo.off_policy.cap",
+            *_under(SAMPLINGS, "max_completion_tokens"),
+            "evaluate.bootstrap_samples",
+            *_under(["engine"], "max_num_seqs", "max_model_len", "tensor_parallel_size"),
+            "learner.microbatch_tokens",
+            *_under(["reward_service"], "replicas", "batch_tokens", "max_tokens"),
+            *_under(["cluster"], "num_actors", "num_learner_ranks"),
+            *_under(["cluster"], "threads_per_actor", "threads_per_learner_rank", "threads_per_reward_replica"),
+        ),
+    ),
+    Range("at least 2, as one prompt has no confidence interval", lambda value: value >= 2, ("evaluate.prompts",)),
+    Range(
+        "0 or more",
+        lambda value: value >= 0,
+        (
+            *_under(OPTIMIZERS, "weight_decay", "warmup_steps"),
+            *_under(["ppo"], "kl.coef", "ptx_coef", "missing_eos_penalty", "value_warmup_updates", "gold_rollouts"),
+            *_under(SAMPLINGS, "min_completion_tokens"),
+            "learner.held_tokens",
+            *_under(["cluster"], "gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica"),
+            *_under(["cluster"], "cpus_per_process", "min_memory_gib"),
+            "logger.samples_per_update",
+        ),
+    ),
+    Range(
+        "above 0",
+        lambda value: value > 0,
+        (
+            *_under(OPTIMIZERS, "learning_rate", "eps", "max_grad_norm"),
+            *_under(SAMPLINGS, "temperature"),
+            "ppo.kl.target",
+            *_under(["evaluate"], "max_length_change", "max_kl"),
+            "engine.kv_cache_gib",
+            "reward_service.deadline_s",
+            *_under(["cluster"], "object_store_gib", "start_timeout_s", "step_timeout_s"),
+            "logger.heartbeat_s",
+        ),
+    ),
+    Range(
+        "null or above 0",
+        lambda value: value is None or value > 0,
+        (*_under(OPTIMIZERS, "head_learning_rate"), *_under(["ppo"], "value_clip", "target_approx_kl")),
+    ),
+    Range(
+        "null or at least 1",
+        lambda value: value is None or value >= 1,
+        ("data.prompt_words", "sft.trainable_layers", "ppo.trainable_layers"),
+    ),
+    Range(
+        "null or 0 (the head alone) or more",
+        lambda value: value is None or value >= 0,
+        ("reward_model.trainable_layers", "ppo.value_trainable_layers"),
+    ),
+    Range(
+        "in [0, 1]",
+        lambda value: 0 <= value <= 1,
+        ("ppo.gamma", "ppo.lam", "data.max_bad_rows", "ppo.max_failed_scores", "evaluate.min_eos_share"),
+    ),
+    Range("in [0, 1), as tokens with w = 1 must train", lambda value: 0 <= value < 1, ("ppo.off_policy.low",)),
+    Range("above 1, as tokens with w = 1 must train", lambda value: value > 1, ("ppo.off_policy.high",)),
+    Range("in (0, 1)", lambda value: 0 < value < 1, ("ppo.clip",)),
+    Range("in (0, 1]", lambda value: 0 < value <= 1, ("evaluate.sampling.top_p", "engine.gpu_memory_utilization")),
+    Range("null or above 1", lambda value: value is None or value > 1, ("ppo.dual_clip",)),
+    Range(
+        "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio",
+        lambda value: value == 1,
+        ("ppo.sampling.top_p",),
+    ),
+    Range(
+        "two numbers in [0, 1)",
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+        _under(OPTIMIZERS, "betas"),
+    ),
+]
+
+DTYPES = ("bfloat16", "float16", "float32")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "stage": ("pipeline", "sft", "reward_model", "ppo", "evaluate"),
+    "model.dtype": DTYPES,
+    "reward_service.dtype": DTYPES,
+    "ppo.estimator": tuple(ESTIMATORS),
+    "ppo.aggregation": (None, *AGGREGATIONS),
+    "ppo.off_policy.correction": ("none", "truncated", "masked"),
+    "ppo.kl.controller": ("fixed", "adaptive"),
+    "ppo.kl.place": (None, *KL_PLACES),
+    "ppo.init_value_from": ("reward_model", "policy"),
+    "learner.zero_stage": (0, 1, 2, 3),
+    "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),
+    "learner.weight_transfer": ("auto", "ray_object", "nccl", "ipc"),
+    "logger.wandb": ("offline", "online", "disabled"),
+    **dict.fromkeys(_under(OPTIMIZERS, "schedule"), ("constant", "linear")),
+    **dict.fromkeys(
+        [f"data.{source}.format" for source in SOURCES],
+        ("auto", "text", "prompt", "prompt_completion", "messages", "pair", "rated"),
+    ),
+}

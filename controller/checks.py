@@ -1,0 +1,66 @@
+"""What can be known of models and data before an engine starts, beyond the configuration itself."""
+
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from contracts.config import TandemConfig
+from contracts.validation import RUNS_PPO, ConfigError
+
+
+def check_model(config: TandemConfig) -> None:
+    """Refuse a model that cannot be loaded, before anything starts.
+
+    Raises:
+        ConfigError: naming the key and what is wrong.
+    """
+    keys = {"model.path": config.model.path}
+    keys |= {k: v for k in ("sft_model", "proxy_model", "gold_model", "ppo_model") if (v := getattr(config, k))}
+    problems = []
+    for key, path in keys.items():
+        try:
+            found = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+            if key == "model.path":
+                problems += _too_many_layers(config, getattr(found, "num_hidden_layers", None))
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
+            problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_amounts(config: TandemConfig, sft_examples: int) -> None:
+    """Refuse stages with fewer examples than one of their steps needs.
+
+    Raises:
+        ConfigError: naming the key, the number found and what to write instead.
+    """
+    ppo, ranks, problems = config.ppo, config.cluster.num_learner_ranks, []
+    if config.stage in RUNS_PPO and ppo.ptx_coef > 0 and sft_examples < ppo.ptx_batch_size:
+        problems.append(
+            f"ppo.ptx_batch_size must be at most the number of usable examples in data.sft ({sft_examples}); found "
+            f"{ppo.ptx_batch_size}; write ppo.ptx_batch_size={sft_examples} or less, or give more examples"
+        )
+    trains_sft = config.stage == "sft" or (config.stage == "pipeline" and config.sft_model is None)
+    if trains_sft and sft_examples < 2 * ranks:
+        problems.append(
+            f"data.sft must have an example to train on and one to hold out for each of cluster.num_learner_ranks "
+            f"({ranks}); found {sft_examples} usable; give {2 * ranks} or more"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:
+    wanted = {
+        "sft.trainable_layers": config.sft.trainable_layers,
+        "reward_model.trainable_layers": config.reward_model.trainable_layers,
+        "ppo.trainable_layers": config.ppo.trainable_layers,
+        "ppo.value_trainable_layers": config.ppo.value_trainable_layers,
+    }
+    return [
+        f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"
+        for key, value in wanted.items()
+        if layers is not None and value is not None and value > layers
+    ]

@@ -1,0 +1,68 @@
+"""What is summed over ranks, on two real ones: group statistics, whitening, weights and denominators."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from contracts.records import Completion, Prompt, Rollout
+from controller.batcher import make_batches
+from controller.runtime import environments
+from learner.learner_actor import LearnerGroup
+from tests.conftest import make_config
+
+EOS = 2
+GROUPS, SAMPLES = 3, 4
+
+
+def rollouts() -> list[Rollout]:
+    """Three prompts with four completions each, of 1 to 9 tokens; the sampler's log-probabilities are made up."""
+    rng = np.random.default_rng(0)
+    result = []
+    for prompt_id, sample in np.ndindex(GROUPS, SAMPLES):
+        count = int(rng.integers(1, 10))
+        tokens, logprobs = rng.integers(3, 500, count), -rng.uniform(2, 9, count)
+        completion = Completion(
+            tokens.astype(np.int32), logprobs.astype(np.float32), np.zeros(count, dtype=np.int32), "length", ""
+        )
+        result.append(Rollout((0, prompt_id, sample), Prompt(prompt_id, "", (7, 50 + prompt_id)), completion))
+    return result
+
+
+@pytest.mark.usefixtures("ray_runtime")
+def test_two_ranks_make_the_update_of_one(small_vocab: Path, tmp_path: Path) -> None:
+    config = make_config(small_vocab, tmp_path, dtype="float32")
+    ppo, samples = config.ppo, rollouts()
+    ppo.estimator, ppo.samples_per_prompt, ppo.aggregation, ppo.whiten_advantages = "rloo", SAMPLES, "sequences", True
+    ppo.off_policy.correction, ppo.epochs, ppo.target_approx_kl = "truncated", 2, None
+    # Adam divides by |g| + eps: with a large eps a step stays proportional to small gradients.
+    ppo.optimizer.learning_rate, ppo.optimizer.eps = 1e-2, 1e-2
+    scores = np.random.default_rng(1).normal(size=len(samples)).tolist()
+    sequences = [([*r.prompt.token_ids, *r.completion.token_ids.tolist()], 2) for r in samples]
+    path, outcomes = config.model.path, []
+    for ranks in (1, 2):
+        cluster = replace(config.cluster, num_learner_ranks=ranks, threads_per_learner_rank=1)
+        env = environments(cluster)["learner"]
+        group = LearnerGroup(cluster, "ppo", 1, (config, path, path, EOS, []), env)
+        try:
+            group.wait_ready()
+            batches = make_batches(samples, scores, ranks, 1, 20, np.random.default_rng(0))
+            if ranks == 2:  # the siblings of a prompt are on both
+                for prompt_id in range(GROUPS):
+                    assert all(any(prompt_id in mb.groups for mb in b.minibatches[0]) for b in batches)
+            before: Any = np.concatenate(group.call("token_logprobs", sequences)[0])
+            # The first update moves the policy from its reference, so that the second has a KL in its rewards.
+            metrics = [group.call_each("update", batches, 0.1, True)[0] for _ in range(2)]
+            after = np.concatenate(group.call("token_logprobs", sequences)[0])
+            outcomes.append((after - before, metrics[1]))
+        finally:
+            group.stop()
+    (moved, one), (moved_by_two, two) = outcomes
+    assert np.abs(moved).mean() > 0.02
+    assert np.abs(moved_by_two - moved).max() < 1e-3 * np.abs(moved).max()
+    assert abs(one["kl/ref_seq"]) > 1e-3
+    assert 0 < one["off_policy/ess"] < 0.9
+    names = {name for name in one if not name.startswith("perf/")}
+    assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3, abs=1e-5)

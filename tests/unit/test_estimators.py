@@ -1,0 +1,324 @@
+"""Advantage estimators: by hand, against plain loops, and whole updates of a policy without a value model in float64."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from contracts.config import PPOConfig, TandemConfig
+from contracts.estimators import ESTIMATORS, chosen_estimator, warmup_updates
+from contracts.records import Completion, Prompt, Rollout, TrainingBatch
+from controller.batcher import make_batches
+from learner.advantages import gae, group_advantages, group_moments, whiten, whitening_moments
+from learner.engine import Ranks
+from learner.ppo import PPOTask
+from tests.conftest import make_config
+
+quick = settings(max_examples=40, deadline=None)
+GROUPED = ("grpo", "dr_grpo", "rloo")
+
+
+def compared(estimator: str, rewards: torch.Tensor, mask: torch.Tensor, groups: list[int]) -> torch.Tensor:
+    numbers = torch.tensor(groups)
+    moments = group_moments(rewards, mask, numbers, max(groups) + 1)
+    return group_advantages(estimator, rewards, mask, numbers, moments)
+
+
+# ---- the advantages alone
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        # Group 0 has outcomes 1, 2, 6: mean 3, unbiased variance (4 + 1 + 9) / 2 = 7. Group 1 has 5 and 5.
+        ("grpo", [-2 / math.sqrt(7), -1 / math.sqrt(7), 3 / math.sqrt(7), 0, 0]),
+        ("dr_grpo", [-2, -1, 3, 0, 0]),
+        # Against the others: 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2
+        ("rloo", [-3, -1.5, 4.5, 0, 0]),
+    ],
+)
+def test_groups_by_hand(estimator: str, expected: list[float]) -> None:
+    # Rows in any order; outcomes in several parts (turns), and a hole in the mask whose reward is garbage.
+    groups = [0, 1, 0, 0, 1]
+    rewards = torch.tensor([[1.0, 99, 0], [5, 0, 0], [0.5, 1.5, 0], [0, 0, 6], [2, 0, 3]])
+    mask = torch.tensor([[True, False, True], [True] * 3, [True, True, False], [True] * 3, [True, False, True]])
+    found = compared(estimator, rewards, mask, groups)
+    rows = [expected[0], expected[3], expected[1], expected[2], expected[4]]
+    torch.testing.assert_close(found, torch.where(mask, torch.tensor(rows)[:, None], 0.0), rtol=1e-5, atol=1e-5)
+
+
+def test_alone_in_a_group_is_no_better_than_expected() -> None:
+    for estimator in GROUPED:
+        # Row 1 has no token that trains: nothing that the policy did there can be compared.
+        mask = torch.tensor([[True, True], [False, False]])
+        assert not compared(estimator, torch.tensor([[3.0, 4.0], [9.0, 9.0]]), mask, [0, 0]).any()
+        assert compared(estimator, torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool), [0, 0]).shape == (2, 0)
+
+
+@quick
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 3), st.lists(st.floats(-5, 5, width=32), min_size=3, max_size=3)),
+        min_size=1,
+        max_size=9,
+    ),
+    cut=st.integers(0, 9),
+)
+def test_groups_against_loops_on_two_ranks(rows: list[tuple[int, list[float]]], cut: int) -> None:
+    groups, rewards = torch.tensor([g for g, _ in rows]), torch.tensor([r for _, r in rows])
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    parts = [slice(0, cut), slice(cut, None)]
+    moments = sum((group_moments(rewards[p], mask[p], groups[p], 4) for p in parts), torch.zeros(4, 3).double())
+    for estimator in GROUPED:
+        found = torch.cat([group_advantages(estimator, rewards[p], mask[p], groups[p], moments) for p in parts])
+        for i, (group, own) in enumerate(rows):
+            others = [sum(r) for j, (g, r) in enumerate(rows) if g == group and j != i]
+            everyone = [sum(own), *others]
+            mean = sum(everyone) / len(everyone)
+            expected = sum(own) - mean
+            if estimator == "rloo" and others:
+                expected = sum(own) - sum(others) / len(others)
+            if estimator == "grpo":
+                squares = sum((x - mean) ** 2 for x in everyone)
+                expected /= math.sqrt(squares / max(len(everyone) - 1, 1)) + 1e-6
+            assert found[i].tolist() == pytest.approx([expected] * 3, rel=1e-3, abs=1e-3)
+
+
+def test_reward_to_go_by_hand() -> None:
+    """REINFORCE++: what is still to come, over the holes of the mask, whitened over the batch."""
+    # gamma 0.5: 3; 2 + 1.5; 1 + 1.75. The hole holds garbage.
+    mask = torch.tensor([[True, True, False, True]])
+    rewards = torch.tensor([[1.0, 2.0, math.nan, 3.0]]).where(mask, 0.0)
+    to_go, _ = gae(rewards, torch.zeros(1, 4), mask, 0.5, 1.0)
+    assert to_go.tolist() == [[2.75, 3.5, 0.0, 3.0]]
+    # mean 37/12, deviations -4/12, 5/12, -1/12: unbiased variance 42/144/2 = 7/48
+    expected = torch.tensor([[-4.0, 5.0, 0.0, -1.0]]) / 12 / math.sqrt(7 / 48)
+    torch.testing.assert_close(whiten(to_go, mask, whitening_moments(to_go, mask)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_estimator_is_refused() -> None:
+    with pytest.raises(ValueError, match="gae"):
+        compared("gae", torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), [0])
+
+
+def test_the_configuration_overrides_the_paper() -> None:
+    ppo = PPOConfig(estimator="grpo")
+    assert chosen_estimator(ppo) == ESTIMATORS["grpo"]
+    assert warmup_updates(ppo) == 0
+    assert warmup_updates(PPOConfig()) == 2
+    ppo.kl.place, ppo.whiten_advantages, ppo.aggregation = "reward", True, "tokens"
+    found = chosen_estimator(ppo)
+    assert (found.needs_groups, found.has_value_model) == (True, False)
+    assert (found.kl, found.whiten, found.aggregation) == ("reward", True, "tokens")
+    assert not chosen_estimator(PPOConfig(whiten_advantages=False)).whiten
+
+
+# ---- whole updates, against the same in float64, one token at a time
+
+EOS, BETA = 2, 0.3
+COMPLETIONS = [[403, 94, 15, EOS], [33, 444, 9, 9, 9, 7], [21, 22, EOS], [300], [460, 470, EOS, 480, 490], [8, 8]]
+SCORES = [1.5, -0.7, 0.2, -2.0, 0.9, 0.4]
+PROMPTS = {1: (5, 61, 302), 2: (9,)}
+NUMBERS = [1, 2, 1, 2, 1, 1]  # two prompts, four and two completions
+
+
+def rollout(i: int) -> Rollout:
+    count = len(COMPLETIONS[i])
+    logprobs = -np.linspace(3, 9, count, dtype=np.float32)
+    sampled = Completion(
+        np.array(COMPLETIONS[i], dtype=np.int32), logprobs, np.zeros(count, dtype=np.int32), "stop", ""
+    )
+    return Rollout((0, NUMBERS[i], i), Prompt(NUMBERS[i], "", PROMPTS[NUMBERS[i]]), sampled)
+
+
+ROLLOUTS = [rollout(i) for i in range(len(COMPLETIONS))]
+
+
+def batch_of(budget: int, holes: bool = False) -> TrainingBatch:
+    """`holes`: the second token of every completion is an observation."""
+    (batch,) = make_batches(ROLLOUTS, SCORES, 1, 1, budget, np.random.default_rng(0))
+    if holes:
+        for mb in batch.minibatches[0]:
+            mb.loss_mask[:, 1:2] = False
+        batch.global_loss_tokens = [sum(int(mb.loss_mask.sum()) for mb in batch.minibatches[0])]
+    return batch
+
+
+@pytest.fixture
+def config(small_vocab: Path, tmp_path: Path) -> TandemConfig:
+    config = make_config(small_vocab, tmp_path, dtype="float32")
+    ppo = config.ppo
+    ppo.epochs, ppo.target_approx_kl, ppo.samples_per_prompt = 2, None, 4
+    ppo.optimizer.learning_rate, ppo.optimizer.eps, ppo.optimizer.max_grad_norm = 1e-3, 1e-3, 1e9
+    return config
+
+
+@pytest.fixture
+def make_task(ranks: Ranks) -> Callable[[TandemConfig], PPOTask]:
+    """A fresh task whose reference differs from its policy. The value checkpoint does not exist: nothing may read it."""
+
+    def make(config: TandemConfig) -> PPOTask:
+        task = PPOTask(ranks, config, config.model.path, "no/such/value/model", EOS, [])
+        generator = torch.Generator().manual_seed(7)
+        for parameter in task.reference.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        return task
+
+    return make
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().double().clone() for name, p in model.lm.named_parameters()}
+
+
+def plain_advantages(estimator: str, rewards: list[list[float]]) -> list[list[float]]:
+    totals = [sum(row) for row in rewards]
+    if estimator == "reinforce_plus_plus":
+        to_go = [[sum(row[t:]) for t in range(len(row))] for row in rewards]
+        flat = np.array([x for row in to_go for x in row])
+        return [[(x - flat.mean()) / math.sqrt(flat.var(ddof=1) + 1e-8) for x in row] for row in to_go]
+    result = []
+    for i, row in enumerate(rewards):
+        group = [totals[j] for j in range(len(totals)) if NUMBERS[j] == NUMBERS[i]]
+        others = [totals[j] for j in range(len(totals)) if NUMBERS[j] == NUMBERS[i] and j != i]
+        advantage = {
+            "grpo": (totals[i] - np.mean(group)) / (np.std(group, ddof=1) + 1e-6),
+            "dr_grpo": totals[i] - np.mean(group),
+            "rloo": totals[i] - np.mean(others),
+        }[estimator]
+        result.append([float(advantage)] * len(row))
+    return result
+
+
+def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
+    """The policy after all epochs, and metrics."""
+    ppo, n = task.config.ppo, len(ROLLOUTS)
+    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
+    policy, reference = (AutoModelForCausalLM.from_pretrained(task.config.model.path, **options) for _ in range(2))
+    reference.load_state_dict(weights_of(task.reference))
+
+    def logprobs(model: Any, i: int) -> list[torch.Tensor]:
+        prompt = PROMPTS[NUMBERS[i]]
+        every = torch.log_softmax(model(torch.tensor([[*prompt, *COMPLETIONS[i]]])).logits[0], -1)
+        where = [t for t in range(len(COMPLETIONS[i])) if not (holes and t == 1)]
+        return [every[len(prompt) + t - 1, COMPLETIONS[i][t]] for t in where]
+
+    with torch.no_grad():
+        old = [[x.item() for x in logprobs(policy, i)] for i in range(n)]
+        ref = [[x.item() for x in logprobs(reference, i)] for i in range(n)]
+    sampled = [r.completion.behavior_logprobs.astype(np.float64).tolist() for r in ROLLOUTS]
+    sampled = [[x for t, x in enumerate(row) if not (holes and t == 1)] for row in sampled]
+    in_reward = ppo.estimator in ("rloo", "reinforce_plus_plus")
+    rewards = [[-BETA * (p - q) * in_reward for p, q in zip(a, b, strict=True)] for a, b in zip(old, ref, strict=True)]
+    for row, score in zip(rewards, SCORES, strict=True):
+        row[-1] += score
+    advantages = plain_advantages(ppo.estimator, rewards)
+    tokens = sum(len(row) for row in old)
+    raw = [[math.exp(p - b) for p, b in zip(x, y, strict=True)] for x, y in zip(old, sampled, strict=True)]
+    bound = {
+        "none": lambda w: 1.0,
+        "truncated": lambda w: min(w, ppo.off_policy.cap),
+        "masked": lambda w: w if ppo.off_policy.low <= w <= ppo.off_policy.high else 0.0,
+    }[ppo.off_policy.correction]
+    weights = [[bound(w) for w in row] for row in raw]
+    adam = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(ppo.epochs):
+        total = torch.zeros((), dtype=torch.float64)
+        for i in range(n):
+            for t, logprob in enumerate(logprobs(policy, i)):
+                rho, a = torch.exp(logprob - old[i][t]), advantages[i][t]
+                loss = torch.maximum(-a * rho, -a * rho.clamp(0.8, 1.2))
+                if a < 0:
+                    loss = torch.minimum(loss, torch.tensor(-3 * a).double())
+                if not in_reward:
+                    loss = loss + BETA * (torch.exp(ref[i][t] - logprob) - 1 + logprob - ref[i][t])
+                share = {
+                    "grpo": 1 / n / len(old[i]),
+                    "dr_grpo": 1 / n / ppo.sampling.max_completion_tokens,
+                    "rloo": 1 / n,
+                    "reinforce_plus_plus": 1 / tokens,
+                }
+                total = total + weights[i][t] * share[ppo.estimator] * loss
+        adam.zero_grad()
+        total.backward()
+        losses.append(total.item())
+        adam.step()
+    w = np.array([x for row in weights for x in row])
+    return policy, {
+        "loss": sum(losses) / len(losses),
+        "off_policy/ess": w.sum() ** 2 / (len(w) * (w**2).sum()),
+        "off_policy/weight_mean": w.mean(),
+        "off_policy/weight_max": w.max(),
+        f"off_policy/{ppo.off_policy.correction}_frac": np.mean([bound(x) != x for row in raw for x in row]),
+    }
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"])
+@pytest.mark.parametrize(("correction", "holes"), [("none", False), ("truncated", True), ("masked", False)])
+def test_update_equals_the_papers(
+    estimator: str, correction: str, holes: bool, config: TandemConfig, make_task: Callable[[TandemConfig], PPOTask]
+) -> None:
+    config.ppo.estimator, config.ppo.off_policy.correction = estimator, correction
+    task = make_task(config)
+    before = weights_of(task.policy.model)
+    expected, numbers = plain_update(task, holes)
+    for budget, held_tokens in (
+        (1000, 0),
+        (1, 9),
+    ):  # one microbatch; one for each sequence, some with their graphs kept
+        config.learner.held_tokens = held_tokens
+        task = make_task(config)
+        metrics = task.update(batch_of(budget, holes), BETA, train_policy=True)
+        mine, theirs = weights_of(task.policy.model), dict(expected.named_parameters())
+        step = max((theirs[name] - before[name]).abs().max().item() for name in before)
+        assert step > 1e-5
+        assert max((mine[name] - theirs[name]).abs().max().item() for name in mine) < 2e-3 * step
+        loss = metrics["policy/loss"] + BETA * metrics.get("policy/kl_loss", 0.0)
+        assert loss == pytest.approx(numbers["loss"], rel=1e-3, abs=1e-5)
+        assert ("policy/kl_loss" in metrics) == (estimator in ("grpo", "dr_grpo"))
+        found = {name: value for name, value in metrics.items() if name.startswith("off_policy/")}
+        if correction == "none":
+            assert found == {}
+        else:
+            del numbers["loss"]
+            assert found == pytest.approx(numbers, rel=1e-3)
+            assert 0 < found["off_policy/ess"] < 0.99
+            assert 0 < found[f"off_policy/{correction}_frac"] < 1
+            numbers["loss"] = loss
+
+
+def test_without_a_value_model_there_is_nothing_of_it(
+    config: TandemConfig, make_task: Callable[[TandemConfig], PPOTask]
+) -> None:
+    config.ppo.estimator, config.learner.held_tokens = "grpo", 1000
+    task = make_task(config)
+    assert task.value is None
+    metrics = task.update(batch_of(1), BETA, train_policy=True)
+    assert [name for name in metrics if "value" in name] == []
+    with pytest.raises(ValueError, match="grpo has no value model"):
+        task.update(batch_of(1), BETA, train_policy=False)
+
+
+def test_a_correction_of_gae_leaves_the_value_model_alone(config: TandemConfig, ranks: Ranks) -> None:
+    """Weights are for the policy's gradient; the value model fits what it sees."""
+    heads = []
+    for correction in ("none", "masked"):
+        config.ppo.off_policy.correction, config.ppo.off_policy.low = correction, 0.0
+        config.ppo.off_policy.high = 1e-9 if correction == "masked" else 5.0  # every token masked
+        task = PPOTask(ranks, config, config.model.path, config.model.path, EOS, [])
+        before = weights_of(task.policy.model)
+        metrics = task.update(batch_of(1000), BETA, train_policy=True)
+        assert task.value is not None
+        heads.append(weights_of(task.value.model))
+        moved = any(not torch.equal(before[name], w) for name, w in weights_of(task.policy.model).items())
+        assert moved == (correction == "none")
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    assert (metrics["off_policy/ess"], metrics["off_policy/masked_frac"]) == (0.0, 1.0)
