@@ -269,8 +269,8 @@ class Ledger:
         self.updates, self.version = self.updates + 1, version
         self.counts["trained"] += len(self._batched)
         for entry in self._batched:
-            versions = entry.rollout.completion.policy_versions if entry.rollout else ()
-            sampled = sorted({int(v) for v in (versions[0], versions[-1])}) if len(versions) else []
+            versions = entry.rollout.completion.policy_versions.tolist() if entry.rollout else []
+            sampled = sorted({*versions[:1], *versions[-1:]})
             self._close(entry, {"trained": version, "update": self.updates, "sampled": sampled})
         self._batched = []
 

@@ -40,7 +40,8 @@ def rejoin(log: Path, offset: int, rows: str) -> int:
             offset, tail, new = offset + len(new), tail[len(new) :], b""
         if tail:
             mark = json.dumps({"resume": offset}) + "\n"
-            new = (b"" if tail.endswith(b"\n") else b"\n") + mark.encode() + new
+            # A torn line must not become a row, even where its newline alone is missing.
+            new = (b"" if tail.endswith(b"\n") else b"#torn\n") + mark.encode() + new
         file.write(new)
         file.flush()
         os.fsync(file.fileno())
@@ -108,7 +109,7 @@ def audit(log: Path) -> Audit:
     rows, undone = replay(log)
     ends = [row for row in rows if "key" in row]
     commits = [row for row in rows if "commit" in row]
-    last = commits[-1] if commits else {"commit": 0, "version": 0, "admitted": 0, "open": []}
+    last: Row = commits[-1] if commits else {"commit": 0, "version": 0, "admitted": 0, "open": []}
     result = Audit(last["admitted"], updates=last["commit"], rolled_back=sum("key" in row for row in undone))
     times: Counter[Key] = Counter()
     for row in ends:
