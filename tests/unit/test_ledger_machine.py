@@ -38,7 +38,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.leases: dict[int, tuple[Lease, str, int]] = {}  # current ones: lease, holder, version of the holder
         self.late: list[Lease] = []
         self.answered: set[tuple] = set()
-        self.saved: Any = None
+        self.saved: list[Any] = []
         self.save()
 
     def teardown(self) -> None:
@@ -69,10 +69,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), empty=st.booleans())
     def complete(self, data: st.DataObject, empty: bool) -> None:
         number = data.draw(st.sampled_from(sorted(self.leases)))
-        lease, _, version = self.leases.pop(number)
-        versions = (
-            [] if empty else sorted(data.draw(st.lists(st.integers(version, self.version), min_size=1, max_size=4)))
-        )
+        served = st.integers(self.leases[number][2], self.version)
+        self.answer(number, [] if empty else sorted(data.draw(st.lists(served, min_size=1, max_size=4))))
+
+    def answer(self, number: int, versions: list[int]) -> None:
+        lease = self.leases.pop(number)[0]
         assert self.ledger.complete(number, self.rollout(lease, versions)) is True
         self.answered.add(lease.request.key)
         self.late.append(lease)
@@ -122,13 +123,25 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ended |= {r.key: self.version for r in self.batch}
         self.batch = []
 
+    @rule(stragglers=st.integers(0, 3), at_lease=st.booleans())
+    def busy_update(self, stragglers: int, at_lease: bool) -> None:
+        """All at work but for the oldest leases, which straggle; then an update, where the ledger allows one."""
+        self.admit()
+        self.lease("a", 100)
+        for number in sorted(self.leases)[stragglers:]:
+            self.answer(number, [self.leases[number][2] if at_lease else self.version])
+        if not self.batch:
+            self.take()
+        if self.batch:
+            self.train(train_policy=True)
+
     # ---- commits and crashes
 
     def save(self) -> None:
         state, arrays = self.ledger.state_dict()
         text = json.dumps(state)
         model = (list(self.asked), dict(self.ended), self.version, set(self.answered))
-        self.saved = (text, arrays, self.stream.state_dict(), model)
+        self.saved.append((text, arrays, self.stream.state_dict(), model))
 
     @rule(when_it_fails=st.sampled_from(["no", "before the rename", "before the log"]))
     def commit(self, when_it_fails: str) -> None:
@@ -137,13 +150,15 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.save()
         if when_it_fails == "before the log":
-            self.crash(same_process=False)
+            self.crash(same_process=False, corrupt=0)
         else:
             self.ledger.committed(self.log)
 
-    @rule(same_process=st.booleans())
-    def crash(self, same_process: bool) -> None:
-        text, arrays, stream, (asked, ended, version, answered) = self.saved
+    @rule(same_process=st.booleans(), corrupt=st.integers(0, 2))
+    def crash(self, same_process: bool, corrupt: int) -> None:
+        """Back to the newest commit that can be read; newer ones are gone for ever."""
+        del self.saved[max(1, len(self.saved) - corrupt) :]
+        text, arrays, stream, (asked, ended, version, answered) = self.saved[-1]
         self.late += [lease for lease, *_ in self.leases.values()]
         if not same_process:
             self.ledger = Ledger(self.n, self.bound)
@@ -170,13 +185,9 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         """The run is served to its end from here: everything open trains, nothing waits for ever, the audit agrees."""
-        for number, (lease, *_) in list(self.leases.items()):
-            self.ledger.complete(number, self.rollout(lease, [self.version]))
-            self.answered.add(lease.request.key)
-            del self.leases[number]
-        for lease in self.ledger.lease(10**6, "a"):
-            self.ledger.complete(lease.number, self.rollout(lease, [self.version]))
-            self.answered.add(lease.request.key)
+        self.lease("a", 100)
+        for number in list(self.leases):
+            self.answer(number, [self.version])
         if self.batch:
             self.train(train_policy=True)
         while len(self.asked) - len(self.ended) >= self.n:
@@ -192,5 +203,5 @@ class LedgerMachine(RuleBasedStateMachine):
         assert (result.admitted, result.quarantined) == (len(self.asked), len(self.ended) - len(versions))
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
 TestLedger = LedgerMachine.TestCase
