@@ -1,0 +1,382 @@
+"""Who is where: every rollout from its admission to the update that trained on it, exactly once.
+
+    admit          lease           complete          take            trained
+      ──> PENDING ──────> LEASED ──────────> SCORED ──────> BATCHED ──────────> TRAINED
+             ▲               │
+             └── release ────┘  (its holder died)           quarantine: from each of the four ──> QUARANTINED
+
+The key of a rollout is (epoch, prompt_id, sample_index). Generation is at-least-once: a reply counts only under the lease
+number that is current, so a repeated, late or hedged one changes nothing. What was TRAINED leaves memory as a row of
+`ledger.jsonl`; what is open is at most `(max_staleness + 1) * rollouts_per_update` rollouts.
+
+Staleness is bounded before it arises (AReaL, arXiv 2505.24298): that many open rollouts are as many as the next
+`max_staleness + 1` updates consume. Rollouts finish in another order than they were admitted, so `ready` also looks at what
+an update would leave behind: a straggler may be overtaken as long as the updates that are left to it have room.
+
+Rows reach `ledger.jsonl` after the commit that holds the weights, never before; the commit carries a copy of them. So the
+file, too, never claims more than the weights know, and a crash between the two costs nothing.
+"""
+
+import heapq
+import json
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from contracts.portable import ArrayStore, decode, encode
+from contracts.records import Rollout, RolloutRequest
+from controller.ledger_log import main, rejoin
+
+Key = tuple[int, int, int]  # (epoch, prompt_id, sample_index)
+
+
+class LedgerError(RuntimeError):
+    """A call that would lose a rollout or count one twice."""
+
+
+class StalenessError(LedgerError):
+    """A rollout is older than `max_staleness` updates."""
+
+
+class State(Enum):
+    PENDING = 0
+    LEASED = 1
+    SCORED = 2
+    BATCHED = 3
+    CLOSED = 4  # TRAINED or QUARANTINED: a row of the log
+
+
+class Lease(NamedTuple):
+    """The right to answer for one request, until it is released or answered."""
+
+    number: int  # fences: no two leases share one, in this process or after a restart
+    request: RolloutRequest
+    attempt: int  # 1 for the first lease of this rollout; a prompt that kills its holders counts up
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    request: RolloutRequest
+    order: int  # of admission
+    admitted_at: int  # policy version
+    state: State = State.PENDING
+    attempts: int = 0
+    lease: int = 0
+    holder: str = ""
+    due: int = 0  # LEASED and SCORED: the last version of the learner that may consume it
+    rollout: Rollout | None = None
+
+
+class Ledger:
+    """All calls come from the controller's one thread. Costs are O(1) a rollout, whatever the number of holders."""
+
+    def __init__(self, rollouts_per_update: int, max_staleness: int):
+        if rollouts_per_update < 1 or max_staleness < 0:
+            raise ValueError(f"rollouts_per_update={rollouts_per_update}, max_staleness={max_staleness}: no such bound")
+        self.rollouts_per_update, self.max_staleness = rollouts_per_update, max_staleness
+        # Time makes the numbers of a restarted process larger than all before, also those that no commit has seen.
+        self._last_lease = time.time_ns()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.version = 0  # of the weights that every engine serves
+        self.updates = 0
+        self.counts: Counter[str] = Counter()
+        self.staleness: list[int] = []  # of the rollouts of the last take, in updates
+        self._open: dict[Key, _Entry] = {}  # in order of admission
+        self._pending: list[tuple[int, _Entry]] = []  # heap by order of admission
+        self._leases: dict[int, _Entry] = {}
+        self._held: defaultdict[str, dict[int, _Entry]] = defaultdict(dict)  # holder -> its leases
+        self._leased_due: Counter[int] = Counter()  # due version -> LEASED rollouts
+        self._scored: defaultdict[int, list[_Entry]] = defaultdict(list)  # due version -> SCORED rollouts
+        self._num_scored = 0
+        self._batched: list[_Entry] = []
+        # A key comes once: no epoch before this one, and in it the samples of a prompt in order.
+        self._epoch = 0
+        self._samples_seen: dict[int, int] = {}
+        self._rows: list[str] = []  # closed since the last commit
+        self._snapshot: tuple[int, str] | None = None  # rows that a commit in progress holds, and their text
+        self._log_bytes = 0
+
+    # ---- the way of a rollout
+
+    def capacity(self) -> int:
+        """How many rollouts may be admitted now, so that none has to be consumed too old."""
+        return (self.max_staleness + 1) * self.rollouts_per_update - len(self._open)
+
+    def admit(self, requests: list[RolloutRequest]) -> None:
+        """Take over requests in the order of the stream.
+
+        Raises:
+            LedgerError: beyond `capacity()`, or where a key comes twice or out of order; the run cannot go on.
+        """
+        if len(requests) > self.capacity():
+            raise LedgerError(f"{len(requests)} rollouts to admit, but the staleness bound leaves {self.capacity()}")
+        for request in requests:
+            key = epoch, prompt_id, sample_index = request.key
+            if epoch > self._epoch:
+                self._epoch, self._samples_seen = epoch, {}
+            expected = self._samples_seen.get(prompt_id, 0)
+            if epoch < self._epoch or sample_index != expected:
+                raise LedgerError(
+                    f"rollout {key} was admitted before or its turn has not come: the stream is in epoch {self._epoch}, "
+                    f"the next sample of prompt {prompt_id} is number {expected}"
+                )
+            self._samples_seen[prompt_id] = sample_index + 1
+            entry = _Entry(request, self.counts["admitted"], self.version)
+            self.counts["admitted"] += 1
+            self._open[key] = entry
+            heapq.heappush(self._pending, (entry.order, entry))
+
+    def lease(self, n: int, holder: str) -> list[Lease]:
+        """Up to `n` requests for `holder`, oldest first. The holder must serve `version` or newer weights."""
+        leases: list[Lease] = []
+        due, held = self.version + self.max_staleness, self._held[holder]
+        while self._pending and len(leases) < n:
+            _, entry = heapq.heappop(self._pending)
+            if entry.state is not State.PENDING:
+                continue  # quarantined while it waited
+            self._last_lease += 1
+            entry.state, entry.lease, entry.holder, entry.due = State.LEASED, self._last_lease, holder, due
+            entry.attempts += 1
+            self._leases[entry.lease] = held[entry.lease] = entry
+            leases.append(Lease(entry.lease, entry.request, entry.attempts))
+        if leases:
+            self._leased_due[due] += len(leases)
+        self.counts["leased"] += len(leases)
+        return leases
+
+    def release(self, holder: str) -> int:
+        """A holder is gone: its leases end and their rollouts are the next to be leased. Returns how many."""
+        return sum(self.give_back(number) for number in self._held.pop(holder, {}))
+
+    def give_back(self, lease_number: int) -> bool:
+        """One lease ends without a rollout, which can be leased again. False where the lease had ended before."""
+        entry = self._end_lease(lease_number)
+        if entry is None:
+            return False
+        entry.state = State.PENDING
+        heapq.heappush(self._pending, (entry.order, entry))
+        self.counts["released"] += 1
+        return True
+
+    def complete(self, lease_number: int, rollout: Rollout) -> bool:
+        """The rollout of a lease is here. False where that lease has ended: the reply is late or repeated, drop it."""
+        entry = self._leases.get(lease_number)
+        if entry is None:
+            self.counts["fenced"] += 1
+            return False
+        if rollout.key != entry.request.key:
+            raise LedgerError(f"the lease of {entry.request.key} was answered with the rollout {rollout.key}")
+        versions = rollout.completion.policy_versions
+        oldest = int(versions.min()) if len(versions) else entry.due - self.max_staleness
+        self._end_lease(lease_number)
+        entry.state, entry.rollout, entry.due = State.SCORED, rollout, oldest + self.max_staleness
+        self._scored[entry.due].append(entry)
+        self._num_scored += 1
+        self.counts["scored"] += 1
+        return True
+
+    def quarantine(self, key: Key, reason: str) -> None:
+        """Close a rollout that shall not train; its slot is free again. Raises LedgerError where it is not open."""
+        entry = self._open.get(key)
+        if entry is None:
+            raise LedgerError(f"rollout {key} cannot be quarantined: it is not open")
+        if entry.state is State.LEASED:
+            self._end_lease(entry.lease)
+        elif entry.state is State.SCORED:
+            self._scored[entry.due].remove(entry)
+            if not self._scored[entry.due]:
+                del self._scored[entry.due]
+            self._num_scored -= 1
+        elif entry.state is State.BATCHED:
+            self._batched.remove(entry)
+        self._close(entry, {"quarantined": reason, "update": self.updates})
+        self.counts["quarantined"] += 1
+
+    def ready(self, n: int, version: int) -> bool:
+        """Whether `take` may be called: `n` rollouts are scored, and those left behind can still be consumed in time.
+
+        After this update the learner is at `version + 1`; what is due at `version + j` has j updates left, which
+        consume `rollouts_per_update` each. Too much of it means to wait for a straggler.
+        """
+        if self._num_scored < n:
+            return False
+        missing, left = n, 0
+        for due in sorted({*self._scored, *self._leased_due}):
+            scored = len(self._scored.get(due, ()))
+            if scored and due < version:
+                key = self._scored[due][0].request.key
+                raise StalenessError(
+                    f"rollout {key} was sampled by version {due - self.max_staleness}; the learner is at {version} and "
+                    f"max_staleness is {self.max_staleness}"
+                )
+            chosen = min(missing, scored)
+            missing -= chosen
+            left += scored - chosen + self._leased_due.get(due, 0)
+            if left > (due - version) * self.rollouts_per_update:
+                return False
+        return True
+
+    def take(self, n: int, version: int) -> list[Rollout]:
+        """The rollouts of the next update, by a learner at `version`: those due first, then the oldest admissions.
+
+        They come in the order of admission. With `max_staleness=0` nothing depends on the order of arrival.
+
+        Raises:
+            StalenessError: where a scored rollout is too old for `version`.
+            LedgerError: where `ready` is false, the batch before is not trained, or a rollout comes from weights that
+                were rolled back.
+        """
+        if self._batched or not self.ready(n, version):
+            raise LedgerError(
+                f"{len(self._batched)} rollouts are in training, {self._num_scored} are scored: not ready"
+            )
+        for due in sorted(self._scored):
+            entries = sorted(self._scored.pop(due), key=lambda e: e.order)
+            split = n - len(self._batched)
+            self._batched += entries[:split]
+            if entries[split:]:
+                self._scored[due] = entries[split:]
+                break
+        self._num_scored -= n
+        self._batched.sort(key=lambda e: e.order)
+        for entry in self._batched:
+            entry.state = State.BATCHED
+        self.staleness = [version - e.due + self.max_staleness for e in self._batched]
+        rollouts = [e.rollout for e in self._batched if e.rollout is not None]
+        newest = max((int(v[-1]) for r in rollouts if len(v := r.completion.policy_versions)), default=0)
+        if newest > version:
+            raise LedgerError(
+                f"a rollout was sampled by version {newest}, which the learner at {version} does not know"
+            )
+        return rollouts
+
+    def trained(self, version: int) -> None:
+        """The batch has trained and every engine serves the weights of `version`: its slots are free.
+
+        Called before the engines have them, fresh slots would be filled with samples of older weights than counted. An
+        update that trains the value model alone leaves the version as it was.
+        """
+        if version < self.version or not self._batched:
+            raise LedgerError(f"trained({version}) at version {self.version} with {len(self._batched)} in training")
+        self.updates, self.version = self.updates + 1, version
+        self.counts["trained"] += len(self._batched)
+        for entry in self._batched:
+            versions = entry.rollout.completion.policy_versions.tolist() if entry.rollout else []
+            sampled = sorted({*versions[:1], *versions[-1:]})
+            self._close(entry, {"trained": version, "update": self.updates, "sampled": sampled})
+        self._batched = []
+
+    def metrics(self) -> dict[str, float]:
+        """Cumulative counts, what is where, and the staleness of the last batch."""
+        names = ("admitted", "leased", "released", "fenced", "scored", "quarantined", "trained")
+        rows = {f"ledger/{name}": float(self.counts[name]) for name in names}
+        rows |= {"ledger/open": float(len(self._open)), "ledger/in_flight": float(len(self._leases))}
+        rows["ledger/waiting"] = float(self._num_scored)
+        if self.staleness:
+            rows["staleness/mean"] = sum(self.staleness) / len(self.staleness)
+            rows["staleness/max"] = float(max(self.staleness))
+            for updates, number in sorted(Counter(self.staleness).items()):
+                rows[f"staleness/share_{updates}"] = number / len(self.staleness)
+        return rows
+
+    def _end_lease(self, number: int) -> _Entry | None:
+        entry = self._leases.pop(number, None)
+        if entry is not None:
+            self._held.get(entry.holder, {}).pop(number, None)
+            self._leased_due[entry.due] -= 1
+            if not self._leased_due[entry.due]:
+                del self._leased_due[entry.due]
+        return entry
+
+    def _close(self, entry: _Entry, end: dict[str, Any]) -> None:
+        entry.state = State.CLOSED
+        del self._open[entry.request.key]
+        way = {"admitted_at": entry.admitted_at, "leases": entry.attempts, "holder": entry.holder}
+        self._rows.append(json.dumps({"key": entry.request.key, **end, **way}, separators=(",", ":")))
+
+    # ---- commits
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What a commit must hold: JSON, and arrays. Leases are not part of it: those rollouts are sampled again."""
+        commit = {"commit": self.updates, "version": self.version, "admitted": self.counts["admitted"]}
+        rows = [*self._rows, json.dumps({**commit, "open": list(self._open)}, separators=(",", ":"))]
+        self._snapshot = (len(self._rows), "".join(row + "\n" for row in rows))
+        store = ArrayStore()
+        entries = [
+            {
+                "order": e.order,
+                "admitted_at": e.admitted_at,
+                "attempts": e.attempts,
+                "due": e.due,
+                "request": encode(e.request, store),
+                "rollout": encode(e.rollout, store),
+            }
+            for e in self._open.values()
+        ]
+        state = {
+            "rollouts_per_update": self.rollouts_per_update,
+            "max_staleness": self.max_staleness,
+            "version": self.version,
+            "updates": self.updates,
+            "counts": dict(self.counts),
+            "epoch": self._epoch,
+            "samples_seen": encode(np.array(list(self._samples_seen.items()), dtype=np.int64).reshape(-1, 2), store),
+            "open": entries,
+            "log": {"offset": self._log_bytes, "rows": self._snapshot[1]},
+        }
+        return state, store.arrays()
+
+    def committed(self, log: Path) -> None:
+        """The commit that holds the last `state_dict` is durable: append its rows to the log. Without checkpoints, call it
+        after each update."""
+        if self._snapshot is None:
+            self.state_dict()
+        assert self._snapshot is not None
+        rows, text = self._snapshot
+        self._log_bytes = rejoin(log, self._log_bytes, text)
+        del self._rows[:rows]
+        self._snapshot = None
+
+    def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray], log: Path) -> None:
+        """Go back to a commit: what was leased is PENDING, what was in training is SCORED again.
+
+        Replies to leases of before are fenced, also where this object goes on. Rows of the log that belong to
+        commits after this one are marked as rolled back.
+
+        Raises:
+            LedgerError: for other bounds than the commit's.
+            ValueError: where the log lacks rows of earlier commits.
+        """
+        bounds = state["rollouts_per_update"], state["max_staleness"]
+        if bounds != (self.rollouts_per_update, self.max_staleness):
+            raise LedgerError(
+                f"the commit has rollouts_per_update, max_staleness = {bounds}, this run "
+                f"{(self.rollouts_per_update, self.max_staleness)}"
+            )
+        self._clear()
+        self.version, self.updates, self._epoch = state["version"], state["updates"], state["epoch"]
+        self.counts = Counter(state["counts"])
+        self._samples_seen = dict(decode(state["samples_seen"], arrays).tolist())
+        for row in state["open"]:
+            request, rollout = decode(row["request"], arrays), decode(row["rollout"], arrays)
+            entry = _Entry(request, row["order"], row["admitted_at"], attempts=row["attempts"], rollout=rollout)
+            self._open[request.key] = entry
+            if rollout is None:
+                heapq.heappush(self._pending, (entry.order, entry))
+            else:
+                entry.state, entry.due = State.SCORED, row["due"]
+                self._scored[entry.due].append(entry)
+                self._num_scored += 1
+        self._log_bytes = rejoin(log, state["log"]["offset"], state["log"]["rows"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,207 @@
+"""The ledger under random deaths, late replies, failed commits and crashes, against a model that remembers which weights
+trained on which keys, and which weights survived."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from contracts.records import Completion, Prompt, Rollout
+from controller.ledger import Lease, Ledger
+from controller.ledger_log import audit
+from controller.prompts import PromptStream
+
+PROMPTS = [Prompt(i, "", (i,)) for i in (4, 11, 2, 7, 5)]
+HOLDERS = st.sampled_from(["a", "b", "c"])
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    @initialize(
+        rollouts_per_update=st.integers(1, 4), max_staleness=st.integers(0, 3), samples_per_prompt=st.integers(1, 3)
+    )
+    def start(self, rollouts_per_update: int, max_staleness: int, samples_per_prompt: int) -> None:
+        self.n, self.bound, self.samples = rollouts_per_update, max_staleness, samples_per_prompt
+        self.folder = tempfile.TemporaryDirectory()
+        self.log = Path(self.folder.name) / "ledger.jsonl"
+        self.ledger = Ledger(self.n, self.bound)
+        self.stream = PromptStream(PROMPTS, self.samples, seed=3)
+        # The model. `asked` and `ended` belong to the surviving line: a crash takes them back to the last commit.
+        self.asked: list[tuple] = []
+        self.ended: dict[tuple, Any] = {}
+        self.version = 0
+        self.batch: list[Rollout] = []
+        self.leases: dict[int, tuple[Lease, str, int]] = {}  # current ones: lease, holder, version of the holder
+        self.late: list[Lease] = []
+        self.answered: set[tuple] = set()
+        self.saved: list[Any] = []
+        self.save()
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    def rollout(self, lease: Lease, versions: list[int]) -> Rollout:
+        tokens, logprobs = np.zeros(len(versions), np.int32), np.zeros(len(versions), np.float32)
+        completion = Completion(tokens, logprobs, np.array(versions, np.int32), "stop", "")
+        return Rollout(lease.request.key, lease.request.prompt, completion)
+
+    # ---- what the controller does
+
+    @rule()
+    def admit(self) -> None:
+        requests = self.stream.next_requests(self.ledger.capacity() // self.samples)
+        self.ledger.admit(requests)
+        self.asked += [r.key for r in requests]
+
+    @rule(holder=HOLDERS, number=st.integers(1, 6))
+    def lease(self, holder: str, number: int) -> None:
+        for lease in self.ledger.lease(number, holder):
+            assert lease.number not in self.leases
+            assert lease.request.key not in {current.request.key for current, *_ in self.leases.values()}
+            self.leases[lease.number] = (lease, holder, self.version)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), empty=st.booleans())
+    def complete(self, data: st.DataObject, empty: bool) -> None:
+        number = data.draw(st.sampled_from(sorted(self.leases)))
+        served = st.integers(self.leases[number][2], self.version)
+        self.answer(number, [] if empty else sorted(data.draw(st.lists(served, min_size=1, max_size=4))))
+
+    def answer(self, number: int, versions: list[int]) -> None:
+        lease = self.leases.pop(number)[0]
+        assert self.ledger.complete(number, self.rollout(lease, versions)) is True
+        self.answered.add(lease.request.key)
+        self.late.append(lease)
+
+    @precondition(lambda self: self.late)
+    @rule(data=st.data())
+    def late_reply(self, data: st.DataObject) -> None:
+        lease = data.draw(st.sampled_from(self.late))
+        assert self.ledger.complete(lease.number, self.rollout(lease, [self.version])) is False
+
+    @rule(holder=HOLDERS)
+    def death(self, holder: str) -> None:
+        gone = [number for number, (_, owner, _) in self.leases.items() if owner == holder]
+        assert self.ledger.release(holder) == len(gone)
+        self.late += [self.leases.pop(number)[0] for number in gone]
+
+    @rule(data=st.data())
+    def quarantine(self, data: st.DataObject) -> None:
+        batch = {r.key for r in self.batch}
+        still_open = sorted({*self.asked} - self.ended.keys() - batch)
+        if still_open:
+            key = data.draw(st.sampled_from(still_open))
+            self.ledger.quarantine(key, "bad")
+            self.ended[key] = "quarantined"
+            for number in [n for n, (lease, *_) in self.leases.items() if lease.request.key == key]:
+                self.late.append(self.leases.pop(number)[0])
+
+    @precondition(lambda self: not self.batch)
+    @rule()
+    def take(self) -> None:
+        if self.ledger.ready(self.n, self.version):
+            self.batch = self.ledger.take(self.n, self.version)
+            keys = [r.key for r in self.batch]
+            assert len({*keys}) == self.n
+            assert keys == sorted(keys, key=self.asked.index)
+            assert not self.ended.keys() & {*keys}
+            assert {*keys} <= self.answered
+            for r in self.batch:
+                versions = r.completion.policy_versions
+                assert all(self.version - v <= self.bound for v in versions)
+
+    @precondition(lambda self: self.batch)
+    @rule(train_policy=st.booleans())
+    def train(self, train_policy: bool) -> None:
+        self.version += train_policy
+        self.ledger.trained(self.version)
+        self.ended |= {r.key: self.version for r in self.batch}
+        self.batch = []
+
+    @rule(stragglers=st.integers(0, 3), at_lease=st.booleans())
+    def busy_update(self, stragglers: int, at_lease: bool) -> None:
+        """All at work but for the oldest leases, which straggle; then an update, where the ledger allows one."""
+        self.admit()
+        self.lease("a", 100)
+        for number in sorted(self.leases)[stragglers:]:
+            self.answer(number, [self.leases[number][2] if at_lease else self.version])
+        if not self.batch:
+            self.take()
+        if self.batch:
+            self.train(train_policy=True)
+
+    # ---- commits and crashes
+
+    def save(self) -> None:
+        state, arrays = self.ledger.state_dict()
+        text = json.dumps(state)
+        model = (list(self.asked), dict(self.ended), self.version, set(self.answered))
+        self.saved.append((text, arrays, self.stream.state_dict(), model))
+
+    @rule(when_it_fails=st.sampled_from(["no", "before the rename", "before the log"]))
+    def commit(self, when_it_fails: str) -> None:
+        if when_it_fails == "before the rename":
+            self.ledger.state_dict()  # and a full disk: there is no commit, the run goes on
+            return
+        self.save()
+        if when_it_fails == "before the log":
+            self.crash(same_process=False, corrupt=0)
+        else:
+            self.ledger.committed(self.log)
+
+    @rule(same_process=st.booleans(), corrupt=st.integers(0, 2))
+    def crash(self, same_process: bool, corrupt: int) -> None:
+        """Back to the newest commit that can be read; newer ones are gone for ever."""
+        del self.saved[max(1, len(self.saved) - corrupt) :]
+        text, arrays, stream, (asked, ended, version, answered) = self.saved[-1]
+        self.late += [lease for lease, *_ in self.leases.values()]
+        if not same_process:
+            self.ledger = Ledger(self.n, self.bound)
+        self.ledger.load_state_dict(json.loads(text), arrays, self.log)
+        self.stream.load_state_dict(stream)
+        self.asked, self.ended, self.version = list(asked), dict(ended), version
+        # What was sampled before the crash and not scored in the commit is sampled again.
+        self.batch, self.leases, self.answered = [], {}, set(answered)
+
+    # ---- what must always hold
+
+    @invariant()
+    def nothing_is_lost_and_the_bound_holds(self) -> None:
+        if not hasattr(self, "asked"):
+            return
+        still_open = len(self.asked) - len(self.ended)
+        assert still_open <= (self.bound + 1) * self.n
+        assert self.ledger.capacity() == (self.bound + 1) * self.n - still_open
+        metrics = self.ledger.metrics()
+        trained = sum(end != "quarantined" for end in self.ended.values())
+        assert (metrics["ledger/trained"], metrics["ledger/admitted"]) == (trained, len(self.asked))
+        assert metrics["ledger/in_flight"] == len(self.leases)
+
+    @rule()
+    def finish(self) -> None:
+        """The run is served to its end from here: everything open trains, nothing waits for ever, the audit agrees."""
+        self.lease("a", 100)
+        for number in list(self.leases):
+            self.answer(number, [self.version])
+        if self.batch:
+            self.train(train_policy=True)
+        while len(self.asked) - len(self.ended) >= self.n:
+            self.take()
+            assert self.batch, "everything is scored, so an update must be possible"
+            self.train(train_policy=True)
+        self.save()
+        self.ledger.committed(self.log)
+        result = audit(self.log)
+        versions = [end for end in self.ended.values() if end != "quarantined"]
+        assert result.faults == []
+        assert dict(result.by_version) == {v: versions.count(v) for v in {*versions}}
+        assert (result.admitted, result.quarantined) == (len(self.asked), len(self.ended) - len(versions))
+
+
+LedgerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestLedger = LedgerMachine.TestCase
