@@ -17,7 +17,8 @@ What the loop waits for, and what unblocks it (every wait ends after `cluster.st
     update     all learner ranks have taken the optimizer steps
     publish    every engine has loaded the weights and carries their version
 
-The controller holds references and numbers, never a model.
+The controller holds references and numbers, never a model. The ledger knows where every rollout is, and writes what became
+of it to `ledger.jsonl`.
 """
 
 import time
@@ -31,6 +32,8 @@ from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.records import Rollout, RolloutRequest
 from controller.batcher import make_batches, with_siblings
+from controller.ledger import Ledger
+from controller.ledger_log import NAME as LEDGER_FILE
 from controller.metrics import RunLog
 from controller.progress import Progress, format_update
 from controller.prompts import PromptStream
@@ -74,6 +77,7 @@ class PPOController:
         self.kl = make_kl_controller(config.ppo.kl)
         self.normalizer = ScoreNormalizer()
         self.rng = np.random.default_rng(config.seed)
+        self.ledger = Ledger(config.ppo.rollouts_per_update, max_staleness=0)
         self.first_score: float | None = None
         self.version = 0
 
@@ -104,15 +108,20 @@ class PPOController:
                 f"(ppo.max_failed_scores allows {self.config.ppo.max_failed_scores:.0%}); reasons: {reasons[:3]}"
             )
         scored = [r for r in rollouts if r.scores["proxy"].value is not None]
+        for rollout in failed:
+            self.ledger.quarantine(rollout.key, f"no score: {rollout.scores['proxy'].error}")
         metrics["fault/unscored"] = float(len(failed))
         metrics |= self._describe(scored)
 
         ppo, learner, estimator = self.config.ppo, self.config.learner, chosen_estimator(self.config.ppo)
         if estimator.needs_groups:
             # A rollout whose siblings all failed to be scored has no baseline.
-            metrics["fault/no_sibling"] = float(len(scored))
-            scored = with_siblings(scored)
-            metrics["fault/no_sibling"] -= len(scored)
+            paired = {r.key: r for r in with_siblings(scored)}
+            alone = [r.key for r in scored if r.key not in paired]
+            for key in alone:
+                self.ledger.quarantine(key, "no scored sibling")
+            metrics["fault/no_sibling"] = float(len(alone))
+            scored = list(paired.values())
         batches = make_batches(
             scored,
             [self._shaped(r) for r in scored],
@@ -137,21 +146,31 @@ class PPOController:
         if train_policy:
             self.kl.update(metrics["kl/ref_seq"], len(scored))
             metrics["perf/sync_s"] = self._publish()
-        return metrics
+        self.ledger.trained(self.version)
+        self.ledger.committed(self.log.run_dir / LEDGER_FILE)
+        return metrics | self.ledger.metrics()
 
     def _rollouts(self) -> tuple[list[Rollout], dict[str, float]]:
         ppo = self.config.ppo
         requests = self.stream.next_requests(ppo.rollouts_per_update // ppo.samples_per_prompt)
-        shares = [requests[i :: len(self.actors)] for i in range(len(self.actors))]
+        self.ledger.admit(requests)
+        share = -(-len(requests) // len(self.actors))
+        leases = [self.ledger.lease(share, f"actor-{i}") for i in range(len(self.actors))]
         gold = ppo.gold_rollouts if self.has_gold else 0
         self.progress.waiting_for(f"{len(requests)} rollouts of version {self.version}")
         start = time.perf_counter()
         answers = ray.get(
-            [self._send(actor, share, gold) for actor, share in zip(self.actors, shares, strict=True)],
+            [
+                self._send(actor, [lease.request for lease in held], gold)
+                for actor, held in zip(self.actors, leases, strict=True)
+            ],
             timeout=self.config.cluster.step_timeout_s,
         )
         seconds = time.perf_counter() - start
-        rollouts = sorted((r for answer, _ in answers for r in answer), key=lambda r: r.key)
+        for held, (answer, _) in zip(leases, answers, strict=True):
+            for lease, rollout in zip(held, answer, strict=True):
+                self.ledger.complete(lease.number, rollout)
+        rollouts = self.ledger.take(len(requests), self.version)
         generate_s = max(times["generate_s"] for _, times in answers)
         tokens = sum(len(r.completion.token_ids) for r in rollouts)
         return rollouts, {

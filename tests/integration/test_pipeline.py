@@ -87,6 +87,17 @@ def test_every_update_is_logged(finished: Any, folder: Path) -> None:
     assert rows[0]["kl/ref_seq"] == 0.0  # the first rollouts are the reference's own
 
 
+def test_the_ledger_balances(finished: Any, folder: Path) -> None:
+    """Every rollout that was admitted trained once, and none is left."""
+    command = [sys.executable, "-m", "controller.ledger", str(folder / "run")]
+    audit = subprocess.run(command, capture_output=True, text=True)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    rows = [row for row in lines(folder / "run/metrics.jsonl") if "ledger/admitted" in row]
+    admitted = int(rows[-1]["ledger/admitted"])
+    assert f"admitted {admitted} = trained {admitted} + quarantined 0 + open 0" in audit.stdout
+    assert rows[-1]["staleness/max"] == 0
+
+
 def test_evaluation_compares_the_three_models(finished: Any, folder: Path) -> None:
     result = json.loads((folder / "run/evaluation.json").read_text())
     assert set(result["models"]) == {"base", "sft", "ppo"}
