@@ -90,7 +90,7 @@ def test_every_update_is_logged(finished: Any, folder: Path) -> None:
 def test_the_ledger_balances(finished: Any, folder: Path) -> None:
     """Every rollout that was admitted trained once, and none is left."""
     command = [sys.executable, "-m", "controller.ledger", str(folder / "run")]
-    audit = subprocess.run(command, capture_output=True, text=True)
+    audit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert audit.returncode == 0, audit.stdout + audit.stderr
     rows = [row for row in lines(folder / "run/metrics.jsonl") if "ledger/admitted" in row]
     admitted = int(rows[-1]["ledger/admitted"])
