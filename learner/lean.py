@@ -83,7 +83,8 @@ def make_lean(lm: nn.Module) -> int:
     """Give every norm and gated MLP of `lm` that computes one of the two formulas the lean forward pass. Whether it does is
     found by trying, since architectures differ (Gemma's norm multiplies by 1 + weight). Returns how many were changed."""
     changed = 0
-    for module in lm.modules():
+    modules: list[Any] = list(lm.modules())
+    for module in modules:
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight"):
             forward, width = _norm, module.weight.shape[0]
         elif all(isinstance(getattr(module, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")):
@@ -91,7 +92,7 @@ def make_lean(lm: nn.Module) -> int:
         else:
             continue
         if _same(module, forward, width):
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(forward, module)
             changed += 1
     return changed
 
