@@ -306,9 +306,7 @@ class Ledger:
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a commit must hold: JSON, and arrays. Leases are not part of it: those rollouts are sampled again."""
-        commit = {"commit": self.updates, "version": self.version, "admitted": self.counts["admitted"]}
-        rows = [*self._rows, json.dumps({**commit, "open": list(self._open)}, separators=(",", ":"))]
-        self._snapshot = (len(self._rows), "".join(row + "\n" for row in rows))
+        self._snapshot = self._closed_rows()
         store = ArrayStore()
         entries = [
             {
@@ -334,13 +332,16 @@ class Ledger:
         }
         return state, store.arrays()
 
+    def _closed_rows(self) -> tuple[int, str]:
+        """How many rows were closed since the last commit, and what goes into the log: those and the commit's own."""
+        commit = {"commit": self.updates, "version": self.version, "admitted": self.counts["admitted"]}
+        rows = [*self._rows, json.dumps({**commit, "open": list(self._open)}, separators=(",", ":"))]
+        return len(self._rows), "".join(row + "\n" for row in rows)
+
     def committed(self, log: Path) -> None:
         """The commit that holds the last `state_dict` is durable: append its rows to the log. Without checkpoints, call it
         after each update."""
-        if self._snapshot is None:
-            self.state_dict()
-        assert self._snapshot is not None
-        rows, text = self._snapshot
+        rows, text = self._snapshot or self._closed_rows()
         self._log_bytes = rejoin(log, self._log_bytes, text)
         del self._rows[:rows]
         self._snapshot = None
