@@ -62,7 +62,7 @@ class VLLMEngine:
             arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._engine.set_weight_version("0")
-        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._requests: dict[str, Future[RequestOutput]] = {}
         self._ids = count()
         self._updating = False
@@ -114,10 +114,6 @@ class VLLMEngine:
 
         self._call(run).result()
 
-    def shutdown(self) -> None:
-        """`run` returns."""
-        self._commands.put(None)
-
     # ---- the thread inside `run`
 
     def _request(self, token_ids: list[int], params: SamplingParams, read: Callable[[RequestOutput], Any]) -> Future:
@@ -143,7 +139,7 @@ class VLLMEngine:
         return done
 
     def run(self) -> None:
-        """Serve until `shutdown`. Raises what ended the engine; every waiting caller gets the same error."""
+        """Serve; returns never. Raises what ended the engine; every waiting caller gets the same error."""
         while True:
             idle = self._updating or not self._engine.has_unfinished_requests()
             try:
@@ -158,8 +154,6 @@ class VLLMEngine:
                     self._requests.clear()
                     raise
                 continue
-            if command is None:
-                return
             function, done = command
             try:
                 done.set_result(function())

@@ -19,8 +19,6 @@ class Engine(Protocol):
     def control(self, method: str, argument: dict[str, Any] | None = None) -> None:
         """Run one call of vLLM's weight-transfer protocol between two decoding steps."""
 
-    def shutdown(self) -> None: ...
-
 
 class RewardClient(Protocol):
     """Scores token sequences. Errors are results, so that one bad item costs only itself."""
