@@ -1,9 +1,9 @@
 """Norms and gated MLPs that keep less for the backward pass, for training on CPU.
 
-As transformers writes them, the two norms and the MLP of a decoder layer keep 24 KB a token of a 135M model, most of it in
-float32, and walk through memory a dozen times. These keep their inputs alone and recompute the rest by blocks of rows that
-stay in the cache: half the activations of the whole model, and a norm's backward pass in under half the time. On GPUs fused
-kernels exist for this.
+As transformers writes them, norms and MLPs keep float32 copies and products that can be computed again, and walk through
+memory a dozen times. These keep their inputs alone and recompute the rest by blocks of rows that stay in the cache: a policy
+of SmolLM2-135M keeps 0.61 MB a token instead of 0.84, and a norm's own backward pass takes under half the time.
+Fused kernels exist for GPUs.
 """
 
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """The lean norm and MLP against transformers' own in float64, and what they keep."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -78,17 +80,9 @@ def test_another_formula_is_left_alone() -> None:
     assert make_lean(nn.ModuleList([gemma, gelu])) == 0
 
 
-def test_a_layer_keeps_half() -> None:
-    """Bytes that autograd keeps of a bfloat16 decoder stack, per token and layer, weights apart."""
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-    )
-    lm = LlamaForCausalLM(config).bfloat16()
+def test_a_stack_keeps_less(tiny_model: Path) -> None:
+    """Bytes that autograd keeps of a bfloat16 decoder stack, weights apart."""
+    lm = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     weights = {p.data_ptr() for p in lm.parameters()}
 
     def kept() -> int:
