@@ -90,6 +90,7 @@ class RolloutActor:
         return self._rewards.score(
             scorer,
             [scoring_ids([*r.prompt.token_ids, *r.completion.token_ids.tolist()], self._eos) for r in rollouts],
+            [len(r.prompt.token_ids) for r in rollouts],
         )
 
     @ray.method(concurrency_group="control")

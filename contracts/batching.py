@@ -51,3 +51,17 @@ def _balance(batches: list[list[int]], costs: list[int], ranks: int) -> list[lis
         if len(result[rank]) < share:
             heapq.heappush(queue, (cost + costs[i], rank))
     return result
+
+
+def cut_padded(lengths: list[int], token_budget: int) -> list[list[int]]:
+    """Indices of `lengths`, shortest first, as batches whose longest x count is at most `token_budget`.
+
+    A sequence longer than the budget travels alone.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batches and lengths[i] * (len(batches[-1]) + 1) <= token_budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

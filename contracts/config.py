@@ -185,12 +185,46 @@ class LearnerConfig:
 
 
 @dataclass
+class ScorerConfig:
+    """One scorer of the reward service: docs/reward_service.md."""
+
+    kind: str = "model"  # model | function | weighted_sum | ensemble
+    path: str | None = None  # model: directory of a checkpoint with one label, or a hub id
+    function: str | None = None  # function: package.module:name or path/file.py:name
+    timeout_s: float = 5.0  # function: for one call, after which its process is ended
+    processes: int = 1  # function: calls at a time
+    batch_size: int = 1  # function: items a call
+    memory_gib: float = 2.0  # function: address space of one process
+    parts: list[str] = field(default_factory=list)  # weighted_sum, ensemble: names of scorers
+    weights: list[float] = field(default_factory=list)  # weighted_sum: of each part
+    std_coef: float = 1.0  # ensemble: k in mean - k x standard deviation of the parts
+
+
+@dataclass
+class HttpConfig:
+    port: int | None = None  # null: no HTTP
+    host: str = "127.0.0.1"
+    # One bearer token a line; several, so that a token can be replaced without a gap. Required beyond loopback.
+    token_file: str | None = None
+    max_items: int = 256  # of one request
+    max_body_mib: float = 8.0
+    max_pending_mib: float = 64.0  # bodies of all requests together, above which new ones are turned away
+
+
+@dataclass
 class RewardServiceConfig:
-    replicas: int = 1
-    batch_tokens: int = 1024  # of one forward pass
+    # Beside, or in place of, the reward models `proxy` (PPO trains on it) and `gold` (only measures), whose checkpoints
+    # composites name `proxy_model` and `gold_model`.
+    scorers: dict[str, ScorerConfig] = field(default_factory=dict)
+    replicas: int = 1  # of each model and each function
+    batch_tokens: int = 1024  # of one forward pass, longest x count
     dtype: str = "bfloat16"
     max_tokens: int = 1024
     deadline_s: float = 120.0
+    max_queued_items: int = 4096  # above which requests are turned away
+    cache_items: int = 16384  # scores that are remembered
+    golden_tolerance: float = 0.15  # mean deviation from the checkpoint's golden scores above which it is not served
+    http: HttpConfig = field(default_factory=HttpConfig)
 
 
 @dataclass

@@ -23,7 +23,8 @@ class Engine(Protocol):
 class RewardClient(Protocol):
     """Scores token sequences. Errors are results, so that one bad item costs only itself."""
 
-    def score(self, scorer: str, sequences: list[list[int]]) -> list[Score]: ...
+    def score(self, scorer: str, sequences: list[list[int]], prompt_tokens: list[int] | None = None) -> list[Score]:
+        """`prompt_tokens`: how many tokens of each sequence are the prompt, for scorers that see the two apart."""
 
 
 class WeightTransfer(Protocol):

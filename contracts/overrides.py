@@ -3,9 +3,11 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from contracts.config import TandemConfig
+
+ANY = "*"  # stands for a name that the user chooses, as in `reward_service.scorers.*.path`
 
 
 def closest(name: str, options: Iterable[str]) -> str | None:
@@ -23,9 +25,22 @@ def _schema_keys(schema_class: Any, prefix: str = "") -> list[str]:
     """Every dotted key of a schema, sections included."""
     keys = []
     for name, annotation in get_type_hints(schema_class).items():
-        section = _section(annotation)
-        keys += [prefix + name, *(_schema_keys(section, f"{prefix}{name}.") if section else [])]
+        section, key = _section(annotation), prefix + name
+        keys.append(key)
+        if get_origin(annotation) is dict:
+            key = f"{key}.{ANY}"
+            keys.append(key)
+        keys += _schema_keys(section, f"{key}.") if section else []
     return keys
+
+
+def _generic(key: str, known: list[str]) -> str:
+    """`key` with `*` in place of names that the user chooses."""
+    parts = key.split(".")
+    for index in range(1, len(parts)):
+        if ".".join([*parts[:index], ANY]) in known:
+            parts[index] = ANY
+    return ".".join(parts)
 
 
 def unknown_overrides(arguments: list[str]) -> list[str]:
@@ -39,7 +54,7 @@ def unknown_overrides(arguments: list[str]) -> list[str]:
         if argument.startswith("-") or "=" not in argument:
             continue
         key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
-        if key not in known and key.split(".")[0] not in ("hydra", "experiment"):
-            instead = closest(key, known)
+        if _generic(key, known) not in known and key.split(".")[0] not in ("hydra", "experiment"):
+            instead = closest(_generic(key, known), known)
             messages.append(f"{key} is not a key of the configuration" + (f"; write {instead}" if instead else ""))
     return messages

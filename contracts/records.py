@@ -40,12 +40,30 @@ class Completion:
     text: str
 
 
+@dataclass(frozen=True)
+class ScoringItem:
+    """One completion to score, as every scorer of the reward service gets it."""
+
+    token_ids: tuple[int, ...]  # the scoring input: prompt, completion and exactly one EOS
+    prompt_tokens: int = 0  # how many of them are the prompt: rule functions see the two apart
+    label: str | None = None  # what a rule function compares with, such as the right answer
+
+
 @dataclass
 class Score:
     """What one scorer says of one completion: a value, or the reason why there is none (never an invented value)."""
 
     value: float | None
-    error: str | None = None
+    error: str | None = None  # "code" or "code: detail", codes in contracts/scoring.py; never a part of a text
+    raw: float | None = None  # before the normaliser
+    version: str | None = None  # of the scorer: hash of everything that decides the value
+    spread: float | None = None  # of an ensemble: standard deviation over its parts, in score units
+    is_cached: bool = False
+    is_truncated: bool = False
+
+    @property
+    def code(self) -> str | None:
+        return self.error and self.error.split(":", 1)[0]
 
 
 @dataclass

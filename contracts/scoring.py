@@ -1,4 +1,13 @@
-"""The scoring input: one form for the reward model's training data, the reward service and the learner."""
+"""The scoring input: one form for the reward model's training data, the reward service and the learner. And the reasons
+why an item has no score."""
+
+import json
+from pathlib import Path
+
+# Worth another try: nothing is known against the item itself. All other codes (too_long, empty, out_of_vocabulary,
+# non_finite, wrong_count, wrong_type, poison, unreadable) are final.
+RETRYABLE = frozenset({"timeout", "overloaded", "unavailable"})
+GOLDEN_FILE = "golden.json"  # beside a reward model's weights: texts, and what its training run scored them
 
 
 def scoring_ids(token_ids: list[int], eos_token_id: int) -> list[int]:
@@ -10,3 +19,9 @@ def scoring_ids(token_ids: list[int], eos_token_id: int) -> list[int]:
     while end and token_ids[end - 1] == eos_token_id:
         end -= 1
     return [*token_ids[:end], eos_token_id]
+
+
+def write_golden(folder: str, texts: list[list[int]], scores: list[float]) -> None:
+    """Leave golden scores in a checkpoint for those who serve it."""
+    rows = [{"token_ids": list(ids), "score": score} for ids, score in zip(texts, scores, strict=True)]
+    (Path(folder) / GOLDEN_FILE).write_text(json.dumps(rows) + "\n")

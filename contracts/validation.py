@@ -15,7 +15,9 @@ from contracts.config import SamplingConfig, TandemConfig
 from contracts.estimators import ESTIMATORS
 from contracts.overrides import closest
 from contracts.ranges import CHOICES, RANGES
+from contracts.scorer_checks import http_rows, scorer_rows
 
+ALONE = ("reward_service.", "cluster.")  # sections that the reward service alone reads
 RUNS_PPO = ("pipeline", "ppo")
 
 
@@ -273,8 +275,41 @@ def validate(config: TandemConfig) -> None:
             *_ppo_checks(config),
             *_estimator_checks(config),
             *_learner_checks(config),
+            *_service_checks(config),
         ]
     )
+
+
+def _service_checks(config: TandemConfig) -> list[Check]:
+    service = config.reward_service
+    return [Check(*row) for row in (*scorer_rows(service), *http_rows(service.http))]
+
+
+def validate_service(config: TandemConfig) -> None:
+    """As `validate`, of what the reward service reads when it runs alone.
+
+    Raises:
+        ConfigError: lists every conflict.
+    """
+    service = config.reward_service
+    alone = [
+        Check(
+            bool(config.proxy_model or config.gold_model or service.scorers),
+            "reward_service.scorers",
+            "set where neither proxy_model nor gold_model is",
+            service.scorers,
+            "for example proxy_model=CHECKPOINT",
+        ),
+        Check(
+            service.http.port is not None,
+            "reward_service.http.port",
+            "set where the service runs alone",
+            service.http.port,
+            "reward_service=http or reward_service.http.port=8000",
+        ),
+    ]
+    ranges = [c for c in (*_range_checks(config), *_choice_checks(config)) if c.key.startswith(ALONE)]
+    _raise_conflicts([*alone, *ranges, *_service_checks(config)])
 
 
 def check_machine(config: TandemConfig, free_memory_gib: float, cpu_count: int) -> list[str]:

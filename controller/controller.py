@@ -37,6 +37,7 @@ from controller.ledger_log import NAME as LEDGER_FILE
 from controller.metrics import RunLog
 from controller.progress import Progress, format_update
 from controller.prompts import PromptStream
+from controller.scores import score_metrics
 from controller.statistics import distinct_n, repeat_fraction
 from learner.kl import make_kl_controller
 from learner.learner_actor import LearnerGroup
@@ -216,6 +217,7 @@ class PPOController:
         metrics["completion/truncated_frac"] = 1 - metrics["completion/eos_frac"]
         if gold:
             metrics["reward/gold_mean"] = float(np.mean([value for _, value in gold]))
+        metrics |= score_metrics(rollouts)
         self.log.samples([_sample(r, self.version) for r in rollouts[: self.config.logger.samples_per_update]])
         return metrics
 

@@ -2,7 +2,7 @@
 
     load_rows -> detect_format -> _split (prompt, completion) -> encode -> Prompt | Example | RatedText | PreferencePair
 
-Prompt and completion are encoded separately (`controller.prompts`). What was left out: no packing, no truncation; a row
+Prompt and completion are encoded separately (`contracts.encoding`). What was left out: no packing, no truncation; a row
 that is too long is left out and counted.
 """
 
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from contracts.config import DataConfig, SourceConfig
+from contracts.encoding import DataError, LeftOut, Turns, as_turns, encode_example, encode_prompt, readable
 from contracts.records import Example, PreferencePair, Prompt, RatedText
-from controller.prompts import DataError, LeftOut, Turns, as_turns, encode_example, encode_prompt, first_words, readable
+from controller.prompts import first_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

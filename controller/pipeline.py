@@ -152,6 +152,7 @@ class Pipeline:
             "policy": checkpoint_fingerprint(self._checkpoint("sft")),
             "proxy": checkpoint_fingerprint(self._checkpoint("reward_model/proxy")),
             "gold": checkpoint_fingerprint(self._checkpoint("reward_model/gold")) if self._has_gold() else None,
+            "scorers": config.reward_service.scorers,
         }
 
     def _checkpoint(self, name: str) -> str:
@@ -296,7 +297,8 @@ class Pipeline:
             with self._phase("ppo", f"PPO: {config.ppo.updates} updates of {config.ppo.rollouts_per_update} rollouts"):
                 controller.run()
             learner.call("save", str(path))
-            return {"versions": controller.version, "learner_peak_gib": learner.peak_memory_gib()}
+            ended = {"versions": controller.version, "learner_peak_gib": learner.peak_memory_gib()}
+            return ended | {"scorers": client.versions}
 
     def _evaluate(self) -> None:
         from controller.evaluate import REFERENCE, judge_models, sample_rows, summarize

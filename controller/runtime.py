@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from contracts.config import ClusterConfig, TandemConfig
+from contracts.config import ClusterConfig, ScorerConfig, TandemConfig
 from contracts.process_env import worker_env
 
 
@@ -35,8 +35,8 @@ class Runtime:
 
     def __init__(self, config: TandemConfig):
         self.config = config
-        self._scorers: dict[str, str] = {}
-        self._client: Any = None
+        self._scorers: dict[str, ScorerConfig] = {}
+        self._service: Any = None
 
     def __enter__(self) -> "Runtime":
         return self
@@ -44,10 +44,8 @@ class Runtime:
     def __exit__(self, *error: object) -> None:
         if not ray.is_initialized():
             return
-        if self._scorers and self.config.cluster.address != "local":
-            from reward_service.app import stop_service
-
-            stop_service()
+        if self._service and self.config.cluster.address != "local":
+            self._service.stop()
         ray.shutdown()  # an embedded Ray takes every process with it
 
     def start(self) -> None:
@@ -64,23 +62,30 @@ class Runtime:
             }
         ray.init(address=cluster.address, **options)
 
-    def service(self, scorers: dict[str, str]) -> Any:
-        """The client of a reward service with {scorer: checkpoint}, which may still be starting: `wait_for_service`.
-        The service lives as long as this runtime; stages that ask for the same scorers share it."""
-        from reward_service.app import start_service
+    def service(self, checkpoints: dict[str, str]) -> Any:
+        """The client of a reward service that scores as {"proxy": checkpoint, ...}, and as `reward_service.scorers` has it.
+        It may still be starting: `wait_for_service`. The service lives as long as this runtime; stages share it.
+
+        Raises:
+            ScorerError: where a configured scorer cannot be served.
+        """
+        from reward_service.app import RewardService
+        from reward_service.scorers import chosen_scorers
 
         self.start()
-        if scorers != self._scorers:
+        scorers = chosen_scorers(self.config.reward_service.scorers, checkpoints)
+        if self._service is None:
             config = self.config
             env = environments(config.cluster)["reward"]
-            self._client = start_service(scorers, config.reward_service, config.cluster, env)
-            self._scorers = scorers
-        return self._client
+            self._service = RewardService(config.reward_service, config.cluster, env, config.model.path)
+            self._service.start(scorers)
+        elif scorers != self._scorers:
+            self._service.update(scorers, self.config.cluster.start_timeout_s)
+        self._scorers = scorers
+        return self._service.client()
 
     def wait_for_service(self) -> None:
-        from reward_service.app import wait_for_service
-
-        wait_for_service(self._scorers, self.config.cluster.start_timeout_s)
+        self._service.wait(self.config.cluster.start_timeout_s)
 
     @contextmanager
     def actors(self, model_path: str, backend: str, eos_token_id: int, reward_client: Any) -> Iterator[list[Any]]:

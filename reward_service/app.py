@@ -1,66 +1,255 @@
-"""The reward service: one Ray Serve application a scorer. Actors reach it by handle; no HTTP port is opened."""
+"""The reward service on Ray Serve: an application for each version of a model or function, and one in front of them all.
+
+    actors ──handle──┐                       ┌──> reward-proxy_model-<version>   replicas with a reward model
+                     ├──> reward (the front) ┼──> reward-rules-<version>         replicas with a pool of processes
+    others ──HTTP────┘                       └──> ...
+
+A new version is an application of its own. It loads, warms up and reproduces its golden scores before the front is replaced
+by one that knows it; then the old one answers what it has begun, and goes. A version that fails on the way changes nothing.
+"""
 
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 
-from contracts.config import ClusterConfig, RewardServiceConfig
-from contracts.records import Score
-from reward_service.client import HandleClient, application_name
+from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, ScorerConfig
+from contracts.records import Score, ScoringItem
+from contracts.scorer_checks import is_loopback
+from reward_service.access import token_digests
+from reward_service.batcher import Batcher
+from reward_service.client import FRONT, HandleClient
+from reward_service.dispatcher import ReplicaDied, Unavailable
+from reward_service.front import Front, FrontLimits, ScorerSpec
+from reward_service.metrics import Metrics
+from reward_service.scorers import ScorerError, resolve
+
+STUCK_S = 300.0  # of one batch, after which a replica counts as hung and Serve replaces it
+CALLS_A_REPLICA = 64  # Serve's default of 5 starves batches; the front's dispatchers send fewer
+CALLS_A_FRONT = 1024
+PING_S = 5.0
 
 
-class RewardReplica:
+class ModelReplica:
     """One process with one reward model."""
 
     def __init__(self, path: str, config: RewardServiceConfig):
+        from reward_service.golden import check_golden
         from reward_service.model import RewardModel
 
         # One thread loads the model and runs every forward pass: a second pass would only contend for the same cores, and a
         # second thread would bring an OpenMP team of its own. The replica answers health checks meanwhile.
         self._thread = ThreadPoolExecutor(1)
         arguments = (path, config.dtype, config.batch_tokens, config.max_tokens)
-        self._model = self._thread.submit(RewardModel, *arguments).result()
+        model = self._thread.submit(RewardModel, *arguments).result()
+        self._thread.submit(check_golden, path, model.score, config.golden_tolerance).result()
+        self._batcher = Batcher(model.score, self._thread, config.batch_tokens)
 
-    async def score(self, sequences: list[list[int]]) -> list[Score]:
-        return await asyncio.wrap_future(self._thread.submit(self._model.score, sequences))
+    async def score(self, items: list[ScoringItem], deadline_s: float) -> list[Score]:
+        return await self._batcher.score([item.token_ids for item in items], deadline_s)
+
+    def check_health(self) -> None:
+        if self._batcher.busy_s > STUCK_S:
+            raise RuntimeError(f"one batch has been computed for {self._batcher.busy_s:.0f} s")
 
 
-def start_service(
-    scorers: dict[str, str], config: RewardServiceConfig, cluster: ClusterConfig, env: dict[str, str]
-) -> HandleClient:
-    """Deploy {scorer: checkpoint}; `wait_for_service` says when every replica can score."""
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="Disabled")
-    deployment = serve.deployment(RewardReplica).options(
-        num_replicas=config.replicas,
-        max_ongoing_requests=16,
-        ray_actor_options={
-            "num_cpus": cluster.cpus_per_process,
-            "num_gpus": cluster.gpus_per_reward_replica,
-            "runtime_env": {"env_vars": env},
-        },
-    )
-    targets = [
-        serve.RunTarget(
-            target=deployment.options(name=scorer).bind(path, config), name=application_name(scorer), route_prefix=None
+class FunctionReplica:
+    """One process with the pool of a rule function, which sees texts."""
+
+    def __init__(self, entry: ScorerConfig, tokenizer: str):
+        from reward_service.functions import FunctionPool
+        from reward_service.versions import load_decoder
+
+        self._decode = load_decoder(tokenizer)
+        self._pool = FunctionPool(entry)
+
+    async def score(self, items: list[ScoringItem], deadline_s: float) -> list[Score]:
+        # Without its EOS, which every scoring input has and no text shows.
+        texts = [
+            (self._decode(i.token_ids[: i.prompt_tokens]), self._decode(i.token_ids[i.prompt_tokens : -1]), i.label)
+            for i in items
+        ]
+        answers = await asyncio.gather(*map(asyncio.wrap_future, self._pool.submit(texts)))
+        return [score for answer in answers for score in answer]
+
+
+class FrontReplica:
+    """The one process that every call goes to."""
+
+    def __init__(self, scorers: dict[str, ScorerSpec], limits: FrontLimits):
+        self._handles: dict[str, Any] = {}
+        self.front = Front(scorers, limits, self._call, Metrics())
+
+    async def _call(self, application: str, items: list[ScoringItem], deadline_s: float) -> list[Score]:
+        try:
+            return await self._handle(application).score.remote(items, deadline_s)
+        except (RayActorError, ReplicaUnavailableError) as fault:
+            self.front.metrics.deaths.labels(application).inc()
+            raise ReplicaDied(type(fault).__name__) from None
+        except RayTaskError as fault:
+            raise Unavailable(type(fault.cause).__name__) from None
+        except (RayError, RayServeException) as fault:
+            raise Unavailable(type(fault).__name__) from None
+
+    async def missing(self) -> list[str]:
+        """Scorers none of whose replicas answers."""
+
+        async def answers(application: str) -> bool:
+            try:
+                await asyncio.wait_for(self._call(application, [], PING_S), PING_S)
+            except (ReplicaDied, Unavailable, TimeoutError):  # that is the answer
+                return False
+            return True
+
+        leaves = {spec.application: name for name, spec in self.front.scorers.items() if spec.application}
+        found = await asyncio.gather(*map(answers, leaves))
+        return [name for name, is_there in zip(leaves.values(), found, strict=True) if not is_there]
+
+    def _handle(self, application: str) -> Any:
+        if application not in self._handles:
+            self._handles[application] = serve.get_app_handle(application)
+        return self._handles[application]
+
+    async def score(
+        self, scorer: str, sequences: list[list[int]], prompt_tokens: list[int], version: str | None, deadline_s: float
+    ) -> list[Score]:
+        """By handle. Raises UnknownScorer."""
+        items = [ScoringItem(tuple(ids), start) for ids, start in zip(sequences, prompt_tokens, strict=True)]
+        return await self.front.score(self.front.find(scorer, version), items, deadline_s)
+
+
+class HttpFrontReplica(FrontReplica):
+    """The same with an HTTP server in it. Serve's own proxy takes 8 ms of CPU for a request, buffers bodies without a limit
+    and has a route without a token; here a body is read when there is room for it, and every route is ours."""
+
+    async def __init__(
+        self,
+        scorers: dict[str, ScorerSpec],
+        limits: FrontLimits,
+        tokenizer: str,
+        http: HttpConfig,
+        digests: tuple[str, ...],
+    ):
+        from reward_service.encoder import Encoder
+        from reward_service.http import HttpService
+        from reward_service.server import HttpServer
+
+        super().__init__(scorers, limits)
+        encoder = await asyncio.to_thread(Encoder, tokenizer)
+        service = HttpService(self.front, encoder, http, self.missing)
+        self._server = HttpServer(service.application(digests), http)
+        await self._server.start()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_server"):
+            await self._server.stop()
+
+
+class RewardService:
+    """What a driver holds: starts, replaces and stops the service, and makes its clients."""
+
+    def __init__(self, config: RewardServiceConfig, cluster: ClusterConfig, env: dict[str, str], tokenizer: str):
+        """`tokenizer`: the checkpoint whose token ids are scored."""
+        self.config, self.cluster, self.env, self.tokenizer = config, cluster, env, tokenizer
+        self.specs: dict[str, ScorerSpec] = {}
+
+    def start(self, scorers: dict[str, ScorerConfig]) -> None:
+        """Deploy, all at once; `wait` says when every replica can score.
+
+        Raises:
+            ScorerError: where a scorer cannot be served as it is configured.
+        """
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        specs = resolve(scorers, self.config)
+        http = self.config.http
+        if http.port is not None and not is_loopback(http.host) and not token_digests(http.token_file):
+            raise ScorerError(f"reward_service.http.host={http.host} is not served without a token_file")
+        serve.start(proxy_location="Disabled")
+        leaves = {spec.application: spec for spec in specs.values() if spec.application}
+        targets = [self._leaf(spec, scorers[spec.name]) for spec in leaves.values()]
+        self.specs = specs
+        serve.run_many([*targets, self._front()], wait_for_applications_running=False)
+
+    def update(self, scorers: dict[str, ScorerConfig], timeout_s: float) -> None:
+        """Serve these scorers instead. What has not changed goes on; requests are answered throughout.
+
+        Raises:
+            ScorerError: as `start`.
+            RuntimeError: where a new version cannot serve; the old ones then still do.
+        """
+        specs = resolve(scorers, self.config)
+        before = {spec.application for spec in self.specs.values() if spec.application}
+        new = {s.application: s for s in specs.values() if s.application and s.application not in before}
+        if new:
+            targets = [self._leaf(spec, scorers[spec.name]) for spec in new.values()]
+            serve.run_many(targets, wait_for_applications_running=False)
+            try:
+                _wait(set(new), timeout_s)
+            except RuntimeError:
+                for name in new:
+                    serve.delete(name)
+                raise
+        self.specs = specs
+        serve.run_many([self._front()], wait_for_applications_running=False)
+        _wait({FRONT}, timeout_s)
+        for name in before - {spec.application for spec in specs.values()}:
+            serve.delete(name)
+
+    def wait(self, timeout_s: float) -> None:
+        """Return once every replica can score.
+
+        Raises:
+            RuntimeError: where one cannot start, with its own error, or after `timeout_s`.
+        """
+        _wait({FRONT, *(spec.application for spec in self.specs.values() if spec.application)}, timeout_s)
+
+    def client(self) -> HandleClient:
+        """A client that accepts the versions of now and no others: within a run, scores must stay on one scale."""
+        return HandleClient(self.config.deadline_s, {name: spec.version for name, spec in self.specs.items()})
+
+    def stop(self) -> None:
+        serve.shutdown()
+
+    def _leaf(self, spec: ScorerSpec, entry: ScorerConfig) -> serve.RunTarget:
+        options = {
+            "num_cpus": self.cluster.cpus_per_process,
+            "num_gpus": self.cluster.gpus_per_reward_replica if entry.kind == "model" else 0,
+            "runtime_env": {"env_vars": self.env},
+        }
+        replica = ModelReplica if entry.kind == "model" else FunctionReplica
+        deployment = serve.deployment(replica).options(
+            name=spec.name,
+            num_replicas=self.config.replicas,
+            max_ongoing_requests=CALLS_A_REPLICA,
+            ray_actor_options=options,
         )
-        for scorer, path in scorers.items()
-    ]
-    serve.run_many(targets, wait_for_applications_running=False)
-    return HandleClient(config.deadline_s)
+        arguments = (entry.path, self.config) if entry.kind == "model" else (entry, self.tokenizer)
+        return serve.RunTarget(target=deployment.bind(*arguments), name=spec.application, route_prefix=None)
+
+    def _front(self) -> serve.RunTarget:
+        config = self.config
+        limits = FrontLimits(config.max_queued_items, config.cache_items, config.deadline_s)
+        arguments: tuple = (self.specs, limits)
+        if config.http.port is not None:
+            arguments += (self.tokenizer, config.http, token_digests(config.http.token_file))
+        deployment = serve.deployment(FrontReplica if config.http.port is None else HttpFrontReplica).options(
+            name=FRONT,
+            num_replicas=1,  # it holds cache, quarantine and counters
+            max_ongoing_requests=CALLS_A_FRONT,
+            max_queued_requests=CALLS_A_FRONT,
+            max_surge_percent=100,  # its successor starts before it goes
+            ray_actor_options={"num_cpus": self.cluster.cpus_per_process, "runtime_env": {"env_vars": self.env}},
+        )
+        return serve.RunTarget(target=deployment.bind(*arguments), name=FRONT, route_prefix=None)
 
 
-def wait_for_service(scorers: Iterable[str], timeout_s: float) -> None:
-    """Return once every scorer's replicas run.
-
-    Raises:
-        RuntimeError: where a replica cannot start, with the replica's own error, or after `timeout_s`.
-    """
-    names, end = {application_name(scorer) for scorer in scorers}, time.monotonic() + timeout_s
+def _wait(names: set[str], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
     while True:
         states = {name: app for name, app in serve.status().applications.items() if name in names}
         if len(states) == len(names) and all(app.status == "RUNNING" for app in states.values()):
@@ -70,7 +259,3 @@ def wait_for_service(scorers: Iterable[str], timeout_s: float) -> None:
             reasons = [d.message for app in failed for d in app.deployments.values() if d.message]
             raise RuntimeError(f"the reward service does not start: {'; '.join(reasons) or 'no answer'}")
         time.sleep(0.25)
-
-
-def stop_service() -> None:
-    serve.shutdown()

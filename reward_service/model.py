@@ -4,15 +4,14 @@ Works with any `AutoModelForSequenceClassification` of one label over a causal b
 the normaliser that `stage=reward_model` wrote into the configuration of the checkpoint, where there is one.
 """
 
-import math
-
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from contracts import attention
 from contracts.attention import Packed
-from contracts.batching import cut_microbatches
+from contracts.batching import cut_padded
 from contracts.records import Score
+from reward_service.isolate import isolate
 
 
 class ModelError(ValueError):
@@ -43,8 +42,8 @@ class RewardModel:
     def score(self, sequences: list[list[int]]) -> list[Score]:
         """Scores in the order given. An item that cannot be scored gets its reason; the others are unharmed.
 
-        Identical sequences are computed once, so they tie exactly. Batches are sorted by length and capped at
-        `batch_tokens` tokens.
+        Identical sequences are computed once, so they tie exactly: in bfloat16 the same text in another batch differs in
+        the second digit. Batches are sorted by length; longest x count is at most `batch_tokens`.
         """
         results: dict[tuple[int, ...], Score] = {}
         todo = []
@@ -54,10 +53,9 @@ class RewardModel:
                 results[key] = Score(None, problem)
             else:
                 todo.append(key)
-        if todo:
-            for rows in cut_microbatches([len(key) for key in todo], self.batch_tokens, ranks=1)[0]:
-                batch = [todo[r] for r in rows]
-                results.update(zip(batch, self._forward(batch), strict=True))
+        for rows in cut_padded([len(key) for key in todo], self.batch_tokens):
+            batch = [todo[r] for r in rows]
+            results.update(zip(batch, map(self._normalised, isolate(self._forward, batch)), strict=True))
         return [results[tuple(s)] for s in sequences]
 
     def _problem(self, key: tuple[int, ...]) -> str | None:
@@ -69,12 +67,16 @@ class RewardModel:
             return "out_of_vocabulary"
         return None
 
+    def _normalised(self, score: Score) -> Score:
+        if score.raw is not None:
+            score.value = (score.raw - self.mean) / self.std
+        return score
+
     @torch.inference_mode()
-    def _forward(self, batch: list[tuple[int, ...]]) -> list[Score]:
+    def _forward(self, batch: list[tuple[int, ...]]) -> list[float]:
         device = self.head.weight.device
         packed = Packed.of(batch, device)
         # The last token is found by length, never by its id: with pad = eos a search for padding finds the EOS.
         last = [start + length - 1 for start, length in zip(packed.starts, packed.lengths, strict=True)]
         hidden = packed.hidden(self.backbone).index_select(0, torch.tensor(last, device=device))
-        values = (self.head(hidden.float()).squeeze(-1) - self.mean) / self.std
-        return [Score(v) if math.isfinite(v) else Score(None, "non_finite") for v in values.tolist()]
+        return self.head(hidden.float()).squeeze(-1).tolist()

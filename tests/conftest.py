@@ -81,6 +81,20 @@ def classifier(small_vocab: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_float32: Path) -> Path:
+    """A reward model's checkpoint with weights that tell texts apart, and a normaliser; its tokenizer is SmolLM2's."""
+    from transformers import AutoModelForSequenceClassification
+
+    path = tmp_path_factory.mktemp("reward") / "model"
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_float32, num_labels=1, pad_token_id=2)
+    model.score.weight.data.normal_()
+    model.config.score_mean, model.config.score_std = 0.5, 2.0
+    model.save_pretrained(path)
+    return path
+
+
 @pytest.fixture
 def tiny_config(tiny_model: Path, tmp_path: Path) -> TandemConfig:
     return make_config(tiny_model, tmp_path)

@@ -8,37 +8,36 @@ import numpy as np
 import psutil
 import pytest
 
-from contracts.config import ClusterConfig, RewardServiceConfig
+from contracts.config import ClusterConfig, RewardServiceConfig, ScorerConfig
+from contracts.scoring import write_golden
 from controller.runtime import environments
-from reward_service.app import start_service, stop_service, wait_for_service
-from reward_service.client import HandleClient, application_name
+from reward_service.app import RewardService
+from reward_service.client import HandleClient
+from tests.conftest import SMOLLM
 
 SEQUENCES = [[5, 9, 7, 2], [8, 2], [5, 9, 7, 2], [*range(10, 60), 2]]
 
 
 @pytest.fixture(scope="module")
-def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_float32: Path) -> Path:
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    path = tmp_path_factory.mktemp("reward") / "model"
-    torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_float32, num_labels=1, pad_token_id=2)
-    model.score.weight.data.normal_()
-    model.config.score_mean, model.config.score_std = 0.5, 2.0
-    model.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def client(ray_runtime: None, reward_model: Path) -> Iterator[HandleClient]:
+def service(ray_runtime: None, reward_model: Path) -> Iterator[RewardService]:
     cluster = ClusterConfig(threads_per_reward_replica=1)
-    service = RewardServiceConfig(dtype="float32", max_tokens=64, deadline_s=60)
-    scorers = {"proxy": str(reward_model), "gold": str(reward_model)}
-    started = start_service(scorers, service, cluster, environments(cluster)["reward"])
-    wait_for_service(scorers, timeout_s=120)
+    config = RewardServiceConfig(dtype="float32", max_tokens=64, deadline_s=60)
+    started = RewardService(config, cluster, environments(cluster)["reward"], str(SMOLLM))
+    started.start({"proxy": ScorerConfig(path=str(reward_model))})
+    started.wait(timeout_s=120)
     yield started
-    stop_service()
+    started.stop()
+
+
+@pytest.fixture
+def client(service: RewardService) -> HandleClient:
+    return service.client()
+
+
+def replicas(part: str) -> list[psutil.Process]:
+    """Our Serve replicas of an application whose name contains `part`."""
+    ours = psutil.Process().children(recursive=True)
+    return [p for p in ours if any(f"ServeReplica:{part}" in word for word in p.cmdline())]
 
 
 def expected(reward_model: Path) -> list[float]:
@@ -65,16 +64,62 @@ def test_a_bad_item_harms_itself_alone(client: HandleClient) -> None:
     assert [s.value is None for s in scores] == [False, True, True, True, False]
 
 
-def test_a_killed_replica_loses_nothing(client: HandleClient, reward_model: Path) -> None:
-    before = [s.value for s in client.score("gold", SEQUENCES)]
-    ours = psutil.Process().children(recursive=True)
-    replicas = [p for p in ours if any("ServeReplica:reward-gold" in part for part in p.cmdline())]
-    assert len(replicas) == 1
-    replicas[0].send_signal(signal.SIGKILL)
-    assert [s.value for s in client.score("gold", SEQUENCES)] == before
+@pytest.mark.parametrize("part", ["reward-proxy", "reward:"])
+def test_a_killed_replica_or_front_loses_nothing(part: str, client: HandleClient) -> None:
+    before = [s.value for s in client.score("proxy", SEQUENCES)]
+    killed = replicas(part)
+    assert len(killed) == 1
+    killed[0].send_signal(signal.SIGKILL)
+    fresh = [[token, 2] for token in range(100, 140)]
+    scores = client.score("proxy", [*SEQUENCES, *fresh])
+    np.testing.assert_allclose([s.value for s in scores[: len(SEQUENCES)]], before, atol=1e-4)
+    assert all(s.value is not None for s in scores)
 
 
-def test_an_unreachable_scorer_is_an_error_not_a_score(client: HandleClient) -> None:
-    impatient = HandleClient(deadline_s=1.0)
-    with pytest.raises(Exception, match=application_name("nobody")):
-        impatient.score("nobody", SEQUENCES)
+def test_an_unknown_scorer_and_a_version_that_is_gone_are_errors_not_scores(client: HandleClient) -> None:
+    with pytest.raises(LookupError, match="scorer nobody: no scorer of this name; there are proxy"):
+        client.score("nobody", SEQUENCES)
+    with pytest.raises(LookupError, match="the pinned one is gone"):
+        HandleClient(10, {"proxy": "0123456789abcdef"}).score("proxy", SEQUENCES)
+
+
+def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
+    service: RewardService, reward_model: Path, tmp_path: Path
+) -> None:
+    import json
+    import shutil
+    import threading
+
+    better, broken = tmp_path / "better", tmp_path / "broken"
+    for path in (better, broken):
+        shutil.copytree(reward_model, path)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"score_mean": 10.5}))
+    before = service.client()
+    old = [s.value for s in before.score("proxy", SEQUENCES)]
+    write_golden(str(better), SEQUENCES, [v - 5 for v in old])
+    write_golden(str(broken), SEQUENCES, old)
+
+    stop, seen = threading.Event(), []
+
+    def load() -> None:  # whoever pins nothing is answered throughout, by one version or the other
+        free = HandleClient(60)
+        while not stop.is_set():
+            seen.extend(free.score("proxy", [[len(seen) % 40000, 2]]))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    with pytest.raises(RuntimeError, match="is missed by 5"):
+        service.update({"proxy": ScorerConfig(path=str(broken))}, timeout_s=60)
+    assert [s.value for s in before.score("proxy", SEQUENCES)] == old
+    service.update({"proxy": ScorerConfig(path=str(better))}, timeout_s=60)
+    new = service.client().score("proxy", SEQUENCES)
+    np.testing.assert_allclose([s.value for s in new], np.array(old) - 5, atol=1e-5)
+    stop.set()
+    thread.join()
+    assert all(s.value is not None for s in seen)
+    assert {s.version for s in seen} == {before.versions["proxy"], new[0].version}
+    with pytest.raises(LookupError, match="the pinned one is gone"):
+        before.score("proxy", SEQUENCES)
+    service.update({"proxy": ScorerConfig(path=str(reward_model))}, timeout_s=60)
+    assert [s.value for s in before.score("proxy", SEQUENCES)] == old

@@ -20,6 +20,11 @@ FILES = sorted(str(path.relative_to(ROOT / "conf").with_suffix("")) for path in 
 # What a user has to fill in before `data=files` can start.
 OWN_FILES = [f"data.{name}.path={name}.jsonl" for name in ("sft", "prompts", "preferences", "test", "eval_prompts")]
 
+FILL_IN = {
+    "data/files": [*OWN_FILES, "ppo.gold_rollouts=0"],
+    "reward_service/ensemble": ["reward_service.scorers.second.path=second"],
+}
+
 
 def composed(overrides: list[str]) -> TandemConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -34,7 +39,7 @@ def overrides_of(file: str) -> list[str]:
     if not group:
         return []
     chosen = f"+{group}={name}" if group == "experiment" else f"{group}={name}"
-    return [chosen, *OWN_FILES, "ppo.gold_rollouts=0"] if file == "data/files" else [chosen]
+    return [chosen, *FILL_IN.get(file, [])]
 
 
 def test_the_files_are_found() -> None:
@@ -96,6 +101,18 @@ def test_all_unknown_overrides_are_named_at_once() -> None:
         "ppo.updats is not a key of the configuration; write ppo.updates",
         "sead is not a key of the configuration; write seed",
         "ppo.kl.coeff is not a key of the configuration; write ppo.kl.coef",
+    ]
+
+
+def test_names_of_scorers_are_the_users_and_their_keys_are_not() -> None:
+    arguments = [
+        "+reward_service.scorers.mine.path=x",
+        "reward_service.scorers.mine.pathh=x",
+        "reward_service.http.prt=1",
+    ]
+    assert unknown_overrides(arguments) == [
+        "reward_service.scorers.mine.pathh is not a key of the configuration; write reward_service.scorers.*.path",
+        "reward_service.http.prt is not a key of the configuration; write reward_service.http.port",
     ]
 
 

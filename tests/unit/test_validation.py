@@ -2,14 +2,15 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contracts.config import SourceConfig, TandemConfig
+from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.overrides import closest
 from contracts.ranges import CHOICES, RANGES
-from contracts.validation import ConfigError, check_machine, validate
+from contracts.validation import ConfigError, check_machine, validate, validate_service
 from controller.checks import check_amounts
 
 # A value that breaks each rule of the table of ranges.
@@ -315,3 +316,86 @@ def test_closest():
     assert closest("adaptve", ["fixed", "adaptive"]) == "adaptive"
     assert closest("qqq", ["fixed", "adaptive"]) is None
     assert closest("fixed", []) is None
+
+
+# ---- scorers and the HTTP side of the reward service
+
+
+def with_scorers(config: TandemConfig, **scorers: dict[str, Any]) -> TandemConfig:
+    return put(config, reward_service__scorers={name: ScorerConfig(**values) for name, values in scorers.items()})
+
+
+def test_scorers_that_can_be_served(config: TandemConfig) -> None:
+    rule = {"kind": "function", "function": "rules.py:f"}
+    both = {"kind": "weighted_sum", "parts": ["proxy_model", "rule"], "weights": [1.0, -0.5]}
+    validate(with_scorers(config, proxy=both, rule=rule, other={"path": "model"}))
+    validate(with_scorers(config, proxy={"kind": "ensemble", "parts": ["proxy_model", "other"]}, other={"path": "m"}))
+
+
+@pytest.mark.parametrize(
+    ("scorers", "message"),
+    [
+        ({"Big": {"path": "m"}}, "scorers.Big must be a name of lower-case letters"),
+        ({"proxy_model": {"path": "m"}}, "other than proxy_model and gold_model; found proxy_model"),
+        ({"a": {"kind": "modle", "path": "m"}}, "scorers.a.kind must be one of model, function"),
+        ({"a": {}}, "scorers.a.path must be a checkpoint's directory or a hub id; found null"),
+        ({"a": {"kind": "function"}}, "scorers.a.function must be package.module:name or path/file.py:name; found null"),
+        ({"a": {"kind": "function", "function": "rules.py"}}, "scorers.a.function must be"),
+        ({"a": {"kind": "function", "function": "r.py:f", "timeout_s": 500.0}}, "below reward_service.deadline_s (120.0)"),
+        ({"a": {"kind": "function", "function": "r.py:f", "processes": 0}}, "scorers.a.processes must be at least 1"),
+        ({"a": {"kind": "function", "function": "r.py:f", "memory_gib": 0.0}}, "scorers.a.memory_gib must be above 0"),
+        ({"a": {"kind": "ensemble", "parts": ["b"]}}, "names among a, gold, gold_model, proxy, proxy_model; found b"),
+        ({"a": {"kind": "ensemble", "parts": ["proxy"]}}, "scorers.a.parts must be 2 scorers or more"),
+        ({"a": {"kind": "ensemble", "parts": ["gold", "gold"]}}, "scorers.a.parts must be different scorers"),
+        ({"a": {"kind": "ensemble", "parts": ["gold", "proxy"], "std_coef": -1.0}}, "scorers.a.std_coef must be 0 or more"),
+        ({"a": {"kind": "weighted_sum", "parts": ["gold"]}}, "scorers.a.weights must be 1 numbers, one a part; found []"),
+        (
+            {"a": {"kind": "weighted_sum", "parts": ["b"], "weights": [1.0]},
+             "b": {"kind": "weighted_sum", "parts": ["a"], "weights": [1.0]}},
+            "reward_service.scorers must be free of loops; found a, b",
+        ),
+        (
+            {"proxy": {"kind": "weighted_sum", "parts": ["a"], "weights": [1.0]},
+             "a": {"kind": "weighted_sum", "parts": ["gold_model"], "weights": [1.0]}},
+            "scorers.proxy must be without the gold judge, which PPO never sees; found gold_model",
+        ),
+    ],
+)  # fmt: skip
+def test_scorers_that_cannot(config: TandemConfig, scorers: dict[str, dict[str, Any]], message: str) -> None:
+    assert any(message in line for line in conflicts(with_scorers(config, **scorers)))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_loopback_needs_no_token(config: TandemConfig, host: str) -> None:
+    validate(put(config, reward_service__http__port=8000, reward_service__http__host=host))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "gpu-node", ""])
+def test_beyond_loopback_a_token_is_required(config: TandemConfig, host: str, tmp_path: Path) -> None:
+    opened = put(config, reward_service__http__port=8000, reward_service__http__host=host)
+    [line] = conflicts(opened)
+    assert "reward_service.http.token_file must be set where reward_service.http.host is not a loopback address" in line
+    (tmp_path / "tokens").write_text("0123456789abcdef\nfedcba9876543210\n")
+    validate(put(opened, reward_service__http__token_file=str(tmp_path / "tokens")))
+
+
+@pytest.mark.parametrize("content", [None, "", "short\n", "0123456789abcdef\nshort\n"])
+def test_a_token_file_has_tokens_worth_the_name(config: TandemConfig, content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "tokens").write_text(content)
+    path = str(tmp_path / "tokens")
+    [line] = conflicts(put(config, reward_service__http__port=8000, reward_service__http__token_file=path))
+    assert "a file with one token of 16 characters or more a line" in line
+    assert "short" not in line.replace("shorter", "")
+
+
+def test_the_service_alone_needs_something_to_serve_and_a_port(config: TandemConfig) -> None:
+    with pytest.raises(ConfigError) as raised:
+        validate_service(TandemConfig())
+    assert "for example proxy_model=CHECKPOINT" in str(raised.value)
+    assert "reward_service=http or reward_service.http.port=8000" in str(raised.value)
+    validate_service(put(TandemConfig(), proxy_model="m", reward_service__http__port=8000))
+    with pytest.raises(ConfigError, match=r"service\.replicas"):
+        validate_service(
+            put(TandemConfig(), proxy_model="m", reward_service__http__port=8000, reward_service__replicas=0)
+        )

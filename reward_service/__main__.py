@@ -1,0 +1,135 @@
+"""The reward service on its own: `python -m reward_service reward_service=http proxy_model=CHECKPOINT [key=value ...]`.
+
+The configuration is train.py's (conf/, contracts/config.py). It serves `proxy_model` and `gold_model` as the scorers `proxy`
+and `gold`, and every scorer of `reward_service.scorers`. SIGHUP reads everything again: changed scorers are replaced without
+a gap, and the token file's tokens are the ones that count. SIGTERM and SIGINT end it.
+
+Exit codes: 0 ended, 1 it could not start, 2 the configuration cannot be used.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from contracts.process_env import driver_env, worker_env
+
+os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from contracts.config import ScorerConfig, TandemConfig
+from contracts.overrides import unknown_overrides
+from contracts.scorer_checks import ROLES
+from contracts.validation import ConfigError, validate_service
+from reward_service.scorers import ScorerError, chosen_scorers
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def read_config(overrides: list[str]) -> tuple[TandemConfig, dict[str, ScorerConfig]]:
+    """The configuration, and the scorers that it makes.
+
+    Raises:
+        ConfigError: with every conflict.
+    """
+    problems = unknown_overrides(overrides)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    ConfigStore.instance().store(name="tandem", node=TandemConfig)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", overrides)
+        OmegaConf.resolve(composed)
+        for key in OmegaConf.missing_keys(composed):
+            OmegaConf.update(composed, key, "")
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from None
+    assert isinstance(config, TandemConfig)
+    validate_service(config)
+    given = {role: path for role in ROLES if (path := getattr(config, f"{role}_model"))}
+    scorers = chosen_scorers(config.reward_service.scorers, given)
+    return config, {**scorers, **config.reward_service.scorers}
+
+
+def tokenizer_of(config: TandemConfig, scorers: dict[str, ScorerConfig]) -> str:
+    """The first model's: a rule function sees texts as that model does."""
+    return next((entry.path for entry in scorers.values() if entry.path), config.model.path)
+
+
+def serve(overrides: list[str]) -> None:
+    """Until a signal ends it.
+
+    Raises:
+        ConfigError, ScorerError: where the configuration cannot be used.
+        RuntimeError: where a scorer cannot start.
+    """
+    import logging
+
+    import ray
+
+    from reward_service.app import RewardService
+
+    config, scorers = read_config(overrides)
+    cluster, http = config.cluster, config.reward_service.http
+    options = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "tandem-rewards"}
+    if cluster.address == "local":
+        memory = int(cluster.object_store_gib * 2**30)
+        cpus = max(os.cpu_count() or 1, 2)
+        options |= {"num_cpus": cpus, "object_store_memory": memory, "include_dashboard": False}
+    ray.init(address=cluster.address, **options)
+    received: SimpleQueue[int] = SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # after ray.init, which sets handlers of its own
+        signal.signal(number, lambda number, frame: received.put(number))
+    env = worker_env(cluster.threads_per_reward_replica, on_cpu=cluster.gpus_per_reward_replica == 0)
+    service = RewardService(config.reward_service, cluster, env, tokenizer_of(config, scorers))
+    try:
+        service.start(scorers)
+        service.wait(cluster.start_timeout_s)
+        versions = ", ".join(f"{name} ({spec.version})" for name, spec in service.specs.items())
+        print(f"serving {versions} on http://{http.host}:{http.port}", flush=True)
+        while _next_signal(received) == signal.SIGHUP:
+            print(reload(service, overrides, cluster.start_timeout_s), flush=True)
+    finally:
+        service.stop()
+        ray.shutdown()
+
+
+def _next_signal(received: "SimpleQueue[int]") -> int:
+    while True:  # a signal that reaches another thread does not end a wait of this one
+        try:
+            return received.get(timeout=0.5)
+        except Empty:
+            continue
+
+
+def reload(service: "RewardService", overrides: list[str], timeout_s: float) -> str:  # noqa: F821
+    """Replace what has changed; what cannot be served leaves everything as it is. Returns what to say about it."""
+    try:
+        _, scorers = read_config(overrides)
+        service.update(scorers, timeout_s)
+    except (ConfigError, ScorerError, RuntimeError) as error:
+        return f"nothing has changed: {error}"
+    return "now serving " + ", ".join(f"{name} ({spec.version})" for name, spec in service.specs.items())
+
+
+def main() -> int:
+    try:
+        serve(sys.argv[1:])
+    except (ConfigError, ScorerError) as error:
+        print(f"\nThe reward service cannot start:\n{error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"\nThe reward service failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""One queue for the replicas of a scorer: a call takes what waits by then, whoever asked.
+
+Under load most requests have one item and a call costs milliseconds of its own, so items of many requests share one. At most
+`calls` are under way: what a replica's death takes with it stays small, and what waits here can still expire here.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from contracts.records import Score, ScoringItem
+
+PROBE_S, PAUSE_S = 30.0, 0.1
+Call = Callable[[str, list[ScoringItem], float], Awaitable[list[Score]]]
+
+
+class ReplicaDied(RuntimeError):
+    """The replica that had a call ended before it answered. Serve does not repeat such a call."""
+
+
+class Unavailable(RuntimeError):
+    """The call reached no replica, or its answer cannot be read."""
+
+
+class Dispatcher:
+    """Calls to one Serve application.
+
+    Args:
+        call: sends items with a deadline in seconds; raises ReplicaDied or Unavailable.
+        calls: under way at a time. items: of one call.
+    """
+
+    def __init__(self, call: Call, application: str, calls: int, items: int):
+        self._call, self._application, self._calls, self._items = call, application, calls, items
+        self._waiting: deque[tuple[ScoringItem, float, asyncio.Future[Score]]] = deque()
+        self._under_way: set[asyncio.Task] = set()
+        self._will_pump = False
+
+    async def score(self, item: ScoringItem, expires: float) -> Score:
+        """The score of one item, or a time-out at `expires` (monotonic clock). Raises ReplicaDied."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Score] = loop.create_future()
+        self._waiting.append((item, expires, future))
+        if not self._will_pump:  # after whoever else is about to ask
+            self._will_pump = True
+            loop.call_soon(self._pump)
+        try:
+            return await asyncio.wait_for(future, max(0.0, expires - time.monotonic()))
+        except TimeoutError:
+            return Score(None, "timeout: no score before the deadline")
+
+    async def score_alone(self, item: ScoringItem, expires: float) -> Score:
+        """The same in a call of its own, once a replica is known to be there: a call that one which is dead already refuses
+        says nothing of the item."""
+        while expires > time.monotonic():
+            try:
+                await asyncio.wait_for(self._call(self._application, [], expires - time.monotonic()), PROBE_S)
+                break
+            except (ReplicaDied, Unavailable, TimeoutError):
+                await asyncio.sleep(PAUSE_S)
+        else:
+            return Score(None, "timeout: no replica before the deadline")
+        future: asyncio.Future[Score] = asyncio.get_running_loop().create_future()
+        await self._send([(item, expires, future)])
+        return await future
+
+    def _pump(self) -> None:
+        self._will_pump = False
+        while self._waiting and len(self._under_way) < self._calls:
+            batch = []
+            while self._waiting and len(batch) < self._items:
+                entry = self._waiting.popleft()
+                if not entry[2].done():  # expired, or its request was given up
+                    batch.append(entry)
+            if batch:
+                task = asyncio.create_task(self._send(batch))
+                self._under_way.add(task)
+                task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._under_way.discard(task)
+        self._pump()
+
+    async def _send(self, batch: list[tuple[ScoringItem, float, asyncio.Future[Score]]]) -> None:
+        left_s = max(expires for _, expires, _ in batch) - time.monotonic()
+        items = [item for item, _, _ in batch]
+        try:
+            scores = await asyncio.wait_for(self._call(self._application, items, left_s), max(0.0, left_s))
+            if len(scores) != len(items):
+                scores = [Score(None, f"wrong_count: {len(scores)} scores for {len(items)} items")] * len(items)
+        except TimeoutError:
+            scores = [Score(None, "timeout: no score before the deadline")] * len(items)
+        except Unavailable as fault:
+            scores = [Score(None, f"unavailable: {fault}")] * len(items)
+        except Exception as fault:  # every waiting request's, ReplicaDied above all; this task has nobody to tell
+            for _, _, future in batch:
+                if not future.done():
+                    future.set_exception(fault)
+            return
+        for (_, _, future), score in zip(batch, scores, strict=True):
+            if not future.done():
+                future.set_result(score)

@@ -1,0 +1,45 @@
+"""From the contents of requests to items, by the service's tokenizer. What cannot be read is an error of its item."""
+
+from contracts.encoding import (
+    DataError,
+    LeftOut,
+    Turns,
+    item_of_messages,
+    item_of_rendered,
+    item_of_text,
+    tokenizer_hash,
+)
+from contracts.records import Score, ScoringItem
+from contracts.scoring import scoring_ids
+from reward_service.versions import local_checkpoint
+
+
+class Encoder:
+    def __init__(self, tokenizer_path: str):
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(tokenizer_path))
+        self.hash = tokenizer_hash(self.tokenizer)
+
+    def messages(self, turns: Turns, label: str | None = None) -> ScoringItem | Score:
+        try:
+            return item_of_messages(self.tokenizer, turns, label)
+        except LeftOut as fault:
+            return Score(None, f"unreadable: {fault.reason}")
+        except DataError:
+            return Score(None, "unreadable: the tokenizer has no chat template")
+
+    def text(self, text: str, label: str | None = None) -> ScoringItem | Score:
+        return item_of_text(self.tokenizer, text, label) if text.strip() else Score(None, "empty")
+
+    def rendered(
+        self, text: str, prompt: str | None = None, label: str | None = None, with_bos: bool = False
+    ) -> ScoringItem | Score:
+        return item_of_rendered(self.tokenizer, text, prompt, label, with_bos) if text.strip() else Score(None, "empty")
+
+    def token_ids(self, ids: list[int], ids_hash: str | None, label: str | None = None) -> ScoringItem | Score:
+        if ids_hash != self.hash:
+            return Score(None, f"unreadable: token_ids need tokenizer_hash={self.hash}; use text for another tokenizer")
+        if not ids:
+            return Score(None, "empty")
+        return ScoringItem(tuple(scoring_ids(ids, int(self.tokenizer.eos_token_id))), 0, label)

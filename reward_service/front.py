@@ -1,0 +1,229 @@
+"""The service's one door: whatever is scored, by handle or by HTTP, for a model, a function or a composite, goes this way.
+
+    items ─> limits ─> known? ──> cache, quarantine
+                         │ no
+                         ▼
+        dispatcher: calls of few items ──> replicas of a scorer (model or rule function)
+                         │ a replica died ──> its items again, one at a time: which of them kills?
+                         ▼
+                scores of every part ──> composite ──> scores, each with the version that made it
+
+No score is invented: an item without one carries an error. Nothing here knows Ray; `call` reaches the replicas.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+
+from contracts.records import Score, ScoringItem
+from reward_service import composite
+from reward_service.dispatcher import Call, Dispatcher, ReplicaDied
+from reward_service.metrics import Metrics
+
+KILLS = 2  # replicas that an item may take down before nobody tries it again
+QUARANTINE_ITEMS = 10_000
+
+
+class UnknownScorer(LookupError):
+    """No scorer of this name, or not in the version that a request pins (`is_gone`)."""
+
+    def __init__(self, message: str, is_gone: bool = False):
+        super().__init__(message, is_gone)
+        self.message, self.is_gone = message, is_gone
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """What the front must know of one scorer."""
+
+    name: str
+    kind: str  # model | function | weighted_sum | ensemble
+    version: str
+    application: str | None = None  # of a model or a function: the Serve application that scores
+    max_tokens: int | None = None  # of a model
+    calls: int = 4  # to its replicas at a time
+    call_items: int = 32  # of one call
+    parts: tuple[str, ...] = ()  # of a composite: names of scorers
+    weights: tuple[float, ...] = ()
+    std_coef: float = 0.0
+    source: str | None = None  # checkpoint or function: another name under which clients may ask for it
+
+
+@dataclass(frozen=True)
+class FrontLimits:
+    max_queued_items: int
+    cache_items: int
+    deadline_s: float
+
+
+@dataclass
+class _Request:
+    """What the parts of one request share."""
+
+    items: list[ScoringItem]
+    expires: float  # on the monotonic clock
+    truncate: bool
+    parts: dict[str, asyncio.Task] = field(default_factory=dict)  # a part that two composites share is scored once
+
+
+class Front:
+    def __init__(self, scorers: dict[str, ScorerSpec], limits: FrontLimits, call: Call, metrics: Metrics):
+        self.scorers, self.limits, self.metrics = scorers, limits, metrics
+        for spec in scorers.values():
+            metrics.version.labels(spec.name, spec.version).set(1)
+        self._cache: OrderedDict[bytes, Score] = OrderedDict()
+        self._kills: OrderedDict[bytes, int] = OrderedDict()
+        self._dispatchers = {
+            s.name: Dispatcher(call, s.application, s.calls, s.call_items) for s in scorers.values() if s.application
+        }
+        self._alone: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.queued = 0
+        self._latency_s = 0.0  # of requests, smoothed
+
+    def backlog_s(self) -> float:
+        """For how long a caller who is turned away should wait: as long as requests take of late, queueing included."""
+        return min(30.0, max(1.0, self._latency_s))
+
+    def find(self, name: str | None, version: str | None = None) -> ScorerSpec:
+        """The scorer of this name (`name@version` pins), or of this checkpoint; the first one without a name.
+
+        Raises:
+            UnknownScorer: naming those that there are.
+        """
+        known = {**{s.source: s for s in reversed(self.scorers.values()) if s.source}, **self.scorers}
+        if name is None:
+            found = next(iter(self.scorers.values()))
+        else:
+            short, _, pinned = name.partition("@")
+            version = version or pinned or None
+            if short not in known:
+                raise UnknownScorer(f"no scorer of this name; there are {', '.join(self.scorers)}")
+            found = known[short]
+        if version and version != found.version:
+            message = f"{found.name} is served in version {found.version}; the pinned one is gone"
+            raise UnknownScorer(message, is_gone=True)
+        return found
+
+    async def score(
+        self,
+        scorer: ScorerSpec,
+        items: list[ScoringItem],
+        deadline_s: float | None = None,
+        truncate: bool = False,
+    ) -> list[Score]:
+        """One Score an item, in order. With `truncate`, an item that is too long for a model loses its first tokens."""
+        limit = self.limits
+        if self.queued + len(items) > limit.max_queued_items:
+            self.metrics.rejected.labels("overloaded").inc()
+            return [Score(None, f"overloaded: {self.queued} items are waiting", version=scorer.version)] * len(items)
+        deadline_s = min(deadline_s or limit.deadline_s, limit.deadline_s)
+        start = time.monotonic()
+        request = _Request(items, start + deadline_s, truncate)
+        self.queued += len(items)
+        self.metrics.queued.set(self.queued)
+        try:
+            scores = await self._scores(scorer, request)
+        finally:
+            self.queued -= len(items)
+            self.metrics.queued.set(self.queued)
+        self._latency_s += 0.2 * (time.monotonic() - start - self._latency_s)
+        self.metrics.count(scorer.name, scores)
+        return scores
+
+    async def _scores(self, scorer: ScorerSpec, request: _Request) -> list[Score]:
+        if not scorer.parts:
+            scores = await self._leaf(scorer, request)
+        else:
+            for name in scorer.parts:
+                if name not in request.parts:
+                    request.parts[name] = asyncio.create_task(self._scores(self.scorers[name], request))
+            found = await asyncio.gather(*(request.parts[name] for name in scorer.parts))
+            parts = dict(zip(scorer.parts, found, strict=True))
+            if scorer.kind == "ensemble":
+                scores = composite.ensemble(parts, scorer.std_coef)
+            else:
+                scores = composite.weighted_sum(parts, list(scorer.weights))
+        return [replace(score, version=scorer.version) for score in scores]
+
+    # ---- one model or function
+
+    async def _leaf(self, scorer: ScorerSpec, request: _Request) -> list[Score]:
+        fitted = [self._fitted(item, scorer, request.truncate) for item in request.items]
+        keys = [_key(scorer, item) for item in fitted]
+        distinct = dict(zip(keys, fitted, strict=True))
+        order = sorted(distinct, key=lambda key: len(distinct[key].token_ids))  # neighbours in length travel together
+        scores = await asyncio.gather(*(self._item(scorer, key, distinct[key], request.expires) for key in order))
+        results = dict(zip(order, scores, strict=True))
+        return [
+            replace(results[key], is_truncated=item is not original)
+            for key, item, original in zip(keys, fitted, request.items, strict=True)
+        ]
+
+    def _fitted(self, item: ScoringItem, scorer: ScorerSpec, truncate: bool) -> ScoringItem:
+        """The last tokens, the EOS among them, of an item that is too long: from the right, truncation would take it."""
+        excess = len(item.token_ids) - (scorer.max_tokens or len(item.token_ids))
+        if excess <= 0 or not truncate:
+            return item
+        return replace(item, token_ids=item.token_ids[excess:], prompt_tokens=max(0, item.prompt_tokens - excess))
+
+    def _known(self, key: bytes, item: ScoringItem, scorer: ScorerSpec) -> Score | None:
+        """What can be said of an item without asking a replica. What would fail deep inside is refused here."""
+        if not item.token_ids:
+            return Score(None, "empty")
+        if scorer.max_tokens and len(item.token_ids) > scorer.max_tokens:
+            return Score(None, f"too_long: {len(item.token_ids)} tokens, the limit is {scorer.max_tokens}")
+        if self._kills.get(key, 0) >= KILLS:
+            return Score(None, f"poison: took down {KILLS} replicas")
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            self.metrics.cached.labels(scorer.name).inc()
+            return replace(self._cache[key], is_cached=True)
+        return None
+
+    async def _item(self, scorer: ScorerSpec, key: bytes, item: ScoringItem, expires: float) -> Score:
+        """The score of one item; after a replica's death, from a call of its own."""
+        known = self._known(key, item, scorer)
+        if known:
+            return known
+        dispatcher = self._dispatchers[scorer.name]
+        try:
+            return self._remembered(key, await dispatcher.score(item, expires))
+        except ReplicaDied:
+            self._killed(scorer, key)
+        # One suspect at a time, so that no innocent item is in flight with another suspect when that one kills.
+        async with self._alone[scorer.name]:
+            known = self._known(key, item, scorer)
+            if known:
+                return known
+            try:
+                score = await dispatcher.score_alone(item, expires)
+            except ReplicaDied:
+                self._killed(scorer, key)
+                return self._known(key, item, scorer) or Score(None, "unavailable: its replica died")
+            self._kills.pop(key, None)
+            return self._remembered(key, score)
+
+    def _remembered(self, key: bytes, score: Score) -> Score:
+        if score.value is not None:
+            self._cache[key] = score
+        while len(self._cache) > self.limits.cache_items:
+            self._cache.popitem(last=False)
+        return score
+
+    def _killed(self, scorer: ScorerSpec, key: bytes) -> None:
+        self._kills[key] = self._kills.get(key, 0) + 1
+        if self._kills[key] == KILLS:
+            self.metrics.quarantined.labels(scorer.name).inc()
+        while len(self._kills) > QUARANTINE_ITEMS:
+            self._kills.popitem(last=False)
+
+
+def _key(scorer: ScorerSpec, item: ScoringItem) -> bytes:
+    """What a score depends on. A model sees the tokens alone."""
+    seen = (item.token_ids,) if scorer.kind == "model" else (item.token_ids, item.prompt_tokens, item.label)
+    return blake2b(repr((scorer.version, seen)).encode(), digest_size=16).digest()

@@ -1,0 +1,86 @@
+"""The process that a rule function runs in: one JSON line in, one out. Ended from outside when it takes too long.
+
+Started as `python -m reward_service.function_worker FUNCTION MEMORY_GIB`. What the function prints goes nowhere, since it
+may be a text of a completion.
+"""
+
+import ctypes
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import IO, Any
+
+PR_SET_PDEATHSIG = 1  # Linux: end with the replica, even one that was killed
+
+
+def load(function: str) -> Callable[..., Any]:
+    module_name, _, name = function.rpartition(":")
+    if module_name.endswith(".py"):
+        spec = importlib.util.spec_from_file_location("reward_functions", module_name)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(module_name)
+    return getattr(module, name)
+
+
+def arguments_for(function: Callable[..., Any], request: dict[str, list]) -> dict[str, list]:
+    """What the function asks for: prompts, completions and labels by these names, or all of them with `**kwargs`."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return request
+    return {name: request[name] for name in (p.name for p in parameters) if name in request}
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's; anything else stays what it is, for the reader to refuse."""
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def limit_memory(gib: float) -> None:
+    """Address space beyond what the imports took: a function that grows gets a MemoryError of its own."""
+    with open("/proc/self/statm") as statm:
+        taken = int(statm.read().split()[0]) * resource.getpagesize()
+    limit = taken + int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def main(function_name: str, memory_gib: float) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    replies = os.fdopen(os.dup(1), "w")
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    try:
+        function = load(function_name)
+        limit_memory(memory_gib)
+    except Exception as error:  # the replica that started this process reports it and does not start
+        answer(replies, {"error": f"{type(error).__name__}: {error}"})
+        return
+    answer(replies, {"ready": True})
+    for line in sys.stdin:
+        try:
+            reply = {"scores": plain(function(**arguments_for(function, json.loads(line))))}
+            answer(replies, reply)
+        except Exception as error:  # the item's error; its type alone, since its text may quote the completion
+            answer(replies, {"error": type(error).__name__})
+
+
+def answer(replies: IO[str], reply: dict[str, Any]) -> None:
+    replies.write(json.dumps(reply, default=lambda value: {"type": type(value).__name__}) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]))

@@ -1,0 +1,246 @@
+"""The service over HTTP: routes, statuses and limits. An ASGI application over a `Front`; nothing here knows Ray.
+
+    token? ─> body within limits? ─> protocol (protocols.py) ─> Front.score ─> answer
+
+`/v1/rewards` answers item by item. The protocols of others have no place for an item's error, so there one item without a
+score is a status: 422 where a retry cannot help, 503 or 504 where it can. A reward is never made up to fill the gap.
+"""
+
+import asyncio
+import json
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from contracts.config import HttpConfig
+from contracts.records import Score, ScoringItem
+from contracts.scoring import RETRYABLE
+from reward_service import protocols
+from reward_service.access import Bodies, Refused, RequireToken
+from reward_service.encoder import Encoder
+from reward_service.front import Front, ScorerSpec, UnknownScorer
+from reward_service.protocols import BadRequest, Entry
+
+Handler = Callable[[Any], Awaitable[dict[str, Any]]]
+logger = logging.getLogger("ray.serve")
+INLINE_BYTES = 16_384  # a longer body is tokenised in a thread, so that other requests are answered meanwhile
+
+
+def refusal(fault: Refused) -> JSONResponse:
+    """The one form of every answer that is not 200."""
+    headers = {}
+    if fault.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, round(fault.retry_after_s)))
+    if fault.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": {"code": fault.code, "message": fault.message}}, fault.status, headers)
+
+
+class HttpService:
+    """The routes' handlers."""
+
+    def __init__(self, front: Front, encoder: Encoder, config: HttpConfig, ready: Callable[[], Awaitable[list[str]]]):
+        self.front, self.encoder, self.config, self._ready = front, encoder, config, ready
+        self.bodies = Bodies(int(config.max_body_mib * 2**20), int(config.max_pending_mib * 2**20))
+
+    def application(self, digests: tuple[str, ...]) -> Starlette:
+        """Args: digests of the tokens that are accepted; none: open."""
+        routes = [
+            Route("/v1/rewards", self._posted(self._native), methods=["POST"]),
+            Route("/get_reward", self._posted(self._openrlhf), methods=["POST"]),
+            Route("/classify", self._posted(self._classify), methods=["POST"]),
+            Route("/pooling", self._posted(self._pooling), methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/healthz", self._healthz),
+            Route("/readyz", self._readyz),
+            Route("/metrics", self._metrics),
+        ]
+        self._paths = {route.path for route in routes}
+        handlers = {
+            Refused: lambda request, fault: refusal(fault),
+            HTTPException: lambda request, fault: refusal(Refused(fault.status_code, "no_route", fault.detail)),
+        }
+        token = Middleware(RequireToken, digests=digests, refuse=refusal)
+        return Starlette(
+            routes=routes, middleware=[Middleware(_Counted, service=self), token], exception_handlers=handlers
+        )
+
+    def route_of(self, path: str) -> str:
+        """For metrics, whose labels must not grow with what strangers ask for."""
+        return path if path in self._paths else "other"
+
+    # ---- scoring
+
+    def _posted(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            with self.bodies.reserved(request.headers.get("content-length")):
+                body = await self.bodies.read(request)
+                try:
+                    parsed = json.loads(body)
+                    if not isinstance(parsed, dict):
+                        raise BadRequest("the body must be a JSON object")
+                    if "model" in request.query_params:  # for clients whose bodies cannot name a scorer
+                        parsed.setdefault("model", request.query_params["model"])
+                    return JSONResponse(await handler(_Body(parsed, len(body))))
+                except (json.JSONDecodeError, UnicodeDecodeError):
+                    raise Refused(400, "bad_request", "the body is not JSON") from None
+                except RecursionError:
+                    raise Refused(400, "bad_request", "the body is nested too deeply") from None
+                except BadRequest as fault:
+                    raise Refused(400, "bad_request", str(fault)) from None
+                except (Refused, asyncio.CancelledError):
+                    raise
+                except Exception as fault:  # ours; logged without its text, which may quote the request
+                    where = traceback.extract_tb(fault.__traceback__)[-1]
+                    logger.error("%s at %s:%d", type(fault).__name__, where.filename, where.lineno or 0)
+                    raise Refused(500, "internal", "the service failed on this request") from None
+
+        return answer
+
+    async def _native(self, body: "_Body") -> dict[str, Any]:
+        request = protocols.read(protocols.NativeRequest, body.content)
+        scorer = self._scorer(request.model, request.version)
+        entries = await self._entries(protocols.native_entries, request, body.size, len(request.items))
+        deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
+        truncate = request.on_overflow == "truncate_left_keep_eos"
+        scores = await self._scores(scorer, entries, deadline_s, truncate)
+        if all(score.code == "overloaded" for score in scores):
+            raise self._overloaded(scores[0])
+        return protocols.native_answer(request, scorer.name, scorer.version, entries, scores)
+
+    async def _openrlhf(self, body: "_Body") -> dict[str, Any]:
+        request = protocols.read(protocols.OpenRLHFRequest, body.content)
+        scorer = self._scorer(body.content.get("model"))
+        entries = await self._entries(protocols.openrlhf_entries, request, body.size, len(request.query))
+        return protocols.openrlhf_answer(self._complete(await self._scores(scorer, entries)))
+
+    async def _classify(self, body: "_Body") -> dict[str, Any]:
+        return await self._pooled("classify", body)
+
+    async def _pooling(self, body: "_Body") -> dict[str, Any]:
+        return await self._pooled("pooling", body)
+
+    async def _pooled(self, path: Literal["classify", "pooling"], body: "_Body") -> dict[str, Any]:
+        request = protocols.read(protocols.PoolingRequest, body.content)
+        scorer = self._scorer(request.model)
+        several = isinstance(request.input, list) and not isinstance(request.input[0], int)
+        entries = await self._entries(
+            protocols.pooling_entries, request, body.size, len(request.input) if several else 1
+        )
+        keep = request.truncate_prompt_tokens
+        entries = [_kept(entry, keep) for entry in entries]
+        scores = self._complete(await self._scores(scorer, entries, truncate=keep is not None))
+        return protocols.pooling_answer(path, request, scorer.name, entries, scores)
+
+    def _scorer(self, name: Any, version: str | None = None) -> ScorerSpec:
+        try:
+            return self.front.find(name if isinstance(name, str) else None, version)
+        except UnknownScorer as fault:
+            status, code = (410, "version_gone") if fault.is_gone else (404, "unknown_model")
+            raise Refused(status, code, str(fault)) from None
+
+    async def _entries(self, read: Callable[..., list[Entry]], request: Any, size: int, count: int) -> list[Entry]:
+        if count > self.config.max_items:
+            raise Refused(413, "too_many_items", f"a request has at most {self.config.max_items} items")
+        if size < INLINE_BYTES:
+            return read(request, self.encoder)
+        return await asyncio.to_thread(read, request, self.encoder)
+
+    async def _scores(
+        self, scorer: ScorerSpec, entries: list[Entry], deadline_s: float | None = None, truncate: bool = False
+    ) -> list[Score]:
+        items = [entry for entry in entries if isinstance(entry, ScoringItem)]
+        found = iter(await self.front.score(scorer, items, deadline_s, truncate))
+        return [next(found) if isinstance(entry, ScoringItem) else entry for entry in entries]
+
+    def _complete(self, scores: list[Score]) -> list[Score]:
+        """For protocols that know no error of an item. Raises Refused unless every item has a score."""
+        failed = [(i, score) for i, score in enumerate(scores) if score.value is None]
+        if not failed:
+            return scores
+        if all(score.code == "overloaded" for _, score in failed):
+            raise self._overloaded(failed[0][1])
+        index, first = min(failed, key=lambda entry: entry[1].code in RETRYABLE)
+        message = f"{len(failed)} of {len(scores)} items have no score; item {index}: {first.error}"
+        if first.code not in RETRYABLE:
+            raise Refused(422, str(first.code), message)
+        raise Refused(504 if first.code == "timeout" else 503, str(first.code), message, retry_after_s=1)
+
+    def _overloaded(self, score: Score) -> Refused:
+        return Refused(503, "overloaded", str(score.error), self.front.backlog_s())
+
+    # ---- everything else
+
+    async def _models(self, request: Request) -> Response:
+        data = [
+            {
+                "id": spec.name,
+                "object": "model",
+                "kind": spec.kind,
+                "version": spec.version,
+                "tokenizer_hash": self.encoder.hash,
+                "max_tokens": spec.max_tokens,
+                "parts": list(spec.parts),
+            }
+            for spec in self.front.scorers.values()
+        ]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def _healthz(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _readyz(self, request: Request) -> Response:
+        missing = await self._ready()
+        status = "waiting for " + ", ".join(missing) if missing else "ok"
+        return JSONResponse({"status": status}, 503 if missing else 200)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.front.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+class _Body:
+    def __init__(self, content: dict[str, Any], size: int):
+        self.content, self.size = content, size
+
+
+class _Counted:
+    """ASGI middleware: counts requests by route and status, and answers what nobody foresaw with a bare 500."""
+
+    def __init__(self, app: Any, service: HttpService):
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        metrics, start, status = self.service.front.metrics, time.perf_counter(), "500"
+
+        async def noted(message: dict[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        route = self.service.route_of(scope["path"])
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            metrics.requests.labels(route, status).inc()
+            metrics.seconds.labels(route).observe(time.perf_counter() - start)
+
+
+def _kept(entry: Entry, tokens: int | None) -> Entry:
+    """vLLM's `truncate_prompt_tokens`: the last so many (-1: as many as the model takes). The first go, never the EOS."""
+    if not isinstance(entry, ScoringItem) or tokens is None or not 0 < tokens < len(entry.token_ids):
+        return entry
+    excess = len(entry.token_ids) - tokens
+    return ScoringItem(entry.token_ids[excess:], max(0, entry.prompt_tokens - excess), entry.label)

@@ -1,0 +1,56 @@
+"""A bad item costs only itself: a batch that fails is halved until what fails is one item."""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+from contracts.records import Score
+
+Item = TypeVar("Item")
+
+
+class Failed(RuntimeError):
+    """Why a call brought no scores, in the words of an item's error: "code: detail", without any text of an item.
+
+    `is_kill`: the process that computed it did not survive.
+    """
+
+    def __init__(self, error: str, is_kill: bool = False):
+        super().__init__(error)
+        self.is_kill = is_kill
+
+
+def isolate(score: Callable[[list[Item]], list[float]], items: list[Item]) -> list[Score]:
+    """Scores of `items` in order, each as if it had been alone.
+
+    A batch is halved where `score` raises, answers with another number of values, or with one that is not a finite number:
+    the NaN of one sequence can reach its neighbours through padding. What is left of a failure is an error of its item,
+    with the type of an exception and without its text, which may quote the completion.
+    """
+    try:
+        values = score(items)
+    except Failed as fault:
+        problem: str | None = str(fault)
+    except Exception as fault:  # poison, tolerated on purpose: it is the item's error, and the service counts it
+        problem = f"poison: {type(fault).__name__}"
+    else:
+        problem = _problem(values, len(items))
+        if problem is None:
+            return [Score(float(value), raw=float(value)) for value in values]
+    if len(items) == 1:
+        return [Score(None, problem)]
+    middle = len(items) // 2
+    return isolate(score, items[:middle]) + isolate(score, items[middle:])
+
+
+def _problem(values: object, count: int) -> str | None:
+    if not isinstance(values, list | tuple):
+        return f"wrong_type: {type(values).__name__} instead of a list"
+    if len(values) != count:
+        return f"wrong_count: {len(values)} scores for {count} items"
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"wrong_type: {type(value).__name__} instead of a number"
+        if not math.isfinite(value):
+            return "non_finite"
+    return None

@@ -1,0 +1,42 @@
+"""What the service counts, for Prometheus. Names and labels hold no text of prompts or completions."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from contracts.records import Score
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+SPREADS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
+SCORES = (-4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4)
+
+
+class Metrics:
+    """The metrics of one front process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        shared = {"namespace": "tandem_reward", "registry": self.registry}
+        self.requests = Counter("requests", "HTTP requests", ["route", "status"], **shared)
+        self.seconds = Histogram("request_seconds", "HTTP requests", ["route"], buckets=SECONDS, **shared)
+        self.items = Counter("items", "Items answered; code is ok or the error's", ["scorer", "code"], **shared)
+        self.scores = Histogram("score", "Scores given", ["scorer"], buckets=SCORES, **shared)
+        self.spread = Histogram("ensemble_spread", "Disagreement of parts", ["scorer"], buckets=SPREADS, **shared)
+        self.cached = Counter("cached_items", "Items answered from the cache", ["scorer"], **shared)
+        self.rejected = Counter("rejected_requests", "Requests turned away", ["reason"], **shared)
+        self.quarantined = Counter("quarantined_items", "Items that are tried no more", ["scorer"], **shared)
+        self.deaths = Counter("lost_calls", "Calls whose replica died", ["application"], **shared)
+        self.queued = Gauge("queued_items", "Items waiting or being scored", **shared)
+        self.version = Gauge("version_info", "1 for the version that is served", ["scorer", "version"], **shared)
+
+    def count(self, scorer: str, scores: Iterable[Score]) -> None:
+        for score in scores:
+            self.items.labels(scorer, score.code or "ok").inc()
+            if score.value is not None:
+                self.scores.labels(scorer).observe(score.value)
+            if score.spread is not None:
+                self.spread.labels(scorer).observe(score.spread)
+
+    def text(self) -> bytes:
+        """In Prometheus' exposition format."""
+        return generate_latest(self.registry)

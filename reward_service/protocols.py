@@ -1,0 +1,231 @@
+"""The bodies of requests and answers: ours, OpenRLHF's remote reward and vLLM's `/classify` and `/pooling` (verl's client).
+
+Pure translation: JSON in, items out; scores in, JSON out. docs/reward_service.md has an example of each.
+"""
+
+import base64
+import math
+import struct
+import time
+import uuid
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from contracts.records import Score, ScoringItem
+from contracts.scoring import RETRYABLE
+from reward_service.encoder import Encoder
+
+Entry = ScoringItem | Score  # an item, or why it cannot be one
+
+
+class BadRequest(ValueError):
+    """The body is not what the protocol asks for. The message names fields, never their content."""
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    role: str
+    content: str
+
+
+class NativeItem(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    id: str | int | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    text: str | None = None
+    token_ids: list[int] | None = None
+    tokenizer_hash: str | None = None
+    finish_reason: str | None = None  # told by many callers, needed for nothing: every item is scored with its EOS
+    label: str | None = None
+
+    @model_validator(mode="after")
+    def has_one_content(self) -> "NativeItem":
+        if sum(value is not None for value in (self.messages, self.text, self.token_ids)) != 1:
+            raise ValueError("an item has one of messages, text and token_ids")
+        return self
+
+
+class NativeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    items: list[NativeItem] = Field(min_length=1)
+    request_id: str | None = None
+    model: str | None = None
+    version: str | None = None
+    normalize: bool = True
+    on_overflow: Literal["error", "truncate_left_keep_eos"] = "error"
+    deadline_ms: float | None = Field(default=None, gt=0)
+
+
+class OpenRLHFRequest(BaseModel):
+    query: list[str] | str
+    prompts: list[Any] | None = None
+    labels: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def has_equal_lengths(self) -> "OpenRLHFRequest":
+        self.query = [self.query] if isinstance(self.query, str) else self.query
+        if not self.query or any(column and len(column) != len(self.query) for column in (self.prompts, self.labels)):
+            raise ValueError("query, prompts and labels have one entry an item, and at least one")
+        return self
+
+
+class PoolingRequest(BaseModel):
+    """`/classify` and `/pooling` of vLLM, whose other fields (user, priority, ...) decide no score."""
+
+    model: str | None = None
+    input: list[int] | list[list[int]] | str | list[str] | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    use_activation: bool | None = None
+    activation: bool | None = None  # the name before vLLM 0.12
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    truncation_side: Literal["left", "right"] | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    task: Literal["classify"] | None = None
+    request_id: str | None = None
+
+    @model_validator(mode="after")
+    def can_be_scored(self) -> "PoolingRequest":
+        if (self.input is None) == (self.messages is None) or self.input in ("", []):
+            raise ValueError("a request has one of input and messages, and it is not empty")
+        if self.truncate_prompt_tokens is not None and self.truncation_side == "right":
+            raise ValueError("truncation_side=right would take the EOS, which is what is scored")
+        return self
+
+    @property
+    def has_activation(self) -> bool:
+        """Raw logits unless a sigmoid is asked for."""
+        return bool(self.use_activation if self.use_activation is not None else self.activation)
+
+
+def read(kind: type[BaseModel], body: Any) -> Any:
+    """The request in a parsed body.
+
+    Raises:
+        BadRequest: naming every field that is wrong.
+    """
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        where = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        raise BadRequest("; ".join(f"{loc}: {message}" if loc else message for loc, message in where[:8])) from None
+
+
+# ---- items
+
+
+def native_entries(request: NativeRequest, encoder: Encoder) -> list[Entry]:
+    entries: list[Entry] = []
+    for item in request.items:
+        if item.messages is not None:
+            turns = [{"role": m.role, "content": m.content} for m in item.messages]
+            entries.append(encoder.messages(turns, item.label))
+        elif item.text is not None:
+            entries.append(encoder.text(item.text, item.label))
+        else:
+            entries.append(encoder.token_ids(item.token_ids or [], item.tokenizer_hash, item.label))
+    return entries
+
+
+def openrlhf_entries(request: OpenRLHFRequest, encoder: Encoder) -> list[Entry]:
+    prompts = request.prompts or [None] * len(request.query)
+    labels = request.labels or [None] * len(request.query)
+    return [
+        encoder.rendered(query, prompt if isinstance(prompt, str) else None, None if label is None else str(label))
+        for query, prompt, label in zip(request.query, prompts, labels, strict=True)
+    ]
+
+
+def pooling_entries(request: PoolingRequest, encoder: Encoder) -> list[Entry]:
+    if request.messages is not None:
+        return [encoder.messages([{"role": m.role, "content": m.content} for m in request.messages])]
+    given: Any = request.input
+    if isinstance(given, str) or isinstance(given[0], int):
+        given = [given]
+    return [
+        encoder.rendered(one, with_bos=request.add_special_tokens)
+        if isinstance(one, str)
+        else encoder.token_ids(one, encoder.hash)  # the protocol has no field that says whose ids they are
+        for one in given
+    ]
+
+
+# ---- answers
+
+
+def native_answer(
+    request: NativeRequest, name: str, version: str, entries: list[Entry], scores: list[Score]
+) -> dict[str, Any]:
+    return {
+        "request_id": request.request_id or uuid.uuid4().hex,
+        "model": name,
+        "version": version,
+        "items": [
+            _native_item(item.id if item.id is not None else index, entry, score, request.normalize)
+            for index, (item, entry, score) in enumerate(zip(request.items, entries, scores, strict=True))
+        ],
+    }
+
+
+def _native_item(item_id: str | int, entry: Entry, score: Score, normalize: bool) -> dict[str, Any]:
+    if score.value is None:
+        code, _, detail = (score.error or "unavailable").partition(": ")
+        answer = {"id": item_id, "status": "error", "code": code, "retryable": code in RETRYABLE}
+        return answer | ({"detail": detail} if detail else {})
+    answer = {
+        "id": item_id,
+        "status": "ok",
+        "reward": score.value if normalize else score.raw,
+        "raw": score.raw,
+        "tokens": len(entry.token_ids) if isinstance(entry, ScoringItem) else 0,
+        "truncated": score.is_truncated,
+        "cached": score.is_cached,
+    }
+    return answer | ({} if score.spread is None else {"spread": score.spread})
+
+
+def openrlhf_answer(scores: list[Score]) -> dict[str, Any]:
+    rewards = [score.value for score in scores]
+    logs = {"raw": [score.raw for score in scores]}
+    if all(score.spread is not None for score in scores):
+        logs["spread"] = [score.spread for score in scores]
+    return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+
+
+def pooling_answer(
+    path: Literal["classify", "pooling"], request: PoolingRequest, name: str, entries: list[Entry], scores: list[Score]
+) -> dict[str, Any]:
+    values = [_activated(s.raw, request.has_activation) for s in scores if s.raw is not None]
+    data: list[dict[str, Any]]
+    if path == "classify":
+        data = [{"index": i, "label": "LABEL_0", "probs": [v], "num_classes": 1} for i, v in enumerate(values)]
+    else:
+        is_text = request.encoding_format == "base64"
+        data = [
+            {
+                "index": i,
+                "object": "pooling",
+                "data": base64.b64encode(struct.pack("=f", v)).decode() if is_text else [v],
+            }
+            for i, v in enumerate(values)
+        ]
+    tokens = sum(len(entry.token_ids) for entry in entries if isinstance(entry, ScoringItem))
+    prefix = "classify" if path == "classify" else "pool"
+    return {
+        "id": f"{prefix}-{request.request_id or uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": request.model or name,
+        "data": data,
+        "usage": {
+            "prompt_tokens": tokens,
+            "total_tokens": tokens,
+            "completion_tokens": 0,
+            "prompt_tokens_details": None,
+        },
+    }
+
+
+def _activated(raw: float, has_activation: bool) -> float:
+    return 0.5 * (1 + math.tanh(raw / 2)) if has_activation else raw  # the sigmoid, without overflow

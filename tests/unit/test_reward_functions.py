@@ -1,0 +1,171 @@
+"""Rule functions in real processes: answers, and what happens to those that hang, crash, grow or talk."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from contracts.config import ScorerConfig
+from contracts.records import Score
+from reward_service.functions import FunctionError, FunctionPool, Text
+
+ROOT = Path(__file__).parents[2]
+RULES = """
+import os, sys, time, math
+import numpy as np
+
+def length(completions): return [float(len(c)) for c in completions]
+def both(prompts, completions, labels):
+    return [len(p) + len(c) / 10 + (l == "yes") for p, c, l in zip(prompts, completions, labels)]
+def everything(**given): return [float(len(given))] * len(given["completions"])
+def array(completions): return np.array([len(c) for c in completions], dtype=np.float32)
+def spoken(completions):
+    print("SECRET", completions); sys.stderr.write("SECRET"); os.write(1, b"SECRET\\n")
+    return [1.0] * len(completions)
+def odd(completions):
+    answers = {"hang": lambda: time.sleep(60), "crash": lambda: os._exit(3), "raise": lambda: 1 / 0, "nan": lambda: math.nan,
+               "none": lambda: None, "text": lambda: "1", "grow": lambda: float(len(bytearray(3 << 30)))}
+    return [answers[c]() if c in answers else float(len(c)) for c in completions]
+def few(completions): return [1.0]
+"""
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rules") / "rules.py"
+    path.write_text(RULES)
+    return path
+
+
+@pytest.fixture
+def pool(rules: Path) -> Iterator[Callable[..., FunctionPool]]:
+    made: list[FunctionPool] = []
+
+    def make(name: str, **options: object) -> FunctionPool:
+        entry = ScorerConfig(kind="function", function=f"{rules}:{name}", **{"timeout_s": 1.0, **options})  # type: ignore[arg-type]
+        made.append(FunctionPool(entry))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def run(pool: FunctionPool, *texts: str | Text) -> list[Score]:
+    given = [t if isinstance(t, tuple) else ("", t, None) for t in texts]
+    return [score for future in pool.submit(given) for score in future.result(30)]
+
+
+def children() -> list[psutil.Process]:
+    ours = psutil.Process().children(recursive=True)
+    return [p for p in ours if "reward_service.function_worker" in p.cmdline()]
+
+
+def test_functions_get_what_they_name(pool: Callable[..., FunctionPool]) -> None:
+    assert [s.value for s in run(pool("length"), "abc", "a")] == [3.0, 1.0]
+    assert [s.value for s in run(pool("both", batch_size=2), ("ab", "xyz", "yes"), ("", "x", None))] == [3.3, 0.1]
+    assert [s.value for s in run(pool("everything"), "abc")] == [3.0]
+    assert [s.value for s in run(pool("array", batch_size=4), "abc", "a")] == [3.0, 1.0]
+
+
+def test_what_a_function_prints_goes_nowhere(pool: Callable[..., FunctionPool], capfd: pytest.CaptureFixture) -> None:
+    assert [s.value for s in run(pool("spoken"), "abc", "d")] == [1.0, 1.0]
+    assert "SECRET" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_each_failure_costs_its_own_item(pool: Callable[..., FunctionPool], batch_size: int) -> None:
+    odd = pool("odd", batch_size=batch_size, memory_gib=1.0)
+    scores = run(odd, "ab", "crash", "raise", "nan", "none", "text", "grow", "abc")
+    assert [s.value for s in scores] == [2.0, None, None, None, None, None, None, 3.0]
+    assert [s.error for s in scores[1:-1]] == [
+        "poison: its process ended",
+        "poison: ZeroDivisionError",
+        "non_finite",
+        "wrong_type: NoneType instead of a number",
+        "wrong_type: str instead of a number",
+        "poison: MemoryError",
+    ]
+
+
+def test_a_function_that_hangs_is_ended_and_tried_twice(pool: Callable[..., FunctionPool]) -> None:
+    odd = pool("odd", timeout_s=0.5)
+    before = {p.pid for p in children()}
+    start = time.monotonic()
+    scores = run(odd, "hang", "ab")
+    assert [s.error for s in scores] == ["timeout: the function took longer than 0.5 s", None]
+    assert before.isdisjoint(p.pid for p in children())  # the process that hung is gone
+    assert run(odd, "hang")[0].code == "timeout"
+    assert time.monotonic() - start > 1.0
+    start = time.monotonic()
+    assert [s.error for s in run(odd, "hang", "ab")] == [
+        "poison: 2 processes of the function had to be ended",
+        None,
+    ]
+    assert time.monotonic() - start < 0.4
+
+
+def test_one_that_hangs_holds_up_nobody_else(pool: Callable[..., FunctionPool]) -> None:
+    odd = pool("odd", processes=2, timeout_s=3.0)
+    hanging = odd.submit([("", "hang", None)])
+    start = time.monotonic()
+    assert [s.value for s in run(odd, "ab", "abc")] == [2.0, 3.0]
+    assert time.monotonic() - start < 1.5
+    assert hanging[0].result(10)[0].code == "timeout"
+
+
+def test_the_wrong_number_of_scores_is_none(pool: Callable[..., FunctionPool]) -> None:
+    few = run(pool("few", batch_size=3), "a", "b", "c")
+    assert [s.value for s in few] == [1.0, 1.0, 1.0]  # alone, each gets its one
+
+
+def test_a_process_that_was_killed_is_started_again(pool: Callable[..., FunctionPool]) -> None:
+    length = pool("length")
+    [process] = children()
+    process.send_signal(signal.SIGKILL)
+    process.wait(5)
+    scores = run(length, "ab", "abc")
+    assert scores[0].value is None
+    assert scores[1].value == 3.0
+    assert run(length, "ab")[0].value == 2.0
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [("no_such", "AttributeError"), ("odd", None)],
+)
+def test_a_function_that_cannot_be_imported_says_why(rules: Path, function: str, reason: str | None) -> None:
+    entry = ScorerConfig(kind="function", function=f"{rules}:{function}")
+    if reason:
+        with pytest.raises(FunctionError, match=reason):
+            FunctionPool(entry)
+    else:
+        FunctionPool(entry).close()
+    assert children() == []
+
+
+def test_processes_end_with_a_replica_that_was_killed(rules: Path) -> None:
+    """The pool in a process of its own, killed while the function hangs."""
+    code = f"""
+import psutil, time
+from contracts.config import ScorerConfig
+from reward_service.functions import FunctionPool
+pool = FunctionPool(ScorerConfig(kind="function", function={f"{rules}:odd"!r}, timeout_s=60))
+pool.submit([("", "hang", None)])
+time.sleep(0.2)
+print(psutil.Process().children()[0].pid, flush=True)
+time.sleep(60)
+"""
+    replica = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert replica.stdout is not None
+    worker = psutil.Process(int(replica.stdout.readline()))
+    replica.send_signal(signal.SIGKILL)
+    replica.wait(5)
+    replica.stdout.close()
+    gone, _ = psutil.wait_procs([worker], timeout=5)
+    assert gone == [worker]
