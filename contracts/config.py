@@ -12,7 +12,9 @@ from omegaconf import MISSING
 class ModelConfig:
     path: str = MISSING  # directory of a Hugging Face checkpoint, or a hub id
     revision: str | None = None
-    dtype: str = "bfloat16"  # of the engines and of the forward pass; the learner's master weights are always float32
+    # Of the engines and of the forward pass; the learner's master weights are always float32. auto: bfloat16 where the
+    # hardware multiplies it, float32 on other CPUs.
+    dtype: str = "auto"
     trust_remote_code: bool = False
 
 
@@ -188,7 +190,7 @@ class LearnerConfig:
 class RewardServiceConfig:
     replicas: int = 1
     batch_tokens: int = 1024  # of one forward pass
-    dtype: str = "bfloat16"
+    dtype: str = "auto"  # as model.dtype
     max_tokens: int = 1024
     deadline_s: float = 120.0
 

@@ -107,7 +107,7 @@ RANGES = [
     ),
 ]
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "stage": ("pipeline", "sft", "reward_model", "ppo", "evaluate"),
     "model.dtype": DTYPES,

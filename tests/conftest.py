@@ -12,7 +12,7 @@ os.environ.update(driver_env())
 import pytest
 import torch
 
-from contracts.config import ModelConfig, SourceConfig, TandemConfig
+from contracts.config import ModelConfig, RewardServiceConfig, SourceConfig, TandemConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
@@ -97,6 +97,7 @@ def make_config(model: Path, folder: Path, dtype: str = "bfloat16") -> TandemCon
         run_dir=str(folder / "run"),
         cache_dir=str(folder / "cache"),
         model=ModelConfig(path=str(model), dtype=dtype),
+        reward_service=RewardServiceConfig(dtype="bfloat16"),
     )
     data = config.data
     data.sft, data.prompts = source("sft", "text", 100), source("sft", "text", 100)
