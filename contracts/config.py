@@ -215,6 +215,15 @@ class ClusterConfig:
 
 
 @dataclass
+class EnvironmentConfig:
+    """What the policy talks to."""
+
+    name: str = "single_turn"
+    # Where a conversation is paid: cumulative (the sum, at its last token) | per_turn (each turn at its own last token).
+    reward: str = "cumulative"
+
+
+@dataclass
 class LoggerConfig:
     wandb: str = "offline"  # offline | online | disabled
     project: str = "tandem"
@@ -235,6 +244,7 @@ class TandemConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)

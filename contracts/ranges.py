@@ -118,6 +118,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ppo.kl.controller": ("fixed", "adaptive"),
     "ppo.kl.place": (None, *KL_PLACES),
     "ppo.init_value_from": ("reward_model", "policy"),
+    "environment.name": ("single_turn",),
+    "environment.reward": ("cumulative", "per_turn"),
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),
     "learner.weight_transfer": ("auto", "ray_object", "nccl", "ipc"),

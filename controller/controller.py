@@ -22,7 +22,6 @@ of it to `ledger.jsonl`.
 """
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from controller.ledger_log import NAME as LEDGER_FILE
 from controller.metrics import RunLog
 from controller.progress import Progress, format_update
 from controller.prompts import PromptStream
+from controller.shaping import ScoreNormalizer, service_scores, shaped, turn_metrics
 from controller.statistics import distinct_n, repeat_fraction
 from learner.kl import make_kl_controller
 from learner.learner_actor import LearnerGroup
@@ -44,21 +44,6 @@ from learner.learner_actor import LearnerGroup
 
 class ScoreError(RuntimeError):
     """Too many rollouts came back without a score."""
-
-
-@dataclass
-class ScoreNormalizer:
-    """Scores to mean 0 and variance 1 on samples of the reference policy, fixed from the first batch on."""
-
-    mean: float = 0.0
-    std: float = 1.0
-    is_fitted: bool = False
-
-    def fit(self, scores: list[float]) -> None:
-        self.mean, self.std, self.is_fitted = float(np.mean(scores)), float(np.std(scores)) or 1.0, True
-
-    def __call__(self, score: float) -> float:
-        return (score - self.mean) / self.std
 
 
 class PPOController:
@@ -124,7 +109,7 @@ class PPOController:
             scored = list(paired.values())
         batches = make_batches(
             scored,
-            [self._shaped(r) for r in scored],
+            [shaped(r, self.normalizer, ppo, self.config.environment) for r in scored],
             self.config.cluster.num_learner_ranks,
             ppo.minibatches,
             learner.microbatch_tokens,
@@ -172,7 +157,7 @@ class PPOController:
                 self.ledger.complete(lease.number, rollout)
         rollouts = self.ledger.take(len(requests), self.version)
         generate_s = max(times["generate_s"] for _, times in answers)
-        tokens = sum(len(r.completion.token_ids) for r in rollouts)
+        tokens = sum(len(r.completion.sampled_ids) for r in rollouts)
         return rollouts, {
             "perf/rollout_s": seconds,
             "perf/generate_s": generate_s,
@@ -186,21 +171,15 @@ class PPOController:
             scorers["gold"] = -(-gold // len(self.actors))
         return actor.rollout.remote(share, self.config.ppo.sampling, scorers)
 
-    def _shaped(self, rollout: Rollout) -> float:
-        value = rollout.scores["proxy"].value
-        assert value is not None
-        missing_eos = rollout.completion.finish_reason != "stop"
-        return self.normalizer(value) - self.config.ppo.missing_eos_penalty * missing_eos
-
     def _describe(self, rollouts: list[Rollout]) -> dict[str, float]:
         """Metrics of the texts and scores, and a few samples into the log."""
         scores = [r.scores["proxy"].value for r in rollouts]
         values = [s for s in scores if s is not None]
         if not self.normalizer.is_fitted:
-            self.normalizer.fit(values)
+            self.normalizer.fit(service_scores(rollouts))
         gold = [(r, g.value) for r in rollouts if (g := r.scores.get("gold")) and g.value is not None]
-        lengths = [len(r.completion.token_ids) for r in rollouts]
-        tokens = [r.completion.token_ids.tolist() for r in rollouts]
+        lengths = [len(r.completion.sampled_ids) for r in rollouts]
+        tokens = [r.completion.sampled_ids.tolist() for r in rollouts]
         mean = float(np.mean(values))
         self.first_score = mean if self.first_score is None else self.first_score
         metrics = {
@@ -213,6 +192,7 @@ class PPOController:
             "completion/distinct_2": distinct_n(tokens, 2),
             "completion/repeat_frac": float(np.mean([repeat_fraction(t, 4) for t in tokens])),
         }
+        metrics |= turn_metrics(rollouts)
         metrics["completion/truncated_frac"] = 1 - metrics["completion/eos_frac"]
         if gold:
             metrics["reward/gold_mean"] = float(np.mean([value for _, value in gold]))
@@ -231,6 +211,6 @@ class PPOController:
 def _sample(rollout: Rollout, version: int) -> dict[str, Any]:
     completion = rollout.completion
     row = {"stage": "ppo", "step": version, "prompt_id": rollout.prompt.prompt_id, "prompt": rollout.prompt.text}
-    row |= {"completion": completion.text, "tokens": len(completion.token_ids)}
+    row |= {"completion": completion.text, "tokens": len(completion.sampled_ids)}
     row |= {name: score.value for name, score in rollout.scores.items()}
     return row | {"eos": completion.finish_reason == "stop"}

@@ -197,9 +197,8 @@ class PPOTask:
         groups = [torch.from_numpy(p.batch.groups).to(device) for p in passes]
         of_groups = torch.zeros(num_groups, 3, dtype=torch.float64, device=device)
         for p, numbers in zip(passes, groups, strict=True):
-            scores, lengths = (torch.from_numpy(a).to(device) for a in (p.batch.scores, p.batch.completion_lens))
-            mask = p.places.mask
-            p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, lengths, mask, in_reward)
+            scores, mask = torch.from_numpy(p.batch.scores).to(device), p.places.mask
+            p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, mask, in_reward)
             of_groups += group_moments(p.rewards, mask, numbers, num_groups)
         if self.estimator.needs_groups:
             self.ranks.sum(of_groups)
