@@ -203,7 +203,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--held-tokens", type=int, default=6000, help="learner.held_tokens; 0 recomputes everything")
     native = "bfloat16" if BFLOAT16_FLAGS & cpu_flags() else "float32"
     dtypes = ("bfloat16", "float32")
-    parser.add_argument("--dtype", choices=dtypes, default=native, help="on both sides; default: what the CPU multiplies")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default=native, help="on both sides; default: what the CPU multiplies"
+    )
     parser.add_argument("--microbatch-tokens", type=int, default=4096, help="learner.microbatch_tokens")
     parser.add_argument("--trl-batch", type=int, default=16, help="sequences of a training pass of TRL")
     parser.add_argument("--trl-forward-batch", type=int, default=64, help="sequences of its other passes")

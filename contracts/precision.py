@@ -19,7 +19,9 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     if not cpuinfo.exists():
         return set()
     lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-    return next((set(value.split()) for name, _, value in lines if name.strip().lower() in ("flags", "features")), set())
+    return next(
+        (set(value.split()) for name, _, value in lines if name.strip().lower() in ("flags", "features")), set()
+    )
 
 
 def choose_dtypes(config: TandemConfig, flags: set[str] | None = None) -> str:

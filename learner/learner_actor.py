@@ -60,14 +60,17 @@ class LearnerGroup:
     def wait_ready(self) -> None:
         ray.get(self._started, timeout=self._start_timeout_s)
 
+    def start(self, method: str, *arguments: Any) -> list[Any]:
+        """References of the results of all ranks, for the same arguments."""
+        return [actor.call.remote(method, *arguments) for actor in self.actors]
+
+    def start_each(self, method: str, per_rank: list[Any], *arguments: Any) -> list[Any]:
+        """References of the results of all ranks, where rank r gets `per_rank[r]` first."""
+        return [a.call.remote(method, mine, *arguments) for a, mine in zip(self.actors, per_rank, strict=True)]
+
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """The results of all ranks, for the same arguments."""
-        return ray.get([a.call.remote(method, *arguments) for a in self.actors], timeout=self.timeout_s)
-
-    def call_each(self, method: str, per_rank: list[Any], *arguments: Any) -> list[Any]:
-        """The results of all ranks, where rank r gets `per_rank[r]` first."""
-        calls = [a.call.remote(method, mine, *arguments) for a, mine in zip(self.actors, per_rank, strict=True)]
-        return ray.get(calls, timeout=self.timeout_s)
+        return ray.get(self.start(method, *arguments), timeout=self.timeout_s)
 
     def peak_memory_gib(self) -> float:
         return sum(ray.get([a.peak_memory_gib.remote() for a in self.actors], timeout=60))

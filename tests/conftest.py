@@ -104,7 +104,7 @@ def make_config(model: Path, folder: Path, dtype: str = "bfloat16") -> TandemCon
     data.preferences, data.gold = source("proxy", "rated", 96), source("gold", "rated", 96)
     data.test, data.eval_prompts = source("test", "rated", 64), source("test", "text", 64)
     data.prompt_words = 4
-    config.ppo.updates, config.ppo.value_warmup_updates = 2, 1
+    config.ppo.updates, config.ppo.value_warmup_updates, config.ppo.max_staleness = 2, 1, 0
     config.ppo.rollouts_per_update, config.ppo.gold_rollouts = 8, 4
     config.ppo.sampling.max_completion_tokens = config.evaluate.sampling.max_completion_tokens = 12
     config.evaluate.prompts, config.evaluate.bootstrap_samples = 8, 100

@@ -39,7 +39,7 @@ def start_learner(config: TandemConfig, ranks: int, zero_stage: int) -> LearnerG
 
 
 def rollouts(actor: Any, requests: list[RolloutRequest] = REQUESTS) -> list[Rollout]:
-    return ray.get(actor.rollout.remote(requests, SAMPLING, {}), timeout=120)[0]
+    return ray.get(actor.rollout.remote(requests, SAMPLING, [], 100), timeout=120)
 
 
 def sequences(samples: list[Rollout]) -> list[tuple[list[int], int]]:
@@ -53,7 +53,7 @@ def train(group: LearnerGroup, config: TandemConfig, samples: list[Rollout], ste
     batches = make_batches(samples, scores, ranks, 1, 128, np.random.default_rng(0))
     metrics = {}
     for _ in range(steps):
-        metrics = group.call_each("update", batches, 0.05, True)[0]
+        metrics = ray.get(group.start_each("update", batches, 0.05, True), timeout=300)[0]
     return metrics
 
 
@@ -91,7 +91,7 @@ def test_completion_ends_at_eos_or_at_the_limit(engine: Any) -> None:
 
 def test_temperature_divides_the_logits(engine: Any) -> None:
     cold = SamplingConfig(max_completion_tokens=12, temperature=0.5)
-    samples = ray.get(engine.rollout.remote(REQUESTS, cold, {}), timeout=120)[0]
+    samples = ray.get(engine.rollout.remote(REQUESTS, cold, [], 100), timeout=120)
     at_one = ray.get(engine.token_logprobs.remote(sequences(samples)), timeout=120)
     ratio = np.concatenate([r.completion.behavior_logprobs for r in samples]) / np.concatenate(at_one)
     # logits / 0.5 renormalised: not log p / 0.5, so the ratio is spread and not the constant 2.
@@ -107,7 +107,7 @@ def test_more_prompt_tokens_than_one_step_takes(engine: Any) -> None:
 def test_bad_prompt_fails_alone(engine: Any) -> None:
     too_long = RolloutRequest(0, 0, Prompt(99, "", tuple([5] * 600)), seed=1)
     with pytest.raises(ray.exceptions.RayTaskError, match="512"):
-        ray.get(engine.rollout.remote([too_long], SAMPLING, {}), timeout=120)
+        ray.get(engine.rollout.remote([too_long], SAMPLING, [], 100), timeout=120)
     assert len(rollouts(engine)) == len(REQUESTS)
 
 

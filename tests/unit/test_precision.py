@@ -13,7 +13,8 @@ GRAVITON3 = "processor\t: 0\nFeatures\t: fp asimd sve bf16 i8mm\n"
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "expected"), [(ZEN3, "float32"), (SAPPHIRE_RAPIDS, "bfloat16"), (GRAVITON3, "bfloat16"), ("", "float32")]
+    ("cpuinfo", "expected"),
+    [(ZEN3, "float32"), (SAPPHIRE_RAPIDS, "bfloat16"), (GRAVITON3, "bfloat16"), ("", "float32")],
 )
 def test_a_cpu_gets_the_format_that_it_multiplies(cpuinfo: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(cpuinfo)
