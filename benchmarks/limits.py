@@ -1,7 +1,7 @@
 """What the machine can do at most, measured beside the updates: `python limits.py training|generation JOB.json OUT.json`.
 
-training     matrix products in the dtype of the run, at the model's shapes; a bare forward and backward loop over the same number of
-             tokens, once as plain Hugging Face (sdpa, padded microbatches, logits everywhere), once packed
+training     matrix products at the model's shapes, in the dtype of the run; a bare forward and backward loop over the same
+             number of tokens, once as plain Hugging Face (sdpa, padded microbatches, logits everywhere), once packed
 generation   vLLM alone on the prompts of one update, without Ray, with the arguments of Tandem's engine
 """
 

@@ -3,8 +3,9 @@
 It imports nothing of Tandem. TRL's trainer is used as it is; callbacks and hooks only read the clock.
 
 Set in TRL's favour: no gradient checkpointing (its default), prompts of one length (no padding), one generation call for
-the whole batch, Adam states in the dtype of the weights (Tandem keeps float32 masters). Set to equal work: no stop token, and a pad token other
-than EOS, so that an EOS inside a completion is a token like any other and every completion has full length.
+the whole batch, Adam states in the dtype of the weights (Tandem keeps float32 masters). Set to equal work: no stop token,
+and a pad token other than EOS, so that an EOS inside a completion is a token like any other and every completion has full
+length.
 """
 
 import functools

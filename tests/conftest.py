@@ -26,11 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def make_tiny_model(path: Path, dtype: torch.dtype, tied: bool, vocab_size: int = 49152) -> Path:
+def make_tiny_model(path: Path, dtype: torch.dtype, tied: bool, vocab_size: int = 49152, seed: int = 0) -> Path:
     """A two-layer Llama whose weights are large enough that its distributions are not flat."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=128,

@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
 from actors.rollout_actor import start_actors
 from contracts.config import SamplingConfig, TandemConfig
-from contracts.records import Prompt, Rollout, RolloutRequest
+from contracts.records import Assignment, Prompt, Rollout, RolloutRequest
 from controller.batcher import make_batches
 from controller.runtime import environments
 from learner.learner_actor import LearnerGroup
-from tests.conftest import kill, make_config
+from learner.weight_publisher import CheckpointSource, WeightPublisher
+from tests.conftest import kill, make_config, make_tiny_model
 
 EOS = 2
 PROMPTS = [Prompt(i, "", (504, 4771, 314, 253, 100 + i, 7 * i + 3)) for i in range(8)]
@@ -136,6 +138,31 @@ def test_engine_and_learner_agree_after_publish(
         assert metrics["kl/mismatch_k3"] < 0.01 or metrics["kl/ref_seq"] != 0
     finally:
         group.stop()
+
+
+def test_weights_change_in_flight(engine: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """Completions that are under way go on with the new weights, and say so token by token."""
+    other = make_tiny_model(tmp_path / "other", torch.bfloat16, tied=True, seed=1)
+    old = WeightPublisher("ray_object", CheckpointSource(str(tiny_model)), [engine], 0, 1)
+    old.send(500)
+    sampling = SamplingConfig(max_completion_tokens=400, min_completion_tokens=400)
+    started = engine.assign.remote([Assignment(i, r, ()) for i, r in enumerate(REQUESTS)], sampling)
+    ray.get(started, timeout=60)
+    assert ray.get(engine.collect.remote(1, 0.5), timeout=60).rollouts == []  # all of them are under way
+    WeightPublisher("ray_object", CheckpointSource(str(other)), [engine], 0, 1).send(501)
+    delivery = ray.get(engine.collect.remote(len(REQUESTS), 120.0), timeout=150)
+    assert [lease for lease, _ in delivery.rollouts] == list(range(len(REQUESTS)))
+    samples = [rollout for _, rollout in delivery.rollouts]
+    old.send(502)
+    under_old = ray.get(engine.token_logprobs.remote(sequences(samples)), timeout=120)
+    for sample, expected in zip(samples, under_old, strict=True):
+        versions = sample.completion.policy_versions
+        assert len(versions) == 400
+        assert np.all(np.diff(versions) >= 0)
+        assert set(versions.tolist()) == {500, 501}
+        gap = np.abs(sample.completion.behavior_logprobs - np.array(expected))
+        assert gap[versions == 500].mean() < 0.05  # rounding
+        assert gap[versions == 501].mean() > 0.5  # another model
 
 
 def test_float32_untied_agree_to_rounding(tiny_float32: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from contracts.records import Completion, Prompt, Rollout
 from controller.batcher import make_batches
