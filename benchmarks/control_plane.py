@@ -102,7 +102,7 @@ def measure(actors: int, rollouts: int, seconds: float, run_dir: Path) -> dict[s
     config.logger = LoggerConfig(wandb="disabled", samples_per_update=4)
     prompts = [Prompt(i, "a prompt of forty tokens", tuple(range(40))) for i in range(10_000)]
     process = StandIns.remote(actors)
-    with Progress(0, stream=open(os.devnull, "w")) as progress, RunLog(run_dir, {}, config.logger, "ppo") as log:  # noqa: SIM115
+    with Progress(0, stream=open(os.devnull, "w")) as progress, RunLog(run_dir, {}, config.logger, "ppo") as log:
         stream = PromptStream(prompts, samples_per_prompt=1, seed=1)
         handles = [StandIn(process, i) for i in range(actors)]
         config.ppo.updates = 2
@@ -134,7 +134,9 @@ def main() -> int:
         ray.shutdown()
     table = Table("actors", *[f"{name}: {what}" for name in results for what in ("rollouts/s", "a CPU second")])
     for actors in ACTORS:
-        cells = [f"{results[name][actors][key]:,.0f}" for name in results for key in ("rollouts_per_s", "rollouts_per_cpu_s")]
+        cells = [
+            f"{results[name][actors][key]:,.0f}" for name in results for key in ("rollouts_per_s", "rollouts_per_cpu_s")
+        ]
         table.add_row(str(actors), *cells)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     for name, rows in results.items():

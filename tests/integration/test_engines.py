@@ -52,7 +52,8 @@ def train(group: LearnerGroup, config: TandemConfig, samples: list[Rollout], ste
     """Updates that reward long words: enough to move every weight."""
     scores = [float(r.completion.token_ids.sum() % 7) for r in samples]
     ranks = config.cluster.num_learner_ranks
-    batches = make_batches(samples, scores, ranks, 1, 128, np.random.default_rng(0))
+    version = int(samples[0].completion.policy_versions[0])
+    batches = make_batches(samples, scores, ranks, 1, 128, np.random.default_rng(0), version)
     metrics = {}
     for _ in range(steps):
         metrics = ray.get(group.start_each("update", batches, 0.05, True), timeout=300)[0]
