@@ -51,7 +51,7 @@ def make_config(job: dict[str, Any], run_dir: str) -> TandemConfig:
             missing_eos_penalty=0.0,
             value_warmup_updates=0,
             gold_rollouts=0,
-            max_staleness=0,
+            max_staleness=job.get("max_staleness", 0),
             # EOS is banned up to the last token but one, so every completion has exactly `tokens` tokens.
             sampling=SamplingConfig(max_completion_tokens=tokens, min_completion_tokens=tokens - 1),
         ),
