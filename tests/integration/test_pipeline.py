@@ -144,7 +144,7 @@ def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) ->
     assert "<svg" in (folder / "grpo/report.html").read_text()
 
 
-@pytest.mark.parametrize("weight_update", ["in_flight", "drain"])
+@pytest.mark.parametrize("weight_update", ["in_flight", pytest.param("drain", marks=pytest.mark.full)])
 def test_actors_work_ahead_of_the_learner(finished: Any, folder: Path, tiny_model: Path, weight_update: str) -> None:
     overrides = ["ppo.max_staleness=2", "ppo.updates=5", "ppo.value_warmup_updates=0", "ppo.score_batch=2"]
     overrides += [f"ppo.weight_update={weight_update}", "ppo.sampling.max_completion_tokens=24"]
