@@ -34,11 +34,12 @@ from learner.advantages import (
     whiten,
     whitening_moments,
 )
-from learner.checkpoint import save_checkpoint
+from learner.checkpoint import gather_checkpoint, save_checkpoint
 from learner.engine import Ranks, TrainEngine, frozen
 from learner.kl import kl_k1, kl_k3
 from learner.losses import aggregation_weights, kl_loss, off_policy_weights, policy_loss, value_loss
 from learner.models import freeze_below, load_policy, load_scalar
+from learner.rank_state import RankState
 from learner.sft import example_nll, loss_tokens
 from learner.weight_publisher import EngineSource, WeightPublisher
 
@@ -95,6 +96,18 @@ class PPOTask:
         self.reference = frozen(load_policy(policy, config.model, learner, ranks.on_cpu), learner, ranks)
         self._ptx_rng = np.random.default_rng(config.seed)  # the same draws on every rank
         self._publisher: WeightPublisher | None = None
+        engines = {"policy": self.policy} | ({"value": self.value} if self.value else {})
+        self.state = RankState(ranks, engines, lambda: gather_checkpoint(self.policy, policy, config.model, ranks))
+
+    # ---- commits
+
+    def begin_commit(self, directory: str) -> None:
+        """Start to write this rank's state; `state.result` has the outcome."""
+        self.state.begin(directory, {"ptx": self._ptx_rng.bit_generator.state})
+
+    def load_commit(self, directory: str) -> None:
+        """Go back to a commit; all ranks together, after each has found it good."""
+        self._ptx_rng.bit_generator.state = self.state.load(directory)["ptx"]
 
     # ---- weights
 
