@@ -123,7 +123,7 @@ class Bench:
         )  # fmt: skip
         http = HttpConfig(port=port, token_file=str(folder / "tokens"))
         config = RewardServiceConfig(
-            batch_tokens=BATCH_TOKENS, deadline_s=300, max_queued_items=1024, cache_items=0, http=http
+            dtype="bfloat16", batch_tokens=BATCH_TOKENS, deadline_s=300, max_queued_items=1024, cache_items=0, http=http
         )
         self.service = RewardService(config, ClusterConfig(), worker_env(1, on_cpu=True), checkpoint)
         rule = {"kind": "function", "batch_size": 32}

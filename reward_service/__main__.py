@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from contracts.config import ScorerConfig, TandemConfig
 from contracts.overrides import unknown_overrides
+from contracts.precision import choose_dtypes
 from contracts.scorer_checks import ROLES
 from contracts.validation import ConfigError, validate_service
 from reward_service.scorers import ScorerError, chosen_scorers
@@ -53,6 +54,7 @@ def read_config(overrides: list[str]) -> tuple[TandemConfig, dict[str, ScorerCon
         raise ConfigError(str(error)) from None
     assert isinstance(config, TandemConfig)
     validate_service(config)
+    choose_dtypes(config)
     given = {role: path for role in ROLES if (path := getattr(config, f"{role}_model"))}
     scorers = chosen_scorers(config.reward_service.scorers, given)
     return config, {**scorers, **config.reward_service.scorers}
