@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from contracts.config import ClusterConfig, ScorerConfig, TandemConfig
+from contracts.config import ClusterConfig, TandemConfig
 from contracts.process_env import worker_env
 
 
@@ -35,7 +35,6 @@ class Runtime:
 
     def __init__(self, config: TandemConfig):
         self.config = config
-        self._scorers: dict[str, ScorerConfig] = {}
         self._service: Any = None
 
     def __enter__(self) -> "Runtime":
@@ -79,9 +78,8 @@ class Runtime:
             env = environments(config.cluster)["reward"]
             self._service = RewardService(config.reward_service, config.cluster, env, config.model.path)
             self._service.start(scorers)
-        elif scorers != self._scorers:
+        elif scorers != self._service.scorers:
             self._service.update(scorers, self.config.cluster.start_timeout_s)
-        self._scorers = scorers
         return self._service.client()
 
     def wait_for_service(self) -> None:

@@ -32,6 +32,7 @@ from reward_service.scorers import ScorerError, resolve
 STUCK_S = 300.0  # of one batch, after which a replica counts as hung and Serve replaces it
 CALLS_A_REPLICA = 64  # Serve's default of 5 starves batches; the front's dispatchers send fewer
 CALLS_A_FRONT = 1024
+STARTS = 1  # a checkpoint that cannot be loaded or misses its golden scores does so every time
 PING_S = 5.0
 
 
@@ -156,6 +157,7 @@ class RewardService:
     def __init__(self, config: RewardServiceConfig, cluster: ClusterConfig, env: dict[str, str], tokenizer: str):
         """`tokenizer`: the checkpoint whose token ids are scored."""
         self.config, self.cluster, self.env, self.tokenizer = config, cluster, env, tokenizer
+        self.scorers: dict[str, ScorerConfig] = {}
         self.specs: dict[str, ScorerSpec] = {}
 
     def start(self, scorers: dict[str, ScorerConfig]) -> None:
@@ -172,7 +174,7 @@ class RewardService:
         serve.start(proxy_location="Disabled")
         leaves = {spec.application: spec for spec in specs.values() if spec.application}
         targets = [self._leaf(spec, scorers[spec.name]) for spec in leaves.values()]
-        self.specs = specs
+        self.scorers, self.specs = scorers, specs
         serve.run_many([*targets, self._front()], wait_for_applications_running=False)
 
     def update(self, scorers: dict[str, ScorerConfig], timeout_s: float) -> None:
@@ -194,7 +196,7 @@ class RewardService:
                 for name in new:
                     serve.delete(name)
                 raise
-        self.specs = specs
+        self.scorers, self.specs = scorers, specs
         serve.run_many([self._front()], wait_for_applications_running=False)
         _wait({FRONT}, timeout_s)
         for name in before - {spec.application for spec in specs.values()}:
@@ -226,6 +228,7 @@ class RewardService:
             name=spec.name,
             num_replicas=self.config.replicas,
             max_ongoing_requests=CALLS_A_REPLICA,
+            max_constructor_retry_count=STARTS,
             ray_actor_options=options,
         )
         arguments = (entry.path, self.config) if entry.kind == "model" else (entry, self.tokenizer)

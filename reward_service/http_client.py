@@ -40,6 +40,16 @@ class HttpClient:
 
         return with_retries(len(items), attempt, self.budget_s)
 
+    def models(self) -> list[dict[str, Any]]:
+        """The scorers with their versions and the hash of their tokenizer, as `/v1/models` has them.
+
+        Raises:
+            requests.RequestException: where the service cannot be reached or does not accept the token.
+        """
+        answer = self._session.get(f"{self.url}/v1/models", headers=self._headers, timeout=10)
+        answer.raise_for_status()
+        return answer.json()["data"]
+
     def _request(self, items: list[dict[str, Any]], model: str | None, version: str | None, left_s: float) -> Reply:
         body = {"items": items, "deadline_ms": left_s * 1000}
         body |= {name: value for name, value in (("model", model), ("version", version)) if value is not None}

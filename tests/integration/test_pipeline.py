@@ -131,6 +131,8 @@ def test_unchanged_stages_are_reused(finished: Any, folder: Path, tiny_model: Pa
 
 def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) -> None:
     overrides = ["ppo.estimator=grpo", "ppo.samples_per_prompt=4", "ppo.off_policy.correction=masked"]
+    # Scored by an ensemble of the reward model and a rule function.
+    overrides += ["reward_service=brevity", "reward_service.scorers.proxy={kind: ensemble}"]
     done = run(folder, tiny_model, f"run_dir={folder}/grpo", "stage=ppo", *overrides)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     # No warm-up update comes first; the metrics of the cached stages are in the file too.
@@ -141,6 +143,10 @@ def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) ->
         assert row["fault/no_sibling"] == 0
         assert 0.9 < row["off_policy/ess"] <= 1  # rounding alone
         assert row["policy/kl_loss"] >= 0
+        assert row["reward/spread_mean"] > 0
+        assert row["reward/versions"] == 1
+    [ppo] = [row for row in json.loads((folder / "grpo/stages.json").read_text()) if row["name"] == "ppo"]
+    assert set(ppo["metrics"]["scorers"]) == {"proxy", "gold", "proxy_model", "brevity"}
     assert "<svg" in (folder / "grpo/report.html").read_text()
 
 

@@ -1,7 +1,6 @@
 """The service over real HTTP: a real (tiny) model, rule functions in real processes; and what may happen to them."""
 
 import signal
-import socket
 import statistics
 import time
 from collections.abc import Iterator
@@ -13,56 +12,19 @@ import psutil
 import pytest
 import requests
 
-from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, ScorerConfig
-from contracts.process_env import worker_env
+from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig
 from reward_service.app import RewardService
 from reward_service.http_client import HttpClient
 from reward_service.scorers import ScorerError
 from tests.conftest import SMOLLM
-from tests.integration.test_reward_service import replicas
+from tests.integration.conftest import TOKEN, free_port, replicas
 
-TOKEN = "a-token-for-tests-0123456789"
 SECRET = "xylophonesecret"  # in texts; must be in no log
-RULES = """
-import math, os, time
-def odd(completions):
-    answers = {"hang": lambda: time.sleep(60), "crash": lambda: os._exit(3), "nan": lambda: math.nan}
-    return [answers[c]() if c in answers else float(len(c)) for c in completions]
-def few(completions): return []
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def service(ray_runtime: None, reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardService]:
-    folder = tmp_path_factory.mktemp("http")
-    (folder / "tokens").write_text(TOKEN + "\n")
-    (folder / "rules.py").write_text(RULES)
-    http = HttpConfig(port=free_port(), token_file=str(folder / "tokens"), max_body_mib=1.0)
-    config = RewardServiceConfig(dtype="float32", max_tokens=128, deadline_s=60, max_queued_items=512, http=http)
-    started = RewardService(config, ClusterConfig(), worker_env(1, on_cpu=True), str(SMOLLM))
-    rule = {"kind": "function", "timeout_s": 1.0, "processes": 2}
-    started.start(
-        {
-            "proxy": ScorerConfig(path=str(reward_model)),
-            "odd": ScorerConfig(**rule, function=f"{folder}/rules.py:odd"),
-            "few": ScorerConfig(**rule, function=f"{folder}/rules.py:few"),
-            "both": ScorerConfig(kind="ensemble", parts=["proxy", "odd"], std_coef=0.5),
-        }
-    )
-    started.wait(120)
-    yield started
-    started.stop()
 
 
 @pytest.fixture
-def url(service: RewardService) -> str:
-    return f"http://127.0.0.1:{service.config.http.port}"
+def url(reward_service: RewardService) -> str:
+    return f"http://127.0.0.1:{reward_service.config.http.port}"
 
 
 @pytest.fixture
@@ -95,11 +57,15 @@ def test_every_protocol_gives_the_same_score(url: str, client: HttpClient) -> No
     assert both.spread == pytest.approx(statistics.pstdev(values))
 
 
-def test_models_say_their_versions_and_a_pin_holds(url: str, client: HttpClient, service: RewardService) -> None:
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    models = requests.get(url + "/v1/models", headers=headers, timeout=10).json()["data"]
-    assert {m["id"]: m["version"] for m in models} == {name: spec.version for name, spec in service.specs.items()}
-    assert client.score(texts(1), "proxy", service.specs["proxy"].version)[0].version == service.specs["proxy"].version
+def test_models_say_their_versions_and_a_pin_holds(client: HttpClient, reward_service: RewardService) -> None:
+    models = client.models()
+    assert {m["id"]: m["version"] for m in models} == {
+        name: spec.version for name, spec in reward_service.specs.items()
+    }
+    assert (
+        client.score(texts(1), "proxy", reward_service.specs["proxy"].version)[0].version
+        == reward_service.specs["proxy"].version
+    )
     with pytest.raises(LookupError, match="410: proxy is served in version"):
         client.score(texts(1), "proxy", "0" * 16)
     with pytest.raises(LookupError, match="404"):

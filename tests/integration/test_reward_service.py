@@ -1,43 +1,23 @@
 """Real Ray Serve with a tiny reward model, reached by handle as the actors do."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
-from contracts.config import ClusterConfig, RewardServiceConfig, ScorerConfig
+from contracts.config import ScorerConfig
 from contracts.scoring import write_golden
-from controller.runtime import environments
 from reward_service.app import RewardService
 from reward_service.client import HandleClient
-from tests.conftest import SMOLLM
+from tests.integration.conftest import replicas
 
 SEQUENCES = [[5, 9, 7, 2], [8, 2], [5, 9, 7, 2], [*range(10, 60), 2]]
 
 
-@pytest.fixture(scope="module")
-def service(ray_runtime: None, reward_model: Path) -> Iterator[RewardService]:
-    cluster = ClusterConfig(threads_per_reward_replica=1)
-    config = RewardServiceConfig(dtype="float32", max_tokens=64, deadline_s=60)
-    started = RewardService(config, cluster, environments(cluster)["reward"], str(SMOLLM))
-    started.start({"proxy": ScorerConfig(path=str(reward_model))})
-    started.wait(timeout_s=120)
-    yield started
-    started.stop()
-
-
 @pytest.fixture
-def client(service: RewardService) -> HandleClient:
-    return service.client()
-
-
-def replicas(part: str) -> list[psutil.Process]:
-    """Our Serve replicas of an application whose name contains `part`."""
-    ours = psutil.Process().children(recursive=True)
-    return [p for p in ours if any(f"ServeReplica:{part}" in word for word in p.cmdline())]
+def client(reward_service: RewardService) -> HandleClient:
+    return reward_service.client()
 
 
 def expected(reward_model: Path) -> list[float]:
@@ -59,7 +39,7 @@ def test_scores_equal_transformers_one_by_one(client: HandleClient, reward_model
 
 
 def test_a_bad_item_harms_itself_alone(client: HandleClient) -> None:
-    scores = client.score("proxy", [[5, 9, 2], [], [10**6], [7] * 65, [5, 9, 2]])
+    scores = client.score("proxy", [[5, 9, 2], [], [10**6], [7] * 129, [5, 9, 2]])
     assert [s.error and s.error.split(":")[0] for s in scores] == [None, "empty", "out_of_vocabulary", "too_long", None]
     assert [s.value is None for s in scores] == [False, True, True, True, False]
 
@@ -77,14 +57,14 @@ def test_a_killed_replica_or_front_loses_nothing(part: str, client: HandleClient
 
 
 def test_an_unknown_scorer_and_a_version_that_is_gone_are_errors_not_scores(client: HandleClient) -> None:
-    with pytest.raises(LookupError, match="scorer nobody: no scorer of this name; there are proxy"):
+    with pytest.raises(LookupError, match="scorer nobody: no scorer of this name; there are proxy, odd"):
         client.score("nobody", SEQUENCES)
     with pytest.raises(LookupError, match="the pinned one is gone"):
         HandleClient(10, {"proxy": "0123456789abcdef"}).score("proxy", SEQUENCES)
 
 
 def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
-    service: RewardService, reward_model: Path, tmp_path: Path
+    reward_service: RewardService, reward_model: Path, tmp_path: Path
 ) -> None:
     import json
     import shutil
@@ -95,10 +75,13 @@ def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
         shutil.copytree(reward_model, path)
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"score_mean": 10.5}))
-    before = service.client()
+    before = reward_service.client()
     old = [s.value for s in before.score("proxy", SEQUENCES)]
     write_golden(str(better), SEQUENCES, [v - 5 for v in old])
     write_golden(str(broken), SEQUENCES, old)
+
+    def changed(path: Path) -> dict[str, ScorerConfig]:
+        return {**reward_service.scorers, "proxy": ScorerConfig(path=str(path))}
 
     stop, seen = threading.Event(), []
 
@@ -110,10 +93,10 @@ def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
     thread = threading.Thread(target=load)
     thread.start()
     with pytest.raises(RuntimeError, match="is missed by 5"):
-        service.update({"proxy": ScorerConfig(path=str(broken))}, timeout_s=60)
+        reward_service.update(changed(broken), timeout_s=120)
     assert [s.value for s in before.score("proxy", SEQUENCES)] == old
-    service.update({"proxy": ScorerConfig(path=str(better))}, timeout_s=60)
-    new = service.client().score("proxy", SEQUENCES)
+    reward_service.update(changed(better), timeout_s=120)
+    new = reward_service.client().score("proxy", SEQUENCES)
     np.testing.assert_allclose([s.value for s in new], np.array(old) - 5, atol=1e-5)
     stop.set()
     thread.join()
@@ -121,5 +104,5 @@ def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
     assert {s.version for s in seen} == {before.versions["proxy"], new[0].version}
     with pytest.raises(LookupError, match="the pinned one is gone"):
         before.score("proxy", SEQUENCES)
-    service.update({"proxy": ScorerConfig(path=str(reward_model))}, timeout_s=60)
+    reward_service.update(changed(reward_model), timeout_s=120)
     assert [s.value for s in before.score("proxy", SEQUENCES)] == old

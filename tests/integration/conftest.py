@@ -1,0 +1,63 @@
+"""The reward service, started once for all tests that need it."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, ScorerConfig
+from contracts.process_env import worker_env
+from reward_service.app import RewardService
+from tests.conftest import SMOLLM
+
+TOKEN = "a-token-for-tests-0123456789"
+RULES = """
+import math, os, time
+def odd(completions):
+    answers = {"hang": lambda: time.sleep(60), "crash": lambda: os._exit(3), "nan": lambda: math.nan}
+    return [answers[c]() if c in answers else float(len(c)) for c in completions]
+def few(completions): return []
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def replicas(part: str) -> list[psutil.Process]:
+    """Our Serve replicas of an application whose name begins with `part`."""
+    ours = psutil.Process().children(recursive=True)
+    return [p for p in ours if any(f"ServeReplica:{part}" in word for word in p.cmdline())]
+
+
+def start_reward_service(proxy: Path, folder: Path) -> RewardService:
+    """With the reward model `proxy`, rule functions that misbehave, and an ensemble; by handle and over HTTP."""
+    (folder / "tokens").write_text(TOKEN + "\n")
+    (folder / "rules.py").write_text(RULES)
+    http = HttpConfig(port=free_port(), token_file=str(folder / "tokens"), max_body_mib=1.0)
+    config = RewardServiceConfig(dtype="float32", max_tokens=128, deadline_s=60, max_queued_items=512, http=http)
+    started = RewardService(config, ClusterConfig(), worker_env(1, on_cpu=True), str(SMOLLM))
+    rule = {"kind": "function", "timeout_s": 1.0, "processes": 2}
+    started.start(
+        {
+            "proxy": ScorerConfig(path=str(proxy)),
+            "odd": ScorerConfig(**rule, function=f"{folder}/rules.py:odd"),
+            "few": ScorerConfig(**rule, function=f"{folder}/rules.py:few"),
+            "both": ScorerConfig(kind="ensemble", parts=["proxy", "odd"], std_coef=0.5),
+        }
+    )
+    started.wait(120)
+    return started
+
+
+@pytest.fixture(scope="session")
+def reward_service(
+    ray_runtime: None, reward_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RewardService]:
+    started = start_reward_service(reward_model, tmp_path_factory.mktemp("service"))
+    yield started
+    started.stop()
