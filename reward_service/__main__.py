@@ -28,7 +28,7 @@ from contracts.overrides import unknown_overrides
 from contracts.precision import choose_dtypes
 from contracts.scorer_checks import ROLES
 from contracts.validation import ConfigError, validate_service
-from reward_service.scorers import ScorerError, chosen_scorers
+from reward_service.scorers import ScorerError, chosen_scorers, resolve
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -46,7 +46,6 @@ def read_config(overrides: list[str]) -> tuple[TandemConfig, dict[str, ScorerCon
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides)
-        OmegaConf.resolve(composed)
         for key in OmegaConf.missing_keys(composed):
             OmegaConf.update(composed, key, "")
         config = OmegaConf.to_object(composed)
@@ -79,6 +78,7 @@ def serve(overrides: list[str]) -> None:
     from reward_service.app import RewardService
 
     config, scorers = read_config(overrides)
+    resolve(scorers, config.reward_service, tokenizer_of(config, scorers))  # before anything is started
     cluster, http = config.cluster, config.reward_service.http
     options = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "tandem-rewards"}
     if cluster.address == "local":
@@ -117,7 +117,7 @@ def reload(service: "RewardService", overrides: list[str], timeout_s: float) -> 
         _, scorers = read_config(overrides)
         service.update(scorers, timeout_s)
     except (ConfigError, ScorerError, RuntimeError) as error:
-        return f"nothing has changed: {error}"
+        return f"nothing has changed: {' '.join(str(error).split())}"
     return "now serving " + ", ".join(f"{name} ({spec.version})" for name, spec in service.specs.items())
 
 

@@ -167,7 +167,7 @@ class RewardService:
             ScorerError: where a scorer cannot be served as it is configured.
         """
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        specs = resolve(scorers, self.config)
+        specs = resolve(scorers, self.config, self.tokenizer)
         http = self.config.http
         if http.port is not None and not is_loopback(http.host) and not token_digests(http.token_file):
             raise ScorerError(f"reward_service.http.host={http.host} is not served without a token_file")
@@ -184,7 +184,7 @@ class RewardService:
             ScorerError: as `start`.
             RuntimeError: where a new version cannot serve; the old ones then still do.
         """
-        specs = resolve(scorers, self.config)
+        specs = resolve(scorers, self.config, self.tokenizer)
         before = {spec.application for spec in self.specs.values() if spec.application}
         new = {s.application: s for s in specs.values() if s.application and s.application not in before}
         if new:

@@ -2,13 +2,16 @@
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from contracts.records import Score
 from contracts.scoring import RETRYABLE
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+CALLS = 8  # under way at a time, of one client
 FRONT = "reward"  # the Serve application that every call goes to
 
 
@@ -72,26 +75,33 @@ class HandleClient:
         from ray.serve.exceptions import RayServeException
 
         end, size = time.monotonic() + left_s, self.call_items
-        cuts = [slice(start, start + size) for start in range(0, len(sequences), size)]
         pin = self.versions.get(scorer)
         scores: list[Score] = []
-        calls: list = []
-        for cut in cuts:
-            try:
-                handle = serve.get_app_handle(FRONT)
-                calls.append(handle.score.remote(scorer, sequences[cut], lengths[cut], pin, left_s))
-            except RayServeException as fault:  # the service restarts, or its queue is full
-                calls.append(fault)
-        for cut, call in zip(cuts, calls, strict=True):
-            count = len(sequences[cut])
+        under_way: deque[tuple[int, Any]] = deque()
+
+        def answer() -> list[Score]:
+            count, call = under_way.popleft()
             try:
                 if isinstance(call, Exception):
                     raise call
-                answer = call.result(timeout_s=max(0.1, end - time.monotonic()))
-                problem = None if len(answer) == count else f"unavailable: {len(answer)} scores for {count} sequences"
+                found = call.result(timeout_s=max(0.1, end - time.monotonic()))
+                problem = f"{len(found)} scores for {count} sequences" if len(found) != count else None
             except (RayError, RayServeException, TimeoutError) as fault:  # the front died or hangs: Serve restarts it
                 if isinstance(fault, RayTaskError) and isinstance(fault.cause, LookupError):
                     raise LookupError(f"scorer {scorer}: {fault.cause}") from None
-                problem = f"unavailable: {type(fault).__name__}"
-            scores += [Score(None, problem)] * count if problem else answer
+                found, problem = [], type(fault).__name__
+            return [Score(None, f"unavailable: {problem}")] * count if problem else found
+
+        for start in range(0, len(sequences), size):
+            cut = slice(start, start + size)
+            try:
+                handle = serve.get_app_handle(FRONT)
+                call: Any = handle.score.remote(scorer, sequences[cut], lengths[cut], pin, left_s)
+            except RayServeException as fault:  # the service restarts, or its queue is full
+                call = fault
+            under_way.append((len(sequences[cut]), call))
+            if len(under_way) == CALLS:
+                scores += answer()
+        while under_way:
+            scores += answer()
         return Reply(scores)

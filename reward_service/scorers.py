@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 from contracts.config import RewardServiceConfig, ScorerConfig
 from reward_service.front import ScorerSpec
-from reward_service.versions import composite_version, function_version, model_version
+from reward_service.versions import composite_version, function_version, model_version, vocabulary
 
 MODEL_CALLS, MODEL_CALL_ITEMS = (
     4,
@@ -31,8 +31,13 @@ def chosen_scorers(configured: dict[str, ScorerConfig], checkpoints: dict[str, s
     return chosen
 
 
-def resolve(scorers: dict[str, ScorerConfig], config: RewardServiceConfig) -> dict[str, ScorerSpec]:
+def resolve(
+    scorers: dict[str, ScorerConfig], config: RewardServiceConfig, tokenizer: str | None = None
+) -> dict[str, ScorerSpec]:
     """A spec for each scorer, in the order given.
+
+    Args:
+        tokenizer: the checkpoint whose token ids are scored; a model that reads them otherwise is refused.
 
     Raises:
         ScorerError: naming every checkpoint and function that does not exist, and composites of themselves.
@@ -57,6 +62,8 @@ def resolve(scorers: dict[str, ScorerConfig], config: RewardServiceConfig) -> di
                 found = _composite(name, entry, [part for part in parts if part])
             else:
                 found = _leaf(name, entry, config)
+                if entry.kind == "model" and tokenizer is not None:
+                    _check_vocabulary(str(entry.path), tokenizer)
                 same = shared.setdefault(f"{entry} {found.version}", str(found.application))
                 found = replace(found, application=same)
         except (OSError, ValueError) as error:
@@ -94,6 +101,13 @@ def _leaf(name: str, entry: ScorerConfig, config: RewardServiceConfig) -> Scorer
     return ScorerSpec(
         name, entry.kind, version, f"reward-{name}-{version}", None, calls, entry.batch_size, source=source
     )
+
+
+def _check_vocabulary(path: str, tokenizer: str) -> None:
+    """Another model's token ids would be scored without any error, and mean nothing. Raises ValueError."""
+    own, ours = vocabulary(path), vocabulary(tokenizer)
+    if own is not None and ours is not None and own != ours:
+        raise ValueError(f"{path} has another vocabulary than {tokenizer}, whose token ids are scored")
 
 
 def _composite(name: str, entry: ScorerConfig, parts: list[ScorerSpec]) -> ScorerSpec:

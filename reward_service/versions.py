@@ -27,6 +27,16 @@ def local_checkpoint(path: str) -> Path:
     return Path(snapshot_download(path))
 
 
+def vocabulary(path: str) -> dict[str, int] | None:
+    """Token -> id of a checkpoint's tokenizer, added tokens included; None where it has no `tokenizer.json`."""
+    file = local_checkpoint(path) / "tokenizer.json"
+    if not file.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+
+
 def load_decoder(path: str) -> Callable[[Sequence[int]], str]:
     """Token ids to text, control tokens shown, by the tokenizer of a checkpoint. A fast tokenizer needs no torch for it."""
     file = local_checkpoint(path) / "tokenizer.json"

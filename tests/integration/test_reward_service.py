@@ -38,6 +38,10 @@ def test_scores_equal_transformers_one_by_one(client: HandleClient, reward_model
     assert scores[0] == scores[2]
 
 
+def test_pitfall_6_threads_of_a_replica_are_set(client: HandleClient) -> None:
+    assert [p.environ()["OMP_NUM_THREADS"] for p in replicas("reward-proxy")] == ["1"]
+
+
 def test_a_bad_item_harms_itself_alone(client: HandleClient) -> None:
     scores = client.score("proxy", [[5, 9, 2], [], [10**6], [7] * 129, [5, 9, 2]])
     assert [s.error and s.error.split(":")[0] for s in scores] == [None, "empty", "out_of_vocabulary", "too_long", None]

@@ -124,6 +124,19 @@ def test_everything_that_cannot_be_served_is_named_at_once(rules: str) -> None:
     assert [line.split(":")[0] for line in str(refused.value).splitlines()] == ["one", "two", "three"]
 
 
+def test_a_model_with_another_vocabulary_is_refused(classifier: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(classifier, other)
+    state = json.loads((other / "tokenizer.json").read_text())
+    first, second = list(state["model"]["vocab"])[500:502]
+    vocab = state["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (other / "tokenizer.json").write_text(json.dumps(state))
+    resolve({"proxy": ScorerConfig(path=str(classifier))}, CONFIG, str(classifier))
+    with pytest.raises(ScorerError, match=r"proxy: .*other has another vocabulary than .*classifier, whose token ids"):
+        resolve({"proxy": ScorerConfig(path=str(other))}, CONFIG, str(classifier))
+
+
 def test_a_scorer_that_is_a_part_of_itself_or_has_a_part_that_is_none() -> None:
     loop = {
         "a": ScorerConfig(kind="ensemble", parts=["b"]),

@@ -1,0 +1,107 @@
+"""`python -m reward_service` as a user starts it: it serves, takes new tokens and checkpoints on SIGHUP, ends on SIGTERM."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from reward_service.http_client import HttpClient
+from tests.conftest import ROOT, SMOLLM
+from tests.integration.conftest import free_port
+
+FIRST, SECOND = "the-first-token-0123456789", "the-second-token-0123456789"
+TEXT = [{"text": "A warm, funny film"}]
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "reward_service", "reward_service=http", "cache_dir=unused", *overrides]
+
+
+@pytest.fixture
+def checkpoint(reward_model: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoint"
+    shutil.copytree(reward_model, path)
+    for file in SMOLLM.glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
+@pytest.fixture
+def alone(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+    (tmp_path / "tokens").write_text(FIRST + "\n")
+    port = free_port()
+    process = subprocess.Popen(
+        command(
+            f"proxy_model={checkpoint}", f"reward_service.http.port={port}", "reward_service.dtype=float32",
+            f"reward_service.http.token_file={tmp_path}/tokens", "cluster.threads_per_reward_replica=1",
+            "+reward_service.scorers.brief={kind: function, function: 'reward_service.rules:brevity'}",
+        ),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("serving proxy ("), process.stderr and process.stderr.read()
+    yield process, f"http://127.0.0.1:{port}"
+    if process.poll() is None:
+        process.kill()
+
+
+def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpoint: Path, tmp_path: Path) -> None:
+    process, url = alone
+    assert process.stdout is not None
+    client = HttpClient(url, FIRST, budget_s=30)
+    before = client.score(TEXT)[0]
+    assert before.value is not None
+    assert client.score(TEXT, "brief")[0].value == 0.0
+
+    (tmp_path / "tokens").write_text(f"{FIRST}\n{SECOND}\n")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"score_mean": 10.5}))
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline().startswith("now serving proxy (")
+    after = HttpClient(url, SECOND, budget_s=30).score(TEXT)[0]
+    assert after.value == pytest.approx(before.value - 5, abs=1e-4)
+    assert after.version != before.version
+    assert client.score(TEXT)[0].value == after.value
+
+    (checkpoint / "config.json").write_text("{")
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline().startswith("nothing has changed: ")
+    assert client.score([{"text": "Another film"}])[0].value is not None
+
+    (checkpoint / "config.json").write_text(json.dumps(config | {"score_mean": 10.5}))
+    (tmp_path / "tokens").write_text(f"{SECOND}\n")
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline().startswith("now serving")
+    with pytest.raises(PermissionError):
+        client.score(TEXT)
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert psutil.wait_procs(children, timeout=30)[1] == []
+    with pytest.raises(requests.ConnectionError):
+        requests.get(url + "/healthz", timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "for example proxy_model=CHECKPOINT"),
+        (["proxy_model=/no/such/model"], "proxy: "),
+        (["proxy_model=m", "reward_service.http.host=0.0.0.0"], "reward_service.http.token_file must be set where"),
+        (["proxy_model=m", "reward_service.htp.port=1"], "write reward_service.http.port"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(overrides: list[str], message: str) -> None:
+    done = subprocess.run(command(*overrides), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
