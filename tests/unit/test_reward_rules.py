@@ -1,0 +1,14 @@
+"""The rule functions that come with the service."""
+
+import pytest
+
+from reward_service.rules import brevity, exact_answer
+
+
+def test_brevity_falls_by_one_for_every_doubling_beyond_20_words() -> None:
+    assert brevity(["", "a", "a " * 20, "a " * 40, "a " * 80]) == pytest.approx([0.0, 0.0, 0.0, -1.0, -2.0])
+
+
+def test_exact_answer_compares_the_last_number() -> None:
+    completions = ["It is 3, so 1,234.5", "7", "none", "5"]
+    assert exact_answer(completions, ["1234.5", "8", "1", None]) == [1.0, 0.0, 0.0, None]
