@@ -1,21 +1,20 @@
 """Rule functions that come with the service, and examples of how to write one. Each runs in processes of its own."""
 
+import math
 import re
 
 
 def brevity(completions: list[str], **_: object) -> list[float]:
     """0 for up to 20 words, then falling by 1 for every doubling."""
-    import math
-
     return [-max(0.0, math.log2(max(1, len(text.split())) / 20)) for text in completions]
 
 
 def exact_answer(completions: list[str], labels: list[str | None]) -> list[float | None]:
     """1 where the last number of the completion is the label's, 0 where it is not. Without a label there is no score."""
 
-    def last_number(text: str) -> str | None:
+    def last_number(text: str) -> float | None:
         found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-        return found[-1] if found else None
+        return float(found[-1]) if found else None
 
     return [
         None if label is None else float(last_number(text) == last_number(label))

@@ -11,4 +11,4 @@ def test_brevity_falls_by_one_for_every_doubling_beyond_20_words() -> None:
 
 def test_exact_answer_compares_the_last_number() -> None:
     completions = ["It is 3, so 1,234.5", "7", "none", "5"]
-    assert exact_answer(completions, ["1234.5", "8", "1", None]) == [1.0, 0.0, 0.0, None]
+    assert exact_answer(completions, ["1234.50", "8", "1", None]) == [1.0, 0.0, 0.0, None]
