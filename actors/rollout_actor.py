@@ -11,11 +11,12 @@ from contracts.config import ClusterConfig, EngineConfig, ModelConfig, SamplingC
 from contracts.interfaces import Engine, RewardClient
 from contracts.records import Rollout, RolloutRequest, Score
 from contracts.scoring import scoring_ids
+from contracts.segment import SegmentAddress
+from contracts.weights import LoadReport, WeightUpdate
 
 
 class RolloutActor:
-    """One engine and its control plane. The weight-transfer methods are the ones that vLLM's `RayVLLMWeightSyncClient`
-    calls on an actor handle.
+    """One engine and its control plane.
 
     `serve` is the only method of Ray's default group, whose one thread builds the engine and runs it; all others have
     threads of the group "control", so that a weight transfer gets through while a rollout call waits.
@@ -96,7 +97,17 @@ class RolloutActor:
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
         return self._engine.token_logprobs(sequences)
 
-    # ---- vLLM's weight-transfer protocol
+    # ---- weights, as `learner/receivers.py` sends them
+
+    @ray.method(concurrency_group="control")
+    def connect_weights(self, publisher: str, address: SegmentAddress | None) -> bool:
+        return self._engine.connect_weights(publisher, address)
+
+    @ray.method(concurrency_group="control")
+    def load_weights(self, update: WeightUpdate) -> LoadReport:
+        return self._engine.load_weights(update)
+
+    # ---- the same by vLLM's own protocol, for its transports
 
     @ray.method(concurrency_group="control")
     def init_weight_transfer_engine(self, request: Any) -> None:
@@ -118,6 +129,10 @@ class RolloutActor:
     def update_weight_version(self, version: str) -> None:
         self._engine.control("set_weight_version", {"version": version})
 
+    @ray.method(concurrency_group="control")
+    def shutdown_weight_transfer_engine(self) -> None:
+        self._engine.control("shutdown_weight_transfer_engine")
+
 
 def start_actors(
     cluster: ClusterConfig,
@@ -127,8 +142,9 @@ def start_actors(
     eos_token_id: int,
     reward_client: RewardClient | None,
     env: dict[str, str],
+    count: int,
 ) -> list[ray.actor.ActorHandle]:
-    """Start `cluster.num_actors` actors; returns when all of them can serve.
+    """Start `count` actors; returns when all of them can serve.
 
     Raises:
         ray.exceptions.RayTaskError: where an engine cannot start, with the engine's own error.
@@ -143,7 +159,7 @@ def start_actors(
     remote = ray.remote(concurrency_groups={"control": 4})(RolloutActor)
     actors = [
         remote.options(**options).remote(model, engine, weight_transfer, on_cpu, eos_token_id, reward_client)
-        for _ in range(cluster.num_actors)
+        for _ in range(count)
     ]
     for actor in actors:
         actor.serve.remote()

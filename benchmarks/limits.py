@@ -125,7 +125,7 @@ def generation(job: dict[str, Any]) -> dict[str, float]:
     from actors.vllm_engine import VLLMEngine
 
     # The engine inside has Tandem's arguments and is driven directly from here.
-    engine = VLLMEngine(ModelConfig(path=job["model"]), EngineConfig(), "ray_object", on_cpu=True)._engine
+    engine = VLLMEngine(ModelConfig(path=job["model"]), EngineConfig(), "shared_memory", on_cpu=True)._engine
     prompts, tokens = job["prompts"][: job["rollouts"]], job["completion_tokens"]
     common: dict[str, Any] = {"temperature": 1.0, "max_tokens": tokens}
     serial = iter(range(1 << 30))

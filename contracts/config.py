@@ -181,7 +181,8 @@ class LearnerConfig:
     held_tokens: int = 0
     attention: str = "auto"  # auto | sdpa | eager | short_causal | flash_attention_2; auto: short_causal on CPU
     gradient_checkpointing: bool = False
-    weight_transfer: str = "auto"  # auto | ray_object | nccl | ipc; auto: ray_object on CPU, nccl on GPU
+    # auto | shared_memory | ray_object | nccl | ipc; auto: shared_memory on CPU, nccl on GPU
+    weight_transfer: str = "auto"
 
 
 @dataclass
@@ -210,6 +211,7 @@ class ClusterConfig:
     min_memory_gib: float = 6.0  # free memory below which nothing starts
     start_timeout_s: float = 300.0
     step_timeout_s: float = 900.0  # longest wait for one generation, update or weight transfer
+    publish_timeout_s: float = 120.0  # longest wait for an actor to take new weights; the others go on without it
 
 
 @dataclass

@@ -66,7 +66,7 @@ RANGES = [
             *_under(["evaluate"], "max_length_change", "max_kl"),
             "engine.kv_cache_gib",
             "reward_service.deadline_s",
-            *_under(["cluster"], "object_store_gib", "start_timeout_s", "step_timeout_s"),
+            *_under(["cluster"], "object_store_gib", "start_timeout_s", "step_timeout_s", "publish_timeout_s"),
             "logger.heartbeat_s",
         ),
     ),
@@ -120,7 +120,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ppo.init_value_from": ("reward_model", "policy"),
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),
-    "learner.weight_transfer": ("auto", "ray_object", "nccl", "ipc"),
+    "learner.weight_transfer": ("auto", "shared_memory", "ray_object", "nccl", "ipc"),
     "logger.wandb": ("offline", "online", "disabled"),
     **dict.fromkeys(_under(OPTIMIZERS, "schedule"), ("constant", "linear")),
     **dict.fromkeys(

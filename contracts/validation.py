@@ -233,7 +233,7 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
         Check(
             learner.weight_transfer not in ("nccl", "ipc") or not (on_cpu or cluster.gpus_per_actor == 0),
             "learner.weight_transfer",
-            f"auto or ray_object unless learner ranks and actors have GPUs (cluster: {gpus})",
+            f"auto, shared_memory or ray_object unless learner ranks and actors have GPUs (cluster: {gpus})",
             learner.weight_transfer,
             "auto",
         ),

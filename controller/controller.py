@@ -31,6 +31,7 @@ import ray
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.records import Rollout, RolloutRequest
+from contracts.weights import PublishReport
 from controller.batcher import make_batches, with_siblings
 from controller.ledger import Ledger
 from controller.ledger_log import NAME as LEDGER_FILE
@@ -145,7 +146,7 @@ class PPOController:
             metrics["reward/kl_penalty_mean"] = -self.kl.coef * metrics["kl/ref_seq"]
         if train_policy:
             self.kl.update(metrics["kl/ref_seq"], len(scored))
-            metrics["perf/sync_s"] = self._publish()
+            metrics |= self._publish()
         self.ledger.trained(self.version)
         self.ledger.committed(self.log.run_dir / LEDGER_FILE)
         return metrics | self.ledger.metrics()
@@ -219,13 +220,13 @@ class PPOController:
         self.log.samples([_sample(r, self.version) for r in rollouts[: self.config.logger.samples_per_update]])
         return metrics
 
-    def _publish(self) -> float:
-        """Give every engine the weights of the next version. Returns seconds."""
-        start = time.perf_counter()
+    def _publish(self) -> dict[str, float]:
+        """Give every engine the weights of the next version."""
         self.progress.waiting_for(f"the engines to load version {self.version + 1}")
-        self.learner.call("publish", self.version + 1)
+        report: PublishReport = self.learner.call("publish", self.version + 1)[0]
+        report.require_all()  # all actors are about to sample with it
         self.version += 1
-        return time.perf_counter() - start
+        return report.metrics()
 
 
 def _sample(rollout: Rollout, version: int) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def judge_models(
     progress: Progress,
 ) -> dict[str, Judged]:
     """Generate with every model and score; `actors` serve the first model of `models` already, and SFT comes last."""
-    from learner.weight_publisher import BACKEND, CheckpointSource, WeightPublisher
+    from learner.weight_publisher import BACKEND, WeightPublisher
+    from learner.weight_sources import CheckpointSource
 
     sampling, timeout_s = config.evaluate.sampling, config.cluster.step_timeout_s
     requests = [
@@ -79,7 +80,12 @@ def judge_models(
     for version, (name, path) in enumerate(models.items()):
         with progress.phase(f"evaluating {name}: {len(prompts)} held-out prompts"):
             if version:
-                WeightPublisher(BACKEND, CheckpointSource(path), actors, 0, 1).send(version)
+                publisher = WeightPublisher(BACKEND, CheckpointSource(path))
+                publisher.connect(actors)
+                report = publisher.send(version)
+                assert report is not None
+                report.require_all()
+                publisher.shutdown()
             calls = [
                 actor.rollout.remote(share, sampling, {judge: len(share) for judge in judges})
                 for actor, share in zip(actors, shares, strict=True)

@@ -291,7 +291,7 @@ class Pipeline:
                 actors = engines.enter_context(self.runtime.actors(policy, backend, eos, client))
                 self.runtime.wait_for_service()
                 learner.wait_ready()
-                learner.call("connect", backend, actors)
+                learner.call("connect", backend, actors)[0].require_all()
             controller = PPOController(config, stream, actors, learner, self.log, self.progress, "gold" in scorers)
             with self._phase("ppo", f"PPO: {config.ppo.updates} updates of {config.ppo.rollouts_per_update} rollouts"):
                 controller.run()

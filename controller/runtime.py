@@ -2,14 +2,17 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.process_env import worker_env
+from contracts.weights import WeightUpdate
 
 
 def weight_backend(config: TandemConfig) -> str:
@@ -17,7 +20,7 @@ def weight_backend(config: TandemConfig) -> str:
     chosen = config.learner.weight_transfer
     if chosen != "auto":
         return chosen
-    return "nccl" if config.cluster.gpus_per_actor else "ray_object"
+    return "nccl" if config.cluster.gpus_per_actor else "shared_memory"
 
 
 def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
@@ -37,6 +40,7 @@ class Runtime:
         self.config = config
         self._scorers: dict[str, str] = {}
         self._client: Any = None
+        self._start_actors: Callable[[int], list[Any]]
 
     def __enter__(self) -> "Runtime":
         return self
@@ -85,24 +89,31 @@ class Runtime:
     @contextmanager
     def actors(self, model_path: str, backend: str, eos_token_id: int, reward_client: Any) -> Iterator[list[Any]]:
         """Rollout actors that serve the checkpoint at `model_path`."""
-        from dataclasses import replace
-
         from actors.rollout_actor import start_actors
 
         self.start()
         config = self.config
-        started = start_actors(
-            config.cluster,
-            replace(config.model, path=model_path),
-            config.engine,
-            backend,
-            eos_token_id,
-            reward_client,
-            environments(config.cluster)["actor"],
+        model, env = replace(config.model, path=model_path), environments(config.cluster)["actor"]
+        self._start_actors = partial(
+            start_actors, config.cluster, model, config.engine, backend, eos_token_id, reward_client, env
         )
+        started = self._start_actors(config.cluster.num_actors)
         yield started
         for actor in started:
             ray.kill(actor)
+
+    def replace_actor(self, actors: list[Any], number: int, update: WeightUpdate | None) -> None:
+        """End one of `actors` and put a new one in its place, which serves the weights of `update` (None: those of its
+        checkpoint). Connect the learner again before it publishes the next version.
+
+        Raises:
+            ray.exceptions.RayTaskError: the new actor cannot start; or it cannot get the weights (`WeightsRefused`), as
+                they have been replaced meanwhile or it is on another node: connecting the learner gives it the current ones.
+        """
+        ray.kill(actors[number])
+        [actors[number]] = self._start_actors(1)
+        if update is not None:
+            ray.get(actors[number].load_weights.remote(update), timeout=self.config.cluster.publish_timeout_s)
 
     @contextmanager
     def learner(self, task: str, *arguments: Any) -> Iterator[Any]:

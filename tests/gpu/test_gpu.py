@@ -21,7 +21,7 @@ def test_nccl_publish_reaches_the_engine(tiny_model: Path, tmp_path: Path) -> No
     config.ppo.optimizer.learning_rate = 1e-3
     config.cluster.gpus_per_actor = config.cluster.gpus_per_learner_rank = 1.0
     env = environments(config.cluster)
-    actors = start_actors(config.cluster, config.model, config.engine, "nccl", EOS, None, env["actor"])
+    actors = start_actors(config.cluster, config.model, config.engine, "nccl", EOS, None, env["actor"], 1)
     path = config.model.path
     group = LearnerGroup(config.cluster, "ppo", 1, (config, path, path, EOS, []), env["learner"])
     try:

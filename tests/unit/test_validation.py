@@ -151,7 +151,7 @@ def test_a_choice_suggests_the_closest_name(config):
         ),
         (
             {"learner__weight_transfer": "nccl"},
-            ["learner.weight_transfer must be auto or ray_object unless", "found nccl", "write auto"],
+            ["learner.weight_transfer must be auto, shared_memory or ray_object unless", "found nccl", "write auto"],
         ),
         (
             {"engine__tensor_parallel_size": 2, "cluster__gpus_per_actor": 1.0},
