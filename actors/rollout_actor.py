@@ -135,6 +135,7 @@ class RolloutActor:
 
 
 def start_actors(
+    placement: list[dict[str, Any]],
     cluster: ClusterConfig,
     model: ModelConfig,
     engine: EngineConfig,
@@ -142,24 +143,20 @@ def start_actors(
     eos_token_id: int,
     reward_client: RewardClient | None,
     env: dict[str, str],
-    count: int,
 ) -> list[ray.actor.ActorHandle]:
-    """Start `count` actors; returns when all of them can serve.
+    """Start an actor for each of `placement`, the Ray options of one; returns when all of them can serve.
 
     Raises:
         ray.exceptions.RayTaskError: where an engine cannot start, with the engine's own error.
         ray.exceptions.GetTimeoutError: after `cluster.start_timeout_s`.
     """
     on_cpu = cluster.gpus_per_actor == 0
-    options = {
-        "num_cpus": cluster.cpus_per_process,
-        "num_gpus": cluster.gpus_per_actor,
-        "runtime_env": {"env_vars": env},
-    }
     remote = ray.remote(concurrency_groups={"control": 4})(RolloutActor)
     actors = [
-        remote.options(**options).remote(model, engine, weight_transfer, on_cpu, eos_token_id, reward_client)
-        for _ in range(count)
+        remote.options(**options, runtime_env={"env_vars": env}).remote(
+            model, engine, weight_transfer, on_cpu, eos_token_id, reward_client
+        )
+        for options in placement
     ]
     for actor in actors:
         actor.serve.remote()

@@ -181,7 +181,7 @@ class LearnerConfig:
     held_tokens: int = 0
     attention: str = "auto"  # auto | sdpa | eager | short_causal | flash_attention_2; auto: short_causal on CPU
     gradient_checkpointing: bool = False
-    # auto | shared_memory | ray_object | nccl | ipc; auto: shared_memory on CPU, nccl on GPU
+    # auto | shared_memory | ray_object | nccl | ipc; auto: shared_memory on CPU, on GPUs nccl or (colocated) ipc
     weight_transfer: str = "auto"
 
 
@@ -197,6 +197,12 @@ class RewardServiceConfig:
 @dataclass
 class ClusterConfig:
     address: str = "local"  # "local" starts an embedded Ray; "auto" joins a running cluster
+    # disaggregated: actors and learner ranks have devices of their own; colocated: actor i shares one with learner rank i
+    layout: str = "disaggregated"
+    # What the cluster has, or will have grown to when it is needed; null: it is asked when it has been joined.
+    num_nodes: int | None = None
+    gpus_per_node: float | None = None
+    cpus_per_node: float | None = None
     num_actors: int = 1
     num_learner_ranks: int = 1
     # One phase runs at a time in a synchronous run, so each may use every core of a laptop.

@@ -73,12 +73,17 @@ RANGES = [
     Range(
         "null or above 0",
         lambda value: value is None or value > 0,
-        (*_under(OPTIMIZERS, "head_learning_rate"), *_under(["ppo"], "value_clip", "target_approx_kl")),
+        (
+            *_under(OPTIMIZERS, "head_learning_rate"),
+            *_under(["ppo"], "value_clip", "target_approx_kl"),
+            "cluster.cpus_per_node",
+        ),
     ),
+    Range("null or 0 or more", lambda value: value is None or value >= 0, ("cluster.gpus_per_node",)),
     Range(
         "null or at least 1",
         lambda value: value is None or value >= 1,
-        ("data.prompt_words", "sft.trainable_layers", "ppo.trainable_layers"),
+        ("data.prompt_words", "sft.trainable_layers", "ppo.trainable_layers", "cluster.num_nodes"),
     ),
     Range(
         "null or 0 (the head alone) or more",
@@ -118,6 +123,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ppo.kl.controller": ("fixed", "adaptive"),
     "ppo.kl.place": (None, *KL_PLACES),
     "ppo.init_value_from": ("reward_model", "policy"),
+    "cluster.layout": ("disaggregated", "colocated"),
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),
     "learner.weight_transfer": ("auto", "shared_memory", "ray_object", "nccl", "ipc"),

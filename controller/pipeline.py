@@ -31,7 +31,7 @@ from controller.data import LoadReport, fingerprint, load_preferences, load_prom
 from controller.metrics import RunLog, redacted
 from controller.progress import Progress
 from controller.prompts import PromptStream
-from controller.runtime import Runtime, weight_backend
+from controller.runtime import Runtime, embedded_nodes, weight_backend
 from controller.stages import StageStore, checkpoint_fingerprint
 
 # Stages that a pipeline skips where the configuration names a checkpoint.
@@ -65,7 +65,9 @@ class Pipeline:
         with progress.phase("reading the data"):
             self.data = self._load()
         check_amounts(config, len(self.data.sft))
-        for warning in check_machine(config, psutil.virtual_memory().available / 2**30, psutil.cpu_count() or 1):
+        nodes = embedded_nodes() if config.cluster.address == "local" else None
+        free_gib = psutil.virtual_memory().available / 2**30
+        for warning in check_machine(config, free_gib, psutil.cpu_count() or 1, nodes):
             progress.line(warning)
 
     # ---- what a user asks for

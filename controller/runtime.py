@@ -9,10 +9,13 @@ from functools import partial
 from typing import Any
 
 import ray
+import torch
 
 from contracts.config import ClusterConfig, TandemConfig
+from contracts.placement import Resources
 from contracts.process_env import worker_env
 from contracts.weights import WeightUpdate
+from controller.placement import Placement
 
 
 def weight_backend(config: TandemConfig) -> str:
@@ -20,7 +23,9 @@ def weight_backend(config: TandemConfig) -> str:
     chosen = config.learner.weight_transfer
     if chosen != "auto":
         return chosen
-    return "nccl" if config.cluster.gpus_per_actor else "shared_memory"
+    if config.cluster.gpus_per_actor == 0:
+        return "shared_memory"
+    return "ipc" if config.cluster.layout == "colocated" else "nccl"
 
 
 def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
@@ -33,6 +38,11 @@ def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
     return {role: worker_env(threads, on_cpu=gpus == 0) for role, (threads, gpus) in roles.items()}
 
 
+def embedded_nodes() -> list[Resources]:
+    """The cluster that an embedded Ray is. Ray Serve's own processes need room beside ours, so it has two CPUs at least."""
+    return [{"CPU": max(os.cpu_count() or 1, 2), "GPU": torch.cuda.device_count()}]
+
+
 class Runtime:
     """One Ray for all stages of a run; `with Runtime(config) as runtime` leaves no process behind."""
 
@@ -40,7 +50,8 @@ class Runtime:
         self.config = config
         self._scorers: dict[str, str] = {}
         self._client: Any = None
-        self._start_actors: Callable[[int], list[Any]]
+        self._placement: Placement | None = None
+        self._start_actors: Callable[[list[dict[str, Any]]], list[Any]]
 
     def __enter__(self) -> "Runtime":
         return self
@@ -52,17 +63,32 @@ class Runtime:
             from reward_service.app import stop_service
 
             stop_service()
+        self.release()
         ray.shutdown()  # an embedded Ray takes every process with it
 
     def start(self) -> None:
-        """Start or join Ray; does nothing where it runs already."""
-        if ray.is_initialized():
-            return
+        """Start or join Ray and reserve the job's resources; does nothing the second time.
+
+        Raises:
+            ConfigError: the cluster cannot hold the job.
+        """
+        if not ray.is_initialized():
+            self._start_ray()
+        if self._placement is None:
+            self._placement = Placement(self.config)
+
+    def release(self) -> None:
+        """Give the job's resources back, for whoever shares this Ray."""
+        if self._placement is not None:
+            self._placement.release()
+            self._placement = None
+
+    def _start_ray(self) -> None:
         cluster = self.config.cluster
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "tandem"}
         if cluster.address == "local":
             options |= {
-                "num_cpus": max(os.cpu_count() or 1, 2),
+                "num_cpus": embedded_nodes()[0]["CPU"],
                 "object_store_memory": int(cluster.object_store_gib * 2**30),
                 "include_dashboard": False,
             }
@@ -76,8 +102,10 @@ class Runtime:
         self.start()
         if scorers != self._scorers:
             config = self.config
+            assert self._placement is not None
             env = environments(config.cluster)["reward"]
-            self._client = start_service(scorers, config.reward_service, config.cluster, env)
+            placement = [self._placement.scorer(i) for i in range(len(scorers))]
+            self._client = start_service(scorers, config.reward_service, config.cluster, env, placement)
             self._scorers = scorers
         return self._client
 
@@ -94,13 +122,23 @@ class Runtime:
         self.start()
         config = self.config
         model, env = replace(config.model, path=model_path), environments(config.cluster)["actor"]
+        assert self._placement is not None
         self._start_actors = partial(
-            start_actors, config.cluster, model, config.engine, backend, eos_token_id, reward_client, env
+            start_actors,
+            cluster=config.cluster,
+            model=model,
+            engine=config.engine,
+            weight_transfer=backend,
+            eos_token_id=eos_token_id,
+            reward_client=reward_client,
+            env=env,
         )
-        started = self._start_actors(config.cluster.num_actors)
-        yield started
-        for actor in started:
-            ray.kill(actor)
+        started = self._start_actors([self._placement.actor(i) for i in range(config.cluster.num_actors)])
+        try:
+            yield started
+        finally:
+            for actor in started:
+                ray.kill(actor)
 
     def replace_actor(self, actors: list[Any], number: int, update: WeightUpdate | None) -> None:
         """End one of `actors` and put a new one in its place, which serves the weights of `update` (None: those of its
@@ -110,8 +148,9 @@ class Runtime:
             ray.exceptions.RayTaskError: the new actor cannot start; or it cannot get the weights (`WeightsRefused`), as
                 they have been replaced meanwhile or it is on another node: connecting the learner gives it the current ones.
         """
+        assert self._placement is not None
         ray.kill(actors[number])
-        [actors[number]] = self._start_actors(1)
+        [actors[number]] = self._start_actors([self._placement.actor(number)])
         if update is not None:
             ray.get(actors[number].load_weights.remote(update), timeout=self.config.cluster.publish_timeout_s)
 
@@ -121,7 +160,11 @@ class Runtime:
         from learner.learner_actor import LearnerGroup
 
         self.start()
+        assert self._placement is not None
         cluster = self.config.cluster
-        group = LearnerGroup(cluster, task, self.config.seed, arguments, environments(cluster)["learner"])
-        yield group
-        group.stop()
+        placement = [self._placement.learner(rank) for rank in range(cluster.num_learner_ranks)]
+        group = LearnerGroup(cluster, task, self.config.seed, arguments, environments(cluster)["learner"], placement)
+        try:
+            yield group
+        finally:
+            group.stop()

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from ray import serve
 
@@ -30,26 +31,26 @@ class RewardReplica:
 
 
 def start_service(
-    scorers: dict[str, str], config: RewardServiceConfig, cluster: ClusterConfig, env: dict[str, str]
+    scorers: dict[str, str],
+    config: RewardServiceConfig,
+    cluster: ClusterConfig,
+    env: dict[str, str],
+    placement: list[dict[str, Any]] | None = None,
 ) -> HandleClient:
-    """Deploy {scorer: checkpoint}; `wait_for_service` says when every replica can score."""
+    """Deploy {scorer: checkpoint}; `wait_for_service` says when every replica can score.
+
+    Args:
+        placement: resources of a replica of each scorer, as Ray options; None takes them from anywhere.
+    """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled")
-    deployment = serve.deployment(RewardReplica).options(
-        num_replicas=config.replicas,
-        max_ongoing_requests=16,
-        ray_actor_options={
-            "num_cpus": cluster.cpus_per_process,
-            "num_gpus": cluster.gpus_per_reward_replica,
-            "runtime_env": {"env_vars": env},
-        },
-    )
-    targets = [
-        serve.RunTarget(
-            target=deployment.options(name=scorer).bind(path, config), name=application_name(scorer), route_prefix=None
-        )
-        for scorer, path in scorers.items()
-    ]
+    anywhere = {"num_cpus": cluster.cpus_per_process, "num_gpus": cluster.gpus_per_reward_replica}
+    deployment = serve.deployment(RewardReplica).options(num_replicas=config.replicas, max_ongoing_requests=16)
+    targets = []
+    for (scorer, path), resources in zip(scorers.items(), placement or [anywhere] * len(scorers), strict=False):
+        options = resources | {"runtime_env": {"env_vars": env}}
+        target = deployment.options(name=scorer, ray_actor_options=options).bind(path, config)
+        targets.append(serve.RunTarget(target=target, name=application_name(scorer), route_prefix=None))
     serve.run_many(targets, wait_for_applications_running=False)
     return HandleClient(config.deadline_s)
 

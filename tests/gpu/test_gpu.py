@@ -21,7 +21,8 @@ def test_nccl_publish_reaches_the_engine(tiny_model: Path, tmp_path: Path) -> No
     config.ppo.optimizer.learning_rate = 1e-3
     config.cluster.gpus_per_actor = config.cluster.gpus_per_learner_rank = 1.0
     env = environments(config.cluster)
-    actors = start_actors(config.cluster, config.model, config.engine, "nccl", EOS, None, env["actor"], 1)
+    placement = [{"num_cpus": 0.1, "num_gpus": 1}]
+    actors = start_actors(placement, config.cluster, config.model, config.engine, "nccl", EOS, None, env["actor"])
     path = config.model.path
     group = LearnerGroup(config.cluster, "ppo", 1, (config, path, path, EOS, []), env["learner"])
     try:

@@ -64,13 +64,15 @@ def config_bf16(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> T
 
 
 @pytest.fixture(scope="module")
-def runtime(config_bf16: TandemConfig, ray_runtime: None) -> Runtime:
-    return Runtime(config_bf16)
+def runtime(config_bf16: TandemConfig, ray_runtime: None) -> Iterator[Runtime]:
+    config_bf16.cluster.num_actors, config_bf16.cluster.threads_per_actor = 2, 1
+    runtime = Runtime(config_bf16)
+    yield runtime
+    runtime.release()
 
 
 @pytest.fixture(scope="module")
 def engines(config_bf16: TandemConfig, runtime: Runtime) -> Iterator[list[Any]]:
-    config_bf16.cluster.num_actors, config_bf16.cluster.threads_per_actor = 2, 1
     with runtime.actors(config_bf16.model.path, BACKEND, EOS, None) as actors:
         yield actors
 
@@ -216,9 +218,9 @@ def test_agreement_to_rounding(tmp_path: Path, dtype: torch.dtype, tied: bool, l
     name = str(dtype).removeprefix("torch.")
     config = make_config(make_tiny_model(tmp_path / "model", dtype, tied), tmp_path, dtype=name)
     config.ppo.optimizer.learning_rate = 1e-3
-    group = start_learner(config, 1, 0)
+    group, runtime = start_learner(config, 1, 0), Runtime(config)
     try:
-        with Runtime(config).actors(config.model.path, BACKEND, EOS, None) as actors:
+        with runtime.actors(config.model.path, BACKEND, EOS, None) as actors:
             group.call("connect", BACKEND, actors)
             samples = rollouts(actors[0])
             before = logprobs(actors[0], samples)
@@ -234,3 +236,4 @@ def test_agreement_to_rounding(tmp_path: Path, dtype: torch.dtype, tied: bool, l
             assert np.abs(mine - before).mean() > 0.05
     finally:
         group.stop()
+        runtime.release()
