@@ -263,6 +263,13 @@ def _cluster_checks(config: TandemConfig) -> list[Check]:
             "all three, as in conf/cluster/multi_node.yaml",
         ),
         Check(
+            cluster.publish_timeout_s < cluster.step_timeout_s,
+            "cluster.publish_timeout_s",
+            f"below cluster.step_timeout_s ({cluster.step_timeout_s:g}), which ends the run",
+            cluster.publish_timeout_s,
+            f"{cluster.step_timeout_s / 4:g}, or a larger cluster.step_timeout_s",
+        ),
+        Check(
             not (colocated and shared > 1),
             "cluster.gpus_per_actor + cluster.gpus_per_learner_rank",
             "at most 1 with cluster.layout colocated: an actor and its learner rank share one device",

@@ -14,7 +14,7 @@ import torch
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.placement import Resources
 from contracts.process_env import worker_env
-from contracts.weights import WeightUpdate
+from contracts.weights import WeightsRefused, WeightUpdate
 from controller.placement import Placement
 
 
@@ -140,19 +140,30 @@ class Runtime:
             for actor in started:
                 ray.kill(actor)
 
-    def replace_actor(self, actors: list[Any], number: int, update: WeightUpdate | None) -> None:
-        """End one of `actors` and put a new one in its place, which serves the weights of `update` (None: those of its
-        checkpoint). Connect the learner again before it publishes the next version.
+    def replace_actor(self, actors: list[Any], number: int, update: WeightUpdate | None) -> bool:
+        """End one of `actors` and put a new one in its place. Connect the learner again before it publishes.
+
+        Returns:
+            Whether the new actor serves the weights of `update` (None: its checkpoint's). If not, they have been replaced
+            meanwhile or cannot be read on its node, and it must not sample before the learner has been connected.
 
         Raises:
-            ray.exceptions.RayTaskError: the new actor cannot start; or it cannot get the weights (`WeightsRefused`), as
-                they have been replaced meanwhile or it is on another node: connecting the learner gives it the current ones.
+            ray.exceptions.RayError: the new actor cannot start, or fails while it loads; its place stays empty.
         """
         assert self._placement is not None
         ray.kill(actors[number])
-        [actors[number]] = self._start_actors([self._placement.actor(number)])
+        [new] = self._start_actors([self._placement.actor(number)])
+        served = True
         if update is not None:
-            ray.get(actors[number].load_weights.remote(update), timeout=self.config.cluster.publish_timeout_s)
+            try:
+                ray.get(new.load_weights.remote(update), timeout=self.config.cluster.publish_timeout_s)
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, WeightsRefused):
+                    ray.kill(new)
+                    raise
+                served = False
+        actors[number] = new
+        return served
 
     @contextmanager
     def learner(self, task: str, *arguments: Any) -> Iterator[Any]:

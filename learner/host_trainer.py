@@ -83,7 +83,9 @@ class HostTrainer(TrainerWeightTransferEngine[TrainerInitInfo]):
         if self._needs_object and not self._update.objects:
             self._update = replace(self._update, objects=[ray.put(self._current.payload)])
         update, pack_s = self._update, time.perf_counter() - start
-        loaded, missing = self.client.call("load_weights", lambda i: (update,))
+        answers, missing = self.client.call("load_weights", lambda i: (update,))
+        loaded = {i: answer for i, answer in answers.items() if answer.version >= version}
+        missing |= {i: f"it serves version {answer.version}" for i, answer in answers.items() if i not in loaded}
         return PublishReport(
             version=version,
             seconds=time.perf_counter() - start,

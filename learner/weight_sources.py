@@ -31,9 +31,12 @@ class CheckpointSource(WeightSource):
         self._files = sorted(Path(path).glob("*.safetensors"))
         if not self._files:
             raise FileNotFoundError(f"no .safetensors file in {path}")
+        self._metadata: list[ParamMeta] = []
 
     def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+        if not self._metadata:
+            self._metadata = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+        return self._metadata
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self._files:

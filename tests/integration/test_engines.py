@@ -168,7 +168,7 @@ def test_a_replaced_engine_serves_what_the_others_serve(
         assert (sorted(report.loaded), sorted(report.missing)) == ([0], [1])
         survivor = logprobs(engines[0], samples)
         assert np.abs(survivor - checkpoint).mean() > 0.05
-        runtime.replace_actor(engines, 1, report.update)
+        assert runtime.replace_actor(engines, 1, report.update)
         assert np.array_equal(logprobs(engines[1], samples), survivor)
         # The learner overwrites the memory that both have loaded from: that must not show before they load again.
         train(group, config_bf16, samples, steps=1)
