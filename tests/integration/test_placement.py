@@ -12,6 +12,7 @@ from contracts.validation import ConfigError
 from controller.placement import Placement
 from controller.runtime import environments
 from reward_service.app import start_service, stop_service, wait_for_service
+from tests.stand_ins import Process
 
 pytestmark = pytest.mark.usefixtures("ray_runtime")
 
@@ -40,15 +41,9 @@ def free(placement: Placement) -> dict[int, float]:
     return {i: round(left.get(f"CPU_group_{i}_{group}", 0.0), 4) for i in range(len(placement.plan.bundles))}
 
 
-@ray.remote
-class Process:
-    def bundle(self) -> str:
-        return ray.get_runtime_context().get_placement_group_id() or ""
-
-
 def test_each_process_runs_from_its_bundle(placement: Placement) -> None:
     assert free(placement) == {0: 0.1, 1: 0.1, 2: 0.1, 3: 0.2, 4: 0.2}
-    started = [Process.options(**o).remote() for o in (placement.actor(1), placement.learner(0))]  # type: ignore[attr-defined]
+    started = [Process.options(**o).remote() for o in (placement.actor(1), placement.learner(0))]
     groups = ray.get([process.bundle.remote() for process in started], timeout=60)
     assert groups == [placement._group.id.hex()] * 2
     assert free(placement) == {0: 0.1, 1: 0.0, 2: 0.0, 3: 0.2, 4: 0.2}

@@ -1,8 +1,6 @@
 """Publishing to several actors, of which some are dead, late, new or on another node. The actors and the transfer are real;
 the engines are stand-ins that keep a copy of what they were given (`test_engines.py` has the real ones)."""
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,73 +10,14 @@ import ray
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from actors.weight_receiver import WeightReceiver
-from contracts.segment import SegmentAddress, SegmentReader, Unreachable
-from contracts.weights import LoadReport, Parameters, PublishReport, WeightUpdate
+from contracts.weights import PublishReport
 from learner.receivers import Receivers, ReceiversLost
 from learner.weight_publisher import WeightPublisher
 from tests.conftest import kill
+from tests.stand_ins import StandIn
 
 pytestmark = pytest.mark.usefixtures("ray_runtime")
 TIMEOUT_S = 30.0
-
-
-class Elsewhere(WeightReceiver):
-    """A receiver of another node: the publisher's memory cannot be read there."""
-
-    def connect(self, publisher: str, address: SegmentAddress | None) -> bool:
-        super().connect(publisher, address)
-        return False
-
-    def _reader(self, address: SegmentAddress | None) -> SegmentReader:
-        raise Unreachable("another node")
-
-
-@ray.remote(num_cpus=0, max_concurrency=8)
-class StandIn:
-    def __init__(self, on_another_node: bool = False):
-        self.receiver = (Elsewhere if on_another_node else WeightReceiver)(self.swap)
-        self.version, self.sum, self.swaps = -1, 0.0, 0
-        self.gate = threading.Event()
-        self.gate.set()
-        self.dies = False
-        self.init_infos: list[dict[str, Any]] = []
-
-    def swap(self, parameters: Parameters, buffer: torch.Tensor, version: int) -> float:
-        if self.dies:
-            os._exit(1)
-        half = float(buffer[: len(buffer) // 2].sum())
-        self.gate.wait(60)  # a slow engine: the other half is read much later
-        self.version, self.sum = version, half + float(buffer[len(buffer) // 2 :].sum())
-        self.swaps += 1
-        return 0.0
-
-    def connect_weights(self, publisher: str, address: SegmentAddress | None) -> bool:
-        return self.receiver.connect(publisher, address)
-
-    def load_weights(self, update: WeightUpdate) -> LoadReport:
-        return self.receiver.load(update)
-
-    def ready(self) -> int:
-        return os.getpid()
-
-    def init_weight_transfer_engine(self, request: Any) -> None:
-        self.init_infos.append(request.init_info)
-
-    def first_init_info(self) -> dict[str, Any]:
-        return self.init_infos[0]
-
-    def set(self, name: str, value: Any) -> None:
-        setattr(self, name, value)
-
-    def hold(self) -> None:
-        self.gate.clear()
-
-    def release(self) -> None:
-        self.gate.set()
-
-    def state(self) -> tuple[int, float, int]:
-        return self.version, self.sum, self.swaps
 
 
 class Source(WeightSource):
@@ -103,7 +42,7 @@ def start() -> Iterator[Start]:
     started: list[Any] = []
 
     def start(count: int, on_another_node: bool = False) -> list[Any]:
-        actors = [StandIn.remote(on_another_node) for _ in range(count)]  # type: ignore[attr-defined]
+        actors = [StandIn.remote(on_another_node) for _ in range(count)]
         started.extend(actors)
         ray.get([actor.ready.remote() for actor in actors], timeout=TIMEOUT_S)
         return actors

@@ -17,6 +17,7 @@ OUTSIDE = {
     "at least 1": 0,
     "at least 2, as one prompt has no confidence interval": 1,
     "0 or more": -1,
+    "null or 0 or more": -1,
     "above 0": 0,
     "null or above 0": 0,
     "null or at least 1": 0,
