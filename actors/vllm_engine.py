@@ -166,7 +166,11 @@ class VLLMEngine:
                 del self._requests[request_id]
                 result.set_exception(error)
 
-        self._call(add)
+        def refused(queued: Future) -> None:  # the engine was lost before it came to this
+            if error := queued.exception():
+                result.set_exception(error)
+
+        self._call(add).add_done_callback(refused)
         return result
 
     def _call(self, function: Callable[[], Any]) -> Future:

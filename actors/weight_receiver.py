@@ -34,11 +34,12 @@ class WeightReceiver:
         self._segments: dict[SegmentAddress, SegmentReader] = {}
 
     def connect(self, publisher: str, address: SegmentAddress | None) -> bool:
-        """From now on take the weights of `publisher` alone, whatever version the last one had reached. Returns whether
-        its segments can be read from here."""
+        """From now on take the weights of `publisher` alone, from whatever version on where it is a new one. Returns
+        whether its segments can be read from here."""
         with self._one_at_a_time:
-            self._publisher, self._version, self._newest_offered = publisher, -1, -1
-            self._forget(keep=0)
+            if publisher != self._publisher:
+                self._publisher, self._version, self._newest_offered = publisher, -1, -1
+                self._forget(keep=0)
         return address is not None and reachable(address)
 
     def load(self, update: WeightUpdate) -> LoadReport:

@@ -27,7 +27,10 @@ class Elsewhere(WeightReceiver):
 class StandIn:
     """A receiver of weights whose engine keeps a sum of what it was given."""
 
-    def __init__(self, on_another_node: bool = False):
+    def __init__(self) -> None:
+        self.reset(False)
+
+    def reset(self, on_another_node: bool) -> None:
         self.receiver = (Elsewhere if on_another_node else WeightReceiver)(self.swap)
         self.version, self.sum, self.swaps = -1, 0.0, 0
         self.gate = threading.Event()

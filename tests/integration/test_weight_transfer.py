@@ -37,18 +37,31 @@ SIZE = 1000 * 1000 + 64
 Start = Callable[..., list[Any]]
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[list[Any]]:
+    """Processes that live through several tests, as each takes seconds to start."""
+    actors: list[Any] = [StandIn.remote() for _ in range(4)]
+    yield actors
+    kill(actors)
+
+
 @pytest.fixture
-def start() -> Iterator[Start]:
-    started: list[Any] = []
+def start(pool: list[Any]) -> Iterator[Start]:
+    """Actors that know nothing of what was before."""
+    given = 0
 
     def start(count: int, on_another_node: bool = False) -> list[Any]:
-        actors = [StandIn.remote(on_another_node) for _ in range(count)]
-        started.extend(actors)
-        ray.get([actor.ready.remote() for actor in actors], timeout=TIMEOUT_S)
-        return actors
+        nonlocal given
+        for i in range(given, given + count):
+            try:
+                ray.get(pool[i].reset.remote(on_another_node), timeout=TIMEOUT_S)
+            except ray.exceptions.RayActorError:  # an earlier test has killed it
+                pool[i] = StandIn.remote()
+                ray.get(pool[i].reset.remote(on_another_node), timeout=TIMEOUT_S)
+        given += count
+        return pool[given - count : given]
 
     yield start
-    kill(started)
 
 
 def states(actors: list[Any]) -> list[tuple[int, float, int]]:
