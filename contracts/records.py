@@ -31,13 +31,19 @@ class RolloutRequest:
 
 @dataclass
 class Completion:
-    """What an engine sampled for one prompt."""
+    """What follows one prompt: what an engine sampled and, between the turns of a conversation, observations."""
 
-    token_ids: np.ndarray  # int32 [C]; a sampled EOS is its last token
-    behavior_logprobs: np.ndarray  # float32 [C], log p under the sampling policy at the sampling temperature
-    policy_versions: np.ndarray  # int32 [C], version of the weights that sampled each token
+    token_ids: np.ndarray  # int32 [C]; the last one is sampled, and a sampled EOS ends its turn
+    behavior_logprobs: np.ndarray  # float32 [C], log p under the sampling policy at the sampling temperature; 0 else
+    policy_versions: np.ndarray  # int32 [C], version of the weights that sampled each token, or the one before it
     finish_reason: str  # "stop" (EOS sampled) or "length"
     text: str
+    loss_mask: np.ndarray | None = None  # bool [C], false on observations; None: every token was sampled
+
+    @property
+    def sampled_ids(self) -> np.ndarray:
+        """int32 [at most C]: without the observations."""
+        return self.token_ids if self.loss_mask is None else self.token_ids[self.loss_mask]
 
 
 @dataclass
@@ -49,6 +55,16 @@ class Score:
 
 
 @dataclass
+class Turn:
+    """What the policy sampled at one go in a conversation."""
+
+    end: int  # offset in the completion behind its last token
+    finish_reason: str  # "stop" (EOS sampled) or "length"
+    reward: float | None  # of the environment; None leaves the turn to the reward service
+    score: Score | None = None  # of the reward service, for the conversation up to `end`; None where there is a reward
+
+
+@dataclass
 class Rollout:
     """One scored episode."""
 
@@ -56,6 +72,8 @@ class Rollout:
     prompt: Prompt
     completion: Completion
     scores: dict[str, Score] = field(default_factory=dict)  # by scorer: "proxy" trains, "gold" only measures
+    turns: list[Turn] = field(default_factory=list)  # of a conversation; none: the completion is one turn
+    fault: str | None = None  # why the environment could not go on; such a rollout gets no score
 
     @property
     def num_tokens(self) -> int:
@@ -67,19 +85,38 @@ class Rollout:
         return self.key[:2]
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """A rollout that an actor is to make."""
+
+    lease: int  # comes back with the rollout; the controller takes no rollout without its lease
+    request: RolloutRequest
+    scorers: tuple[str, ...]
+
+
+@dataclass
+class Delivery:
+    """What an actor has finished, and how long it worked since the last time it was asked."""
+
+    rollouts: list[tuple[int, Rollout]]  # with their leases
+    generate_s: float = 0.0  # with a completion unfinished
+    score_s: float = 0.0
+
+
 @dataclass
 class Microbatch:
     """Sequences of one forward pass: prompt and completion contiguous, one sequence after another.
 
-    All masks come from lengths, never from token identity: with pad = eos a comparison of tokens would lose the EOS.
+    All masks come from lengths and turns, never from token identity: with pad = eos a comparison would lose the EOS.
     """
 
     sequences: list[np.ndarray]  # B arrays of int64 [prompt + completion tokens]
     prompt_lens: np.ndarray  # int64 [B]
     completion_lens: np.ndarray  # int64 [B]
     behavior_logprobs: np.ndarray  # float32 [B, C], C = longest completion; 0 on padding
-    scores: np.ndarray  # float32 [B], shaped score, paid at the last completion token
-    loss_mask: np.ndarray  # bool [B, C], completion tokens that train
+    scores: np.ndarray  # float32 [B, C], shaped scores where they are paid: on last tokens of turns; 0 elsewhere
+    staleness: np.ndarray  # int32 [B, C], the learner's version minus the one that sampled the token; 0 on padding
+    loss_mask: np.ndarray  # bool [B, C], sampled tokens: they train; false on observations and padding
     groups: np.ndarray  # int64 [B], which of the batch's rollout groups each sequence belongs to
 
     @property

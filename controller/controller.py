@@ -10,19 +10,21 @@
                                  ▼        │
                             learner ranks (DeepSpeed): ref, policy, values -> rewards -> advantages -> PPO steps
 
-    synchronous: rollouts of version v  ->  update to v+1  ->  publish v+1  ->  rollouts of version v+1 ...
+    max_staleness 0: rollouts of version v  ->  update to v+1  ->  publish v+1  ->  rollouts of version v+1 ...
+    max_staleness s: the same steps, while the actors go on with up to (s + 1) * rollouts_per_update rollouts. Engines take
+                     new weights between two decoding steps; no token is older than s updates when it trains.
 
-What the loop waits for, and what unblocks it (every wait ends after `cluster.step_timeout_s` with an error that names it):
-    rollouts   all actors have answered; an actor answers when its last completion is sampled and scored
+What the loop waits for, and what unblocks it (every wait ends after `cluster.step_timeout_s` with an error that names it;
+in each of them the dispatcher goes on serving the actors):
+    rollouts   enough are sampled and scored, and none of those left behind will be too old
     update     all learner ranks have taken the optimizer steps
-    publish    every engine has loaded the weights and carries their version
+    publish    every engine has loaded the weights and carries their version; only then are slots free again
 
 The controller holds references and numbers, never a model. The ledger knows where every rollout is, and writes what became
 of it to `ledger.jsonl`.
 """
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,14 +32,16 @@ import ray
 
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
-from contracts.records import Rollout, RolloutRequest
+from contracts.records import Rollout
 from contracts.weights import PublishReport
 from controller.batcher import make_batches, with_siblings
+from controller.dispatch import Dispatcher
 from controller.ledger import Ledger
 from controller.ledger_log import NAME as LEDGER_FILE
 from controller.metrics import RunLog
 from controller.progress import Progress, format_update
 from controller.prompts import PromptStream
+from controller.shaping import ScoreNormalizer, service_scores, shaped, turn_metrics
 from controller.statistics import distinct_n, repeat_fraction
 from learner.kl import make_kl_controller
 from learner.learner_actor import LearnerGroup
@@ -45,21 +49,6 @@ from learner.learner_actor import LearnerGroup
 
 class ScoreError(RuntimeError):
     """Too many rollouts came back without a score."""
-
-
-@dataclass
-class ScoreNormalizer:
-    """Scores to mean 0 and variance 1 on samples of the reference policy, fixed from the first batch on."""
-
-    mean: float = 0.0
-    std: float = 1.0
-    is_fitted: bool = False
-
-    def fit(self, scores: list[float]) -> None:
-        self.mean, self.std, self.is_fitted = float(np.mean(scores)), float(np.std(scores)) or 1.0, True
-
-    def __call__(self, score: float) -> float:
-        return (score - self.mean) / self.std
 
 
 class PPOController:
@@ -73,12 +62,13 @@ class PPOController:
         progress: Progress,
         has_gold: bool,
     ):
-        self.config, self.stream, self.actors, self.learner = config, stream, actors, learner
-        self.log, self.progress, self.has_gold = log, progress, has_gold
+        self.config, self.learner, self.log, self.progress = config, learner, log, progress
         self.kl = make_kl_controller(config.ppo.kl)
         self.normalizer = ScoreNormalizer()
         self.rng = np.random.default_rng(config.seed)
-        self.ledger = Ledger(config.ppo.rollouts_per_update, max_staleness=0)
+        ppo, scorers = config.ppo, ["proxy", "gold"] if has_gold and config.ppo.gold_rollouts else ["proxy"]
+        self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
+        self.dispatcher = Dispatcher(actors, self.ledger, stream, ppo, scorers, config.cluster.step_timeout_s)
         self.first_score: float | None = None
         self.version = 0
 
@@ -90,6 +80,7 @@ class PPOController:
         for index in range(total):
             train_policy = index >= warmup
             start = time.perf_counter()
+            self.dispatcher.feed(total - index)
             metrics = self._update(train_policy)
             durations.append(time.perf_counter() - start)
             metrics["perf/step_s"] = durations[-1]
@@ -100,7 +91,10 @@ class PPOController:
             self.progress.line(line if train_policy else f"fitting the value model  {line}")
 
     def _update(self, train_policy: bool) -> dict[str, float]:
-        rollouts, metrics = self._rollouts()
+        start = time.perf_counter()
+        self.progress.waiting_for(f"rollouts for the update of version {self.version}")
+        rollouts = self.dispatcher.next_batch(self.version)
+        metrics = {"perf/rollout_s": time.perf_counter() - start}
         failed = [r for r in rollouts if r.scores["proxy"].value is None]
         if len(failed) > self.config.ppo.max_failed_scores * len(rollouts):
             reasons = sorted({str(r.scores["proxy"].error) for r in failed})
@@ -125,16 +119,17 @@ class PPOController:
             scored = list(paired.values())
         batches = make_batches(
             scored,
-            [self._shaped(r) for r in scored],
+            [shaped(r, self.normalizer, ppo, self.config.environment) for r in scored],
             self.config.cluster.num_learner_ranks,
             ppo.minibatches,
             learner.microbatch_tokens,
             self.rng,
+            self.version,
         )
-        self.progress.waiting_for(f"the learner's update {self.version + 1}")
         start = time.perf_counter()
         references = [ray.put(batch) for batch in batches]
-        metrics |= self.learner.call_each("update", references, self.kl.coef, train_policy)[0]
+        update = self.learner.start_each("update", references, self.kl.coef, train_policy)
+        metrics |= self._wait(update, f"the learner's update {self.version + 1}")[0]
         train_s = time.perf_counter() - start
         tokens = sum(r.num_tokens for r in scored)
         metrics |= {
@@ -149,59 +144,21 @@ class PPOController:
             metrics |= self._publish()
         self.ledger.trained(self.version)
         self.ledger.committed(self.log.run_dir / LEDGER_FILE)
-        return metrics | self.ledger.metrics()
+        return metrics | self.ledger.metrics() | self.dispatcher.usage()
 
-    def _rollouts(self) -> tuple[list[Rollout], dict[str, float]]:
-        ppo = self.config.ppo
-        requests = self.stream.next_requests(ppo.rollouts_per_update // ppo.samples_per_prompt)
-        self.ledger.admit(requests)
-        share = -(-len(requests) // len(self.actors))
-        leases = [self.ledger.lease(share, f"actor-{i}") for i in range(len(self.actors))]
-        gold = ppo.gold_rollouts if self.has_gold else 0
-        self.progress.waiting_for(f"{len(requests)} rollouts of version {self.version}")
-        start = time.perf_counter()
-        answers = ray.get(
-            [
-                self._send(actor, [lease.request for lease in held], gold)
-                for actor, held in zip(self.actors, leases, strict=True)
-            ],
-            timeout=self.config.cluster.step_timeout_s,
-        )
-        seconds = time.perf_counter() - start
-        for held, (answer, _) in zip(leases, answers, strict=True):
-            for lease, rollout in zip(held, answer, strict=True):
-                self.ledger.complete(lease.number, rollout)
-        rollouts = self.ledger.take(len(requests), self.version)
-        generate_s = max(times["generate_s"] for _, times in answers)
-        tokens = sum(len(r.completion.token_ids) for r in rollouts)
-        return rollouts, {
-            "perf/rollout_s": seconds,
-            "perf/generate_s": generate_s,
-            "perf/score_s": max(times["score_s"] for _, times in answers),
-            "perf/gen_tokens_per_s": tokens / generate_s,
-        }
-
-    def _send(self, actor: Any, share: list[RolloutRequest], gold: int) -> Any:
-        scorers = {"proxy": len(share)}
-        if gold:
-            scorers["gold"] = -(-gold // len(self.actors))
-        return actor.rollout.remote(share, self.config.ppo.sampling, scorers)
-
-    def _shaped(self, rollout: Rollout) -> float:
-        value = rollout.scores["proxy"].value
-        assert value is not None
-        missing_eos = rollout.completion.finish_reason != "stop"
-        return self.normalizer(value) - self.config.ppo.missing_eos_penalty * missing_eos
+    def _wait(self, calls: list[Any], what: str) -> list[Any]:
+        self.progress.waiting_for(what)
+        return self.dispatcher.wait(calls, what)
 
     def _describe(self, rollouts: list[Rollout]) -> dict[str, float]:
         """Metrics of the texts and scores, and a few samples into the log."""
         scores = [r.scores["proxy"].value for r in rollouts]
         values = [s for s in scores if s is not None]
         if not self.normalizer.is_fitted:
-            self.normalizer.fit(values)
+            self.normalizer.fit(service_scores(rollouts))
         gold = [(r, g.value) for r in rollouts if (g := r.scores.get("gold")) and g.value is not None]
-        lengths = [len(r.completion.token_ids) for r in rollouts]
-        tokens = [r.completion.token_ids.tolist() for r in rollouts]
+        lengths = [len(r.completion.sampled_ids) for r in rollouts]
+        tokens = [r.completion.sampled_ids.tolist() for r in rollouts]
         mean = float(np.mean(values))
         self.first_score = mean if self.first_score is None else self.first_score
         metrics = {
@@ -214,6 +171,7 @@ class PPOController:
             "completion/distinct_2": distinct_n(tokens, 2),
             "completion/repeat_frac": float(np.mean([repeat_fraction(t, 4) for t in tokens])),
         }
+        metrics |= turn_metrics(rollouts)
         metrics["completion/truncated_frac"] = 1 - metrics["completion/eos_frac"]
         if gold:
             metrics["reward/gold_mean"] = float(np.mean([value for _, value in gold]))
@@ -222,16 +180,21 @@ class PPOController:
 
     def _publish(self) -> dict[str, float]:
         """Give every engine the weights of the next version."""
-        self.progress.waiting_for(f"the engines to load version {self.version + 1}")
-        report: PublishReport = self.learner.call("publish", self.version + 1)[0]
-        report.require_all()  # all actors are about to sample with it
+        start = time.perf_counter()
+        if self.config.ppo.weight_update == "drain":
+            self.progress.waiting_for("the actors to finish what they hold")
+            self.dispatcher.drain()
+        publish = self.learner.start("publish", self.version + 1)
+        report: PublishReport = self._wait(publish, f"the engines to load version {self.version + 1}")[0]
+        if self.config.ppo.max_staleness == 0:
+            report.require_all()  # the next rollouts must be of this version; else an actor that is late may go on
         self.version += 1
-        return report.metrics()
+        return report.metrics() | {"perf/sync_s": time.perf_counter() - start}
 
 
 def _sample(rollout: Rollout, version: int) -> dict[str, Any]:
     completion = rollout.completion
     row = {"stage": "ppo", "step": version, "prompt_id": rollout.prompt.prompt_id, "prompt": rollout.prompt.text}
-    row |= {"completion": completion.text, "tokens": len(completion.token_ids)}
+    row |= {"completion": completion.text, "tokens": len(completion.sampled_ids)}
     row |= {name: score.value for name, score in rollout.scores.items()}
     return row | {"eos": completion.finish_reason == "stop"}

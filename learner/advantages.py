@@ -21,35 +21,25 @@ def token_rewards(
     scores: Tensor,
     policy_logprobs: Tensor,
     ref_logprobs: Tensor,
-    lengths: Tensor,
     mask: Tensor,
     kl_coef: float,
 ) -> Tensor:
-    """Reward of each token: r_t = -kl_coef * k1_t + 1[t = T] * score.
-
-    T is the last token that trains. That is token `lengths - 1`, unless the completion ends in tokens that do not
-    train: a score on one of those would be lost, because `gae` looks through them.
+    """Reward of each token that trains: r_t = -kl_coef * k1_t + score_t.
 
     Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2, with the KL taken token by token.
 
     Args:
-        scores: [B], shaped score of the completion.
+        scores: [B, C], shaped scores, each at the last token of what it is for.
         policy_logprobs: [B, C], under the policy that is penalised, before this batch's updates.
         ref_logprobs: [B, C], under the frozen reference, from the same engine.
-        lengths: int [B], tokens of the completion.
         mask: bool [B, C], tokens that train; false inside a completion marks an observation, which pays no KL.
         kl_coef: beta, score units a nat.
 
     Returns:
-        float32 [B, C], 0 where no token trains. A row without such a token gets nothing, not even its score.
+        float32 [B, C], 0 where no token trains: a score there is lost (the batcher places none).
     """
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    trains = mask & (positions < lengths[:, None])
-    # Counted from the right, the last token that trains is the first; no index is formed that an empty row could break.
-    is_last = trains & (trains.flip(1).cumsum(1).flip(1) == 1)
-    penalty = -kl_coef * kl_k1(policy_logprobs, ref_logprobs)
-    zero = penalty.new_zeros(())
-    return torch.where(trains, penalty, zero) + torch.where(is_last, scores.float()[:, None], zero)
+    rewards = -kl_coef * kl_k1(policy_logprobs, ref_logprobs) + scores.float()
+    return torch.where(mask, rewards, 0.0)
 
 
 @torch.no_grad()

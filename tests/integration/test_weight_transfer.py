@@ -46,7 +46,7 @@ def pool() -> Iterator[list[Any]]:
 
 
 @pytest.fixture
-def start(pool: list[Any]) -> Iterator[Start]:
+def start(pool: list[Any]) -> Start:
     """Actors that know nothing of what was before."""
     given = 0
 
@@ -61,7 +61,7 @@ def start(pool: list[Any]) -> Iterator[Start]:
         given += count
         return pool[given - count : given]
 
-    yield start
+    return start
 
 
 def states(actors: list[Any]) -> list[tuple[int, float, int]]:

@@ -37,53 +37,54 @@ def test_rewards_by_hand():
     # d = log pi - log ref = [0.5, -0.25, 1.0], beta 0.1, score 2 on the last of three tokens; one column of padding
     # r = [-0.05, 0.025, -0.1 + 2 = 1.9, 0]
     rewards = token_rewards(
-        scores=torch.tensor([2.0]),
+        scores=torch.tensor([[0.0, 0.0, 2.0, 0.0]]),
         policy_logprobs=torch.tensor([[-1.0, -2.0, -1.0, 0.0]]),
         ref_logprobs=torch.tensor([[-1.5, -1.75, -2.0, 0.0]]),
-        lengths=torch.tensor([3]),
         mask=torch.tensor([[True, True, True, False]]),
         kl_coef=0.1,
     )
     torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.025, 1.9, 0.0]]))
 
 
-def test_score_sits_on_the_last_token_of_each_length_and_nowhere_else():
-    lengths = torch.tensor([0, 1, 3, 4])
-    mask = torch.arange(4) < lengths[:, None]
-    scores = torch.tensor([7.0, 1.0, 2.0, 3.0])
-    expected = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 3]])
-    # A mask that forgets to exclude padding changes nothing: the length decides.
-    for loss_mask in (mask, torch.ones_like(mask)):
-        rewards = token_rewards(scores, torch.zeros(4, 4), torch.zeros(4, 4), lengths, loss_mask, kl_coef=0.1)
-        torch.testing.assert_close(rewards, expected, rtol=0, atol=0)
+def test_a_score_is_paid_where_it_stands():
+    scores = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [0.5, 0, 2, 0], [0, 0, 0, 3]])
+    mask = torch.arange(4) < torch.tensor([0, 1, 3, 4])[:, None]
+    rewards = token_rewards(scores, torch.zeros(4, 4), torch.zeros(4, 4), mask, kl_coef=0.1)
+    torch.testing.assert_close(rewards, scores, rtol=0, atol=0)
+
+
+def test_a_score_at_the_last_token_gives_bitwise_what_one_score_a_sequence_gave():
+    """The single-turn formula that `token_rewards` had: where(is_last, score) added to where(trains, penalty)."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([0, 1, 5, 9, 12])
+    mask = torch.arange(12) < lengths[:, None]
+    policy_logprobs, ref_logprobs = torch.randn(2, 5, 12, generator=generator)
+    scores = torch.randn(5, generator=generator)
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    for kl_coef in (0.0, 0.05):
+        penalty = -kl_coef * (policy_logprobs - ref_logprobs)
+        former = torch.where(mask, penalty, 0.0) + torch.where(is_last, scores[:, None], 0.0)
+        placed = torch.where(is_last, scores[:, None], 0.0)
+        assert torch.equal(token_rewards(placed, policy_logprobs, ref_logprobs, mask, kl_coef), former)
 
 
 def test_observation_tokens_pay_no_kl():
     # d = 1 everywhere, beta 0.5; tokens 2 and 3 are observations
     rewards = token_rewards(
-        torch.tensor([4.0]),
+        torch.tensor([[0.0, 1.0, 0.0, 0.0, 4.0]]),
         torch.zeros(1, 5),
         torch.full((1, 5), -1.0),
-        torch.tensor([5]),
         torch.tensor([[True, True, False, False, True]]),
         kl_coef=0.5,
     )
-    torch.testing.assert_close(rewards, torch.tensor([[-0.5, -0.5, 0.0, 0.0, 3.5]]), rtol=0, atol=0)
-
-
-def test_score_is_not_lost_behind_a_trailing_observation():
-    # gae looks through token 3, so the score must sit on token 2 to be seen
-    mask = torch.tensor([[True, True, False, False]])
-    rewards = token_rewards(torch.tensor([1.0]), torch.zeros(1, 4), torch.zeros(1, 4), torch.tensor([3]), mask, 0.1)
-    torch.testing.assert_close(rewards, torch.tensor([[0.0, 1.0, 0.0, 0.0]]), rtol=0, atol=0)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.5, 0.5, 0.0, 0.0, 3.5]]), rtol=0, atol=0)
 
 
 def test_batch_of_empty_completions():
     rewards = token_rewards(
-        torch.tensor([1.0, 2.0]),
         torch.zeros(2, 0),
         torch.zeros(2, 0),
-        torch.tensor([0, 0]),
+        torch.zeros(2, 0),
         torch.zeros(2, 0, dtype=torch.bool),
         kl_coef=0.1,
     )
@@ -95,14 +96,13 @@ def test_batch_of_empty_completions():
 @pytest.mark.parametrize("garbage", [1e30, NAN, INF, -INF])
 def test_garbage_on_padding_changes_nothing(garbage):
     mask = torch.tensor([[True, False, True, False], [False, False, False, False]])
-    lengths = torch.tensor([3, 0])
 
     def pipeline(fill: float) -> list[torch.Tensor]:
         def padded(row: list[float]) -> torch.Tensor:
             return torch.where(mask, torch.tensor([row, row]), fill)
 
         policy_logprobs, ref_logprobs = padded([-1.0, 0, -2, 0]), padded([-1.5, 0, -1, 0])
-        rewards = token_rewards(torch.tensor([1.0, fill]), policy_logprobs, ref_logprobs, lengths, mask, 0.1)
+        rewards = token_rewards(padded([0.0, 0, 1, 0]), policy_logprobs, ref_logprobs, mask, 0.1)
         values = padded([0.3, 0, 0.2, 0])
         advantages, returns = gae(torch.where(mask, rewards, fill), values, mask, 0.9, 0.95)
         dirty = torch.where(mask, advantages, fill)

@@ -149,20 +149,23 @@ ROLLOUTS = [
     rollout(3, [4, 4, 4], [3, 3, 3]),
     rollout(4, [6], [EOS]),
 ]
+TOKENS = [(*r.prompt.token_ids, *r.completion.token_ids.tolist()) for r in ROLLOUTS]
 SCORES = [0.5, -1.5, 2.0, 3.0, -4.0]
 
 
 def rows_of(mb: Microbatch) -> list[tuple[list[int], int, int, list[float], float]]:
     """(tokens, prompt length, completion length, behavior log-probabilities, score), checked for what padding holds."""
     rows = []
-    assert len(mb.sequences) == len(mb.prompt_lens) == len(mb.scores) == mb.loss_mask.shape[0]
-    assert mb.loss_mask.shape == mb.behavior_logprobs.shape == (len(mb.sequences), mb.completion_lens.max())
+    assert len(mb.sequences) == len(mb.prompt_lens) == mb.loss_mask.shape[0]
+    shape = (len(mb.sequences), mb.completion_lens.max())
+    assert mb.loss_mask.shape == mb.behavior_logprobs.shape == mb.scores.shape == shape
     for i, ids in enumerate(mb.sequences):
         prompt, completion = int(mb.prompt_lens[i]), int(mb.completion_lens[i])
         assert mb.loss_mask[i].tolist() == [True] * completion + [False] * (mb.loss_mask.shape[1] - completion)
         assert not mb.behavior_logprobs[i, completion:].any()
+        assert np.flatnonzero(mb.scores[i]).tolist() == ([completion - 1] if completion else [])
         logprobs = mb.behavior_logprobs[i, :completion].round(3).tolist()
-        rows.append((ids.tolist(), prompt, completion, [round(p, 3) for p in logprobs], float(mb.scores[i])))
+        rows.append((ids.tolist(), prompt, completion, [round(p, 3) for p in logprobs], float(mb.scores[i].sum())))
     return rows
 
 
@@ -170,7 +173,7 @@ EXPECTED = sorted(
     [
         ([5, 6, 7, EOS], 2, 2, [-0.1, -0.2], 0.5),
         ([5, 8, EOS, 9, EOS], 1, 4, [-1.1, -1.2, -1.3, -1.4], -1.5),
-        ([EOS, 5, 6], 3, 0, [], 2.0),
+        ([EOS, 5, 6], 3, 0, [], 0.0),  # no token that could be paid
         ([4, 4, 4, 3, 3, 3], 3, 3, [-3.1, -3.2, -3.3], 3.0),
         ([6, EOS], 1, 1, [-4.1], -4.0),
     ]
@@ -195,6 +198,42 @@ def test_every_rollout_trains_once_with_its_own_values(ranks: int, minibatches: 
         assert sum(int(mask.sum()) for mask in masks) == batches[0].global_loss_tokens[i]
         assert sum(len(mask) for mask in masks) == batches[0].global_sequences[i]
     assert sum(batches[0].global_loss_tokens) == 2 + 4 + 0 + 3 + 1
+
+
+def conversation() -> Rollout:
+    """Sampled 7 8 EOS, observed 30 31, sampled 9 EOS."""
+    mask = np.array([True, True, True, False, False, True, True])
+    whole = rollout(0, [5, 6], [7, 8, EOS, 30, 31, 9, EOS])
+    whole.completion.behavior_logprobs[~mask] = 0.0
+    return replace(whole, completion=replace(whole.completion, loss_mask=mask))
+
+
+def test_observations_do_not_train_and_scores_lie_on_sampled_tokens() -> None:
+    # u_1 = 0.5 at the end of the first turn, u_2 = -2 at the end of the second; beside it a single turn paid 3 at its end
+    paid = np.array([0, 0, 0.5, 0, 0, 0, -2.0], dtype=np.float32)
+    pair = [conversation(), rollout(1, [4], [3, EOS])]
+    (batch,) = make_batches(pair, [paid, 3.0], 1, 1, 100, np.random.default_rng(0))
+    ((mb,),) = batch.minibatches
+    long = [len(ids) for ids in mb.sequences].index(9)
+    assert mb.sequences[long].tolist() == [5, 6, 7, 8, EOS, 30, 31, 9, EOS]
+    assert mb.loss_mask[long].tolist() == [True, True, True, False, False, True, True]
+    assert mb.scores[long].tolist() == [0, 0, 0.5, 0, 0, 0, -2]
+    assert mb.scores[1 - long].tolist() == [0, 3, 0, 0, 0, 0, 0]
+    assert mb.loss_mask[1 - long].tolist() == [True, True, *[False] * 5]
+    assert (batch.global_loss_tokens, batch.global_sequences) == (
+        [5 + 2],
+        [2],
+    )  # the denominators: sampled tokens alone
+    assert pair[0].completion.sampled_ids.tolist() == [7, 8, EOS, 9, EOS]
+    assert pair[1].completion.sampled_ids.tolist() == [3, EOS]
+    (batch,) = make_batches([conversation()], [1.5], 1, 1, 100, np.random.default_rng(0))
+    assert batch.minibatches[0][0].scores.tolist() == [[0, 0, 0, 0, 0, 0, 1.5]]
+
+
+@pytest.mark.parametrize("paid", [[0, 0, 0, 0, 1.0, 0, 0], [1.0]], ids=["on an observation", "of another length"])
+def test_a_score_that_would_be_lost_is_refused(paid: list[float]) -> None:
+    with pytest.raises(ValueError, match="a token that was sampled"):
+        make_batches([conversation()], [np.array(paid, dtype=np.float32)], 1, 1, 100, np.random.default_rng(0))
 
 
 def test_dtypes_are_those_of_the_record() -> None:
@@ -230,8 +269,10 @@ def test_siblings_carry_the_number_of_their_group() -> None:
         mbs = [mb for batch in batches for mini in batch.minibatches for mb in mini]
         assert all(mb.groups.dtype == np.int64 for mb in mbs)
         found = {
-            score: group for mb in mbs for score, group in zip(mb.scores.tolist(), mb.groups.tolist(), strict=True)
+            tuple(ids.tolist()): group
+            for mb in mbs
+            for ids, group in zip(mb.sequences, mb.groups.tolist(), strict=True)
         }
-        assert found == {0.5: 2, -1.5: 1, 2.0: 0, 3.0: 1, -4.0: 2}
+        assert found == dict(zip(TOKENS, (2, 1, 0, 1, 2), strict=True))
     assert with_siblings(family) == [family[0], family[1], family[3], family[4]]
     assert with_siblings(ROLLOUTS) == []

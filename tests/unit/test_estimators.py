@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,14 @@ ROLLOUTS = [rollout(i) for i in range(len(COMPLETIONS))]
 
 def batch_of(budget: int, holes: bool = False) -> TrainingBatch:
     """`holes`: the second token of every completion is an observation."""
-    (batch,) = make_batches(ROLLOUTS, SCORES, 1, 1, budget, np.random.default_rng(0))
+    rollouts = ROLLOUTS
     if holes:
-        for mb in batch.minibatches[0]:
-            mb.loss_mask[:, 1:2] = False
-        batch.global_loss_tokens = [sum(int(mb.loss_mask.sum()) for mb in batch.minibatches[0])]
+        masks = [np.arange(len(tokens)) != 1 for tokens in COMPLETIONS]
+        rollouts = [
+            replace(r, completion=replace(r.completion, loss_mask=mask))
+            for r, mask in zip(ROLLOUTS, masks, strict=True)
+        ]
+    (batch,) = make_batches(rollouts, SCORES, 1, 1, budget, np.random.default_rng(0))
     return batch
 
 
