@@ -52,6 +52,7 @@ RANGES = [
             *_under(OPTIMIZERS, "weight_decay", "warmup_steps"),
             *_under(["ppo"], "kl.coef", "ptx_coef", "missing_eos_penalty", "value_warmup_updates", "gold_rollouts"),
             "ppo.max_staleness",
+            "cluster.max_actor_restarts",
             *_under(SAMPLINGS, "min_completion_tokens"),
             "learner.held_tokens",
             *_under(["cluster"], "gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica"),
