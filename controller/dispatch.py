@@ -237,6 +237,3 @@ class Dispatcher:
         """Actors that came while weights went out get them now that the learner has nothing else to do."""
         if self._behind:
             self.publish(self._ledger.version)
-
-
-Failed = Callable[[BaseException], None]
