@@ -7,10 +7,10 @@ from typing import Any
 
 import ray
 
-from contracts.config import ClusterConfig, EngineConfig, ModelConfig, SamplingConfig
+from actors.turn_scores import score_rollouts
+from contracts.config import ClusterConfig, EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.interfaces import Engine, RewardClient
-from contracts.records import Rollout, RolloutRequest, Score
-from contracts.scoring import scoring_ids
+from contracts.records import Rollout, RolloutRequest
 
 
 class RolloutActor:
@@ -29,18 +29,22 @@ class RolloutActor:
         on_cpu: bool,
         eos_token_id: int,
         reward_client: RewardClient | None,
+        environment: EnvironmentConfig,
     ):
         self._arguments = (model, engine, weight_transfer, on_cpu)
-        self._rewards = reward_client
+        self._rewards, self._environment = reward_client, environment
         self._eos = eos_token_id
         self._started: Future[Engine] = Future()
 
     def serve(self) -> None:
         """Build the engine and run it; returns never, or raises what ended the engine."""
+        from actors.conversation import start_conversations
         from actors.vllm_engine import VLLMEngine
 
+        model, config, *_ = self._arguments
         try:
             engine = VLLMEngine(*self._arguments)
+            self._conversations = start_conversations(engine, self._environment, model, config)
         except BaseException as error:
             self._started.set_exception(error)
             raise
@@ -75,22 +79,15 @@ class RolloutActor:
             The rollouts in the order of the requests, and seconds: `generate_s`, `score_s`.
         """
         start = time.perf_counter()
-        waiting = [self._engine.submit(list(r.prompt.token_ids), sampling, r.seed) for r in requests]
-        rollouts = [Rollout(r.key, r.prompt, done.result()) for r, done in zip(requests, waiting, strict=True)]
+        self._started.result()
+        waiting = [self._conversations.submit(request, sampling) for request in requests]
+        rollouts = [done.result() for done in waiting]
         generated = time.perf_counter()
         for scorer, number in scorers.items():
-            chosen = rollouts[:number]
-            for rollout, score in zip(chosen, self._score(scorer, chosen), strict=True):
-                rollout.scores[scorer] = score
+            if self._rewards is None:
+                raise RuntimeError("this actor was started without a reward service")
+            score_rollouts(self._rewards, scorer, rollouts[:number], self._eos)
         return rollouts, {"generate_s": generated - start, "score_s": time.perf_counter() - generated}
-
-    def _score(self, scorer: str, rollouts: list[Rollout]) -> list[Score]:
-        if self._rewards is None:
-            raise RuntimeError("this actor was started without a reward service")
-        return self._rewards.score(
-            scorer,
-            [scoring_ids([*r.prompt.token_ids, *r.completion.token_ids.tolist()], self._eos) for r in rollouts],
-        )
 
     @ray.method(concurrency_group="control")
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
@@ -127,6 +124,7 @@ def start_actors(
     eos_token_id: int,
     reward_client: RewardClient | None,
     env: dict[str, str],
+    environment: EnvironmentConfig | None = None,
 ) -> list[ray.actor.ActorHandle]:
     """Start `cluster.num_actors` actors; returns when all of them can serve.
 
@@ -141,8 +139,9 @@ def start_actors(
         "runtime_env": {"env_vars": env},
     }
     remote = ray.remote(concurrency_groups={"control": 4})(RolloutActor)
+    arguments = (model, engine, weight_transfer, on_cpu, eos_token_id, reward_client)
     actors = [
-        remote.options(**options).remote(model, engine, weight_transfer, on_cpu, eos_token_id, reward_client)
+        remote.options(**options).remote(*arguments, environment or EnvironmentConfig())
         for _ in range(cluster.num_actors)
     ]
     for actor in actors:

@@ -99,6 +99,7 @@ class Runtime:
             eos_token_id,
             reward_client,
             environments(config.cluster)["actor"],
+            config.environment,
         )
         yield started
         for actor in started:
