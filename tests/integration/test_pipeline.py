@@ -144,6 +144,28 @@ def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) ->
     assert "<svg" in (folder / "grpo/report.html").read_text()
 
 
+def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Path) -> None:
+    """Rehearsal, sampling, scores of turns by the reward service, training and evaluation."""
+    overrides = ["environment=two_turn", "environment.max_turn_tokens=6", "environment.options.score_first=true"]
+    lengths = ["ppo.sampling.max_completion_tokens=24", "evaluate.sampling.max_completion_tokens=24"]
+    done = run(folder, tiny_model, f"run_dir={folder}/two", *overrides, *lengths, "environment.reward=per_turn")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "rehearsing two_turn" in done.stdout
+    rows = [row for row in lines(folder / "two/metrics.jsonl") if row["stage"] == "ppo"]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["completion/turns_mean"] == 2
+        assert 2 <= row["completion/len_mean"] <= 12  # sampled tokens alone
+        assert row["kl/mismatch_k3"] < 0.02
+        assert row["fault/unscored"] == 0
+    assert rows[0]["kl/ref_seq"] == 0.0
+    result = json.loads((folder / "two/evaluation.json").read_text())
+    assert result["models"]["sft"]["kl"]["mean"] == 0.0
+    assert result["models"]["ppo"]["length"]["mean"] <= 12
+    samples = [row for row in lines(folder / "two/samples.jsonl") if row["stage"] == "ppo"]
+    assert all("Say it again, better." in row["completion"] for row in samples)
+
+
 def test_no_process_is_left(finished: Any, folder: Path) -> None:
     left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
     assert left == []
@@ -165,6 +187,11 @@ def test_a_stage_without_its_inputs_says_what_to_run(folder: Path, tiny_model: P
         (["sft.trainable_layers=3"], "sft.trainable_layers is 3, the model has 2 layers"),
         (["data.sft.path=/no/such/file.jsonl"], "data.sft.path"),
         (["cluster.min_memory_gib=100000"], "free memory must be at least"),
+        (["environment.name=no.such:Thing"], "environment.name=no.such:Thing: no.such:Thing cannot be imported"),
+        (
+            ["environment.name=tests.unit.test_environments:OutOfVocabulary"],
+            "holds token 512512, which is out of vocabulary",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_an_engine_starts(
