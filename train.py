@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from contracts.config import TandemConfig
 from contracts.overrides import unknown_overrides
+from contracts.precision import choose_dtypes
 from contracts.validation import ConfigError, validate
 
 ConfigStore.instance().store(name="tandem", node=TandemConfig)
@@ -55,6 +56,8 @@ def run(config: TandemConfig) -> float | None:
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with Progress(config.logger.heartbeat_s) as progress:
         progress.line(f"Tandem: stage={config.stage}, run directory {config.run_dir}")
+        if chosen := choose_dtypes(config):
+            progress.line(chosen)
         with open_run(config, progress) as log:
             try:
                 results = Pipeline(config, log, progress).run()

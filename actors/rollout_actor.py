@@ -1,8 +1,10 @@
 """Ray actor: requests in, scored rollouts out. It owns one generation engine and asks the reward service itself, so that
 texts and scores travel in one hop."""
 
+import threading
 import time
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import ray
@@ -10,7 +12,7 @@ import ray
 from actors.turn_scores import score_rollouts
 from contracts.config import ClusterConfig, EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.interfaces import Engine, RewardClient
-from contracts.records import Rollout, RolloutRequest
+from contracts.records import Assignment, Delivery, Rollout, RolloutRequest
 
 
 class RolloutActor:
@@ -35,6 +37,12 @@ class RolloutActor:
         self._rewards, self._environment = reward_client, environment
         self._eos = eos_token_id
         self._started: Future[Engine] = Future()
+        # Guards everything below: requests come and completions end in several threads.
+        self._changed = threading.Condition()
+        self._unfinished = 0
+        self._finished: list[tuple[Assignment, Future[Rollout]]] = []
+        self._busy_since, self._generate_s = 0.0, 0.0
+        self._lost: BaseException | None = None
 
     def serve(self) -> None:
         """Build the engine and run it; returns never, or raises what ended the engine."""
@@ -49,7 +57,13 @@ class RolloutActor:
             self._started.set_exception(error)
             raise
         self._started.set_result(engine)
-        engine.run()
+        try:
+            engine.run()
+        except BaseException as error:
+            with self._changed:
+                self._lost = error
+                self._changed.notify_all()
+            raise
 
     @property
     def _engine(self) -> Engine:
@@ -64,30 +78,74 @@ class RolloutActor:
         return os.getpid()
 
     @ray.method(concurrency_group="control")
-    def rollout(
-        self, requests: list[RolloutRequest], sampling: SamplingConfig, scorers: dict[str, int]
-    ) -> tuple[list[Rollout], dict[str, float]]:
-        """Sample every request and score the completions.
-
-        Scoring starts when the last completion is there: on a machine where one phase may use every core, overlapping
-        the two costs more than it saves.
-
-        Args:
-            scorers: how many of the rollouts, from the front, each scorer sees.
-
-        Returns:
-            The rollouts in the order of the requests, and seconds: `generate_s`, `score_s`.
-        """
-        start = time.perf_counter()
+    def assign(self, assignments: list[Assignment], sampling: SamplingConfig) -> None:
+        """Start to sample; `collect` has the rollouts, and whatever goes wrong with one."""
+        with self._changed:
+            if not self._unfinished:
+                self._busy_since = time.perf_counter()
+            self._unfinished += len(assignments)
         self._started.result()
-        waiting = [self._conversations.submit(request, sampling) for request in requests]
-        rollouts = [done.result() for done in waiting]
-        generated = time.perf_counter()
-        for scorer, number in scorers.items():
+        for assignment in assignments:
+            rollout = self._conversations.submit(assignment.request, sampling)
+            rollout.add_done_callback(partial(self._finish, assignment))
+
+    def _finish(self, assignment: Assignment, rollout: "Future[Rollout]") -> None:
+        with self._changed:
+            self._finished.append((assignment, rollout))
+            self._unfinished -= 1
+            if not self._unfinished:
+                self._generate_s += time.perf_counter() - self._busy_since
+            self._changed.notify_all()
+
+    @ray.method(concurrency_group="control")
+    def collect(self, score_batch: int, timeout_s: float) -> Delivery:
+        """Scored rollouts, by lease. The engine samples on while they are scored.
+
+        Waits for `score_batch` completions, or for all that were assigned, at most `timeout_s`; scores what is there.
+
+        Raises:
+            ValueError: where a prompt leaves no room for a completion.
+            RuntimeError: where the engine cannot start or is lost.
+        """
+        self._started.result(timeout_s)
+        with self._changed:
+            self._changed.wait_for(lambda: self._lost or self._can_score(score_batch), timeout_s)
+            if self._lost:
+                raise RuntimeError(f"the engine is lost: {self._lost}") from self._lost
+            finished, self._finished = self._finished, []
+            now = time.perf_counter()
+            if self._unfinished:
+                self._generate_s += now - self._busy_since
+                self._busy_since = now
+            generate_s, self._generate_s = self._generate_s, 0.0
+        finished.sort(key=lambda pair: pair[0].lease)
+        rollouts = [(assignment, rollout.result()) for assignment, rollout in finished]
+        for scorer in dict.fromkeys(name for a, _ in rollouts for name in a.scorers):
             if self._rewards is None:
                 raise RuntimeError("this actor was started without a reward service")
-            score_rollouts(self._rewards, scorer, rollouts[:number], self._eos)
-        return rollouts, {"generate_s": generated - start, "score_s": time.perf_counter() - generated}
+            score_rollouts(self._rewards, scorer, [r for a, r in rollouts if scorer in a.scorers], self._eos)
+        return Delivery([(a.lease, rollout) for a, rollout in rollouts], generate_s, time.perf_counter() - now)
+
+    def _can_score(self, score_batch: int) -> bool:
+        return len(self._finished) >= score_batch or (bool(self._finished) and not self._unfinished)
+
+    @ray.method(concurrency_group="control")
+    def rollout(
+        self, requests: list[RolloutRequest], sampling: SamplingConfig, scorers: list[str], timeout_s: float
+    ) -> list[Rollout]:
+        """Sample every request and let every scorer score it, for callers that want nothing else of this actor.
+
+        Returns:
+            The rollouts in the order of the requests.
+
+        Raises:
+            As `collect`, and TimeoutError after `timeout_s`.
+        """
+        self.assign([Assignment(i, request, tuple(scorers)) for i, request in enumerate(requests)], sampling)
+        delivery = self.collect(len(requests), timeout_s)
+        if len(delivery.rollouts) < len(requests):
+            raise TimeoutError(f"{len(delivery.rollouts)} of {len(requests)} rollouts after {timeout_s:.0f} s")
+        return [rollout for _, rollout in delivery.rollouts]
 
     @ray.method(concurrency_group="control")
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:

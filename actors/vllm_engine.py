@@ -99,18 +99,17 @@ class VLLMEngine:
 
     def control(self, method: str, argument: dict[str, Any] | None = None) -> None:
         """One call of vLLM's weight-transfer protocol. No step runs between start_weight_update and
-        finish_weight_update, so requests see either the old weights or the new ones."""
+        set_weight_version, so requests see either the old weights or the new ones, and no token a version not its own."""
 
         def run() -> None:
             if method == "set_weight_version":
                 assert argument is not None
                 self._engine.set_weight_version(str(argument["version"]))
+                self._updating = False
                 return
             if method == "start_weight_update":
                 self._updating = True
             self._engine.collective_rpc(method, kwargs=argument or {})
-            if method == "finish_weight_update":
-                self._updating = False
 
         self._call(run).result()
 

@@ -1,7 +1,7 @@
 """What the machine can do at most, measured beside the updates: `python limits.py training|generation JOB.json OUT.json`.
 
-training     bf16 matrix products at the model's shapes; a bare forward and backward loop over the same number of
-             tokens, once as plain Hugging Face (sdpa, padded microbatches, logits everywhere), once packed
+training     matrix products at the model's shapes, in the dtype of the run; a bare forward and backward loop over the same
+             number of tokens, once as plain Hugging Face (sdpa, padded microbatches, logits everywhere), once packed
 generation   vLLM alone on the prompts of one update, without Ray, with the arguments of Tandem's engine
 """
 
@@ -36,16 +36,16 @@ def best_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
 # ---- training
 
 
-def matmul_gflops(rows: int, width_in: int, width_out: int) -> float:
-    """bf16 [rows, in] x [in, out], GFLOP/s of the fastest of as many runs as fit `MATMUL_S`."""
-    x = torch.randn(rows, width_in, dtype=torch.bfloat16)
-    weight = torch.randn(width_out, width_in, dtype=torch.bfloat16)
+def matmul_gflops(rows: int, width_in: int, width_out: int, dtype: torch.dtype) -> float:
+    """[rows, in] x [in, out], GFLOP/s of the fastest of as many runs as fit `MATMUL_S`."""
+    x = torch.randn(rows, width_in, dtype=dtype)
+    weight = torch.randn(width_out, width_in, dtype=dtype)
     once = best_seconds(lambda: F.linear(x, weight), repeats=1)
     repeats = max(3, min(200, int(MATMUL_S / once)))
     return 2e-9 * rows * width_in * width_out / best_seconds(lambda: F.linear(x, weight), repeats)
 
 
-def matmul_peak(path: str, tokens: int) -> dict[str, float]:
+def matmul_peak(path: str, tokens: int, dtype: torch.dtype) -> dict[str, float]:
     """GFLOP/s by shape, for every distinct weight of the model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,7 +56,7 @@ def matmul_peak(path: str, tokens: int) -> dict[str, float]:
     for width_out, width_in in sorted(shapes):
         for rows in (512, 1024, 2048, 4096) if width_out < 16384 else (256, 512):
             if rows <= max(tokens, 512):
-                result[f"{rows}x{width_in}x{width_out}"] = matmul_gflops(rows, width_in, width_out)
+                result[f"{rows}x{width_in}x{width_out}"] = matmul_gflops(rows, width_in, width_out, dtype)
     return result
 
 
@@ -71,7 +71,7 @@ def padded_loop(job: dict[str, Any], sequences: list[np.ndarray]) -> float:
     """Seconds of plain Hugging Face: forward and backward of the language-model loss on every token."""
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    options = {"dtype": getattr(torch, job["dtype"]), "attn_implementation": "sdpa"}
     model = AutoModelForCausalLM.from_pretrained(job["model"], **options)
     ids = torch.from_numpy(np.stack(sequences))  # lengths are equal: the mask is all ones
 
@@ -87,7 +87,7 @@ def packed_loop(job: dict[str, Any], sequences: list[np.ndarray]) -> float:
     from contracts.attention import Packed
     from learner.models import load_policy
 
-    model = load_policy(job["model"], ModelConfig(path=job["model"]), LearnerConfig(), on_cpu=True)
+    model = load_policy(job["model"], ModelConfig(path=job["model"], dtype=job["dtype"]), LearnerConfig(), on_cpu=True)
     cut = cut_microbatches([len(s) for s in sequences], job["microbatch_tokens"], ranks=1)[0]
     device, completion = torch.device("cpu"), job["completion_tokens"]
 
@@ -107,7 +107,7 @@ def training(job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(job["seed"])
     sequences = random_sequences(job)
     return {
-        "matmul_gflops": matmul_peak(job["model"], sum(map(len, sequences))),
+        "matmul_gflops": matmul_peak(job["model"], sum(map(len, sequences)), getattr(torch, job["dtype"])),
         "packed_s": packed_loop(job, sequences),
         "padded_s": padded_loop(job, sequences),
     }
@@ -125,7 +125,9 @@ def generation(job: dict[str, Any]) -> dict[str, float]:
     from actors.vllm_engine import VLLMEngine
 
     # The engine inside has Tandem's arguments and is driven directly from here.
-    engine = VLLMEngine(ModelConfig(path=job["model"]), EngineConfig(), "ray_object", on_cpu=True)._engine
+    engine = VLLMEngine(
+        ModelConfig(path=job["model"], dtype=job["dtype"]), EngineConfig(), "ray_object", on_cpu=True
+    )._engine
     prompts, tokens = job["prompts"][: job["rollouts"]], job["completion_tokens"]
     common: dict[str, Any] = {"temperature": 1.0, "max_tokens": tokens}
     serial = iter(range(1 << 30))

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from step_report import show, step_seconds, summarize
 
+from contracts.precision import BFLOAT16_FLAGS, cpu_flags
 from contracts.process_env import driver_env, worker_env
 
 HERE = Path(__file__).resolve().parent
@@ -142,6 +143,7 @@ class Benchmark:
             "rollouts": args.rollouts,
             "completion_tokens": args.completion_tokens,
             "updates": args.updates,
+            "dtype": args.dtype,
             "threads": THREADS,
             "seed": 1,
             "held_tokens": args.held_tokens,
@@ -199,6 +201,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="pairs of blocks")
     parser.add_argument("--updates", type=int, default=3, help="of a block; the first is warm-up")
     parser.add_argument("--held-tokens", type=int, default=6000, help="learner.held_tokens; 0 recomputes everything")
+    native = "bfloat16" if BFLOAT16_FLAGS & cpu_flags() else "float32"
+    dtypes = ("bfloat16", "float32")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default=native, help="on both sides; default: what the CPU multiplies"
+    )
     parser.add_argument("--microbatch-tokens", type=int, default=4096, help="learner.microbatch_tokens")
     parser.add_argument("--trl-batch", type=int, default=16, help="sequences of a training pass of TRL")
     parser.add_argument("--trl-forward-batch", type=int, default=64, help="sequences of its other passes")
@@ -242,7 +249,7 @@ def main() -> int:
     summary = summarize(job, benchmark.tandem, benchmark.trl, benchmark.limits)
     tokens = f"{len(job['prompts'][0])} + {args.completion_tokens} tokens"
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
-    show(summary, console, f"{args.model.name}, bf16, {args.rollouts} rollouts of {tokens}; {line}")
+    show(summary, console, f"{args.model.name}, {args.dtype}, {args.rollouts} rollouts of {tokens}; {line}")
     options = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     blocks = {"tandem": benchmark.tandem, "trl": benchmark.trl, "limits": benchmark.limits}
     args.json.parent.mkdir(parents=True, exist_ok=True)

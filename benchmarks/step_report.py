@@ -172,7 +172,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
     if "ideal_s" in summary:
         result.append(
             f"arithmetic: {total['tflop']:.3g} TFLOP take {summary['ideal_s']:.3g} s at "
-            f"{summary['matmul_peak_gflops']:.0f} GFLOP/s, the best measured bf16 product; measured "
+            f"{summary['matmul_peak_gflops']:.0f} GFLOP/s, the best measured product; measured "
             f"{total['tandem_s']:.3g} s: {total['peak_share']:.0%} of the peak"
         )
     pairs = [

@@ -3,8 +3,9 @@
 It imports nothing of Tandem. TRL's trainer is used as it is; callbacks and hooks only read the clock.
 
 Set in TRL's favour: no gradient checkpointing (its default), prompts of one length (no padding), one generation call for
-the whole batch, bf16 Adam states (Tandem keeps float32 masters). Set to equal work: no stop token, and a pad token other
-than EOS, so that an EOS inside a completion is a token like any other and every completion has full length.
+the whole batch, Adam states in the dtype of the weights (Tandem keeps float32 masters). Set to equal work: no stop token,
+and a pad token other than EOS, so that an EOS inside a completion is a token like any other and every completion has full
+length.
 """
 
 import functools
@@ -65,7 +66,7 @@ class Clock(TrainerCallback):
 def make_trainer(job: dict[str, Any], directory: str, clock: Clock) -> PPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
-    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    options = {"dtype": getattr(torch, job["dtype"]), "attn_implementation": "sdpa"}
     policy = AutoModelForCausalLM.from_pretrained(job["model"], **options)
     reference = AutoModelForCausalLM.from_pretrained(job["model"], **options)
     value, reward = (
@@ -76,7 +77,7 @@ def make_trainer(job: dict[str, Any], directory: str, clock: Clock) -> PPOTraine
         output_dir=directory,
         seed=job["seed"],
         use_cpu=True,
-        bf16=False,  # the weights are bf16 already; autocast would only add casts
+        bf16=False,  # the weights have the dtype of the run already; autocast would only add casts
         fp16=False,
         gradient_checkpointing=False,
         learning_rate=1e-5,

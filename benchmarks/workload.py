@@ -52,7 +52,8 @@ def main(job_path: Path) -> None:
     torch.manual_seed(job["seed"])
     # `sdpa`, since what is saved must also load where Tandem's own attention is not registered.
     learner = LearnerConfig(attention="sdpa")
-    scalar = load_scalar(job["model"], ModelConfig(path=job["model"]), learner, on_cpu=True, seed=job["seed"])
+    model = ModelConfig(path=job["model"], dtype=job["dtype"])
+    scalar = load_scalar(job["model"], model, learner, on_cpu=True, seed=job["seed"])
     scalar.lm.save_pretrained(job["reward_model"])
     tokenizer.save_pretrained(job["reward_model"])
     job_path.write_text(json.dumps(job))

@@ -13,7 +13,9 @@ from omegaconf import MISSING
 class ModelConfig:
     path: str = MISSING  # directory of a Hugging Face checkpoint, or a hub id
     revision: str | None = None
-    dtype: str = "bfloat16"  # of the engines and of the forward pass; the learner's master weights are always float32
+    # Of the engines and of the forward pass; the learner's master weights are always float32. auto: bfloat16 where the
+    # hardware multiplies it, float32 on other CPUs.
+    dtype: str = "auto"
     trust_remote_code: bool = False
 
 
@@ -104,10 +106,11 @@ class KLConfig:
 class OffPolicyConfig:
     """Importance weight w = pi_proximal / pi_behavior of each token, for rollouts that an older policy sampled.
 
-    The default is none: in a synchronous run w differs from 1 by the rounding of the engines alone.
+    Without staleness w differs from 1 by the rounding of the engines alone.
     """
 
-    correction: str = "none"  # none | truncated: min(w, cap) | masked: 0 for w outside [low, high]
+    # none | truncated: min(w, cap) | masked: 0 for w outside [low, high]; null: truncated where ppo.max_staleness > 0
+    correction: str | None = None
     cap: float = 2.0
     low: float = 0.5
     high: float = 5.0
@@ -135,6 +138,13 @@ class PPOConfig:
     aggregation: str | None = None
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    # Updates that may lie between sampling and training. 0: actors and learner take turns; from 1 on both work all the
+    # time, on (max_staleness + 1) * rollouts_per_update rollouts.
+    max_staleness: int = 1
+    # in_flight: engines take new weights between two decoding steps, a completion may span versions; drain: they
+    # finish what they hold before.
+    weight_update: str = "in_flight"
+    score_batch: int = 16  # completions an actor scores together while others are sampled; all of them at staleness 0
     ptx_coef: float = 0.0  # PPO-ptx: weight of the SFT loss in the same optimizer step
     ptx_batch_size: int = 16
     missing_eos_penalty: float = 0.3  # score units
@@ -189,7 +199,7 @@ class LearnerConfig:
 class RewardServiceConfig:
     replicas: int = 1
     batch_tokens: int = 1024  # of one forward pass
-    dtype: str = "bfloat16"
+    dtype: str = "auto"  # as model.dtype
     max_tokens: int = 1024
     deadline_s: float = 120.0
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from contracts.config import PPOConfig
+from contracts.config import OffPolicyConfig, PPOConfig
 
 KL_PLACES = ("reward", "k2", "k3")
 AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
@@ -37,6 +37,12 @@ def chosen_estimator(ppo: PPOConfig) -> Estimator:
         whiten=paper.whiten if ppo.whiten_advantages is None else ppo.whiten_advantages,
         aggregation=ppo.aggregation or paper.aggregation,
     )
+
+
+def chosen_correction(ppo: PPOConfig) -> OffPolicyConfig:
+    """The off-policy correction of a configuration, with the default for its staleness."""
+    default = "truncated" if ppo.max_staleness else "none"
+    return replace(ppo.off_policy, correction=ppo.off_policy.correction or default)
 
 
 def warmup_updates(ppo: PPOConfig) -> int:

@@ -30,7 +30,9 @@ RANGES = [
             "data.max_prompt_tokens",
             *_under(("sft", "reward_model"), "epochs", "batch_size", "max_tokens"),
             "reward_model.eval_pairs",
-            *_under(["ppo"], "updates", "rollouts_per_update", "samples_per_prompt", "epochs", "minibatches"),
+            *_under(
+                ["ppo"], "updates", "rollouts_per_update", "samples_per_prompt", "epochs", "minibatches", "score_batch"
+            ),
             *_under(["ppo"], "ptx_batch_size", "kl.horizon"),
             "ppo.off_policy.cap",
             *_under(SAMPLINGS, "max_completion_tokens"),
@@ -49,6 +51,7 @@ RANGES = [
         (
             *_under(OPTIMIZERS, "weight_decay", "warmup_steps"),
             *_under(["ppo"], "kl.coef", "ptx_coef", "missing_eos_penalty", "value_warmup_updates", "gold_rollouts"),
+            "ppo.max_staleness",
             *_under(SAMPLINGS, "min_completion_tokens"),
             "learner.held_tokens",
             *_under(["cluster"], "gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica"),
@@ -107,14 +110,15 @@ RANGES = [
     ),
 ]
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "stage": ("pipeline", "sft", "reward_model", "ppo", "evaluate"),
     "model.dtype": DTYPES,
     "reward_service.dtype": DTYPES,
     "ppo.estimator": tuple(ESTIMATORS),
     "ppo.aggregation": (None, *AGGREGATIONS),
-    "ppo.off_policy.correction": ("none", "truncated", "masked"),
+    "ppo.weight_update": ("in_flight", "drain"),
+    "ppo.off_policy.correction": (None, "none", "truncated", "masked"),
     "ppo.kl.controller": ("fixed", "adaptive"),
     "ppo.kl.place": (None, *KL_PLACES),
     "ppo.init_value_from": ("reward_model", "policy"),

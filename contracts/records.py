@@ -85,6 +85,24 @@ class Rollout:
         return self.key[:2]
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """A rollout that an actor is to make."""
+
+    lease: int  # comes back with the rollout; the controller takes no rollout without its lease
+    request: RolloutRequest
+    scorers: tuple[str, ...]
+
+
+@dataclass
+class Delivery:
+    """What an actor has finished, and how long it worked since the last time it was asked."""
+
+    rollouts: list[tuple[int, Rollout]]  # with their leases
+    generate_s: float = 0.0  # with a completion unfinished
+    score_s: float = 0.0
+
+
 @dataclass
 class Microbatch:
     """Sequences of one forward pass: prompt and completion contiguous, one sequence after another.
@@ -97,6 +115,7 @@ class Microbatch:
     completion_lens: np.ndarray  # int64 [B]
     behavior_logprobs: np.ndarray  # float32 [B, C], C = longest completion; 0 on padding
     scores: np.ndarray  # float32 [B, C], shaped scores where they are paid: on last tokens of turns; 0 elsewhere
+    staleness: np.ndarray  # int32 [B, C], the learner's version minus the one that sampled the token; 0 on padding
     loss_mask: np.ndarray  # bool [B, C], sampled tokens: they train; false on observations and padding
     groups: np.ndarray  # int64 [B], which of the batch's rollout groups each sequence belongs to
 

@@ -22,6 +22,7 @@ def make_batches(
     minibatches: int,
     token_budget: int,
     rng: np.random.Generator,
+    policy_version: int = 0,
 ) -> list[TrainingBatch]:
     """One training batch a rank, of the same shape in minibatches and microbatches.
 
@@ -29,6 +30,7 @@ def make_batches(
         scores: what each rollout is worth after shaping, in the order of `rollouts`: a number, paid at the last token
             that was sampled, or float32 [completion tokens] with what each token is paid.
         token_budget: tokens of a microbatch.
+        policy_version: of the learner that trains on them.
 
     Raises:
         ValueError: with fewer rollouts than ranks x minibatches; where a token is paid that was not sampled.
@@ -43,22 +45,28 @@ def make_batches(
         tokens = sum(len(rollouts[r].completion.sampled_ids) for r in rows)
         for batch, parts in zip(batches, cut, strict=True):
             chosen = [[int(rows[i]) for i in part] for part in parts]
-            batch.minibatches.append([_microbatch(rollouts, scores, groups, part) for part in chosen])
+            batch.minibatches.append([_microbatch(rollouts, scores, groups, part, policy_version) for part in chosen])
             batch.global_loss_tokens.append(tokens)
             batch.global_sequences.append(len(rows))
     return batches
 
 
 def _microbatch(
-    rollouts: list[Rollout], scores: Sequence[float | np.ndarray], groups: list[int], rows: list[int]
+    rollouts: list[Rollout],
+    scores: Sequence[float | np.ndarray],
+    groups: list[int],
+    rows: list[int],
+    policy_version: int,
 ) -> Microbatch:
     chosen = [rollouts[r] for r in rows]
     longest = max(len(r.completion.token_ids) for r in chosen)
     behavior_logprobs, paid = np.zeros((2, len(chosen), longest), dtype=np.float32)
+    staleness = np.zeros((len(chosen), longest), dtype=np.int32)
     loss_mask = np.zeros((len(chosen), longest), dtype=bool)
     for i, (row, rollout) in enumerate(zip(rows, chosen, strict=True)):
         completion, length = rollout.completion, len(rollout.completion.token_ids)
         behavior_logprobs[i, :length] = completion.behavior_logprobs
+        staleness[i, :length] = policy_version - completion.policy_versions
         loss_mask[i, :length] = True if completion.loss_mask is None else completion.loss_mask
         paid[i, :length] = _paid(scores[row], loss_mask[i, :length])
     return Microbatch(
@@ -67,6 +75,7 @@ def _microbatch(
         completion_lens=np.array([len(r.completion.token_ids) for r in chosen]),
         behavior_logprobs=behavior_logprobs,
         scores=paid,
+        staleness=staleness,
         loss_mask=loss_mask,
         groups=np.array([groups[r] for r in rows], dtype=np.int64),
     )

@@ -10,12 +10,15 @@
                                  ▼        │
                             learner ranks (DeepSpeed): ref, policy, values -> rewards -> advantages -> PPO steps
 
-    synchronous: rollouts of version v  ->  update to v+1  ->  publish v+1  ->  rollouts of version v+1 ...
+    max_staleness 0: rollouts of version v  ->  update to v+1  ->  publish v+1  ->  rollouts of version v+1 ...
+    max_staleness s: the same steps, while the actors go on with up to (s + 1) * rollouts_per_update rollouts. Engines take
+                     new weights between two decoding steps; no token is older than s updates when it trains.
 
-What the loop waits for, and what unblocks it (every wait ends after `cluster.step_timeout_s` with an error that names it):
-    rollouts   all actors have answered; an actor answers when its last completion is sampled and scored
+What the loop waits for, and what unblocks it (every wait ends after `cluster.step_timeout_s` with an error that names it;
+in each of them the dispatcher goes on serving the actors):
+    rollouts   enough are sampled and scored, and none of those left behind will be too old
     update     all learner ranks have taken the optimizer steps
-    publish    every engine has loaded the weights and carries their version
+    publish    every engine has loaded the weights and carries their version; only then are slots free again
 
 The controller holds references and numbers, never a model. The ledger knows where every rollout is, and writes what became
 of it to `ledger.jsonl`.
@@ -29,8 +32,9 @@ import ray
 
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
-from contracts.records import Rollout, RolloutRequest
+from contracts.records import Rollout
 from controller.batcher import make_batches, with_siblings
+from controller.dispatch import Dispatcher
 from controller.ledger import Ledger
 from controller.ledger_log import NAME as LEDGER_FILE
 from controller.metrics import RunLog
@@ -57,12 +61,13 @@ class PPOController:
         progress: Progress,
         has_gold: bool,
     ):
-        self.config, self.stream, self.actors, self.learner = config, stream, actors, learner
-        self.log, self.progress, self.has_gold = log, progress, has_gold
+        self.config, self.learner, self.log, self.progress = config, learner, log, progress
         self.kl = make_kl_controller(config.ppo.kl)
         self.normalizer = ScoreNormalizer()
         self.rng = np.random.default_rng(config.seed)
-        self.ledger = Ledger(config.ppo.rollouts_per_update, max_staleness=0)
+        ppo, scorers = config.ppo, ["proxy", "gold"] if has_gold and config.ppo.gold_rollouts else ["proxy"]
+        self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
+        self.dispatcher = Dispatcher(actors, self.ledger, stream, ppo, scorers, config.cluster.step_timeout_s)
         self.first_score: float | None = None
         self.version = 0
 
@@ -74,6 +79,7 @@ class PPOController:
         for index in range(total):
             train_policy = index >= warmup
             start = time.perf_counter()
+            self.dispatcher.feed(total - index)
             metrics = self._update(train_policy)
             durations.append(time.perf_counter() - start)
             metrics["perf/step_s"] = durations[-1]
@@ -84,7 +90,10 @@ class PPOController:
             self.progress.line(line if train_policy else f"fitting the value model  {line}")
 
     def _update(self, train_policy: bool) -> dict[str, float]:
-        rollouts, metrics = self._rollouts()
+        start = time.perf_counter()
+        self.progress.waiting_for(f"rollouts for the update of version {self.version}")
+        rollouts = self.dispatcher.next_batch(self.version)
+        metrics = {"perf/rollout_s": time.perf_counter() - start}
         failed = [r for r in rollouts if r.scores["proxy"].value is None]
         if len(failed) > self.config.ppo.max_failed_scores * len(rollouts):
             reasons = sorted({str(r.scores["proxy"].error) for r in failed})
@@ -114,11 +123,12 @@ class PPOController:
             ppo.minibatches,
             learner.microbatch_tokens,
             self.rng,
+            self.version,
         )
-        self.progress.waiting_for(f"the learner's update {self.version + 1}")
         start = time.perf_counter()
         references = [ray.put(batch) for batch in batches]
-        metrics |= self.learner.call_each("update", references, self.kl.coef, train_policy)[0]
+        update = self.learner.start_each("update", references, self.kl.coef, train_policy)
+        metrics |= self._wait(update, f"the learner's update {self.version + 1}")[0]
         train_s = time.perf_counter() - start
         tokens = sum(r.num_tokens for r in scored)
         metrics |= {
@@ -133,43 +143,11 @@ class PPOController:
             metrics["perf/sync_s"] = self._publish()
         self.ledger.trained(self.version)
         self.ledger.committed(self.log.run_dir / LEDGER_FILE)
-        return metrics | self.ledger.metrics()
+        return metrics | self.ledger.metrics() | self.dispatcher.usage()
 
-    def _rollouts(self) -> tuple[list[Rollout], dict[str, float]]:
-        ppo = self.config.ppo
-        requests = self.stream.next_requests(ppo.rollouts_per_update // ppo.samples_per_prompt)
-        self.ledger.admit(requests)
-        share = -(-len(requests) // len(self.actors))
-        leases = [self.ledger.lease(share, f"actor-{i}") for i in range(len(self.actors))]
-        gold = ppo.gold_rollouts if self.has_gold else 0
-        self.progress.waiting_for(f"{len(requests)} rollouts of version {self.version}")
-        start = time.perf_counter()
-        answers = ray.get(
-            [
-                self._send(actor, [lease.request for lease in held], gold)
-                for actor, held in zip(self.actors, leases, strict=True)
-            ],
-            timeout=self.config.cluster.step_timeout_s,
-        )
-        seconds = time.perf_counter() - start
-        for held, (answer, _) in zip(leases, answers, strict=True):
-            for lease, rollout in zip(held, answer, strict=True):
-                self.ledger.complete(lease.number, rollout)
-        rollouts = self.ledger.take(len(requests), self.version)
-        generate_s = max(times["generate_s"] for _, times in answers)
-        tokens = sum(len(r.completion.sampled_ids) for r in rollouts)
-        return rollouts, {
-            "perf/rollout_s": seconds,
-            "perf/generate_s": generate_s,
-            "perf/score_s": max(times["score_s"] for _, times in answers),
-            "perf/gen_tokens_per_s": tokens / generate_s,
-        }
-
-    def _send(self, actor: Any, share: list[RolloutRequest], gold: int) -> Any:
-        scorers = {"proxy": len(share)}
-        if gold:
-            scorers["gold"] = -(-gold // len(self.actors))
-        return actor.rollout.remote(share, self.config.ppo.sampling, scorers)
+    def _wait(self, calls: list[Any], what: str) -> list[Any]:
+        self.progress.waiting_for(what)
+        return self.dispatcher.wait(calls, what)
 
     def _describe(self, rollouts: list[Rollout]) -> dict[str, float]:
         """Metrics of the texts and scores, and a few samples into the log."""
@@ -202,8 +180,11 @@ class PPOController:
     def _publish(self) -> float:
         """Give every engine the weights of the next version. Returns seconds."""
         start = time.perf_counter()
-        self.progress.waiting_for(f"the engines to load version {self.version + 1}")
-        self.learner.call("publish", self.version + 1)
+        if self.config.ppo.weight_update == "drain":
+            self.progress.waiting_for("the actors to finish what they hold")
+            self.dispatcher.drain()
+        publish = self.learner.start("publish", self.version + 1)
+        self._wait(publish, f"the engines to load version {self.version + 1}")
         self.version += 1
         return time.perf_counter() - start
 

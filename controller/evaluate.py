@@ -82,11 +82,11 @@ def judge_models(
             if version:
                 WeightPublisher(BACKEND, CheckpointSource(path), actors, 0, 1).send(version)
             calls = [
-                actor.rollout.remote(share, sampling, {judge: len(share) for judge in judges})
+                actor.rollout.remote(share, sampling, judges, timeout_s)
                 for actor, share in zip(actors, shares, strict=True)
             ]
             answers = ray.get(calls, timeout=timeout_s)
-            rollouts[name] = sorted((r for answer, _ in answers for r in answer), key=lambda r: r.key)
+            rollouts[name] = sorted((r for answer in answers for r in answer), key=lambda r: r.key)
             if sampling.temperature == 1 and sampling.top_p == 1 and not sampling.min_completion_tokens:
                 own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
             else:  # what was recorded is log p of another distribution than the model's own

@@ -57,6 +57,7 @@ class Lease(NamedTuple):
 
     number: int  # fences: no two leases share one, in this process or after a restart
     request: RolloutRequest
+    order: int  # of its admission
     attempt: int  # 1 for the first lease of this rollout; a prompt that kills its holders counts up
 
 
@@ -146,7 +147,7 @@ class Ledger:
             entry.state, entry.lease, entry.holder, entry.due = State.LEASED, self._last_lease, holder, due
             entry.attempts += 1
             self._leases[entry.lease] = held[entry.lease] = entry
-            leases.append(Lease(entry.lease, entry.request, entry.attempts))
+            leases.append(Lease(entry.lease, entry.request, entry.order, entry.attempts))
         if leases:
             self._leased_due[due] += len(leases)
         self.counts["leased"] += len(leases)
@@ -166,8 +167,22 @@ class Ledger:
         self.counts["released"] += 1
         return True
 
-    def complete(self, lease_number: int, rollout: Rollout) -> bool:
-        """The rollout of a lease is here. False where that lease has ended: the reply is late or repeated, drop it."""
+    @property
+    def num_open(self) -> int:
+        """Admitted and neither trained nor quarantined."""
+        return len(self._open)
+
+    def complete_group(self, parts: list[tuple[int, Rollout]]) -> bool:
+        """The rollouts of one prompt, each with its lease: they are due together, so that one update takes them all."""
+        oldest = min((int(v.min()) for _, r in parts if len(v := r.completion.policy_versions)), default=None)
+        return all([self.complete(lease, rollout, oldest) for lease, rollout in parts])
+
+    def complete(self, lease_number: int, rollout: Rollout, oldest: int | None = None) -> bool:
+        """The rollout of a lease is here. False where that lease has ended: the reply is late or repeated, drop it.
+
+        Args:
+            oldest: policy version that counts for its staleness; None: that of its oldest token.
+        """
         entry = self._leases.get(lease_number)
         if entry is None:
             self.counts["fenced"] += 1
@@ -175,7 +190,8 @@ class Ledger:
         if rollout.key != entry.request.key:
             raise LedgerError(f"the lease of {entry.request.key} was answered with the rollout {rollout.key}")
         versions = rollout.completion.policy_versions
-        oldest = int(versions.min()) if len(versions) else entry.due - self.max_staleness
+        if oldest is None:
+            oldest = int(versions.min()) if len(versions) else entry.due - self.max_staleness
         self._end_lease(lease_number)
         entry.state, entry.rollout, entry.due = State.SCORED, rollout, oldest + self.max_staleness
         self._scored[entry.due].append(entry)

@@ -1,5 +1,6 @@
 """Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +22,32 @@ def save_checkpoint(
 
     `config_fields` are added to the checkpoint's config.json.
     """
+    write = gather_checkpoint(engine, tokenizer_from, model, ranks, config_fields)
+    if write:
+        write(path)
+    if ranks.world_size > 1:
+        torch.distributed.barrier()
+
+
+def gather_checkpoint(
+    engine: TrainEngine,
+    tokenizer_from: str,
+    model: ModelConfig,
+    ranks: Ranks,
+    config_fields: dict[str, Any] | None = None,
+) -> Callable[[str], None] | None:
+    """Gather the weights on all ranks together; returns, on rank 0, what writes them to a path.
+
+    Weights that lie whole on the CPU are written from where they are: the next optimizer step has to wait for that.
+    """
     weights = {}
     for name, tensor in engine.named_weights():  # a collective under ZeRO-3
         if ranks.rank == 0:
-            weights[name] = tensor.detach().to("cpu", copy=True)
-    if ranks.rank == 0:
+            weights[name] = tensor.detach().to("cpu", copy=engine.is_sharded)
+    if ranks.rank != 0:
+        return None
+
+    def write(path: str) -> None:
         lm = engine.model.lm
         for key, value in (config_fields or {}).items():
             setattr(lm.config, key, value)
@@ -33,5 +55,5 @@ def save_checkpoint(
         lm.save_pretrained(path, state_dict=weights, safe_serialization=True)
         options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         AutoTokenizer.from_pretrained(tokenizer_from, **options).save_pretrained(path)
-    if ranks.world_size > 1:
-        torch.distributed.barrier()
+
+    return write

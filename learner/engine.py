@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,8 +120,11 @@ class TrainEngine:
             lr_scheduler=lambda wrapped: LambdaLR(wrapped, factor),
             config=config,
         )
-        self._zero_3 = learner.zero_stage == 3
+        self._adam = adam
+        self.is_sharded = learner.zero_stage == 3  # a rank holds a part of every weight
         self.model = model
+        # Who still reads the weights in place, as a commit that is being written does, makes the next step wait.
+        self.before_step: Callable[[], None] = lambda: None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -145,6 +148,7 @@ class TrainEngine:
         Raises:
             NonFiniteError: on all ranks; nothing was updated.
         """
+        self.before_step()
         if hasattr(self._engine.optimizer, "_global_grad_norm"):
             self._engine.step()  # skips the update where the norm is not finite
             norm = float(self._engine.get_global_grad_norm())
@@ -162,7 +166,7 @@ class TrainEngine:
         """Full weights by their checkpoint names, in a fixed order. Under ZeRO-3 each decoder layer is gathered on all
         ranks, yielded and released again; a consumer copies before it asks for the next."""
         for group in weight_groups(self.model):
-            if self._zero_3:
+            if self.is_sharded:
                 with deepspeed.zero.GatheredParameters([p for _, p in group]):
                     yield from group
             else:
@@ -175,6 +179,81 @@ class TrainEngine:
             for group in weight_groups(self.model)
             for name, p in group
         ]
+
+    # ---- commits
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What this rank needs to go on exactly: tensors that change with the next `step` (in place, not copies), and plain
+        values. Weights that do not train are not part of it: the run's own inputs have them.
+
+        DeepSpeed's own format is pickle, and names a checkpoint `latest` before every rank has written its part.
+        """
+        tensors = {}
+        for i, master in enumerate(self._masters()):
+            tensors[f"master.{i}"] = master.data
+            for key, value in self._adam.state.get(master, {}).items():
+                tensors[f"adam.{i}.{key}"] = value
+        tensors |= {f"weight.{name}": weight for name, weight in self._local_weights()}
+        plain = {
+            "rates": [group["lr"] for group in self._adam.param_groups],
+            "scheduler": self._engine.lr_scheduler.state_dict(),
+            "counters": {name: getattr(self._engine, name) for name in COUNTERS},
+        }
+        return tensors, plain
+
+    def load_state(self, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
+        """Go back to what `state` returned, on the same rank of as many. `check_state` says whether it fits."""
+        for i, master in enumerate(self._masters()):
+            master.data.copy_(tensors[f"master.{i}"])
+            mine = self._adam.state[master]
+            saved = {n.split(".", 2)[2]: t for n, t in tensors.items() if n.startswith(f"adam.{i}.")}
+            for key in mine.keys() - saved.keys():
+                del mine[key]
+            for key, value in saved.items():
+                if key in mine:
+                    mine[key].copy_(value)  # DeepSpeed keeps views of these
+                else:
+                    # Adam counts its steps on the CPU unless it is fused on a device; moments lie beside the weights.
+                    mine[key] = value.to(master.device, copy=True)
+        for name, weight in self._local_weights():
+            weight.copy_(tensors[f"weight.{name}"])
+        for group, rate in zip(self._adam.param_groups, plain["rates"], strict=True):
+            group["lr"] = rate
+        self._engine.lr_scheduler.load_state_dict(plain["scheduler"])
+        for name, value in plain["counters"].items():
+            setattr(self._engine, name, value)
+
+    def check_state(self, shapes: dict[str, tuple[int, ...]]) -> str | None:
+        """Why a state with tensors of these shapes cannot be loaded here, or None."""
+        wanted = {f"master.{i}": tuple(master.shape) for i, master in enumerate(self._masters())}
+        wanted |= {f"weight.{name}": tuple(weight.shape) for name, weight in self._local_weights()}
+        found = {name: shape for name, shape in shapes.items() if not name.startswith("adam.")}
+        different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if not different:
+            return None
+        name = different[0]
+        return f"{len(different)} tensors differ, {name} is {found.get(name)}, the model has {wanted.get(name)}"
+
+    def _masters(self) -> list[torch.Tensor]:
+        """The float32 tensors that Adam steps: this rank's partitions under ZeRO, else the weights themselves."""
+        optimizer = self._engine.optimizer
+        for name in MASTERS:
+            if hasattr(optimizer, name):
+                return list(getattr(optimizer, name))
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def _local_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Trainable weights that are rounded copies of a master, as they lie on this rank."""
+        masters = {id(master) for master in self._masters()}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in masters:
+                yield name, getattr(parameter, "ds_tensor", parameter).data
+
+
+# Of a DeepSpeed engine; `global_steps` says nothing of what has trained.
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+# Where DeepSpeed's optimizers keep the float32 weights: ZeRO 3, ZeRO 1 and 2, bfloat16 without ZeRO.
+MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
 
 def weight_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parameter]]]:

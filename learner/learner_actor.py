@@ -1,5 +1,6 @@
 """Ray actor: one rank of the learner, hosting the task of a stage. `LearnerGroup` is the driver's side."""
 
+from operator import attrgetter
 from typing import Any
 
 import ray
@@ -30,7 +31,8 @@ class LearnerActor:
         self._task = tasks[task](ranks, *arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._task, method)(*arguments)
+        """`method` of the task, or of one of its parts: `state.check`."""
+        return attrgetter(method)(self._task)(*arguments)
 
     def peak_memory_gib(self) -> float:
         import resource
@@ -60,14 +62,29 @@ class LearnerGroup:
     def wait_ready(self) -> None:
         ray.get(self._started, timeout=self._start_timeout_s)
 
+    def start(self, method: str, *arguments: Any) -> list[Any]:
+        """References of the results of all ranks, for the same arguments."""
+        return [actor.call.remote(method, *arguments) for actor in self.actors]
+
+    def start_each(self, method: str, per_rank: list[Any], *arguments: Any) -> list[Any]:
+        """References of the results of all ranks, where rank r gets `per_rank[r]` first."""
+        return [a.call.remote(method, mine, *arguments) for a, mine in zip(self.actors, per_rank, strict=True)]
+
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """The results of all ranks, for the same arguments."""
-        return ray.get([a.call.remote(method, *arguments) for a in self.actors], timeout=self.timeout_s)
+        return ray.get(self.start(method, *arguments), timeout=self.timeout_s)
 
-    def call_each(self, method: str, per_rank: list[Any], *arguments: Any) -> list[Any]:
-        """The results of all ranks, where rank r gets `per_rank[r]` first."""
-        calls = [a.call.remote(method, mine, *arguments) for a, mine in zip(self.actors, per_rank, strict=True)]
-        return ray.get(calls, timeout=self.timeout_s)
+    def votes(self, method: str, *arguments: Any) -> list[Any]:
+        """As `call`, but every rank is heard: in place of a result stands the error of a rank that failed or is gone."""
+        references = self.start(method, *arguments)
+        ray.wait(references, num_returns=len(references), timeout=self.timeout_s)
+        results: list[Any] = []
+        for reference in references:
+            try:
+                results.append(ray.get(reference, timeout=1))
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                results.append(error)
+        return results
 
     def peak_memory_gib(self) -> float:
         return sum(ray.get([a.peak_memory_gib.remote() for a in self.actors], timeout=60))

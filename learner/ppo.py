@@ -23,7 +23,7 @@ from torch import Tensor
 from contracts.attention import Packed
 from contracts.batching import cut_microbatches
 from contracts.config import TandemConfig
-from contracts.estimators import chosen_estimator, warmup_updates
+from contracts.estimators import chosen_correction, chosen_estimator, warmup_updates
 from contracts.records import Example, Microbatch, TrainingBatch
 from learner.advantages import (
     explained_variance,
@@ -34,11 +34,12 @@ from learner.advantages import (
     whiten,
     whitening_moments,
 )
-from learner.checkpoint import save_checkpoint
+from learner.checkpoint import gather_checkpoint, save_checkpoint
 from learner.engine import Ranks, TrainEngine, frozen
 from learner.kl import kl_k1, kl_k3
 from learner.losses import aggregation_weights, kl_loss, off_policy_weights, policy_loss, value_loss
 from learner.models import freeze_below, load_policy, load_scalar
+from learner.rank_state import RankState
 from learner.sft import example_nll, loss_tokens
 from learner.weight_publisher import EngineSource, WeightPublisher
 
@@ -95,6 +96,18 @@ class PPOTask:
         self.reference = frozen(load_policy(policy, config.model, learner, ranks.on_cpu), learner, ranks)
         self._ptx_rng = np.random.default_rng(config.seed)  # the same draws on every rank
         self._publisher: WeightPublisher | None = None
+        engines = {"policy": self.policy} | ({"value": self.value} if self.value else {})
+        self.state = RankState(ranks, engines, lambda: gather_checkpoint(self.policy, policy, config.model, ranks))
+
+    # ---- commits
+
+    def begin_commit(self, directory: str) -> None:
+        """Start to write this rank's state; `state.result` has the outcome."""
+        self.state.begin(directory, {"ptx": self._ptx_rng.bit_generator.state})
+
+    def load_commit(self, directory: str) -> None:
+        """Go back to a commit; all ranks together, after each has found it good."""
+        self._ptx_rng.bit_generator.state = self.state.load(directory)["ptx"]
 
     # ---- weights
 
@@ -218,7 +231,7 @@ class PPOTask:
 
     def _set_weights(self, passes: list[list[Pass]], batch: TrainingBatch) -> dict[str, float]:
         """Weight each token: off-policy correction times aggregation. Returns what the correction does."""
-        off_policy, budget = self.config.ppo.off_policy, self.config.ppo.sampling.max_completion_tokens
+        off_policy, budget = chosen_correction(self.config.ppo), self.config.ppo.sampling.max_completion_tokens
         sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         largest = torch.zeros((), device=self.ranks.device)
         for minibatch, tokens, sequences in zip(passes, batch.global_loss_tokens, batch.global_sequences, strict=True):
@@ -310,19 +323,24 @@ class PPOTask:
 
     def _describe(self, passes: list[Pass], sequences: int) -> dict[str, float]:
         """Metrics of the batch before the update, over all ranks."""
-        sums = torch.zeros(7, dtype=torch.float64, device=self.ranks.device)
+        sums = torch.zeros(9, dtype=torch.float64, device=self.ranks.device)
         largest = torch.zeros((), device=self.ranks.device)
         returns, residuals = torch.zeros_like(sums[:3]), torch.zeros_like(sums[:3])
         for p in passes:
             mask = p.places.mask
-            gap = torch.where(mask, p.proximal_logprobs - p.behavior_logprobs, 0.0)
+            staleness = torch.from_numpy(p.batch.staleness).to(self.ranks.device)
+            # Only of the weights that the learner still has: of older ones the gap is learning, not mismatch.
+            fresh = mask & (staleness == 0)
+            gap = torch.where(fresh, p.proximal_logprobs - p.behavior_logprobs, 0.0)
             sums += torch.stack(
                 [
                     mask.sum(),
                     kl_k1(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
                     kl_k3(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
-                    kl_k3(p.behavior_logprobs, p.proximal_logprobs)[mask].sum(),
+                    kl_k3(p.behavior_logprobs, p.proximal_logprobs)[fresh].sum(),
                     gap.abs().sum(),
+                    fresh.sum(),
+                    staleness[mask].sum(),
                     p.entropy[mask].sum(),
                     p.rewards.sum(),
                 ]
@@ -332,18 +350,21 @@ class PPOTask:
             if self.value:
                 returns += whitening_moments(p.returns, mask)
                 residuals += whitening_moments(p.returns - p.old_values, mask)
-        tokens, k1, k3, mismatch, gap_sum, entropy, rewards = self.ranks.sum(sums).tolist()
+        tokens, k1, k3, mismatch, gap_sum, fresh_tokens, stale, entropy, rewards = self.ranks.sum(sums).tolist()
         tokens, sequences = max(tokens, 1.0), max(sequences, 1)
         metrics = {
             "kl/ref_seq": k1 / sequences,
             "kl/ref_token": k1 / tokens,
             "kl/ref_k3": k3 / tokens,
-            "kl/mismatch_k3": mismatch / tokens,
-            "kl/mismatch_logp_mean": gap_sum / tokens,
-            "kl/mismatch_logp_max": self.ranks.max(largest).item(),
+            "staleness/token_mean": stale / tokens,
             "policy/entropy": entropy / tokens,
             "reward/total_mean": rewards / sequences,
         }
+        largest_gap = self.ranks.max(largest).item()
+        if fresh_tokens:
+            metrics["kl/mismatch_k3"] = mismatch / fresh_tokens
+            metrics["kl/mismatch_logp_mean"] = gap_sum / fresh_tokens
+            metrics["kl/mismatch_logp_max"] = largest_gap
         if self.value:
             metrics["value/explained_var"] = explained_variance(self.ranks.sum(returns), self.ranks.sum(residuals))
         return metrics

@@ -12,7 +12,7 @@ os.environ.update(driver_env())
 import pytest
 import torch
 
-from contracts.config import ModelConfig, SourceConfig, TandemConfig
+from contracts.config import ModelConfig, RewardServiceConfig, SourceConfig, TandemConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
@@ -26,11 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def make_tiny_model(path: Path, dtype: torch.dtype, tied: bool, vocab_size: int = 49152) -> Path:
+def make_tiny_model(path: Path, dtype: torch.dtype, tied: bool, vocab_size: int = 49152, seed: int = 0) -> Path:
     """A two-layer Llama whose weights are large enough that its distributions are not flat."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -97,13 +97,14 @@ def make_config(model: Path, folder: Path, dtype: str = "bfloat16") -> TandemCon
         run_dir=str(folder / "run"),
         cache_dir=str(folder / "cache"),
         model=ModelConfig(path=str(model), dtype=dtype),
+        reward_service=RewardServiceConfig(dtype="bfloat16"),
     )
     data = config.data
     data.sft, data.prompts = source("sft", "text", 100), source("sft", "text", 100)
     data.preferences, data.gold = source("proxy", "rated", 96), source("gold", "rated", 96)
     data.test, data.eval_prompts = source("test", "rated", 64), source("test", "text", 64)
     data.prompt_words = 4
-    config.ppo.updates, config.ppo.value_warmup_updates = 2, 1
+    config.ppo.updates, config.ppo.value_warmup_updates, config.ppo.max_staleness = 2, 1, 0
     config.ppo.rollouts_per_update, config.ppo.gold_rollouts = 8, 4
     config.ppo.sampling.max_completion_tokens = config.evaluate.sampling.max_completion_tokens = 12
     config.evaluate.prompts, config.evaluate.bootstrap_samples = 8, 100

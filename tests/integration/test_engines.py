@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
 from actors.rollout_actor import start_actors
 from contracts.config import SamplingConfig, TandemConfig
-from contracts.records import Prompt, Rollout, RolloutRequest
+from contracts.records import Assignment, Prompt, Rollout, RolloutRequest
 from controller.batcher import make_batches
 from controller.runtime import environments
 from learner.learner_actor import LearnerGroup
-from tests.conftest import kill, make_config
+from learner.weight_publisher import CheckpointSource, WeightPublisher
+from tests.conftest import kill, make_config, make_tiny_model
 
 EOS = 2
 PROMPTS = [Prompt(i, "", (504, 4771, 314, 253, 100 + i, 7 * i + 3)) for i in range(8)]
@@ -39,7 +41,7 @@ def start_learner(config: TandemConfig, ranks: int, zero_stage: int) -> LearnerG
 
 
 def rollouts(actor: Any, requests: list[RolloutRequest] = REQUESTS) -> list[Rollout]:
-    return ray.get(actor.rollout.remote(requests, SAMPLING, {}), timeout=120)[0]
+    return ray.get(actor.rollout.remote(requests, SAMPLING, [], 100), timeout=120)
 
 
 def sequences(samples: list[Rollout]) -> list[tuple[list[int], int]]:
@@ -50,10 +52,11 @@ def train(group: LearnerGroup, config: TandemConfig, samples: list[Rollout], ste
     """Updates that reward long words: enough to move every weight."""
     scores = [float(r.completion.token_ids.sum() % 7) for r in samples]
     ranks = config.cluster.num_learner_ranks
-    batches = make_batches(samples, scores, ranks, 1, 128, np.random.default_rng(0))
+    version = int(samples[0].completion.policy_versions[0])
+    batches = make_batches(samples, scores, ranks, 1, 128, np.random.default_rng(0), version)
     metrics = {}
     for _ in range(steps):
-        metrics = group.call_each("update", batches, 0.05, True)[0]
+        metrics = ray.get(group.start_each("update", batches, 0.05, True), timeout=300)[0]
     return metrics
 
 
@@ -91,7 +94,7 @@ def test_completion_ends_at_eos_or_at_the_limit(engine: Any) -> None:
 
 def test_temperature_divides_the_logits(engine: Any) -> None:
     cold = SamplingConfig(max_completion_tokens=12, temperature=0.5)
-    samples = ray.get(engine.rollout.remote(REQUESTS, cold, {}), timeout=120)[0]
+    samples = ray.get(engine.rollout.remote(REQUESTS, cold, [], 100), timeout=120)
     at_one = ray.get(engine.token_logprobs.remote(sequences(samples)), timeout=120)
     ratio = np.concatenate([r.completion.behavior_logprobs for r in samples]) / np.concatenate(at_one)
     # logits / 0.5 renormalised: not log p / 0.5, so the ratio is spread and not the constant 2.
@@ -107,7 +110,7 @@ def test_more_prompt_tokens_than_one_step_takes(engine: Any) -> None:
 def test_bad_prompt_fails_alone(engine: Any) -> None:
     too_long = RolloutRequest(0, 0, Prompt(99, "", tuple([5] * 600)), seed=1)
     with pytest.raises(ray.exceptions.RayTaskError, match="512"):
-        ray.get(engine.rollout.remote([too_long], SAMPLING, {}), timeout=120)
+        ray.get(engine.rollout.remote([too_long], SAMPLING, [], 100), timeout=120)
     assert len(rollouts(engine)) == len(REQUESTS)
 
 
@@ -136,6 +139,31 @@ def test_engine_and_learner_agree_after_publish(
         assert metrics["kl/mismatch_k3"] < 0.01 or metrics["kl/ref_seq"] != 0
     finally:
         group.stop()
+
+
+def test_weights_change_in_flight(engine: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """Completions that are under way go on with the new weights, and say so token by token."""
+    other = make_tiny_model(tmp_path / "other", torch.bfloat16, tied=True, seed=1)
+    old = WeightPublisher("ray_object", CheckpointSource(str(tiny_model)), [engine], 0, 1)
+    old.send(500)
+    sampling = SamplingConfig(max_completion_tokens=400, min_completion_tokens=400)
+    started = engine.assign.remote([Assignment(i, r, ()) for i, r in enumerate(REQUESTS)], sampling)
+    ray.get(started, timeout=60)
+    assert ray.get(engine.collect.remote(1, 0.5), timeout=60).rollouts == []  # all of them are under way
+    WeightPublisher("ray_object", CheckpointSource(str(other)), [engine], 0, 1).send(501)
+    delivery = ray.get(engine.collect.remote(len(REQUESTS), 120.0), timeout=150)
+    assert [lease for lease, _ in delivery.rollouts] == list(range(len(REQUESTS)))
+    samples = [rollout for _, rollout in delivery.rollouts]
+    old.send(502)
+    under_old = ray.get(engine.token_logprobs.remote(sequences(samples)), timeout=120)
+    for sample, expected in zip(samples, under_old, strict=True):
+        versions = sample.completion.policy_versions
+        assert len(versions) == 400
+        assert np.all(np.diff(versions) >= 0)
+        assert set(versions.tolist()) == {500, 501}
+        gap = np.abs(sample.completion.behavior_logprobs - np.array(expected))
+        assert gap[versions == 500].mean() < 0.05  # rounding
+        assert gap[versions == 501].mean() > 0.5  # another model
 
 
 def test_float32_untied_agree_to_rounding(tiny_float32: Path, tmp_path: Path) -> None:

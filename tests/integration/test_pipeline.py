@@ -166,6 +166,30 @@ def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Pat
     assert all("Say it again, better." in row["completion"] for row in samples)
 
 
+@pytest.mark.parametrize("weight_update", ["in_flight", pytest.param("drain", marks=pytest.mark.full)])
+def test_actors_work_ahead_of_the_learner(finished: Any, folder: Path, tiny_model: Path, weight_update: str) -> None:
+    overrides = ["ppo.max_staleness=2", "ppo.updates=5", "ppo.value_warmup_updates=0", "ppo.score_batch=2"]
+    overrides += [f"ppo.weight_update={weight_update}", "ppo.sampling.max_completion_tokens=24"]
+    done = run(folder, tiny_model, f"run_dir={folder}/{weight_update}", "stage=ppo", *overrides)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = [row for row in lines(folder / weight_update / "metrics.jsonl") if row["stage"] == "ppo"]
+    assert [row["progress/version"] for row in rows] == [1, 2, 3, 4, 5]
+    stalest = [row["staleness/max"] for row in rows]  # three updates' rollouts are admitted at once
+    assert (stalest[0], max(stalest)) == (0, 2)
+    for row in rows:
+        assert 0 < row["off_policy/ess"] <= 1
+        assert row["staleness/token_mean"] <= row["staleness/max"]
+        assert row["ledger/open"] <= 3 * 8
+    trained = [json.loads(line) for line in (folder / weight_update / "ledger.jsonl").read_text().splitlines()]
+    sampled = [row["sampled"] for row in trained if "trained" in row]
+    assert len(sampled) == 5 * 8
+    if weight_update == "drain":
+        assert all(len(versions) == 1 for versions in sampled)
+    command = [sys.executable, "-m", "controller.ledger", str(folder / weight_update)]
+    audit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "admitted 40 = trained 40 + quarantined 0 + open 0" in audit.stdout, audit.stdout + audit.stderr
+
+
 def test_no_process_is_left(finished: Any, folder: Path) -> None:
     left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
     assert left == []

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from contracts.records import Completion, Prompt, Rollout
 from controller.batcher import make_batches
@@ -54,7 +55,7 @@ def test_two_ranks_make_the_update_of_one(small_vocab: Path, tmp_path: Path) -> 
                     assert all(any(prompt_id in mb.groups for mb in b.minibatches[0]) for b in batches)
             before: Any = np.concatenate(group.call("token_logprobs", sequences)[0])
             # The first update moves the policy from its reference, so that the second has a KL in its rewards.
-            metrics = [group.call_each("update", batches, 0.1, True)[0] for _ in range(2)]
+            metrics = [ray.get(group.start_each("update", batches, 0.1, True))[0] for _ in range(2)]
             after = np.concatenate(group.call("token_logprobs", sequences)[0])
             outcomes.append((after - before, metrics[1]))
         finally:

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("ray_runtime")
 
 
 def played(actor: Any) -> list[Rollout]:
-    return ray.get(actor.rollout.remote(REQUESTS, SAMPLING, {}), timeout=120)[0]
+    return ray.get(actor.rollout.remote(REQUESTS, SAMPLING, [], 100), timeout=120)
 
 
 def sequences(rollouts: list[Rollout]) -> list[tuple[list[int], int]]:
@@ -98,7 +98,7 @@ def test_two_turns_through_engine_and_learner(tiny_float32: Path, tmp_path: Path
         assert paid == [[turn.end - 1 for turn in r.turns] for r in rollouts]
         batches = make_batches(rollouts, rows, 1, 1, 64, np.random.default_rng(0))
         assert batches[0].global_loss_tokens == [len(recorded)]
-        metrics = group.call_each("update", batches, 0.05, True)[0]
+        metrics = ray.get(group.start_each("update", batches, 0.05, True), timeout=300)[0]
         assert metrics["kl/mismatch_logp_max"] < 1e-3
         assert metrics["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
         assert metrics["kl/ref_seq"] == pytest.approx(0, abs=1e-4)

@@ -1,0 +1,232 @@
+"""The controller's side of the actors, on actors that answer when the test says so."""
+
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from contracts.config import PPOConfig
+from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout
+from controller.dispatch import Dispatcher
+from controller.ledger import Ledger
+from controller.prompts import PromptStream
+
+PROMPTS = [Prompt(i, f"prompt {i}", (1, 2, 3 + i)) for i in range(40)]
+
+
+class Call:
+    """What `.remote()` returns."""
+
+    def __init__(self, result: Future[Any]):
+        self._result = result
+
+    def future(self) -> Future[Any]:
+        return self._result
+
+
+class Method:
+    def __init__(self, function: Any):
+        self.remote = function
+
+
+class Actor:
+    """Holds what it is assigned until the test lets it finish."""
+
+    def __init__(self) -> None:
+        self.work: list[Assignment] = []
+        self.asked: list[tuple[Future[Delivery], int, float]] = []
+        self.assign, self.collect = Method(self._assign), Method(self._collect)
+
+    def _assign(self, work: list[Assignment], sampling: Any) -> None:
+        self.work += work
+
+    def _collect(self, score_batch: int, patience_s: float) -> Call:
+        answer: Future[Delivery] = Future()
+        self.asked.append((answer, score_batch, patience_s))
+        return Call(answer)
+
+    def finish(self, *numbers: int, versions: tuple[int, ...] = (0,), generate_s: float = 0.0) -> None:
+        """Deliver the assignments of those positions."""
+        chosen = [self.work[i] for i in numbers]
+        self.work = [a for i, a in enumerate(self.work) if i not in numbers]
+        rollouts = [(a.lease, sampled(a, versions)) for a in chosen]
+        self.asked.pop()[0].set_result(Delivery(rollouts, generate_s, generate_s / 2))
+
+    @property
+    def prompts(self) -> list[int]:
+        return [a.request.prompt.prompt_id for a in self.work]
+
+
+def sampled(assignment: Assignment, versions: tuple[int, ...]) -> Rollout:
+    tokens = np.arange(len(versions), dtype=np.int32)
+    completion = Completion(tokens, np.zeros(len(versions), np.float32), np.array(versions, np.int32), "stop", "")
+    return Rollout(assignment.request.key, assignment.request.prompt, completion)
+
+
+def start(
+    actors: list[Actor], staleness: int = 0, rollouts: int = 4, samples: int = 1, gold: int = 0, timeout_s: float = 5.0
+) -> tuple[Dispatcher, Ledger]:
+    ppo = PPOConfig(
+        rollouts_per_update=rollouts, samples_per_prompt=samples, max_staleness=staleness, gold_rollouts=gold
+    )
+    ledger = Ledger(rollouts, staleness)
+    stream = PromptStream(PROMPTS, samples, seed=1)
+    scorers = ["proxy", "gold"] if gold else ["proxy"]
+    return Dispatcher(actors, ledger, stream, ppo, scorers, timeout_s), ledger
+
+
+def test_without_staleness_the_actors_share_one_update_and_score_at_its_end() -> None:
+    actors = [Actor(), Actor()]
+    dispatcher, ledger = start(actors)
+    dispatcher.feed(updates_left=3)
+    assert [len(a.work) for a in actors] == [2, 2]
+    assert [a.asked[-1][1:] for a in actors] == [(4, 5.0), (4, 5.0)]  # the whole update; as long as a step may take
+    expected = [*actors[0].prompts, *actors[1].prompts]
+    actors[1].finish(1, 0)
+    actors[0].finish(0, 1)
+    batch = dispatcher.next_batch(0)
+    assert [r.prompt.prompt_id for r in batch] == expected  # in the order of admission, whoever came first
+    dispatcher.feed(updates_left=2)
+    assert [a.work for a in actors] == [[], []]  # the batch is in training: no slot is free
+    ledger.trained(1)
+    dispatcher.feed(updates_left=2)
+    assert [len(a.work) for a in actors] == [2, 2]
+
+
+def test_with_staleness_actors_work_ahead_within_the_bound() -> None:
+    actor = Actor()
+    dispatcher, ledger = start([actor], staleness=1)
+    dispatcher.feed(updates_left=5)
+    assert len(actor.work) == 8
+    actor.finish(0, 1, 2, 3)
+    dispatcher.next_batch(0)
+    assert len(actor.work) == 4  # four in training, four here: the bound
+    ledger.trained(1)
+    dispatcher.feed(updates_left=4)
+    assert len(actor.work) == 8
+    actor.finish(0, 1, 2, 3)
+    dispatcher.next_batch(1)
+    assert ledger.staleness == [1, 1, 1, 1]
+
+
+def test_nothing_is_admitted_that_no_update_will_use() -> None:
+    actor = Actor()
+    dispatcher, ledger = start([actor], staleness=3)
+    dispatcher.feed(updates_left=2)
+    assert len(actor.work) == 8  # not 16
+    for version in range(2):
+        actor.finish(0, 1, 2, 3, versions=(version,))
+        dispatcher.next_batch(version)
+        ledger.trained(version + 1)
+        dispatcher.feed(updates_left=1 - version)
+    assert (actor.work, ledger.num_open) == ([], 0)
+
+
+def test_the_actors_are_served_while_the_learner_works() -> None:
+    actor = Actor()
+    dispatcher, ledger = start([actor], staleness=1)
+    dispatcher.feed(updates_left=5)
+    update: Future[Any] = Future()
+    actor.finish(0, 1)
+    update.set_result({"loss": 1.0})
+    assert dispatcher.wait([Call(update)], "the update") == [{"loss": 1.0}]
+    assert (ledger.metrics()["ledger/scored"], len(actor.asked)) == (2, 1)
+
+
+def test_results_come_in_the_order_of_the_calls_and_errors_at_once() -> None:
+    dispatcher, _ = start([Actor()])
+    first, second, never, failed = Future[Any](), Future[Any](), Future[Any](), Future[Any]()
+    second.set_result("b")
+    first.set_result("a")
+    assert dispatcher.wait([Call(first), Call(second)], "both") == ["a", "b"]
+    failed.set_exception(ValueError("out of memory"))
+    with pytest.raises(ValueError, match="out of memory"):
+        dispatcher.wait([Call(never), Call(failed)], "both")
+
+
+def test_a_lost_actor_ends_every_wait() -> None:
+    actor = Actor()
+    dispatcher, _ = start([actor])
+    dispatcher.feed(updates_left=1)
+    actor.asked.pop()[0].set_exception(RuntimeError("the engine is lost"))
+    with pytest.raises(RuntimeError, match="the engine is lost"):
+        dispatcher.next_batch(0)
+
+
+def test_a_wait_ends_with_a_name() -> None:
+    dispatcher, _ = start([Actor()], timeout_s=0.05)
+    dispatcher.feed(updates_left=1)
+    with pytest.raises(TimeoutError, match=r"cluster.step_timeout_s\) for 4 rollouts for the update of version 0"):
+        dispatcher.next_batch(0)
+
+
+def test_drained_actors_get_nothing_new() -> None:
+    actor = Actor()
+    dispatcher, ledger = start([actor], staleness=1, timeout_s=0.05)
+    dispatcher.feed(updates_left=5)
+    actor.finish(0, 1, 2, 3)
+    dispatcher.next_batch(0)
+    with pytest.raises(TimeoutError, match="the actors to finish"):
+        dispatcher.drain()
+    actor.finish(0, 1, 2, 3)
+    dispatcher.drain()
+    assert actor.work == []
+    ledger.trained(1)
+    dispatcher.feed(updates_left=4)
+    assert len(actor.work) == 4
+
+
+def test_rollout_groups_train_as_a_whole() -> None:
+    """The second group is complete first; half of the first one waits for its sibling."""
+    actor = Actor()
+    dispatcher, ledger = start([actor], staleness=1, rollouts=2, samples=2)
+    dispatcher.feed(updates_left=5)
+    groups = list(dict.fromkeys(actor.prompts))
+    assert actor.prompts == [groups[0], groups[0], groups[1], groups[1]]
+    actor.finish(1, 2, 3, versions=(0,))
+    assert [r.prompt.prompt_id for r in dispatcher.next_batch(0)] == [groups[1], groups[1]]
+    ledger.trained(1)
+    actor.finish(0, versions=(0, 1))
+    batch = dispatcher.next_batch(1)
+    assert [(r.prompt.prompt_id, r.key[2]) for r in batch] == [(groups[0], 0), (groups[0], 1)]
+
+
+def test_siblings_are_due_together() -> None:
+    """The sibling of a straggler is as urgent as the straggler: an update takes both or none."""
+    actor = Actor()
+    dispatcher, ledger = start([actor], staleness=2, rollouts=2, samples=2)
+    dispatcher.feed(updates_left=9)
+    straggler = actor.prompts[0]
+    for version in range(1, 3):  # two updates go by on the other groups
+        actor.finish(2, 3, versions=(version - 1,))
+        dispatcher.next_batch(version - 1)
+        ledger.trained(version)
+    dispatcher.feed(updates_left=7)
+    actor.finish(0, versions=(0, 1))
+    done: Future[Any] = Future()
+    done.set_result(None)
+    dispatcher.wait([Call(done)], "what came before it")
+    actor.finish(0, 1, 2, versions=(2,))
+    batch = dispatcher.next_batch(2)
+    assert [r.prompt.prompt_id for r in batch] == [straggler, straggler]
+    assert ledger.staleness == [2, 2]
+
+
+def test_the_gold_judge_sees_an_even_share() -> None:
+    actors = [Actor(), Actor()]
+    dispatcher, _ = start(actors, rollouts=8, gold=4)
+    dispatcher.feed(updates_left=1)
+    for actor in actors:
+        assert [a.scorers for a in actor.work] == [("proxy", "gold"), ("proxy",)] * 2
+
+
+def test_usage_is_that_of_the_busiest_actor_since_the_last_time() -> None:
+    actors = [Actor(), Actor()]
+    dispatcher, _ = start(actors)
+    dispatcher.feed(updates_left=2)
+    actors[0].finish(0, 1, versions=(0, 0, 0), generate_s=2.0)
+    actors[1].finish(0, 1, versions=(0,), generate_s=1.0)
+    dispatcher.next_batch(0)
+    assert dispatcher.usage() == {"perf/generate_s": 2.0, "perf/score_s": 1.0, "perf/gen_tokens_per_s": 4.0}
+    assert dispatcher.usage() == {"perf/generate_s": 0.0, "perf/score_s": 0.0, "perf/gen_tokens_per_s": 0.0}

@@ -1,0 +1,186 @@
+"""A learner rank that goes back to a commit goes on bit for bit, under every ZeRO stage; nothing is copied to write it."""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from contracts import durable
+from contracts.config import TandemConfig
+from contracts.records import Example, TrainingBatch
+from controller.batcher import make_batches
+from learner.engine import Ranks
+from learner.ppo import PPOTask
+from tests.conftest import make_config
+from tests.unit.test_ppo_task import EOS, PTX, ROLLOUTS, SCORES
+
+
+@pytest.fixture
+def make(small_vocab: Path, tiny_model: Path, tmp_path: Path, ranks: Ranks) -> Callable[..., PPOTask]:
+    def make(dtype: str = "float32", zero: int = 0, change: Callable[[TandemConfig], None] | None = None) -> PPOTask:
+        model = small_vocab if dtype == "float32" else tiny_model
+        config = make_config(model, tmp_path, dtype)
+        config.learner.zero_stage, config.learner.held_tokens = zero, 0 if zero == 3 else 1000
+        config.ppo.optimizer.learning_rate, config.ppo.optimizer.schedule = 1e-3, "linear"
+        config.ppo.updates, config.ppo.optimizer.warmup_steps = 8, 2
+        config.ppo.trainable_layers, config.ppo.target_approx_kl = 1, None
+        if change:
+            change(config)
+        ptx: list[Example] = PTX if config.ppo.ptx_coef else []
+        return PPOTask(ranks, config, config.model.path, config.model.path, EOS, ptx)
+
+    return make
+
+
+def batch(number: int) -> TrainingBatch:
+    return make_batches(ROLLOUTS, SCORES, 1, 1, 16, np.random.default_rng(number))[0]
+
+
+def update(task: PPOTask, number: int, train_policy: bool = True) -> dict[str, float]:
+    metrics = task.update(batch(number), 0.1, train_policy)
+    return {name: value for name, value in metrics.items() if not name.startswith("perf/")}
+
+
+def weights(task: PPOTask) -> dict[str, torch.Tensor]:
+    engines = {"policy": task.policy} | ({"value": task.value} if task.value else {})
+    return {f"{e}.{n}": w.detach().clone() for e, engine in engines.items() for n, w in engine.named_weights()}
+
+
+def commit(task: PPOTask, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    task.begin_commit(str(folder))
+    records = task.state.result(wait=True)
+    assert records is not None
+    return records
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 2), ("bfloat16", 3)])
+def test_a_resumed_rank_goes_on_bit_for_bit(
+    dtype: str, zero: int, make: Callable[..., PPOTask], tmp_path: Path
+) -> None:
+    """The unbroken task writes its commit while it trains on."""
+    unbroken = make(dtype, zero)
+    for number in range(2):
+        update(unbroken, number)
+    (tmp_path / "step_2").mkdir()
+    unbroken.begin_commit(str(tmp_path / "step_2"))
+    expected = [update(unbroken, number) for number in (2, 3)]
+    records = unbroken.state.result(wait=False)  # the update waited for it
+    assert records is not None
+    assert all(durable.problem(tmp_path / "step_2" / name, record) is None for name, record in records.items())
+
+    resumed = make(dtype, zero)
+    assert resumed.state.check(str(tmp_path / "step_2"), records) is None
+    resumed.load_commit(str(tmp_path / "step_2"))
+    assert [update(resumed, number) for number in (2, 3)] == expected
+    mine, theirs = weights(resumed), weights(unbroken)
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+
+
+def test_without_the_state_of_adam_it_would_differ(make: Callable[..., PPOTask], tmp_path: Path) -> None:
+    """The comparison above can fail: moments and schedule matter on these batches."""
+    unbroken, resumed = make(), make()
+    update(unbroken, 0)
+    records = commit(unbroken, tmp_path / "step_1")
+    assert resumed.state.check(str(tmp_path / "step_1"), records) is None
+    resumed.load_commit(str(tmp_path / "step_1"))
+    resumed.policy._adam.state.clear()
+    update(unbroken, 1)
+    update(resumed, 1)
+    theirs = weights(unbroken)
+    assert any(not torch.equal(mine, theirs[name]) for name, mine in weights(resumed).items())
+
+
+def test_back_to_before_the_first_policy_step(make: Callable[..., PPOTask], tmp_path: Path) -> None:
+    """A commit of the value model's warm-up knows no moments of the policy: a task that has some forgets them."""
+    unbroken, other = make(), make()
+    update(unbroken, 0, train_policy=False)
+    commit(unbroken, tmp_path / "step_1")
+    expected = update(unbroken, 1)
+    for number in (5, 6):
+        update(other, number)
+    other.load_commit(str(tmp_path / "step_1"))
+    assert update(other, 1) == expected
+
+
+def test_draws_go_on(make: Callable[..., PPOTask], tmp_path: Path) -> None:
+    """PPO-ptx draws its examples, and whoever uses torch's generator draws on."""
+
+    def with_ptx(config: TandemConfig) -> None:
+        config.ppo.ptx_coef, config.ppo.ptx_batch_size = 0.5, 1
+
+    unbroken = make(change=with_ptx)
+    for number in range(2):
+        update(unbroken, number)
+    commit(unbroken, tmp_path / "step_2")
+    expected = [update(unbroken, number) for number in (2, 3, 4)]
+    drawn = torch.rand(3), np.random.rand(3)
+    resumed = make(change=with_ptx)
+    resumed.load_commit(str(tmp_path / "step_2"))
+    assert [update(resumed, number) for number in (2, 3, 4)] == expected
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert np.array_equal(np.random.rand(3), drawn[1])
+
+
+def test_the_policy_is_a_plain_checkpoint(make: Callable[..., PPOTask], tmp_path: Path) -> None:
+    task = make("bfloat16")
+    update(task, 0)
+    commit(task, tmp_path / "step_1")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "step_1/policy", dtype=torch.bfloat16)
+    mine = dict(task.policy.named_weights())
+    assert all(torch.equal(p, mine[name]) for name, p in loaded.named_parameters())
+
+
+def test_a_step_waits_for_the_writer(make: Callable[..., PPOTask], tmp_path: Path) -> None:
+    task = make()
+    written = threading.Event()
+
+    def slow_disk(path: str) -> None:
+        written.wait(30)
+
+    task.state._gather = lambda: slow_disk
+    (tmp_path / "step_0").mkdir()
+    task.begin_commit(str(tmp_path / "step_0"))
+    assert task.state.result(wait=False) is None
+    threading.Timer(1.0, written.set).start()
+    before = weights(task)
+    update(task, 0)
+    assert written.is_set()
+    loaded = make()
+    loaded.load_commit(str(tmp_path / "step_0"))
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(loaded).items())
+
+
+def test_a_failed_write_costs_the_commit_alone(make: Callable[..., PPOTask], tmp_path: Path) -> None:
+    task = make()
+    task.begin_commit(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError):
+        task.state.result(wait=True)
+    update(task, 0)
+    commit(task, tmp_path / "step_1")
+
+
+def test_what_does_not_fit_is_named(make: Callable[..., PPOTask], tmp_path: Path) -> None:
+    task = make()
+    update(task, 0)
+    records = commit(task, tmp_path / "step_1")
+    folder = str(tmp_path / "step_1")
+
+    def deeper(config: TandemConfig) -> None:
+        config.ppo.trainable_layers = 2
+
+    assert "policy" in str(make(change=deeper).state.check(folder, records))
+    without_value = make(change=lambda c: setattr(c.ppo, "estimator", "reinforce_plus_plus"))
+    assert without_value.state.check(folder, records) is not None
+    assert "not in the manifest" in str(task.state.check(folder, {}))
+    task.state._ranks = dataclasses.replace(task.state._ranks, world_size=2)
+    assert "is of 1 ranks, the learner has 2" in str(task.state.check(folder, records))
+    path = Path(folder) / task.state.file
+    path.write_bytes(path.read_bytes()[:-4] + b"torn")
+    assert "has SHA-256" in str(task.state.check(folder, records))
