@@ -205,11 +205,11 @@ def test_a_fault_costs_its_own_rollout(
     assert rollout.scores == {"proxy": Score(None, rollout.fault)}
     assert client.asked == []
     # It goes the way of any rollout without a score.
-    ledger = Ledger(1, max_staleness=0)
+    ledger = Ledger(1, max_staleness=1)
     ledger.admit([REQUEST])
     (lease,) = ledger.lease(1, "actor")
     assert ledger.complete(lease.number, rollout)
-    assert ledger.take(1, 0) == [rollout]
+    assert ledger.take(1, 1) == [rollout]
     ledger.quarantine(rollout.key, "no score")
 
 
