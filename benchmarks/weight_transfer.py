@@ -44,8 +44,8 @@ from learner.weight_sources import CheckpointSource
 ROOT = Path(__file__).resolve().parent.parent
 TRANSPORTS = ("shared_memory", "ray_object")
 TIMEOUT_S = 300.0
-SEQUENCES = 16  # that an engine generates while it is given new weights
-COMPLETION_TOKENS = 400
+SEQUENCES = 8  # that an engine generates while it is given new weights
+COMPLETION_TOKENS = 100
 
 
 class Held(WeightSource):
@@ -207,7 +207,7 @@ def engines(sender: Any, path: str, counts: list[int], repeats: int) -> list[dic
         options = {"num_cpus": 0, "runtime_env": {"env_vars": worker_env(threads, on_cpu=True)}}
         remote = ray.remote(concurrency_groups={"control": 8})(MeasuredActor).options(**options)
         config = EngineConfig(kv_cache_gib=0.5)
-        make = partial(remote.remote, ModelConfig(path=path), config, "shared_memory", True, 2, None)
+        make = partial(remote.remote, ModelConfig(path=path, dtype="bfloat16"), config, "shared_memory", True, 2, None)
         actors = [make() for _ in range(count)]
         for actor in actors:
             actor.serve.remote()

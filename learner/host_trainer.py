@@ -64,7 +64,7 @@ class HostTrainer(TrainerWeightTransferEngine[TrainerInitInfo]):
         reaches, _ = receivers.call("connect_weights", lambda i: (self._name, address))
         self._needs_object = not all(reaches.values())
 
-    def send_weights(self, version: int = 0) -> PublishReport | None:  # type: ignore[override]  # vLLM's says nothing
+    def send_weights(self, version: int = 0) -> PublishReport | None:  # type: ignore[override]  # vLLM knows no versions
         """Publish; the version that was sent last is sent again as it was. All ranks together.
 
         Returns:

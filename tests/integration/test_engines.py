@@ -227,7 +227,9 @@ def test_an_engine_that_was_sent_too_little_ends_instead_of_sampling(
     with pytest.raises(
         RuntimeError, match=r"2 parameters of the engine were not sent, the first is model\.layers\.1\.mlp"
     ):
-        publisher.send(1)
+        report = publisher.send(1)
+        assert report is not None
+        report.require_all()
     with pytest.raises(ray.exceptions.RayTaskError, match="were not sent"):
         rollouts(engines[1])
     assert len(rollouts(engines[0])) == len(REQUESTS)
