@@ -12,20 +12,26 @@ computed, and once there are more of them than cores it lets every one sleep bet
 """
 
 import queue
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
 from typing import Any
 
 import numpy as np
+import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from actors.weight_receiver import WeightReceiver
 from contracts.config import EngineConfig, ModelConfig, SamplingConfig
+from contracts.interfaces import EngineLostError
 from contracts.records import Completion
+from contracts.segment import SegmentAddress
+from contracts.weights import LoadReport, Parameters, WeightUpdate
 
 
 class VLLMEngine:
@@ -66,6 +72,8 @@ class VLLMEngine:
         self._requests: dict[str, Future[RequestOutput]] = {}
         self._ids = count()
         self._updating = False
+        self._lost: BaseException | None = None
+        self._weights = WeightReceiver(self._swap)
 
     # ---- any thread
 
@@ -109,9 +117,38 @@ class VLLMEngine:
                 return
             if method == "start_weight_update":
                 self._updating = True
-            self._engine.collective_rpc(method, kwargs=argument or {})
+            try:
+                self._engine.collective_rpc(method, kwargs=argument or {})
+            except BaseException as error:
+                if self._updating:
+                    self._lost = error  # some layers are new and some are old
+                raise
 
         self._call(run).result()
+
+    def connect_weights(self, publisher: str, address: SegmentAddress | None) -> bool:
+        return self._weights.connect(publisher, address)
+
+    def load_weights(self, update: WeightUpdate) -> LoadReport:
+        return self._weights.load(update)
+
+    def _swap(self, parameters: Parameters, buffer: torch.Tensor, version: int) -> float:
+        """All of one update between two decoding steps. Returns the seconds that it took."""
+
+        def run() -> float:
+            start = time.perf_counter()
+            try:
+                self._engine.collective_rpc("start_weight_update")
+                update = {"parameters": parameters, "buffer": buffer}
+                self._engine.collective_rpc("update_weights", kwargs={"update_info": update})
+                self._engine.collective_rpc("finish_weight_update")
+            except BaseException as error:
+                self._lost = error  # some layers are new and some are old
+                raise
+            self._engine.set_weight_version(str(version))
+            return time.perf_counter() - start
+
+        return self._call(run).result()
 
     # ---- the thread inside `run`
 
@@ -129,35 +166,58 @@ class VLLMEngine:
                 del self._requests[request_id]
                 result.set_exception(error)
 
-        self._call(add)
+        def refused(queued: Future) -> None:  # the engine was lost before it came to this
+            if error := queued.exception():
+                result.set_exception(error)
+
+        self._call(add).add_done_callback(refused)
         return result
 
     def _call(self, function: Callable[[], Any]) -> Future:
         done: Future = Future()
         self._commands.put((function, done))
+        if self._lost is not None:
+            self._fail_commands(self._lost)
         return done
 
-    def run(self) -> None:
-        """Serve; returns never. Raises what ended the engine; every waiting caller gets the same error."""
+    def _fail_commands(self, error: BaseException) -> None:
         while True:
+            try:
+                _, done = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            done.set_exception(error)
+
+    def run(self) -> None:
+        """Serve; returns never.
+
+        Raises:
+            EngineLostError: what ended the engine; every caller, waiting or to come, gets it too.
+        """
+        try:
+            self._serve()
+        except BaseException as error:
+            self._lost = lost = EngineLostError(f"{type(error).__name__}: {error}")
+            for future in self._requests.values():
+                future.set_exception(lost)
+            self._requests.clear()
+            self._fail_commands(lost)
+            raise lost from error
+
+    def _serve(self) -> None:
+        while self._lost is None:
             idle = self._updating or not self._engine.has_unfinished_requests()
             try:
                 command = self._commands.get(block=idle)
             except queue.Empty:
-                try:
-                    self._step()
-                except BaseException as error:
-                    # The engine is lost: every waiting caller fails, none waits for ever.
-                    for future in self._requests.values():
-                        future.set_exception(error)
-                    self._requests.clear()
-                    raise
+                self._step()
                 continue
             function, done = command
             try:
                 done.set_result(function())
             except BaseException as error:
                 done.set_exception(error)
+        raise self._lost
 
     def _step(self) -> None:
         for output in self._engine.step():

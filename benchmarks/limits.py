@@ -126,7 +126,7 @@ def generation(job: dict[str, Any]) -> dict[str, float]:
 
     # The engine inside has Tandem's arguments and is driven directly from here.
     engine = VLLMEngine(
-        ModelConfig(path=job["model"], dtype=job["dtype"]), EngineConfig(), "ray_object", on_cpu=True
+        ModelConfig(path=job["model"], dtype=job["dtype"]), EngineConfig(), "shared_memory", on_cpu=True
     )._engine
     prompts, tokens = job["prompts"][: job["rollouts"]], job["completion_tokens"]
     common: dict[str, Any] = {"temperature": 1.0, "max_tokens": tokens}

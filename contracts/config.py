@@ -4,6 +4,7 @@ Every field that is not self-evident says its unit and what it trades.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -191,7 +192,8 @@ class LearnerConfig:
     held_tokens: int = 0
     attention: str = "auto"  # auto | sdpa | eager | short_causal | flash_attention_2; auto: short_causal on CPU
     gradient_checkpointing: bool = False
-    weight_transfer: str = "auto"  # auto | ray_object | nccl | ipc; auto: ray_object on CPU, nccl on GPU
+    # auto | shared_memory | ray_object | nccl | ipc; auto: shared_memory on CPU, on GPUs nccl or (colocated) ipc
+    weight_transfer: str = "auto"
 
 
 @dataclass
@@ -240,6 +242,12 @@ class RewardServiceConfig:
 @dataclass
 class ClusterConfig:
     address: str = "local"  # "local" starts an embedded Ray; "auto" joins a running cluster
+    # disaggregated: actors and learner ranks have devices of their own; colocated: actor i shares one with learner rank i
+    layout: str = "disaggregated"
+    # What the cluster has, or will have grown to when it is needed; null: it is asked when it has been joined.
+    num_nodes: int | None = None
+    gpus_per_node: float | None = None
+    cpus_per_node: float | None = None
     num_actors: int = 1
     num_learner_ranks: int = 1
     # One phase runs at a time in a synchronous run, so each may use every core of a laptop.
@@ -254,15 +262,20 @@ class ClusterConfig:
     min_memory_gib: float = 6.0  # free memory below which nothing starts
     start_timeout_s: float = 300.0
     step_timeout_s: float = 900.0  # longest wait for one generation, update or weight transfer
+    max_actor_restarts: int = 3  # lost rollout actors that are replaced before the run gives up
+    publish_timeout_s: float = 120.0  # longest wait for an actor to take new weights; the others go on without it
 
 
 @dataclass
 class EnvironmentConfig:
-    """What the policy talks to."""
+    """What the policy talks to. A turn is what it samples until EOS or `max_turn_tokens`; `sampling.max_completion_tokens`
+    bounds all turns of a conversation and the observations between them."""
 
-    name: str = "single_turn"
+    name: str = "single_turn"  # single_turn | two_turn | module:Class, an import path: docs/environments.md
     # Where a conversation is paid: cumulative (the sum, at its last token) | per_turn (each turn at its own last token).
     reward: str = "cumulative"
+    max_turn_tokens: int | None = None  # null: what is left of sampling.max_completion_tokens
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
 
 
 @dataclass

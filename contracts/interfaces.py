@@ -5,6 +5,12 @@ from typing import Any, Protocol
 
 from contracts.config import SamplingConfig
 from contracts.records import Completion, Score
+from contracts.segment import SegmentAddress
+from contracts.weights import LoadReport, PublishReport, WeightUpdate
+
+
+class EngineLostError(RuntimeError):
+    """The engine cannot go on: no request of it will be answered any more."""
 
 
 class Engine(Protocol):
@@ -19,6 +25,16 @@ class Engine(Protocol):
     def control(self, method: str, argument: dict[str, Any] | None = None) -> None:
         """Run one call of vLLM's weight-transfer protocol between two decoding steps."""
 
+    def connect_weights(self, publisher: str, address: SegmentAddress | None) -> bool:
+        """From now on take the weights of `publisher` alone. Returns whether its shared memory can be read from here."""
+
+    def load_weights(self, update: WeightUpdate) -> LoadReport:
+        """Exchange all weights between two decoding steps; they are fetched and checked while steps run.
+
+        Raises:
+            WeightsRefused: nothing has changed.
+        """
+
 
 class RewardClient(Protocol):
     """Scores token sequences. Errors are results, so that one bad item costs only itself."""
@@ -30,6 +46,7 @@ class RewardClient(Protocol):
 class WeightTransfer(Protocol):
     """Moves the learner's weights into every rollout engine. All learner ranks call `send` together."""
 
-    def send(self, policy_version: int) -> None: ...
+    def send(self, policy_version: int) -> PublishReport | None:
+        """What became of it, on rank 0; None on the others."""
 
     def shutdown(self) -> None: ...

@@ -1,6 +1,7 @@
 """The layout of a packed weight buffer: what sender and receiver of a weight transfer must agree on."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ class Slot:
     nbytes: int
 
 
-def layout(parameters: list[tuple[str, str, list[int]]]) -> tuple[list[Slot], int]:
+def layout(parameters: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[list[Slot], int]:
     """Slots for (name, dtype, shape) in order, and the size of the buffer in bytes."""
     slots, size = [], 0
     for name, dtype, shape in parameters:

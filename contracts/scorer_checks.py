@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from contracts.config import HttpConfig, RewardServiceConfig, ScorerConfig
+from contracts.scorers import CHECKPOINTS, ROLES
 
 KINDS = ("model", "function", "weighted_sum", "ensemble")
 COMPOSITES = KINDS[2:]
-ROLES = ("proxy", "gold")  # what a run asks for
-CHECKPOINTS = ("proxy_model", "gold_model")  # the reward models of a run, as composites name them
 MIN_TOKEN_LENGTH = 16
 
 Row = tuple[bool, str, str, Any, str]  # (holds, key, rule, found, what to write instead)

@@ -5,6 +5,7 @@ tables (`contracts.ranges`); the third is one short list a section. `validate` r
 compares it with the machine. Keys that the schema does not have: `contracts.overrides`.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ from typing import Any, NamedTuple
 from omegaconf import MISSING
 
 from contracts.config import SamplingConfig, TandemConfig
+from contracts.environments import SHIPPED, is_import_path
 from contracts.estimators import ESTIMATORS
 from contracts.overrides import closest
+from contracts.placement import PlacementError, Resources, check_nodes, plan
 from contracts.ranges import CHOICES, RANGES
 from contracts.scorer_checks import http_rows, scorer_rows
 
@@ -190,6 +193,33 @@ def _estimator_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
+def _environment_checks(config: TandemConfig) -> list[Check]:
+    environment = config.environment
+    return [
+        Check(
+            environment.name in SHIPPED or is_import_path(environment.name),
+            "environment.name",
+            f"one of {', '.join(SHIPPED)}, or the import path package.module:Class of your own",
+            environment.name,
+            closest(environment.name, SHIPPED) or "for example my_package.games:Guess",
+        ),
+        Check(
+            environment.name != "single_turn" or not environment.options,
+            "environment.options",
+            "empty with environment.name single_turn, which has none",
+            environment.options,
+            "environment.name as well, for example environment.name=two_turn",
+        ),
+        Check(
+            environment.name != "two_turn" or bool(environment.options.get("chat", False)) == config.data.chat,
+            "environment.options.chat",
+            f"data.chat ({config.data.chat}) with environment.name two_turn: both speak in the chat template or neither",
+            environment.options.get("chat", False),
+            f"environment.options.chat={config.data.chat}",
+        ),
+    ]
+
+
 def _learner_checks(config: TandemConfig) -> list[Check]:
     learner, engine, cluster = config.learner, config.engine, config.cluster
     ranks = cluster.num_learner_ranks
@@ -235,7 +265,7 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
         Check(
             learner.weight_transfer not in ("nccl", "ipc") or not (on_cpu or cluster.gpus_per_actor == 0),
             "learner.weight_transfer",
-            f"auto or ray_object unless learner ranks and actors have GPUs (cluster: {gpus})",
+            f"auto, shared_memory or ray_object unless learner ranks and actors have GPUs (cluster: {gpus})",
             learner.weight_transfer,
             "auto",
         ),
@@ -249,8 +279,77 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
-def _raise_conflicts(checks: list[Check]) -> None:
-    conflicts = [check.message for check in checks if not check.holds]
+def _cluster_checks(config: TandemConfig) -> list[Check]:
+    cluster, shared = config.cluster, config.cluster.gpus_per_actor + config.cluster.gpus_per_learner_rank
+    stated = {name: getattr(cluster, name) for name in ("num_nodes", "gpus_per_node", "cpus_per_node")}
+    colocated, on_gpus = cluster.layout == "colocated", cluster.gpus_per_actor > 0
+    transfer = config.learner.weight_transfer
+    return [
+        Check(
+            len({value is None for value in stated.values()}) == 1,
+            "cluster.num_nodes, cluster.gpus_per_node and cluster.cpus_per_node",
+            "all null or all set",
+            stated,
+            "all three, as in conf/cluster/multi_node.yaml",
+        ),
+        Check(
+            cluster.publish_timeout_s < cluster.step_timeout_s,
+            "cluster.publish_timeout_s",
+            f"below cluster.step_timeout_s ({cluster.step_timeout_s:g}), which ends the run",
+            cluster.publish_timeout_s,
+            f"{cluster.step_timeout_s / 4:g}, or a larger cluster.step_timeout_s",
+        ),
+        Check(
+            not (colocated and shared > 1),
+            "cluster.gpus_per_actor + cluster.gpus_per_learner_rank",
+            "at most 1 with cluster.layout colocated: an actor and its learner rank share one device",
+            f"{cluster.gpus_per_actor} + {cluster.gpus_per_learner_rank} = {shared}",
+            "0.5 and 0.5, or cluster.layout=disaggregated",
+        ),
+        Check(
+            not (colocated and on_gpus and cluster.num_actors > cluster.num_learner_ranks),
+            "cluster.num_actors",
+            f"at most cluster.num_learner_ranks ({cluster.num_learner_ranks}) with cluster.layout colocated: an actor gets "
+            "its weights from the rank on its own device",
+            cluster.num_actors,
+            f"{cluster.num_learner_ranks} or less, or cluster.layout=disaggregated",
+        ),
+        Check(
+            transfer != "ipc" or colocated,
+            "learner.weight_transfer",
+            "auto or nccl with cluster.layout disaggregated: ipc needs actor and learner rank on one device",
+            transfer,
+            "auto or cluster.layout=colocated",
+        ),
+        Check(
+            transfer != "nccl" or not colocated,
+            "learner.weight_transfer",
+            "auto or ipc with cluster.layout colocated: NCCL cannot join two processes on one device",
+            transfer,
+            "auto or cluster.layout=disaggregated",
+        ),
+    ]
+
+
+def _stated_nodes(config: TandemConfig) -> list[Resources] | None:
+    cluster = config.cluster
+    if cluster.num_nodes is None or cluster.gpus_per_node is None or cluster.cpus_per_node is None:
+        return None
+    return [{"CPU": cluster.cpus_per_node, "GPU": cluster.gpus_per_node}] * cluster.num_nodes
+
+
+def _placement_conflicts(config: TandemConfig, nodes: list[Resources] | None) -> list[str]:
+    if nodes is None:
+        return []
+    try:
+        check_nodes(plan(config), nodes)
+    except PlacementError as error:
+        return [str(error)]
+    return []
+
+
+def _raise_conflicts(checks: list[Check], more: Sequence[str] = ()) -> None:
+    conflicts = [check.message for check in checks if not check.holds] + list(more)
     if conflicts:
         count = "1 conflict" if len(conflicts) == 1 else f"{len(conflicts)} conflicts"
         raise ConfigError("\n  - ".join([f"{count} in the configuration:", *conflicts]))
@@ -274,9 +373,12 @@ def validate(config: TandemConfig) -> None:
             *_sampling_checks(config, "evaluate.sampling", config.evaluate.sampling),
             *_ppo_checks(config),
             *_estimator_checks(config),
+            *_environment_checks(config),
             *_learner_checks(config),
             *_service_checks(config),
-        ]
+            *_cluster_checks(config),
+        ],
+        _placement_conflicts(config, _stated_nodes(config)),
     )
 
 
@@ -312,17 +414,22 @@ def validate_service(config: TandemConfig) -> None:
     _raise_conflicts([*alone, *ranges, *_service_checks(config)])
 
 
-def check_machine(config: TandemConfig, free_memory_gib: float, cpu_count: int) -> list[str]:
+def check_machine(
+    config: TandemConfig, free_memory_gib: float, cpu_count: int, nodes: list[Resources] | None = None
+) -> list[str]:
     """Compare a configuration with the machine it is to start on.
 
     Threads are compared for each kind of process on its own, as one phase runs at a time, and only on an embedded
     cluster: a cluster that we join spreads the processes over machines we do not see here.
 
+    Args:
+        nodes: what an embedded cluster will have; None where we join one.
+
     Returns:
         Warnings, each beginning with "warning: ".
 
     Raises:
-        ConfigError: free memory is below `cluster.min_memory_gib`.
+        ConfigError: free memory is below `cluster.min_memory_gib`, or the nodes cannot hold the processes.
     """
     cluster = config.cluster
     memory = Check(
@@ -332,7 +439,7 @@ def check_machine(config: TandemConfig, free_memory_gib: float, cpu_count: int) 
         f"{free_memory_gib:.1f} GiB",
         "a smaller cluster.min_memory_gib if the model is small, or end other programs",
     )
-    _raise_conflicts([memory])
+    _raise_conflicts([memory], _placement_conflicts(config, nodes))
     pairs = [
         ("cluster.num_actors", "cluster.threads_per_actor"),
         ("cluster.num_learner_ranks", "cluster.threads_per_learner_rank"),

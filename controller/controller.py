@@ -35,6 +35,7 @@ from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.records import Rollout
 from controller.batcher import make_batches, with_siblings
 from controller.dispatch import Dispatcher
+from controller.fleet import Fleet
 from controller.ledger import Ledger
 from controller.ledger_log import NAME as LEDGER_FILE
 from controller.metrics import RunLog
@@ -56,7 +57,7 @@ class PPOController:
         self,
         config: TandemConfig,
         stream: PromptStream,
-        actors: list[Any],
+        fleet: Fleet,
         learner: LearnerGroup,
         log: RunLog,
         progress: Progress,
@@ -68,7 +69,7 @@ class PPOController:
         self.rng = np.random.default_rng(config.seed)
         ppo, scorers = config.ppo, ["proxy", "gold"] if has_gold and config.ppo.gold_rollouts else ["proxy"]
         self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
-        self.dispatcher = Dispatcher(actors, self.ledger, stream, ppo, scorers, config.cluster.step_timeout_s)
+        self.dispatcher = Dispatcher(fleet, self.ledger, stream, ppo, scorers, config.cluster.step_timeout_s)
         self.first_score: float | None = None
         self.version = 0
 
@@ -141,9 +142,10 @@ class PPOController:
             metrics["reward/kl_penalty_mean"] = -self.kl.coef * metrics["kl/ref_seq"]
         if train_policy:
             self.kl.update(metrics["kl/ref_seq"], len(scored))
-            metrics["perf/sync_s"] = self._publish()
+            metrics |= self._publish()
         self.ledger.trained(self.version)
         self.ledger.committed(self.log.run_dir / LEDGER_FILE)
+        metrics["fault/actors_lost"] = float(self.dispatcher.num_lost)
         return metrics | self.ledger.metrics() | self.dispatcher.usage()
 
     def _wait(self, calls: list[Any], what: str) -> list[Any]:
@@ -179,16 +181,16 @@ class PPOController:
         self.log.samples([_sample(r, self.version) for r in rollouts[: self.config.logger.samples_per_update]])
         return metrics
 
-    def _publish(self) -> float:
-        """Give every engine the weights of the next version. Returns seconds."""
+    def _publish(self) -> dict[str, float]:
+        """Give every engine the weights of the next version."""
         start = time.perf_counter()
         if self.config.ppo.weight_update == "drain":
             self.progress.waiting_for("the actors to finish what they hold")
             self.dispatcher.drain()
-        publish = self.learner.start("publish", self.version + 1)
-        self._wait(publish, f"the engines to load version {self.version + 1}")
+        self.progress.waiting_for(f"the engines to load version {self.version + 1}")
+        metrics = self.dispatcher.publish(self.version + 1)
         self.version += 1
-        return time.perf_counter() - start
+        return metrics | {"perf/sync_s": time.perf_counter() - start}
 
 
 def _sample(rollout: Rollout, version: int) -> dict[str, Any]:

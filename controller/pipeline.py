@@ -31,7 +31,7 @@ from controller.data import LoadReport, fingerprint, load_preferences, load_prom
 from controller.metrics import RunLog, redacted
 from controller.progress import Progress
 from controller.prompts import PromptStream
-from controller.runtime import Runtime, weight_backend
+from controller.runtime import Runtime, embedded_nodes, weight_backend
 from controller.stages import StageStore, checkpoint_fingerprint
 
 # Stages that a pipeline skips where the configuration names a checkpoint.
@@ -65,8 +65,19 @@ class Pipeline:
         with progress.phase("reading the data"):
             self.data = self._load()
         check_amounts(config, len(self.data.sft))
-        for warning in check_machine(config, psutil.virtual_memory().available / 2**30, psutil.cpu_count() or 1):
+        self._rehearse()
+        nodes = embedded_nodes() if config.cluster.address == "local" else None
+        free_gib = psutil.virtual_memory().available / 2**30
+        for warning in check_machine(config, free_gib, psutil.cpu_count() or 1, nodes):
             progress.line(warning)
+
+    def _rehearse(self) -> None:
+        sampled = {"ppo.sampling": self.data.prompts, "evaluate.sampling": self.data.eval_prompts}
+        if any(sampled.values()) and self.config.environment.name != "single_turn":
+            from controller.rehearsal import rehearse
+
+            with self.progress.phase(f"rehearsing {self.config.environment.name}"):
+                rehearse(self.config, self.tokenizer, {key: prompts for key, prompts in sampled.items() if prompts})
 
     # ---- what a user asks for
 
@@ -145,6 +156,7 @@ class Pipeline:
             return common | {"reward_model": config.reward_model, "data": data, "test": test}
         return common | {
             "ppo": config.ppo,
+            "environment": config.environment,
             "engine": config.engine,
             "actors": config.cluster.num_actors,
             "prompts": fingerprint(self.data.prompts),
@@ -273,6 +285,7 @@ class Pipeline:
 
     def _ppo(self, path: Path) -> dict[str, Any]:
         from controller.controller import PPOController
+        from controller.fleet import Fleet
 
         config = self.config
         policy, proxy = self._checkpoint("sft"), self._checkpoint("reward_model/proxy")
@@ -292,8 +305,10 @@ class Pipeline:
                 actors = engines.enter_context(self.runtime.actors(policy, backend, eos, client))
                 self.runtime.wait_for_service()
                 learner.wait_ready()
-                learner.call("connect", backend, actors)
-            controller = PPOController(config, stream, actors, learner, self.log, self.progress, "gold" in scorers)
+                learner.call("connect", backend, actors)[0].require_all()
+            restarts, say = config.cluster.max_actor_restarts, self.progress.line
+            fleet = Fleet(actors, learner, backend, self.runtime.replace_actor, restarts, say)
+            controller = PPOController(config, stream, fleet, learner, self.log, self.progress, "gold" in scorers)
             with self._phase("ppo", f"PPO: {config.ppo.updates} updates of {config.ppo.rollouts_per_update} rollouts"):
                 controller.run()
             learner.call("save", str(path))

@@ -2,14 +2,21 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
+import torch
 
 from contracts.config import ClusterConfig, TandemConfig
+from contracts.placement import Resources
 from contracts.process_env import worker_env
+from contracts.scorers import chosen_scorers
+from contracts.weights import WeightsRefused, WeightUpdate
+from controller.placement import Placement
 
 
 def weight_backend(config: TandemConfig) -> str:
@@ -17,7 +24,9 @@ def weight_backend(config: TandemConfig) -> str:
     chosen = config.learner.weight_transfer
     if chosen != "auto":
         return chosen
-    return "nccl" if config.cluster.gpus_per_actor else "ray_object"
+    if config.cluster.gpus_per_actor == 0:
+        return "shared_memory"
+    return "ipc" if config.cluster.layout == "colocated" else "nccl"
 
 
 def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
@@ -30,12 +39,19 @@ def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
     return {role: worker_env(threads, on_cpu=gpus == 0) for role, (threads, gpus) in roles.items()}
 
 
+def embedded_nodes() -> list[Resources]:
+    """The cluster that an embedded Ray is. Ray Serve's own processes need room beside ours, so it has two CPUs at least."""
+    return [{"CPU": max(os.cpu_count() or 1, 2), "GPU": torch.cuda.device_count()}]
+
+
 class Runtime:
     """One Ray for all stages of a run; `with Runtime(config) as runtime` leaves no process behind."""
 
     def __init__(self, config: TandemConfig):
         self.config = config
         self._service: Any = None
+        self._placement: Placement | None = None
+        self._start_actors: Callable[[list[dict[str, Any]]], list[Any]]
 
     def __enter__(self) -> "Runtime":
         return self
@@ -45,17 +61,32 @@ class Runtime:
             return
         if self._service and self.config.cluster.address != "local":
             self._service.stop()
+        self.release()
         ray.shutdown()  # an embedded Ray takes every process with it
 
     def start(self) -> None:
-        """Start or join Ray; does nothing where it runs already."""
-        if ray.is_initialized():
-            return
+        """Start or join Ray and reserve the job's resources; does nothing the second time.
+
+        Raises:
+            ConfigError: the cluster cannot hold the job.
+        """
+        if not ray.is_initialized():
+            self._start_ray()
+        if self._placement is None:
+            self._placement = Placement(self.config)
+
+    def release(self) -> None:
+        """Give the job's resources back, for whoever shares this Ray."""
+        if self._placement is not None:
+            self._placement.release()
+            self._placement = None
+
+    def _start_ray(self) -> None:
         cluster = self.config.cluster
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "tandem"}
         if cluster.address == "local":
             options |= {
-                "num_cpus": max(os.cpu_count() or 1, 2),
+                "num_cpus": embedded_nodes()[0]["CPU"],
                 "object_store_memory": int(cluster.object_store_gib * 2**30),
                 "include_dashboard": False,
             }
@@ -69,14 +100,15 @@ class Runtime:
             ScorerError: where a configured scorer cannot be served.
         """
         from reward_service.app import RewardService
-        from reward_service.scorers import chosen_scorers
 
         self.start()
         scorers = chosen_scorers(self.config.reward_service.scorers, checkpoints)
         if self._service is None:
             config = self.config
+            assert self._placement is not None
             env = environments(config.cluster)["reward"]
-            self._service = RewardService(config.reward_service, config.cluster, env, config.model.path)
+            placement = [self._placement.scorer(i) for i in range(len(self._placement.plan.scorers))]
+            self._service = RewardService(config.reward_service, config.cluster, env, config.model.path, placement)
             self._service.start(scorers)
         elif scorers != self._service.scorers:
             self._service.update(scorers, self.config.cluster.start_timeout_s)
@@ -88,24 +120,54 @@ class Runtime:
     @contextmanager
     def actors(self, model_path: str, backend: str, eos_token_id: int, reward_client: Any) -> Iterator[list[Any]]:
         """Rollout actors that serve the checkpoint at `model_path`."""
-        from dataclasses import replace
-
         from actors.rollout_actor import start_actors
 
         self.start()
         config = self.config
-        started = start_actors(
-            config.cluster,
-            replace(config.model, path=model_path),
-            config.engine,
-            backend,
-            eos_token_id,
-            reward_client,
-            environments(config.cluster)["actor"],
+        model, env = replace(config.model, path=model_path), environments(config.cluster)["actor"]
+        assert self._placement is not None
+        self._start_actors = partial(
+            start_actors,
+            cluster=config.cluster,
+            model=model,
+            engine=config.engine,
+            weight_transfer=backend,
+            eos_token_id=eos_token_id,
+            reward_client=reward_client,
+            env=env,
+            environment=config.environment,
         )
-        yield started
-        for actor in started:
-            ray.kill(actor)
+        started = self._start_actors([self._placement.actor(i) for i in range(config.cluster.num_actors)])
+        try:
+            yield started
+        finally:
+            for actor in started:
+                ray.kill(actor)
+
+    def replace_actor(self, actors: list[Any], number: int, update: WeightUpdate | None) -> bool:
+        """End one of `actors` and put a new one in its place. Connect the learner again before it publishes.
+
+        Returns:
+            Whether the new actor serves the weights of `update` (None: its checkpoint's). If not, they have been replaced
+            meanwhile or cannot be read on its node, and it must not sample before the learner has been connected.
+
+        Raises:
+            ray.exceptions.RayError: the new actor cannot start, or fails while it loads; its place stays empty.
+        """
+        assert self._placement is not None
+        ray.kill(actors[number])
+        [new] = self._start_actors([self._placement.actor(number)])
+        served = True
+        if update is not None:
+            try:
+                ray.get(new.load_weights.remote(update), timeout=self.config.cluster.publish_timeout_s)
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, WeightsRefused):
+                    ray.kill(new)
+                    raise
+                served = False
+        actors[number] = new
+        return served
 
     @contextmanager
     def learner(self, task: str, *arguments: Any) -> Iterator[Any]:
@@ -113,7 +175,11 @@ class Runtime:
         from learner.learner_actor import LearnerGroup
 
         self.start()
+        assert self._placement is not None
         cluster = self.config.cluster
-        group = LearnerGroup(cluster, task, self.config.seed, arguments, environments(cluster)["learner"])
-        yield group
-        group.stop()
+        placement = [self._placement.learner(rank) for rank in range(cluster.num_learner_ranks)]
+        group = LearnerGroup(cluster, task, self.config.seed, arguments, environments(cluster)["learner"], placement)
+        try:
+            yield group
+        finally:
+            group.stop()

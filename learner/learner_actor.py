@@ -43,17 +43,24 @@ class LearnerActor:
 class LearnerGroup:
     """All ranks of one stage. Every call runs on all ranks and raises the first rank's error that comes."""
 
-    def __init__(self, cluster: ClusterConfig, task: str, seed: int, arguments: tuple[Any, ...], env: dict[str, str]):
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        task: str,
+        seed: int,
+        arguments: tuple[Any, ...],
+        env: dict[str, str],
+        placement: list[dict[str, Any]] | None = None,  # Ray options of each rank; None: anywhere
+    ):
         world_size = cluster.num_learner_ranks
         self.timeout_s = cluster.step_timeout_s
-        options = {
-            "num_cpus": cluster.cpus_per_process,
-            "num_gpus": cluster.gpus_per_learner_rank,
-            "runtime_env": {"env_vars": env},
-        }
-        remote: Any = ray.remote(LearnerActor).options(**options)
+        anywhere = {"num_cpus": cluster.cpus_per_process, "num_gpus": cluster.gpus_per_learner_rank}
+        remote: Any = ray.remote(LearnerActor)
         on_cpu = cluster.gpus_per_learner_rank == 0
-        self.actors: list[Any] = [remote.remote(rank, world_size, on_cpu) for rank in range(world_size)]
+        self.actors: list[Any] = [
+            remote.options(**options, runtime_env={"env_vars": env}).remote(rank, world_size, on_cpu)
+            for rank, options in enumerate(placement or [anywhere] * world_size)
+        ]
         address, port = ray.get(self.actors[0].address.remote(), timeout=cluster.start_timeout_s)
         shared = ray.put(arguments)
         self._started = [actor.start.remote(task, address, port, seed, shared) for actor in self.actors]

@@ -25,6 +25,7 @@ from contracts.batching import cut_microbatches
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_correction, chosen_estimator, warmup_updates
 from contracts.records import Example, Microbatch, TrainingBatch
+from contracts.weights import PublishReport
 from learner.advantages import (
     explained_variance,
     gae,
@@ -41,7 +42,8 @@ from learner.losses import aggregation_weights, kl_loss, off_policy_weights, pol
 from learner.models import freeze_below, load_policy, load_scalar
 from learner.rank_state import RankState
 from learner.sft import example_nll, loss_tokens
-from learner.weight_publisher import EngineSource, WeightPublisher
+from learner.weight_publisher import WeightPublisher
+from learner.weight_sources import EngineSource
 
 
 @dataclass
@@ -111,15 +113,25 @@ class PPOTask:
 
     # ---- weights
 
-    def connect(self, backend: str, actors: list) -> None:
-        """Open the weight transfer to the actors' engines."""
-        source = EngineSource(self.policy)
-        self._publisher = WeightPublisher(backend, source, actors, self.ranks.rank, self.ranks.world_size)
+    def connect(self, backend: str, actors: list, policy_version: int = 0) -> PublishReport | None:
+        """Open the weight transfer to the actors' engines and give them the weights as they are now: a layout that does
+        not fit shows here. Call it again when actors have been replaced."""
+        if self._publisher is None:
+            engine, cluster = self.config.engine, self.config.cluster
+            self._publisher = WeightPublisher(
+                backend,
+                EngineSource(self.policy),
+                self.ranks.rank,
+                engine.tensor_parallel_size,
+                cluster.publish_timeout_s,
+            )
+        self._publisher.connect(actors)
+        return self._publisher.send(policy_version)
 
-    def publish(self, policy_version: int) -> None:
+    def publish(self, policy_version: int) -> PublishReport | None:
         if self._publisher is None:
             raise RuntimeError("publish() before connect()")
-        self._publisher.send(policy_version)
+        return self._publisher.send(policy_version)
 
     def save(self, path: str) -> None:
         save_checkpoint(self.policy, path, self.policy_path, self.config.model, self.ranks)

@@ -1,132 +1,101 @@
 """The sending end of a weight transfer, through vLLM's own trainer API; every learner rank takes part.
 
-The transport follows from the class of the init info that `make_weight_transfer` builds: vLLM's NCCL engine on GPUs, or
-ours over Ray's object store, of which `actors/weight_transfer.py` is the receiving end.
+    all ranks                     rank 0                                     every actor
+    gather a layer ──────> copy it into the packed buffer ─── one call ───> map or get the buffer, check it, exchange the
+    gather the next ...                                                     weights between two decoding steps
+
+    shared_memory   CPU: memory that the engines of the learner's node read in place; Ray's object store for other nodes
+    ray_object      CPU: the object store for all
+    nccl, ipc       vLLM's own, on GPUs
+
+On CPU an actor that is dead, late or refuses is left out and reported, and gets the current version when it is connected
+again. vLLM's own transports need every actor: one that is found dead before a transfer raises `ReceiversLost`, and
+`connect` builds the group again without it. One that dies within an NCCL broadcast leaves rank 0 waiting in it; the
+deadline of the caller, `cluster.step_timeout_s`, then ends the learner.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+import math
+import time
+from typing import Any
 
 import ray
-import torch
-from safetensors import safe_open
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.base import (
-    ParamMeta,
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-    WeightSource,
-)
-from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
+from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
 
-from contracts.packing import layout, view
-from learner.engine import TrainEngine
+from contracts.weights import LoadReport, PublishReport
+from learner.host_trainer import HostTrainer, RayObjectInfo, SharedMemoryInfo
+from learner.receivers import Receivers
 
-BACKEND = "ray_object"
-
-
-class EngineSource(WeightSource):
-    """The weights of a `TrainEngine`. Iteration is a collective under ZeRO-3: all ranks iterate together."""
-
-    def __init__(self, engine: TrainEngine):
-        self._engine = engine
-
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, dtype, shape) for name, dtype, shape in self._engine.weight_shapes()]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._engine.named_weights():
-            yield name, parameter.detach()
-
-
-class CheckpointSource(WeightSource):
-    """The weights of a safetensors checkpoint directory, in the dtype that it was saved in."""
-
-    def __init__(self, path: str):
-        self._files = sorted(Path(path).glob("*.safetensors"))
-        if not self._files:
-            raise FileNotFoundError(f"no .safetensors file in {path}")
-
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for file in self._files:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield name, tensors.get_tensor(name)
-
-
-@dataclass
-class RayObjectTrainerInfo(TrainerInitInfo):
-    backend: ClassVar[str] = BACKEND
-
-
-class RayObjectTrainer(TrainerWeightTransferEngine[RayObjectTrainerInfo]):
-    """Packs the weights into one buffer, puts it once, and lets every engine of a node read it in place."""
-
-    init_info_cls = RayObjectTrainerInfo
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        # Kept between transfers: touching fresh pages costs several times the copy itself.
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    @classmethod
-    def trainer_init(cls, init_info: RayObjectTrainerInfo, *, client: Any, source: Any = None) -> "RayObjectTrainer":
-        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        if engine.is_sender:
-            client.init_weight_transfer_engine({})
-        return engine
-
-    def send_weights(self, weight_version: str | None = None) -> None:
-        assert self.source is not None
-        if not self.is_sender:
-            for _ in self.source:  # takes part in the gathers
-                pass
-            return
-        parameters = [(m.name, str(m.dtype).removeprefix("torch."), list(m.shape)) for m in self.source.metadata()]
-        slots, size = layout(parameters)
-        if self._buffer.numel() != size:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
-        for slot, (name, tensor) in zip(slots, self.source, strict=True):
-            if name != slot.name:
-                raise RuntimeError(f"weights came out of order: {name} where {slot.name} was declared")
-            view(self._buffer, slot).copy_(tensor)
-        reference = ray.put(self._buffer.numpy())
-        self.client.start_weight_update()
-        self.client.update_weights({"parameters": parameters, "buffer": [reference]})
-        self.client.finish_weight_update(weight_version)
+BACKEND = SharedMemoryInfo.backend  # the fastest on CPU: benchmarks/weight_transfer.py
 
 
 class WeightPublisher:
-    """`contracts.interfaces.WeightTransfer` over one of vLLM's trainer engines."""
+    """`contracts.interfaces.WeightTransfer` over one of vLLM's trainer engines.
 
-    def __init__(self, backend: str, source: WeightSource, actors: list[Any], rank: int, world_size: int):
-        client = RayVLLMWeightSyncClient(actors)
-        self._client, self._rank = client, rank
-        self._engine = WeightTransferTrainerFactory.trainer_init(
-            _init_info(backend, rank, len(actors)), client=client, source=source
-        )
+    Args:
+        timeout_s: longest wait for an actor; a transfer goes on without it.
+    """
 
-    def send(self, policy_version: int) -> None:
-        """Replace the weights of every engine. Returns when all of them serve `policy_version`."""
-        if isinstance(self._engine, RayObjectTrainer):
-            self._engine.send_weights(str(policy_version))
+    def __init__(
+        self, backend: str, source: WeightSource, rank: int = 0, tensor_parallel_size: int = 1, timeout_s: float = 120.0
+    ):
+        self._backend, self._source, self._rank = backend, source, rank
+        self._tensor_parallel_size, self._timeout_s = tensor_parallel_size, timeout_s
+        self._trainer: TrainerWeightTransferEngine | None = None
+        self._receivers: Receivers | None = None
+
+    def connect(self, actors: list[Any]) -> None:
+        """Send to these actors from now on; all ranks together. Again, when actors have been lost or replaced."""
+        self._receivers = Receivers(actors, self._tensor_parallel_size, self._timeout_s)
+        if isinstance(self._trainer, HostTrainer):
+            if self._rank == 0:
+                self._trainer.connect(self._receivers)
             return
-        self._engine.send_weights()
-        if self._rank == 0:  # vLLM's own trainers do not pass a version on
-            ray.get([actor.update_weight_version.remote(str(policy_version)) for actor in self._client.handles])
+        if self._trainer is not None:
+            self._trainer.shutdown()
+            if self._rank == 0:  # new actors have nothing to shut down, lost ones do not answer
+                self._receivers.call("shutdown_weight_transfer_engine", lambda i: ())
+        info = _init_info(self._backend, self._rank, len(actors) * self._tensor_parallel_size)
+        self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=self._receivers, source=self._source)
+
+    def send(self, policy_version: int) -> PublishReport | None:
+        """Give every actor the weights of `policy_version`; all ranks together.
+
+        Returns:
+            What became of it, on rank 0; None on the others.
+
+        Raises:
+            ReceiversLost: one of vLLM's own transports has lost an actor.
+        """
+        assert self._trainer is not None, "send() before connect()"
+        assert self._receivers is not None
+        if isinstance(self._trainer, HostTrainer):
+            return self._trainer.send_weights(policy_version)
+        start = time.perf_counter()
+        if self._rank == 0:
+            self._receivers.call_all("ready")  # before the collective: it would wait for ever for a dead actor
+        self._trainer.send_weights()
+        if self._rank != 0:
+            return None
+        self._receivers.call_all("update_weight_version", lambda i: (str(policy_version),))
+        seconds = time.perf_counter() - start
+        nbytes = sum(math.prod(m.shape) * m.dtype.itemsize for m in self._source.metadata())
+        count = len(self._receivers.actors)
+        # ready, start, update, finish, version. Generation stands still from the start to the end.
+        loaded = {i: LoadReport(policy_version, pause_s=seconds) for i in range(count)}
+        return PublishReport(policy_version, seconds, 0.0, nbytes, 5 * count, loaded, {})
 
     def shutdown(self) -> None:
-        self._engine.shutdown()
+        if self._trainer is not None:
+            self._trainer.shutdown()
 
 
-def _init_info(backend: str, rank: int, num_engines: int) -> TrainerInitInfo:
-    if backend == BACKEND:
-        return RayObjectTrainerInfo(rank=rank)
+def _init_info(backend: str, rank: int, num_workers: int) -> TrainerInitInfo:
+    """`num_workers`: processes of all engines together."""
+    if backend == SharedMemoryInfo.backend:
+        return SharedMemoryInfo(rank=rank)
+    if backend == RayObjectInfo.backend:
+        return RayObjectInfo(rank=rank)
     if backend == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
@@ -134,13 +103,9 @@ def _init_info(backend: str, rank: int, num_engines: int) -> TrainerInitInfo:
         return NCCLTrainerInitInfo(
             master_address=ray.util.get_node_ip_address(),
             master_port=get_open_port(),
-            world_size=num_engines + 1,
+            world_size=num_workers + 1,
             rank=rank,
         )
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
     return IPCTrainerInitInfo(rank=rank)
-
-
-if BACKEND not in WeightTransferTrainerFactory._registry:
-    WeightTransferTrainerFactory.register_engine(BACKEND, "learner.weight_publisher", "RayObjectTrainer")

@@ -26,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from contracts.config import ScorerConfig, TandemConfig
 from contracts.overrides import unknown_overrides
 from contracts.precision import choose_dtypes
-from contracts.scorer_checks import ROLES
+from contracts.scorers import ROLES, chosen_scorers
 from contracts.validation import ConfigError, validate_service
-from reward_service.scorers import ScorerError, chosen_scorers, resolve
+from reward_service.scorers import ScorerError, resolve
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

@@ -154,9 +154,21 @@ class HttpFrontReplica(FrontReplica):
 class RewardService:
     """What a driver holds: starts, replaces and stops the service, and makes its clients."""
 
-    def __init__(self, config: RewardServiceConfig, cluster: ClusterConfig, env: dict[str, str], tokenizer: str):
-        """`tokenizer`: the checkpoint whose token ids are scored."""
+    def __init__(
+        self,
+        config: RewardServiceConfig,
+        cluster: ClusterConfig,
+        env: dict[str, str],
+        tokenizer: str,
+        placement: list[dict[str, Any]] | None = None,
+    ):
+        """
+        Args:
+            tokenizer: the checkpoint whose token ids are scored.
+            placement: Ray options with the resources of a replica of each model; what it has no place for goes anywhere.
+        """
         self.config, self.cluster, self.env, self.tokenizer = config, cluster, env, tokenizer
+        self._free_places, self._places = list(placement or []), dict[str, dict[str, Any]]()
         self.scorers: dict[str, ScorerConfig] = {}
         self.specs: dict[str, ScorerSpec] = {}
 
@@ -194,13 +206,13 @@ class RewardService:
                 _wait(set(new), timeout_s)
             except RuntimeError:
                 for name in new:
-                    serve.delete(name)
+                    self._delete(name)
                 raise
         self.scorers, self.specs = scorers, specs
         serve.run_many([self._front()], wait_for_applications_running=False)
         _wait({FRONT}, timeout_s)
         for name in before - {spec.application for spec in specs.values()}:
-            serve.delete(name)
+            self._delete(name)
 
     def wait(self, timeout_s: float) -> None:
         """Return once every replica can score.
@@ -217,12 +229,23 @@ class RewardService:
     def stop(self) -> None:
         serve.shutdown()
 
+    def _delete(self, application: str) -> None:
+        serve.delete(application)
+        if application in self._places:
+            self._free_places.append(self._places.pop(application))
+
+    def _resources(self, spec: ScorerSpec) -> dict[str, Any]:
+        """Ray options of one replica: a model's place, if there is one left."""
+        if spec.kind != "model":
+            return {"num_cpus": self.cluster.cpus_per_process}
+        assert spec.application is not None
+        if self._free_places:
+            self._places[spec.application] = self._free_places.pop(0)
+        anywhere = {"num_cpus": self.cluster.cpus_per_process, "num_gpus": self.cluster.gpus_per_reward_replica}
+        return self._places.get(spec.application, anywhere)
+
     def _leaf(self, spec: ScorerSpec, entry: ScorerConfig) -> serve.RunTarget:
-        options = {
-            "num_cpus": self.cluster.cpus_per_process,
-            "num_gpus": self.cluster.gpus_per_reward_replica if entry.kind == "model" else 0,
-            "runtime_env": {"env_vars": self.env},
-        }
+        options = {**self._resources(spec), "runtime_env": {"env_vars": self.env}}
         replica = ModelReplica if entry.kind == "model" else FunctionReplica
         deployment = serve.deployment(replica).options(
             name=spec.name,

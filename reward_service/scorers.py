@@ -16,21 +16,6 @@ class ScorerError(ValueError):
     """The scorers cannot be served as they are configured; the message lists every reason."""
 
 
-def chosen_scorers(configured: dict[str, ScorerConfig], checkpoints: dict[str, str]) -> dict[str, ScorerConfig]:
-    """What the service runs for the roles of `checkpoints`: each is its reward model unless it is configured otherwise; a
-    composite names the reward models of the roles `proxy_model` and `gold_model`. Nothing else is started."""
-    models = {role: ScorerConfig(path=path) for role, path in checkpoints.items()}
-    known = {**models, **{f"{role}_model": model for role, model in models.items()}, **configured}
-    chosen: dict[str, ScorerConfig] = {}
-    todo = list(checkpoints)
-    while todo:
-        name = todo.pop(0)
-        if name in known and name not in chosen:
-            chosen[name] = known[name]
-            todo += known[name].parts
-    return chosen
-
-
 def resolve(
     scorers: dict[str, ScorerConfig], config: RewardServiceConfig, tokenizer: str | None = None
 ) -> dict[str, ScorerSpec]:

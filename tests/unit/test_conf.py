@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
-from contracts.config import TandemConfig
+from contracts.config import ClusterConfig, TandemConfig
 from contracts.overrides import unknown_overrides
 from contracts.validation import validate
 
@@ -44,6 +45,7 @@ def overrides_of(file: str) -> list[str]:
 
 def test_the_files_are_found() -> None:
     assert {"config", "data/vader", "data/files"} <= set(FILES)
+    assert {f"cluster/{name}" for name in ("laptop", "single_node_8gpu", "multi_node")} <= set(FILES)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -57,6 +59,19 @@ def test_an_experiment_is_the_demo_with_other_values() -> None:
     for file in FILES:
         if file.startswith("experiment/"):
             assert composed(overrides_of(file)) != composed([])
+
+
+def test_a_larger_cluster_differs_in_the_cluster_alone() -> None:
+    laptop = composed([])
+    for name in ("single_node_8gpu", "multi_node"):
+        larger = composed([f"cluster={name}"])
+        assert larger.cluster.num_actors > laptop.cluster.num_actors
+        assert replace(larger, cluster=laptop.cluster, run_dir=laptop.run_dir) == laptop
+
+
+def test_the_laptop_is_the_default() -> None:
+    assert composed(["cluster=laptop", "run_dir=x"]) == composed(["run_dir=x"])
+    assert composed(["run_dir=x"]).cluster == ClusterConfig()
 
 
 def test_every_stage_of_the_demo_is_valid() -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score
+from contracts.scorers import chosen_scorers
 from contracts.scoring import write_golden
 from reward_service import composite
 from reward_service.golden import check_golden
-from reward_service.scorers import ScorerError, chosen_scorers, resolve
+from reward_service.scorers import ScorerError, resolve
 from reward_service.versions import function_version, model_version
 
 CONFIG = RewardServiceConfig()

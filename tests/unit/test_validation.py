@@ -18,6 +18,7 @@ OUTSIDE = {
     "at least 1": 0,
     "at least 2, as one prompt has no confidence interval": 1,
     "0 or more": -1,
+    "null or 0 or more": -1,
     "above 0": 0,
     "null or above 0": 0,
     "null or at least 1": 0,
@@ -152,7 +153,7 @@ def test_a_choice_suggests_the_closest_name(config):
         ),
         (
             {"learner__weight_transfer": "nccl"},
-            ["learner.weight_transfer must be auto or ray_object unless", "found nccl", "write auto"],
+            ["learner.weight_transfer must be auto, shared_memory or ray_object unless", "found nccl", "write auto"],
         ),
         (
             {"engine__tensor_parallel_size": 2, "cluster__gpus_per_actor": 1.0},
@@ -169,6 +170,40 @@ def test_a_choice_suggests_the_closest_name(config):
                 "found policy",
                 "write ppo.init_value_from=reward_model",
             ],
+        ),
+        (
+            {"cluster__num_nodes": 2},
+            ["cluster.num_nodes, cluster.gpus_per_node and cluster.cpus_per_node must be all null or all set", "None"],
+        ),
+        (
+            {"cluster__layout": "colocated", "cluster__gpus_per_actor": 1.0, "cluster__gpus_per_learner_rank": 0.5},
+            ["must be at most 1 with cluster.layout colocated", "found 1.0 + 0.5 = 1.5", "write 0.5 and 0.5"],
+        ),
+        (
+            {
+                "cluster__layout": "colocated",
+                "cluster__gpus_per_actor": 0.5,
+                "cluster__gpus_per_learner_rank": 0.5,
+                "cluster__num_actors": 2,
+            },
+            ["cluster.num_actors must be at most cluster.num_learner_ranks (1)", "found 2", "write 1 or less"],
+        ),
+        (
+            {"learner__weight_transfer": "ipc", "cluster__gpus_per_actor": 1.0, "cluster__gpus_per_learner_rank": 1.0},
+            ["learner.weight_transfer must be auto or nccl with cluster.layout disaggregated", "found ipc"],
+        ),
+        (
+            {
+                "learner__weight_transfer": "nccl",
+                "cluster__layout": "colocated",
+                "cluster__gpus_per_actor": 0.5,
+                "cluster__gpus_per_learner_rank": 0.5,
+            },
+            ["learner.weight_transfer must be auto or ipc with cluster.layout colocated", "found nccl"],
+        ),
+        (
+            {"cluster__publish_timeout_s": 900.0},
+            ["cluster.publish_timeout_s must be below cluster.step_timeout_s (900)", "found 900.0", "write 225"],
         ),
         (
             {"cluster__num_learner_ranks": 4, "sft__batch_size": 3},

@@ -1,0 +1,78 @@
+"""The rollout actors, as the sender of weights sees them: every call goes to all at once, and ends.
+
+Two ways to deal with an actor that is dead, late or refuses: `call` goes on without it and says so; the methods of vLLM's
+`VLLMWeightSyncClient` protocol, which its own transports call, raise, because their collectives need every member.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+
+class ReceiversLost(RuntimeError):
+    """Actors do not answer; a transport that needs all of them has to be connected again, without them."""
+
+
+class Receivers:
+    def __init__(self, actors: list[Any], tensor_parallel_size: int, timeout_s: float):
+        self.actors, self._timeout_s = actors, timeout_s
+        self._tensor_parallel_size = tensor_parallel_size
+        self._unanswered: dict[int, Any] = {}  # earlier calls, by the actor's number
+
+    def call(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> tuple[dict[int, Any], dict[int, str]]:
+        """Answers by the actor's number, and the reasons why the others have not given any.
+
+        An actor that still owes the answer to an earlier call is sent this one too, but nobody waits for it again.
+        """
+        calls = {i: getattr(actor, method).remote(*arguments(i)) for i, actor in enumerate(self.actors)}
+        owing, _ = ray.wait(list(self._unanswered.values()), num_returns=len(self._unanswered), timeout=0)
+        self._unanswered = {i: call for i, call in self._unanswered.items() if call not in owing}
+        waited = [call for i, call in calls.items() if i not in self._unanswered]
+        ray.wait(waited, num_returns=len(waited), timeout=self._timeout_s)
+        ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)
+        answers: dict[int, Any] = {}
+        missing: dict[int, str] = {}
+        for i, call in calls.items():
+            if call not in ready:
+                missing[i] = f"no answer to {method} within {self._timeout_s:g} s"
+                self._unanswered[i] = call
+                continue
+            try:
+                answers[i] = ray.get(call)
+            except ray.exceptions.RayTaskError as error:
+                missing[i] = f"{type(error.cause).__name__}: {error.cause}"
+            except ray.exceptions.RayError as error:  # the process or its node is gone
+                missing[i] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return answers, missing
+
+    # ---- vLLM's VLLMWeightSyncClient
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        def request(i: int) -> WeightTransferInitRequest:
+            if "rank_offset" not in init_info:
+                return WeightTransferInitRequest(init_info=init_info)
+            # Each engine counts its workers from 0; vLLM expects one engine, or one that spans all of them.
+            offset = init_info["rank_offset"] + i * self._tensor_parallel_size
+            return WeightTransferInitRequest(init_info=init_info | {"rank_offset": offset})
+
+        self.call_all("init_weight_transfer_engine", lambda i: (request(i),))
+
+    def start_weight_update(self) -> None:
+        self.call_all("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self.call_all("update_weights", lambda i: (WeightTransferUpdateRequest(update_info=update_info),))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.call_all("finish_weight_update")
+        if weight_version is not None:
+            self.call_all("update_weight_version", lambda i: (weight_version,))
+
+    def call_all(self, method: str, arguments: Callable[[int], tuple[Any, ...]] = lambda i: ()) -> None:
+        """Raises ReceiversLost where an actor does not answer, or answers with an error."""
+        _, missing = self.call(method, arguments)
+        if missing:
+            reasons = "; ".join(f"actor {i}: {reason}" for i, reason in missing.items())
+            raise ReceiversLost(f"{method} did not reach every actor: {reasons}")
