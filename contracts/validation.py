@@ -20,7 +20,6 @@ from contracts.placement import PlacementError, Resources, check_nodes, plan
 from contracts.ranges import CHOICES, RANGES
 from contracts.scorer_checks import http_rows, scorer_rows
 
-ALONE = ("reward_service.", "cluster.")  # sections that the reward service alone reads
 RUNS_PPO = ("pipeline", "ppo")
 
 
@@ -55,7 +54,7 @@ def _example(default: Any) -> str:
     return f"for example {_shown(default)} (the default)"
 
 
-def _range_checks(config: TandemConfig) -> list[Check]:
+def range_checks(config: TandemConfig) -> list[Check]:
     defaults = TandemConfig()
     return [
         Check(entry.holds(value := _value(config, key)), key, entry.rule, value, _example(_value(defaults, key)))
@@ -64,7 +63,7 @@ def _range_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
-def _choice_checks(config: TandemConfig) -> list[Check]:
+def choice_checks(config: TandemConfig) -> list[Check]:
     checks = []
     for key, options in CHOICES.items():
         if key.startswith("data.gold.") and config.data.gold is None:
@@ -348,7 +347,7 @@ def _placement_conflicts(config: TandemConfig, nodes: list[Resources] | None) ->
     return []
 
 
-def _raise_conflicts(checks: list[Check], more: Sequence[str] = ()) -> None:
+def raise_conflicts(checks: list[Check], more: Sequence[str] = ()) -> None:
     conflicts = [check.message for check in checks if not check.holds] + list(more)
     if conflicts:
         count = "1 conflict" if len(conflicts) == 1 else f"{len(conflicts)} conflicts"
@@ -364,54 +363,28 @@ def validate(config: TandemConfig) -> None:
     Raises:
         ConfigError: lists every conflict, one a line: the rule, the value found and what to write instead.
     """
-    _raise_conflicts(
+    raise_conflicts(
         [
             *_path_checks(config),
-            *_choice_checks(config),
-            *_range_checks(config),
+            *choice_checks(config),
+            *range_checks(config),
             *_sampling_checks(config, "ppo.sampling", config.ppo.sampling),
             *_sampling_checks(config, "evaluate.sampling", config.evaluate.sampling),
             *_ppo_checks(config),
             *_estimator_checks(config),
             *_environment_checks(config),
             *_learner_checks(config),
-            *_service_checks(config),
+            *service_checks(config),
             *_cluster_checks(config),
         ],
         _placement_conflicts(config, _stated_nodes(config)),
     )
 
 
-def _service_checks(config: TandemConfig) -> list[Check]:
+def service_checks(config: TandemConfig) -> list[Check]:
+    """Of the scorers and the HTTP side."""
     service = config.reward_service
     return [Check(*row) for row in (*scorer_rows(service), *http_rows(service.http))]
-
-
-def validate_service(config: TandemConfig) -> None:
-    """As `validate`, of what the reward service reads when it runs alone.
-
-    Raises:
-        ConfigError: lists every conflict.
-    """
-    service = config.reward_service
-    alone = [
-        Check(
-            bool(config.proxy_model or config.gold_model or service.scorers),
-            "reward_service.scorers",
-            "set where neither proxy_model nor gold_model is",
-            service.scorers,
-            "for example proxy_model=CHECKPOINT",
-        ),
-        Check(
-            service.http.port is not None,
-            "reward_service.http.port",
-            "set where the service runs alone",
-            service.http.port,
-            "reward_service=http or reward_service.http.port=8000",
-        ),
-    ]
-    ranges = [c for c in (*_range_checks(config), *_choice_checks(config)) if c.key.startswith(ALONE)]
-    _raise_conflicts([*alone, *ranges, *_service_checks(config)])
 
 
 def check_machine(
@@ -439,7 +412,7 @@ def check_machine(
         f"{free_memory_gib:.1f} GiB",
         "a smaller cluster.min_memory_gib if the model is small, or end other programs",
     )
-    _raise_conflicts([memory], _placement_conflicts(config, nodes))
+    raise_conflicts([memory], _placement_conflicts(config, nodes))
     pairs = [
         ("cluster.num_actors", "cluster.threads_per_actor"),
         ("cluster.num_learner_ranks", "cluster.threads_per_learner_rank"),

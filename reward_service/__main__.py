@@ -27,7 +27,8 @@ from contracts.config import ScorerConfig, TandemConfig
 from contracts.overrides import unknown_overrides
 from contracts.precision import choose_dtypes
 from contracts.scorers import ROLES, chosen_scorers
-from contracts.validation import ConfigError, validate_service
+from contracts.service_validation import validate_service
+from contracts.validation import ConfigError
 from reward_service.scorers import ScorerError, resolve
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -1,5 +1,6 @@
 """A real placement group: every process of a job runs from its own bundle, or the job does not start."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,11 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from contracts.config import SourceConfig, TandemConfig
+from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.validation import ConfigError
 from controller.placement import Placement
 from controller.runtime import environments
-from reward_service.app import start_service, stop_service, wait_for_service
+from reward_service.app import RewardService
 from tests.stand_ins import Process
 
 pytestmark = pytest.mark.usefixtures("ray_runtime")
@@ -59,18 +60,23 @@ def test_each_process_runs_from_its_bundle(placement: Placement) -> None:
 
 
 def test_the_replicas_of_a_scorer_run_from_the_jobs_group(
-    placement: Placement, config: TandemConfig, classifier: Path
+    placement: Placement, config: TandemConfig, classifier: Path, tmp_path: Path
 ) -> None:
-    env = environments(config.cluster)["reward"]
-    scorers = {"proxy": str(classifier), "gold": str(classifier)}
+    other = tmp_path / "gold"
+    shutil.copytree(classifier, other)
+    (other / "config.json").write_text(
+        (other / "config.json").read_text().replace('"score_std": 0.5', '"score_std": 2.0')
+    )
     resources = [placement.scorer(0), placement.scorer(1)]
-    client = start_service(scorers, config.reward_service, config.cluster, env, resources)
+    env = environments(config.cluster)["reward"]
+    service = RewardService(config.reward_service, config.cluster, env, str(classifier), resources)
+    service.start({"proxy": ScorerConfig(path=str(classifier)), "gold": ScorerConfig(path=str(other))})
     try:
-        wait_for_service(scorers, timeout_s=120)
+        service.wait(timeout_s=120)
         wait_free(placement, [0.1, 0.1, 0.1, 0.0, 0.0])
-        assert client.score("gold", [[5, 9, 2]])[0].value is not None
+        assert service.client().score("gold", [[5, 9, 2]])[0].value is not None
     finally:
-        stop_service()
+        service.stop()
 
 
 def test_two_jobs_cannot_each_hold_half(config: TandemConfig) -> None:

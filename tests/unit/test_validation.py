@@ -10,7 +10,8 @@ import pytest
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.overrides import closest
 from contracts.ranges import CHOICES, RANGES
-from contracts.validation import ConfigError, check_machine, validate, validate_service
+from contracts.service_validation import validate_service
+from contracts.validation import ConfigError, check_machine, validate
 from controller.checks import check_amounts
 
 # A value that breaks each rule of the table of ranges.
