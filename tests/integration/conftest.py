@@ -28,10 +28,21 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def processes(part: str) -> list[psutil.Process]:
+    """Ours with `part` in their command line; one that ends meanwhile is none."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any(part in word for word in process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:  # or a zombie, which is a kind of it
+            continue
+    return found
+
+
 def replicas(part: str) -> list[psutil.Process]:
     """Our Serve replicas of an application whose name begins with `part`."""
-    ours = psutil.Process().children(recursive=True)
-    return [p for p in ours if any(f"ServeReplica:{part}" in word for word in p.cmdline())]
+    return processes(f"ServeReplica:{part}")
 
 
 def start_reward_service(proxy: Path, folder: Path) -> RewardService:

@@ -41,13 +41,13 @@ def alone(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, 
         command(
             f"proxy_model={checkpoint}", f"reward_service.http.port={port}", "reward_service.dtype=float32",
             f"reward_service.http.token_file={tmp_path}/tokens", "cluster.threads_per_reward_replica=1",
-            "+reward_service.scorers.brief={kind: function, function: 'reward_service.rules:brevity'}",
+            "+reward_service.scorers={brief: {kind: function, function: 'reward_service.rules:brevity'}}",
         ),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert line.startswith("serving proxy ("), process.stderr and process.stderr.read()
+    assert line.startswith("serving proxy ("), line + (process.stderr.read() if process.stderr else "")
     yield process, f"http://127.0.0.1:{port}"
     if process.poll() is None:
         process.kill()

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
 
@@ -101,10 +100,7 @@ def test_chaos_a_function_that_hangs_crashes_or_lies_harms_nobody_else(url: str,
 
 def test_limits_are_statuses_and_memory_is_bounded(url: str, client: HttpClient) -> None:
     def memory() -> int:
-        ours = psutil.Process().children(recursive=True)
-        return sum(
-            p.memory_info().rss for p in ours if any(w in "".join(p.cmdline()) for w in ("ProxyActor", "reward:"))
-        )
+        return sum(process.memory_info().rss for process in replicas("reward:"))
 
     before = memory()
 

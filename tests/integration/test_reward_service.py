@@ -98,10 +98,10 @@ def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
     thread.start()
     with pytest.raises(RuntimeError, match="is missed by 5"):
         reward_service.update(changed(broken), timeout_s=120)
-    assert [s.value for s in before.score("proxy", SEQUENCES)] == old
+    np.testing.assert_allclose([s.value for s in before.score("proxy", SEQUENCES)], old, atol=1e-4)
     reward_service.update(changed(better), timeout_s=120)
     new = reward_service.client().score("proxy", SEQUENCES)
-    np.testing.assert_allclose([s.value for s in new], np.array(old) - 5, atol=1e-5)
+    np.testing.assert_allclose([s.value for s in new], np.array(old) - 5, atol=1e-4)
     stop.set()
     thread.join()
     assert all(s.value is not None for s in seen)
@@ -109,4 +109,4 @@ def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
     with pytest.raises(LookupError, match="the pinned one is gone"):
         before.score("proxy", SEQUENCES)
     reward_service.update(changed(reward_model), timeout_s=120)
-    assert [s.value for s in before.score("proxy", SEQUENCES)] == old
+    np.testing.assert_allclose([s.value for s in before.score("proxy", SEQUENCES)], old, atol=1e-4)
