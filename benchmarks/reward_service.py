@@ -233,8 +233,14 @@ class Bench:
         return self.processes("ServeReplica:reward-model")[0]
 
     def processes(self, part: str) -> list[psutil.Process]:
-        ours = psutil.Process().children(recursive=True)
-        return [p for p in ours if any(part in word for word in p.cmdline())]
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if any(part in word for word in process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:  # it ended meanwhile
+                continue
+        return found
 
 
 def prepare(model: str, texts: Path, folder: Path) -> dict[str, Any]:
