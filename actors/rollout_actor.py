@@ -9,10 +9,10 @@ from typing import Any
 
 import ray
 
-from contracts.config import ClusterConfig, EngineConfig, ModelConfig, SamplingConfig
+from actors.turn_scores import score_rollouts
+from contracts.config import ClusterConfig, EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.interfaces import Engine, RewardClient
-from contracts.records import Assignment, Completion, Delivery, Rollout, RolloutRequest, Score
-from contracts.scoring import scoring_ids
+from contracts.records import Assignment, Delivery, Rollout, RolloutRequest
 from contracts.segment import SegmentAddress
 from contracts.weights import LoadReport, WeightUpdate
 
@@ -32,24 +32,28 @@ class RolloutActor:
         on_cpu: bool,
         eos_token_id: int,
         reward_client: RewardClient | None,
+        environment: EnvironmentConfig,
     ):
         self._arguments = (model, engine, weight_transfer, on_cpu)
-        self._rewards = reward_client
+        self._rewards, self._environment = reward_client, environment
         self._eos = eos_token_id
         self._started: Future[Engine] = Future()
         # Guards everything below: requests come and completions end in several threads.
         self._changed = threading.Condition()
         self._unfinished = 0
-        self._finished: list[tuple[Assignment, Future[Completion]]] = []
+        self._finished: list[tuple[Assignment, Future[Rollout]]] = []
         self._busy_since, self._generate_s = 0.0, 0.0
         self._lost: BaseException | None = None
 
     def serve(self) -> None:
         """Build the engine and run it; returns never, or raises what ended the engine."""
+        from actors.conversation import start_conversations
         from actors.vllm_engine import VLLMEngine
 
+        model, config, *_ = self._arguments
         try:
             engine = VLLMEngine(*self._arguments)
+            self._conversations = start_conversations(engine, self._environment, model, config)
         except BaseException as error:
             self._started.set_exception(error)
             raise
@@ -81,14 +85,14 @@ class RolloutActor:
             if not self._unfinished:
                 self._busy_since = time.perf_counter()
             self._unfinished += len(assignments)
+        self._started.result()
         for assignment in assignments:
-            request = assignment.request
-            completion = self._engine.submit(list(request.prompt.token_ids), sampling, request.seed)
-            completion.add_done_callback(partial(self._finish, assignment))
+            rollout = self._conversations.submit(assignment.request, sampling)
+            rollout.add_done_callback(partial(self._finish, assignment))
 
-    def _finish(self, assignment: Assignment, completion: "Future[Completion]") -> None:
+    def _finish(self, assignment: Assignment, rollout: "Future[Rollout]") -> None:
         with self._changed:
-            self._finished.append((assignment, completion))
+            self._finished.append((assignment, rollout))
             self._unfinished -= 1
             if not self._unfinished:
                 self._generate_s += time.perf_counter() - self._busy_since
@@ -116,11 +120,11 @@ class RolloutActor:
                 self._busy_since = now
             generate_s, self._generate_s = self._generate_s, 0.0
         finished.sort(key=lambda pair: pair[0].lease)
-        rollouts = [(a, Rollout(a.request.key, a.request.prompt, c.result())) for a, c in finished]
+        rollouts = [(assignment, rollout.result()) for assignment, rollout in finished]
         for scorer in dict.fromkeys(name for a, _ in rollouts for name in a.scorers):
-            seen = [rollout for a, rollout in rollouts if scorer in a.scorers]
-            for rollout, score in zip(seen, self._score(scorer, seen), strict=True):
-                rollout.scores[scorer] = score
+            if self._rewards is None:
+                raise RuntimeError("this actor was started without a reward service")
+            score_rollouts(self._rewards, scorer, [r for a, r in rollouts if scorer in a.scorers], self._eos)
         return Delivery([(a.lease, rollout) for a, rollout in rollouts], generate_s, time.perf_counter() - now)
 
     def _can_score(self, score_batch: int) -> bool:
@@ -143,14 +147,6 @@ class RolloutActor:
         if len(delivery.rollouts) < len(requests):
             raise TimeoutError(f"{len(delivery.rollouts)} of {len(requests)} rollouts after {timeout_s:.0f} s")
         return [rollout for _, rollout in delivery.rollouts]
-
-    def _score(self, scorer: str, rollouts: list[Rollout]) -> list[Score]:
-        if self._rewards is None:
-            raise RuntimeError("this actor was started without a reward service")
-        return self._rewards.score(
-            scorer,
-            [scoring_ids([*r.prompt.token_ids, *r.completion.token_ids.tolist()], self._eos) for r in rollouts],
-        )
 
     @ray.method(concurrency_group="control")
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
@@ -202,6 +198,7 @@ def start_actors(
     eos_token_id: int,
     reward_client: RewardClient | None,
     env: dict[str, str],
+    environment: EnvironmentConfig | None = None,
 ) -> list[ray.actor.ActorHandle]:
     """Start an actor for each of `placement`, the Ray options of one; returns when all of them can serve.
 
@@ -211,10 +208,9 @@ def start_actors(
     """
     on_cpu = cluster.gpus_per_actor == 0
     remote = ray.remote(concurrency_groups={"control": 4})(RolloutActor)
+    arguments = (model, engine, weight_transfer, on_cpu, eos_token_id, reward_client)
     actors = [
-        remote.options(**options, runtime_env={"env_vars": env}).remote(
-            model, engine, weight_transfer, on_cpu, eos_token_id, reward_client
-        )
+        remote.options(**options, runtime_env={"env_vars": env}).remote(*arguments, environment or EnvironmentConfig())
         for options in placement
     ]
     for actor in actors:

@@ -4,6 +4,7 @@ Every field that is not self-evident says its unit and what it trades.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -232,11 +233,14 @@ class ClusterConfig:
 
 @dataclass
 class EnvironmentConfig:
-    """What the policy talks to."""
+    """What the policy talks to. A turn is what it samples until EOS or `max_turn_tokens`; `sampling.max_completion_tokens`
+    bounds all turns of a conversation and the observations between them."""
 
-    name: str = "single_turn"
+    name: str = "single_turn"  # single_turn | two_turn | module:Class, an import path: docs/environments.md
     # Where a conversation is paid: cumulative (the sum, at its last token) | per_turn (each turn at its own last token).
     reward: str = "cumulative"
+    max_turn_tokens: int | None = None  # null: what is left of sampling.max_completion_tokens
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
 
 
 @dataclass

@@ -39,7 +39,9 @@ def unknown_overrides(arguments: list[str]) -> list[str]:
         if argument.startswith("-") or "=" not in argument:
             continue
         key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
-        if key not in known and key.split(".")[0] not in ("hydra", "experiment"):
+        # What an environment's options are called is for that environment to say.
+        is_open = key.split(".")[0] in ("hydra", "experiment") or key.startswith("environment.options.")
+        if key not in known and not is_open:
             instead = closest(key, known)
             messages.append(f"{key} is not a key of the configuration" + (f"; write {instead}" if instead else ""))
     return messages

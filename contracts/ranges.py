@@ -86,7 +86,10 @@ RANGES = [
     Range(
         "null or at least 1",
         lambda value: value is None or value >= 1,
-        ("data.prompt_words", "sft.trainable_layers", "ppo.trainable_layers", "cluster.num_nodes"),
+        (
+            *("data.prompt_words", "sft.trainable_layers", "ppo.trainable_layers"),
+            *("environment.max_turn_tokens", "cluster.num_nodes"),
+        ),
     ),
     Range(
         "null or 0 (the head alone) or more",
@@ -128,7 +131,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ppo.kl.place": (None, *KL_PLACES),
     "ppo.init_value_from": ("reward_model", "policy"),
     "cluster.layout": ("disaggregated", "colocated"),
-    "environment.name": ("single_turn",),
     "environment.reward": ("cumulative", "per_turn"),
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),

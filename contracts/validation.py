@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from omegaconf import MISSING
 
 from contracts.config import SamplingConfig, TandemConfig
+from contracts.environments import SHIPPED, is_import_path
 from contracts.estimators import ESTIMATORS
 from contracts.overrides import closest
 from contracts.placement import PlacementError, Resources, check_nodes, plan
@@ -190,6 +191,33 @@ def _estimator_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
+def _environment_checks(config: TandemConfig) -> list[Check]:
+    environment = config.environment
+    return [
+        Check(
+            environment.name in SHIPPED or is_import_path(environment.name),
+            "environment.name",
+            f"one of {', '.join(SHIPPED)}, or the import path package.module:Class of your own",
+            environment.name,
+            closest(environment.name, SHIPPED) or "for example my_package.games:Guess",
+        ),
+        Check(
+            environment.name != "single_turn" or not environment.options,
+            "environment.options",
+            "empty with environment.name single_turn, which has none",
+            environment.options,
+            "environment.name as well, for example environment.name=two_turn",
+        ),
+        Check(
+            environment.name != "two_turn" or bool(environment.options.get("chat", False)) == config.data.chat,
+            "environment.options.chat",
+            f"data.chat ({config.data.chat}) with environment.name two_turn: both speak in the chat template or neither",
+            environment.options.get("chat", False),
+            f"environment.options.chat={config.data.chat}",
+        ),
+    ]
+
+
 def _learner_checks(config: TandemConfig) -> list[Check]:
     learner, engine, cluster = config.learner, config.engine, config.cluster
     ranks = cluster.num_learner_ranks
@@ -343,6 +371,7 @@ def validate(config: TandemConfig) -> None:
             *_sampling_checks(config, "evaluate.sampling", config.evaluate.sampling),
             *_ppo_checks(config),
             *_estimator_checks(config),
+            *_environment_checks(config),
             *_learner_checks(config),
             *_cluster_checks(config),
         ],

@@ -35,7 +35,7 @@ class Judged:
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.array([len(r.completion.token_ids) for r in self.rollouts])
+        return np.array([len(r.completion.sampled_ids) for r in self.rollouts])
 
 
 def vader_scores(texts: list[str]) -> list[float]:
@@ -75,7 +75,8 @@ def judge_models(
         result: list[list[float]] = [[]] * len(sequences)
         for i, answer in enumerate(ray.get(calls, timeout=timeout_s)):
             result[i :: len(actors)] = answer
-        return result
+        masks = [r.completion.loss_mask for r in rollouts[name]]  # an observation is nobody's sample
+        return [row if mask is None else np.array(row)[mask].tolist() for row, mask in zip(result, masks, strict=True)]
 
     for version, (name, path) in enumerate(models.items()):
         with progress.phase(f"evaluating {name}: {len(prompts)} held-out prompts"):
@@ -112,7 +113,7 @@ def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig
     scores = {name: {judge: j.score(judge) for judge in judges} for name, j in judged.items()}
     models: dict[str, Any] = {}
     for name, j in judged.items():
-        tokens = [r.completion.token_ids.tolist() for r in j.rollouts]
+        tokens = [r.completion.sampled_ids.tolist() for r in j.rollouts]
         row: dict[str, Any] = {
             judge: statistics.bootstrap_mean(v[np.isfinite(v)], **options).as_dict()
             for judge, v in scores[name].items()
@@ -169,7 +170,7 @@ def sample_rows(judged: dict[str, Judged], judges: list[str]) -> list[dict[str, 
         scores = {judge: j.score(judge) for judge in [*judges, "vader"]}
         for i, r in enumerate(j.rollouts):
             row = {"stage": "evaluate", "model": name, "prompt_id": r.prompt.prompt_id, "prompt": r.prompt.text}
-            row |= {"completion": r.completion.text, "tokens": len(r.completion.token_ids)}
+            row |= {"completion": r.completion.text, "tokens": len(r.completion.sampled_ids)}
             row |= {judge: float(values[i]) for judge, values in scores.items()}
             rows.append(row | {"kl": float(j.log_ratio[i]), "eos": r.completion.finish_reason == "stop"})
     return rows

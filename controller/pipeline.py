@@ -65,10 +65,19 @@ class Pipeline:
         with progress.phase("reading the data"):
             self.data = self._load()
         check_amounts(config, len(self.data.sft))
+        self._rehearse()
         nodes = embedded_nodes() if config.cluster.address == "local" else None
         free_gib = psutil.virtual_memory().available / 2**30
         for warning in check_machine(config, free_gib, psutil.cpu_count() or 1, nodes):
             progress.line(warning)
+
+    def _rehearse(self) -> None:
+        sampled = {"ppo.sampling": self.data.prompts, "evaluate.sampling": self.data.eval_prompts}
+        if any(sampled.values()) and self.config.environment.name != "single_turn":
+            from controller.rehearsal import rehearse
+
+            with self.progress.phase(f"rehearsing {self.config.environment.name}"):
+                rehearse(self.config, self.tokenizer, {key: prompts for key, prompts in sampled.items() if prompts})
 
     # ---- what a user asks for
 
@@ -147,6 +156,7 @@ class Pipeline:
             return common | {"reward_model": config.reward_model, "data": data, "test": test}
         return common | {
             "ppo": config.ppo,
+            "environment": config.environment,
             "engine": config.engine,
             "actors": config.cluster.num_actors,
             "prompts": fingerprint(self.data.prompts),

@@ -132,6 +132,7 @@ class Runtime:
             eos_token_id=eos_token_id,
             reward_client=reward_client,
             env=env,
+            environment=config.environment,
         )
         started = self._start_actors([self._placement.actor(i) for i in range(config.cluster.num_actors)])
         try:

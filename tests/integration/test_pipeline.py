@@ -144,6 +144,30 @@ def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) ->
     assert "<svg" in (folder / "grpo/report.html").read_text()
 
 
+def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Path) -> None:
+    """Rehearsal, sampling ahead of the learner, scores of turns by the reward service, training and evaluation."""
+    overrides = ["environment=two_turn", "environment.max_turn_tokens=6", "environment.options.score_first=true"]
+    lengths = ["ppo.sampling.max_completion_tokens=24", "evaluate.sampling.max_completion_tokens=24"]
+    overrides += ["environment.reward=per_turn", "ppo.max_staleness=1", "ppo.score_batch=2"]
+    done = run(folder, tiny_model, f"run_dir={folder}/two", *overrides, *lengths)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "rehearsing two_turn" in done.stdout
+    rows = [row for row in lines(folder / "two/metrics.jsonl") if row["stage"] == "ppo"]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["completion/turns_mean"] == 2
+        assert 2 <= row["completion/len_mean"] <= 12  # sampled tokens alone
+        assert row.get("kl/mismatch_k3", 0) < 0.02
+        assert row["fault/unscored"] == 0
+        assert row["staleness/max"] <= 1
+    assert rows[0]["kl/ref_seq"] == 0.0
+    result = json.loads((folder / "two/evaluation.json").read_text())
+    assert result["models"]["sft"]["kl"]["mean"] == 0.0
+    assert result["models"]["ppo"]["length"]["mean"] <= 12
+    samples = [row for row in lines(folder / "two/samples.jsonl") if row["stage"] == "ppo"]
+    assert all("Say it again, better." in row["completion"] for row in samples)
+
+
 @pytest.mark.parametrize("weight_update", ["in_flight", pytest.param("drain", marks=pytest.mark.full)])
 def test_actors_work_ahead_of_the_learner(finished: Any, folder: Path, tiny_model: Path, weight_update: str) -> None:
     overrides = ["ppo.max_staleness=2", "ppo.updates=5", "ppo.value_warmup_updates=0", "ppo.score_batch=2"]
@@ -191,6 +215,11 @@ def test_a_stage_without_its_inputs_says_what_to_run(folder: Path, tiny_model: P
         (["cluster.min_memory_gib=100000"], "free memory must be at least"),
         (["cluster.gpus_per_actor=1000"], "the job needs 1 actor x 1000 GPUs = 1000 GPUs; the cluster has"),
         (["cluster=single_node_8gpu", "cluster.num_actors=16"], "16 actors x 1 GPU + 4 learner ranks x 1 GPU + "),
+        (["environment.name=no.such:Thing"], "environment.name=no.such:Thing: no.such:Thing cannot be imported"),
+        (
+            ["environment.name=tests.unit.test_environments:OutOfVocabulary"],
+            "holds token 512512, which is out of vocabulary",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_an_engine_starts(

@@ -1,0 +1,91 @@
+"""The environments that come with Tandem, and the way to those that do not."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from contracts.config import EnvironmentConfig
+from contracts.environments import Environment, EnvironmentFault, Step, is_import_path
+from contracts.records import Prompt
+
+
+class SingleTurn:
+    """The policy answers once; the reward service judges."""
+
+    def reset(self, prompt: Prompt) -> tuple[int, ...]:
+        return prompt.token_ids
+
+    def step(self, token_ids: list[int]) -> Step:
+        return Step((), None, True)
+
+
+class TwoTurn:
+    """The policy answers, is told one thing, and answers again.
+
+    The last answer is left to the reward service. The first is worth nothing, or with `score_first` what the service
+    says of it.
+
+    Args:
+        follow_up: what the policy is told.
+        chat: tell it as the user's turn of the tokenizer's chat template; else as plain text on a line of its own.
+    """
+
+    def __init__(
+        self, tokenizer: Any, follow_up: str = "Say it again, better.", chat: bool = False, score_first: bool = False
+    ):
+        self._eos = int(tokenizer.eos_token_id)
+        told = _users_turn(tokenizer, follow_up) if chat else f"\n{follow_up}\n"
+        self._told = tokenizer(told, add_special_tokens=False)["input_ids"]
+        # An answer that was cut off is ended for the policy, so that the user does not speak in the middle of it.
+        self._end = [self._eos] if chat else []
+        self._score_first = score_first
+        self._turns = 0
+
+    def reset(self, prompt: Prompt) -> tuple[int, ...]:
+        self._turns = 0
+        return prompt.token_ids
+
+    def step(self, token_ids: list[int]) -> Step:
+        self._turns += 1
+        if self._turns == 2:
+            return Step((), None, True)
+        end = [] if token_ids[-1] == self._eos else self._end
+        return Step([*end, *self._told], None if self._score_first else 0.0, False)
+
+
+def _users_turn(tokenizer: Any, content: str) -> str:
+    """What a chat template writes between an assistant's answer, its EOS included, and the assistant's next one."""
+    answer = "\ue000"  # stands for the first answer: a character that no template writes
+    turns = [
+        {"role": "user", "content": "-"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": content},
+    ]
+    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return rendered.split(answer)[-1].removeprefix(str(tokenizer.eos_token))
+
+
+def environment_maker(config: EnvironmentConfig, load_tokenizer: Callable[[], Any]) -> Callable[[], Environment]:
+    """A function that makes one environment, for one conversation.
+
+    Args:
+        load_tokenizer: called once, and only for an environment that needs it.
+
+    Raises:
+        EnvironmentFault: where the import path leads nowhere.
+    """
+    if config.name == "single_turn":
+        return SingleTurn
+    kind = TwoTurn if config.name == "two_turn" else _imported(config.name)
+    tokenizer, options = load_tokenizer(), dict(config.options)
+    return lambda: kind(tokenizer, **options)
+
+
+def _imported(path: str) -> Any:
+    if not is_import_path(path):
+        raise EnvironmentFault(f"{path} is no import path: write package.module:Class")
+    module, _, name = path.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise EnvironmentFault(f"{path} cannot be imported: {error}") from error

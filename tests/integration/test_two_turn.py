@@ -1,0 +1,125 @@
+"""Real vLLM and real DeepSpeed: two-turn conversations are sampled, masked, trained and published."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from transformers import AutoTokenizer
+
+from actors.environment import environment_maker
+from actors.rollout_actor import start_actors
+from contracts.config import EnvironmentConfig, SamplingConfig
+from contracts.records import Prompt, Rollout, RolloutRequest, Score
+from controller.batcher import make_batches
+from controller.runtime import environments
+from controller.shaping import ScoreNormalizer, shaped
+from learner.learner_actor import LearnerGroup
+from tests.conftest import kill, make_config
+
+EOS = 2
+PROMPTS = [Prompt(i, "", (504, 4771, 314, 253, 100 + i, 7 * i + 3)) for i in range(8)]
+REQUESTS = [RolloutRequest(0, 0, prompt, seed=1000 + prompt.prompt_id) for prompt in PROMPTS]
+SAMPLING = SamplingConfig(max_completion_tokens=24)
+ENVIRONMENT = EnvironmentConfig(
+    name="two_turn",
+    reward="per_turn",
+    max_turn_tokens=6,
+    options={"follow_up": "And now shorter.", "score_first": True},
+)
+
+pytestmark = pytest.mark.usefixtures("ray_runtime")
+
+
+def played(actor: Any) -> list[Rollout]:
+    return ray.get(actor.rollout.remote(REQUESTS, SAMPLING, [], 100), timeout=120)
+
+
+def sequences(rollouts: list[Rollout]) -> list[tuple[list[int], int]]:
+    return [([*r.prompt.token_ids, *r.completion.token_ids.tolist()], len(r.prompt.token_ids)) for r in rollouts]
+
+
+def sampled(rows: list[Any], rollouts: list[Rollout]) -> np.ndarray:
+    return np.concatenate([np.array(row)[r.completion.loss_mask] for row, r in zip(rows, rollouts, strict=True)])
+
+
+def check_form(rollouts: list[Rollout], told: list[int], version: int) -> None:
+    for request, rollout in zip(REQUESTS, rollouts, strict=True):
+        completion, (first, second) = rollout.completion, rollout.turns
+        assert (rollout.key, rollout.fault, completion.loss_mask is not None) == (request.key, None, True)
+        ids, end = completion.token_ids.tolist(), first.end
+        assert ids[end : end + len(told)] == told
+        mask = [True] * end + [False] * len(told) + [True] * (second.end - end - len(told))
+        assert completion.loss_mask.tolist() == mask
+        assert len(ids) == len(mask) == len(completion.behavior_logprobs) == len(completion.policy_versions)
+        assert 1 <= end <= 6
+        assert 1 <= second.end - end - len(told) <= 6
+        assert not completion.behavior_logprobs[~completion.loss_mask].any()
+        assert (completion.behavior_logprobs[completion.loss_mask] < 0).all()
+        assert set(completion.policy_versions.tolist()) == {version}
+
+
+def test_two_turns_through_engine_and_learner(tiny_float32: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_float32, tmp_path, dtype="float32")
+    config.environment, config.ppo.optimizer.learning_rate = ENVIRONMENT, 1e-3
+    envs = environments(config.cluster)
+    actors = start_actors(
+        config.cluster, config.model, config.engine, "ray_object", EOS, None, envs["actor"], ENVIRONMENT
+    )
+    path = config.model.path
+    group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, EOS, []), envs["learner"])
+    try:
+        group.wait_ready()
+        group.call("connect", "ray_object", actors)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        told = tokenizer("\nAnd now shorter.\n", add_special_tokens=False)["input_ids"]
+        rollouts = played(actors[0])
+        check_form(rollouts, told, version=0)
+        assert all("And now shorter." in r.completion.text for r in rollouts)
+        again = played(actors[0])
+        assert [r.completion.token_ids.tolist() for r in again] == [r.completion.token_ids.tolist() for r in rollouts]
+        # The turns of a rollout are sampled with different seeds, and from different contexts.
+        assert len({tuple(r.completion.sampled_ids.tolist()) for r in rollouts}) > 1
+
+        # Every sampled token has the log-probability that engine and learner give it in the whole sequence.
+        recorded = sampled([r.completion.behavior_logprobs for r in rollouts], rollouts)
+        learner = sampled(group.call("token_logprobs", sequences(rollouts))[0], rollouts)
+        engine = sampled(ray.get(actors[0].token_logprobs.remote(sequences(rollouts)), timeout=120), rollouts)
+        assert np.abs(recorded - learner).max() < 1e-3
+        assert np.abs(recorded - engine).max() < 1e-3
+
+        for rollout in rollouts:
+            for turn in rollout.turns:
+                turn.score = Score(turn.end % 5 - 1.75)
+            rollout.scores["proxy"] = Score(sum(turn.score.value for turn in rollout.turns))
+        rows = [shaped(r, ScoreNormalizer(), config.ppo, config.environment) for r in rollouts]
+        paid = [np.flatnonzero(row).tolist() for row in rows]
+        assert paid == [[turn.end - 1 for turn in r.turns] for r in rollouts]
+        batches = make_batches(rollouts, rows, 1, 1, 64, np.random.default_rng(0))
+        assert batches[0].global_loss_tokens == [len(recorded)]
+        metrics = ray.get(group.start_each("update", batches, 0.05, True), timeout=300)[0]
+        assert metrics["kl/mismatch_logp_max"] < 1e-3
+        assert metrics["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert metrics["kl/ref_seq"] == pytest.approx(0, abs=1e-4)
+        # Without a KL the rewards of a conversation are its scores.
+        assert metrics["reward/total_mean"] == pytest.approx(np.mean([row.sum() for row in rows]), abs=1e-4)
+
+        group.call("publish", 1)
+        moved = sampled(group.call("token_logprobs", sequences(rollouts))[0], rollouts)
+        theirs = sampled(ray.get(actors[0].token_logprobs.remote(sequences(rollouts)), timeout=120), rollouts)
+        assert np.abs(moved - learner).mean() > 0.01
+        assert np.abs(moved - theirs).max() < 1e-3
+        check_form(played(actors[0]), told, version=1)
+    finally:
+        group.stop()
+        kill(actors)
+
+
+def test_an_import_path_is_found_in_a_worker() -> None:
+    @ray.remote(num_cpus=0.1)
+    def kind() -> str:
+        config = EnvironmentConfig(name="tests.unit.test_environments:Scripted")
+        return type(environment_maker(config, lambda: None)()).__name__
+
+    assert ray.get(kind.remote(), timeout=120) == "Scripted"
