@@ -11,7 +11,7 @@ import ray
 
 from actors.turn_scores import score_rollouts
 from contracts.config import ClusterConfig, EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
-from contracts.interfaces import Engine, RewardClient
+from contracts.interfaces import Engine, EngineLostError, RewardClient
 from contracts.records import Assignment, Delivery, Rollout, RolloutRequest
 from contracts.segment import SegmentAddress
 from contracts.weights import LoadReport, WeightUpdate
@@ -106,13 +106,13 @@ class RolloutActor:
 
         Raises:
             ValueError: where a prompt leaves no room for a completion.
-            RuntimeError: where the engine cannot start or is lost.
+            EngineLostError: where the engine has ended.
         """
         self._started.result(timeout_s)
         with self._changed:
             self._changed.wait_for(lambda: self._lost or self._can_score(score_batch), timeout_s)
             if self._lost:
-                raise RuntimeError(f"the engine is lost: {self._lost}") from self._lost
+                raise EngineLostError(str(self._lost)) from self._lost
             finished, self._finished = self._finished, []
             now = time.perf_counter()
             if self._unfinished:

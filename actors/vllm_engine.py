@@ -28,6 +28,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.weight_receiver import WeightReceiver
 from contracts.config import EngineConfig, ModelConfig, SamplingConfig
+from contracts.interfaces import EngineLostError
 from contracts.records import Completion
 from contracts.segment import SegmentAddress
 from contracts.weights import LoadReport, Parameters, WeightUpdate
@@ -188,16 +189,20 @@ class VLLMEngine:
             done.set_exception(error)
 
     def run(self) -> None:
-        """Serve; returns never. Raises what ended the engine; every caller, waiting or to come, gets the same error."""
+        """Serve; returns never.
+
+        Raises:
+            EngineLostError: what ended the engine; every caller, waiting or to come, gets it too.
+        """
         try:
             self._serve()
         except BaseException as error:
-            self._lost = error
+            self._lost = lost = EngineLostError(f"{type(error).__name__}: {error}")
             for future in self._requests.values():
-                future.set_exception(error)
+                future.set_exception(lost)
             self._requests.clear()
-            self._fail_commands(error)
-            raise
+            self._fail_commands(lost)
+            raise lost from error
 
     def _serve(self) -> None:
         while self._lost is None:

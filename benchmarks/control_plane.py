@@ -25,7 +25,9 @@ from rich.table import Table
 
 from contracts.config import LoggerConfig, PPOConfig, TandemConfig
 from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout, Score
+from contracts.weights import LoadReport, PublishReport
 from controller.controller import PPOController
+from controller.fleet import Fleet
 from controller.metrics import RunLog
 from controller.progress import Progress
 from controller.prompts import PromptStream
@@ -85,14 +87,16 @@ class StandIn:
 class Learner:
     """Answers at once."""
 
-    def __init__(self, process: Any):
+    def __init__(self, process: Any, actors: int):
         self._process = process
+        self._loaded = {i: LoadReport(0) for i in range(actors)}
 
     def start_each(self, method: str, batches: list[Any], *arguments: Any) -> list[Any]:
         return [ray.put({"kl/ref_seq": 1.0})]
 
     def start(self, method: str, version: int) -> list[Any]:
-        return [self._process.set_version.remote(version)]
+        ray.get(self._process.set_version.remote(version))
+        return [ray.put(PublishReport(version, 0.0, 0.0, 0, 0, self._loaded, {}))]
 
 
 def measure(actors: int, rollouts: int, seconds: float, run_dir: Path) -> dict[str, float]:
@@ -106,7 +110,9 @@ def measure(actors: int, rollouts: int, seconds: float, run_dir: Path) -> dict[s
         stream = PromptStream(prompts, samples_per_prompt=1, seed=1)
         handles = [StandIn(process, i) for i in range(actors)]
         config.ppo.updates = 2
-        controller = PPOController(config, stream, handles, Learner(process), log, progress, has_gold=False)
+        learner: Any = Learner(process, actors)
+        fleet = Fleet(handles, learner, "", lambda *_: False, 0, progress.line)
+        controller = PPOController(config, stream, fleet, learner, log, progress, has_gold=False)
         controller.run()
         start, cpu, updates = time.perf_counter(), time.process_time(), 0
         while updates < 3 or time.perf_counter() - start < seconds:

@@ -29,6 +29,7 @@ from contracts.config import (
 from contracts.records import Prompt
 from contracts.validation import validate
 from controller.controller import PPOController
+from controller.fleet import Fleet
 from controller.metrics import RunLog
 from controller.progress import Progress
 from controller.prompts import PromptStream
@@ -92,7 +93,8 @@ def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
         learner.wait_ready()
         learner.call("connect", backend, actors)
         start_s = time.time() - psutil.Process().create_time()
-        PPOController(config, stream, actors, learner, log, progress, has_gold=False).run()
+        fleet = Fleet(actors, learner, backend, runtime.replace_actor, 0, progress.line)
+        PPOController(config, stream, fleet, learner, log, progress, has_gold=False).run()
         peak = learner.peak_memory_gib()
     rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     lengths = {row["completion/len_mean"] for row in rows}

@@ -228,6 +228,7 @@ class ClusterConfig:
     min_memory_gib: float = 6.0  # free memory below which nothing starts
     start_timeout_s: float = 300.0
     step_timeout_s: float = 900.0  # longest wait for one generation, update or weight transfer
+    max_actor_restarts: int = 3  # lost rollout actors that are replaced before the run gives up
     publish_timeout_s: float = 120.0  # longest wait for an actor to take new weights; the others go on without it
 
 

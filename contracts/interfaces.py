@@ -9,6 +9,10 @@ from contracts.segment import SegmentAddress
 from contracts.weights import LoadReport, PublishReport, WeightUpdate
 
 
+class EngineLostError(RuntimeError):
+    """The engine cannot go on: no request of it will be answered any more."""
+
+
 class Engine(Protocol):
     """A generation engine whose weights can be replaced between two decoding steps."""
 

@@ -52,6 +52,7 @@ RANGES = [
             *_under(OPTIMIZERS, "weight_decay", "warmup_steps"),
             *_under(["ppo"], "kl.coef", "ptx_coef", "missing_eos_penalty", "value_warmup_updates", "gold_rollouts"),
             "ppo.max_staleness",
+            "cluster.max_actor_restarts",
             *_under(SAMPLINGS, "min_completion_tokens"),
             "learner.held_tokens",
             *_under(["cluster"], "gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica"),
@@ -87,8 +88,11 @@ RANGES = [
         "null or at least 1",
         lambda value: value is None or value >= 1,
         (
-            *("data.prompt_words", "sft.trainable_layers", "ppo.trainable_layers"),
-            *("environment.max_turn_tokens", "cluster.num_nodes"),
+            "data.prompt_words",
+            "sft.trainable_layers",
+            "ppo.trainable_layers",
+            "cluster.num_nodes",
+            "environment.max_turn_tokens",
         ),
     ),
     Range(

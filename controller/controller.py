@@ -33,9 +33,9 @@ import ray
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.records import Rollout
-from contracts.weights import PublishReport
 from controller.batcher import make_batches, with_siblings
 from controller.dispatch import Dispatcher
+from controller.fleet import Fleet
 from controller.ledger import Ledger
 from controller.ledger_log import NAME as LEDGER_FILE
 from controller.metrics import RunLog
@@ -56,7 +56,7 @@ class PPOController:
         self,
         config: TandemConfig,
         stream: PromptStream,
-        actors: list[Any],
+        fleet: Fleet,
         learner: LearnerGroup,
         log: RunLog,
         progress: Progress,
@@ -68,7 +68,7 @@ class PPOController:
         self.rng = np.random.default_rng(config.seed)
         ppo, scorers = config.ppo, ["proxy", "gold"] if has_gold and config.ppo.gold_rollouts else ["proxy"]
         self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
-        self.dispatcher = Dispatcher(actors, self.ledger, stream, ppo, scorers, config.cluster.step_timeout_s)
+        self.dispatcher = Dispatcher(fleet, self.ledger, stream, ppo, scorers, config.cluster.step_timeout_s)
         self.first_score: float | None = None
         self.version = 0
 
@@ -144,6 +144,7 @@ class PPOController:
             metrics |= self._publish()
         self.ledger.trained(self.version)
         self.ledger.committed(self.log.run_dir / LEDGER_FILE)
+        metrics["fault/actors_lost"] = float(self.dispatcher.num_lost)
         return metrics | self.ledger.metrics() | self.dispatcher.usage()
 
     def _wait(self, calls: list[Any], what: str) -> list[Any]:
@@ -184,12 +185,10 @@ class PPOController:
         if self.config.ppo.weight_update == "drain":
             self.progress.waiting_for("the actors to finish what they hold")
             self.dispatcher.drain()
-        publish = self.learner.start("publish", self.version + 1)
-        report: PublishReport = self._wait(publish, f"the engines to load version {self.version + 1}")[0]
-        if self.config.ppo.max_staleness == 0:
-            report.require_all()  # the next rollouts must be of this version; else an actor that is late may go on
+        self.progress.waiting_for(f"the engines to load version {self.version + 1}")
+        metrics = self.dispatcher.publish(self.version + 1)
         self.version += 1
-        return report.metrics() | {"perf/sync_s": time.perf_counter() - start}
+        return metrics | {"perf/sync_s": time.perf_counter() - start}
 
 
 def _sample(rollout: Rollout, version: int) -> dict[str, Any]:

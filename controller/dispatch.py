@@ -6,21 +6,31 @@
 
 Whatever the controller waits for, it goes on serving the actors: answers of all remote calls arrive in one queue, in the
 order in which they come, so that an answer costs the same with one actor and with a thousand.
+
+An actor that is lost costs the tokens that it was sampling: its leases end, others get them, and a new actor takes its
+place in a thread, while everything else goes on. It is handed work only when it serves the weights of the ledger's version.
 """
 
 import queue
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from ray.exceptions import RayActorError
+
 from contracts.config import PPOConfig
+from contracts.interfaces import EngineLostError
 from contracts.records import Assignment, Delivery, Rollout
+from controller.fleet import Fleet
 from controller.ledger import Key, Ledger
 from controller.prompts import PromptStream
 
 PATIENCE_S = 2.0  # how long a completion waits for others that are scored with it, where actors and learner overlap
+
+Failed = Callable[[BaseException], None]
 
 
 class Dispatcher:
@@ -28,14 +38,15 @@ class Dispatcher:
 
     def __init__(
         self,
-        actors: list[Any],
+        fleet: Fleet,
         ledger: Ledger,
         stream: PromptStream,
         ppo: PPOConfig,
         scorers: list[str],
         timeout_s: float,
     ):
-        self._actors = {f"actor-{i}": actor for i, actor in enumerate(actors)}
+        actors = fleet.actors
+        self._fleet, self._actors = fleet, actors  # the list in which a new actor takes its place
         self._ledger, self._stream, self._ppo, self._timeout_s = ledger, stream, ppo, timeout_s
         self._scorers = scorers
         self._share = -(-(ledger.max_staleness + 1) * ledger.rollouts_per_update // len(actors))
@@ -43,15 +54,20 @@ class Dispatcher:
         self._scoring = (
             (ppo.score_batch, PATIENCE_S) if ledger.max_staleness else (ledger.rollouts_per_update, timeout_s)
         )
-        self._held = dict.fromkeys(self._actors, 0)  # rollouts at each actor
+        self._held: list[set[int]] = [set() for _ in actors]  # leases at each actor
+        self._life = [0] * len(actors)  # which actor in this place: answers of an earlier one no longer count
+        self._serving = set(range(len(actors)))  # actors that may be handed work
+        self._behind: set[int] = set()  # actors that are up, with other weights
+        self._publishing = False
         # A rollout group trains as a whole, so its rollouts are completed together: {group: {key: (lease, rollout)}}.
         self._parts: dict[tuple[int, int], dict[Key, tuple[int, Rollout]]] = {}
-        self._inbox: queue.SimpleQueue[tuple[Callable[[Any], None], Future[Any]]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Callable[[Any], None], Failed | None, Future[Any]]] = queue.SimpleQueue()
         self._paused = False
-        self._usage = dict.fromkeys(self._actors, (0.0, 0.0))  # seconds of generating, scoring
+        self._usage = [(0.0, 0.0) for _ in actors]  # seconds of generating, scoring
         self._tokens = 0
-        for holder in self._actors:
-            self._ask(holder)
+        self.num_lost = 0
+        for number in self._serving:
+            self._ask(number)
 
     # ---- what the controller calls
 
@@ -61,18 +77,24 @@ class Dispatcher:
         groups = min(self._ledger.capacity(), wanted) // self._ppo.samples_per_prompt
         if groups > 0:
             self._ledger.admit(self._stream.next_requests(groups))
-        for holder in self._actors:
-            self._supply(holder)
+        for number in sorted(self._serving):
+            self._supply(number)
 
     def next_batch(self, version: int) -> list[Rollout]:
         """The rollouts of the next update, by a learner at `version`.
 
         Raises:
             TimeoutError: after the time that a step may take.
-            ray.exceptions.RayError: what ended an actor.
+            ActorLostError: more actors are lost than `cluster.max_actor_restarts`.
+            Exception: what a new actor cannot start for.
         """
         n = self._ledger.rollouts_per_update
-        self._until(lambda: self._ledger.ready(n, version), f"{n} rollouts for the update of version {version}")
+
+        def ready() -> bool:
+            self._catch_up()
+            return self._ledger.ready(n, version)
+
+        self._until(ready, f"{n} rollouts for the update of version {version}")
         return self._ledger.take(n, version)
 
     def wait(self, calls: list[Any], what: str) -> list[Any]:
@@ -86,16 +108,32 @@ class Dispatcher:
     def drain(self) -> None:
         """Hand out nothing more and wait until no rollout is at an actor; the next `feed` goes on."""
         self._paused = True
-        self._until(lambda: not any(self._held.values()), "the actors to finish what they hold")
+        self._until(lambda: not any(self._held), "the actors to finish what they hold")
         self._paused = False
 
     def usage(self) -> dict[str, float]:
         """Since the last call: what the busiest actor spent, and sampled tokens a second of its generating."""
-        generate_s = max(seconds for seconds, _ in self._usage.values())
-        score_s = max(seconds for _, seconds in self._usage.values())
+        generate_s = max(seconds for seconds, _ in self._usage)
+        score_s = max(seconds for _, seconds in self._usage)
         rate = self._tokens / generate_s if generate_s else 0.0
-        self._usage, self._tokens = dict.fromkeys(self._actors, (0.0, 0.0)), 0
+        self._usage, self._tokens = [(0.0, 0.0) for _ in self._actors], 0
         return {"perf/generate_s": generate_s, "perf/score_s": score_s, "perf/gen_tokens_per_s": rate}
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Give every actor the learner's weights as `version`; the learner must have nothing else to do. Actors that they
+        do not reach are replaced. Returns metrics of the transfer."""
+        self._publishing, lives = True, {number: self._life[number] for number in self._fleet.present()}
+        report = self.wait(self._fleet.start_publish(version), f"the engines to load version {version}")[0]
+        self._publishing = False
+        self._fleet.published(report)
+        for number, reason in report.missing.items():
+            if lives.get(number) == self._life[number]:  # the others have been lost before
+                self._lose(number, f"it did not take version {version}: {reason}")
+        for number in self._behind & set(lives):
+            self._behind.discard(number)
+            self._serving.add(number)
+            self._supply(number)
+        return report.metrics()
 
     # ---- answers
 
@@ -103,44 +141,99 @@ class Dispatcher:
         end = time.monotonic() + self._timeout_s
         while not done():
             try:
-                handle, answer = self._inbox.get(timeout=max(0.0, end - time.monotonic()))
+                handle, failed, answer = self._inbox.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 raise TimeoutError(f"waited {self._timeout_s:.0f} s (cluster.step_timeout_s) for {what}") from None
-            handle(answer.result())
+            error = answer.exception()
+            if error is None:
+                handle(answer.result())
+            elif failed is None:
+                raise error
+            else:
+                failed(error)
 
-    def _watch(self, call: Any, handle: Callable[[Any], None]) -> None:
-        call.future().add_done_callback(lambda answer: self._inbox.put((handle, answer)))
+    def _watch(self, call: Any, handle: Callable[[Any], None], failed: Failed | None = None) -> None:
+        call.future().add_done_callback(lambda answer: self._inbox.put((handle, failed, answer)))
 
-    def _ask(self, holder: str) -> None:
-        call = self._actors[holder].collect.remote(*self._scoring)
-        self._watch(call, partial(self._deliver, holder))
+    def _ask(self, number: int) -> None:
+        call, life = self._actors[number].collect.remote(*self._scoring), self._life[number]
+        self._watch(call, partial(self._deliver, number, life), partial(self._failed, number, life))
 
-    def _deliver(self, holder: str, delivery: Delivery) -> None:
-        self._ask(holder)
-        self._held[holder] -= len(delivery.rollouts)
-        generate_s, score_s = self._usage[holder]
-        self._usage[holder] = generate_s + delivery.generate_s, score_s + delivery.score_s
+    def _deliver(self, number: int, life: int, delivery: Delivery) -> None:
+        if life != self._life[number]:
+            return
+        self._ask(number)
+        generate_s, score_s = self._usage[number]
+        self._usage[number] = generate_s + delivery.generate_s, score_s + delivery.score_s
         for lease, rollout in delivery.rollouts:
+            self._held[number].discard(lease)
             self._tokens += len(rollout.completion.sampled_ids)
             siblings = self._parts.setdefault(rollout.group, {})
             siblings[rollout.key] = lease, rollout
             if len(siblings) == self._ppo.samples_per_prompt:
                 self._ledger.complete_group(list(self._parts.pop(rollout.group).values()))
-        self._supply(holder)
+        self._supply(number)
 
-    def _supply(self, holder: str) -> None:
-        if self._paused:
+    def _supply(self, number: int) -> None:
+        if self._paused or number not in self._serving:
             return
-        leases = self._ledger.lease(self._share - self._held[holder], holder)
+        leases = self._ledger.lease(self._share - len(self._held[number]), f"actor-{number}")
         if not leases:
             return
-        self._held[holder] += len(leases)
+        self._held[number].update(lease.number for lease in leases)
         work = [Assignment(lease.number, lease.request, self._judges(lease.order)) for lease in leases]
         # Without a result to wait for: what goes wrong with an assignment is the next `collect`'s answer.
-        self._actors[holder].assign.remote(work, self._ppo.sampling)
+        self._actors[number].assign.remote(work, self._ppo.sampling)
 
     def _judges(self, order: int) -> tuple[str, ...]:
         """Who scores the rollout that was admitted as number `order`: the gold judge sees an even share."""
         gold, all_rollouts = self._ppo.gold_rollouts, self._ledger.rollouts_per_update
         sees = (order * gold) % all_rollouts < gold
         return tuple(scorer for scorer in self._scorers if scorer != "gold" or sees)
+
+    # ---- lost actors
+
+    def _failed(self, number: int, life: int, error: BaseException) -> None:
+        if life != self._life[number]:
+            return
+        if not isinstance(error, (RayActorError, EngineLostError)):
+            raise error  # of one rollout: a prompt that cannot be sampled
+        self._lose(number, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+
+    def _lose(self, number: int, reason: str) -> None:
+        """What the actor held is handed out again, and another starts in its place."""
+        self._life[number] += 1
+        self._serving.discard(number)
+        self._behind.discard(number)
+        held, self._held[number] = self._held[number], set()
+        for lease in held:
+            self._ledger.give_back(lease)
+        self.num_lost += 1
+        self._fleet.lost(number, len(held), reason, self.num_lost)
+        fresh: Future[int] = Future()
+
+        def replace() -> None:
+            try:
+                fresh.set_result(self._fleet.replace(number))
+            except BaseException as error:  # the thread's only listener is the controller
+                fresh.set_exception(error)
+
+        threading.Thread(target=replace, name=f"replace-actor-{number}", daemon=True).start()
+        fresh.add_done_callback(lambda answer: self._inbox.put((partial(self._joined, number), None, answer)))
+        for other in sorted(self._serving):
+            self._supply(other)
+
+    def _joined(self, number: int, version: int) -> None:
+        """A new actor is there, with the weights of `version`."""
+        self._fleet.joined(number)
+        self._ask(number)
+        if version == self._ledger.version and not self._publishing:
+            self._serving.add(number)
+            self._supply(number)
+        else:
+            self._behind.add(number)
+
+    def _catch_up(self) -> None:
+        """Actors that came while weights went out get them now that the learner has nothing else to do."""
+        if self._behind:
+            self.publish(self._ledger.version)

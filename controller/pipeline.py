@@ -284,6 +284,7 @@ class Pipeline:
 
     def _ppo(self, path: Path) -> dict[str, Any]:
         from controller.controller import PPOController
+        from controller.fleet import Fleet
 
         config = self.config
         policy, proxy = self._checkpoint("sft"), self._checkpoint("reward_model/proxy")
@@ -304,7 +305,9 @@ class Pipeline:
                 self.runtime.wait_for_service()
                 learner.wait_ready()
                 learner.call("connect", backend, actors)[0].require_all()
-            controller = PPOController(config, stream, actors, learner, self.log, self.progress, "gold" in scorers)
+            restarts, say = config.cluster.max_actor_restarts, self.progress.line
+            fleet = Fleet(actors, learner, backend, self.runtime.replace_actor, restarts, say)
+            controller = PPOController(config, stream, fleet, learner, self.log, self.progress, "gold" in scorers)
             with self._phase("ppo", f"PPO: {config.ppo.updates} updates of {config.ppo.rollouts_per_update} rollouts"):
                 controller.run()
             learner.call("save", str(path))

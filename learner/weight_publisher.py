@@ -65,16 +65,12 @@ class WeightPublisher:
             What became of it, on rank 0; None on the others.
 
         Raises:
-            RuntimeError: no actor has taken it.
             ReceiversLost: one of vLLM's own transports has lost an actor.
         """
         assert self._trainer is not None, "send() before connect()"
         assert self._receivers is not None
         if isinstance(self._trainer, HostTrainer):
-            report = self._trainer.send_weights(policy_version)
-            if report is not None and not report.loaded:
-                report.require_all()
-            return report
+            return self._trainer.send_weights(policy_version)
         start = time.perf_counter()
         if self._rank == 0:
             self._receivers.call_all("ready")  # before the collective: it would wait for ever for a dead actor

@@ -16,7 +16,6 @@ from controller.batcher import make_batches
 from controller.runtime import environments
 from controller.shaping import ScoreNormalizer, shaped
 from learner.learner_actor import LearnerGroup
-from learner.weight_publisher import BACKEND
 from tests.conftest import kill, make_config
 
 EOS = 2
@@ -65,13 +64,14 @@ def test_two_turns_through_engine_and_learner(tiny_float32: Path, tmp_path: Path
     config = make_config(tiny_float32, tmp_path, dtype="float32")
     config.environment, config.ppo.optimizer.learning_rate = ENVIRONMENT, 1e-3
     envs = environments(config.cluster)
-    arguments = (config.model, config.engine, BACKEND, EOS, None, envs["actor"], ENVIRONMENT)
-    actors = start_actors([{"num_cpus": 0.1}], config.cluster, *arguments)
+    actors = start_actors(
+        config.cluster, config.model, config.engine, "ray_object", EOS, None, envs["actor"], ENVIRONMENT
+    )
     path = config.model.path
     group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, EOS, []), envs["learner"])
     try:
         group.wait_ready()
-        group.call("connect", BACKEND, actors)
+        group.call("connect", "ray_object", actors)
         tokenizer = AutoTokenizer.from_pretrained(path)
         told = tokenizer("\nAnd now shorter.\n", add_special_tokens=False)["input_ids"]
         rollouts = played(actors[0])

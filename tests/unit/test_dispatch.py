@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from contracts.config import PPOConfig
+from contracts.interfaces import EngineLostError
 from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout
+from contracts.weights import LoadReport, PublishReport
 from controller.dispatch import Dispatcher
+from controller.fleet import ActorLostError, Fleet
 from controller.ledger import Ledger
 from controller.prompts import PromptStream
 
@@ -65,7 +68,13 @@ def sampled(assignment: Assignment, versions: tuple[int, ...]) -> Rollout:
 
 
 def start(
-    actors: list[Actor], staleness: int = 0, rollouts: int = 4, samples: int = 1, gold: int = 0, timeout_s: float = 5.0
+    actors: list[Actor],
+    staleness: int = 0,
+    rollouts: int = 4,
+    samples: int = 1,
+    gold: int = 0,
+    timeout_s: float = 5.0,
+    fleet: Fleet | None = None,
 ) -> tuple[Dispatcher, Ledger]:
     ppo = PPOConfig(
         rollouts_per_update=rollouts, samples_per_prompt=samples, max_staleness=staleness, gold_rollouts=gold
@@ -73,7 +82,8 @@ def start(
     ledger = Ledger(rollouts, staleness)
     stream = PromptStream(PROMPTS, samples, seed=1)
     scorers = ["proxy", "gold"] if gold else ["proxy"]
-    return Dispatcher(actors, ledger, stream, ppo, scorers, timeout_s), ledger
+    crew = fleet or Fleet(actors, None, "", lambda *_: False, 0, print)  # type: ignore[arg-type]
+    return Dispatcher(crew, ledger, stream, ppo, scorers, timeout_s), ledger
 
 
 def test_without_staleness_the_actors_share_one_update_and_score_at_its_end() -> None:
@@ -145,12 +155,12 @@ def test_results_come_in_the_order_of_the_calls_and_errors_at_once() -> None:
         dispatcher.wait([Call(never), Call(failed)], "both")
 
 
-def test_a_lost_actor_ends_every_wait() -> None:
+def test_a_rollout_that_cannot_be_sampled_ends_the_run() -> None:
     actor = Actor()
     dispatcher, _ = start([actor])
     dispatcher.feed(updates_left=1)
-    actor.asked.pop()[0].set_exception(RuntimeError("the engine is lost"))
-    with pytest.raises(RuntimeError, match="the engine is lost"):
+    actor.asked.pop()[0].set_exception(ValueError("the prompt leaves no room"))
+    with pytest.raises(ValueError, match="leaves no room"):
         dispatcher.next_batch(0)
 
 
@@ -230,3 +240,96 @@ def test_usage_is_that_of_the_busiest_actor_since_the_last_time() -> None:
     dispatcher.next_batch(0)
     assert dispatcher.usage() == {"perf/generate_s": 2.0, "perf/score_s": 1.0, "perf/gen_tokens_per_s": 4.0}
     assert dispatcher.usage() == {"perf/generate_s": 0.0, "perf/score_s": 0.0, "perf/gen_tokens_per_s": 0.0}
+
+
+class Learner:
+    """Publishes at once to the actors that it is connected to."""
+
+    def __init__(self, actors: list[Actor]):
+        self.calls: list[tuple[Any, ...]] = []
+        self.actors, self.refuse = actors, dict[int, str]()
+
+    def start(self, method: str, *arguments: Any) -> list[Call]:
+        self.calls.append((method, arguments[-1]))
+        loaded = {i: LoadReport(arguments[-1]) for i in range(len(self.actors)) if i not in self.refuse}
+        report: Future[Any] = Future()
+        report.set_result(PublishReport(arguments[-1], 0.0, 0.0, 0, 0, loaded, self.refuse))
+        self.refuse = {}
+        return [Call(report)]
+
+
+def crew(actors: list[Actor], served: bool = True, restarts: int = 3) -> tuple[Fleet, Learner, list[str]]:
+    learner, said = Learner(actors), list[str]()
+
+    def replace(actors: list[Any], number: int, update: Any) -> bool:
+        actors[number] = Actor()
+        return served
+
+    return Fleet(actors, learner, "shared", replace, restarts, said.append), learner, said  # type: ignore[arg-type]
+
+
+def until(dispatcher: Dispatcher, condition: Any) -> None:
+    """Let the dispatcher take in what comes until the condition holds."""
+    dispatcher._until(condition, "the test")
+
+
+def test_the_work_of_a_lost_actor_is_done_by_the_others_and_by_its_successor() -> None:
+    lost, other = Actor(), Actor()
+    actors = [lost, other]
+    fleet, learner, said = crew(actors)
+    dispatcher, ledger = start(actors, fleet=fleet)
+    dispatcher.feed(updates_left=2)
+    expected = [*lost.prompts, *other.prompts]
+    other.finish(0, 1)
+    lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
+    until(dispatcher, lambda: actors[0] is not lost and len(fleet.present()) == 2)
+    actors[0].finish(*range(len(actors[0].work)))
+    other.finish(*range(len(other.work)))
+    assert [r.prompt.prompt_id for r in dispatcher.next_batch(0)] == expected
+    assert (dispatcher.num_lost, ledger.metrics()["ledger/released"]) == (1, 2)
+    assert said == [
+        "actor 0 is lost (EngineLostError: out of memory); 2 rollouts are sampled again, a new actor is starting",
+        "actor 0 is back",
+    ]
+    dispatcher.publish(1)
+    dispatcher.publish(2)
+    assert learner.calls == [("connect", 1), ("publish", 2)]  # the learner learns of the new one
+
+
+def test_an_answer_of_the_actor_before_counts_no_more() -> None:
+    lost = Actor()
+    actors = [lost]
+    fleet, learner, _ = crew(actors)
+    dispatcher, ledger = start(actors, fleet=fleet)
+    dispatcher.feed(updates_left=2)
+    learner.refuse = {0: "it does not answer"}
+    dispatcher.publish(1)  # lost, though its process still runs
+    lost.finish(0, 1)
+    until(dispatcher, lambda: actors[0] is not lost and bool(fleet.present()))
+    assert ledger.metrics()["ledger/scored"] == 0
+
+
+def test_a_new_actor_without_the_current_weights_gets_them_before_it_samples() -> None:
+    lost = Actor()
+    actors = [lost]
+    fleet, learner, _ = crew(actors, served=False)
+    dispatcher, _ = start(actors, fleet=fleet, timeout_s=0.3)
+    dispatcher.feed(updates_left=2)
+    lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
+    until(dispatcher, lambda: bool(fleet.present()) and actors[0] is not lost)
+    assert actors[0].work == []
+    with pytest.raises(TimeoutError):  # the learner is free now, and the new actor never finishes
+        dispatcher.next_batch(0)
+    assert learner.calls == [("connect", 0)]
+    assert len(actors[0].work) == 4
+
+
+def test_actors_are_replaced_so_many_times_only() -> None:
+    lost = Actor()
+    actors = [lost]
+    fleet, _, _ = crew(actors, restarts=0)
+    dispatcher, _ = start(actors, fleet=fleet)
+    dispatcher.feed(updates_left=2)
+    lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
+    with pytest.raises(ActorLostError, match=r"after 0 others: cluster\.max_actor_restarts is 0"):
+        dispatcher.next_batch(0)

@@ -190,7 +190,7 @@ def test_weights_have_the_names_of_the_checkpoint(tied: bool, tiny_model: Path, 
 
 
 def test_sources_of_a_weight_transfer(small_vocab: Path, ranks: Ranks, tmp_path: Path) -> None:
-    from learner.weight_publisher import CheckpointSource, EngineSource
+    from learner.weight_sources import CheckpointSource, EngineSource
 
     on_disk = stored(small_vocab)
     engine = TrainEngine(policy(small_vocab), OptimizerConfig(), LearnerConfig(), ranks, 1)
