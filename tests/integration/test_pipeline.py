@@ -49,7 +49,8 @@ def kill_an_actor(driver: subprocess.Popen[str], when: str) -> str:
     for line in driver.stdout:
         printed += line
         if when and when in line:
-            [actor] = [p for p in psutil.Process(driver.pid).children(True) if "RolloutActor" in "".join(p.cmdline())]
+            children = [p for p in psutil.Process(driver.pid).children(True) if p.status() != psutil.STATUS_ZOMBIE]
+            [actor] = [p for p in children if "RolloutActor" in "".join(p.cmdline())]
             actor.kill()
             when = ""
     return printed

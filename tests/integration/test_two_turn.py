@@ -64,8 +64,9 @@ def test_two_turns_through_engine_and_learner(tiny_float32: Path, tmp_path: Path
     config = make_config(tiny_float32, tmp_path, dtype="float32")
     config.environment, config.ppo.optimizer.learning_rate = ENVIRONMENT, 1e-3
     envs = environments(config.cluster)
+    anywhere = [{"num_cpus": config.cluster.cpus_per_process}]
     actors = start_actors(
-        config.cluster, config.model, config.engine, "ray_object", EOS, None, envs["actor"], ENVIRONMENT
+        anywhere, config.cluster, config.model, config.engine, "ray_object", EOS, None, envs["actor"], ENVIRONMENT
     )
     path = config.model.path
     group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, EOS, []), envs["learner"])

@@ -147,7 +147,7 @@ def test_both_configurations_of_the_group_are_valid() -> None:
         "score_first": False,
     }
     validate(config)
-    assert composed(["environment=single_turn"]) == composed([])
+    assert composed(["environment=single_turn", "run_dir=x"]) == composed(["run_dir=x"])
     assert composed([]).environment == EnvironmentConfig()
 
 
