@@ -1,7 +1,8 @@
 """The checks of a configuration with which the reward service runs alone."""
 
+from contracts.check import Check
 from contracts.config import TandemConfig
-from contracts.validation import Check, choice_checks, raise_conflicts, range_checks, service_checks
+from contracts.validation import choice_checks, raise_conflicts, range_checks, service_checks
 
 ALONE = ("reward_service.", "cluster.")  # sections that it reads
 

@@ -8,15 +8,17 @@ compares it with the machine. Keys that the schema does not have: `contracts.ove
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import MISSING
 
+from contracts.check import Check, shown
+from contracts.cluster_checks import cluster_checks, placement_conflicts, stated_nodes
 from contracts.config import SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
 from contracts.estimators import ESTIMATORS
 from contracts.overrides import closest
-from contracts.placement import PlacementError, Resources, check_nodes, plan
+from contracts.placement import Resources
 from contracts.ranges import CHOICES, RANGES
 from contracts.scorer_checks import http_rows, scorer_rows
 
@@ -27,31 +29,13 @@ class ConfigError(ValueError):
     """The configuration contradicts itself, the schema or the machine."""
 
 
-class Check(NamedTuple):
-    """One rule applied to the values found, and what to write where it does not hold."""
-
-    holds: bool
-    key: str
-    rule: str
-    found: Any
-    instead: str
-
-    @property
-    def message(self) -> str:
-        return f"{self.key} must be {self.rule}; found {_shown(self.found)}; write {self.instead}"
-
-
 def _value(config: Any, key: str) -> Any:
     """The value at a dotted key; None below a section that is null (`data.gold`)."""
     return reduce(lambda section, name: None if section is None else getattr(section, name), key.split("."), config)
 
 
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
-
-
 def _example(default: Any) -> str:
-    return f"for example {_shown(default)} (the default)"
+    return f"for example {shown(default)} (the default)"
 
 
 def range_checks(config: TandemConfig) -> list[Check]:
@@ -68,7 +52,7 @@ def choice_checks(config: TandemConfig) -> list[Check]:
     for key, options in CHOICES.items():
         if key.startswith("data.gold.") and config.data.gold is None:
             continue
-        value, names = _value(config, key), [_shown(option) for option in options]
+        value, names = _value(config, key), [shown(option) for option in options]
         instead = closest(str(value), names) or f"for example {names[0]}"
         checks.append(Check(value in options, key, f"one of {', '.join(names)}", value, instead))
     return checks
@@ -278,75 +262,6 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
-def _cluster_checks(config: TandemConfig) -> list[Check]:
-    cluster, shared = config.cluster, config.cluster.gpus_per_actor + config.cluster.gpus_per_learner_rank
-    stated = {name: getattr(cluster, name) for name in ("num_nodes", "gpus_per_node", "cpus_per_node")}
-    colocated, on_gpus = cluster.layout == "colocated", cluster.gpus_per_actor > 0
-    transfer = config.learner.weight_transfer
-    return [
-        Check(
-            len({value is None for value in stated.values()}) == 1,
-            "cluster.num_nodes, cluster.gpus_per_node and cluster.cpus_per_node",
-            "all null or all set",
-            stated,
-            "all three, as in conf/cluster/multi_node.yaml",
-        ),
-        Check(
-            cluster.publish_timeout_s < cluster.step_timeout_s,
-            "cluster.publish_timeout_s",
-            f"below cluster.step_timeout_s ({cluster.step_timeout_s:g}), which ends the run",
-            cluster.publish_timeout_s,
-            f"{cluster.step_timeout_s / 4:g}, or a larger cluster.step_timeout_s",
-        ),
-        Check(
-            not (colocated and shared > 1),
-            "cluster.gpus_per_actor + cluster.gpus_per_learner_rank",
-            "at most 1 with cluster.layout colocated: an actor and its learner rank share one device",
-            f"{cluster.gpus_per_actor} + {cluster.gpus_per_learner_rank} = {shared}",
-            "0.5 and 0.5, or cluster.layout=disaggregated",
-        ),
-        Check(
-            not (colocated and on_gpus and cluster.num_actors > cluster.num_learner_ranks),
-            "cluster.num_actors",
-            f"at most cluster.num_learner_ranks ({cluster.num_learner_ranks}) with cluster.layout colocated: an actor gets "
-            "its weights from the rank on its own device",
-            cluster.num_actors,
-            f"{cluster.num_learner_ranks} or less, or cluster.layout=disaggregated",
-        ),
-        Check(
-            transfer != "ipc" or colocated,
-            "learner.weight_transfer",
-            "auto or nccl with cluster.layout disaggregated: ipc needs actor and learner rank on one device",
-            transfer,
-            "auto or cluster.layout=colocated",
-        ),
-        Check(
-            transfer != "nccl" or not colocated,
-            "learner.weight_transfer",
-            "auto or ipc with cluster.layout colocated: NCCL cannot join two processes on one device",
-            transfer,
-            "auto or cluster.layout=disaggregated",
-        ),
-    ]
-
-
-def _stated_nodes(config: TandemConfig) -> list[Resources] | None:
-    cluster = config.cluster
-    if cluster.num_nodes is None or cluster.gpus_per_node is None or cluster.cpus_per_node is None:
-        return None
-    return [{"CPU": cluster.cpus_per_node, "GPU": cluster.gpus_per_node}] * cluster.num_nodes
-
-
-def _placement_conflicts(config: TandemConfig, nodes: list[Resources] | None) -> list[str]:
-    if nodes is None:
-        return []
-    try:
-        check_nodes(plan(config), nodes)
-    except PlacementError as error:
-        return [str(error)]
-    return []
-
-
 def raise_conflicts(checks: list[Check], more: Sequence[str] = ()) -> None:
     conflicts = [check.message for check in checks if not check.holds] + list(more)
     if conflicts:
@@ -375,9 +290,9 @@ def validate(config: TandemConfig) -> None:
             *_environment_checks(config),
             *_learner_checks(config),
             *service_checks(config),
-            *_cluster_checks(config),
+            *cluster_checks(config),
         ],
-        _placement_conflicts(config, _stated_nodes(config)),
+        placement_conflicts(config, stated_nodes(config)),
     )
 
 
@@ -412,7 +327,7 @@ def check_machine(
         f"{free_memory_gib:.1f} GiB",
         "a smaller cluster.min_memory_gib if the model is small, or end other programs",
     )
-    raise_conflicts([memory], _placement_conflicts(config, nodes))
+    raise_conflicts([memory], placement_conflicts(config, nodes))
     pairs = [
         ("cluster.num_actors", "cluster.threads_per_actor"),
         ("cluster.num_learner_ranks", "cluster.threads_per_learner_rank"),
