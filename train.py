@@ -15,9 +15,9 @@ os.environ.update({key: value for key, value in driver_env().items() if key not 
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from contracts.config import TandemConfig
+from contracts.config import TandemConfig, to_config
 from contracts.overrides import unknown_overrides
 from contracts.precision import choose_dtypes
 from contracts.validation import ConfigError, validate
@@ -31,11 +31,7 @@ def main(composed: DictConfig) -> float | None:
     from controller.data import DataError
 
     try:
-        # Which of the open paths (`???`) this stage needs is for `validate` to say, all at once.
-        for key in OmegaConf.missing_keys(composed):
-            OmegaConf.update(composed, key, "")
-        config = OmegaConf.to_object(composed)
-        assert isinstance(config, TandemConfig)
+        config = to_config(composed)
         validate(config)
         return run(config)
     except (ConfigError, DataError) as error:

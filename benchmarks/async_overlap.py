@@ -25,7 +25,7 @@ from ppo_step import HERE, ROOT, BlockError, block, machine, run
 from rich.console import Console
 from rich.table import Table
 
-from contracts.precision import BFLOAT16_FLAGS, cpu_flags
+from contracts.precision import cpu_dtype
 from contracts.process_env import driver_env
 
 SCHEDULES = {
@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict[str, dict[str, An
         "rollouts": args.rollouts,
         "completion_tokens": args.completion_tokens,
         "updates": args.updates + DROPPED,
-        "dtype": "bfloat16" if BFLOAT16_FLAGS & cpu_flags() else "float32",
+        "dtype": cpu_dtype(),
         "threads": 1,
         "seed": 1,
         "held_tokens": 6000,

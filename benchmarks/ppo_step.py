@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from step_report import show, step_seconds, summarize
 
-from contracts.precision import BFLOAT16_FLAGS, cpu_flags
+from contracts.precision import cpu_dtype
 from contracts.process_env import driver_env, worker_env
 
 HERE = Path(__file__).resolve().parent
@@ -201,10 +201,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="pairs of blocks")
     parser.add_argument("--updates", type=int, default=3, help="of a block; the first is warm-up")
     parser.add_argument("--held-tokens", type=int, default=6000, help="learner.held_tokens; 0 recomputes everything")
-    native = "bfloat16" if BFLOAT16_FLAGS & cpu_flags() else "float32"
     dtypes = ("bfloat16", "float32")
     parser.add_argument(
-        "--dtype", choices=dtypes, default=native, help="on both sides; default: what the CPU multiplies"
+        "--dtype", choices=dtypes, default=cpu_dtype(), help="on both sides; default: what the CPU multiplies"
     )
     parser.add_argument("--microbatch-tokens", type=int, default=4096, help="learner.microbatch_tokens")
     parser.add_argument("--trl-batch", type=int, default=16, help="sequences of a training pass of TRL")

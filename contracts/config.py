@@ -6,7 +6,7 @@ Every field that is not self-evident says its unit and what it trades.
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 
 @dataclass
@@ -311,3 +311,17 @@ class TandemConfig:
     proxy_model: str | None = None
     gold_model: str | None = None
     ppo_model: str | None = None
+
+
+def to_config(composed: DictConfig) -> TandemConfig:
+    """What Hydra has composed, as an object. A path that is still open (`???`) is empty: which of them a stage needs is for
+    `validate` to say, all at once.
+
+    Raises:
+        OmegaConfBaseException: where the composed values are not of the schema's types.
+    """
+    for key in OmegaConf.missing_keys(composed):
+        OmegaConf.update(composed, key, "")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, TandemConfig)
+    return config

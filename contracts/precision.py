@@ -1,8 +1,8 @@
 """Which number format the forward pass uses where the configuration says `auto`.
 
 bfloat16 halves the memory of weights and activations, and is the fastest format on GPUs and on CPUs that multiply it: x86
-with AVX512-BF16 or AMX, Arm with BF16. On any other CPU its products are emulated, and cost ten times as much as
-float32's (17 against 138 GFLOP/s on two Zen 3 cores; a whole model loses more).
+with AVX512-BF16 or AMX, Arm with BF16. On any other CPU its products are emulated, and cost eight times as much as
+float32's (17 against 138 GFLOP/s on two Zen 3 cores).
 """
 
 import platform
@@ -24,25 +24,30 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     )
 
 
+def cpu_dtype(flags: set[str] | None = None) -> str:
+    """What a CPU multiplies best; `flags` of this one where they are not given."""
+    return "bfloat16" if BFLOAT16_FLAGS & (cpu_flags() if flags is None else flags) else "float32"
+
+
 def choose_dtypes(config: TandemConfig, flags: set[str] | None = None) -> str:
     """Replace `auto` by a format, in place, so that everything after this sees the one that is used.
 
     The nodes of a CPU cluster are taken to be like this machine.
 
     Args:
-        flags: of the CPU; None reads them.
+        flags: as of `cpu_dtype`.
 
     Returns:
         A line for the user where a choice was made, else "".
     """
-    cpu_dtype = "bfloat16" if BFLOAT16_FLAGS & (cpu_flags() if flags is None else flags) else "float32"
+    on_cpu = cpu_dtype(flags)
     cluster, chosen = config.cluster, False
     if config.model.dtype == "auto":
-        config.model.dtype = "bfloat16" if cluster.gpus_per_learner_rank else cpu_dtype
+        config.model.dtype = "bfloat16" if cluster.gpus_per_learner_rank else on_cpu
         chosen = not cluster.gpus_per_learner_rank
     if config.reward_service.dtype == "auto":
-        config.reward_service.dtype = "bfloat16" if cluster.gpus_per_reward_replica else cpu_dtype
+        config.reward_service.dtype = "bfloat16" if cluster.gpus_per_reward_replica else on_cpu
     if not chosen:
         return ""
-    able = "multiplies it" if cpu_dtype == "bfloat16" else "does not multiply bfloat16, which would be ten times slower"
+    able = "multiplies it" if on_cpu == "bfloat16" else "does not multiply bfloat16, which would be eight times slower"
     return f"model.dtype: {config.model.dtype}, as this CPU ({platform.machine()}) {able}"

@@ -1,7 +1,13 @@
 """Environment variables that libraries insist on, set in one place, for the processes that Ray starts for us.
 
-They steer libraries, never Tandem: what a user chooses is in the configuration.
+They steer libraries, never Tandem: what a user chooses is in the configuration. And how a driver starts or joins Ray.
 """
+
+import logging
+import os
+from typing import Any
+
+from contracts.config import ClusterConfig
 
 
 def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
@@ -46,3 +52,20 @@ def driver_env() -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
         "WANDB_DISABLE_WEAVE": "true",
     }
+
+
+def embedded_cpus() -> int:
+    """Of the Ray that a driver starts for itself. Ray Serve's own processes need room beside ours: two at least."""
+    return max(os.cpu_count() or 1, 2)
+
+
+def ray_options(cluster: ClusterConfig, namespace: str) -> dict[str, Any]:
+    """Arguments of `ray.init`: `cluster.address` "local" starts an embedded Ray, anything else joins one."""
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": namespace}
+    if cluster.address == "local":
+        options |= {
+            "num_cpus": embedded_cpus(),
+            "object_store_memory": int(cluster.object_store_gib * 2**30),
+            "include_dashboard": False,
+        }
+    return options | {"address": cluster.address}

@@ -3,8 +3,8 @@
 import ipaddress
 import re
 from pathlib import Path
-from typing import Any
 
+from contracts.check import Check
 from contracts.config import HttpConfig, RewardServiceConfig, ScorerConfig
 from contracts.scorers import CHECKPOINTS, ROLES
 
@@ -12,34 +12,32 @@ KINDS = ("model", "function", "weighted_sum", "ensemble")
 COMPOSITES = KINDS[2:]
 MIN_TOKEN_LENGTH = 16
 
-Row = tuple[bool, str, str, Any, str]  # (holds, key, rule, found, what to write instead)
 
-
-def scorer_rows(config: RewardServiceConfig) -> list[Row]:
-    rows: list[Row] = []
+def scorer_checks(config: RewardServiceConfig) -> list[Check]:
+    checks: list[Check] = []
     names = sorted({*config.scorers, *ROLES, *CHECKPOINTS})
     for name, entry in config.scorers.items():
         key = f"reward_service.scorers.{name}"
-        rows += [
-            (
+        checks += [
+            Check(
                 bool(re.fullmatch("[a-z][a-z0-9_]*", name)) and name not in CHECKPOINTS,
                 key,
                 f"a name of lower-case letters, digits and _ other than {' and '.join(CHECKPOINTS)}",
                 name,
                 "another name",
             ),
-            (entry.kind in KINDS, f"{key}.kind", f"one of {', '.join(KINDS)}", entry.kind, "for example model"),
-            *_leaf_rows(key, entry, config.deadline_s),
-            *_composite_rows(key, entry, names),
+            Check(entry.kind in KINDS, f"{key}.kind", f"one of {', '.join(KINDS)}", entry.kind, "for example model"),
+            *_leaf_checks(key, entry, config.deadline_s),
+            *_composite_checks(key, entry, names),
         ]
     loops = [name for name in config.scorers if name in _below(name, config.scorers)]
-    rows.append((not loops, "reward_service.scorers", "free of loops", ", ".join(loops), "other parts"))
+    checks.append(Check(not loops, "reward_service.scorers", "free of loops", ", ".join(loops), "other parts"))
     seen = sorted({"gold", "gold_model"} & _below("proxy", config.scorers))
-    rows.append(
-        (not seen, "reward_service.scorers.proxy", "without the gold judge, which PPO never sees", ", ".join(seen),
+    checks.append(
+        Check(not seen, "reward_service.scorers.proxy", "without the gold judge, which PPO never sees", ", ".join(seen),
          "other parts")
     )  # fmt: skip
-    return rows
+    return checks
 
 
 def _below(name: str, scorers: dict[str, ScorerConfig]) -> set[str]:
@@ -54,15 +52,17 @@ def _below(name: str, scorers: dict[str, ScorerConfig]) -> set[str]:
     return found
 
 
-def _leaf_rows(key: str, entry: ScorerConfig, deadline_s: float) -> list[Row]:
+def _leaf_checks(key: str, entry: ScorerConfig, deadline_s: float) -> list[Check]:
     if entry.kind == "model":
-        return [(bool(entry.path), f"{key}.path", "a checkpoint's directory or a hub id", entry.path, "its path")]
+        return [Check(bool(entry.path), f"{key}.path", "a checkpoint's directory or a hub id", entry.path, "its path")]
     if entry.kind != "function":
         return []
     form = "package.module:name or path/file.py:name"
     return [
-        (bool(re.fullmatch(r".+:\w+", entry.function or "")), f"{key}.function", form, entry.function, "rules.py:f"),
-        (
+        Check(
+            bool(re.fullmatch(r".+:\w+", entry.function or "")), f"{key}.function", form, entry.function, "rules.py:f"
+        ),
+        Check(
             0 < entry.timeout_s < deadline_s,
             f"{key}.timeout_s",
             f"above 0 and below reward_service.deadline_s ({deadline_s})",
@@ -70,22 +70,22 @@ def _leaf_rows(key: str, entry: ScorerConfig, deadline_s: float) -> list[Row]:
             "for example 5.0 (the default)",
         ),
         *(
-            (getattr(entry, field) >= 1, f"{key}.{field}", "at least 1", getattr(entry, field), "1 (the default)")
+            Check(getattr(entry, field) >= 1, f"{key}.{field}", "at least 1", getattr(entry, field), "1 (the default)")
             for field in ("processes", "batch_size")
         ),
-        (entry.memory_gib > 0, f"{key}.memory_gib", "above 0", entry.memory_gib, "for example 2.0 (the default)"),
+        Check(entry.memory_gib > 0, f"{key}.memory_gib", "above 0", entry.memory_gib, "for example 2.0 (the default)"),
     ]
 
 
-def _composite_rows(key: str, entry: ScorerConfig, names: list[str]) -> list[Row]:
+def _composite_checks(key: str, entry: ScorerConfig, names: list[str]) -> list[Check]:
     if entry.kind not in COMPOSITES:
         return []
     unknown = [part for part in entry.parts if part not in names]
     least = 2 if entry.kind == "ensemble" else 1
-    rows: list[Row] = [
-        (not unknown, f"{key}.parts", f"names among {', '.join(names)}", ", ".join(unknown), "one of them"),
-        (len(entry.parts) >= least, f"{key}.parts", f"{least} scorers or more", entry.parts, "more names"),
-        (
+    checks: list[Check] = [
+        Check(not unknown, f"{key}.parts", f"names among {', '.join(names)}", ", ".join(unknown), "one of them"),
+        Check(len(entry.parts) >= least, f"{key}.parts", f"{least} scorers or more", entry.parts, "more names"),
+        Check(
             len(set(entry.parts)) == len(entry.parts),
             f"{key}.parts",
             "different scorers",
@@ -94,13 +94,15 @@ def _composite_rows(key: str, entry: ScorerConfig, names: list[str]) -> list[Row
         ),
     ]
     if entry.kind == "ensemble":
-        rows.append((entry.std_coef >= 0, f"{key}.std_coef", "0 or more", entry.std_coef, "1.0 (the default)"))
+        checks.append(Check(entry.std_coef >= 0, f"{key}.std_coef", "0 or more", entry.std_coef, "1.0 (the default)"))
     else:
         count = len(entry.parts)
-        rows.append(
-            (len(entry.weights) == count, f"{key}.weights", f"{count} numbers, one a part", entry.weights, "as many")
+        checks.append(
+            Check(
+                len(entry.weights) == count, f"{key}.weights", f"{count} numbers, one a part", entry.weights, "as many"
+            )
         )
-    return rows
+    return checks
 
 
 def is_loopback(host: str) -> bool:
@@ -110,16 +112,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def http_rows(http: HttpConfig) -> list[Row]:
-    rows: list[Row] = [
-        (
+def http_checks(http: HttpConfig) -> list[Check]:
+    checks: list[Check] = [
+        Check(
             http.port is None or 0 < http.port < 65536,
             "reward_service.http.port",
             "null (no HTTP) or a port",
             http.port,
             "for example 8000",
         ),
-        (
+        Check(
             http.port is None or http.token_file is not None or is_loopback(http.host),
             "reward_service.http.token_file",
             f"set where reward_service.http.host is not a loopback address (found {http.host}): anyone could ask",
@@ -131,8 +133,8 @@ def http_rows(http: HttpConfig) -> list[Row]:
         path = Path(http.token_file)
         tokens = path.read_text().split() if path.is_file() else []
         short = sum(len(token) < MIN_TOKEN_LENGTH for token in tokens)
-        rows.append(
-            (
+        checks.append(
+            Check(
                 bool(tokens) and not short,
                 "reward_service.http.token_file",
                 f"a file with one token of {MIN_TOKEN_LENGTH} characters or more a line",
@@ -140,4 +142,4 @@ def http_rows(http: HttpConfig) -> list[Row]:
                 "for example the output of `openssl rand -hex 32` into it",
             )
         )
-    return rows
+    return checks

@@ -20,7 +20,8 @@ from contracts.estimators import ESTIMATORS
 from contracts.overrides import closest
 from contracts.placement import Resources
 from contracts.ranges import CHOICES, RANGES
-from contracts.scorer_checks import http_rows, scorer_rows
+from contracts.scorer_checks import http_checks, scorer_checks
+from contracts.scorers import has_gold
 
 RUNS_PPO = ("pipeline", "ppo")
 
@@ -119,7 +120,6 @@ def _sampling_checks(config: TandemConfig, key: str, sampling: SamplingConfig) -
 def _ppo_checks(config: TandemConfig) -> list[Check]:
     ppo, rollouts, ranks = config.ppo, config.ppo.rollouts_per_update, config.cluster.num_learner_ranks
     samples, least = max(1, ppo.samples_per_prompt), ranks * ppo.minibatches
-    has_gold = config.data.gold is not None or config.gold_model is not None
     return [
         Check(
             rollouts % samples == 0,
@@ -144,7 +144,7 @@ def _ppo_checks(config: TandemConfig) -> list[Check]:
             f"{rollouts} or less",
         ),
         Check(
-            config.stage not in RUNS_PPO or ppo.gold_rollouts <= 0 or has_gold,
+            config.stage not in RUNS_PPO or ppo.gold_rollouts <= 0 or has_gold(config),
             "ppo.gold_rollouts",
             "0 without a gold judge (data.gold and gold_model are null)",
             ppo.gold_rollouts,
@@ -299,7 +299,7 @@ def validate(config: TandemConfig) -> None:
 def service_checks(config: TandemConfig) -> list[Check]:
     """Of the scorers and the HTTP side."""
     service = config.reward_service
-    return [Check(*row) for row in (*scorer_rows(service), *http_rows(service.http))]
+    return [*scorer_checks(service), *http_checks(service.http)]
 
 
 def check_machine(

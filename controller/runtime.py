@@ -1,7 +1,5 @@
 """Ray and the engines of a run: started when first needed, stopped whatever happens."""
 
-import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +11,7 @@ import torch
 
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.placement import Resources
-from contracts.process_env import worker_env
+from contracts.process_env import embedded_cpus, ray_options, worker_env
 from contracts.scorers import chosen_scorers
 from contracts.weights import WeightsRefused, WeightUpdate
 from controller.placement import Placement
@@ -40,8 +38,8 @@ def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
 
 
 def embedded_nodes() -> list[Resources]:
-    """The cluster that an embedded Ray is. Ray Serve's own processes need room beside ours, so it has two CPUs at least."""
-    return [{"CPU": max(os.cpu_count() or 1, 2), "GPU": torch.cuda.device_count()}]
+    """The cluster that an embedded Ray is."""
+    return [{"CPU": embedded_cpus(), "GPU": torch.cuda.device_count()}]
 
 
 class Runtime:
@@ -71,7 +69,7 @@ class Runtime:
             ConfigError: the cluster cannot hold the job.
         """
         if not ray.is_initialized():
-            self._start_ray()
+            ray.init(**ray_options(self.config.cluster, "tandem"))
         if self._placement is None:
             self._placement = Placement(self.config)
 
@@ -80,17 +78,6 @@ class Runtime:
         if self._placement is not None:
             self._placement.release()
             self._placement = None
-
-    def _start_ray(self) -> None:
-        cluster = self.config.cluster
-        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "tandem"}
-        if cluster.address == "local":
-            options |= {
-                "num_cpus": embedded_nodes()[0]["CPU"],
-                "object_store_memory": int(cluster.object_store_gib * 2**30),
-                "include_dashboard": False,
-            }
-        ray.init(address=cluster.address, **options)
 
     def service(self, checkpoints: dict[str, str]) -> Any:
         """The client of a reward service that scores as {"proxy": checkpoint, ...}, and as `reward_service.scorers` has it.

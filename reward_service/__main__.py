@@ -13,17 +13,16 @@ import sys
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from contracts.process_env import driver_env, worker_env
+from contracts.process_env import driver_env, ray_options, worker_env
 
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from contracts.config import ScorerConfig, TandemConfig
+from contracts.config import ScorerConfig, TandemConfig, to_config
 from contracts.overrides import unknown_overrides
 from contracts.precision import choose_dtypes
 from contracts.scorers import ROLES, chosen_scorers
@@ -46,13 +45,9 @@ def read_config(overrides: list[str]) -> tuple[TandemConfig, dict[str, ScorerCon
     ConfigStore.instance().store(name="tandem", node=TandemConfig)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", overrides)
-        for key in OmegaConf.missing_keys(composed):
-            OmegaConf.update(composed, key, "")
-        config = OmegaConf.to_object(composed)
+            config = to_config(compose("config", overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from None
-    assert isinstance(config, TandemConfig)
     validate_service(config)
     choose_dtypes(config)
     given = {role: path for role in ROLES if (path := getattr(config, f"{role}_model"))}
@@ -72,8 +67,6 @@ def serve(overrides: list[str]) -> None:
         ConfigError, ScorerError: where the configuration cannot be used.
         RuntimeError: where a scorer cannot start.
     """
-    import logging
-
     import ray
 
     from reward_service.app import RewardService
@@ -81,12 +74,7 @@ def serve(overrides: list[str]) -> None:
     config, scorers = read_config(overrides)
     resolve(scorers, config.reward_service, tokenizer_of(config, scorers))  # before anything is started
     cluster, http = config.cluster, config.reward_service.http
-    options = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "tandem-rewards"}
-    if cluster.address == "local":
-        memory = int(cluster.object_store_gib * 2**30)
-        cpus = max(os.cpu_count() or 1, 2)
-        options |= {"num_cpus": cpus, "object_store_memory": memory, "include_dashboard": False}
-    ray.init(address=cluster.address, **options)
+    ray.init(**ray_options(cluster, "tandem-rewards"))
     received: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # after ray.init, which sets handlers of its own
         signal.signal(number, lambda number, frame: received.put(number))
