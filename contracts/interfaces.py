@@ -22,6 +22,9 @@ class Engine(Protocol):
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
         """log p of the tokens from `start` on, for each (token_ids, start), under the current weights at temperature 1."""
 
+    def pulse(self) -> int:
+        """Decoding steps so far; an idle engine makes one, so that the number grows as long as it can generate."""
+
     def control(self, method: str, argument: dict[str, Any] | None = None) -> None:
         """Run one call of vLLM's weight-transfer protocol between two decoding steps."""
 

@@ -72,6 +72,7 @@ RANGES = [
             "engine.kv_cache_gib",
             *_under(["reward_service"], "deadline_s", "golden_tolerance", "http.max_body_mib", "http.max_pending_mib"),
             *_under(["cluster"], "object_store_gib", "start_timeout_s", "step_timeout_s", "publish_timeout_s"),
+            *_under(["cluster"], "actor_silence_s", "hedge_after_s"),
             "logger.heartbeat_s",
         ),
     ),

@@ -69,7 +69,7 @@ class PPOController:
         self.rng = np.random.default_rng(config.seed)
         ppo, scorers = config.ppo, ["proxy", "gold"] if has_gold and config.ppo.gold_rollouts else ["proxy"]
         self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
-        self.dispatcher = Dispatcher(fleet, self.ledger, stream, ppo, scorers, config.cluster.step_timeout_s)
+        self.dispatcher = Dispatcher(fleet, self.ledger, stream, ppo, scorers, config.cluster)
         self.first_score: float | None = None
         self.version = 0
 
@@ -145,8 +145,7 @@ class PPOController:
             metrics |= self._publish()
         self.ledger.trained(self.version)
         self.ledger.committed(self.log.run_dir / LEDGER_FILE)
-        metrics["fault/actors_lost"] = float(self.dispatcher.num_lost)
-        return metrics | self.ledger.metrics() | self.dispatcher.usage()
+        return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
 
     def _wait(self, calls: list[Any], what: str) -> list[Any]:
         self.progress.waiting_for(what)

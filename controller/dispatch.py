@@ -7,8 +7,9 @@
 Whatever the controller waits for, it goes on serving the actors: answers of all remote calls arrive in one queue, in the
 order in which they come, so that an answer costs the same with one actor and with a thousand.
 
-An actor that is lost costs the tokens that it was sampling: its leases end, others get them, and a new actor takes its
-place in a thread, while everything else goes on. It is handed work only when it serves the weights of the ledger's version.
+An actor that is lost, or silent for `cluster.actor_silence_s`, costs the tokens that it was sampling: its leases end, others
+get them, and a new actor takes its place in a thread, while everything else goes on. It is handed work only when it serves
+the weights of the ledger's version. What an actor holds for much longer than usual, one with empty hands gets too.
 """
 
 import queue
@@ -19,16 +20,19 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
-from contracts.config import PPOConfig
+from contracts.config import ClusterConfig, PPOConfig
 from contracts.interfaces import EngineLostError
 from contracts.records import Assignment, Delivery, Rollout
 from controller.fleet import Fleet
-from controller.ledger import Key, Ledger
+from controller.ledger import Ledger
+from controller.ledger_entries import Key, Lease
 from controller.prompts import PromptStream
+from controller.watch import Stragglers, Watch
 
 PATIENCE_S = 2.0  # how long a completion waits for others that are scored with it, where actors and learner overlap
+LOOK_S = 0.5  # between two looks for silent actors and stragglers
 
 Failed = Callable[[BaseException], None]
 
@@ -43,18 +47,18 @@ class Dispatcher:
         stream: PromptStream,
         ppo: PPOConfig,
         scorers: list[str],
-        timeout_s: float,
+        cluster: ClusterConfig,
     ):
         actors = fleet.actors
         self._fleet, self._actors = fleet, actors  # the list in which a new actor takes its place
-        self._ledger, self._stream, self._ppo, self._timeout_s = ledger, stream, ppo, timeout_s
+        self._ledger, self._stream, self._ppo, self._timeout_s = ledger, stream, ppo, cluster.step_timeout_s
         self._scorers = scorers
         self._share = -(-(ledger.max_staleness + 1) * ledger.rollouts_per_update // len(actors))
         # Where phases take turns, scoring begins when the last completion is there: each may then use every core.
         self._scoring = (
-            (ppo.score_batch, PATIENCE_S) if ledger.max_staleness else (ledger.rollouts_per_update, timeout_s)
+            (ppo.score_batch, PATIENCE_S) if ledger.max_staleness else (ledger.rollouts_per_update, self._timeout_s)
         )
-        self._held: list[set[int]] = [set() for _ in actors]  # leases at each actor
+        self._held: list[dict[int, float]] = [{} for _ in actors]  # leases at each actor, and since when
         self._life = [0] * len(actors)  # which actor in this place: answers of an earlier one no longer count
         self._serving = set(range(len(actors)))  # actors that may be handed work
         self._behind: set[int] = set()  # actors that are up, with other weights
@@ -65,7 +69,9 @@ class Dispatcher:
         self._paused = False
         self._usage = [(0.0, 0.0) for _ in actors]  # seconds of generating, scoring
         self._tokens = 0
-        self.num_lost = 0
+        self.num_lost = self.num_silent = 0
+        self._watch_actors = Watch(lambda number: self._actors[number].pulse.remote(), cluster.actor_silence_s)
+        self._stragglers, self._look_at = Stragglers(cluster.hedge_after_s), 0.0
         for number in self._serving:
             self._ask(number)
 
@@ -106,9 +112,9 @@ class Dispatcher:
         return [results[i] for i in range(len(calls))]
 
     def drain(self) -> None:
-        """Hand out nothing more and wait until no rollout is at an actor; the next `feed` goes on."""
+        """Hand out nothing new and wait until no rollout is leased; the next `feed` goes on."""
         self._paused = True
-        self._until(lambda: not any(self._held), "the actors to finish what they hold")
+        self._until(lambda: not self._ledger.num_leased, "the actors to finish what they hold")
         self._paused = False
 
     def usage(self) -> dict[str, float]:
@@ -118,6 +124,12 @@ class Dispatcher:
         rate = self._tokens / generate_s if generate_s else 0.0
         self._usage, self._tokens = [(0.0, 0.0) for _ in self._actors], 0
         return {"perf/generate_s": generate_s, "perf/score_s": score_s, "perf/gen_tokens_per_s": rate}
+
+    def faults(self) -> dict[str, float]:
+        """Of the run so far."""
+        return {"fault/actors_lost": float(self.num_lost), "fault/actors_silent": float(self.num_silent)} | {
+            "fault/rollouts_hedged": float(self._ledger.counts["hedged"])
+        }
 
     def publish(self, version: int) -> dict[str, float]:
         """Give every actor the learner's weights as `version`; the learner must have nothing else to do. Actors that they
@@ -140,9 +152,15 @@ class Dispatcher:
     def _until(self, done: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + self._timeout_s
         while not done():
+            now = time.monotonic()
+            if now >= self._look_at:
+                self._look_at = now + LOOK_S
+                self._look(now)
             try:
-                handle, failed, answer = self._inbox.get(timeout=max(0.0, end - time.monotonic()))
+                handle, failed, answer = self._inbox.get(timeout=max(0.0, min(end, self._look_at) - now))
             except queue.Empty:
+                if now < end:
+                    continue
                 raise TimeoutError(f"waited {self._timeout_s:.0f} s (cluster.step_timeout_s) for {what}") from None
             error = answer.exception()
             if error is None:
@@ -165,11 +183,14 @@ class Dispatcher:
         self._ask(number)
         generate_s, score_s = self._usage[number]
         self._usage[number] = generate_s + delivery.generate_s, score_s + delivery.score_s
+        now = time.monotonic()
         for lease, rollout in delivery.rollouts:
-            self._held[number].discard(lease)
+            self._stragglers.took(now - self._held[number].pop(lease, now))
             self._tokens += len(rollout.completion.sampled_ids)
+            if self._ledger.is_late(lease):
+                continue
             siblings = self._parts.setdefault(rollout.group, {})
-            siblings[rollout.key] = lease, rollout
+            siblings.setdefault(rollout.key, (lease, rollout))
             if len(siblings) == self._ppo.samples_per_prompt:
                 self._ledger.complete_group(list(self._parts.pop(rollout.group).values()))
         self._supply(number)
@@ -177,10 +198,12 @@ class Dispatcher:
     def _supply(self, number: int) -> None:
         if self._paused or number not in self._serving:
             return
-        leases = self._ledger.lease(self._share - len(self._held[number]), f"actor-{number}")
-        if not leases:
-            return
-        self._held[number].update(lease.number for lease in leases)
+        leases = self._ledger.lease(self._share - len(self._held[number]), _holder(number))
+        if leases:
+            self._assign(number, leases)
+
+    def _assign(self, number: int, leases: list[Lease]) -> None:
+        self._held[number].update(dict.fromkeys((lease.number for lease in leases), time.monotonic()))
         work = [Assignment(lease.number, lease.request, self._judges(lease.order)) for lease in leases]
         # Without a result to wait for: what goes wrong with an assignment is the next `collect`'s answer.
         self._actors[number].assign.remote(work, self._ppo.sampling)
@@ -191,21 +214,40 @@ class Dispatcher:
         sees = (order * gold) % all_rollouts < gold
         return tuple(scorer for scorer in self._scorers if scorer != "gold" or sees)
 
-    # ---- lost actors
+    # ---- slow and lost actors
+
+    def _look(self, now: float) -> None:
+        """For actors that are there and do nothing, and for rollouts that take too long."""
+        for number, seconds in self._watch_actors.silent(self._serving | self._behind).items():
+            self.num_silent += 1
+            self._lose(number, f"it has generated nothing for {seconds:.0f} s")
+        idle = [number for number in sorted(self._serving) if not self._held[number]]
+        if not idle or len(self._serving) == 1:
+            return
+        end = now - self._stragglers.deadline_s()
+        late = [lease for held in self._held for lease, since in held.items() if since < end]
+        for number in idle:
+            second: list[Lease] = []
+            while late and len(second) < self._share:
+                lease = self._ledger.hedge(late.pop(0), _holder(number))
+                second += [lease] if lease else []
+            if second:
+                self._assign(number, second)
 
     def _failed(self, number: int, life: int, error: BaseException) -> None:
         if life != self._life[number]:
             return
-        if not isinstance(error, (RayActorError, EngineLostError)):
+        if not _is_loss(error):
             raise error  # of one rollout: a prompt that cannot be sampled
-        self._lose(number, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        self._lose(number, _reason(error))
 
     def _lose(self, number: int, reason: str) -> None:
         """What the actor held is handed out again, and another starts in its place."""
         self._life[number] += 1
         self._serving.discard(number)
         self._behind.discard(number)
-        held, self._held[number] = self._held[number], set()
+        self._watch_actors.forget(number)
+        held, self._held[number] = self._held[number], {}
         for lease in held:
             self._ledger.give_back(lease)
         self.num_lost += 1
@@ -219,7 +261,8 @@ class Dispatcher:
                 fresh.set_exception(error)
 
         threading.Thread(target=replace, name=f"replace-actor-{number}", daemon=True).start()
-        fresh.add_done_callback(lambda answer: self._inbox.put((partial(self._joined, number), None, answer)))
+        handlers = partial(self._joined, number), partial(self._failed, number, self._life[number])
+        fresh.add_done_callback(lambda answer: self._inbox.put((*handlers, answer)))
         for other in sorted(self._serving):
             self._supply(other)
 
@@ -237,3 +280,18 @@ class Dispatcher:
         """Actors that came while weights went out get them now that the learner has nothing else to do."""
         if self._behind:
             self.publish(self._ledger.version)
+
+
+def _holder(number: int) -> str:
+    return f"actor-{number}"
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether it says that a process or its engine is gone, which another can replace."""
+    if isinstance(error, RayTaskError):
+        error = error.cause
+    return isinstance(error, (RayActorError, EngineLostError))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

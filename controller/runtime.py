@@ -142,17 +142,17 @@ class Runtime:
             ray.exceptions.RayError: the new actor cannot start, or fails while it loads; its place stays empty.
         """
         assert self._placement is not None
-        ray.kill(actors[number])
+        ray.kill(actors[number])  # Ray ends a stopped process too, after 5 s
         [new] = self._start_actors([self._placement.actor(number)])
         served = True
-        if update is not None:
-            try:
+        try:
+            if update is not None:
                 ray.get(new.load_weights.remote(update), timeout=self.config.cluster.publish_timeout_s)
-            except ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, WeightsRefused):
-                    ray.kill(new)
-                    raise
-                served = False
+        except BaseException as error:
+            if not isinstance(getattr(error, "cause", None), WeightsRefused):
+                ray.kill(new)
+                raise
+            served = False
         actors[number] = new
         return served
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from contracts.config import PPOConfig
+from contracts.config import ClusterConfig, PPOConfig
 from contracts.interfaces import EngineLostError
 from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout
 from contracts.weights import LoadReport, PublishReport
@@ -40,6 +40,7 @@ class Actor:
         self.work: list[Assignment] = []
         self.asked: list[tuple[Future[Delivery], int, float]] = []
         self.assign, self.collect = Method(self._assign), Method(self._collect)
+        self.pulse, self.is_stopped, self.steps = Method(self._pulse), False, 0
 
     def _assign(self, work: list[Assignment], sampling: Any) -> None:
         self.work += work
@@ -47,6 +48,13 @@ class Actor:
     def _collect(self, score_batch: int, patience_s: float) -> Call:
         answer: Future[Delivery] = Future()
         self.asked.append((answer, score_batch, patience_s))
+        return Call(answer)
+
+    def _pulse(self) -> Call:
+        answer: Future[int] = Future()
+        if not self.is_stopped:
+            self.steps += 1
+            answer.set_result(self.steps)
         return Call(answer)
 
     def finish(self, *numbers: int, versions: tuple[int, ...] = (0,), generate_s: float = 0.0) -> None:
@@ -75,6 +83,7 @@ def start(
     gold: int = 0,
     timeout_s: float = 5.0,
     fleet: Fleet | None = None,
+    **cluster: float,
 ) -> tuple[Dispatcher, Ledger]:
     ppo = PPOConfig(
         rollouts_per_update=rollouts, samples_per_prompt=samples, max_staleness=staleness, gold_rollouts=gold
@@ -83,7 +92,8 @@ def start(
     stream = PromptStream(PROMPTS, samples, seed=1)
     scorers = ["proxy", "gold"] if gold else ["proxy"]
     crew = fleet or Fleet(actors, None, "", lambda *_: False, 0, print)  # type: ignore[arg-type]
-    return Dispatcher(crew, ledger, stream, ppo, scorers, timeout_s), ledger
+    config = ClusterConfig(step_timeout_s=timeout_s, **cluster)  # type: ignore[arg-type]
+    return Dispatcher(crew, ledger, stream, ppo, scorers, config), ledger
 
 
 def test_without_staleness_the_actors_share_one_update_and_score_at_its_end() -> None:
@@ -333,3 +343,70 @@ def test_actors_are_replaced_so_many_times_only() -> None:
     lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
     with pytest.raises(ActorLostError, match=r"after 0 others: cluster\.max_actor_restarts is 0"):
         dispatcher.next_batch(0)
+
+
+def test_a_silent_actor_is_replaced_as_a_dead_one() -> None:
+    stopped = Actor()
+    stopped.is_stopped = True
+    actors = [stopped]
+    fleet, _, said = crew(actors)
+    dispatcher, ledger = start(actors, fleet=fleet, actor_silence_s=0.2)
+    dispatcher.feed(updates_left=1)
+    until(dispatcher, lambda: actors[0] is not stopped and bool(fleet.present()))
+    assert "has generated nothing for" in said[0]
+    assert dispatcher.faults() == {"fault/actors_lost": 1, "fault/actors_silent": 1, "fault/rollouts_hedged": 0}
+    actors[0].finish(0, 1, 2, 3)
+    assert len(dispatcher.next_batch(0)) == 4
+    assert ledger.metrics()["ledger/released"] == 4
+
+
+def test_a_replacement_that_dies_while_it_starts_is_replaced() -> None:
+    lost, deaths = Actor(), ["while it loaded"]
+    actors = [lost]
+
+    def replace(actors: list[Any], number: int, update: Any) -> bool:
+        if deaths:
+            raise EngineLostError(deaths.pop())
+        actors[number] = Actor()
+        return True
+
+    said: list[str] = []
+    fleet = Fleet(actors, Learner(actors), "shared", replace, 2, said.append)  # type: ignore[arg-type]
+    dispatcher, _ = start(actors, fleet=fleet)
+    dispatcher.feed(updates_left=1)
+    lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
+    until(dispatcher, lambda: actors[0] is not lost and bool(fleet.present()))
+    assert (len(actors[0].work), dispatcher.num_lost) == (4, 2)
+    assert "while it loaded" in said[1]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_straggler_is_hedged_and_the_first_reply_counts(samples: int) -> None:
+    slow, idle = Actor(), Actor()
+    dispatcher, ledger = start([slow, idle], samples=samples, hedge_after_s=0.05)
+    dispatcher.feed(updates_left=1)
+    late, kept = list(slow.work), [*slow.prompts, *idle.prompts]
+    idle.finish(0, 1)
+    until(dispatcher, lambda: len(idle.work) == 2)
+    assert [a.request for a in idle.work] == [a.request for a in late]
+    assert {a.lease for a in idle.work} & {a.lease for a in late} == set()
+    slow.finish(0)  # the first reply for one of them, the second for the other is the hedge's
+    until(dispatcher, lambda: len(slow.work) == 1 and not dispatcher._inbox.qsize())
+    idle.finish(1)
+    assert [r.prompt.prompt_id for r in dispatcher.next_batch(0)] == kept
+    ledger.trained(1)
+    slow.finish(0)
+    idle.finish(0)
+    until(dispatcher, lambda: ledger.metrics()["ledger/fenced"] == 2)
+    assert dispatcher._parts == {}
+    assert dispatcher.faults()["fault/rollouts_hedged"] == 2
+    assert ledger.metrics()["ledger/trained"] == 4
+
+
+def test_one_actor_is_never_hedged() -> None:
+    slow = Actor()
+    dispatcher, ledger = start([slow], hedge_after_s=0.01, timeout_s=0.7)
+    dispatcher.feed(updates_left=1)
+    with pytest.raises(TimeoutError):
+        dispatcher.next_batch(0)
+    assert ledger.metrics()["ledger/hedged"] == 0
