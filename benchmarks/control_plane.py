@@ -99,6 +99,9 @@ class Learner:
     def start_each(self, method: str, batches: list[Any], *arguments: Any) -> list[Any]:
         return [ray.put({"kl/ref_seq": 1.0})]
 
+    def pulse(self, rank: int) -> Any:
+        return ray.put(time.monotonic_ns())
+
     def start(self, method: str, version: int) -> list[Any]:
         ray.get(self._process.set_version.remote(version))
         return [ray.put(PublishReport(version, 0.0, 0.0, 0, 0, self._loaded, {}))]

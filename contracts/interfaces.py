@@ -13,6 +13,14 @@ class EngineLostError(RuntimeError):
     """The engine cannot go on: no request of it will be answered any more."""
 
 
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; no optimizer step was taken with it."""
+
+
+class CollectiveError(RuntimeError):
+    """Ranks cannot reach each other: one is gone, or a collective has not ended in time."""
+
+
 class Engine(Protocol):
     """A generation engine whose weights can be replaced between two decoding steps."""
 

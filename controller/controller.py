@@ -29,12 +29,15 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayTaskError
 
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
+from contracts.interfaces import NonFiniteError
 from contracts.records import Rollout
 from controller.batcher import make_batches, with_siblings
 from controller.dispatch import Dispatcher
+from controller.evidence import save_rollouts
 from controller.fleet import Fleet
 from controller.ledger import Ledger
 from controller.ledger_log import NAME as LEDGER_FILE
@@ -101,7 +104,8 @@ class PPOController:
             reasons = sorted({str(r.scores["proxy"].error) for r in failed})
             raise ScoreError(
                 f"{len(failed)} of {len(rollouts)} rollouts of version {self.version} have no score "
-                f"(ppo.max_failed_scores allows {self.config.ppo.max_failed_scores:.0%}); reasons: {reasons[:3]}"
+                f"(ppo.max_failed_scores allows {self.config.ppo.max_failed_scores:.0%}), listed in "
+                f"{save_rollouts(self.log.run_dir / 'unscored.jsonl', failed)}; reasons: {reasons[:3]}"
             )
         scored = [r for r in rollouts if r.scores["proxy"].value is not None]
         for rollout in failed:
@@ -130,7 +134,12 @@ class PPOController:
         start = time.perf_counter()
         references = [ray.put(batch) for batch in batches]
         update = self.learner.start_each("update", references, self.kl.coef, train_policy)
-        metrics |= self._wait(update, f"the learner's update {self.version + 1}")[0]
+        try:
+            metrics |= self._wait(update, f"the learner's update {self.version + 1}")[0]
+        except NonFiniteError as error:
+            path = save_rollouts(self.log.run_dir / "non_finite.jsonl", scored)
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise NonFiniteError(f"{cause}; no optimizer step was taken with it, its rollouts are in {path}") from None
         train_s = time.perf_counter() - start
         tokens = sum(r.num_tokens for r in scored)
         metrics |= {

@@ -23,9 +23,10 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 
 from contracts.config import ClusterConfig, PPOConfig
-from contracts.interfaces import EngineLostError
+from contracts.interfaces import CollectiveError, EngineLostError
 from contracts.records import Assignment, Delivery, Rollout
-from controller.fleet import Fleet
+from contracts.weights import WeightUpdate
+from controller.fleet import Fleet, LearnerLostError
 from controller.ledger import Ledger
 from controller.ledger_entries import Key, Lease
 from controller.prompts import PromptStream
@@ -71,6 +72,8 @@ class Dispatcher:
         self._tokens = 0
         self.num_lost = self.num_silent = 0
         self._watch_actors = Watch(lambda number: self._actors[number].pulse.remote(), cluster.actor_silence_s)
+        self._ranks, self._learner_works, self._round = range(cluster.num_learner_ranks), False, 0
+        self._watch_learner = Watch(fleet.pulse_learner, cluster.learner_silence_s)
         self._stragglers, self._look_at = Stragglers(cluster.hedge_after_s), 0.0
         for number in self._serving:
             self._ask(number)
@@ -104,11 +107,24 @@ class Dispatcher:
         return self._ledger.take(n, version)
 
     def wait(self, calls: list[Any], what: str) -> list[Any]:
-        """The results of remote calls. Raises the first error that comes, or TimeoutError naming `what`."""
+        """The results of remote calls of the learner, one for each rank.
+
+        Raises:
+            LearnerLostError: a rank is gone, cannot reach the others, or has been silent for too long.
+            TimeoutError: after the time that a step may take, naming `what`.
+            Exception: the first error that comes.
+        """
         results: dict[int, Any] = {}
+        self._round += 1
         for i, call in enumerate(calls):
-            self._watch(call, partial(results.__setitem__, i))
-        self._until(lambda: len(results) == len(calls), what)
+            self._watch(call, partial(results.__setitem__, i), partial(self._learner_failed, self._round))
+        self._learner_works = True
+        try:
+            self._until(lambda: len(results) == len(calls), what)
+        finally:
+            self._learner_works = False
+            for rank in self._ranks:
+                self._watch_learner.forget(rank)
         return [results[i] for i in range(len(calls))]
 
     def drain(self) -> None:
@@ -217,7 +233,10 @@ class Dispatcher:
     # ---- slow and lost actors
 
     def _look(self, now: float) -> None:
-        """For actors that are there and do nothing, and for rollouts that take too long."""
+        """For processes that are there and do nothing, and for rollouts that take too long."""
+        silent = self._watch_learner.silent(self._ranks) if self._learner_works else {}
+        if silent:
+            raise LearnerLostError(f"learner rank {min(silent)} has not got on for {max(silent.values()):.0f} s")
         for number, seconds in self._watch_actors.silent(self._serving | self._behind).items():
             self.num_silent += 1
             self._lose(number, f"it has generated nothing for {seconds:.0f} s")
@@ -252,7 +271,7 @@ class Dispatcher:
             self._ledger.give_back(lease)
         self.num_lost += 1
         self._fleet.lost(number, len(held), reason, self.num_lost)
-        fresh: Future[int] = Future()
+        fresh: Future[tuple[bool, WeightUpdate | None]] = Future()
 
         def replace() -> None:
             try:
@@ -266,15 +285,35 @@ class Dispatcher:
         for other in sorted(self._serving):
             self._supply(other)
 
-    def _joined(self, number: int, version: int) -> None:
-        """A new actor is there, with the weights of `version`."""
+    def _joined(self, number: int, joined: tuple[bool, WeightUpdate | None]) -> None:
+        """A new actor is there."""
         self._fleet.joined(number)
         self._ask(number)
-        if version == self._ledger.version and not self._publishing:
+        if self._fleet.serves(joined, self._ledger.version) and not self._publishing:
             self._serving.add(number)
             self._supply(number)
         else:
             self._behind.add(number)
+
+    # ---- a lost learner
+
+    def _learner_failed(self, round_: int, error: BaseException) -> None:
+        if round_ != self._round:
+            return  # of a call that nobody waits for any more
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, (RayActorError, CollectiveError)):
+            raise LearnerLostError(f"a learner rank is lost: {_reason(cause)}") from error
+        raise error
+
+    def roll_back(self) -> None:
+        """Ledger and learner are back at a commit. The actors get its weights; what they hold counts no more."""
+        self._publishing = False
+        self._parts.clear()
+        self._held = [{} for _ in self._actors]
+        self._behind |= self._serving
+        self._serving = set()
+        self._fleet.learner_restarted()
+        self.publish(self._ledger.version)
 
     def _catch_up(self) -> None:
         """Actors that came while weights went out get them now that the learner has nothing else to do."""

@@ -48,6 +48,12 @@ def _is_secret(name: str, value: Any) -> bool:
     return not SECRET_WORDS.isdisjoint(words) or (isinstance(value, str) and SECRET_PART.search(name) is not None)
 
 
+def redacted_override(override: str) -> str:
+    """`key=value` without the value where it is a secret."""
+    name, _, value = override.partition("=")
+    return f"{name}={redacted({name: value})[name]}"
+
+
 class RunLog:
     """Appends to the files of one run. `wall_s` in every line counts from the creation of this object.
 

@@ -28,7 +28,7 @@ from contracts.validation import ConfigError, check_machine
 from controller import statistics
 from controller.checks import check_amounts, check_model
 from controller.data import LoadReport, fingerprint, load_preferences, load_prompts, load_sft
-from controller.metrics import RunLog, redacted
+from controller.metrics import RunLog, redacted, redacted_override
 from controller.progress import Progress
 from controller.prompts import PromptStream
 from controller.runtime import Runtime, embedded_nodes, weight_backend
@@ -372,6 +372,18 @@ def open_run(config: TandemConfig, progress: Progress) -> RunLog:
     """Create the run directory, write the resolved configuration, open the log."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.chmod(0o700)  # prompts, completions and whatever an error message quotes
     plain = redacted(asdict(config))
     (run_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    _redact_hydra(run_dir / "hydra")
     return RunLog(run_dir, plain, config.logger, config.stage)
+
+
+def _redact_hydra(folder: Path) -> None:
+    """Hydra has written the configuration and the command line as they came. The command line is kept for the report."""
+    overrides = folder / "overrides.yaml"
+    if overrides.exists():
+        kept = [redacted_override(str(item)) for item in yaml.safe_load(overrides.read_text()) or []]
+        overrides.write_text(yaml.safe_dump(kept))
+    for name in ("config.yaml", "hydra.yaml"):
+        (folder / name).unlink(missing_ok=True)

@@ -11,7 +11,8 @@ import torch
 
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.placement import Resources
-from contracts.process_env import embedded_cpus, ray_options, worker_env
+from contracts.process_env import embedded_cpus, worker_env
+from contracts.ray_access import start_ray
 from contracts.scorers import chosen_scorers
 from contracts.weights import WeightsRefused, WeightUpdate
 from controller.placement import Placement
@@ -69,7 +70,7 @@ class Runtime:
             ConfigError: the cluster cannot hold the job.
         """
         if not ray.is_initialized():
-            ray.init(**ray_options(self.config.cluster, "tandem"))
+            start_ray(self.config.cluster, "tandem")
         if self._placement is None:
             self._placement = Placement(self.config)
 
