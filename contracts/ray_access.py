@@ -43,7 +43,7 @@ def check_access(mode: str, gcs_address: str, token: Path | None) -> None:
         where = f"the token is in {token}" if token else "the token is in RAY_AUTH_TOKEN"
         raise ConfigError(
             f"the Ray cluster at {gcs_address} takes orders from anyone who reaches it, and joining it would send model "
-            f"and data there: start all of its nodes and this program with RAY_AUTH_MODE=token ({where}; nodes need the same)"
+            f"and data there: start its nodes and this program with RAY_AUTH_MODE=token ({where}; nodes need the same)"
         )
 
 

@@ -16,6 +16,12 @@ import psutil
 from controller.ledger_log import NAME, Audit, audit
 from tests.conftest import ROOT, VADER
 
+# What the heartbeat says the run waits for, at the moments at which harm is done.
+MOMENTS = {
+    "rollouts": "waiting for: rollouts for the update",
+    "update": "waiting for: the learner's update",
+    "transfer": "waiting for: the engines to load version",
+}
 # What the processes of a role have in their command lines; Ray names them after the method that they run.
 ROLES = {"actor": "RolloutActor", "rank": "LearnerActor", "reward": "ServeReplica:reward-proxy"}
 
@@ -117,6 +123,15 @@ class Run:
         process = self.processes(role)[which]
         process.send_signal(how)
         return self.now(), process
+
+    def reach(self, moment: str, after_s: float = 0.0) -> float:
+        """Wait for the next time that the run is at that moment. A transfer of a tiny model is over at once, so an actor is
+        stopped before; the caller lets it go on, or kills it."""
+        if moment != "transfer":
+            return self.wait_for(MOMENTS[moment], after_s=after_s)
+        self.reach("update", after_s)
+        self.harm("actor", signal.SIGSTOP)
+        return self.wait_for(MOMENTS[moment], after_s=self.now())
 
     def end(self, timeout_s: float = 300) -> int:
         """The exit code; ends the driver where it does not end itself."""
