@@ -33,6 +33,10 @@ PATIENCE_S = 2.0  # how long a completion waits for others that are scored with 
 Failed = Callable[[BaseException], None]
 
 
+class Stopping(Exception):
+    """`interrupt` was called: no more updates are wanted."""
+
+
 class Dispatcher:
     """Keeps every actor supplied within the ledger's bound. All calls come from the controller's one thread."""
 
@@ -63,6 +67,7 @@ class Dispatcher:
         self._parts: dict[tuple[int, int], dict[Key, tuple[int, Rollout]]] = {}
         self._inbox: queue.SimpleQueue[tuple[Callable[[Any], None], Failed | None, Future[Any]]] = queue.SimpleQueue()
         self._paused = False
+        self._interrupted = False
         self._usage = [(0.0, 0.0) for _ in actors]  # seconds of generating, scoring
         self._tokens = 0
         self.num_lost = 0
@@ -84,6 +89,7 @@ class Dispatcher:
         """The rollouts of the next update, by a learner at `version`.
 
         Raises:
+            Stopping: after `interrupt`.
             TimeoutError: after the time that a step may take.
             ActorLostError: more actors are lost than `cluster.max_actor_restarts`.
             Exception: what a new actor cannot start for.
@@ -91,6 +97,8 @@ class Dispatcher:
         n = self._ledger.rollouts_per_update
 
         def ready() -> bool:
+            if self._interrupted:
+                raise Stopping
             self._catch_up()
             return self._ledger.ready(n, version)
 
@@ -104,6 +112,34 @@ class Dispatcher:
             self._watch(call, partial(results.__setitem__, i))
         self._until(lambda: len(results) == len(calls), what)
         return [results[i] for i in range(len(calls))]
+
+    def hear(self, calls: list[Any], done: Callable[[list[Any]], None]) -> None:
+        """Call `done` with the results of remote calls, an error in the place of one that fails, when all are there: from
+        within whatever the controller waits for then."""
+        answers: dict[int, Any] = {}
+
+        def take(i: int, answer: Any) -> None:
+            answers[i] = answer
+            if len(answers) == len(calls):
+                done([answers[i] for i in range(len(calls))])
+
+        for i, call in enumerate(calls):
+            self._watch(call, partial(take, i), partial(take, i))
+
+    def serve(self, done: Callable[[], bool], what: str) -> None:
+        """Serve the actors until `done`. Raises TimeoutError naming `what`."""
+        self._until(done, what)
+
+    def interrupt(self) -> None:
+        """End the wait for rollouts with Stopping, now or when it is next begun. Safe in a signal handler."""
+        self._interrupted, nothing = True, Future[None]()
+        nothing.set_result(None)
+        self._inbox.put((lambda _: None, None, nothing))
+
+    def rolled_back(self) -> None:
+        """The ledger went back to a commit: what the actors hold is nobody's any more, and its answers will not count."""
+        self._parts.clear()
+        self._held = [set() for _ in self._actors]
 
     def drain(self) -> None:
         """Hand out nothing more and wait until no rollout is at an actor; the next `feed` goes on."""
@@ -166,6 +202,11 @@ class Dispatcher:
         generate_s, score_s = self._usage[number]
         self._usage[number] = generate_s + delivery.generate_s, score_s + delivery.score_s
         for lease, rollout in delivery.rollouts:
+            if (
+                lease not in self._held[number]
+            ):  # of before a rollback; among its siblings it would replace a current one
+                self._ledger.counts["fenced"] += 1
+                continue
             self._held[number].discard(lease)
             self._tokens += len(rollout.completion.sampled_ids)
             siblings = self._parts.setdefault(rollout.group, {})
