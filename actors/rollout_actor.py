@@ -90,10 +90,10 @@ class RolloutActor:
             if not self._unfinished:
                 self._busy_since = time.perf_counter()
             self._unfinished += len(assignments)
-        self._started.result()
-        for assignment in assignments:
-            rollout = self._conversations.submit(assignment.request, sampling)
-            rollout.add_done_callback(partial(self._finish, assignment))
+        with self._started.result().together():
+            for assignment in assignments:
+                rollout = self._conversations.submit(assignment.request, sampling)
+                rollout.add_done_callback(partial(self._finish, assignment))
 
     def _finish(self, assignment: Assignment, rollout: "Future[Rollout]") -> None:
         with self._changed:

@@ -12,9 +12,11 @@ computed, and once there are more of them than cores it lets every one sleep bet
 """
 
 import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -32,6 +34,8 @@ from contracts.interfaces import EngineLostError
 from contracts.records import Completion
 from contracts.segment import SegmentAddress
 from contracts.weights import LoadReport, Parameters, WeightUpdate
+
+SUBMIT_S = 1.0  # for which the engine stands still at most, while requests are submitted together
 
 
 class VLLMEngine:
@@ -90,6 +94,17 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,  # else every step builds every request's output so far
         )
         return self._request(token_ids, params, _completion)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is submitted within starts in one decoding step, where that takes at most a second: the log-probabilities
+        of a request depend in the last bits on its neighbours, and so do not depend on the time."""
+        submitted = threading.Event()
+        self._call(lambda: submitted.wait(SUBMIT_S))
+        try:
+            yield
+        finally:
+            submitted.set()
 
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0, detokenize=False)

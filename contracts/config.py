@@ -160,6 +160,18 @@ class PPOConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """Commits of stage ppo, in run_dir/checkpoints: docs/checkpoints.md."""
+
+    every: int = 4  # updates; 0 makes no commits, and nothing can be resumed
+    keep: int = 2  # newest commits that stay, beside the best one
+    # auto: go on from the newest valid commit in run_dir, where there is one | never: start afresh, commits are set aside
+    resume: str = "auto"
+    max_failures: int = 3  # failed commits in a row that end the run
+    grace_s: float = 60.0  # after SIGTERM or SIGINT, to save and leave
+
+
+@dataclass
 class EvaluateConfig:
     prompts: int = 256
     seed: int = 1234
@@ -306,6 +318,7 @@ class TandemConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -1,6 +1,7 @@
 """What the components expect of each other. Structural types: an implementation need not import this module."""
 
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from contracts.config import SamplingConfig
@@ -26,6 +27,9 @@ class Engine(Protocol):
 
     def submit(self, token_ids: list[int], sampling: SamplingConfig, seed: int) -> Future[Completion]:
         """Queue one prompt. The future fails with ValueError where the prompt leaves no room for a completion."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is submitted within starts at the same time, so that the time does not decide on its neighbours."""
 
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
         """log p of the tokens from `start` on, for each (token_ids, start), under the current weights at temperature 1."""

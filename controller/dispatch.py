@@ -38,6 +38,10 @@ LOOK_S = 0.5  # between two looks for silent actors and stragglers
 Failed = Callable[[BaseException], None]
 
 
+class Stopping(Exception):
+    """`interrupt` was called: no more updates are wanted."""
+
+
 class Dispatcher:
     """Keeps every actor supplied within the ledger's bound. All calls come from the controller's one thread."""
 
@@ -68,6 +72,7 @@ class Dispatcher:
         self._parts: dict[tuple[int, int], dict[Key, tuple[int, Rollout]]] = {}
         self._inbox: queue.SimpleQueue[tuple[Callable[[Any], None], Failed | None, Future[Any]]] = queue.SimpleQueue()
         self._paused = False
+        self._interrupted = False
         self._usage = [(0.0, 0.0) for _ in actors]  # seconds of generating, scoring
         self._tokens = 0
         self.num_lost = self.num_silent = 0
@@ -93,6 +98,7 @@ class Dispatcher:
         """The rollouts of the next update, by a learner at `version`.
 
         Raises:
+            Stopping: after `interrupt`.
             TimeoutError: after the time that a step may take.
             ActorLostError: more actors are lost than `cluster.max_actor_restarts`.
             Exception: what a new actor cannot start for.
@@ -100,6 +106,8 @@ class Dispatcher:
         n = self._ledger.rollouts_per_update
 
         def ready() -> bool:
+            if self._interrupted:
+                raise Stopping
             self._catch_up()
             return self._ledger.ready(n, version)
 
@@ -118,14 +126,37 @@ class Dispatcher:
         self._round += 1
         for i, call in enumerate(calls):
             self._watch(call, partial(results.__setitem__, i), partial(self._learner_failed, self._round))
+        self.serve(lambda: len(results) == len(calls), what)
+        return [results[i] for i in range(len(calls))]
+
+    def hear(self, calls: list[Any], done: Callable[[list[Any]], None]) -> None:
+        """Call `done` with the results of remote calls, an error in the place of one that fails, when all are there: from
+        within whatever the controller waits for then."""
+        answers: dict[int, Any] = {}
+
+        def take(i: int, answer: Any) -> None:
+            answers[i] = answer
+            if len(answers) == len(calls):
+                done([answers[i] for i in range(len(calls))])
+
+        for i, call in enumerate(calls):
+            self._watch(call, partial(take, i), partial(take, i))
+
+    def serve(self, done: Callable[[], bool], what: str) -> None:
+        """Serve the actors until the learner has done something. Raises TimeoutError naming `what`, and LearnerLostError."""
         self._learner_works = True
         try:
-            self._until(lambda: len(results) == len(calls), what)
+            self._until(done, what)
         finally:
             self._learner_works = False
             for rank in self._ranks:
                 self._watch_learner.forget(rank)
-        return [results[i] for i in range(len(calls))]
+
+    def interrupt(self) -> None:
+        """End the wait for rollouts with Stopping, now or when it is next begun. Safe in a signal handler."""
+        self._interrupted, nothing = True, Future[None]()
+        nothing.set_result(None)
+        self._inbox.put((lambda _: None, None, nothing))
 
     def drain(self) -> None:
         """Hand out nothing new and wait until no rollout is leased; the next `feed` goes on."""
@@ -305,15 +336,15 @@ class Dispatcher:
             raise LearnerLostError(f"a learner rank is lost: {_reason(cause)}") from error
         raise error
 
-    def roll_back(self) -> None:
-        """Ledger and learner are back at a commit. The actors get its weights; what they hold counts no more."""
+    def rolled_back(self) -> None:
+        """Ledger and learner are back at a commit: what the actors hold is nobody's any more, and nothing samples before
+        the next `publish`."""
         self._publishing = False
         self._parts.clear()
         self._held = [{} for _ in self._actors]
         self._behind |= self._serving
         self._serving = set()
         self._fleet.learner_restarted()
-        self.publish(self._ledger.version)
 
     def _catch_up(self) -> None:
         """Actors that came while weights went out get them now that the learner has nothing else to do."""
