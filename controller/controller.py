@@ -205,9 +205,9 @@ class PPOController:
         return state, arrays
 
     def restore(self, commit: Commit | None) -> None:
-        """Go to a commit, or with new ranks to the start of the run, in a new driver or in one that goes on: learner, ledger,
-        prompts, random state and logs; then the engines get its weights, and nothing samples before. Leases of before are
-        fenced.
+        """Go to a commit, or with new ranks to the start of the run, in a new driver or in one that goes on: learner,
+        ledger, prompts, random state and logs; then the engines get its weights, and nothing samples before. Leases of
+        before are fenced.
 
         A learner that has published a later version must have been started anew: engines take no older one from it.
 

@@ -125,13 +125,22 @@ class Run:
         return self.now(), process
 
     def reach(self, moment: str, after_s: float = 0.0) -> float:
-        """Wait for the next time that the run is at that moment. A transfer of a tiny model is over at once, so an actor is
-        stopped before; the caller lets it go on, or kills it."""
+        """Wait for the next time that the run is at that moment: one of `MOMENTS`, or "commit". A transfer of a tiny model
+        is over at once, so an actor is stopped before; the caller lets it go on, or kills it."""
+        if moment == "commit":
+            return self._reach_commit()
         if moment != "transfer":
             return self.wait_for(MOMENTS[moment], after_s=after_s)
         self.reach("update", after_s)
         self.harm("actor", signal.SIGSTOP)
         return self.wait_for(MOMENTS[moment], after_s=self.now())
+
+    def _reach_commit(self, timeout_s: float = 120) -> float:
+        end = time.monotonic() + timeout_s
+        while not list((self.run_dir / "checkpoints").glob("step_*.partial")):
+            assert time.monotonic() < end, f"no commit was begun within {timeout_s} s:\n{self.printed}"
+            time.sleep(0.002)
+        return self.now()
 
     def end(self, timeout_s: float = 300) -> int:
         """The exit code; ends the driver where it does not end itself."""

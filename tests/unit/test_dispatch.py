@@ -458,7 +458,8 @@ def test_after_a_rollback_actors_get_the_weights_of_the_commit_and_old_work_is_f
     until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 2)
     ledger.load_state_dict(state, arrays, tmp_path / "ledger.jsonl")
     dispatcher._stream.load_state_dict(stream)
-    dispatcher.roll_back()
+    dispatcher.rolled_back()
+    dispatcher.publish(0)
     assert learner.calls == [("connect", 0)]
     dispatcher.feed(updates_left=3)
     assert [*first.prompts[2:], *second.prompts] == old  # the same prompts again, beside what the first still works at
@@ -486,7 +487,8 @@ def test_an_actor_that_joins_with_weights_of_before_the_rollback_gets_new_ones(t
     lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
     until(dispatcher, lambda: not fleet.present())
     ledger.load_state_dict(state, arrays, tmp_path / "ledger.jsonl")
-    dispatcher.roll_back()
+    dispatcher.rolled_back()
+    dispatcher.publish(0)
     gate.set()
     until(dispatcher, lambda: bool(fleet.present()))
     dispatcher.feed(updates_left=1)
