@@ -51,9 +51,16 @@ def _is_secret(name: str, value: Any) -> bool:
 
 
 def redacted_override(override: str) -> str:
-    """`key=value` without the value where it is a secret."""
+    """`key=value` without what is a secret of it."""
     name, _, value = override.partition("=")
-    return f"{name}={redacted({name: value})[name]}"
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:  # Hydra's own grammar has more forms
+        parsed = value
+    if not isinstance(parsed, dict | list):
+        return f"{name}={redacted({name: value})[name]}"
+    hidden = redacted({name: parsed})[name]
+    return override if hidden == parsed else f"{name}={yaml.safe_dump(hidden, default_flow_style=True).strip()}"
 
 
 def redact_hydra(folder: Path) -> None:

@@ -19,6 +19,7 @@ from contracts.process_env import RUN_MARK
 from contracts.validation import ConfigError
 from controller import commits
 from controller.commits import CheckpointError, Commit
+from controller.metrics import redacted_override
 
 LOCK, START = "driver.lock", "start.json"
 ORPHANS_END_S = 10.0
@@ -135,8 +136,8 @@ def require_scorers(commit: Commit, scorers: Mapping[str, str | None]) -> None:
 
 
 def resume_command(overrides: list[str], run_dir: str) -> str:
-    """What a user types to go on."""
-    kept = [o for o in overrides if not o.startswith(("run_dir=", "checkpoint.resume="))]
+    """What a user types to go on; secrets of the command line are for the user to fill in."""
+    kept = [redacted_override(o) for o in overrides if not o.startswith(("run_dir=", "checkpoint.resume="))]
     return shlex.join(["python", "train.py", *kept, f"run_dir={run_dir}"])
 
 

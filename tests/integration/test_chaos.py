@@ -53,7 +53,7 @@ def test_actors_reward_replica_and_learner_are_lost_in_one_run(start: Start, tmp
         "cluster.num_actors=2",
         "logger.wandb=offline",
         "environment.name=tests.stand_ins:Keyed",
-        f"environment.options.api_key={CANARY}",
+        f"+environment.options.api_key={CANARY}",
         env={"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY * 4},
     )
     at_s = run.wait_for(r"^version 3 ")

@@ -19,7 +19,7 @@ from contracts.validation import ConfigError
 from controller.checks import check_model
 from controller.evidence import save_rollouts
 from controller.metrics import redact_hydra
-from controller.resume import RunDirectory
+from controller.resume import RunDirectory, resume_command
 from tests.conftest import ROOT
 
 CANARY = "canary-77ab01"
@@ -108,16 +108,20 @@ def test_a_run_directory_is_its_owners(tmp_path: Path) -> None:
 def test_what_hydra_wrote_loses_its_secrets(tmp_path: Path) -> None:
     for name in ("config.yaml", "hydra.yaml"):
         (tmp_path / name).write_text(f"api_key: {CANARY}\n")
-    overrides = [f"environment.options.api_key={CANARY}", "ppo.updates=3", f"model.path=https://me:{CANARY}@hub/model"]
+    overrides = [f"+environment.options.api_key={CANARY}", "ppo.updates=3", f"model.path=https://me:{CANARY}@hub/model"]
+    overrides += [f"+environment.options={{deep: {{token: {CANARY}, tokens: 3}}}}", "ppo.optimizer.betas=[0.9,0.99]"]
     (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(overrides))
     redact_hydra(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["overrides.yaml"]
     kept = yaml.safe_load((tmp_path / "overrides.yaml").read_text())
     assert kept == [
-        "environment.options.api_key=[redacted]",
+        "+environment.options.api_key=[redacted]",
         "ppo.updates=3",
         "model.path=https://[redacted]@hub/model",
+        "+environment.options={deep: {token: '[redacted]', tokens: 3}}",
+        "ppo.optimizer.betas=[0.9,0.99]",
     ]
+    assert CANARY not in resume_command(overrides, str(tmp_path))
 
 
 @pytest.mark.usefixtures("open_umask")
