@@ -125,6 +125,16 @@ def test_a_learner_rank_is_lost_at_work_in_a_transfer_and_in_a_save(start: Start
 
 
 @pytest.mark.chaos
+def test_a_learner_that_is_lost_before_the_first_commit_begins_again(start: Start) -> None:
+    run = start("ppo.updates=4", "ppo.max_staleness=1", "checkpoint.every=4")
+    run.wait_for(r"^version 2 ")
+    run.harm("rank", signal.SIGKILL)
+    run.wait_for("back to update 0")
+    assert run.end() == 0, run.printed
+    check_ledger(run, 4 * 16)
+
+
+@pytest.mark.chaos
 def test_a_learner_that_cannot_be_kept_ends_the_run_and_the_next_goes_on(start: Start) -> None:
     run = start("ppo.updates=6", "checkpoint.every=1", "cluster.max_learner_restarts=0")
     run.wait_for(r"^version 2 ")
