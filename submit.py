@@ -29,24 +29,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, write the script or manifest, send nothing"
     )
+    parser.add_argument("--detach", action="store_true", help="do not follow the log of a Ray job")
     parser.add_argument("words", nargs="*", metavar="VERB JOB | key=value")
     options = parser.parse_args(arguments)
     words = options.words
     try:
         if words and words[0] in VERBS:
-            return manage(words[0], words[1:])
+            return manage(words[0], words[1:], options.detach)
         if strange := [word for word in words if "=" not in word and not word.startswith("~")]:
             raise ConfigError(f"{strange[0]} is neither key=value nor one of {', '.join(VERBS)}")
         job, config = to_job(words)
         if isinstance(job.target, RayJobs):
-            return submit_ray_job(job, config, options.dry_run)
+            return submit_ray_job(job, config, options.dry_run, options.detach)
         return submit_file(job, config, options.dry_run)
     except (ConfigError, ClusterError) as error:
         print(f"\nTandem cannot submit:\n{error}", file=sys.stderr)
         return 2
 
 
-def submit_ray_job(job: Job, config: TandemConfig, dry_run: bool) -> int:
+def submit_ray_job(job: Job, config: TandemConfig, dry_run: bool, detach: bool) -> int:
     assert isinstance(job.target, RayJobs)
     cluster = Cluster(job.target)
     cluster.check_capacity(config)
@@ -55,7 +56,7 @@ def submit_ray_job(job: Job, config: TandemConfig, dry_run: bool) -> int:
         return 0
     cluster.submit(job)
     print_commands(job)
-    return follow(cluster, job.id) if job.target.follow else 0
+    return 0 if detach else follow(cluster, job.id)
 
 
 def follow(cluster: Cluster, job_id: str) -> int:
@@ -90,10 +91,20 @@ def submit_file(job: Job, config: TandemConfig, dry_run: bool) -> int:
     if dry_run:
         print(f"it would run\n  {shlex.join(command)}")
         return 0
+    if isinstance(job.target, Slurm):
+        make_run_dir(job.run_dir)
     code = run(command)
     if code == 0:
         print_commands(job)
     return code
+
+
+def make_run_dir(run_dir: str) -> None:
+    """SLURM starts no job whose log has no directory, and says so nowhere."""
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be made here: {error.strerror}") from error
 
 
 def run(command: list[str]) -> int:
@@ -103,7 +114,7 @@ def run(command: list[str]) -> int:
         raise ConfigError(f"{command[0]} is not on this machine; where it is, run\n  {shlex.join(command)}") from error
 
 
-def manage(verb: str, words: list[str]) -> int:
+def manage(verb: str, words: list[str], detach: bool) -> int:
     """A verb for a job that has been submitted. One that another machine has sent needs `target.address=...` as well."""
     jobs, overrides = [w for w in words if not is_target(w)], [w for w in words if is_target(w)]
     if len(jobs) != 1:
@@ -111,20 +122,20 @@ def manage(verb: str, words: list[str]) -> int:
     known = recorded(jobs[0])
     target = known.target if known is not None and not overrides else to_target(overrides)
     if isinstance(target, RayJobs):
-        return manage_ray_job(verb, jobs[0], target)
+        return manage_ray_job(verb, jobs[0], target, detach)
     if known is None:
         raise ConfigError(f"{jobs[0]} has not been submitted from this directory: {RECORDS} does not know it")
     return run(commands(known)[verb])
 
 
-def manage_ray_job(verb: str, job_id: str, target: RayJobs) -> int:
+def manage_ray_job(verb: str, job_id: str, target: RayJobs, detach: bool) -> int:
     cluster = Cluster(target)
     if verb == "logs":
         return follow(cluster, job_id)
     if verb == "resume":
         job = cluster.resume(job_id)
         print_commands(job)
-        return follow(cluster, job.id) if target.follow else 0
+        return 0 if detach else follow(cluster, job.id)
     if verb == "stop":
         cluster.stop(job_id)
     for name, value in cluster.describe(job_id):

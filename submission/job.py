@@ -158,10 +158,10 @@ def _paths(config: TandemConfig) -> dict[str, str]:
 
 
 def quoted(value: str) -> str:
-    """A value for Hydra's override grammar."""
+    """A value for Hydra's override grammar, in which a backslash is one unless a quote follows it."""
     if re.fullmatch(r"[\w./+:-]+", value):
         return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 
 
 def new_id(config: TandemConfig) -> str:

@@ -25,19 +25,31 @@ SCRIPT = """\
 {directives}
 # Written by submit.py; `submit.py resume {id}` sends it again, in the same run directory.
 set -u
-run_dir={run_dir}
-mark=$run_dir/{mark}
+mark={mark}
+export PATH={bin}:$PATH # symmetric-run calls ray by its name
 export TANDEM_PID=/tmp/tandem-$SLURM_JOB_ID.pid
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={node_wait_s}
-{environment}
-trap : TERM # the warning is for the tasks; this shell must live to queue the job again
+{environment}trap : TERM # the warning is for the tasks; this shell must live to queue the job again
 TANDEM_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TANDEM_HEAD
 cd {directory} || exit 1
 rm -f "$mark"
 
-# shellcheck disable=SC2016 # the shell of the task expands these
-srun --kill-on-bad-exit=1 --cpus-per-task={cpus} --cpu-bind=none bash -c {task}
+driver() {{ # on the first node, when Ray runs on all
+    echo $$ >"$TANDEM_PID"
+    {command}
+}}
+node() {{ # one shell a node. setsid: a signal for the task is one for this shell alone
+    {setup}trap '[[ -e $TANDEM_PID ]] && kill -TERM "$(cat "$TANDEM_PID")"' TERM
+    setsid ray symmetric-run --address "$TANDEM_HEAD:{port}" --min-nodes "$SLURM_JOB_NUM_NODES" \\
+        --num-cpus={cpus} --num-gpus={gpus} --disable-usage-stats -- bash -c driver &
+    ray=$!
+    while wait "$ray"; code=$?; [[ $code -gt 128 ]] && kill -0 "$ray" 2>/dev/null; do :; done # a trap ends `wait`, too
+    rm -f "$TANDEM_PID"
+    exit $code
+}}
+export -f driver node
+srun --kill-on-bad-exit=1 --cpus-per-task={cpus} --cpu-bind=none bash -c node
 code=$?
 
 if [[ -e $mark ]]; then
@@ -55,17 +67,6 @@ fi
 exit $code
 """
 
-# One shell a node. setsid: a signal for the task is one for this shell alone. `wait` returns after a trap, too.
-TASK = """\
-{setup}
-trap '[[ -e $TANDEM_PID ]] && kill -TERM "$(cat "$TANDEM_PID")"' TERM
-setsid {ray} symmetric-run --address "$TANDEM_HEAD:{port}" --min-nodes "$SLURM_JOB_NUM_NODES" \\
-    --num-cpus={cpus} --num-gpus={gpus} --disable-usage-stats -- bash -c {driver} &
-ray=$!
-while wait $ray; code=$?; [[ $code -gt 128 ]] && kill -0 $ray 2>/dev/null; do :; done
-rm -f "$TANDEM_PID"
-exit $code"""
-
 
 def render(job: Job, cluster: ClusterConfig) -> str:
     """The batch script.
@@ -75,24 +76,19 @@ def render(job: Job, cluster: ClusterConfig) -> str:
     """
     target = job.target
     assert isinstance(target, Slurm)
-    task = TASK.format(
-        setup="\n".join(target.setup),
-        ray=shlex.quote(str(Path(target.python).with_name("ray"))),
-        port=target.port,
-        cpus=whole(cluster.cpus_per_node),
-        gpus=whole(cluster.gpus_per_node),
-        driver=shlex.quote(f'echo $$ >"$TANDEM_PID"; {job.command}'),
-    )
     return SCRIPT.format(
         id=job.id,
         directives="\n".join(f"#SBATCH {option}" for option in directives(job, target, cluster)),
-        run_dir=shlex.quote(job.run_dir),
-        mark=FILE,
+        mark=shlex.quote(f"{job.run_dir}/{FILE}"),
+        bin=shlex.quote(str(Path(target.python).parent)),
         node_wait_s=target.node_wait_s,
-        environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in target.env.items()),
+        environment="".join(f"export {name}={shlex.quote(value)}\n" for name, value in target.env.items()),
         directory=shlex.quote(target.directory),
+        command=job.command,
+        setup="".join(f"{line}\n    " for line in target.setup),
+        port=target.port,
         cpus=whole(cluster.cpus_per_node),
-        task=shlex.quote(task.strip()),
+        gpus=whole(cluster.gpus_per_node),
         requeue=REQUEUE_EXIT_CODE,
     )
 
@@ -100,7 +96,12 @@ def render(job: Job, cluster: ClusterConfig) -> str:
 def directives(job: Job, target: Slurm, cluster: ClusterConfig) -> list[str]:
     """The options of sbatch."""
     gpus = whole(cluster.gpus_per_node)
-    optional = {"partition": target.partition, "account": target.account, "gpus-per-node": gpus or None}
+    optional = {
+        "partition": target.partition,
+        "account": target.account,
+        "gpus-per-node": gpus or None,
+        **target.options,
+    }
     return [
         f"--job-name={job.id}",
         f"--nodes={cluster.num_nodes}",
@@ -113,7 +114,6 @@ def directives(job: Job, target: Slurm, cluster: ClusterConfig) -> list[str]:
         "--open-mode=append",
         f"--output={job.run_dir}/{LOG}",
         *(f"--{name}={value}" for name, value in optional.items() if value is not None),
-        *target.options,
     ]
 
 

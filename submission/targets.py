@@ -29,7 +29,6 @@ class RayJobs:
     excludes: list[str] = field(default_factory=lambda: list(EXCLUDES))  # gitignore patterns
     env: dict[str, str] = field(default_factory=dict)  # environment of the job and of its actors
     stop_wait_s: int = 120  # between SIGTERM and SIGKILL; a checkpoint must fit
-    follow: bool = True  # stream the logs and exit with the job's exit code
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Slurm:
     partition: str | None = None
     account: str | None = None
     time: str = "24:00:00"  # at the end of which the job checkpoints and is queued again
-    options: list[str] = field(default_factory=list)  # further #SBATCH lines, as --qos=high
+    options: dict[str, str] = field(default_factory=dict)  # further ones of sbatch, as +target.options.qos=high
     setup: list[str] = field(default_factory=list)  # shell lines on every node before Ray starts, as module load cuda
     env: dict[str, str] = field(default_factory=dict)
     port: int = 6379  # of the Ray head
