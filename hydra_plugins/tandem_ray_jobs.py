@@ -45,7 +45,12 @@ class RayJobsLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
         members = [self._compose(initial_job_idx + i, list(o)) for i, o in enumerate(job_overrides)]
-        cluster, self.running = Cluster(self.target), set[str]()
+        self.running: set[str] = set()
+        try:
+            cluster = Cluster(self.target)
+        except ClusterError as error:
+            print(f"\nTandem cannot submit:\n{error}", file=sys.stderr)
+            sys.exit(2)
         with ThreadPoolExecutor(self.max_parallel) as pool:
             try:
                 return list(pool.map(lambda member: self._run(cluster, *member), members))

@@ -23,7 +23,7 @@ from submission.targets import ROOT, RayJobs
 STOPPED_EXIT_CODE = 128 + 15  # Ray keeps no exit code of a job that was stopped; this is SIGTERM's
 POLL_S = 0.5
 RECONNECT_S = 5.0
-MAX_LOST = 12  # answers missed in a row before a log is given up
+MAX_LOST = 60
 
 
 class ClusterError(RuntimeError):
@@ -108,7 +108,7 @@ class Cluster:
         try:
             return self.client.get_job_info(job_id)
         except RuntimeError as error:
-            raise ClusterError(f"{self.target.address} knows no job {job_id}") from error
+            raise ClusterError(f"{self.target.address}: {str(error).splitlines()[0]}") from error
 
     def job(self, job_id: str) -> Job:
         """Any job that was submitted with `submit.py`, by whomever."""
@@ -120,17 +120,21 @@ class Cluster:
     def follow(self, job_id: str) -> int:
         """Print a job's log as it grows. Returns its exit code once it has ended."""
         self.info(job_id)
-        printed = lost = 0
-        while lost < MAX_LOST:
+        printed = 0
+        while True:
             printed = asyncio.run(self._print_log(job_id, printed))
+            if self._has_ended(job_id):
+                return self.exit_code(job_id)
+            time.sleep(POLL_S)
+
+    def _has_ended(self, job_id: str) -> bool:
+        """A closed tunnel or a restarted dashboard ends no job: only MAX_LOST missed answers in a row are an error."""
+        for _ in range(MAX_LOST):
             try:
-                if self.info(job_id).status.is_terminal():
-                    return self.exit_code(job_id)
-                lost = 0
-            except OSError:  # a closed tunnel or a restarted dashboard ends no job
-                lost += 1
-            time.sleep(RECONNECT_S)
-        raise ClusterError(f"{self.target.address} has not answered {lost} times; {job_id} may be running")
+                return self.info(job_id).status.is_terminal()
+            except OSError:
+                time.sleep(RECONNECT_S)
+        raise ClusterError(f"{self.target.address} has not answered {MAX_LOST} times; {job_id} may still run")
 
     async def _print_log(self, job_id: str, printed: int) -> int:
         """Ray sends a log from its beginning; the first `printed` characters are left out. Returns the new number."""
@@ -145,7 +149,7 @@ class Cluster:
 
     def wait(self, job_id: str) -> int:
         """Returns the exit code of a job when it has ended."""
-        while not self.info(job_id).status.is_terminal():
+        while not self._has_ended(job_id):
             time.sleep(POLL_S)
         return self.exit_code(job_id)
 

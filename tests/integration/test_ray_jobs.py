@@ -131,7 +131,7 @@ def test_a_job_that_fails_ends_with_its_own_exit_code(cluster: RayCluster, tiny_
     status = cluster.submit("status", name)
     assert re.search(r"status +FAILED\n +exit code +2\n", status.stdout), status.stdout + status.stderr
     assert f"run directory  {tmp_path}/run" in status.stdout
-    assert "no job nothing" in cluster.submit("status", "nothing").stderr
+    assert "Job nothing does not exist" in cluster.submit("status", "nothing").stderr
 
 
 @pytest.mark.full
@@ -182,6 +182,7 @@ def test_a_sweep_of_jobs(cluster: RayCluster, tiny_model: Path, tmp_path: Path) 
     """Three members, two at a time. The one that fails takes no other with it."""
     options = ["hydra/launcher=ray_jobs", f"hydra.launcher.address={cluster.address}", "hydra.launcher.max_parallel=2"]
     options += [f"hydra.launcher.python={sys.executable}", f"hydra.sweep.dir={tmp_path}/sweep"]
+    options.append("hydra.sweep.subdir=${hydra.job.num}")
     sweep = cluster.call("train.py", "-m", *options, *sft(tmp_path, tiny_model, "ppo.trainable_layers=9,1,2"))
     assert sweep.returncode == 1, sweep.stdout + sweep.stderr
     assert "#0 failed: member 0 ended with exit code 2: python submit.py logs tiny-sft-" in sweep.stderr

@@ -1,12 +1,16 @@
 """What submit.py composes, checks and writes, without a cluster."""
 
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +18,16 @@ from typing import Any
 import jsonschema
 import psutil
 import pytest
+import requests
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import submission.job
+import submit
 from contracts.outcome import read_outcome, write_outcome
+from contracts.overrides import unknown_overrides
 from contracts.validation import ConfigError
+from hydra_plugins.tandem_ray_jobs import RayJobsLauncherConf
 from submission import kuberay, slurm
 from submission.job import Job, next_id, quoted, recorded, to_job
 from submission.ray_jobs import Cluster
@@ -152,12 +160,45 @@ def test_the_outcome_of_a_run(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+def documented() -> list[list[str]]:
+    """The words of each `python submit.py` in the documentation."""
+    text = (ROOT / "docs/submission.md").read_text() + (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "submit.py" in line]
+    return [shlex.split(line, comments=True)[2:] for line in lines]
+
+
+@pytest.mark.parametrize("words", documented(), ids=" ".join)
+def test_the_documented_commands_are_valid(words: list[str]) -> None:
+    if words[0] in submit.VERBS:
+        assert words[1:] == ["JOB"]
+        return
+    overrides = [word for word in words if word not in ("...", "--dry-run")]
+    places = [] if "run_dir" in " ".join(words) else [*PLACES, "cluster=multi_node"]
+    to_job([*overrides, *places])
+
+
+def test_the_documented_sweep_is_valid() -> None:
+    text = (ROOT / "docs/submission.md").read_text().replace("\\\n", " ")
+    [line] = re.findall(r"^python train.py -m (.*)$", text, re.MULTILINE)
+    words = shlex.split(line)
+    assert unknown_overrides(words) == []
+    known = {field.name for field in fields(RayJobsLauncherConf)}
+    launcher = [
+        word.removeprefix("hydra.launcher.").split("=")[0] for word in words if word.startswith("hydra.launcher.")
+    ]
+    assert set(launcher) <= known
+    for member in product(*[word.split("=")[1].split(",") for word in words if word.startswith(("ppo", "seed"))]):
+        to_job([f"ppo.kl.coef={member[0]}", f"seed={member[1]}", *PLACES])
+
+
 # ---- Ray Jobs
 
 
 def test_a_log_goes_on_where_the_connection_was_lost(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("submission.ray_jobs.POLL_S", 0.0)
     monkeypatch.setattr("submission.ray_jobs.RECONNECT_S", 0.0)
     log, answers = "first line\nsecond line\nthird line\n", iter([12, 5, None])
 
@@ -171,6 +212,9 @@ def test_a_log_goes_on_where_the_connection_was_lost(
                 raise RuntimeError("closed")
 
         def get_job_info(self, job_id: str) -> SimpleNamespace:
+            self.asked = getattr(self, "asked", 0) + 1
+            if self.asked == 3:
+                raise requests.ConnectionError
             return SimpleNamespace(
                 status=SimpleNamespace(is_terminal=lambda: getattr(self, "ended", False)), driver_exit_code=-9
             )
