@@ -34,10 +34,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     words = options.words
     try:
-        if words and words[0] in VERBS:
-            return manage(words[0], words[1:], options.detach)
-        if strange := [word for word in words if "=" not in word and not word.startswith("~")]:
-            raise ConfigError(f"{strange[0]} is neither key=value nor one of {', '.join(VERBS)}")
+        names = [word for word in words if "=" not in word and not word.startswith("~")]
+        if names and names[0] in VERBS:
+            return manage(names[0], names[1:], [word for word in words if word not in names], options.detach)
+        if names:
+            raise ConfigError(f"{names[0]} is neither key=value nor one of {', '.join(VERBS)}")
         job, config = to_job(words)
         if isinstance(job.target, RayJobs):
             return submit_ray_job(job, config, options.dry_run, options.detach)
@@ -114,11 +115,12 @@ def run(command: list[str]) -> int:
         raise ConfigError(f"{command[0]} is not on this machine; where it is, run\n  {shlex.join(command)}") from error
 
 
-def manage(verb: str, words: list[str], detach: bool) -> int:
+def manage(verb: str, jobs: list[str], overrides: list[str], detach: bool) -> int:
     """A verb for a job that has been submitted. One that another machine has sent needs `target.address=...` as well."""
-    jobs, overrides = [w for w in words if not is_target(w)], [w for w in words if is_target(w)]
     if len(jobs) != 1:
         raise ConfigError(f"write python submit.py {verb} JOB; found {len(jobs)} names of jobs")
+    if strange := [word for word in overrides if not is_target(word)]:
+        raise ConfigError(f"{strange[0]} is nothing that {verb} can change; resume takes the overrides of the job")
     known = recorded(jobs[0])
     target = known.target if known is not None and not overrides else to_target(overrides)
     if isinstance(target, RayJobs):

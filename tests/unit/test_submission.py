@@ -160,6 +160,17 @@ def test_the_outcome_of_a_run(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_verbs_say_what_they_want(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in {
+        ("status",): "write python submit.py status JOB; found 0 names of jobs",
+        ("sttus", "a"): "sttus is neither key=value nor one of status, logs, stop, resume",
+        ("resume", "a", "seed=2"): "seed=2 is nothing that resume can change; resume takes the overrides of the job",
+        ("logs", "a", "target=slurm"): "a has not been submitted from this directory",
+    }.items():
+        assert submit.main(list(words)) == 2
+        assert message in capsys.readouterr().err
+
+
 def documented() -> list[list[str]]:
     """The words of each `python submit.py` in the documentation."""
     text = (ROOT / "docs/submission.md").read_text() + (ROOT / "README.md").read_text()
