@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--detach", action="store_true", help="do not follow the log of a Ray job")
     parser.add_argument("words", nargs="*", metavar="VERB JOB | key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may stand on both sides of an option
     words = options.words
     try:
         names = [word for word in words if "=" not in word and not word.startswith("~")]

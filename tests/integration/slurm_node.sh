@@ -22,7 +22,7 @@ SlurmctldHost=node1
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=/run/munge.socket
+AuthInfo=socket=/run/munge.socket,cred_expire=10 # which a job that is queued again waits for
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool
 SlurmctldPidFile=/run/slurmctld.pid

@@ -123,3 +123,33 @@ def test_a_cancelled_job_is_told_and_not_queued_again(node: Node, tiny_model: Pa
     assert node.submit("stop", name).returncode == 0
     assert node.wait(name, "CANCELLED", "COMPLETED", "PENDING") == "CANCELLED"
     wait_for_line(log, "interrupted; finished stages are kept", 60)
+
+
+# Stands for a train.py that saves its state at a SIGTERM, and comes to its end at the second attempt.
+DRIVER = """#!/bin/bash
+for word; do [[ $word == run_dir=* ]] && run=${word#run_dir=}; done
+if [[ -e $run/state ]]; then
+    echo '{"value": null}' >"$run/result.json"
+    echo "goes on from $(cat "$run/state")"
+    exit 0
+fi
+trap 'ray status >/dev/null && echo "version 3" >"$run/state"; exit 75' TERM
+echo "waits for SIGTERM"
+while :; do sleep 0.2; done
+"""
+
+
+def test_a_job_at_its_time_limit_is_queued_again_and_goes_on(node: Node, tmp_path: Path) -> None:
+    """Ray still answers while the state is saved."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "python").write_text(DRIVER)
+    (programs / "python").chmod(0o755)
+    (programs / "ray").symlink_to(Path(sys.executable).with_name("ray"))
+    options = [f"target.python={programs}/python", "target.time=1", "target.stop_wait_s=40"]
+    name = sent(node.submit(*sft(tmp_path, tmp_path, *options)))
+    assert node.wait(name, "COMPLETED", "FAILED", "TIMEOUT", seconds=400) == "COMPLETED"
+    log = (tmp_path / "run/slurm.log").read_text()
+    assert "train.py has saved its state; the job is queued again" in log
+    assert "goes on from version 3" in log
+    assert "Restarts=1" in node.call("scontrol", "show", "jobs").stdout
