@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pytest
 import requests
@@ -83,7 +84,8 @@ def wait_for_answer(cluster: RayCluster, node: subprocess.Popen[bytes]) -> None:
             if requests.get(f"{cluster.address}/api/v0/nodes", headers=header, timeout=5).ok:
                 return
         except requests.RequestException:
-            time.sleep(0.5)
+            pass  # not there yet
+        time.sleep(0.5)
     raise AssertionError((cluster.folder / "ray.log").read_text())
 
 
@@ -134,35 +136,46 @@ def test_a_job_that_fails_ends_with_its_own_exit_code(cluster: RayCluster, tiny_
     assert "Job nothing does not exist" in cluster.submit("status", "nothing").stderr
 
 
+def follow(cluster: RayCluster, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "submit.py", *words]
+    return subprocess.Popen(command, cwd=ROOT, env=cluster.environment, stdout=subprocess.PIPE, text=True)
+
+
+def read_until(log: IO[str] | None, part: str) -> str:
+    assert log is not None
+    printed = ""
+    for line in log:
+        printed += line
+        if part in line:
+            return printed
+    raise AssertionError(printed)
+
+
 @pytest.mark.full
-def test_a_job_succeeds_stops_and_resumes(cluster: RayCluster, tiny_model: Path, tmp_path: Path) -> None:
-    run = f"run_dir={tmp_path}/run"
-    sent = cluster.submit("--detach", *sft(tmp_path, tiny_model, run, "sft.epochs=100"))
+def test_a_job_is_stopped_and_resumed(cluster: RayCluster, tiny_model: Path, tmp_path: Path) -> None:
+    sent = cluster.submit("--detach", *sft(tmp_path, tiny_model, f"run_dir={tmp_path}/run", "sft.epochs=1000"))
     assert sent.returncode == 0, sent.stdout + sent.stderr
     name = job_id(sent.stdout)
-    with subprocess.Popen(
-        [sys.executable, "submit.py", "logs", name],
-        cwd=ROOT,
-        env=cluster.environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as logs:
-        assert logs.stdout is not None
-        for line in logs.stdout:
-            if "SFT step" in line:
-                break
+    with follow(cluster, "logs", name) as logs:
+        read_until(logs.stdout, "SFT step")
+        early = cluster.call("submit.py", "resume", name)
+        assert f"{name} is RUNNING: stop it first" in early.stderr
         stopped = cluster.call("submit.py", "stop", name)
-        rest = logs.stdout.read()
-    assert "STOPPED" in stopped.stdout, stopped.stdout + stopped.stderr
+    assert re.search(r"status +STOPPED\n +exit code +143\n", stopped.stdout), stopped.stdout + stopped.stderr
     assert logs.returncode == 143
-    assert "SFT step 300/300" not in rest
     assert not (tmp_path / "run/result.json").exists()
+    with follow(cluster, "resume", name) as resumed:
+        printed = read_until(resumed.stdout, "SFT step")
+        assert f"Tandem: stage=sft, run directory {tmp_path}/run" in printed
+        cluster.call("submit.py", "stop", f"{name}-r2")
+    assert resumed.returncode == 143
 
 
 @pytest.mark.full
 def test_a_job_on_two_nodes(cluster: RayCluster, tiny_model: Path, tmp_path: Path) -> None:
     """Each node holds one of the two ranks. The result file is the mark of success."""
-    node = start_node(cluster.folder, f"--address=127.0.0.1:{cluster.gcs_port}")
+    options = [f"--address=127.0.0.1:{cluster.gcs_port}", f"--dashboard-agent-listen-port={free_port()}"]
+    node = start_node(cluster.folder, *options)
     try:
         run = [f"run_dir={tmp_path}/run", "cluster.num_learner_ranks=2", "cluster.cpus_per_process=2"]
         deadline = time.monotonic() + 60
