@@ -4,8 +4,8 @@
 
 A PPO run with a tiny model (two layers, random weights), real Ray, vLLM, Ray Serve and DeepSpeed, actors and learner at the
 same time. Harm is done from outside, by signals: to actors and reward service while rollouts are sampled, to the learner
-while it trains. Bounds of silence are 10 s for an actor and 15 s for the learner instead of 60 s and 180 s, so that the
-table takes ten minutes: what is found by silence takes as much longer as they are.
+while it trains. Bounds of silence are 10 s for an actor and 15 s for the learner, not 60 s and 180 s, so that the table
+takes ten minutes: what is found by silence takes as much longer as they are.
 
 found      the line that tells the user, after the signal; a client that asks another replica tells nobody
 resumed    the next update that ends after that line, or for the reward service the next at all

@@ -142,7 +142,7 @@ class Pipeline:
         return inputs
 
     def _inputs_of(self, name: str) -> dict[str, Any]:
-        """What decides the result of a stage: its hash names the directory of the result."""
+        """What decides the result of a stage, without secrets: its hash names the directory of the result."""
         config = self.config
         common: dict[str, Any] = {
             "format": 1,
@@ -160,7 +160,7 @@ class Pipeline:
             return common | {"reward_model": config.reward_model, "data": data, "test": test}
         return common | {
             "ppo": config.ppo,
-            "environment": config.environment,
+            "environment": redacted(asdict(config.environment)),
             "engine": config.engine,
             "actors": config.cluster.num_actors,
             "prompts": fingerprint(self.data.prompts),
@@ -168,7 +168,7 @@ class Pipeline:
             "policy": checkpoint_fingerprint(self._checkpoint("sft")),
             "proxy": checkpoint_fingerprint(self._checkpoint("reward_model/proxy")),
             "gold": checkpoint_fingerprint(self._checkpoint("reward_model/gold")) if self._has_gold() else None,
-            "scorers": config.reward_service.scorers,
+            "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
         }
 
     def _checkpoint(self, name: str) -> str:
