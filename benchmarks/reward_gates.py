@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from contracts.process_env import driver_env, worker_env
+from contracts.process_env import driver_env, scorer_env
 
 os.environ.update(driver_env())  # before ray and torch are imported
 
@@ -125,7 +125,7 @@ class Bench:
         config = RewardServiceConfig(
             dtype="bfloat16", batch_tokens=BATCH_TOKENS, deadline_s=300, max_queued_items=1024, cache_items=0, http=http
         )
-        self.service = RewardService(config, ClusterConfig(), worker_env(1, on_cpu=True), checkpoint)
+        self.service = RewardService(config, ClusterConfig(), scorer_env(1, on_cpu=True), checkpoint)
         rule = {"kind": "function", "batch_size": 32}
         start = time.perf_counter()
         self.service.start(
@@ -332,7 +332,7 @@ def main() -> int:
         job_path.write_text(json.dumps(job))
         command = [sys.executable, __file__, "--in-process", str(job_path)]
         done = subprocess.run(
-            command, env=os.environ | worker_env(1, on_cpu=True), stdout=subprocess.PIPE, text=True, check=True
+            command, env=os.environ | scorer_env(1, on_cpu=True), stdout=subprocess.PIPE, text=True, check=True
         )
         alone = json.loads(done.stdout.splitlines()[-1])
         bench = Bench(job["checkpoint"], Path(folder))

@@ -43,6 +43,12 @@ def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
     return env | {"DS_ACCELERATOR": "cpu" if on_cpu else "cuda"}
 
 
+def scorer_env(threads: int, on_cpu: bool) -> dict[str, str]:
+    """Environment of one reward replica. oneDNN keeps a compiled product for each shape, and every batch of texts has a number
+    of tokens of its own: by default a thousand of them stay, which come to more than the activations, and never return."""
+    return worker_env(threads, on_cpu) | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+
+
 def driver_env() -> dict[str, str]:
     """Environment of the driver, which holds no model. Set before ray, torch or transformers is imported."""
     return {

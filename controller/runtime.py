@@ -11,7 +11,7 @@ import torch
 
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.placement import Resources
-from contracts.process_env import embedded_cpus, worker_env
+from contracts.process_env import embedded_cpus, scorer_env, worker_env
 from contracts.ray_access import start_ray
 from contracts.scorers import chosen_scorers
 from contracts.weights import WeightsRefused, WeightUpdate
@@ -33,9 +33,9 @@ def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
     roles = {
         "actor": (cluster.threads_per_actor, cluster.gpus_per_actor),
         "learner": (cluster.threads_per_learner_rank, cluster.gpus_per_learner_rank),
-        "reward": (cluster.threads_per_reward_replica, cluster.gpus_per_reward_replica),
     }
-    return {role: worker_env(threads, on_cpu=gpus == 0) for role, (threads, gpus) in roles.items()}
+    scorer = scorer_env(cluster.threads_per_reward_replica, on_cpu=cluster.gpus_per_reward_replica == 0)
+    return {role: worker_env(threads, on_cpu=gpus == 0) for role, (threads, gpus) in roles.items()} | {"reward": scorer}
 
 
 def embedded_nodes() -> list[Resources]:

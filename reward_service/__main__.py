@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from contracts.process_env import driver_env, worker_env
+from contracts.process_env import driver_env, scorer_env
 from contracts.ray_access import start_ray
 
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
@@ -79,7 +79,7 @@ def serve(overrides: list[str]) -> None:
     received: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # after ray.init, which sets handlers of its own
         signal.signal(number, lambda number, frame: received.put(number))
-    env = worker_env(cluster.threads_per_reward_replica, on_cpu=cluster.gpus_per_reward_replica == 0)
+    env = scorer_env(cluster.threads_per_reward_replica, on_cpu=cluster.gpus_per_reward_replica == 0)
     service = RewardService(config.reward_service, cluster, env, tokenizer_of(config, scorers))
     try:
         service.start(scorers)

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, ScorerConfig
-from contracts.process_env import worker_env
+from contracts.process_env import scorer_env
 from reward_service.app import RewardService
 from tests.conftest import SMOLLM
 
@@ -51,7 +51,7 @@ def start_reward_service(proxy: Path, folder: Path) -> RewardService:
     (folder / "rules.py").write_text(RULES)
     http = HttpConfig(port=free_port(), token_file=str(folder / "tokens"), max_body_mib=1.0)
     config = RewardServiceConfig(dtype="float32", max_tokens=128, deadline_s=60, max_queued_items=512, http=http)
-    started = RewardService(config, ClusterConfig(), worker_env(1, on_cpu=True), str(SMOLLM))
+    started = RewardService(config, ClusterConfig(), scorer_env(1, on_cpu=True), str(SMOLLM))
     rule = {"kind": "function", "timeout_s": 1.0, "processes": 2}
     started.start(
         {

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import requests
 
+from reward_service.__main__ import main
 from reward_service.http_client import HttpClient
 from tests.conftest import ROOT, SMOLLM
 from tests.integration.conftest import free_port
@@ -100,8 +101,18 @@ def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpo
         (["proxy_model=m", "reward_service.htp.port=1"], "write reward_service.http.port"),
     ],
 )
-def test_what_cannot_be_served_is_refused(overrides: list[str], message: str) -> None:
-    done = subprocess.run(command(*overrides), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
+def test_what_cannot_be_served_is_refused(
+    overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", command(*overrides)[2:])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_refusal_is_an_exit_code() -> None:
+    done = subprocess.run(command(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("\nThe reward service cannot start:\n")
     assert "Traceback" not in done.stderr

@@ -103,12 +103,10 @@ def test_a_function_that_hangs_is_ended_and_tried_twice(pool: Callable[..., Func
     assert before.isdisjoint(p.pid for p in children())  # the process that hung is gone
     assert run(odd, "hang")[0].code == "timeout"
     assert time.monotonic() - start > 1.0
-    start = time.monotonic()
-    assert [s.error for s in run(odd, "hang", "ab")] == [
-        "poison: 2 processes of the function had to be ended",
-        None,
-    ]
-    assert time.monotonic() - start < 0.4
+    processes = {p.pid for p in children()}
+    assert [s.error for s in run(odd, "hang")] == ["poison: 2 processes of the function had to be ended"]
+    assert {p.pid for p in children()} == processes  # nothing was started or ended for it
+    assert [s.code for s in run(odd, "hang", "ab")] == ["poison", None]
 
 
 def test_one_that_hangs_holds_up_nobody_else(pool: Callable[..., FunctionPool]) -> None:
