@@ -34,7 +34,7 @@ from controller.metrics import RunLog, redacted
 from controller.progress import Progress
 from controller.prompts import PromptStream
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
-from controller.runtime import Runtime, embedded_nodes, weight_backend
+from controller.runtime import Runtime, embedded_nodes, ray_session, weight_backend
 from controller.stages import StageStore, checkpoint_fingerprint
 from controller.stop import Stop
 
@@ -371,6 +371,8 @@ class Pipeline:
             with self._phase(stage, "starting Ray"):
                 self.runtime.start()
             self.stop.install()  # Ray has handlers of its own
+            if self.config.cluster.address == "local":
+                self.directory.started_ray(ray_session())
 
     @contextmanager
     def _learner(self, stage: str, task: str, *arguments: Any) -> Iterator[Any]:
