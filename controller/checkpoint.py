@@ -33,6 +33,7 @@ class About:
     """What a commit says of its run beside the state."""
 
     identity: dict[str, Any]  # what decides the result, flat
+    config: dict[str, Any]  # resolved, without secrets
     scorers: dict[str, str | None] = field(default_factory=dict)  # versions
     packages: dict[str, str] = field(default_factory=lambda: package_versions())
 
@@ -91,9 +92,8 @@ class Committer:
             self._fail(step, partial, error)
             return
         about, ranks = self._about, len(self._learner.actors)
-        new = Commit(
-            path, step, policy_version, about.identity, about.packages, about.scorers, ranks, quality, records={}
-        )
+        described = (about.identity, about.config, about.packages, about.scorers)
+        new = Commit(path, step, policy_version, *described, ranks, quality, records={})
         self._pending = _Pending(new, partial, state, self._learner.start("begin_commit", str(partial)))
         self._stall_s += time.perf_counter() - start
 

@@ -53,7 +53,7 @@ def export(run_dir: Path, commit: Commit, out: Path) -> None:
 
 def card(run_dir: Path, commit: Commit) -> str:
     """The model card, from what the run recorded; what nobody recorded is said to be unknown."""
-    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config = commit.config
     base, data = config["model"]["path"], config["data"]
     licence, rows = base_licence(base), last_metrics(run_dir, commit.step)
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": base}

@@ -313,7 +313,7 @@ class Pipeline:
                 learner.call("connect", backend, actors)[0].require_all()
             restarts, say = config.cluster.max_actor_restarts, self.progress.line
             fleet = Fleet(actors, learner, backend, self.runtime.replace_actor, restarts, say)
-            about = About(identity, client.versions)
+            about = About(identity, redacted(asdict(config)), client.versions)
             logs = (self.log, self.progress)
             controller = PPOController(config, stream, fleet, learner, *logs, "gold" in scorers, about, self.stop)
             if commit:

@@ -154,6 +154,17 @@ def test_an_unbroken_run_keeps_its_newest_commits_and_the_best(unbroken: Run) ->
     assert (newest.path / "policy/model.safetensors").read_bytes() == unbroken.model
 
 
+def test_a_commit_is_exported_as_a_plain_checkpoint(unbroken: Run, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    command = [sys.executable, "-m", "controller.export", str(unbroken.dir), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert "proxy: version `" in (tmp_path / "out/README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "kill",
     [in_update, pytest.param(in_rollouts, marks=pytest.mark.full), pytest.param(in_commit, marks=pytest.mark.full)],
@@ -198,17 +209,12 @@ def test_exactly_once_where_actors_work_ahead(tmp_path: Path, tiny_model: Path, 
 
 
 def test_another_configuration_is_refused(unbroken: Run) -> None:
-    stages = unbroken.folder / "cache/stages"
-    stages.rename(stages.with_name("hidden"))  # or the finished stage would be reused
-    try:
-        before = unbroken.metrics
-        assert unbroken.finish("ppo.clip=0.3", "data.prompts.max_rows=23") == 2
-        assert "ppo.clip: the commit has 0.2, this configuration 0.3" in unbroken.printed
-        assert "prompts: the commit has " in unbroken.printed
-        assert "starting Ray" not in unbroken.printed
-        assert unbroken.metrics == before
-    finally:
-        stages.with_name("hidden").rename(stages)
+    before = unbroken.metrics
+    assert unbroken.finish("ppo.clip=0.3", "data.prompts.max_rows=23", "reuse_stages=false") == 2
+    assert "ppo.clip: the commit has 0.2, this configuration 0.3" in unbroken.printed
+    assert "prompts: the commit has " in unbroken.printed
+    assert "starting Ray" not in unbroken.printed
+    assert unbroken.metrics == before
 
 
 def test_two_drivers_in_one_directory(unbroken: Run) -> None:

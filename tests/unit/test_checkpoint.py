@@ -70,7 +70,7 @@ class Fixture:
         self.learner, self.said, self.committed = Learner(), [], 0
         dispatcher, _ = start([Actor()])
         config = CheckpointConfig(**options)
-        about = About({"seed": 1}, {"proxy": "v1"})
+        about = About({"seed": 1}, {"name": "x"}, {"proxy": "v1"})
         learner: Any = self.learner
         self.committer = Committer(run_dir, config, about, learner, dispatcher, self._count, self.said.append)
 

@@ -15,13 +15,14 @@ from controller.ledger import Ledger
 ARRAYS = {"int32": np.arange(5, dtype=np.int32), "float32": np.array([0.5, -1.0], dtype=np.float32)}
 
 
-def commit(run_dir: Path, step: int, quality: float | None = None, weights: bytes = b"weights") -> Commit:
+def commit(run_dir: Path, step: int, quality: float | None = None, config: dict[str, Any] | None = None) -> Commit:
     """A commit as `controller.checkpoint` makes it."""
     path = commits.step_path(run_dir, step)
     partial = path.with_name(path.name + ".partial")
     (partial / "policy").mkdir(parents=True)
-    new = Commit(path, step, step - 1, {"seed": 1}, {"torch": "2"}, {}, 1, quality and ("reward/x", quality), {})
-    new.records["rank_0.safetensors"] = durable.write_chunks(partial / "rank_0.safetensors", iter([weights]))
+    named = quality and ("reward/x", quality)
+    new = Commit(path, step, step - 1, {"seed": 1}, config or {}, {"torch": "2"}, {}, 1, named, {})
+    new.records["rank_0.safetensors"] = durable.write_chunks(partial / "rank_0.safetensors", iter([b"weights"]))
     new.records["policy/config.json"] = durable.write_json(partial / "policy/config.json", {"layers": 2})
     new.records.update(commits.write_driver_state(partial, ({"updates": step}, ARRAYS)))
     commits.publish(partial, new)
@@ -46,7 +47,7 @@ def test_the_ledger_survives_the_files(tmp_path: Path) -> None:
     partial.mkdir()
     ledger = Ledger(4, 1)
     commits.write_driver_state(partial, ledger.state_dict())
-    found = Commit(partial, 0, 0, {}, {}, {}, 1, None, {}).driver_state()
+    found = Commit(partial, 0, 0, {}, {}, {}, {}, 1, None, {}).driver_state()
     Ledger(4, 1).load_state_dict(*found, tmp_path / "ledger.jsonl")
 
 
