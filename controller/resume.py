@@ -7,6 +7,7 @@ one start of a driver there. A resumed run is the same run: where anything that 
 import fcntl
 import json
 import shlex
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -93,7 +94,11 @@ class RunDirectory:
         if commits.steps(self.path):
             aside = self.path / f"{commits.FOLDER}.before-attempt-{self.attempt}"
             folder.rename(aside)
-            self._say(f"checkpoint.resume=never: starting afresh; the earlier commits are in {aside}")
+            start = json.loads((aside / START).read_text())
+            for log in start:  # they are cut back to where the first attempt began
+                shutil.copy2(self.path / log, aside / log)
+            self.start_log(start)
+            self._say(f"checkpoint.resume=never: starting afresh; the earlier commits and logs are in {aside}")
 
 
 def flat(inputs: Any, prefix: str = "") -> dict[str, Any]:

@@ -169,3 +169,22 @@ def test_one_rank_that_refuses_keeps_all_untouched(tmp_path: Path) -> None:
     learner.votes_to_load = [None, None]
     load_learner(group, found)
     assert learner.loaded == [str(found.path)]
+
+
+def test_votes_of_a_line_that_was_left_do_not_count(tmp_path: Path) -> None:
+    """A learner was lost in the middle of a commit; the run went back, and begins the next one before the votes come."""
+    run = Fixture(tmp_path)
+    run.commit(1)
+    late: list[Future[Any]] = [Future() for _ in range(2)]
+    run.learner._write = lambda rank: late[rank].result(10)  # type: ignore[method-assign]
+    run.committer.begin(2, 2, STATE, None)
+    run.committer.ask()
+    run.committer.resumed(commits.verified(tmp_path, 1))
+    del run.learner._write
+    run.learner._threads = ThreadPoolExecutor(2)
+    run.committer.begin(3, 3, STATE, None)
+    for answer in late:
+        answer.set_result({"left.safetensors": durable.FileRecord(1, "0")})
+    run.committer.settle()
+    assert commits.steps(tmp_path) == [1, 3]
+    assert "left.safetensors" not in commits.verified(tmp_path, 3).records

@@ -54,8 +54,12 @@ def test_never_sets_the_commits_aside(tmp_path: Path) -> None:
     commit(tmp_path, 2)
     said: list[str] = []
     directory = RunDirectory(tmp_path, said.append)
+    (tmp_path / "metrics.jsonl").write_text("before\nppo\n")
+    directory.start_log({"metrics.jsonl": 7})
     assert directory.find("never", {"seed": 2}) is None
     assert (tmp_path / "checkpoints.before-attempt-1/step_2/MANIFEST.json").exists()
+    assert (tmp_path / "checkpoints.before-attempt-1/metrics.jsonl").read_text() == "before\nppo\n"
+    assert directory.start_log({"metrics.jsonl": 11}) == {"metrics.jsonl": 7}
     assert "starting afresh" in said[0]
     assert commits.steps(tmp_path) == []
 
