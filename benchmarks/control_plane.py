@@ -39,7 +39,7 @@ FIXED = 2048  # rollouts of an update, where the update is the same
 TOKENS = 48
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_concurrency=4096)  # a call of `collect` waits for each actor
 class StandIns:
     """All actors: what is assigned is finished."""
 
