@@ -14,6 +14,14 @@ class EngineLostError(RuntimeError):
     """The engine cannot go on: no request of it will be answered any more."""
 
 
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; no optimizer step was taken with it."""
+
+
+class CollectiveError(RuntimeError):
+    """Ranks cannot reach each other: one is gone, or a collective has not ended in time."""
+
+
 class Engine(Protocol):
     """A generation engine whose weights can be replaced between two decoding steps."""
 
@@ -25,6 +33,9 @@ class Engine(Protocol):
 
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
         """log p of the tokens from `start` on, for each (token_ids, start), under the current weights at temperature 1."""
+
+    def pulse(self) -> int:
+        """Decoding steps so far; an idle engine makes one, so that the number grows as long as it can generate."""
 
     def control(self, method: str, argument: dict[str, Any] | None = None) -> None:
         """Run one call of vLLM's weight-transfer protocol between two decoding steps."""

@@ -70,9 +70,11 @@ class Committer:
         self.newest = -1  # step of the last commit
         (run_dir / commits.FOLDER).mkdir(mode=0o700, exist_ok=True)
 
-    def resumed(self, commit: Commit) -> None:
+    def resumed(self, commit: Commit | None) -> None:
         """The run stands at `commit`; one that was under way is of a line that was left."""
-        self._pending, self.newest, self._num_bytes = None, commit.step, commit.num_bytes
+        self._pending = None
+        if commit is not None:
+            self.newest, self._num_bytes = commit.step, commit.num_bytes
         commits.sweep(self._run_dir)
 
     def begin(self, step: int, policy_version: int, state: State, quality: tuple[str, float] | None) -> None:

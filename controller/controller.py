@@ -31,21 +31,25 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
+from contracts.interfaces import NonFiniteError
 from contracts.randomness import random_state, set_random_state
 from contracts.records import Rollout
 from controller.batcher import make_batches, with_siblings
 from controller.checkpoint import About, Committer, load_learner
 from controller.commits import Commit, State
 from controller.dispatch import Dispatcher, Stopping
-from controller.fleet import Fleet
+from controller.evidence import save_rollouts
+from controller.fleet import Fleet, LearnerLostError
 from controller.ledger import Ledger
 from controller.ledger_log import NAME as LEDGER_FILE
 from controller.metrics import RunLog
 from controller.progress import Progress, format_update
 from controller.prompts import PromptStream
+from controller.recovery import Recovery
 from controller.scores import describe, sample_row
 from controller.shaping import ScoreNormalizer, service_scores, shaped, turn_metrics
 from controller.stop import Interrupted, Stop
@@ -78,14 +82,17 @@ class PPOController:
         self.normalizer = ScoreNormalizer()
         self.rng = np.random.default_rng(config.seed)
         ppo, scorers = config.ppo, ["proxy", "gold"] if has_gold and config.ppo.gold_rollouts else ["proxy"]
-        self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
-        self.dispatcher = Dispatcher(fleet, self.ledger, stream, ppo, scorers, config.cluster.step_timeout_s)
-        self.quality_metric = "reward/gold_mean" if "gold" in scorers else "reward/score_mean"
-        self.stop = stop or Stop(config.checkpoint.grace_s)
         self.first_score: float | None = None
         self.version = self.updates = 0
         self.durations: list[float] = []  # of updates, seconds
         self.qualities: list[float] = []
+        self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
+        self._start = self.state_dict()  # where a learner goes back to that is lost before the first commit
+        self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
+        self.dispatcher = Dispatcher(fleet, self.ledger, stream, ppo, scorers, config.cluster)
+        self.quality_metric = "reward/gold_mean" if "gold" in scorers else "reward/score_mean"
+        self.stop = stop or Stop(config.checkpoint.grace_s)
+        self.recovery = Recovery(learner, log.run_dir, config.cluster.max_learner_restarts, progress)
         self.commits: Committer | None = None
         self._boundary: State | None = None  # after the last update, with no rollout open
         if about is not None and config.checkpoint.every:
@@ -104,8 +111,11 @@ class PPOController:
         with self.stop.deferred(self.dispatcher.interrupt):
             try:
                 while self.updates < total:
-                    self._next_update(total)
-                    self._commit(total)
+                    try:
+                        self._next_update(total)
+                        self._commit(total)
+                    except (LearnerLostError, RayActorError) as error:  # of actors that are lost the dispatcher hears
+                        self._recover(error)
             except Stopping:
                 self._commit_and_leave()
         if self.stop.signum is not None:  # it came with the last update
@@ -146,6 +156,15 @@ class PPOController:
         if self.updates == total:
             self.commits.settle()
 
+    def _recover(self, error: BaseException) -> None:
+        """Go back to the last commit with new learner ranks; again, where one of these is lost meanwhile."""
+        try:
+            self.restore(self.recovery.restart(error))
+        except (LearnerLostError, RayActorError) as again:
+            if self.recovery.is_spent:
+                raise
+            self._recover(again)
+
     def _begin_commit(self, state: State | None) -> None:
         assert self.commits is not None
         quality = (self.quality_metric, float(np.mean(self.qualities))) if self.qualities else None
@@ -185,17 +204,19 @@ class PPOController:
         }
         return state, arrays
 
-    def restore(self, commit: Commit) -> None:
-        """Go to a commit, in a new driver or in one that goes on: learner, ledger, prompts, random state and logs; then the
-        engines get its weights, and nothing samples before. Leases of before are fenced.
+    def restore(self, commit: Commit | None) -> None:
+        """Go to a commit, or with new ranks to the start of the run, in a new driver or in one that goes on: learner,
+        ledger, prompts, random state and logs; then the engines get its weights, and nothing samples before. Leases of
+        before are fenced.
 
         A learner that has published a later version must have been started anew: engines take no older one from it.
 
         Raises:
             CheckpointError: a rank refuses the commit; nothing has been touched.
         """
-        load_learner(self.learner, commit)
-        state, arrays = commit.driver_state()
+        if commit is not None:
+            load_learner(self.learner, commit)
+        state, arrays = commit.driver_state() if commit is not None else self._start
         self.ledger.load_state_dict(state["ledger"], arrays, self.log.run_dir / LEDGER_FILE)
         self.dispatcher.rolled_back()
         self.stream.load_state_dict(state["stream"])
@@ -224,7 +245,8 @@ class PPOController:
             reasons = sorted({str(r.scores["proxy"].error) for r in failed})
             raise ScoreError(
                 f"{len(failed)} of {len(rollouts)} rollouts of version {self.version} have no score "
-                f"(ppo.max_failed_scores allows {self.config.ppo.max_failed_scores:.0%}); reasons: {reasons[:3]}"
+                f"(ppo.max_failed_scores allows {self.config.ppo.max_failed_scores:.0%}), listed in "
+                f"{save_rollouts(self.log.run_dir / 'unscored.jsonl', failed)}; reasons: {reasons[:3]}"
             )
         scored = [r for r in rollouts if r.scores["proxy"].value is not None]
         for rollout in failed:
@@ -255,7 +277,12 @@ class PPOController:
         update = self.learner.start_each("update", references, self.kl.coef, train_policy)
         if self.commits is not None:
             self.commits.ask()  # behind the update, whose optimizer step waits for the writer
-        metrics |= self._wait(update, f"the learner's update {self.version + 1}")[0]
+        try:
+            metrics |= self._wait(update, f"the learner's update {self.version + 1}")[0]
+        except NonFiniteError as error:
+            path = save_rollouts(self.log.run_dir / "non_finite.jsonl", scored)
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise NonFiniteError(f"{cause}; no optimizer step was taken with it, its rollouts are in {path}") from None
         train_s = time.perf_counter() - start
         tokens = sum(r.num_tokens for r in scored)
         metrics |= {
@@ -269,8 +296,8 @@ class PPOController:
             self.kl.update(metrics["kl/ref_seq"], len(scored))
             metrics |= self._publish()
         self.ledger.trained(self.version)
-        metrics["fault/actors_lost"] = float(self.dispatcher.num_lost)
-        return metrics | self.ledger.metrics() | self.dispatcher.usage()
+        metrics["fault/learner_restarts"] = float(self.recovery.num_restarts)
+        return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
 
     def _wait(self, calls: list[Any], what: str) -> list[Any]:
         self.progress.waiting_for(what)

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from contracts.config import LoggerConfig
 
 REDACTED = "[redacted]"
@@ -46,6 +48,29 @@ def redacted(config: Any, hide: bool = False) -> Any:
 def _is_secret(name: str, value: Any) -> bool:
     words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     return not SECRET_WORDS.isdisjoint(words) or (isinstance(value, str) and SECRET_PART.search(name) is not None)
+
+
+def redacted_override(override: str) -> str:
+    """`key=value` without what is a secret of it."""
+    name, _, value = override.partition("=")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:  # Hydra's own grammar has more forms
+        parsed = value
+    if not isinstance(parsed, dict | list):
+        return f"{name}={redacted({name: value})[name]}"
+    hidden = redacted({name: parsed})[name]
+    return override if hidden == parsed else f"{name}={yaml.safe_dump(hidden, default_flow_style=True).strip()}"
+
+
+def redact_hydra(folder: Path) -> None:
+    """Hydra has written configuration and command line as they came. The command line is kept, for the report."""
+    overrides = folder / "overrides.yaml"
+    if overrides.exists():
+        kept = [redacted_override(str(item)) for item in yaml.safe_load(overrides.read_text()) or []]
+        overrides.write_text(yaml.safe_dump(kept))
+    for name in ("config.yaml", "hydra.yaml"):
+        (folder / name).unlink(missing_ok=True)
 
 
 class RunLog:

@@ -30,7 +30,7 @@ from controller.checkpoint import About, package_versions
 from controller.checks import check_amounts, check_model
 from controller.commits import Commit
 from controller.data import LoadReport, fingerprint, load_preferences, load_prompts, load_sft
-from controller.metrics import RunLog, redacted
+from controller.metrics import RunLog, redact_hydra, redacted
 from controller.progress import Progress
 from controller.prompts import PromptStream
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
@@ -334,8 +334,8 @@ class Pipeline:
             commit = self.directory.find(self.config.checkpoint.resume, identity)
         self.store.starts = self.directory.start_log(self.log.mark())
         self.log.cut(self.store.starts if commit is None else commit.driver_state()[0]["logs"])
-        if commit and (warning := other_versions(commit, package_versions())):
-            self.progress.line(warning)
+        if commit:
+            other_versions(commit, package_versions(), self.progress.line)
         return commit
 
     def _evaluate(self) -> None:
@@ -371,8 +371,7 @@ class Pipeline:
             with self._phase(stage, "starting Ray"):
                 self.runtime.start()
             self.stop.install()  # Ray has handlers of its own
-            if self.config.cluster.address == "local":
-                self.directory.started_ray(ray_session())
+            self.directory.started_ray(ray_session() if self.config.cluster.address == "local" else None)
 
     @contextmanager
     def _learner(self, stage: str, task: str, *arguments: Any) -> Iterator[Any]:
@@ -397,5 +396,6 @@ def _accuracy(name: str, interval: statistics.Interval) -> dict[str, float]:
 def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:
     """Write the resolved configuration into the run directory, open the log."""
     plain = redacted(asdict(config))
+    redact_hydra(directory.path / "hydra")
     (directory.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt)

@@ -18,6 +18,7 @@ import psutil
 from contracts.validation import ConfigError
 from controller import commits
 from controller.commits import CheckpointError, Commit
+from controller.metrics import redacted_override
 
 LOCK, START, SESSION = "driver.lock", "start.json", "ray_session"
 ORPHANS_END_S = 10.0
@@ -33,6 +34,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, say: Callable[[str], None]):
         path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)  # prompts, completions and whatever an error message quotes
         self.path, self._say = path, say
         self._lock: IO[str] = (path / LOCK).open("a+")
         try:
@@ -50,9 +52,10 @@ class RunDirectory:
                 say(f"{ended} processes of an earlier attempt were still there and have been ended")
             session.unlink()
 
-    def started_ray(self, session: str) -> None:
-        """Remember the session directory of an embedded Ray, for whoever comes after this driver."""
-        (self.path / SESSION).write_text(session)
+    def started_ray(self, session: str | None) -> None:
+        """Remember the session directory of an embedded Ray, for whoever comes after this driver; None: it is not ours."""
+        if session:
+            (self.path / SESSION).write_text(session)
 
     def start_log(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Where the logs of stage ppo begin, in bytes: `sizes` at its first attempt, and the same at every later one."""
@@ -124,14 +127,13 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     return [f"{key}: the commit has {shown(theirs, key)}, this configuration {shown(ours, key)}" for key in keys]
 
 
-def other_versions(commit: Commit, packages: Mapping[str, str]) -> str | None:
-    """A warning where other packages computed the commit: then nothing is promised bit for bit."""
+def other_versions(commit: Commit, packages: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Warn where other packages computed the commit: then nothing is promised bit for bit."""
     theirs = commit.packages
     names = [name for name in sorted({*theirs, *packages}) if theirs.get(name) != packages.get(name)]
-    if not names:
-        return None
-    changed = ", ".join(f"{n} {theirs.get(n, 'none')} -> {packages.get(n, 'none')}" for n in names)
-    return f"WARNING: the commit was made with other packages ({changed}): the run goes on, not bit for bit"
+    if names:
+        changed = ", ".join(f"{n} {theirs.get(n, 'none')} -> {packages.get(n, 'none')}" for n in names)
+        say(f"WARNING: the commit was made with other packages ({changed}): the run goes on, not bit for bit")
 
 
 def require_scorers(commit: Commit, scorers: Mapping[str, str | None]) -> None:
@@ -143,8 +145,8 @@ def require_scorers(commit: Commit, scorers: Mapping[str, str | None]) -> None:
 
 
 def resume_command(overrides: list[str], run_dir: str) -> str:
-    """What a user types to go on."""
-    kept = [o for o in overrides if not o.startswith(("run_dir=", "checkpoint.resume="))]
+    """What a user types to go on; secrets of the command line are for the user to fill in."""
+    kept = [redacted_override(o) for o in overrides if not o.startswith(("run_dir=", "checkpoint.resume="))]
     return shlex.join(["python", "train.py", *kept, f"run_dir={run_dir}"])
 
 
