@@ -126,6 +126,7 @@ def measure(actors: int, rollouts: int, seconds: float, run_dir: Path) -> dict[s
         while updates < 3 or time.perf_counter() - start < seconds:
             controller.dispatcher.feed(1_000_000)
             controller._update(train_policy=True)
+            controller.ledger.committed(run_dir / "ledger.jsonl")
             updates += 1
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     ray.kill(process)

@@ -34,7 +34,7 @@ from controller.metrics import RunLog, redact_hydra, redacted
 from controller.progress import Progress
 from controller.prompts import PromptStream
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
-from controller.runtime import Runtime, embedded_nodes, weight_backend
+from controller.runtime import Runtime, embedded_nodes, ray_session, weight_backend
 from controller.stages import StageStore, checkpoint_fingerprint
 from controller.stop import Stop
 
@@ -313,7 +313,7 @@ class Pipeline:
                 learner.call("connect", backend, actors)[0].require_all()
             restarts, say = config.cluster.max_actor_restarts, self.progress.line
             fleet = Fleet(actors, learner, backend, self.runtime.replace_actor, restarts, say)
-            about = About(identity, client.versions)
+            about = About(identity, redacted(asdict(config)), client.versions)
             logs = (self.log, self.progress)
             controller = PPOController(config, stream, fleet, learner, *logs, "gold" in scorers, about, self.stop)
             if commit:
@@ -334,8 +334,8 @@ class Pipeline:
             commit = self.directory.find(self.config.checkpoint.resume, identity)
         self.store.starts = self.directory.start_log(self.log.mark())
         self.log.cut(self.store.starts if commit is None else commit.driver_state()[0]["logs"])
-        if commit and (warning := other_versions(commit, package_versions())):
-            self.progress.line(warning)
+        if commit:
+            other_versions(commit, package_versions(), self.progress.line)
         return commit
 
     def _evaluate(self) -> None:
@@ -371,6 +371,7 @@ class Pipeline:
             with self._phase(stage, "starting Ray"):
                 self.runtime.start()
             self.stop.install()  # Ray has handlers of its own
+            self.directory.started_ray(ray_session() if self.config.cluster.address == "local" else None)
 
     @contextmanager
     def _learner(self, stage: str, task: str, *arguments: Any) -> Iterator[Any]:
