@@ -39,7 +39,7 @@ FIXED = 2048  # rollouts of an update, where the update is the same
 TOKENS = 48
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_concurrency=4096)  # a call of `collect` waits for each actor
 class StandIns:
     """All actors: what is assigned is finished."""
 
@@ -126,6 +126,7 @@ def measure(actors: int, rollouts: int, seconds: float, run_dir: Path) -> dict[s
         while updates < 3 or time.perf_counter() - start < seconds:
             controller.dispatcher.feed(1_000_000)
             controller._update(train_policy=True)
+            controller.ledger.committed(run_dir / "ledger.jsonl")
             updates += 1
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     ray.kill(process)

@@ -9,9 +9,6 @@ from typing import Any
 
 from contracts.config import ClusterConfig
 
-# Every process of a run carries its run directory under this name, so that what a killed driver leaves can be told apart.
-RUN_MARK = "TANDEM_RUN_DIR"
-
 
 def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
     """Environment of one actor, learner rank or reward replica that may use `threads` cores."""

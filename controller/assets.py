@@ -40,6 +40,7 @@ def write_model(target: Path) -> None:
     model.load_state_dict(source.state_dict())
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    (target / "README.md").write_text("---\nlicense: apache-2.0\n---\n")  # of the packaged model: for exported cards
 
 
 def read_vader(archive: Path) -> list[dict]:

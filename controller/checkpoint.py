@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class About:
     """What a commit says of its run beside the state."""
 
     identity: dict[str, Any]  # what decides the result, flat
+    config: dict[str, Any]  # resolved, without secrets
     scorers: dict[str, str | None] = field(default_factory=dict)  # versions
     packages: dict[str, str] = field(default_factory=lambda: package_versions())
 
@@ -40,7 +42,7 @@ class About:
 @dataclass
 class _Pending:
     commit: Commit
-    partial: Path
+    folder: Path  # temporary
     state: State
     begun: list[Any]  # references
     asked: bool = False
@@ -84,28 +86,28 @@ class Committer:
         self.settle()
         start = time.perf_counter()
         path = commits.step_path(self._run_dir, step)
-        partial = path.with_name(path.name + ".partial")
+        folder = path.with_name(path.name + ".partial")
         try:
             self._require_space()
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(mode=0o700)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
         except OSError as error:  # a full disk: no commit
-            self._fail(step, partial, error)
+            self._fail(step, folder, error)
             return
         about, ranks = self._about, len(self._learner.actors)
-        new = Commit(
-            path, step, policy_version, about.identity, about.packages, about.scorers, ranks, quality, records={}
-        )
-        self._pending = _Pending(new, partial, state, self._learner.start("begin_commit", str(partial)))
+        described = (about.identity, about.config, about.packages, about.scorers)
+        new = Commit(path, step, policy_version, *described, ranks, quality, records={})
+        self._pending = _Pending(new, folder, state, self._learner.start("begin_commit", str(folder)))
         self._stall_s += time.perf_counter() - start
 
     def ask(self) -> None:
         """Call for the votes. A rank answers when it has written, and does nothing else until then: ask while it has nothing
         else to do, or behind what it shall do first."""
-        if self._pending is not None and not self._pending.asked:
-            self._pending.asked = True
+        pending = self._pending
+        if pending is not None and not pending.asked:
+            pending.asked = True
             votes = self._learner.start("state.result", True)
-            self._dispatcher.hear([*self._pending.begun, *votes], self._decide)
+            self._dispatcher.hear([*pending.begun, *votes], partial(self._decide, pending))
 
     def settle(self) -> None:
         """Return when no commit is under way. Raises as `begin`, and TimeoutError."""
@@ -127,11 +129,11 @@ class Committer:
         if free < SPARE * self._num_bytes:
             raise OSError(f"{free / 2**20:.0f} MiB are free, a commit needs {SPARE * self._num_bytes / 2**20:.0f}")
 
-    def _decide(self, answers: list[Any]) -> None:
+    def _decide(self, pending: _Pending, answers: list[Any]) -> None:
         """All ranks have been heard."""
-        pending, self._pending = self._pending, None
-        if pending is None:  # the run went back to an earlier commit meanwhile
+        if self._pending is not pending:  # the run went back to an earlier commit meanwhile
             return
+        self._pending = None
         start, step = time.perf_counter(), pending.commit.step
         errors = [answer for answer in answers if isinstance(answer, BaseException)]
         try:
@@ -139,12 +141,12 @@ class Committer:
                 raise errors[0]
             for votes in answers[len(pending.begun) :]:
                 pending.commit.records.update({name: FileRecord(*record) for name, record in votes.items()})
-            pending.commit.records.update(commits.write_driver_state(pending.partial, pending.state))
-            commits.publish(pending.partial, pending.commit)
+            pending.commit.records.update(commits.write_driver_state(pending.folder, pending.state))
+            commits.publish(pending.folder, pending.commit)
         except (
             Exception
         ) as error:  # whatever it was, DeepSpeed's and the disk's included: no commit, and the run goes on
-            self._fail(step, pending.partial, error)
+            self._fail(step, pending.folder, error)
             return
         self._in_a_row, self.newest, self._num_bytes = 0, step, pending.commit.num_bytes
         try:
@@ -155,8 +157,8 @@ class Committer:
             self._say(f"WARNING: update {step} is committed, but not tidied up after: {_reason(error)}")
         self._stall_s += time.perf_counter() - start
 
-    def _fail(self, step: int, partial: Path, error: BaseException) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+    def _fail(self, step: int, folder: Path, error: BaseException) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
         self._num_failed += 1
         self._in_a_row += 1
         most = self._config.max_failures

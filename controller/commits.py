@@ -2,7 +2,7 @@
 
     RUN/checkpoints/
         step_12/                    after 12 updates
-            MANIFEST.json           size and SHA-256 of every other file; what the run is; its own SHA-256
+            MANIFEST.json           size and SHA-256 of every other file; configuration; its own SHA-256
             driver.json             ledger, prompt stream, KL controller, normaliser, random state, sizes of the logs
             driver.safetensors      the ledger's arrays: rollouts that are sampled but not trained
             rank_R.safetensors      what learner rank R needs to go on
@@ -46,6 +46,7 @@ class Commit:
     step: int  # updates that had trained
     version: int  # of the policy
     identity: dict[str, Any]  # what decides the result of the run, flat
+    config: dict[str, Any]  # resolved, without secrets
     packages: dict[str, str]
     scorers: dict[str, str | None]  # versions that scored
     world_size: int
@@ -87,6 +88,7 @@ def publish(partial: Path, commit: Commit) -> None:
         "step": commit.step,
         "version": commit.version,
         "identity": commit.identity,
+        "config": commit.config,
         "packages": commit.packages,
         "scorers": commit.scorers,
         "world_size": commit.world_size,
@@ -115,6 +117,7 @@ def read_commit(path: Path) -> Commit:
             content["step"],
             content["version"],
             content["identity"],
+            content["config"],
             content["packages"],
             content["scorers"],
             content["world_size"],

@@ -226,7 +226,8 @@ class PPOController:
         set_random_state(state["random"])
         self.first_score, self.version, self.updates = state["first_score"], state["version"], state["updates"]
         self.durations, self.qualities = state["durations"], state["qualities"]
-        self.log.cut(state["logs"])
+        # Not the phases: what this driver was busy with stays true.
+        self.log.cut({name: size for name, size in state["logs"].items() if name != "phases.jsonl"})
         self._boundary = state, arrays
         if self.commits is not None:
             self.commits.resumed(commit)

@@ -128,9 +128,10 @@ class RunLog:
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def cut(self, sizes: Mapping[str, int]) -> None:
-        """Go back to a `mark`: what came later is written again."""
-        for name, file in self._files.items():
-            os.truncate(file.fileno(), min(sizes[name], os.fstat(file.fileno()).st_size))
+        """Take the files that `sizes` names back to a `mark`: what came later is written again."""
+        for name, size in sizes.items():
+            file = self._files[name]
+            os.truncate(file.fileno(), min(size, os.fstat(file.fileno()).st_size))
 
     @property
     def _files(self) -> dict[str, IO[str]]:

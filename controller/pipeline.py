@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
-import yaml
 from transformers import AutoTokenizer
 
 from contracts.config import SourceConfig, TandemConfig
@@ -30,11 +29,11 @@ from controller.checkpoint import About, package_versions
 from controller.checks import check_amounts, check_model
 from controller.commits import Commit
 from controller.data import LoadReport, fingerprint, load_preferences, load_prompts, load_sft
-from controller.metrics import RunLog, redact_hydra, redacted
+from controller.metrics import RunLog, redacted
 from controller.progress import Progress
 from controller.prompts import PromptStream
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
-from controller.runtime import Runtime, embedded_nodes, weight_backend
+from controller.runtime import Runtime, embedded_nodes, ray_session, weight_backend
 from controller.stages import StageStore, checkpoint_fingerprint
 from controller.stop import Stop
 
@@ -313,7 +312,7 @@ class Pipeline:
                 learner.call("connect", backend, actors)[0].require_all()
             restarts, say = config.cluster.max_actor_restarts, self.progress.line
             fleet = Fleet(actors, learner, backend, self.runtime.replace_actor, restarts, say)
-            about = About(identity, client.versions)
+            about = About(identity, redacted(asdict(config)), client.versions)
             logs = (self.log, self.progress)
             controller = PPOController(config, stream, fleet, learner, *logs, "gold" in scorers, about, self.stop)
             if commit:
@@ -371,6 +370,8 @@ class Pipeline:
             with self._phase(stage, "starting Ray"):
                 self.runtime.start()
             self.stop.install()  # Ray has handlers of its own
+            if self.config.cluster.address == "local":
+                self.directory.started_ray(ray_session())
 
     @contextmanager
     def _learner(self, stage: str, task: str, *arguments: Any) -> Iterator[Any]:
@@ -390,11 +391,3 @@ class Pipeline:
 
 def _accuracy(name: str, interval: statistics.Interval) -> dict[str, float]:
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:
-    """Write the resolved configuration into the run directory, open the log."""
-    plain = redacted(asdict(config))
-    redact_hydra(directory.path / "hydra")
-    (directory.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-    return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt)

@@ -6,22 +6,23 @@ one start of a driver there. A resumed run is the same run: where anything that 
 
 import fcntl
 import json
-import os
 import shlex
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import yaml
 
-from contracts.process_env import RUN_MARK
+from contracts.config import TandemConfig
 from contracts.validation import ConfigError
 from controller import commits
 from controller.commits import CheckpointError, Commit
-from controller.metrics import redacted_override
+from controller.metrics import RunLog, redact_hydra, redacted, redacted_override
 
-LOCK, START = "driver.lock", "start.json"
+LOCK, START, SESSION = "driver.lock", "start.json", "ray_session"
 ORPHANS_END_S = 10.0
 SHOWN = 12  # characters of a fingerprint, for people
 
@@ -47,9 +48,15 @@ class RunDirectory:
         self._lock.truncate(0)
         self._lock.write(str(self.attempt))
         self._lock.flush()
-        os.environ[RUN_MARK] = mark = str(path.resolve())  # of every process that this driver starts
-        if self.attempt > 1 and (ended := end_orphans(mark)):
-            say(f"{ended} processes of an earlier attempt were still there and have been ended")
+        session = path / SESSION
+        if session.exists():
+            if ended := end_orphans(session.read_text()):
+                say(f"{ended} processes of an earlier attempt were still there and have been ended")
+            session.unlink()
+
+    def started_ray(self, session: str) -> None:
+        """Remember the session directory of an embedded Ray, for whoever comes after this driver."""
+        (self.path / SESSION).write_text(session)
 
     def start_log(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Where the logs of stage ppo begin, in bytes: `sizes` at its first attempt, and the same at every later one."""
@@ -91,7 +98,19 @@ class RunDirectory:
         if commits.steps(self.path):
             aside = self.path / f"{commits.FOLDER}.before-attempt-{self.attempt}"
             folder.rename(aside)
-            self._say(f"checkpoint.resume=never: starting afresh; the earlier commits are in {aside}")
+            start = json.loads((aside / START).read_text())
+            for log in start:  # they are cut back to where the first attempt began
+                shutil.copy2(self.path / log, aside / log)
+            self.start_log(start)
+            self._say(f"checkpoint.resume=never: starting afresh; the earlier commits and logs are in {aside}")
+
+
+def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:
+    """Write the resolved configuration into the run directory, open the log."""
+    plain = redacted(asdict(config))
+    redact_hydra(directory.path / "hydra")
+    (directory.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt)
 
 
 def flat(inputs: Any, prefix: str = "") -> dict[str, Any]:
@@ -141,18 +160,17 @@ def resume_command(overrides: list[str], run_dir: str) -> str:
     return shlex.join(["python", "train.py", *kept, f"run_dir={run_dir}"])
 
 
-def end_orphans(mark: str) -> int:
-    """End what an earlier driver of this run directory has left: processes that carry its mark and are not ours. Embedded
-    Ray's workers die with the driver, its agents within a minute; an engine's own children may stay."""
-    mine = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+def end_orphans(session: str) -> int:
+    """End what an earlier driver has left: processes that hold a file of its Ray session open, as all of them do their logs.
+    Embedded Ray's workers die with the driver, its agents within a minute; an engine's own children may stay. (A mark in
+    the environment would not do: Ray's workers overwrite theirs with their title.)"""
     left = []
     for process in psutil.process_iter():
         try:
-            if process.pid not in mine and process.environ().get(RUN_MARK) == mark:
+            if any(file.path.startswith(f"{session}/") for file in process.open_files()):
                 process.kill()
                 left.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile, or of another user
             continue
-    if left:
-        psutil.wait_procs(left, timeout=ORPHANS_END_S)
+    psutil.wait_procs(left, timeout=ORPHANS_END_S)
     return len(left)

@@ -43,6 +43,12 @@ def embedded_nodes() -> list[Resources]:
     return [{"CPU": embedded_cpus(), "GPU": torch.cuda.device_count()}]
 
 
+def ray_session() -> str:
+    """Directory of the Ray that runs here; every process of it keeps a log open in there."""
+    node: Any = ray._private.worker._global_node
+    return node.get_session_dir_path()
+
+
 class Runtime:
     """One Ray for all stages of a run; `with Runtime(config) as runtime` leaves no process behind."""
 

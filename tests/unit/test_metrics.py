@@ -152,3 +152,27 @@ def test_text_reaches_wandb_only_on_request(tmp_path, disabled):
         log._wandb = SimpleNamespace(log=sent.append, finish=lambda: None)
         log.samples([{"prompt": "p", "completion": "c", "proxy": 1.0}])
     assert sent[0]["samples/table"].data == [["c", "p", 1.0]]
+
+
+def test_back_to_a_mark(tmp_path, disabled):
+    with RunLog(tmp_path, {}, disabled, "ppo") as log:
+        log.log("ppo", 1, {"x": 1.0})
+        log.samples([{"text": "kept"}])
+        mark = log.mark()
+        log.log("ppo", 2, {"x": 2.0})
+        log.samples([{"text": "gone"}])
+        with log.phase("ppo", "gone"):
+            pass
+        log.cut(mark)
+        log.log("ppo", 2, {"x": 3.0})
+    assert [row["x"] for row in lines(tmp_path / "metrics.jsonl")] == [1.0, 3.0]
+    assert [row["text"] for row in lines(tmp_path / "samples.jsonl")] == ["kept"]
+    assert lines(tmp_path / "phases.jsonl") == []
+
+
+def test_attempts_of_a_run_are_wandb_runs_of_one_group(tmp_path):
+    for attempt in (1, 2):
+        with RunLog(tmp_path / "a run", {"name": "demo"}, LoggerConfig(), "ppo", attempt=attempt) as log:
+            assert log.wandb_id == f"demo-a-run-a{attempt}"
+    names = sorted(path.name.rsplit("-", 4)[-4:] for path in (tmp_path / "a run/wandb").glob("offline-run-*"))
+    assert [name[-1] for name in names] == ["a1", "a2"]

@@ -151,3 +151,31 @@ def test_checkpoint_fingerprint(tmp_path: Path) -> None:
     hub = checkpoint_fingerprint("owner/model")
     assert hub != checkpoint_fingerprint("owner/other")
     assert hub != checkpoint_fingerprint("owner/model", "v1.0")
+
+
+def test_lines_that_a_run_has_are_not_added_again(tmp_path: Path) -> None:
+    """A second attempt in the same run directory finds the stage, and its lines in the log."""
+    store, log = run_of(tmp_path, "first")
+    store.run("sft", INPUTS, work_with(log, 2.5))
+    before = {name: (tmp_path / "first" / name).read_text() for name in LOGS}
+    assert store.find("sft", INPUTS) is not None
+    assert {name: (tmp_path / "first" / name).read_text() for name in LOGS} == before
+    other, _ = run_of(tmp_path, "second")
+    other.find("sft", INPUTS)
+    assert {name: (tmp_path / "second" / name).read_text() for name in LOGS} == before
+
+
+def test_a_resumed_stage_keeps_the_lines_of_its_first_attempt(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+    log.log("before", 1, {})
+    began = log.mark()
+    log.log("sft", 1, {"loss": 3.0})  # the first attempt, up to its commit
+
+    def work(path: Path) -> dict[str, Any]:
+        store.starts = began
+        log.log("sft", 2, {"loss": 2.0})
+        path.mkdir()
+        return {}
+
+    made = store.run("sft", INPUTS, work)
+    assert [row["step"] for row in lines(Path(made.path).parent / "log/metrics.jsonl")] == [1, 2]

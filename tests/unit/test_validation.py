@@ -18,6 +18,7 @@ from controller.checks import check_amounts
 OUTSIDE = {
     "at least 1": 0,
     "at least 2, as one prompt has no confidence interval": 1,
+    "at least 2, as the newest commit may turn out bad": 1,
     "0 or more": -1,
     "null or 0 or more": -1,
     "above 0": 0,

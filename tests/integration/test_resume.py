@@ -1,0 +1,226 @@
+"""A run that is killed and resumed is the run that was never broken: same weights, same metrics, every rollout once."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from controller import commits
+from controller.ledger_log import audit
+from tests.conftest import ROOT, VADER
+
+TIMES = ("perf/", "progress/eta_s", "wall_s")
+UPDATES = 5  # one of them fits the value model alone
+
+
+class Run:
+    """One run directory, and as many drivers as it takes."""
+
+    def __init__(self, folder: Path, model: Path, judge: Path, *overrides: str):
+        self.folder, self.dir = folder, folder / "run"
+        self.command = [
+            sys.executable,
+            "train.py",
+            "stage=ppo",
+            f"run_dir={self.dir}",
+            f"cache_dir={folder}/cache",
+            *(f"{key}={model}" for key in ("model.path", "sft_model")),
+            f"proxy_model={judge}",
+            "data.gold=null",
+            *(f"data.{part}.path={VADER}/sft.jsonl" for part in ("sft", "prompts", "preferences", "test")),
+            *(f"data.{part}.max_rows=24" for part in ("sft", "prompts", "preferences", "test")),
+            f"ppo.updates={UPDATES - 1}",
+            "ppo.value_warmup_updates=1",
+            "ppo.rollouts_per_update=8",
+            "ppo.gold_rollouts=0",
+            "ppo.kl.controller=adaptive",
+            "ppo.ptx_coef=0.1",
+            "ppo.ptx_batch_size=2",
+            "ppo.trainable_layers=1",
+            "ppo.value_trainable_layers=null",
+            "ppo.sampling.max_completion_tokens=12",
+            "checkpoint.every=1",
+            "engine.kv_cache_gib=0.25",
+            "cluster.min_memory_gib=3",
+            "logger.wandb=disabled",
+            *overrides,
+        ]
+        self.printed = ""
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*self.command, *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def finish(self, *overrides: str) -> int:
+        with self.start(*overrides) as driver:
+            assert driver.stdout is not None
+            self.printed = driver.stdout.read()
+        return driver.returncode
+
+    def wait_for(self, driver: subprocess.Popen[str], text: str) -> None:
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            self.printed += line
+            if text in line:
+                return
+        raise AssertionError(f"the driver ended without saying {text!r}: {self.printed[-4000:]}")
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        rows = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
+
+    @property
+    def model(self) -> bytes:
+        [file] = (self.folder / "cache/stages").glob("ppo-*/model/model.safetensors")
+        return file.read_bytes()
+
+
+def worker(driver: subprocess.Popen[str], name: str) -> psutil.Process:
+    children = psutil.Process(driver.pid).children(recursive=True)
+    [found] = [c for c in children if c.status() != psutil.STATUS_ZOMBIE and name in " ".join(c.cmdline())]
+    return found
+
+
+def freeze_and_kill(driver: subprocess.Popen[str], name: str, after_s: float) -> psutil.Process:
+    """Stop a process of the run, so that the driver waits for it, and then end the driver."""
+    frozen = worker(driver, name)
+    frozen.suspend()
+    time.sleep(after_s)
+    driver.kill()
+    driver.wait()
+    return frozen
+
+
+def in_rollouts(run: Run, driver: subprocess.Popen[str]) -> psutil.Process:
+    run.wait_for(driver, "version 1 ")
+    return freeze_and_kill(driver, "RolloutActor", 3)
+
+
+def in_update(run: Run, driver: subprocess.Popen[str]) -> psutil.Process:
+    run.wait_for(driver, "version 1 ")
+    return freeze_and_kill(driver, "LearnerActor", 3)
+
+
+def in_commit(run: Run, driver: subprocess.Popen[str]) -> psutil.Process:
+    run.wait_for(driver, "fitting the value model")
+    partial = run.dir / "checkpoints/step_3.partial"
+    while not partial.exists():
+        time.sleep(0.0005)
+    frozen = freeze_and_kill(driver, "LearnerActor", 0)
+    assert partial.exists()
+    assert not (run.dir / "checkpoints/step_3").exists()
+    return frozen
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, reward_model: Path) -> Run:
+    run = Run(tmp_path_factory.mktemp("unbroken"), tiny_model, reward_model)
+    assert run.finish() == 0, run.printed[-4000:]
+    return run
+
+
+def require_same(run: Run, unbroken: Run) -> None:
+    assert run.metrics == unbroken.metrics
+    assert (run.dir / "samples.jsonl").read_text() == (unbroken.dir / "samples.jsonl").read_text()
+    assert run.model == unbroken.model
+    assert commits.steps(run.dir) == commits.steps(unbroken.dir)
+    accounts = audit(run.dir / "ledger.jsonl")
+    assert accounts.faults == []
+    assert (accounts.admitted, accounts.trained, accounts.open) == (UPDATES * 8, UPDATES * 8, 0)
+
+
+def test_an_unbroken_run_keeps_its_newest_commits_and_the_best(unbroken: Run) -> None:
+    assert [row["stage"] for row in unbroken.metrics] == ["value_warmup"] + ["ppo"] * (UPDATES - 1)
+    kept = commits.steps(unbroken.dir)
+    assert set(kept) >= {UPDATES - 1, UPDATES}
+    assert len(kept) <= 3
+    best = commits.best(unbroken.dir)
+    assert best is not None
+    assert best.step in kept
+    newest = commits.verified(unbroken.dir, UPDATES)
+    assert (newest.version, newest.world_size) == (UPDATES - 1, 1)
+    assert oct((unbroken.dir / "checkpoints").stat().st_mode & 0o777) == "0o700"
+    assert {row["fault/commits_failed"] for row in unbroken.metrics} == {0}
+    # The plain checkpoint in the last commit is what the stage leaves.
+    assert (newest.path / "policy/model.safetensors").read_bytes() == unbroken.model
+
+
+def test_a_commit_is_exported_as_a_plain_checkpoint(unbroken: Run, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    command = [sys.executable, "-m", "controller.export", str(unbroken.dir), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert "proxy: version `" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [in_update, pytest.param(in_rollouts, marks=pytest.mark.full), pytest.param(in_commit, marks=pytest.mark.full)],
+)
+def test_killed_stopped_and_resumed(
+    kill: Callable[..., psutil.Process], unbroken: Run, tmp_path: Path, tiny_model: Path, reward_model: Path
+) -> None:
+    run = Run(tmp_path, tiny_model, reward_model)
+    with run.start() as driver:
+        frozen = kill(run, driver)
+    reached = commits.steps(run.dir)[-1]
+
+    with run.start() as driver:
+        run.wait_for(driver, "going on from")
+        run.wait_for(driver, "version 2 ")
+        driver.send_signal(signal.SIGTERM)
+        assert driver.stdout is not None
+        run.printed += driver.stdout.read()
+    assert driver.returncode == 75, run.printed[-4000:]
+    assert "of an earlier attempt were still there and have been ended" in run.printed
+    assert not frozen.is_running() or frozen.status() == psutil.STATUS_ZOMBIE
+    assert f"after update {reached}" in run.printed
+    assert f"go on with: python train.py stage=ppo {run.command[4]}" in run.printed
+    assert 0 < commits.steps(run.dir)[-1] < UPDATES
+
+    assert run.finish() == 0, run.printed[-4000:]
+    require_same(run, unbroken)
+
+
+@pytest.mark.full
+def test_exactly_once_where_actors_work_ahead(tmp_path: Path, tiny_model: Path, reward_model: Path) -> None:
+    run = Run(tmp_path, tiny_model, reward_model, "ppo.max_staleness=1", "ppo.score_batch=2", "checkpoint.every=2")
+    for text in ("version 2 ", "version 3 "):
+        with run.start() as driver:
+            run.wait_for(driver, text)
+            driver.kill()
+    assert run.finish() == 0, run.printed[-4000:]
+    accounts = audit(run.dir / "ledger.jsonl")
+    assert accounts.faults == []
+    assert (accounts.trained, accounts.quarantined, accounts.open) == (UPDATES * 8, 0, 0)
+    assert [row["progress/version"] for row in run.metrics] == list(range(UPDATES))
+
+
+def test_another_configuration_is_refused(unbroken: Run) -> None:
+    before = unbroken.metrics
+    assert unbroken.finish("ppo.clip=0.3", "data.prompts.max_rows=23", "reuse_stages=false") == 2
+    assert "ppo.clip: the commit has 0.2, this configuration 0.3" in unbroken.printed
+    assert "prompts: the commit has " in unbroken.printed
+    assert "starting Ray" not in unbroken.printed
+    assert unbroken.metrics == before
+
+
+def test_two_drivers_in_one_directory(unbroken: Run) -> None:
+    import fcntl
+
+    with (unbroken.dir / "driver.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert unbroken.finish() == 2
+    assert "another driver is working there" in unbroken.printed

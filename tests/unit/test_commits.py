@@ -1,0 +1,139 @@
+"""Commits on disk: what is torn, missing or changed is found; the newest valid one counts; the best one stays."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from contracts import durable
+from controller import commits
+from controller.commits import MANIFEST, CheckpointError, Commit
+from controller.ledger import Ledger
+
+ARRAYS = {"int32": np.arange(5, dtype=np.int32), "float32": np.array([0.5, -1.0], dtype=np.float32)}
+
+
+def commit(run_dir: Path, step: int, quality: float | None = None, config: dict[str, Any] | None = None) -> Commit:
+    """A commit as `controller.checkpoint` makes it."""
+    path = commits.step_path(run_dir, step)
+    partial = path.with_name(path.name + ".partial")
+    (partial / "policy").mkdir(parents=True)
+    named = quality and ("reward/x", quality)
+    new = Commit(path, step, step - 1, {"seed": 1}, config or {}, {"torch": "2"}, {}, 1, named, {})
+    new.records["rank_0.safetensors"] = durable.write_chunks(partial / "rank_0.safetensors", iter([b"weights"]))
+    new.records["policy/config.json"] = durable.write_json(partial / "policy/config.json", {"layers": 2})
+    new.records.update(commits.write_driver_state(partial, ({"updates": step}, ARRAYS)))
+    commits.publish(partial, new)
+    return new
+
+
+def test_what_was_committed_is_read(tmp_path: Path) -> None:
+    commit(tmp_path, 3, quality=0.25)
+    said: list[str] = []
+    found = commits.newest_valid(tmp_path, said.append)
+    assert found is not None
+    assert (found.step, found.version, found.identity, found.quality) == (3, 2, {"seed": 1}, ("reward/x", 0.25))
+    state, arrays = found.driver_state()
+    assert state == {"updates": 3}
+    assert {name: array.tolist() for name, array in arrays.items()} == {"int32": [0, 1, 2, 3, 4], "float32": [0.5, -1]}
+    assert said == []
+
+
+def test_the_ledger_survives_the_files(tmp_path: Path) -> None:
+    """An empty ledger has no arrays at all, which a file must hold too."""
+    partial = tmp_path / "state"
+    partial.mkdir()
+    ledger = Ledger(4, 1)
+    commits.write_driver_state(partial, ledger.state_dict())
+    found = Commit(partial, 0, 0, {}, {}, {}, {}, 1, None, {}).driver_state()
+    Ledger(4, 1).load_state_dict(*found, tmp_path / "ledger.jsonl")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def lie(path: Path) -> None:
+    """A manifest that was changed to fit."""
+    manifest = json.loads(path.read_text())
+    manifest["content"]["step"] = 99
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("harm", "file", "reason"),
+    [
+        (truncate, "rank_0.safetensors", "rank_0.safetensors has 6 bytes instead of 7"),
+        (flip, "rank_0.safetensors", "rank_0.safetensors has SHA-256 "),
+        (flip, "driver.safetensors", "driver.safetensors has SHA-256 "),
+        (Path.unlink, "policy/config.json", "config.json is missing"),
+        (truncate, MANIFEST, "MANIFEST.json cannot be read: JSONDecodeError"),
+        (lie, MANIFEST, "MANIFEST.json does not have the SHA-256 that it names"),
+        (Path.unlink, MANIFEST, "MANIFEST.json is missing"),
+    ],
+)
+def test_a_damaged_commit_is_passed_over_loudly(harm: Any, file: str, reason: str, tmp_path: Path) -> None:
+    for step in (2, 4):
+        commit(tmp_path, step)
+    harm(commits.step_path(tmp_path, 4) / file)
+    said: list[str] = []
+    found = commits.newest_valid(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 2
+    [line] = said
+    assert line.startswith("WARNING: the commit ")
+    assert reason in line
+
+    harm(commits.step_path(tmp_path, 2) / file)
+    with pytest.raises(CheckpointError, match="has commits and none is valid") as error:
+        commits.newest_valid(tmp_path, said.append)
+    assert "step_2" in str(error.value)
+    assert "step_4" in str(error.value)
+
+
+def test_without_commits_there_is_none(tmp_path: Path) -> None:
+    assert commits.newest_valid(tmp_path, print) is None
+    (tmp_path / "checkpoints/step_2.partial").mkdir(parents=True)
+    assert commits.newest_valid(tmp_path, print) is None  # half of one is none
+    commits.sweep(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_commit_is_never_replaced(tmp_path: Path) -> None:
+    commit(tmp_path, 2)
+    with pytest.raises(FileExistsError):
+        commit(tmp_path, 2)
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    for step, quality in ((1, 0.1), (2, 0.9), (3, 0.3), (4, 0.2), (5, 0.4)):
+        commit(tmp_path, step, quality)
+        commits.prune(tmp_path, keep=2)
+    assert commits.steps(tmp_path) == [2, 4, 5]
+    best = commits.best(tmp_path)
+    assert best is not None
+    assert best.step == 2
+
+
+def test_of_equals_the_newer_is_the_best(tmp_path: Path) -> None:
+    for step in (1, 2):
+        commit(tmp_path, step, 0.5)
+    best = commits.best(tmp_path)
+    assert best is not None
+    assert best.step == 2
+
+
+def test_what_cannot_be_read_is_not_deleted(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        commit(tmp_path, step)
+    (commits.step_path(tmp_path, 1) / MANIFEST).unlink()
+    commits.prune(tmp_path, keep=2)
+    assert commits.steps(tmp_path) == [1, 3, 4]
