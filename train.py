@@ -48,10 +48,10 @@ def main(composed: DictConfig) -> float | None:
 
 def run(config: TandemConfig, stop: Stop) -> float | None:
     from controller.data import DataError
-    from controller.pipeline import Pipeline, open_run
+    from controller.pipeline import Pipeline
     from controller.progress import Progress
     from controller.report import render
-    from controller.resume import RunDirectory
+    from controller.resume import RunDirectory, open_run
     from controller.summary import summary_rows
 
     with Progress(config.logger.heartbeat_s) as progress:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
-import yaml
 from transformers import AutoTokenizer
 
 from contracts.config import SourceConfig, TandemConfig
@@ -30,7 +29,7 @@ from controller.checkpoint import About, package_versions
 from controller.checks import check_amounts, check_model
 from controller.commits import Commit
 from controller.data import LoadReport, fingerprint, load_preferences, load_prompts, load_sft
-from controller.metrics import RunLog, redact_hydra, redacted
+from controller.metrics import RunLog, redacted
 from controller.progress import Progress
 from controller.prompts import PromptStream
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
@@ -391,11 +390,3 @@ class Pipeline:
 
 def _accuracy(name: str, interval: statistics.Interval) -> dict[str, float]:
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:
-    """Write the resolved configuration into the run directory, open the log."""
-    plain = redacted(asdict(config))
-    redact_hydra(directory.path / "hydra")
-    (directory.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-    return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt)

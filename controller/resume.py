@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import yaml
 
+from contracts.config import TandemConfig
 from contracts.validation import ConfigError
 from controller import commits
 from controller.commits import CheckpointError, Commit
-from controller.metrics import redacted_override
+from controller.metrics import RunLog, redact_hydra, redacted, redacted_override
 
 LOCK, START, SESSION = "driver.lock", "start.json", "ray_session"
 ORPHANS_END_S = 10.0
@@ -102,6 +104,14 @@ class RunDirectory:
                 shutil.copy2(self.path / log, aside / log)
             self.start_log(start)
             self._say(f"checkpoint.resume=never: starting afresh; the earlier commits and logs are in {aside}")
+
+
+def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:
+    """Write the resolved configuration into the run directory, open the log."""
+    plain = redacted(asdict(config))
+    redact_hydra(directory.path / "hydra")
+    (directory.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt)
 
 
 def flat(inputs: Any, prefix: str = "") -> dict[str, Any]:
