@@ -75,7 +75,8 @@ class Cluster:
         """CPUs and GPUs of each node that is alive."""
         from ray.util.state import list_nodes
 
-        alive = list_nodes(self.target.address, [("state", "=", "ALIVE")], limit=10000, detail=True)
+        # Not filtered by Ray: it takes the dead nodes that it leaves out for missing ones, and raises.
+        alive = [node for node in list_nodes(self.target.address, limit=10000, detail=True) if node.state == "ALIVE"]
         return [{name: node.resources_total.get(name, 0.0) for name in ("CPU", "GPU")} for node in alive]
 
     def check_capacity(self, config: TandemConfig) -> None:

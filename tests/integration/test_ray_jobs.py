@@ -161,6 +161,7 @@ def test_a_job_is_stopped_and_resumed(cluster: RayCluster, tiny_model: Path, tmp
         early = cluster.call("submit.py", "resume", name)
         assert f"{name} is RUNNING: stop it first" in early.stderr
         stopped = cluster.call("submit.py", "stop", name)
+        read_until(logs.stdout, "has ended with exit code 143")
     assert re.search(r"status +STOPPED\n +exit code +143\n", stopped.stdout), stopped.stdout + stopped.stderr
     assert logs.returncode == 143
     assert not (tmp_path / "run/result.json").exists()
@@ -168,6 +169,7 @@ def test_a_job_is_stopped_and_resumed(cluster: RayCluster, tiny_model: Path, tmp
         printed = read_until(resumed.stdout, "SFT step")
         assert f"Tandem: stage=sft, run directory {tmp_path}/run" in printed
         cluster.call("submit.py", "stop", f"{name}-r2")
+        read_until(resumed.stdout, "has ended with exit code 143")
     assert resumed.returncode == 143
 
 
@@ -185,9 +187,10 @@ def test_a_job_on_two_nodes(cluster: RayCluster, tiny_model: Path, tmp_path: Pat
     finally:
         end_node(node)
     assert sent.returncode == 0, sent.stdout + sent.stderr
-    assert "Tandem" in sent.stdout
     assert read_outcome(tmp_path / "run") is None  # SFT alone has no gold reward
     assert json.loads((tmp_path / "run/stages.json").read_text())[0]["name"] == "sft"
+    gone = cluster.submit("--dry-run", *sft(tmp_path, tiny_model, *run))
+    assert "the cluster has 2 CPUs (1 node x 2)" in gone.stderr  # a node that is dead holds nothing
 
 
 @pytest.mark.full

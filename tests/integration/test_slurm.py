@@ -44,8 +44,8 @@ class Node:
         [first] = psutil.Process(self.process.pid).children()
         environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
         environment = {name: value for name, value in environment.items() if not name.startswith("RAY_")}
-        inside = ["nsenter", f"--target={first.pid}", "--all", *command]
-        return subprocess.run(inside, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        inside = ["nsenter", f"--target={first.pid}", "--all", "env", f"--chdir={ROOT}", *command]
+        return subprocess.run(inside, env=environment, capture_output=True, text=True, timeout=300)
 
     def submit(self, *words: str) -> subprocess.CompletedProcess[str]:
         return self.call(sys.executable, "submit.py", *words)
