@@ -25,8 +25,7 @@ def start_ray(cluster: ClusterConfig, namespace: str) -> None:
     import ray
 
     token = private_token(os.environ)
-    if cluster.address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # An embedded Ray asks for the token unless RAY_AUTH_MODE says otherwise; set here it would be too late, as ray is imported.
     ray.init(**ray_options(cluster, namespace))
     if cluster.address != "local":
         try:
