@@ -41,8 +41,8 @@ def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
 
 
 def scorer_env(threads: int, on_cpu: bool) -> dict[str, str]:
-    """Environment of one reward replica. oneDNN keeps a compiled product for each shape, and every batch of texts has its own
-    number of tokens: by default a thousand of them stay, which come to more than the activations."""
+    """Environment of one reward replica. oneDNN keeps a compiled product for each shape, and every batch of texts has
+    its own number of tokens: by default a thousand of them stay, which come to more than the activations."""
     return worker_env(threads, on_cpu) | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 

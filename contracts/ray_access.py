@@ -25,7 +25,8 @@ def start_ray(cluster: ClusterConfig, namespace: str) -> None:
     import ray
 
     token = private_token(os.environ)
-    # An embedded Ray asks for the token unless RAY_AUTH_MODE says otherwise; set here it would be too late, as ray is imported.
+    # An embedded Ray asks for the token unless RAY_AUTH_MODE says otherwise; to set it here would be too late, as Ray reads
+    # it when it is imported.
     ray.init(**ray_options(cluster, namespace))
     if cluster.address != "local":
         try:
