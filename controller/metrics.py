@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from contracts.config import LoggerConfig
 
 REDACTED = "[redacted]"
@@ -48,6 +50,29 @@ def _is_secret(name: str, value: Any) -> bool:
     return not SECRET_WORDS.isdisjoint(words) or (isinstance(value, str) and SECRET_PART.search(name) is not None)
 
 
+def redacted_override(override: str) -> str:
+    """`key=value` without what is a secret of it."""
+    name, _, value = override.partition("=")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:  # Hydra's own grammar has more forms
+        parsed = value
+    if not isinstance(parsed, dict | list):
+        return f"{name}={redacted({name: value})[name]}"
+    hidden = redacted({name: parsed})[name]
+    return override if hidden == parsed else f"{name}={yaml.safe_dump(hidden, default_flow_style=True).strip()}"
+
+
+def redact_hydra(folder: Path) -> None:
+    """Hydra has written configuration and command line as they came. The command line is kept, for the report."""
+    overrides = folder / "overrides.yaml"
+    if overrides.exists():
+        kept = [redacted_override(str(item)) for item in yaml.safe_load(overrides.read_text()) or []]
+        overrides.write_text(yaml.safe_dump(kept))
+    for name in ("config.yaml", "hydra.yaml"):
+        (folder / name).unlink(missing_ok=True)
+
+
 class RunLog:
     """Appends to the files of one run. `wall_s` in every line counts from the creation of this object.
 
@@ -61,13 +86,18 @@ class RunLog:
         logger: LoggerConfig,
         job_type: str,
         *,
+        attempt: int = 1,
         wandb_text: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`wandb_text` also sends prompts and completions to wandb. They may be confidential, so it is off."""
+        """`attempt` counts the starts of one run; each is a wandb run of its own, grouped by the run.
+
+        `wandb_text` also sends prompts and completions to wandb. They may be confidential, so it is off."""
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.wandb_faults = 0
+        self.wandb_id: str | None = None
+        self._attempt = attempt
         self._clock, self._created = clock, clock()
         self._metrics = _open(self.run_dir / "metrics.jsonl")
         self._samples = _open(self.run_dir / "samples.jsonl")
@@ -91,6 +121,21 @@ class RunLog:
         if self._wandb_text and rows:
             self._tolerate("table", lambda run: self._send_table(run, rows))
 
+    def mark(self) -> dict[str, int]:
+        """Sizes of the files in bytes, durable: what a commit says of the logs."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Go back to a `mark`: what came later is written again."""
+        for name, file in self._files.items():
+            os.truncate(file.fileno(), min(sizes[name], os.fstat(file.fileno()).st_size))
+
+    @property
+    def _files(self) -> dict[str, IO[str]]:
+        return {"metrics.jsonl": self._metrics, "samples.jsonl": self._samples, "phases.jsonl": self._phases}
+
     @contextmanager
     def phase(self, stage: str, phase: str) -> Iterator[None]:
         """Record from when to when the block ran, also where it raised."""
@@ -105,7 +150,7 @@ class RunLog:
         if not self._metrics.closed:
             self._tolerate("finish", lambda run: run.finish())
             self._wandb = None
-            for file in (self._metrics, self._samples, self._phases):
+            for file in self._files.values():
                 file.close()
 
     def __enter__(self) -> "RunLog":
@@ -136,6 +181,8 @@ class RunLog:
         import wandb
 
         name = str(config.get("name") or self.run_dir.name)
+        run = re.sub(r"[^\w.-]", "-", f"{name}-{self.run_dir.resolve().name}")
+        self.wandb_id = f"{run}-a{self._attempt}"
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -156,8 +203,9 @@ class RunLog:
             mode=mode,  # type: ignore[arg-type]
             dir=os.fspath(self.run_dir),
             project=logger.project,
+            id=self.wandb_id,
             name=name,
-            group=name,
+            group=run,
             job_type=job_type,
             config=config,
             force=mode == "online",  # a missing key is an error, never a question on the terminal

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from controller.metrics import redacted
+from controller.metrics import redacted, redacted_override
 
 CURVE_FILES = ("metrics.jsonl", "stages.json", "evaluation.json")
 
@@ -144,7 +144,7 @@ def _yaml(run: Run) -> dict[str, Any]:
     try:
         if overrides.exists():
             kept = yaml.safe_load(overrides.read_text(encoding="utf-8"))
-            run.overrides = [_redacted_override(str(item)) for item in kept] if isinstance(kept, list) else None
+            run.overrides = [redacted_override(str(item)) for item in kept] if isinstance(kept, list) else None
         if not path.exists():
             run.missing.append("config.yaml")
             return {}
@@ -154,11 +154,6 @@ def _yaml(run: Run) -> dict[str, Any]:
         run.problems.append(f"config.yaml or hydra/overrides.yaml is not valid YAML ({str(error).splitlines()[0]})")
         return {}
     return redacted(config) if isinstance(config, dict) else {}
-
-
-def _redacted_override(override: str) -> str:
-    name, _, value = override.partition("=")
-    return f"{name}={redacted({name: value})[name]}"
 
 
 def _laid_end_to_end(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
