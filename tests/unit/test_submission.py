@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 import requests
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 import submission.job
 import submit
@@ -193,6 +195,13 @@ def test_the_documented_sweep_is_valid() -> None:
     assert set(launcher) <= known
     for member in product(*[word.split("=")[1].split(",") for word in words if word.startswith(("ppo", "seed"))]):
         to_job([f"ppo.kl.coef={member[0]}", f"seed={member[1]}", *PLACES])
+
+
+def test_the_launcher_gets_plain_values() -> None:
+    launcher = instantiate(OmegaConf.structured(RayJobsLauncherConf(address="http://head:8265")))
+    assert launcher.target == RayJobs(address="http://head:8265")
+    assert type(launcher.target.excludes) is list
+    assert launcher.max_parallel == 4
 
 
 # ---- Ray Jobs
