@@ -29,6 +29,7 @@ from submission.targets import RayJobs
 @dataclass
 class RayJobsLauncherConf(RayJobs):
     _target_: str = "hydra_plugins.tandem_ray_jobs.RayJobsLauncher"
+    _convert_: str = "all"  # Ray takes lists, not OmegaConf's
     max_parallel: int = 4  # members that run at a time; the others wait here, not in the cluster's queue
 
 

@@ -81,7 +81,7 @@ def wait_for_answer(cluster: RayCluster, node: subprocess.Popen[bytes]) -> None:
     for _ in range(240):
         assert node.poll() is None, (cluster.folder / "ray.log").read_text()
         try:
-            if requests.get(f"{cluster.address}/api/v0/nodes", headers=header, timeout=5).ok:
+            if "ALIVE" in requests.get(f"{cluster.address}/api/v0/nodes", headers=header, timeout=5).text:
                 return
         except requests.RequestException:
             pass  # not there yet

@@ -1,0 +1,306 @@
+"""The batch script of SLURM and the manifest of KubeRay."""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import psutil
+import pytest
+import yaml
+
+from submission import kuberay, slurm
+from submission.job import Job, quoted, to_job
+from submission.targets import KubeRay, Slurm
+
+PLACES = ["run_dir=/shared/runs/a", "cache_dir=/shared/cache"]
+TWO_NODES = [*PLACES, "cluster=multi_node"]
+
+# ---- SLURM
+
+
+def rendered(tmp_path: Path, *options: str) -> Path:
+    """A batch script of one node, in `tmp_path`."""
+    arguments = ["stage=sft", "cluster.num_nodes=1", "cluster.gpus_per_node=0", "cluster.cpus_per_node=2"]
+    places = [f"run_dir={tmp_path}/it's a run", f"cache_dir={tmp_path}/cache"]
+    job, config = to_job(["target=slurm", *options, *arguments, *map(hydra_word, places)])
+    Path(job.run_dir).mkdir(exist_ok=True)
+    script = tmp_path / "job.sbatch"
+    script.write_text(slurm.render(job, config.cluster))
+    return script
+
+
+def hydra_word(override: str) -> str:
+    key, value = override.split("=", 1)
+    return f"{key}={quoted(value)}"
+
+
+def test_the_options_of_sbatch() -> None:
+    job, config = to_job(
+        ["target=slurm", "target.partition=gpu", "+target.options.qos=high", "target.stop_wait_s=300", *TWO_NODES]
+    )
+    lines = slurm.render(job, config.cluster).splitlines()
+    assert [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")] == [
+        f"--job-name={job.id}",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=32",
+        "--exclusive",
+        "--time=24:00:00",
+        "--signal=TERM@300",
+        "--requeue",
+        "--open-mode=append",
+        "--output=/shared/runs/a/slurm.log",
+        "--partition=gpu",
+        "--gpus-per-node=8",
+        "--qos=high",
+    ]
+    assert "--num-cpus=32 --num-gpus=8" in "\n".join(lines)
+
+
+def test_the_script_is_valid_shell(tmp_path: Path) -> None:
+    script = rendered(tmp_path, "target.setup=[module load cuda]", "+target.env.A=b c")
+    assert "export A='b c'" in script.read_text()
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    if shutil.which("shellcheck"):
+        done = subprocess.run(["shellcheck", "--severity=warning", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+STUBS = {
+    "scontrol": '[[ $1 == requeue ]] && echo "requeue $2" >>"$LOG" || echo localhost',
+    "squeue": 'echo "${STATE:-RUNNING}"',
+    "srun": 'while [[ $1 == --* ]]; do shift; done\n"$@"',
+    "ray": '[[ ${RAY_FAILS:-} ]] && exit 0\nwhile [[ $1 != -- ]]; do shift; done\nshift\n"$@"',
+}
+# Stands for train.py: waits for a signal where it is told to, leaves the mark where it ends well.
+DRIVER = """#!/usr/bin/env python3
+import os, signal, sys, time
+print(sys.argv[1:], flush=True)
+if os.environ.get("WAITS"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    open(os.environ["LOG"], "w").write(f"{os.getpid()}\\n")
+    time.sleep(30)
+code = int(os.environ.get("CODE", 0))
+if code == 0:
+    open(os.environ["MARK"], "w").write("{}")
+sys.exit(code)
+"""
+
+
+def batch(tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
+    """The batch script as SLURM would start it, with programs that stand for SLURM and Ray."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {**{name: f"#!/bin/bash\n{text}\n" for name, text in STUBS.items()}, "python": DRIVER}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    script = rendered(tmp_path, f"target.python={programs}/python", f"target.directory={tmp_path}")
+    known = {
+        "PATH": f"{programs}:/usr/bin:/bin",
+        "LOG": str(tmp_path / "log"),
+        "MARK": f"{tmp_path}/it's a run/result.json",
+    }
+    job = {"SLURM_JOB_ID": f"t{tmp_path.name}", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+    return subprocess.Popen(["bash", script], env=known | job | environment, stdout=subprocess.PIPE, text=True)
+
+
+def requeued(tmp_path: Path) -> bool:
+    return (tmp_path / "log").exists() and "requeue" in (tmp_path / "log").read_text()
+
+
+def test_success_is_train_pys_own(tmp_path: Path) -> None:
+    job = batch(tmp_path)
+    printed = job.communicate()[0]
+    assert job.returncode == 0
+    assert repr(f"run_dir={quoted(f'{tmp_path}/it' + chr(39) + 's a run')}") in printed
+    assert not requeued(tmp_path)
+
+
+def test_a_ray_that_did_not_start_fails_the_job(tmp_path: Path) -> None:
+    """symmetric-run exits 0 then. A mark of an earlier attempt does not count."""
+    (tmp_path / "it's a run").mkdir()
+    (tmp_path / "it's a run/result.json").touch()
+    assert batch(tmp_path, RAY_FAILS="1").wait() == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "again"), [("75", "RUNNING", True), ("75", "CANCELLED", False), ("2", "RUNNING", False)]
+)
+def test_a_saved_state_is_queued_again(tmp_path: Path, code: str, state: str, again: bool) -> None:
+    assert batch(tmp_path, CODE=code, STATE=state).wait() == int(code)
+    assert requeued(tmp_path) is again
+
+
+def test_sigterm_for_the_task_reaches_train_py_alone(tmp_path: Path) -> None:
+    """And the shells wait for it: it exits with the requeue code, and the job is queued again."""
+    job = batch(tmp_path, WAITS="1")
+    log = tmp_path / "log"
+    while not (log.exists() and log.read_text().endswith("\n")):
+        time.sleep(0.05)
+    [srun] = [p for p in psutil.Process(job.pid).children() if "srun" in " ".join(p.cmdline()[:2])]
+    [task] = srun.children()
+    task.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 75
+    assert requeued(tmp_path)
+
+
+# ---- KubeRay
+
+POD = {
+    "type": "object",
+    "required": ["spec"],
+    "properties": {
+        "spec": {
+            "type": "object",
+            "required": ["containers"],
+            "additionalProperties": False,
+            "properties": {
+                "terminationGracePeriodSeconds": {"type": "integer", "minimum": 0},
+                "volumes": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["name"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "name": {"type": "string"},
+                            "emptyDir": {"type": "object"},
+                            "persistentVolumeClaim": {"type": "object", "required": ["claimName"]},
+                        },
+                    },
+                },
+                "containers": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "required": ["name", "image"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
+                            "image": {"type": "string"},
+                            "workingDir": {"type": "string"},
+                            "env": {"type": "array", "items": {"required": ["name", "value"]}},
+                            "resources": {
+                                "additionalProperties": False,
+                                "properties": {
+                                    kind: {"additionalProperties": {"type": "string", "pattern": r"^[0-9.]+(Gi)?$"}}
+                                    for kind in ("requests", "limits")
+                                },
+                            },
+                            "volumeMounts": {"type": "array", "items": {"required": ["name", "mountPath"]}},
+                            "lifecycle": {"properties": {"preStop": {"required": ["exec"]}}},
+                        },
+                    },
+                },
+            },
+        }
+    },
+}
+STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+# The fields that we use, as KubeRay's reference documents them; no package has the schema of its CRD.
+RAY_JOB = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayJob"},
+        "metadata": {
+            "required": ["name"],
+            "properties": {"name": {"pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 47}},
+        },
+        "spec": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "entrypoint": {"type": "string"},
+                "jobId": {"type": "string"},
+                "metadata": STRINGS,
+                "runtimeEnvYAML": {"type": "string"},
+                "backoffLimit": {"type": "integer", "minimum": 0},
+                "shutdownAfterJobFinishes": {"type": "boolean"},
+                "rayClusterSpec": {
+                    "type": "object",
+                    "required": ["headGroupSpec"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "rayVersion": {"type": "string"},
+                        "headGroupSpec": {
+                            "type": "object",
+                            "required": ["rayStartParams", "template"],
+                            "additionalProperties": False,
+                            "properties": {"rayStartParams": STRINGS, "template": POD},
+                        },
+                        "workerGroupSpecs": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "required": ["groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"],
+                                "additionalProperties": False,
+                                "properties": {
+                                    "groupName": {"type": "string"},
+                                    "rayStartParams": STRINGS,
+                                    "template": POD,
+                                    **{f: {"type": "integer"} for f in ("replicas", "minReplicas", "maxReplicas")},
+                                },
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def manifest(*arguments: str) -> dict[str, Any]:
+    """As it is read from the file."""
+    job, config = to_job(["target=kuberay", *arguments])
+    found = yaml.safe_load(kuberay.render(job, config.cluster))
+    jsonschema.validate(found, RAY_JOB)
+    return found
+
+
+def test_a_manifest_has_the_documented_fields_and_the_size_of_the_layout() -> None:
+    found = manifest(
+        *TWO_NODES, "target.volume_claim=data", "target.image=registry/tandem:1", "+target.env.HF_HOME=/shared/hf"
+    )
+    cluster = found["spec"]["rayClusterSpec"]
+    [workers] = cluster["workerGroupSpecs"]
+    head = cluster["headGroupSpec"]
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 1
+    for group in (head, workers):
+        [container] = group["template"]["spec"]["containers"]
+        assert group["rayStartParams"]["num-gpus"] == "8"
+        assert container["resources"]["limits"] == {"cpu": "32", "memory": "64Gi", "nvidia.com/gpu": "8"}
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/dev/shm", "/shared"]
+        assert container["env"] == [{"name": "HF_HOME", "value": "/shared/hf"}]
+    assert found["spec"]["entrypoint"].startswith("exec python train.py cache_dir=/shared/cache cluster=multi_node")
+
+
+def test_a_pod_that_must_go_stops_the_job_and_waits_for_it() -> None:
+    found = manifest(*TWO_NODES, "target.stop_wait_s=200")
+    spec = found["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert (
+        spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+        == found["spec"]["jobId"]
+        == found["metadata"]["name"]
+    )
+    assert spec["terminationGracePeriodSeconds"] > 200
+    assert yaml.safe_load(found["spec"]["runtimeEnvYAML"])["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "200"}
+
+
+def test_a_layout_of_one_node_has_no_workers() -> None:
+    found = manifest(*PLACES, "cluster=single_node_8gpu")
+    assert found["spec"]["rayClusterSpec"]["workerGroupSpecs"] == []
+
+
+def test_the_programs_behind_the_verbs() -> None:
+    job = Job("a", [], "/run", KubeRay(namespace="ml"))
+    assert kuberay.commands(job, "f.yaml")["stop"] == ["kubectl", "--namespace=ml", "delete", "rayjob", "a"]
+    assert slurm.commands(Job("a", [], "/run", Slurm()), "f")["stop"] == ["scancel", "--name=a"]
