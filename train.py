@@ -17,25 +17,46 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from contracts.command_line import command_line_problems
 from contracts.config import TandemConfig, to_config
-from contracts.overrides import unknown_overrides
 from contracts.precision import choose_dtypes
-from contracts.validation import ConfigError, validate
+from contracts.validation import ConfigError, raise_conflicts, validate
+from controller.sweep import RunFailed, finished_objective, is_member, place_member, register_resolvers
 
 ConfigStore.instance().store(name="tandem", node=TandemConfig)
+register_resolvers()
+CONF = Path(__file__).resolve().parent / "conf"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
-    """Run one job. Returns the gold reward's gain over SFT where it was measured, for sweepers."""
+    """Run one job. Returns what a sweeper maximises (`controller.objective`) where it was measured.
+
+    Raises:
+        RunFailed: in a sweep, where an exit would take the other members with it.
+    """
     from controller.data import DataError
 
     try:
+        if is_member():
+            place_member(composed)
         config = to_config(composed)
         validate(config)
+        if is_member():
+            done, value = finished_objective(config)
+            if done:
+                print(f"Tandem: {config.run_dir} is done already")
+                return value
         return run(config)
     except (ConfigError, DataError) as error:
-        sys.exit(refuse(error))
+        code = refuse(error)
+        if is_member():
+            raise RunFailed("the configuration or the data cannot be used") from error
+        sys.exit(code)
+    except RunFailed:
+        if is_member():
+            raise
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; finished stages are kept and will be reused", file=sys.stderr)
         sys.exit(130)
@@ -43,34 +64,38 @@ def main(composed: DictConfig) -> float | None:
 
 def run(config: TandemConfig) -> float | None:
     from controller.data import DataError
+    from controller.objective import objective
     from controller.pipeline import Pipeline, open_run
     from controller.progress import Progress
     from controller.report import render
+    from controller.status import StatusFile
     from controller.summary import summary_rows
 
     # The engines' processes end with the driver's `with` blocks, so a polite kill must unwind them too.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with Progress(config.logger.heartbeat_s) as progress:
+    with Progress(config.logger.heartbeat_s) as progress, StatusFile(config.run_dir, progress.waiting) as status:
         progress.line(f"Tandem: stage={config.stage}, run directory {config.run_dir}")
         if chosen := choose_dtypes(config):
             progress.line(chosen)
         with open_run(config, progress) as log:
             try:
                 results = Pipeline(config, log, progress).run()
-            except (ConfigError, DataError):
+            except (ConfigError, DataError) as error:
+                status.end("refused", error=str(error))
                 raise
             except Exception as error:
                 path = Path(config.run_dir) / "error.log"
                 path.write_text(traceback.format_exc())
                 progress.line(f"✗ the run failed: {root_cause(error)}")
                 progress.line(f"  whole traceback: {path}; finished stages are kept and will be reused")
-                sys.exit(1)
+                status.end("failed", error=root_cause(error))
+                raise RunFailed(root_cause(error)) from error
         with progress.phase("writing the report"):
             report = render(Path(config.run_dir))
+        value = objective(results.get("evaluate", {}), config.evaluate.max_kl)
+        status.end("done", objective=value)
         progress.summary(summary_rows(config, results, report), "Tandem")
-    evaluation = results.get("evaluate", {})
-    gain = evaluation.get("comparisons", {}).get("ppo_vs_sft", {}).get("gold_gain", {})
-    return gain.get("mean")
+    return value
 
 
 def root_cause(error: BaseException) -> str:
@@ -86,7 +111,8 @@ def refuse(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    problems = unknown_overrides(sys.argv[1:])
-    if problems:
-        sys.exit(refuse(ConfigError("\n".join(problems))))
+    try:
+        raise_conflicts([], command_line_problems(sys.argv[1:], CONF))
+    except ConfigError as error:
+        sys.exit(refuse(error))
     main()

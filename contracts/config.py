@@ -121,6 +121,8 @@ class PPOConfig:
     # gae | grpo | dr_grpo | rloo | reinforce_plus_plus: docs/algorithms.md. All but gae do without a value model, and
     # ignore `lam` and every key of the value model. The three with groups need samples_per_prompt >= 2.
     estimator: str = "gae"
+    # Of prompts' order, sampling and minibatches; null: `seed`. Runs that differ in it alone share SFT and reward models.
+    seed: int | None = None
     updates: int = 50
     rollouts_per_update: int = 64
     samples_per_prompt: int = 1
@@ -282,6 +284,9 @@ class EnvironmentConfig:
 class LoggerConfig:
     wandb: str = "offline"  # offline | online | disabled
     project: str = "tandem"
+    wandb_text: bool = False  # also send sampled prompts and completions to wandb; they may be confidential
+    table_every: int = 10  # policy versions between two of wandb's sample tables
+    group: str | None = None  # wandb's group; null: `name`, in a sweep its directory
     samples_per_update: int = 4
     heartbeat_s: float = 30.0
 

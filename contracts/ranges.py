@@ -41,6 +41,7 @@ RANGES = [
             "learner.microbatch_tokens",
             *_under(["reward_service"], "replicas", "batch_tokens", "max_tokens", "max_queued_items", "http.max_items"),
             *_under(["cluster"], "num_actors", "num_learner_ranks"),
+            "logger.table_every",
             *_under(["cluster"], "threads_per_actor", "threads_per_learner_rank", "threads_per_reward_replica"),
         ),
     ),

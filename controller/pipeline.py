@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,14 +196,15 @@ class Pipeline:
             self.progress.line(f"✓ {name}: {getattr(self.config, given)} (given)")
             return
         inputs = self._inputs_of(name)
-        found = self.store.find(name, inputs)
         start = time.time()
-        if found:
-            self.results[name] = found
-            self.progress.line(f"✓ {name}: nothing has changed, reusing {found.path}")
-        else:
-            self.results[name] = self.store.run(name, inputs, work)
-            self.progress.line(f"✓ {name}: {self.results[name].path}")
+        with self.store.alone(name, inputs, lambda: self.progress.phase(f"waiting for the run that makes {name}")):
+            found = self.store.find(name, inputs)
+            if found:
+                self.results[name] = found
+                self.progress.line(f"✓ {name}: nothing has changed, reusing {found.path}")
+            else:
+                self.results[name] = self.store.run(name, inputs, work)
+                self.progress.line(f"✓ {name}: {self.results[name].path}")
         self.seconds[name] = time.time() - start
         self._write_stages()
 
@@ -287,7 +288,7 @@ class Pipeline:
         from controller.controller import PPOController
         from controller.fleet import Fleet
 
-        config = self.config
+        config = self.config if self.config.ppo.seed is None else replace(self.config, seed=self.config.ppo.seed)
         policy, proxy = self._checkpoint("sft"), self._checkpoint("reward_model/proxy")
         scorers = {"proxy": proxy}
         if self._has_gold() and config.ppo.gold_rollouts:

@@ -145,6 +145,15 @@ font-size:13.5px}
 .axis-row{margin-top:4px;color:var(--faint)}.axis-row b{font-weight:400;font-size:12px}
 .marks{position:relative;height:20px;font-size:12px}
 .marks span{position:absolute;top:2px;padding-left:4px;border-left:1px solid var(--rule);white-space:nowrap}
+.m0{--c:var(--p0)}.m1{--c:var(--p1)}.m2{--c:var(--p2)}.m3{--c:var(--p3)}.m4{--c:var(--p4)}.m5{--c:var(--p5)}
+.m6{--c:var(--proxy)}.m7{--c:var(--gold)}
+.line.thin{stroke-width:1;opacity:.45}.edge{fill:none;stroke:var(--ink);stroke-dasharray:4 4;opacity:.5}
+svg .place{fill:var(--card);font-size:10px;font-weight:680}
+.thread .line{opacity:.75}.thread .first{stroke-width:3.4;opacity:1}.thread:hover .line{stroke:var(--ink);opacity:1}
+.axis.strong{stroke:var(--faint)}
+svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
+table.members td{white-space:nowrap}table.members td:nth-child(2){white-space:normal}table.members a{color:var(--ink)}
+abbr{text-decoration:none}
 .p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}.p4{fill:var(--p4)}.p5{fill:var(--p5)}
 .lane rect:hover{fill:var(--ink)}
 summary{cursor:pointer;color:var(--soft)}

@@ -1,0 +1,105 @@
+"""What Hydra's multirun asks of a run: a directory of its own that stays the same, and a comparison at the end.
+
+    python train.py -m ppo.kl.coef=0.02,0.05 ppo.seed=1,2
+        runs/NAME/0-ppo.kl.coef=0.02,ppo.seed=1/     a run directory like any other
+        runs/NAME/...
+        runs/NAME/report.html                        the members compared
+
+The same command again goes on where it stopped: members that are done are not run again.
+"""
+
+import atexit
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from contracts.validation import ConfigError
+from controller.status import read_status
+
+MOST_CHARACTERS = 120  # of a directory's name; file systems allow 255 bytes
+
+
+class RunFailed(RuntimeError):
+    """A run failed and has said so. In a sweep Hydra counts it, goes on with the others, and ends with exit code 1."""
+
+
+def member_name(number: int | str, overrides: str) -> str:
+    """The directory of a member: its number and its overrides without what no directory is called, such as paths."""
+    kept = [part for part in str(overrides).split(",") if "/" not in part]
+    return re.sub(r"[^\w.=,+-]+", "_", "-".join([str(number), ",".join(kept)]).rstrip("-"))[:MOST_CHARACTERS]
+
+
+def register_resolvers() -> None:
+    """`${member_name:...}` of conf/config.yaml."""
+    OmegaConf.register_new_resolver("member_name", member_name, replace=True)
+
+
+def is_member() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def place_member(composed: DictConfig) -> None:
+    """Let the member's `run_dir` be the directory that Hydra has given it, and its sweep its group in wandb.
+
+    Raises:
+        ConfigError: `run_dir` is set by hand, which all members would share.
+    """
+    hydra = HydraConfig.get()
+    if any(override.startswith("run_dir=") for override in hydra.overrides.task):
+        raise ConfigError("run_dir names one run; write hydra.sweep.dir=DIRECTORY for the directory of a sweep")
+    composed.run_dir = hydra.runtime.output_dir
+    if composed.logger.group is None:
+        composed.logger.group = Path(hydra.sweep.dir).name
+
+
+def finished_objective(config: Any) -> tuple[bool, float | None]:
+    """(whether this member is done already with the same configuration, its objective)."""
+    from dataclasses import asdict
+
+    from controller.metrics import redacted
+
+    kept = Path(config.run_dir) / "config.yaml"
+    status = read_status(config.run_dir)
+    if status.state != "done" or not kept.exists() or yaml.safe_load(kept.read_text()) != redacted(asdict(config)):
+        return False, None
+    return True, status.facts.get("objective")
+
+
+class SweepReport(Callback):
+    """Compares the members of a sweep when it ends, however it ends.
+
+    Hydra leaves a sweep with a failed member by raising, past `on_multirun_end`; so the report is drawn when the process
+    ends, after Hydra has said what failed.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        atexit.register(report_sweep, Path(config.hydra.sweep.dir))
+
+
+def report_sweep(directory: Path) -> None:
+    """Write the comparison of a sweep's members and say which is the best, with its command."""
+    from controller.report.compare import best_of, members_of, render_comparison
+    from controller.report.data import ReportError
+
+    try:
+        members = members_of([directory])
+        target = render_comparison(members, directory / "report.html")
+    except ReportError as error:
+        print(f"sweep: {error}", file=sys.stderr)
+        return
+    for member in members:
+        value = "no objective" if member.objective is None else f"objective {member.objective:+.3f}"
+        print(f"  {member.state:<12} {value:<20} {member.label}")
+    failed = sum(member.state != "done" for member in members)
+    print(f"sweep: {len(members) - failed} of {len(members)} members done; compared in {target}")
+    best = best_of(members)
+    if best is not None:
+        print(f"best member: {best.run.path}\n  {shlex.join(best.command)}")
