@@ -1,6 +1,7 @@
 """What is wrong with a command line, all of it at once, before Hydra composes it.
 
-Hydra stops at the first misspelt key or wrong type, and the checks of values come after it: a user would meet one error a try.
+Hydra stops at the first misspelt key or wrong type, and the checks of values come after it: one error a
+try.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from contracts.check import shown
 from contracts.config import TandemConfig, to_config
 from contracts.overrides import schema_section, unknown_overrides
 from contracts.validation import ConfigError, validate
@@ -83,7 +85,8 @@ def _members(overrides: list[Override]) -> list[tuple[str, ...]]:
 
 def _wrong_types(override: Override) -> list[str]:
     key = override.key_or_group
-    annotation = _annotation(key)
+    section, name = _place(key)
+    annotation = get_type_hints(section).get(name) if section else None
     if annotation is None or override.is_delete():  # a config group, or a name that the user chooses
         return []
     found = []
@@ -92,21 +95,19 @@ def _wrong_types(override: Override) -> list[str]:
         if schema_section(annotation) and isinstance(value, str):
             continue  # a choice of a config group
         try:
-            OmegaConf.update(OmegaConf.structured(TandemConfig), key, value, merge=True)
+            OmegaConf.update(OmegaConf.structured(section), name, value, merge=True)
         except ValidationError:
-            found.append(f"{key} must be {_kind(annotation)}; found {value}; write {_example(key)}")
-        except OmegaConfBaseException:
-            continue  # below a section that is null until its group is composed; the composition sees to it
+            found.append(f"{key} must be {_kind(annotation)}; found {value}; write {_example(section, name)}")
     return found
 
 
-def _annotation(key: str) -> Any:
-    """The type of a key of the schema, or None."""
-    section: Any = TandemConfig
-    for name in key.split("."):
-        annotation = get_type_hints(section).get(name) if section else None
-        section = schema_section(annotation)
-    return annotation
+def _place(key: str) -> tuple[Any, str]:
+    """The section of the schema that a dotted key lies in, or None, and the key's last part."""
+    *sections, name = key.split(".")
+    place: Any = TandemConfig
+    for part in sections:
+        place = schema_section(get_type_hints(place).get(part)) if place else None
+    return place, name
 
 
 def _kind(annotation: Any) -> str:
@@ -119,10 +120,9 @@ def _kind(annotation: Any) -> str:
     return f"{words} or null" if options else words
 
 
-def _example(key: str) -> str:
-    default = OmegaConf.select(OmegaConf.structured(TandemConfig), key, throw_on_missing=False)
-    shown = "null" if default is None else default
-    return f"for example {shown} (the default)"
+def _example(section: Any, name: str) -> str:
+    default = OmegaConf.select(OmegaConf.structured(section), name, throw_on_missing=False)
+    return f"for example {shown(default)} (the default)"
 
 
 def _conflicts(members: list[tuple[str, ...]], conf: Path) -> list[str]:

@@ -282,7 +282,7 @@ class EnvironmentConfig:
 
 @dataclass
 class LoggerConfig:
-    wandb: str = "offline"  # offline | online | disabled
+    wandb: str = "auto"  # auto | offline | online | disabled: docs/dashboards.md
     project: str = "tandem"
     wandb_text: bool = False  # also send sampled prompts and completions to wandb; they may be confidential
     table_every: int = 10  # policy versions between two of wandb's sample tables

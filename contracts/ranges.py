@@ -141,7 +141,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),
     "learner.weight_transfer": ("auto", "shared_memory", "ray_object", "nccl", "ipc"),
-    "logger.wandb": ("offline", "online", "disabled"),
+    "logger.wandb": ("auto", "offline", "online", "disabled"),
     **dict.fromkeys(_under(OPTIMIZERS, "schedule"), ("constant", "linear")),
     **dict.fromkeys(
         [f"data.{source}.format" for source in SOURCES],

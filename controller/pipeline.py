@@ -28,9 +28,11 @@ from contracts.validation import ConfigError, check_machine
 from controller import statistics
 from controller.checks import check_amounts, check_model
 from controller.data import LoadReport, fingerprint, load_preferences, load_prompts, load_sft
-from controller.metrics import RunLog, redacted
+from controller.metrics import RunLog
+from controller.objective import evaluation_metrics
 from controller.progress import Progress
 from controller.prompts import PromptStream
+from controller.redaction import redacted
 from controller.runtime import Runtime, embedded_nodes, weight_backend
 from controller.stages import StageStore, checkpoint_fingerprint
 
@@ -205,6 +207,7 @@ class Pipeline:
             else:
                 self.results[name] = self.store.run(name, inputs, work)
                 self.progress.line(f"✓ {name}: {self.results[name].path}")
+                self.log.artifact(f"{self.config.name}-{name.replace('/', '-')}", "model", self.results[name].path)
         self.seconds[name] = time.time() - start
         self._write_stages()
 
@@ -336,6 +339,8 @@ class Pipeline:
             with self.log.phase("evaluate", "evaluation"):
                 judged = judge_models(config, models, self.data.eval_prompts, actors, list(scorers), self.progress)
         result = summarize(judged, list(scorers), config)
+        known = evaluation_metrics(result, config.evaluate.max_kl)
+        self.log.log("evaluate", 0, {f"evaluate/{name}": value for name, value in known.items()})
         self.log.samples(sample_rows(judged, list(scorers)))
         (self.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
         self.results["evaluate"] = StageResult("evaluate", str(self.run_dir / "evaluation.json"), False, result)
@@ -375,4 +380,10 @@ def open_run(config: TandemConfig, progress: Progress) -> RunLog:
     run_dir.mkdir(parents=True, exist_ok=True)
     plain = redacted(asdict(config))
     (run_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-    return RunLog(run_dir, plain, config.logger, config.stage)
+    return RunLog(
+        run_dir,
+        plain,
+        config.logger,
+        config.stage,
+        on_alarm=lambda alarm: progress.line(f"⚠ {alarm.title}: {alarm.finding}"),
+    )

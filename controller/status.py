@@ -17,12 +17,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
 
+from controller.progress import format_update, spoken
+from controller.report.alarms import evaluate
+from controller.report.data import ReportError, Run, load, number
+
 NAME = "status.json"
 BEAT_S = 5.0
+OVERDUE = 3  # median steps without a new version before it is an alarm
 SILENT_S = 12 * BEAT_S  # without a heartbeat a running job counts as lost
 
 Waiting = tuple[str, float]  # what for, and for how many seconds
@@ -79,10 +85,6 @@ class Status:
     state: str
     facts: dict[str, Any]
 
-    @property
-    def beat_age_s(self) -> float | None:
-        return time.time() - self.facts["beat"] if "beat" in self.facts else None
-
 
 def read_status(run_dir: str | Path) -> Status:
     """The status of a run directory. A job that says "running" but is gone, or silent for long, is "lost"."""
@@ -105,54 +107,62 @@ def lines_of(run_dir: Path) -> list[str]:
     Raises:
         ReportError: there is nothing in the directory to speak about.
     """
-    from controller.progress import format_update, spoken
-    from controller.report.alarms import evaluate
-    from controller.report.data import ReportError, load, number
-
     status = read_status(run_dir)
-    facts, words = status.facts, []
-    if facts:
-        took = (facts.get("ended") or time.time()) - facts["started"]
-        words.append(f"{status.state} for {spoken(took)}" if status.state == "running" else status.state)
-        if status.state == "running" and facts.get("waiting_for"):
-            words.append(f"waiting for: {facts['waiting_for']} ({spoken(facts['waiting_s'])})")
-        if status.state in ("running", "lost"):
-            words.append(f"last heartbeat {spoken(max(0.0, status.beat_age_s or 0.0))} ago (pid {facts.get('pid')})")
-        if facts.get("error"):
-            words.append(str(facts["error"]))
+    state = _state_in_words(status)
     try:
         run = load(run_dir)
     except ReportError:
-        if not facts:
+        if not state:
             raise
-        return [f"{run_dir}: {'; '.join(words)}", "no metrics yet"]
-    out = [f"{run.name} ({run_dir}): {'; '.join(words) or 'no status.json: an older run'}"]
+        return [f"{run_dir}: {state}", "no metrics yet"]
+    out = [f"{run.name} ({run_dir}): {state or 'no status.json'}"]
     if run.phases and status.state in ("running", "lost"):
         done = run.phases[-1]
         out.append(f"finished last: {done.get('stage')}: {done.get('phase')}")
-    last = run.metrics[-1] if run.metrics else {}
-    ppo = [row for row in run.metrics if row.get("stage") in ("ppo", "value_warmup")]
-    if ppo:
-        last = ppo[-1]
-        planned = number(run.setting("ppo.updates"))
-        of = f" of {planned:.0f}" if planned is not None else ""
-        eta = number(last.get("progress/eta_s")) if status.state == "running" else None
-        out.append(f"version {last.get('progress/version', 0):.0f}{of}: {format_update(last, eta)}")
-    elif last:
-        out.append(f"stage {last.get('stage')}, step {last.get('step')}")
-    if facts.get("objective") is not None:
-        out.append(f"objective {facts['objective']:+.3f} (gold gain at bounded KL)")
-    return out + _alarm_lines(run, evaluate)
-
-
-def _alarm_lines(run: Any, evaluate: Callable[[Any], Any]) -> list[str]:
+    out += _progress(run, status)
+    if status.facts.get("objective") is not None:
+        out.append(f"objective {status.facts['objective']:+.3f} (gold gain at bounded KL)")
     found, _, _ = evaluate(run)
-    return [f"{'ALARM' if a.severity == 'alarm' else 'note'}: {a.title}. {a.finding} Try: {a.advice}" for a in found]
+    out += [f"{'ALARM' if a.severity == 'alarm' else 'note'}: {a.title}. {a.finding} Try: {a.advice}" for a in found]
+    return out
+
+
+def _state_in_words(status: Status) -> str:
+    facts = status.facts
+    if not facts:
+        return ""
+    words = [status.state]
+    if status.state == "running":
+        words = [f"running for {spoken(time.time() - facts['started'])}"]
+        if facts.get("waiting_for"):
+            words.append(f"waiting for: {facts['waiting_for']} ({spoken(facts['waiting_s'])})")
+    if status.state in ("running", "lost"):
+        words.append(f"last heartbeat {spoken(max(0.0, time.time() - facts['beat']))} ago (pid {facts.get('pid')})")
+    return "; ".join([*words, *([str(facts["error"])] if facts.get("error") else [])])
+
+
+def _progress(run: Run, status: Status) -> list[str]:
+    """The last line of the log in words, and whether the next one is overdue."""
+    ppo = [row for row in run.metrics if row.get("stage") in ("ppo", "value_warmup")]
+    if not ppo:
+        return [f"stage {run.metrics[-1].get('stage')}, step {run.metrics[-1].get('step')}"] if run.metrics else []
+    planned = number(run.setting("ppo.updates"))
+    running = status.state == "running"
+    line = format_update(ppo[-1], number(ppo[-1].get("progress/eta_s")) if running else None)
+    if planned is not None:
+        line = line.replace(" |", f" of {planned:.0f} |", 1)
+    out = [line]
+    steps = [value for row in ppo if (value := number(row.get("perf/step_s"))) is not None]
+    silent_s = time.time() - (run.path / "metrics.jsonl").stat().st_mtime
+    if running and run.metrics[-1] is ppo[-1] and steps and silent_s > OVERDUE * median(steps):
+        out.append(
+            f"ALARM: No new version for {spoken(silent_s)}, over {OVERDUE} times the median step ({spoken(median(steps))}). "
+            "Try: see what it waits for above; cluster.step_timeout_s ends it if it hangs."
+        )
+    return out
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from controller.report.data import ReportError
-
     parser = argparse.ArgumentParser(prog="python -m controller.status", description="Where a run stands.")
     parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directory, running or not")
     try:

@@ -64,7 +64,7 @@ def finished_objective(config: Any) -> tuple[bool, float | None]:
     """(whether this member is done already with the same configuration, its objective)."""
     from dataclasses import asdict
 
-    from controller.metrics import redacted
+    from controller.redaction import redacted
 
     kept = Path(config.run_dir) / "config.yaml"
     status = read_status(config.run_dir)

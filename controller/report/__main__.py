@@ -1,5 +1,5 @@
-"""`python -m controller.report RUN [-o FILE]`: write the report of a run and print where it is. Several runs, or the directory
-of a sweep, are compared on one page."""
+"""`python -m controller.report RUN [-o FILE]`: write the report of a run and print where it is. Several runs, or the
+directory of a sweep, are compared on one page."""
 
 import argparse
 from pathlib import Path

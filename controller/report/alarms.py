@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 from controller.report.data import Curve, Run, number
 from controller.report.markup import bounds, compact, percent
@@ -384,3 +386,21 @@ def limits_of(metric: str) -> Iterator[tuple[float, str]]:
     for limit in LIMITS:
         if limit.metric == metric:
             yield limit.limit, "limit" if limit.limit else "no better than the mean"
+
+
+class AlarmWatch:
+    """Evaluates the alarms while a run goes on; each is told once."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._run = Run(Path(), config)
+        self._told: set[str] = set()
+
+    def new_alarms(self, row: dict[str, Any]) -> list[Alarm]:
+        """The alarms that fire for the first time with this line of metrics.jsonl."""
+        if row.get("stage") != "ppo":
+            return []
+        self._run.metrics.append(row)
+        found, _, _ = evaluate(self._run)
+        new = [alarm for alarm in found if alarm.severity == "alarm" and alarm.title not in self._told]
+        self._told |= {alarm.title for alarm in new}
+        return new

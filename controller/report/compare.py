@@ -59,7 +59,10 @@ def members_of(paths: Sequence[str | Path]) -> list[Member]:
         below = sorted(child for child in path.iterdir() if is_run(child)) if path.is_dir() else []
         runs += [path] if is_run(path) else below
     if not runs:
-        raise ReportError(f"no run directory in {', '.join(map(str, paths))}; write run directories or that of a sweep")
+        raise ReportError(
+            f"no run directory in {', '.join(map(str, paths))}: none has {', '.join(FILES)}; write run directories or that of "
+            "a sweep"
+        )
     members = [_member(read(path)) for path in runs]
     flat = [flattened(member.run.config) for member in members]
     keys = sorted({key for row in flat for key in row})
@@ -162,8 +165,8 @@ def _best(members: list[Member]) -> str:
     caution = ""
     if overlap and low is not None:
         caution = (
-            f"The intervals of {count(len(overlap), 'other member')} overlap with it: on {num(best.evaluated('prompts'), 0)} "
-            "prompts the difference to them may be chance."
+            f"The intervals of {count(len(overlap), 'other member')} overlap with it: on "
+            f"{num(best.evaluated('prompts'), 0)} prompts the difference to them may be chance."
         )
     kind, word = ("good", "Best member") if passed else ("unsure", "Best member, which did not pass its own verdict")
     return (
@@ -210,8 +213,8 @@ def _table(members: list[Member], folder: Path) -> str:
     head = ["Member", "State", *(f'<abbr title="{esc(key)}">{esc(short[key])}</abbr>' for key in keys)]
     head += ["Objective", "Gold gain", "Learned gain", "Win rate", "KL, nats", "Length", "Passed", "Alarms", "Time"]
     intro = (
-        f"Objective: gold gain of PPO over SFT, less {PENALTY:g} for each nat of KL beyond evaluate.max_kl. Brackets are 95% "
-        "intervals over prompts; they say nothing about other seeds."
+        f"Objective: gold gain of PPO over SFT, less {PENALTY:g} for each nat of KL beyond evaluate.max_kl. Brackets are "
+        "95% intervals over prompts; they say nothing about other seeds."
     )
     return section("members", "Members, the best first", table(head, rows, "members", text_columns=2), intro)
 

@@ -75,8 +75,9 @@ def _frontier_panel(members: Sequence[Member], title: str, measure: str, metric:
     for place, at, value in marks:
         text = f"{members[place].label}\nKL {compact(at)} nats\n{title.lower()} {compact(value)}"
         body.append(
-            f'<g class="{colour(place)}"><title>{esc(text)}</title><circle class="mark" cx="{x(at):.1f}" cy="{y(value):.1f}" '
-            f'r="8.5"/><text class="place" x="{x(at):.1f}" y="{y(value) + 3.6:.1f}" text-anchor="middle">{place + 1}</text></g>'
+            f'<g class="{colour(place)}"><title>{esc(text)}</title><circle class="mark" cx="{x(at):.1f}" '
+            f'cy="{y(value):.1f}" r="8.5"/><text class="place" x="{x(at):.1f}" y="{y(value) + 3.6:.1f}" '
+            f'text-anchor="middle">{place + 1}</text></g>'
         )
     return (
         f'<figure class="chart wide"><figcaption><b>{esc(title)}</b></figcaption><svg viewBox="0 0 {width:.0f} '

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from controller.metrics import redacted
+from controller.redaction import redacted
 
 CURVE_FILES = ("metrics.jsonl", "stages.json", "evaluation.json")
 

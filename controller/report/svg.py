@@ -176,8 +176,8 @@ def line_chart(
     body.append(_hovers(series, steps, x, y, x_label))
     label = f"{title}: " + ", ".join(f"{s.name} {compact(last(s.curve))}" for s in series)
     return (
-        f'<figure class="chart">{_caption(title, series if keys else ())}<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" '
-        f'aria-label="{esc(label)}">{"".join(body)}</svg></figure>'
+        f'<figure class="chart">{_caption(title, series if keys else ())}<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" '
+        f'role="img" aria-label="{esc(label)}">{"".join(body)}</svg></figure>'
     )
 
 

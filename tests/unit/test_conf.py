@@ -138,8 +138,9 @@ def test_a_misspelt_command_line_ends_with_the_right_keys() -> None:
     assert done.stdout == ""
     assert done.stderr.split("\n")[1:] == [
         "Tandem cannot start:",
-        "ppo.updats is not a key of the configuration; write ppo.updates",
-        "stagee is not a key of the configuration; write stage",
+        "2 conflicts in the configuration:",
+        "  - ppo.updats is not a key of the configuration; write ppo.updates",
+        "  - stagee is not a key of the configuration; write stage",
         "",
     ]
 
