@@ -14,16 +14,15 @@ from contracts.process_env import driver_env
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from contracts.command_line import command_line_problems
-from contracts.config import TandemConfig, to_config
+from contracts.config import TandemConfig, register_schema, to_config
 from contracts.precision import choose_dtypes
 from contracts.validation import ConfigError, raise_conflicts, validate
 from controller.sweep import RunFailed, finished_objective, is_member, place_member, register_resolvers
 
-ConfigStore.instance().store(name="tandem", node=TandemConfig)
+register_schema()
 register_resolvers()
 CONF = Path(__file__).resolve().parent / "conf"
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from contracts.check import shown
-from contracts.config import TandemConfig, to_config
+from contracts.config import TandemConfig, register_schema, to_config
 from contracts.overrides import schema_section, unknown_overrides
 from contracts.validation import ConfigError, validate
 
@@ -127,6 +127,7 @@ def _example(section: Any, name: str) -> str:
 
 def _conflicts(members: list[tuple[str, ...]], conf: Path) -> list[str]:
     """Of all members, each named once and with the first member that has it where there are several."""
+    register_schema()
     found: dict[str, str] = {}
     with initialize_config_dir(str(conf), version_base="1.3"):
         for number, member in enumerate(members):

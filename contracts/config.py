@@ -6,6 +6,7 @@ Every field that is not self-evident says its unit and what it trades.
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 
@@ -316,6 +317,11 @@ class TandemConfig:
     proxy_model: str | None = None
     gold_model: str | None = None
     ppo_model: str | None = None
+
+
+def register_schema() -> None:
+    """Let Hydra find the schema by the name that conf/config.yaml gives it."""
+    ConfigStore.instance().store(name="tandem", node=TandemConfig)
 
 
 def to_config(composed: DictConfig) -> TandemConfig:

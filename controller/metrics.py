@@ -19,7 +19,8 @@ from typing import IO, Any
 
 from contracts.config import LoggerConfig
 from controller.redaction import redacted
-from controller.report.alarms import Alarm, AlarmWatch
+from controller.report.alarms import Alarm
+from controller.report.watch import AlarmWatch
 from controller.wandb_sink import WandbSink
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from contracts.validation import ConfigError
 from controller.status import read_status
@@ -73,6 +74,15 @@ def finished_objective(config: Any) -> tuple[bool, float | None]:
     return True, status.facts.get("objective")
 
 
+def keep_in_names_what_is_swept(config: DictConfig) -> None:
+    """Leave the overrides that all members share out of the members' directories. Hydra composes each member anew from the
+    overrides that it has kept, so that is where it goes, and it reaches other processes with them."""
+    given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    shared = ",".join(override.get_key_element() for override in given if not override.is_sweep_override())
+    with read_write(config), open_dict(config):
+        config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{shared}]")
+
+
 class SweepReport(Callback):
     """Compares the members of a sweep when it ends, however it ends.
 
@@ -81,6 +91,7 @@ class SweepReport(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        keep_in_names_what_is_swept(config)
         atexit.register(report_sweep, Path(config.hydra.sweep.dir))
 
 

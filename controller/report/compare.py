@@ -60,8 +60,8 @@ def members_of(paths: Sequence[str | Path]) -> list[Member]:
         runs += [path] if is_run(path) else below
     if not runs:
         raise ReportError(
-            f"no run directory in {', '.join(map(str, paths))}: none has {', '.join(FILES)}; write run directories or that of "
-            "a sweep"
+            f"no run directory in {', '.join(map(str, paths))}: none has {', '.join(FILES)}; write run directories, or "
+            "that of a sweep"
         )
     members = [_member(read(path)) for path in runs]
     flat = [flattened(member.run.config) for member in members]

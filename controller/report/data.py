@@ -164,7 +164,12 @@ def _yaml(run: Run) -> dict[str, Any]:
 
 def _redacted_override(override: str) -> str:
     name, _, value = override.partition("=")
-    return f"{name}={redacted({name: value})[name]}"
+    try:
+        typed = yaml.safe_load(value)  # numbers are no secrets, whatever they are called
+    except yaml.YAMLError:
+        typed = value
+    key = name.rpartition(".")[2]
+    return override if redacted({key: typed})[key] == typed else f"{name}={redacted({key: value})[key]}"
 
 
 def _laid_end_to_end(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
