@@ -49,7 +49,7 @@ stroke-linejoin:round}
 .icon circle{stroke-width:1.5}
 .word{margin:0;color:var(--tone);font-weight:680;font-size:14px;letter-spacing:.02em}
 .sentence{margin:1px 0 0;font-size:22px;line-height:1.36;font-weight:520;letter-spacing:-.008em;max-width:46em;
-text-wrap:pretty}
+text-wrap:pretty;overflow-wrap:anywhere}
 .verdict .scroll{margin-top:20px}
 .verdict table.checks{width:auto;min-width:min(100%,640px)}
 .yes{color:var(--good);font-weight:700}.no{color:var(--bad);font-weight:700}
@@ -153,6 +153,8 @@ svg .place{fill:var(--card);font-size:10px;font-weight:680}
 .axis.strong{stroke:var(--faint)}
 svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
 table.members td{white-space:nowrap}table.members td:nth-child(2){white-space:normal}table.members a{color:var(--ink)}
+table.members td:first-child{max-width:330px;overflow:hidden;text-overflow:ellipsis}
+svg.parallel{max-width:860px;margin:0 auto}.keys{margin:0 0 14px}.keys span{overflow-wrap:anywhere}
 abbr{text-decoration:none}
 .p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}.p4{fill:var(--p4)}.p5{fill:var(--p5)}
 .lane rect:hover{fill:var(--ink)}

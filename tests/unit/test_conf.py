@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import train
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.overrides import unknown_overrides
+from contracts.placement import PlacementError, check_nodes, plan
 from contracts.validation import validate
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,8 @@ OWN_FILES = [f"data.{name}.path={name}.jsonl" for name in ("sft", "prompts", "pr
 FILL_IN = {
     "data/files": [*OWN_FILES, "ppo.gold_rollouts=0"],
     "reward_service/ensemble": ["reward_service.scorers.second.path=second"],
+    "experiment/node_7b": ["data=files", *OWN_FILES, "ppo.gold_rollouts=0"],
+    "experiment/nodes_70b": ["data=files", *OWN_FILES, "proxy_model=reward-8b"],
 }
 
 
@@ -67,6 +70,34 @@ def test_a_larger_cluster_differs_in_the_cluster_alone() -> None:
         larger = composed([f"cluster={name}"])
         assert larger.cluster.num_actors > laptop.cluster.num_actors
         assert replace(larger, cluster=laptop.cluster, run_dir=laptop.run_dir) == laptop
+
+
+@pytest.mark.parametrize(
+    ("file", "nodes", "gpus", "arithmetic"),
+    [
+        (
+            "experiment/node_7b",
+            1,
+            8,
+            "3 actors x 1 GPU + 4 learner ranks x 1 GPU + 1 reward replica x 0.5 GPUs = 7.5 GPUs",
+        ),
+        (
+            "experiment/nodes_70b",
+            8,
+            8,
+            "7 actors x 4 GPUs + 32 learner ranks x 1 GPU + 2 reward replicas x 1 GPU = 62 GPUs",
+        ),
+    ],
+)
+def test_a_large_preset_fits_its_nodes_and_no_fewer(file: str, nodes: int, gpus: int, arithmetic: str) -> None:
+    config = composed(overrides_of(file))
+    assert plan(config).arithmetic("GPU") == arithmetic
+    node = {"CPU": 32.0, "GPU": float(gpus)}
+    check_nodes(plan(config), [node] * nodes)
+    with pytest.raises(PlacementError, match=re.escape(f"the job needs {arithmetic}")):
+        check_nodes(plan(config), [node | {"GPU": gpus / 2}] * nodes)
+    assert config.learner.zero_stage == 3
+    assert "has NOT been run" in (ROOT / f"conf/{file}.yaml").read_text()
 
 
 def test_the_laptop_is_the_default() -> None:
