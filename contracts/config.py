@@ -287,7 +287,7 @@ class LoggerConfig:
     project: str = "tandem"
     wandb_text: bool = False  # also send sampled prompts and completions to wandb; they may be confidential
     table_every: int = 10  # policy versions between two of wandb's sample tables
-    group: str | None = None  # wandb's group; null: `name`, in a sweep its directory
+    group: str | None = None  # wandb's group; null: the run, in a sweep its directory
     samples_per_update: int = 4
     heartbeat_s: float = 30.0
 

@@ -37,10 +37,11 @@ class RunLog:
         logger: LoggerConfig,
         job_type: str,
         *,
+        attempt: int = 1,
         clock: Callable[[], float] = time.monotonic,
         on_alarm: Callable[[Alarm], None] = lambda alarm: None,
     ) -> None:
-        """`on_alarm` hears each alarm of the metric catalogue once, when it first fires."""
+        """`attempt` counts the starts of one run. `on_alarm` hears each alarm once, when it first fires."""
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.wandb_faults = 0
@@ -50,7 +51,9 @@ class RunLog:
         self._phases = _open(self.run_dir / "phases.jsonl")
         self._watch, self._on_alarm = AlarmWatch(config), on_alarm
         plain = redacted(config)
-        self._wandb = None if logger.wandb == "disabled" else WandbSink(self.run_dir, plain, logger, job_type)
+        self._wandb: WandbSink | None = None
+        if logger.wandb != "disabled":
+            self._wandb = WandbSink(self.run_dir, plain, logger, job_type, attempt=attempt)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append one line. What is not finite is written as null: the line stays JSON and the gap stays visible."""

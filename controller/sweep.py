@@ -33,9 +33,9 @@ class RunFailed(RuntimeError):
 
 
 def member_name(number: int | str, overrides: str) -> str:
-    """The directory of a member: its number and its overrides without what no directory is called, such as paths."""
-    kept = [part for part in str(overrides).split(",") if "/" not in part]
-    return re.sub(r"[^\w.=,+-]+", "_", "-".join([str(number), ",".join(kept)]).rstrip("-"))[:MOST_CHARACTERS]
+    """The directory of a member: its number and its overrides, of paths the last part."""
+    short = re.sub(r"=[^,]*/", "=", str(overrides))
+    return re.sub(r"[^\w.=,+-]+", "_", f"{number}-{short}".rstrip("-"))[:MOST_CHARACTERS]
 
 
 def register_resolvers() -> None:

@@ -12,6 +12,7 @@ What is lost when wandb fails is its copy: metrics.jsonl has everything, and eac
 import contextlib
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from contracts.config import LoggerConfig
 INIT_S = 10.0
 FINISH_S = {"online": 60.0, "offline": 15.0}
 MOST_QUEUED = 20_000  # calls that wait; beyond them wandb's copy has gaps
+MOST_ID = 110  # characters; wandb takes 128
 CLOUD = "https://api.wandb.ai"
 # Never wandb's own `_step`: an offline run that resumes starts it at zero again.
 AXES = {
@@ -51,9 +53,20 @@ class WandbSink:
     """All methods return at once; `close` waits for what is queued, at most `FINISH_S` and `init_s` together."""
 
     def __init__(
-        self, run_dir: Path, config: dict[str, Any], logger: LoggerConfig, job_type: str, init_s: float = INIT_S
+        self,
+        run_dir: Path,
+        config: dict[str, Any],
+        logger: LoggerConfig,
+        job_type: str,
+        *,
+        attempt: int = 1,
+        init_s: float = INIT_S,
     ) -> None:
-        """`config` must be free of secrets already."""
+        """`config` must be free of secrets already. `attempt` counts the starts of one run; each is a wandb run of its own
+        in the group of the run or of its sweep, since an offline run that resumes restarts its steps."""
+        self.name = str(config.get("name") or run_dir.name)
+        self.run = re.sub(r"[^\w.-]+", "-", f"{self.name}-{run_dir.resolve().name}")[-MOST_ID:]
+        self.id = f"{self.run}-a{attempt}"
         self._run_dir, self._config, self._logger = run_dir, config, logger
         self._job_type, self._init_s = job_type, init_s
         self.mode = chosen_mode(logger.wandb)
@@ -141,7 +154,6 @@ class WandbSink:
     def _init(self, mode: str) -> Any:
         import wandb
 
-        name = str(self._config.get("name") or self._run_dir.name)
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -162,8 +174,9 @@ class WandbSink:
             mode=mode,  # type: ignore[arg-type]
             dir=os.fspath(self._run_dir),
             project=self._logger.project,
-            name=name if self._logger.group is None else self._run_dir.name,
-            group=self._logger.group or name,
+            id=self.id,
+            name=self.name if self._logger.group is None else self._run_dir.name,
+            group=self._logger.group or self.run,
             job_type=self._job_type,
             config=self._config,
             force=mode == "online",  # a missing key is an error, never a question on the terminal

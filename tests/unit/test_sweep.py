@@ -18,7 +18,7 @@ from tests.unit.test_report import around, jsonl, parsed
 def test_the_directory_of_a_member_is_readable_and_safe() -> None:
     assert member_name(3, "ppo.kl.coef=0.02,ppo.seed=1") == "3-ppo.kl.coef=0.02,ppo.seed=1"
     assert member_name(0, "") == "0"
-    assert member_name(0, "model.path=/a/b,seed=2") == "0-seed=2"
+    assert member_name(0, "model.path=/a/b,seed=2") == "0-model.path=b,seed=2"
     assert (
         member_name(1, "reward_service.scorers.proxy={kind: ensemble}")
         == "1-reward_service.scorers.proxy=_kind_ensemble_"

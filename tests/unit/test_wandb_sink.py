@@ -107,7 +107,7 @@ def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Pa
     (tmp_path / "model").mkdir()
     (tmp_path / "model/weights").write_text("w")
     logger = LoggerConfig(group="sweep-1", wandb_text=True, table_every=2)
-    sink = WandbSink(tmp_path, {"name": "demo", "ppo": {"updates": 7}}, logger, "ppo")
+    sink = WandbSink(tmp_path, {"name": "demo", "ppo": {"updates": 7}}, logger, "ppo", attempt=2)
     for step in (1, 2, 3):
         sink.log(
             ROW | {"step": step, "reward/score_mean": step / 4, "progress/version": step, "ledger/trained": 64 * step}
@@ -121,6 +121,7 @@ def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Pa
     found = records(tmp_path)
     [run] = [row for row in found if row["type"] == "run"]
     assert (run["run_group"], run["job_type"], run["project"]) == ("sweep-1", "ppo", "tandem")
+    assert run["run_id"] == f"demo-{tmp_path.name}-a2"
     assert run["config"]["update"]["ppo"] == {"updates": 7}
     axes = {row["glob_name"]: row["step_metric"] for row in found if row["type"] == "metric" and "glob_name" in row}
     assert axes["policy/*"] == axes["kl/*"] == "progress/version"
