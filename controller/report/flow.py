@@ -14,15 +14,15 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     (
         "Rollouts under way",
         "rollouts",
-        (("sampled now", "plain", "ledger/in_flight"), ("waiting to train", "soft", "ledger/waiting")),
+        (("sampled", "plain", "ledger/in_flight"), ("waiting", "soft", "ledger/waiting")),
     ),
     (
-        "A step and its waits",
+        "Step and its waits",
         "s",
         (
             ("step", "plain", "perf/step_s"),
-            ("for rollouts", "proxy", "perf/rollout_s"),
-            ("for weights", "gold", "perf/sync_s"),
+            ("rollouts", "proxy", "perf/rollout_s"),
+            ("weights", "gold", "perf/sync_s"),
         ),
     ),
 )
@@ -49,11 +49,11 @@ def rollouts(run: Run) -> str:
     if last is None:
         return ""
     rows = [
-        [name, num(last[f"ledger/{name}"], 0), esc(text)]
+        [name, esc(text), num(last[f"ledger/{name}"], 0)]
         for name, text in FATES
         if number(last.get(f"ledger/{name}")) is not None
     ]
-    body = table(("", "Rollouts", ""), rows, "ledger") + _faults(run)
+    body = table(("Rollouts", "", ""), rows, "short", text_columns=2) + _faults(run)
     if number(run.setting("ppo.max_staleness")) or any(v for _, v in run.curve("ppo", "staleness/max")):
         charts = [
             line_chart(title, [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines], unit=unit)
@@ -80,5 +80,5 @@ def _faults(run: Run) -> str:
                 )
     if not totals:
         return '<p class="quiet">✓ No fault was met.</p>'
-    rows = [[esc(FAULTS[name]), num(value, 0), f"<code>{name}</code>"] for name, value in totals.items()]
-    return table(("Faults that were tolerated", "", ""), rows, "faults")
+    rows = [[esc(FAULTS[name]), f"<code>{name}</code>", num(value, 0)] for name, value in totals.items()]
+    return table(("Faults that were tolerated", "", ""), rows, "short", text_columns=2)

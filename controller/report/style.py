@@ -67,10 +67,10 @@ border:1px solid var(--rule);border-radius:14px;overflow:hidden}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:16px 28px;align-items:start}
 .pair h3{margin-top:22px}
 .chart{margin:0;padding:14px 14px 8px;background:var(--card);border:1px solid var(--rule);border-radius:12px}
-.chart figcaption{display:flex;align-items:baseline;justify-content:space-between;gap:0 10px;font-size:13.5px;
+.chart figcaption{display:flex;flex-wrap:wrap;align-items:baseline;justify-content:space-between;gap:0 10px;font-size:13.5px;
 margin:0 2px 4px}
 .chart figcaption b{font-weight:620;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.values{flex:none;font-size:12.5px}
+.values{font-size:12.5px;text-align:right;margin-left:auto}
 .chart svg{display:block;width:100%;height:auto;overflow:visible}
 .chart.empty p{color:var(--faint);font-size:13px;margin:4px}
 .last{font-weight:620}.key{margin-left:10px;color:var(--soft);white-space:nowrap}.key .last{color:var(--ink)}
@@ -156,6 +156,7 @@ table.members td{white-space:nowrap}table.members td:nth-child(2){white-space:no
 table.members td:first-child{max-width:330px;overflow:hidden;text-overflow:ellipsis}
 svg.parallel{max-width:860px;margin:0 auto}.keys{margin:0 0 14px}.keys span{overflow-wrap:anywhere}
 abbr{text-decoration:none}
+table.short{width:auto;margin-top:18px}.short td{padding-right:32px}
 .p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}.p4{fill:var(--p4)}.p5{fill:var(--p5)}
 .lane rect:hover{fill:var(--ink)}
 summary{cursor:pointer;color:var(--soft)}

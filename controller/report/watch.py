@@ -6,7 +6,6 @@ from typing import Any
 from controller.report.alarms import Alarm, evaluate
 from controller.report.data import Run
 
-
 EVERY = 50
 
 
