@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
+from contracts.command_line import command_line_problems
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.overrides import unknown_overrides
 from contracts.placement import PlacementError, check_nodes, plan
@@ -115,11 +116,16 @@ def test_run_directories_are_below_the_name() -> None:
     assert composed(["cache_dir=/elsewhere"]).data.sft.path == "/elsewhere/data/vader/sft.jsonl"
 
 
+def documented(program: str) -> list[list[str]]:
+    """The arguments of each `python PROGRAM` in the blocks of the README and of the pages on sweeps and dashboards."""
+    pages = [ROOT / "README.md", ROOT / "docs/sweeps.md", ROOT / "docs/dashboards.md"]
+    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line.split(program, 1)[1], comments=True) for line in lines if program in line]
+
+
 def readme_commands() -> list[list[str]]:
-    """The arguments of each `python train.py` in the README's blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "train.py" in line]
-    return [shlex.split(command, comments=True)[2:] for command in commands]
+    return [arguments for arguments in documented("train.py") if "-m" not in arguments]
 
 
 def readme_settings() -> list[list[str]]:
@@ -130,8 +136,19 @@ def readme_settings() -> list[list[str]]:
     return spans
 
 
+@pytest.mark.parametrize("arguments", [a for a in documented("train.py") if "-m" in a], ids=" ".join)
+def test_the_sweeps_of_the_docs_are_valid_in_every_member(arguments: list[str]) -> None:
+    assert command_line_problems(arguments, ROOT / "conf") == []
+    alone = [word for word in arguments if "=" in word and not word.startswith("hydra.")]
+    sampled = [word for word in alone if "interval(" in word or "choice(" in word or re.search(r"=[^(]*,", word)]
+    validate(composed([word for word in alone if word not in sampled]))
+
+
 def test_the_readme_has_examples() -> None:
     assert len(readme_commands()) >= 4
+    assert len([a for a in documented("train.py") if "-m" in a]) >= 4
+    assert documented("controller.status")
+    assert len(documented("controller.dashboard")) >= 2
     assert len(readme_settings()) >= 2
 
 
