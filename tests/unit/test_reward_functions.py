@@ -62,7 +62,8 @@ def run(pool: FunctionPool, *texts: str | Text) -> list[Score]:
 
 
 def children() -> list[psutil.Process]:
-    ours = psutil.Process().children(recursive=True)
+    """Of pools in this process; those of a reward service that other tests share are further down."""
+    ours = psutil.Process().children()
     return [p for p in ours if "reward_service.function_worker" in p.cmdline()]
 
 
