@@ -55,6 +55,8 @@ def command_line_problems(arguments: list[str], conf: Path) -> list[str]:
     wrong = {_line(override): text for override in parsed for text in _wrong_types(override)}
     problems += wrong.values()
     sweeps = is_multirun(arguments)
+    if sweeps and any(_line(override).startswith("run_dir=") for override in parsed):
+        problems.append("run_dir names one run; write hydra.sweep.dir=DIRECTORY for the directory of a sweep")
     # What a sampling sweeper will draw is not known yet.
     sampled = any(_line(override).startswith("hydra/sweeper=") for override in parsed)
     if problems or (sweeps and not sampled):

@@ -22,7 +22,6 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from contracts.validation import ConfigError
 from controller.status import read_status
 
 MOST_CHARACTERS = 120  # of a directory's name; file systems allow 255 bytes
@@ -48,14 +47,8 @@ def is_member() -> bool:
 
 
 def place_member(composed: DictConfig) -> None:
-    """Let the member's `run_dir` be the directory that Hydra has given it, and its sweep its group in wandb.
-
-    Raises:
-        ConfigError: `run_dir` is set by hand, which all members would share.
-    """
+    """Let the member's `run_dir` be the directory that Hydra has given it, and its sweep its group in wandb."""
     hydra = HydraConfig.get()
-    if any(override.startswith("run_dir=") for override in hydra.overrides.task):
-        raise ConfigError("run_dir names one run; write hydra.sweep.dir=DIRECTORY for the directory of a sweep")
     composed.run_dir = hydra.runtime.output_dir
     if composed.logger.group is None:
         composed.logger.group = Path(hydra.sweep.dir).name

@@ -65,6 +65,12 @@ def test_every_member_of_a_sweep_is_checked_before_the_first_runs() -> None:
     ]
 
 
+def test_run_dir_is_no_directory_for_many() -> None:
+    assert problems("-m", "run_dir=runs/x", "ppo.seed=1,2") == [
+        "run_dir names one run; write hydra.sweep.dir=DIRECTORY for the directory of a sweep"
+    ]
+
+
 def test_what_a_sampler_will_draw_is_not_guessed() -> None:
     assert problems("-m", "hydra/sweeper=optuna", "ppo.kl.coef=interval(0.01,0.1)", "hydra.sweeper.n_trials=3") == []
     [text] = problems("-m", "hydra/sweeper=optuna", "ppo.kl.coeff=interval(0.01,0.1)")
