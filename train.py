@@ -50,11 +50,11 @@ def main(composed: DictConfig) -> float | None:
     except (ConfigError, DataError) as error:
         code = refuse(error)
         if is_member():
-            raise RunFailed("the configuration or the data cannot be used") from error
+            raise RunFailed("the configuration or the data cannot be used") from None
         sys.exit(code)
-    except RunFailed:
+    except RunFailed as failed:
         if is_member():
-            raise
+            raise RunFailed(str(failed)) from None  # the whole traceback is in error.log
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; finished stages are kept and will be reused", file=sys.stderr)
