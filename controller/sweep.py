@@ -71,8 +71,8 @@ def keep_in_names_what_is_swept(config: DictConfig) -> None:
     """Leave the overrides that all members share out of the members' directories. Hydra composes each member anew from the
     overrides that it has kept, so that is where it goes, and it reaches other processes with them."""
     given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    swept = {override.get_key_element() for override in given if override.is_sweep_override()}
-    shared = ",".join(sorted({override.get_key_element() for override in given} - swept))
+    swept = {override.key_or_group for override in given if override.is_sweep_override()}
+    shared = ",".join(sorted({override.key_or_group for override in given} - swept))
     with read_write(config), open_dict(config):
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{shared}]")
 

@@ -68,11 +68,15 @@ def someone_waits(run: Run) -> list[Alarm] | None:
     alarms, seen = [], False
     steps = dict(run.curve("ppo", "perf/step_s"))
     for metric, who, advice in WAITS:
-        shares = [v / whole for at, v in run.curve("ppo", metric) if v is not None and (whole := steps.get(at))]
+        shares = [
+            (v if metric == "perf/rollout_s" else whole - v) / whole
+            for at, v in run.curve("ppo", metric)
+            if v is not None and (whole := steps.get(at))
+        ]
         if not shares:
             continue
         seen = True
-        share = statistics.median(shares) if metric == "perf/rollout_s" else 1 - statistics.median(shares)
+        share = statistics.median(shares)
         if share > 0.3:
             finding = (
                 f"In the median version it stands idle for {percent(share)} of the time ({metric} of perf/step_s)."

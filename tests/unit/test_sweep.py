@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from controller.objective import evaluation_metrics, objective
 from controller.report.__main__ import main
 from controller.report.compare import best_of, flattened, members_of, page
 from controller.report.compare_charts import unbeaten
 from controller.report.data import ReportError
-from controller.sweep import member_name, report_sweep
+from controller.sweep import keep_in_names_what_is_swept, member_name, report_sweep
 from tests.unit.test_report import around, jsonl, parsed
 
 
@@ -147,3 +148,13 @@ def test_flattened() -> None:
         "e": {},
         "f": [1],
     }
+
+
+def test_what_all_members_share_is_not_in_their_names() -> None:
+    given = ["name=x", "ppo.updates=3", "ppo.seed=1,2", "ppo.updates=4,5", "+experiment=grpo"]
+    config = OmegaConf.create({"hydra": {"overrides": {"task": given, "hydra": ["hydra.sweep.dir=d"]}}})
+    keep_in_names_what_is_swept(config)
+    assert config.hydra.overrides.hydra == [
+        "hydra.sweep.dir=d",
+        "hydra.job.config.override_dirname.exclude_keys=[experiment,name]",
+    ]
