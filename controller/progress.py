@@ -165,6 +165,8 @@ def format_update(metrics: Mapping[str, float | None], eta_s: float | None = Non
     add("kl/ref_seq", "KL {:.1f}")
     add("completion/len_mean", "len {:.0f}")
     add("completion/eos_frac", "EOS {:.0%}")
+    if metrics.get("staleness/max"):
+        add("staleness/mean", "staleness {:.1f}")
     add("perf/gen_tokens_per_s", "gen {:.0f} tok/s")
     add("perf/train_tokens_per_s", "train {:.0f} tok/s")
     if eta_s is not None and eta_s == eta_s:
