@@ -62,7 +62,7 @@ class StatusFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if kind is not None:
-            interrupted = issubclass(kind, KeyboardInterrupt)
+            interrupted = not issubclass(kind, Exception)  # SIGINT, or the SystemExit that Ray makes of SIGTERM
             self.end("interrupted" if interrupted else "failed", error=f"{kind.__name__}: {error}")
         self.end("done")
 

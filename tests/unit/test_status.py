@@ -32,7 +32,10 @@ def test_a_running_job_beats_and_ends_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
-@pytest.mark.parametrize(("error", "state"), [(ValueError("no"), "failed"), (KeyboardInterrupt(), "interrupted")])
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(ValueError("no"), "failed"), (KeyboardInterrupt(), "interrupted"), (SystemExit(15), "interrupted")],
+)
 def test_what_ends_a_run_is_kept(error: BaseException, state: str, tmp_path: Path) -> None:
     with pytest.raises(type(error)), StatusFile(tmp_path, waiting):
         raise error
