@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 PY := .venv/bin/python
 
-.PHONY: help setup demo demo-long test test-unit test-full lint bench lock clean
+.PHONY: help setup demo demo-long test test-unit test-full test-chaos lint bench lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -26,10 +26,13 @@ test-unit: setup ## the tests that start no engine
 	$(PY) -m pytest tests/unit
 
 test: lint ## everything CI runs, under 25 minutes on two cores
-	$(PY) -m pytest -m "not gpu and not full"
+	$(PY) -m pytest -m "not gpu and not full and not chaos"
 
 test-full: lint ## the longer proofs too
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -m "not gpu and not chaos"
+
+test-chaos: setup ## kill and stop the processes of whole runs, then 15 minutes of it at random
+	$(PY) -m pytest -m chaos --soak-minutes 15
 
 bench: setup ## the benchmarks, one after another
 	$(PY) benchmarks/ppo_step.py

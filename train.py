@@ -1,10 +1,10 @@
 """Tandem's entry point: `python train.py [stage=...] [key=value ...]`, a Hydra application.
 
-Exit codes: 0 done, 1 a run failed, 2 the configuration or the data cannot be used, 130 interrupted.
+Exit codes: 0 done, 1 a run failed, 2 the configuration or the data cannot be used, 75 (EX_TEMPFAIL) ended by SIGTERM and
+to be run again, 130 interrupted by SIGINT.
 """
 
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -18,8 +18,10 @@ from omegaconf import DictConfig
 
 from contracts.command_line import command_line_problems
 from contracts.config import TandemConfig, register_schema, to_config
+from contracts.outcome import write_outcome
 from contracts.precision import choose_dtypes
 from contracts.validation import ConfigError, raise_conflicts, validate
+from controller.stop import Interrupted, Stop
 from controller.sweep import RunFailed, finished_objective, is_member, place_member, register_resolvers
 
 register_schema()
@@ -46,7 +48,9 @@ def main(composed: DictConfig) -> float | None:
             if done:
                 print(f"Tandem: {config.run_dir} is done already")
                 return value
-        return run(config)
+        stop = Stop(config.checkpoint.grace_s)
+        stop.install()
+        return run(config, stop)
     except (ConfigError, DataError) as error:
         code = refuse(error)
         if is_member():
@@ -56,44 +60,48 @@ def main(composed: DictConfig) -> float | None:
         if is_member():
             raise RunFailed(str(failed)) from None  # the whole traceback is in error.log
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished stages are kept and will be reused", file=sys.stderr)
-        sys.exit(130)
+    except Interrupted as end:
+        print(f"\ninterrupted; finished stages are kept and will be reused. {end.message}", file=sys.stderr)
+        print(f"go on with: {resume_command(config)}", file=sys.stderr)
+        sys.exit(end.exit_code)
 
 
-def run(config: TandemConfig) -> float | None:
+def run(config: TandemConfig, stop: Stop) -> float | None:
     from controller.data import DataError
     from controller.objective import objective
     from controller.pipeline import Pipeline, open_run
     from controller.progress import Progress
     from controller.report import render
+    from controller.resume import RunDirectory
     from controller.status import StatusFile
     from controller.summary import summary_rows
 
-    # The engines' processes end with the driver's `with` blocks, so a polite kill must unwind them too.
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with Progress(config.logger.heartbeat_s) as progress, StatusFile(config.run_dir, progress.waiting) as status:
+    with Progress(config.logger.heartbeat_s) as progress:
         progress.line(f"Tandem: stage={config.stage}, run directory {config.run_dir}")
         if chosen := choose_dtypes(config):
             progress.line(chosen)
-        with open_run(config, progress) as log:
-            try:
-                results = Pipeline(config, log, progress).run()
-            except (ConfigError, DataError) as error:
-                status.end("refused", error=str(error))
-                raise
-            except Exception as error:
-                path = Path(config.run_dir) / "error.log"
-                path.write_text(traceback.format_exc())
-                progress.line(f"✗ the run failed: {root_cause(error)}")
-                progress.line(f"  whole traceback: {path}; finished stages are kept and will be reused")
-                status.end("failed", error=root_cause(error))
-                raise RunFailed(root_cause(error)) from error
-        with progress.phase("writing the report"):
-            report = render(Path(config.run_dir))
-        value = objective(results.get("evaluate", {}), config.evaluate.max_kl)
-        status.end("done", objective=value)
-        progress.summary(summary_rows(config, results, report), "Tandem")
+        directory = RunDirectory(Path(config.run_dir), progress.line)
+        with StatusFile(config.run_dir, progress.waiting) as status:
+            with open_run(config, directory, progress) as log:
+                try:
+                    results = Pipeline(config, log, progress, directory, stop).run()
+                except (ConfigError, DataError) as error:
+                    status.end("refused", error=str(error))
+                    raise
+                except Exception as error:
+                    path = Path(config.run_dir) / "error.log"
+                    path.write_text(traceback.format_exc())
+                    progress.line(f"✗ the run failed: {root_cause(error)}")
+                    progress.line(f"  whole traceback: {path}; finished stages are kept and will be reused")
+                    progress.line(f"  go on with: {resume_command(config)}")
+                    status.end("failed", error=root_cause(error))
+                    raise RunFailed(root_cause(error)) from error
+            with progress.phase("writing the report"):
+                report = render(Path(config.run_dir))
+            value = objective(results.get("evaluate", {}), config.evaluate.max_kl)
+            write_outcome(Path(config.run_dir), value)
+            status.end("done", objective=value)
+            progress.summary(summary_rows(config, results, report), "Tandem")
     return value
 
 
@@ -102,6 +110,14 @@ def root_cause(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error.__cause__ or error
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+
+
+def resume_command(config: TandemConfig) -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    from controller import resume
+
+    return resume.resume_command(list(HydraConfig.get().overrides.task), config.run_dir)
 
 
 def refuse(error: Exception) -> int:

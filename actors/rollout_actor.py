@@ -79,16 +79,21 @@ class RolloutActor:
         return os.getpid()
 
     @ray.method(concurrency_group="control")
+    def pulse(self) -> int:
+        """Decoding steps so far, of an idle engine with one more: whether it can generate, not whether it answers."""
+        return self._engine.pulse()
+
+    @ray.method(concurrency_group="control")
     def assign(self, assignments: list[Assignment], sampling: SamplingConfig) -> None:
         """Start to sample; `collect` has the rollouts, and whatever goes wrong with one."""
         with self._changed:
             if not self._unfinished:
                 self._busy_since = time.perf_counter()
             self._unfinished += len(assignments)
-        self._started.result()
-        for assignment in assignments:
-            rollout = self._conversations.submit(assignment.request, sampling)
-            rollout.add_done_callback(partial(self._finish, assignment))
+        with self._started.result().together():
+            for assignment in assignments:
+                rollout = self._conversations.submit(assignment.request, sampling)
+                rollout.add_done_callback(partial(self._finish, assignment))
 
     def _finish(self, assignment: Assignment, rollout: "Future[Rollout]") -> None:
         with self._changed:
@@ -215,5 +220,10 @@ def start_actors(
     ]
     for actor in actors:
         actor.serve.remote()
-    ray.get([actor.ready.remote() for actor in actors], timeout=cluster.start_timeout_s)
+    try:
+        ray.get([actor.ready.remote() for actor in actors], timeout=cluster.start_timeout_s)
+    except BaseException:
+        for actor in actors:
+            ray.kill(actor)
+        raise
     return actors

@@ -12,9 +12,11 @@ computed, and once there are more of them than cores it lets every one sleep bet
 """
 
 import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -32,6 +34,8 @@ from contracts.interfaces import EngineLostError
 from contracts.records import Completion
 from contracts.segment import SegmentAddress
 from contracts.weights import LoadReport, Parameters, WeightUpdate
+
+SUBMIT_S = 1.0  # for which the engine stands still at most, while requests are submitted together
 
 
 class VLLMEngine:
@@ -72,6 +76,7 @@ class VLLMEngine:
         self._requests: dict[str, Future[RequestOutput]] = {}
         self._ids = count()
         self._updating = False
+        self._steps = 0
         self._lost: BaseException | None = None
         self._weights = WeightReceiver(self._swap)
 
@@ -90,6 +95,17 @@ class VLLMEngine:
         )
         return self._request(token_ids, params, _completion)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is submitted within starts in one decoding step, where that takes at most a second: the log-probabilities
+        of a request depend in the last bits on its neighbours, and so do not depend on the time."""
+        submitted = threading.Event()
+        self._call(lambda: submitted.wait(SUBMIT_S))
+        try:
+            yield
+        finally:
+            submitted.set()
+
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0, detokenize=False)
 
@@ -104,6 +120,22 @@ class VLLMEngine:
 
         waiting = [self._request(ids, params, read(start)) for ids, start in sequences]
         return [future.result() for future in waiting]
+
+    def pulse(self) -> int:
+        """Decoding steps so far. An idle engine makes one for a canary, which nothing else shares a step with: the batch
+        that a token is sampled in decides how it is rounded."""
+
+        def run() -> int:
+            if not (self._updating or self._engine.has_unfinished_requests()):
+                request_id = str(next(self._ids))
+                self._requests[request_id] = Future()
+                params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+                self._engine.add_request(request_id, {"prompt_token_ids": [0]}, params)
+                while request_id in self._requests:
+                    self._step()
+            return self._steps
+
+        return self._call(run).result()
 
     def control(self, method: str, argument: dict[str, Any] | None = None) -> None:
         """One call of vLLM's weight-transfer protocol. No step runs between start_weight_update and
@@ -220,6 +252,7 @@ class VLLMEngine:
         raise self._lost
 
     def _step(self) -> None:
+        self._steps += 1
         for output in self._engine.step():
             if output.finished:
                 self._requests.pop(output.request_id).set_result(output)

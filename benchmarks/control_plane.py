@@ -39,7 +39,7 @@ FIXED = 2048  # rollouts of an update, where the update is the same
 TOKENS = 48
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_concurrency=4096)  # a call of `collect` waits for each actor
 class StandIns:
     """All actors: what is assigned is finished."""
 
@@ -51,10 +51,14 @@ class StandIns:
         rng = np.random.default_rng(0)
         self._tokens = rng.integers(0, 49152, TOKENS).astype(np.int32)
         self._logprobs = rng.normal(-2, 1, TOKENS).astype(np.float32)
-        self._version = 0
+        self._version = self._pulses = 0
 
     async def set_version(self, version: int) -> None:
         self._version = version
+
+    async def pulse(self, actor: int) -> int:
+        self._pulses += 1
+        return self._pulses
 
     async def assign(self, actor: int, work: list[Assignment]) -> None:
         versions = np.full(TOKENS, self._version, dtype=np.int32)
@@ -81,6 +85,7 @@ class StandIn:
 
     def __init__(self, process: Any, number: int):
         self.assign = Method(lambda work, sampling: process.assign.remote(number, work))
+        self.pulse = Method(lambda: process.pulse.remote(number))
         self.collect = Method(lambda score_batch, patience_s: process.collect.remote(number))
 
 
@@ -93,6 +98,9 @@ class Learner:
 
     def start_each(self, method: str, batches: list[Any], *arguments: Any) -> list[Any]:
         return [ray.put({"kl/ref_seq": 1.0})]
+
+    def pulse(self, rank: int) -> Any:
+        return ray.put(time.monotonic_ns())
 
     def start(self, method: str, version: int) -> list[Any]:
         ray.get(self._process.set_version.remote(version))

@@ -33,7 +33,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from actors.rollout_actor import RolloutActor
 from actors.weight_receiver import WeightReceiver, as_tensor
-from contracts.config import EngineConfig, ModelConfig, SamplingConfig
+from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.packing import layout, view
 from contracts.records import Prompt, RolloutRequest
 from contracts.segment import SegmentAddress
@@ -207,7 +207,8 @@ def engines(sender: Any, path: str, counts: list[int], repeats: int) -> list[dic
         options = {"num_cpus": 0, "runtime_env": {"env_vars": worker_env(threads, on_cpu=True)}}
         remote = ray.remote(concurrency_groups={"control": 8})(MeasuredActor).options(**options)
         config = EngineConfig(kv_cache_gib=0.5)
-        make = partial(remote.remote, ModelConfig(path=path, dtype="bfloat16"), config, "shared_memory", True, 2, None)
+        model, environment = ModelConfig(path=path, dtype="bfloat16"), EnvironmentConfig()
+        make = partial(remote.remote, model, config, "shared_memory", True, 2, None, environment)
         actors = [make() for _ in range(count)]
         for actor in actors:
             actor.serve.remote()

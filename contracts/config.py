@@ -163,6 +163,18 @@ class PPOConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """Commits of stage ppo, in run_dir/checkpoints: docs/checkpoints.md."""
+
+    every: int = 4  # updates; 0 makes no commits, and nothing can be resumed
+    keep: int = 2  # newest commits that stay, beside the best one
+    # auto: go on from the newest valid commit in run_dir, where there is one | never: start afresh, commits are set aside
+    resume: str = "auto"
+    max_failures: int = 3  # failed commits in a row that end the run
+    grace_s: float = 60.0  # after SIGTERM or SIGINT, to save and leave
+
+
+@dataclass
 class EvaluateConfig:
     prompts: int = 256
     seed: int = 1234
@@ -266,6 +278,13 @@ class ClusterConfig:
     start_timeout_s: float = 300.0
     step_timeout_s: float = 900.0  # longest wait for one generation, update or weight transfer
     max_actor_restarts: int = 3  # lost rollout actors that are replaced before the run gives up
+    max_learner_restarts: int = 3  # returns to the last commit after a rank was lost, before the run gives up
+    # Without a decoding step, asked for or its own, an actor is taken for lost; longer than the longest step.
+    actor_silence_s: float = 60.0
+    # An update in which a rank makes no forward, backward or optimizer step for so long hangs; longer than the longest.
+    learner_silence_s: float = 180.0
+    # A rollout that takes longer, and 3 x as long as 95% of the last ones, is given to an idle actor too: the first counts.
+    hedge_after_s: float = 30.0
     publish_timeout_s: float = 120.0  # longest wait for an actor to take new weights; the others go on without it
 
 
@@ -305,6 +324,7 @@ class TandemConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

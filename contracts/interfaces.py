@@ -1,6 +1,7 @@
 """What the components expect of each other. Structural types: an implementation need not import this module."""
 
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from contracts.config import SamplingConfig
@@ -13,14 +14,28 @@ class EngineLostError(RuntimeError):
     """The engine cannot go on: no request of it will be answered any more."""
 
 
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; no optimizer step was taken with it."""
+
+
+class CollectiveError(RuntimeError):
+    """Ranks cannot reach each other: one is gone, or a collective has not ended in time."""
+
+
 class Engine(Protocol):
     """A generation engine whose weights can be replaced between two decoding steps."""
 
     def submit(self, token_ids: list[int], sampling: SamplingConfig, seed: int) -> Future[Completion]:
         """Queue one prompt. The future fails with ValueError where the prompt leaves no room for a completion."""
 
+    def together(self) -> AbstractContextManager[None]:
+        """What is submitted within starts at the same time, so that the time does not decide on its neighbours."""
+
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
         """log p of the tokens from `start` on, for each (token_ids, start), under the current weights at temperature 1."""
+
+    def pulse(self) -> int:
+        """Decoding steps so far; an idle engine makes one, so that the number grows as long as it can generate."""
 
     def control(self, method: str, argument: dict[str, Any] | None = None) -> None:
         """Run one call of vLLM's weight-transfer protocol between two decoding steps."""

@@ -9,6 +9,9 @@ from typing import Any
 
 from contracts.config import ClusterConfig
 
+# Every process of a run carries its run directory under this name, so that what a killed driver leaves can be told apart.
+RUN_MARK = "TANDEM_RUN_DIR"
+
 
 def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
     """Environment of one actor, learner rank or reward replica that may use `threads` cores."""
@@ -26,6 +29,9 @@ def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        # Whatever the user's shell says: no debugging endpoints, no pickle from whoever reaches a socket of an engine.
+        "VLLM_SERVER_DEV_MODE": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

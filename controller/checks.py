@@ -19,7 +19,10 @@ def check_model(config: TandemConfig) -> None:
     problems = []
     for key, path in keys.items():
         try:
-            found = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+            revision = config.model.revision if key == "model.path" else None
+            found = AutoConfig.from_pretrained(
+                path, revision=revision, trust_remote_code=config.model.trust_remote_code
+            )
             if key == "model.path":
                 problems += _too_many_layers(config, getattr(found, "num_hidden_layers", None))
         except (OSError, ValueError, KeyError) as error:

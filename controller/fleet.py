@@ -11,6 +11,10 @@ class ActorLostError(RuntimeError):
     """More actors are lost than may be replaced."""
 
 
+class LearnerLostError(RuntimeError):
+    """A learner rank is gone or hangs: its state is lost, and all ranks have to go back to the last commit."""
+
+
 class Fleet:
     """`replace_actor(actors, number, update)` starts a new actor in a place of the list and loads `update` (None: the
     weights of its checkpoint); `say` tells the user."""
@@ -28,7 +32,7 @@ class Fleet:
         self._replace_actor, self._max_restarts, self._say = replace_actor, max_restarts, say
         self._update: WeightUpdate | None = None
         self._present = set(range(len(actors)))
-        self._connected = set(self._present)  # whom the learner publishes to
+        self._connected: set[int] | None = set(self._present)  # whom the learner publishes to; None: it is a new one
 
     def present(self) -> set[int]:
         """Numbers of the actors that are up."""
@@ -41,13 +45,21 @@ class Fleet:
         self._connected = set(self._present)
         return self._learner.start("connect", self._backend, self.actors, version)
 
+    def pulse_learner(self, rank: int) -> Any:
+        return self._learner.pulse(rank)
+
+    def learner_restarted(self) -> None:
+        """All weights that were published are of a learner that is gone."""
+        self._connected = self._update = None
+
     def published(self, report: PublishReport) -> None:
         self._update = report.update
 
     def lost(self, number: int, held: int, reason: str, so_far: int) -> None:
         """Raises ActorLostError where no more may be replaced."""
         self._present.discard(number)
-        self._connected.discard(number)
+        if self._connected is not None:
+            self._connected.discard(number)
         if so_far > self._max_restarts:
             raise ActorLostError(
                 f"actor {number} is lost ({reason}), after {so_far - 1} others: cluster.max_actor_restarts is "
@@ -55,12 +67,16 @@ class Fleet:
             )
         self._say(f"actor {number} is lost ({reason}); {held} rollouts are sampled again, a new actor is starting")
 
-    def replace(self, number: int) -> int:
-        """Start a new actor; in a thread, as it takes as long as an engine does. Returns the version that it serves, or
-        -1 where it could not get the current one."""
+    def replace(self, number: int) -> tuple[bool, WeightUpdate | None]:
+        """Start a new actor; in a thread, as it takes as long as an engine does. Returns whether it got the weights that
+        were current when it started, and which these are."""
         update = self._update
-        served = self._replace_actor(self.actors, number, update)
-        return (update.version if update else 0) if served else -1
+        return self._replace_actor(self.actors, number, update), update
+
+    def serves(self, joined: tuple[bool, WeightUpdate | None], version: int) -> bool:
+        """Whether the result of `replace` is an actor with the weights of `version`, which may be another learner's."""
+        served, update = joined
+        return served and update is self._update and (update.version if update else 0) == version
 
     def joined(self, number: int) -> None:
         self._present.add(number)

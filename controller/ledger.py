@@ -22,18 +22,15 @@ import json
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from contracts.portable import ArrayStore, decode, encode
 from contracts.records import Rollout, RolloutRequest
+from controller.ledger_entries import Entry, Key, Lease, State
 from controller.ledger_log import main, rejoin
-
-Key = tuple[int, int, int]  # (epoch, prompt_id, sample_index)
 
 
 class LedgerError(RuntimeError):
@@ -42,36 +39,6 @@ class LedgerError(RuntimeError):
 
 class StalenessError(LedgerError):
     """A rollout is older than `max_staleness` updates."""
-
-
-class State(Enum):
-    PENDING = 0
-    LEASED = 1
-    SCORED = 2
-    BATCHED = 3
-    CLOSED = 4  # TRAINED or QUARANTINED: a row of the log
-
-
-class Lease(NamedTuple):
-    """The right to answer for one request, until it is released or answered."""
-
-    number: int  # fences: no two leases share one, in this process or after a restart
-    request: RolloutRequest
-    order: int  # of its admission
-    attempt: int  # 1 for the first lease of this rollout; a prompt that kills its holders counts up
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    request: RolloutRequest
-    order: int  # of admission
-    admitted_at: int  # policy version
-    state: State = State.PENDING
-    attempts: int = 0
-    lease: int = 0
-    holder: str = ""
-    due: int = 0  # LEASED and SCORED: the last version of the learner that may consume it
-    rollout: Rollout | None = None
 
 
 class Ledger:
@@ -90,14 +57,14 @@ class Ledger:
         self.updates = 0
         self.counts: Counter[str] = Counter()
         self.staleness: list[int] = []  # of the rollouts of the last take, in updates
-        self._open: dict[Key, _Entry] = {}  # in order of admission
-        self._pending: list[tuple[int, _Entry]] = []  # heap by order of admission
-        self._leases: dict[int, _Entry] = {}
-        self._held: defaultdict[str, dict[int, _Entry]] = defaultdict(dict)  # holder -> its leases
+        self._open: dict[Key, Entry] = {}  # in order of admission
+        self._pending: list[tuple[int, Entry]] = []  # heap by order of admission
+        self._leases: dict[int, Entry] = {}
+        self._held: defaultdict[str, dict[int, Entry]] = defaultdict(dict)  # holder -> its leases
         self._leased_due: Counter[int] = Counter()  # due version -> LEASED rollouts
-        self._scored: defaultdict[int, list[_Entry]] = defaultdict(list)  # due version -> SCORED rollouts
+        self._scored: defaultdict[int, list[Entry]] = defaultdict(list)  # due version -> SCORED rollouts
         self._num_scored = 0
-        self._batched: list[_Entry] = []
+        self._batched: list[Entry] = []
         # A key comes once: no epoch before this one, and in it the samples of a prompt in order.
         self._epoch = 0
         self._samples_seen: dict[int, int] = {}
@@ -130,7 +97,7 @@ class Ledger:
                     f"the next sample of prompt {prompt_id} is number {expected}"
                 )
             self._samples_seen[prompt_id] = sample_index + 1
-            entry = _Entry(request, self.counts["admitted"], self.version)
+            entry = Entry(request, self.counts["admitted"], self.version)
             self.counts["admitted"] += 1
             self._open[key] = entry
             heapq.heappush(self._pending, (entry.order, entry))
@@ -138,20 +105,34 @@ class Ledger:
     def lease(self, n: int, holder: str) -> list[Lease]:
         """Up to `n` requests for `holder`, oldest first. The holder must serve `version` or newer weights."""
         leases: list[Lease] = []
-        due, held = self.version + self.max_staleness, self._held[holder]
+        due = self.version + self.max_staleness
         while self._pending and len(leases) < n:
             _, entry = heapq.heappop(self._pending)
             if entry.state is not State.PENDING:
                 continue  # quarantined while it waited
-            self._last_lease += 1
-            entry.state, entry.lease, entry.holder, entry.due = State.LEASED, self._last_lease, holder, due
-            entry.attempts += 1
-            self._leases[entry.lease] = held[entry.lease] = entry
-            leases.append(Lease(entry.lease, entry.request, entry.order, entry.attempts))
+            entry.state, entry.due = State.LEASED, due
+            leases.append(self._grant(entry, holder))
         if leases:
             self._leased_due[due] += len(leases)
-        self.counts["leased"] += len(leases)
         return leases
+
+    def hedge(self, lease_number: int, holder: str) -> Lease | None:
+        """A second lease of a rollout that takes too long, for another holder: the first reply counts, the other is
+        fenced. None where the lease has ended or the rollout has two already."""
+        entry = self._leases.get(lease_number)
+        if entry is None or len(entry.leases) > 1:
+            return None
+        self.counts["hedged"] += 1
+        return self._grant(entry, holder)
+
+    def _grant(self, entry: Entry, holder: str) -> Lease:
+        self._last_lease += 1
+        number = self._last_lease
+        entry.leases[number] = entry.holder = holder
+        entry.attempts += 1
+        self._leases[number] = self._held[holder][number] = entry
+        self.counts["leased"] += 1
+        return Lease(number, entry.request, entry.order, entry.attempts)
 
     def release(self, holder: str) -> int:
         """A holder is gone: its leases end and their rollouts are the next to be leased. Returns how many."""
@@ -162,15 +143,27 @@ class Ledger:
         entry = self._end_lease(lease_number)
         if entry is None:
             return False
-        entry.state = State.PENDING
-        heapq.heappush(self._pending, (entry.order, entry))
         self.counts["released"] += 1
+        if not entry.leases:  # else another holder is at it
+            entry.state = State.PENDING
+            heapq.heappush(self._pending, (entry.order, entry))
         return True
 
     @property
     def num_open(self) -> int:
         """Admitted and neither trained nor quarantined."""
         return len(self._open)
+
+    @property
+    def num_leased(self) -> int:
+        """Leases that have not ended."""
+        return len(self._leases)
+
+    def is_late(self, lease_number: int) -> bool:
+        """Whether a reply under this lease comes too late to count; it is counted as fenced then."""
+        late = lease_number not in self._leases
+        self.counts["fenced"] += late
+        return late
 
     def complete_group(self, parts: list[tuple[int, Rollout]]) -> bool:
         """The rollouts of one prompt, each with its lease: they are due together, so that one update takes them all."""
@@ -183,16 +176,16 @@ class Ledger:
         Args:
             oldest: policy version that counts for its staleness; None: that of its oldest token.
         """
-        entry = self._leases.get(lease_number)
-        if entry is None:
-            self.counts["fenced"] += 1
+        if self.is_late(lease_number):
             return False
+        entry = self._leases[lease_number]
         if rollout.key != entry.request.key:
             raise LedgerError(f"the lease of {entry.request.key} was answered with the rollout {rollout.key}")
         versions = rollout.completion.policy_versions
         if oldest is None:
             oldest = int(versions.min()) if len(versions) else entry.due - self.max_staleness
-        self._end_lease(lease_number)
+        entry.holder = entry.leases[lease_number]
+        self._end_leases(entry)
         entry.state, entry.rollout, entry.due = State.SCORED, rollout, oldest + self.max_staleness
         self._scored[entry.due].append(entry)
         self._num_scored += 1
@@ -205,7 +198,7 @@ class Ledger:
         if entry is None:
             raise LedgerError(f"rollout {key} cannot be quarantined: it is not open")
         if entry.state is State.LEASED:
-            self._end_lease(entry.lease)
+            self._end_leases(entry)
         elif entry.state is State.SCORED:
             self._scored[entry.due].remove(entry)
             if not self._scored[entry.due]:
@@ -292,7 +285,7 @@ class Ledger:
 
     def metrics(self) -> dict[str, float]:
         """Cumulative counts, what is where, and the staleness of the last batch."""
-        names = ("admitted", "leased", "released", "fenced", "scored", "quarantined", "trained")
+        names = ("admitted", "leased", "hedged", "released", "fenced", "scored", "quarantined", "trained")
         rows = {f"ledger/{name}": float(self.counts[name]) for name in names}
         rows |= {"ledger/open": float(len(self._open)), "ledger/in_flight": float(len(self._leases))}
         rows["ledger/waiting"] = float(self._num_scored)
@@ -303,16 +296,21 @@ class Ledger:
                 rows[f"staleness/share_{updates}"] = number / len(self.staleness)
         return rows
 
-    def _end_lease(self, number: int) -> _Entry | None:
+    def _end_lease(self, number: int) -> Entry | None:
         entry = self._leases.pop(number, None)
         if entry is not None:
-            self._held.get(entry.holder, {}).pop(number, None)
-            self._leased_due[entry.due] -= 1
-            if not self._leased_due[entry.due]:
-                del self._leased_due[entry.due]
+            self._held.get(entry.leases.pop(number), {}).pop(number, None)
+            if not entry.leases:
+                self._leased_due[entry.due] -= 1
+                if not self._leased_due[entry.due]:
+                    del self._leased_due[entry.due]
         return entry
 
-    def _close(self, entry: _Entry, end: dict[str, Any]) -> None:
+    def _end_leases(self, entry: Entry) -> None:
+        for number in list(entry.leases):
+            self._end_lease(number)
+
+    def _close(self, entry: Entry, end: dict[str, Any]) -> None:
         entry.state = State.CLOSED
         del self._open[entry.request.key]
         way = {"admitted_at": entry.admitted_at, "leases": entry.attempts, "holder": entry.holder}
@@ -384,7 +382,7 @@ class Ledger:
         self._samples_seen = dict(decode(state["samples_seen"], arrays).tolist())
         for row in state["open"]:
             request, rollout = decode(row["request"], arrays), decode(row["rollout"], arrays)
-            entry = _Entry(request, row["order"], row["admitted_at"], attempts=row["attempts"], rollout=rollout)
+            entry = Entry(request, row["order"], row["admitted_at"], attempts=row["attempts"], rollout=rollout)
             self._open[request.key] = entry
             if rollout is None:
                 heapq.heappush(self._pending, (entry.order, entry))

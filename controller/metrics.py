@@ -10,6 +10,7 @@ Only the driver writes. Actors and learner ranks hand their numbers to it, so th
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,10 +42,12 @@ class RunLog:
         clock: Callable[[], float] = time.monotonic,
         on_alarm: Callable[[Alarm], None] = lambda alarm: None,
     ) -> None:
-        """`attempt` counts the starts of one run. `on_alarm` hears each alarm once, when it first fires."""
+        """`attempt` counts the starts of one run; each is a wandb run of its own, grouped by the run. `on_alarm` hears each
+        alarm once, when it first fires."""
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.wandb_faults = 0
+        self.wandb_id: str | None = None
         self._clock, self._created = clock, clock()
         self._metrics = _open(self.run_dir / "metrics.jsonl")
         self._samples = _open(self.run_dir / "samples.jsonl")
@@ -54,6 +57,7 @@ class RunLog:
         self._wandb: WandbSink | None = None
         if logger.wandb != "disabled":
             self._wandb = WandbSink(self.run_dir, plain, logger, job_type, attempt=attempt)
+            self.wandb_id = self._wandb.id
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append one line. What is not finite is written as null: the line stays JSON and the gap stays visible."""
@@ -80,6 +84,21 @@ class RunLog:
         if self._wandb:
             self._wandb.artifact(name, kind, path)
 
+    def mark(self) -> dict[str, int]:
+        """Sizes of the files in bytes, durable: what a commit says of the logs."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Go back to a `mark`: what came later is written again."""
+        for name, file in self._files.items():
+            os.truncate(file.fileno(), min(sizes[name], os.fstat(file.fileno()).st_size))
+
+    @property
+    def _files(self) -> dict[str, IO[str]]:
+        return {"metrics.jsonl": self._metrics, "samples.jsonl": self._samples, "phases.jsonl": self._phases}
+
     @contextmanager
     def phase(self, stage: str, phase: str) -> Iterator[None]:
         """Record from when to when the block ran, also where it raised."""
@@ -95,7 +114,7 @@ class RunLog:
             if self._wandb:
                 self._wandb.close()
                 self._flush_faults()
-            for file in (self._metrics, self._samples, self._phases):
+            for file in self._files.values():
                 file.close()
 
     def __enter__(self) -> "RunLog":

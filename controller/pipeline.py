@@ -26,15 +26,19 @@ from contracts.config import SourceConfig, TandemConfig
 from contracts.records import Example, PreferencePair, Prompt, RatedText, StageResult
 from contracts.validation import ConfigError, check_machine
 from controller import statistics
+from controller.checkpoint import About, package_versions
 from controller.checks import check_amounts, check_model
+from controller.commits import Commit
 from controller.data import LoadReport, fingerprint, load_preferences, load_prompts, load_sft
 from controller.metrics import RunLog
 from controller.objective import evaluation_metrics
 from controller.progress import Progress
 from controller.prompts import PromptStream
-from controller.redaction import redacted
+from controller.redaction import redact_hydra, redacted
+from controller.resume import RunDirectory, flat, other_versions, require_scorers
 from controller.runtime import Runtime, embedded_nodes, weight_backend
 from controller.stages import StageStore, checkpoint_fingerprint
+from controller.stop import Stop
 
 # Stages that a pipeline skips where the configuration names a checkpoint.
 GIVEN = {"sft": "sft_model", "reward_model/proxy": "proxy_model", "reward_model/gold": "gold_model"}
@@ -53,8 +57,8 @@ class Inputs:
 
 
 class Pipeline:
-    def __init__(self, config: TandemConfig, log: RunLog, progress: Progress):
-        self.config, self.log, self.progress = config, log, progress
+    def __init__(self, config: TandemConfig, log: RunLog, progress: Progress, directory: RunDirectory, stop: Stop):
+        self.config, self.log, self.progress, self.directory, self.stop = config, log, progress, directory, stop
         self.run_dir = Path(config.run_dir)
         self.store = StageStore(Path(config.cache_dir), self.run_dir, config.reuse_stages)
         self.results: dict[str, StageResult] = {}
@@ -292,6 +296,8 @@ class Pipeline:
         from controller.fleet import Fleet
 
         config = self.config if self.config.ppo.seed is None else replace(self.config, seed=self.config.ppo.seed)
+        identity = flat(self._inputs_of("ppo"))
+        commit = self._find_commit(identity)
         policy, proxy = self._checkpoint("sft"), self._checkpoint("reward_model/proxy")
         scorers = {"proxy": proxy}
         if self._has_gold() and config.ppo.gold_rollouts:
@@ -312,12 +318,30 @@ class Pipeline:
                 learner.call("connect", backend, actors)[0].require_all()
             restarts, say = config.cluster.max_actor_restarts, self.progress.line
             fleet = Fleet(actors, learner, backend, self.runtime.replace_actor, restarts, say)
-            controller = PPOController(config, stream, fleet, learner, self.log, self.progress, "gold" in scorers)
+            about = About(identity, client.versions)
+            logs = (self.log, self.progress)
+            controller = PPOController(config, stream, fleet, learner, *logs, "gold" in scorers, about, self.stop)
+            if commit:
+                require_scorers(commit, client.versions)
+                with self._phase("ppo", f"going on from {commit.path}, after update {commit.step}"):
+                    controller.restore(commit)
             with self._phase("ppo", f"PPO: {config.ppo.updates} updates of {config.ppo.rollouts_per_update} rollouts"):
                 controller.run()
             learner.call("save", str(path))
             ended = {"versions": controller.version, "learner_peak_gib": learner.peak_memory_gib()}
             return ended | {"scorers": client.versions}
+
+    def _find_commit(self, identity: dict[str, Any]) -> Commit | None:
+        """Where stage ppo goes on; what an earlier attempt has logged and not committed goes."""
+        if not self.config.checkpoint.every:
+            return None
+        with self.progress.phase("looking for commits"):
+            commit = self.directory.find(self.config.checkpoint.resume, identity)
+        self.store.starts = self.directory.start_log(self.log.mark())
+        self.log.cut(self.store.starts if commit is None else commit.driver_state()[0]["logs"])
+        if commit and (warning := other_versions(commit, package_versions())):
+            self.progress.line(warning)
+        return commit
 
     def _evaluate(self) -> None:
         from controller.evaluate import REFERENCE, judge_models, sample_rows, summarize
@@ -353,6 +377,7 @@ class Pipeline:
         if not ray.is_initialized():
             with self._phase(stage, "starting Ray"):
                 self.runtime.start()
+            self.stop.install()  # Ray has handlers of its own
 
     @contextmanager
     def _learner(self, stage: str, task: str, *arguments: Any) -> Iterator[Any]:
@@ -374,16 +399,16 @@ def _accuracy(name: str, interval: statistics.Interval) -> dict[str, float]:
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def open_run(config: TandemConfig, progress: Progress) -> RunLog:
-    """Create the run directory, write the resolved configuration, open the log."""
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+def open_run(config: TandemConfig, directory: RunDirectory, progress: Progress) -> RunLog:
+    """Write the resolved configuration into the run directory, open the log."""
     plain = redacted(asdict(config))
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    redact_hydra(directory.path / "hydra")
+    (directory.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     return RunLog(
-        run_dir,
+        directory.path,
         plain,
         config.logger,
         config.stage,
+        attempt=directory.attempt,
         on_alarm=lambda alarm: progress.line(f"⚠ {alarm.title}: {alarm.finding}"),
     )

@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 REDACTED = "[redacted]"
 SECRET_WORDS = frozenset({"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"})
@@ -29,3 +32,27 @@ def redacted(config: Any, hide: bool = False) -> Any:
 def _is_secret(name: str, value: Any) -> bool:
     words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     return not SECRET_WORDS.isdisjoint(words) or (isinstance(value, str) and SECRET_PART.search(name) is not None)
+
+
+def redacted_override(override: str) -> str:
+    """`key=value` without what is a secret of it."""
+    name, _, value = override.partition("=")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:  # Hydra's own grammar has more forms
+        parsed = value
+    hidden = redacted({name: parsed})[name]
+    if hidden == parsed:
+        return override
+    shown = yaml.safe_dump(hidden, default_flow_style=True).strip() if isinstance(parsed, dict | list) else hidden
+    return f"{name}={shown}"
+
+
+def redact_hydra(folder: Path) -> None:
+    """Hydra has written configuration and command line as they came. The command line is kept, for the report."""
+    overrides = folder / "overrides.yaml"
+    if overrides.exists():
+        kept = [redacted_override(str(item)) for item in yaml.safe_load(overrides.read_text()) or []]
+        overrides.write_text(yaml.safe_dump(kept))
+    for name in ("config.yaml", "hydra.yaml"):
+        (folder / name).unlink(missing_ok=True)

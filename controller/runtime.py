@@ -11,7 +11,8 @@ import torch
 
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.placement import Resources
-from contracts.process_env import embedded_cpus, ray_options, worker_env
+from contracts.process_env import embedded_cpus, worker_env
+from contracts.ray_access import start_ray
 from contracts.scorers import chosen_scorers
 from contracts.weights import WeightsRefused, WeightUpdate
 from controller.placement import Placement
@@ -69,7 +70,7 @@ class Runtime:
             ConfigError: the cluster cannot hold the job.
         """
         if not ray.is_initialized():
-            ray.init(**ray_options(self.config.cluster, "tandem"))
+            start_ray(self.config.cluster, "tandem")
         if self._placement is None:
             self._placement = Placement(self.config)
 
@@ -142,17 +143,17 @@ class Runtime:
             ray.exceptions.RayError: the new actor cannot start, or fails while it loads; its place stays empty.
         """
         assert self._placement is not None
-        ray.kill(actors[number])
+        ray.kill(actors[number])  # Ray ends a stopped process too, after 5 s
         [new] = self._start_actors([self._placement.actor(number)])
         served = True
-        if update is not None:
-            try:
+        try:
+            if update is not None:
                 ray.get(new.load_weights.remote(update), timeout=self.config.cluster.publish_timeout_s)
-            except ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, WeightsRefused):
-                    ray.kill(new)
-                    raise
-                served = False
+        except BaseException as error:
+            if not isinstance(getattr(error, "cause", None), WeightsRefused):
+                ray.kill(new)
+                raise
+            served = False
         actors[number] = new
         return served
 

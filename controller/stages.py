@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class StageStore:
     cache_dir: Path
     run_dir: Path
     reuse: bool
+    # Where in the run's logs the lines of the stage begin that is being run, in bytes; a resumed stage began earlier.
+    starts: dict[str, int] = field(default_factory=dict)
 
     def directory(self, name: str, inputs: dict[str, Any]) -> Path:
         plain = {key: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for key, v in inputs.items()}
@@ -76,10 +78,11 @@ class StageStore:
         if not self.reuse or not (directory / "stage.json").exists():
             return None
         content = json.loads((directory / "stage.json").read_text())
-        for log in LOGS:
-            if (directory / "log" / log).exists():
+        texts = {log: file.read_text() for log in LOGS if (file := directory / "log" / log).exists()}
+        if not self._is_logged(texts.get("metrics.jsonl", "")):
+            for log, text in texts.items():
                 with (self.run_dir / log).open("a") as target:
-                    target.write((directory / "log" / log).read_text())
+                    target.write(text)
         return StageResult(name, str(directory / "model"), cached=True, metrics=content["metrics"])
 
     def run(self, name: str, inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> StageResult:
@@ -92,11 +95,11 @@ class StageStore:
         partial = directory.with_name(directory.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        starts = {log: self._size(log) for log in LOGS}
+        self.starts = {log: self._size(log) for log in LOGS}
         began = time.time()
         metrics = work(partial / "model")
         (partial / "log").mkdir()
-        for log, start in starts.items():
+        for log, start in self.starts.items():
             with (self.run_dir / log).open("rb") as source:
                 source.seek(start)
                 (partial / "log" / log).write_bytes(source.read())
@@ -105,6 +108,11 @@ class StageStore:
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
         return StageResult(name, str(directory / "model"), cached=False, metrics=metrics)
+
+    def _is_logged(self, metrics: str) -> bool:
+        """Whether this run has these lines already: from an earlier attempt, or because it ran the stage itself."""
+        log, first = self.run_dir / "metrics.jsonl", metrics.partition("\n")[0]
+        return bool(first) and log.exists() and first in log.read_text().split("\n")
 
     def _size(self, log: str) -> int:
         path = self.run_dir / log

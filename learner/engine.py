@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -12,11 +13,8 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from contracts.config import LearnerConfig, OptimizerConfig
+from contracts.interfaces import NonFiniteError
 from learner.models import PolicyModel, ScalarModel
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite; no optimizer step was taken with it."""
 
 
 @dataclass
@@ -26,6 +24,8 @@ class Ranks:
     rank: int
     world_size: int
     on_cpu: bool
+    passes: int = 0  # forward, backward and optimizer steps so far: a rank that hangs counts no further
+    bad_loss: float | None = None  # since the last step
 
     @property
     def device(self) -> torch.device:
@@ -42,16 +42,30 @@ class Ranks:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def require_finite(self) -> None:
+        """All ranks together, so that none waits for one that gave up. Raises NonFiniteError on all where a loss of any is
+        NaN or infinite."""
+        mine, self.bad_loss = self.bad_loss, None
+        if self.max(torch.tensor(float(mine is not None), device=self.device)).item():
+            raise NonFiniteError("the loss of another rank is not finite" if mine is None else f"the loss is {mine}")
 
-def join(rank: int, world_size: int, address: str, port: int, on_cpu: bool, seed: int) -> Ranks:
-    """Join the process group of the learner. All ranks call it together."""
+
+def is_collective(error: BaseException) -> bool:
+    """Whether an error is of the connection between ranks. Gloo has no type of its own for it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def join(
+    rank: int, world_size: int, address: str, port: int, on_cpu: bool, seed: int, timeout_s: float = 1800.0
+) -> Ranks:
+    """Join the process group of the learner; its collectives end after `timeout_s`. All ranks call it together."""
     os.environ.update(
         MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0"
     )
     if on_cpu:
         # DeepSpeed would compile its shared-memory collectives for 40 s; gloo is as fast for two ranks.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo" if on_cpu else "nccl", verbose=False)
+    deepspeed.init_distributed("gloo" if on_cpu else "nccl", verbose=False, timeout=timedelta(seconds=timeout_s))
     torch.manual_seed(seed)
     return Ranks(rank, world_size, on_cpu)
 
@@ -127,16 +141,15 @@ class TrainEngine:
         self.before_step: Callable[[], None] = lambda: None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.ranks.passes += 1
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """Accumulate. `is_last` marks the last call before `step`; all ranks must agree on it.
-
-        Raises:
-            NonFiniteError: on this rank's loss, before it reaches a gradient.
-        """
+        """Accumulate. `is_last` marks the last call before `step`; all ranks must agree on it. A loss that is not finite
+        keeps every engine of every rank from its next step."""
+        self.ranks.passes += 1
         if not torch.isfinite(loss):
-            raise NonFiniteError(f"the loss is {loss.item()}")
+            self.ranks.bad_loss = loss.item()
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
         if not is_last:
@@ -148,6 +161,8 @@ class TrainEngine:
         Raises:
             NonFiniteError: on all ranks; nothing was updated.
         """
+        self.ranks.passes += 1
+        self.ranks.require_finite()
         self.before_step()
         if hasattr(self._engine.optimizer, "_global_grad_norm"):
             self._engine.step()  # skips the update where the norm is not finite

@@ -1,17 +1,25 @@
 """Ray actor: one rank of the learner, hosting the task of a stage. `LearnerGroup` is the driver's side."""
 
+import sys
+import traceback
 from operator import attrgetter
 from typing import Any
 
 import ray
 
 from contracts.config import ClusterConfig
+from contracts.interfaces import CollectiveError
 
 
 class LearnerActor:
+    """Calls of the task run one after another in the thread of Ray's default group; the group "control" has another, which
+    answers meanwhile."""
+
     def __init__(self, rank: int, world_size: int, on_cpu: bool):
         self.rank, self.world_size, self.on_cpu = rank, world_size, on_cpu
         self._task: Any = None
+        self._ranks: Any = None
+        self._is_updating, self._pulses = False, 0
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 waits for the others."""
@@ -19,7 +27,9 @@ class LearnerActor:
 
         return ray.util.get_node_ip_address(), get_open_port()
 
-    def start(self, task: str, address: str, port: int, seed: int, arguments: tuple[Any, ...]) -> None:
+    def start(
+        self, task: str, address: str, port: int, seed: int, timeout_s: float, arguments: tuple[Any, ...]
+    ) -> None:
         """Join the process group and build the stage's task; all ranks together."""
         from learner.engine import join
         from learner.ppo import PPOTask
@@ -27,12 +37,38 @@ class LearnerActor:
         from learner.sft import SFTTask
 
         tasks = {"sft": SFTTask, "reward_model": RewardModelTask, "ppo": PPOTask}
-        ranks = join(self.rank, self.world_size, address, port, self.on_cpu, seed)
-        self._task = tasks[task](ranks, *arguments)
+        self._ranks = join(self.rank, self.world_size, address, port, self.on_cpu, seed, timeout_s)
+        self._task = tasks[task](self._ranks, *arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """`method` of the task, or of one of its parts: `state.check`."""
-        return attrgetter(method)(self._task)(*arguments)
+        """`method` of the task, or of one of its parts: `state.check`.
+
+        Raises:
+            CollectiveError: where the other ranks cannot be reached.
+        """
+        from learner.engine import is_collective
+
+        self._is_updating = method == "update"
+        try:
+            return attrgetter(method)(self._task)(*arguments)
+        except Exception as error:
+            if is_collective(error):
+                raise CollectiveError(f"rank {self.rank}: {error}") from error
+            raise
+        finally:
+            self._is_updating = False
+
+    @ray.method(concurrency_group="control")
+    def pulse(self) -> int:
+        """Grows in an update with every pass, else with every question: all other waits of a rank end by themselves."""
+        if not self._is_updating:
+            self._pulses += 1
+        return self._pulses + (self._ranks.passes if self._ranks else 0)
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        """Where every thread of the process is."""
+        return "\n".join("".join(traceback.format_stack(frame)) for frame in sys._current_frames().values())
 
     def peak_memory_gib(self) -> float:
         import resource
@@ -52,22 +88,50 @@ class LearnerGroup:
         env: dict[str, str],
         placement: list[dict[str, Any]] | None = None,  # Ray options of each rank; None: anywhere
     ):
-        world_size = cluster.num_learner_ranks
+        self._cluster, self._task, self._seed, self._env = cluster, task, seed, env
         self.timeout_s = cluster.step_timeout_s
         anywhere = {"num_cpus": cluster.cpus_per_process, "num_gpus": cluster.gpus_per_learner_rank}
-        remote: Any = ray.remote(LearnerActor)
+        self._placement = placement or [anywhere] * cluster.num_learner_ranks
+        self._arguments = ray.put(arguments)
+        self._launch()
+
+    def _launch(self) -> None:
+        cluster = self._cluster
+        groups: dict[str, Any] = {"concurrency_groups": {"control": 1}}
+        remote: Any = ray.remote(**groups)(LearnerActor)
         on_cpu = cluster.gpus_per_learner_rank == 0
         self.actors: list[Any] = [
-            remote.options(**options, runtime_env={"env_vars": env}).remote(rank, world_size, on_cpu)
-            for rank, options in enumerate(placement or [anywhere] * world_size)
+            remote.options(**options, runtime_env={"env_vars": self._env}).remote(rank, len(self._placement), on_cpu)
+            for rank, options in enumerate(self._placement)
         ]
         address, port = ray.get(self.actors[0].address.remote(), timeout=cluster.start_timeout_s)
-        shared = ray.put(arguments)
-        self._started = [actor.start.remote(task, address, port, seed, shared) for actor in self.actors]
-        self._start_timeout_s = cluster.start_timeout_s
+        shared = self._task, address, port, self._seed, cluster.step_timeout_s, self._arguments
+        self._started = [actor.start.remote(*shared) for actor in self.actors]
+
+    def restart(self) -> None:
+        """End all ranks and start them anew, with another port, from their checkpoints; returns when they are ready."""
+        self.stop()
+        self._launch()
+        self.wait_ready()
+
+    def pulse(self, rank: int) -> Any:
+        """Reference of a number that grows as long as the rank gets on."""
+        return self.actors[rank].pulse.remote()
+
+    def stacks(self) -> str:
+        """Where every rank is, as far as it answers; for a log."""
+        calls = [actor.stacks.remote() for actor in self.actors]
+        ray.wait(calls, num_returns=len(calls), timeout=5)
+        texts = []
+        for rank, call in enumerate(calls):
+            try:
+                texts.append(f"---- rank {rank}\n{ray.get(call, timeout=0)}")
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                texts.append(f"---- rank {rank}: {type(error).__name__}, it does not answer\n")
+        return "\n".join(texts)
 
     def wait_ready(self) -> None:
-        ray.get(self._started, timeout=self._start_timeout_s)
+        ray.get(self._started, timeout=self._cluster.start_timeout_s)
 
     def start(self, method: str, *arguments: Any) -> list[Any]:
         """References of the results of all ranks, for the same arguments."""

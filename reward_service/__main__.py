@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from contracts.process_env import driver_env, ray_options, worker_env
+from contracts.process_env import driver_env, worker_env
+from contracts.ray_access import start_ray
 
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
 
@@ -73,7 +74,7 @@ def serve(overrides: list[str]) -> None:
     config, scorers = read_config(overrides)
     resolve(scorers, config.reward_service, tokenizer_of(config, scorers))  # before anything is started
     cluster, http = config.cluster, config.reward_service.http
-    ray.init(**ray_options(cluster, "tandem-rewards"))
+    start_ray(cluster, "tandem-rewards")
     received: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # after ray.init, which sets handlers of its own
         signal.signal(number, lambda number, frame: received.put(number))

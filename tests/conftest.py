@@ -19,6 +19,11 @@ SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
 VADER = ROOT / ".cache/data/vader"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-minutes", type=float, default=2.0, help="of random harm in test_soak.py")
+    parser.addoption("--soak-seed", type=int, default=1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
@@ -83,12 +88,15 @@ def classifier(small_vocab: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_float32: Path) -> Path:
+    return make_reward_model(tmp_path_factory.mktemp("reward") / "model", tiny_float32)
+
+
+def make_reward_model(path: Path, base: Path) -> Path:
     """A reward model's checkpoint with weights that tell texts apart, and a normaliser; its tokenizer is SmolLM2's."""
     from transformers import AutoModelForSequenceClassification
 
-    path = tmp_path_factory.mktemp("reward") / "model"
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_float32, num_labels=1, pad_token_id=2)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=2)
     model.score.weight.data.normal_()
     model.config.score_mean, model.config.score_std = 0.5, 2.0
     model.save_pretrained(path)

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 import torch
 
+from actors.environment import SingleTurn
 from actors.weight_receiver import WeightReceiver
 from contracts.segment import SegmentAddress, SegmentReader, Unreachable
 from contracts.weights import LoadReport, Parameters, WeightUpdate
@@ -73,6 +74,13 @@ class StandIn:
 
     def state(self) -> tuple[int, float, int]:
         return self.version, self.sum, self.swaps
+
+
+class Keyed(SingleTurn):
+    """An environment with a key in its options."""
+
+    def __init__(self, tokenizer: Any, api_key: str):
+        assert api_key
 
 
 @ray.remote

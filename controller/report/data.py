@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from controller.redaction import redacted
+from controller.redaction import redacted, redacted_override
 
 CURVE_FILES = ("metrics.jsonl", "stages.json", "evaluation.json")
 
@@ -150,7 +150,7 @@ def _yaml(run: Run) -> dict[str, Any]:
     try:
         if overrides.exists():
             kept = yaml.safe_load(overrides.read_text(encoding="utf-8"))
-            run.overrides = [_redacted_override(str(item)) for item in kept] if isinstance(kept, list) else None
+            run.overrides = [redacted_override(str(item)) for item in kept] if isinstance(kept, list) else None
         if not path.exists():
             run.missing.append("config.yaml")
             return {}
@@ -160,16 +160,6 @@ def _yaml(run: Run) -> dict[str, Any]:
         run.problems.append(f"config.yaml or hydra/overrides.yaml is not valid YAML ({str(error).splitlines()[0]})")
         return {}
     return redacted(config) if isinstance(config, dict) else {}
-
-
-def _redacted_override(override: str) -> str:
-    name, _, value = override.partition("=")
-    try:
-        typed = yaml.safe_load(value)  # numbers are no secrets, whatever they are called
-    except yaml.YAMLError:
-        typed = value
-    key = name.rpartition(".")[2]
-    return override if redacted({key: typed})[key] == typed else f"{name}={redacted({key: value})[key]}"
 
 
 def _laid_end_to_end(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What is summed over ranks, on two real ones: group statistics, whitening, weights and denominators."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import ray
 
+from contracts.interfaces import NonFiniteError
 from contracts.records import Completion, Prompt, Rollout
 from controller.batcher import make_batches
 from controller.runtime import environments
@@ -30,6 +32,18 @@ def rollouts() -> list[Rollout]:
         )
         result.append(Rollout((0, prompt_id, sample), Prompt(prompt_id, "", (7, 50 + prompt_id)), completion))
     return result
+
+
+def check_finite_flag(group: LearnerGroup, batches: list[Any]) -> None:
+    """The loss of one rank alone is not a number: both give up before the step, and both can go on."""
+    bad = copy.deepcopy(batches)
+    bad[1].minibatches[0][0].behavior_logprobs[:] = np.nan
+    first, second = group.start_each("update", bad, 0.1, True)
+    with pytest.raises(NonFiniteError, match="the loss of another rank is not finite"):
+        ray.get(first, timeout=60)
+    with pytest.raises(NonFiniteError, match="the loss is nan"):
+        ray.get(second, timeout=60)
+    assert all("rank" in line for line in group.stacks().splitlines() if line.startswith("----"))
 
 
 @pytest.mark.usefixtures("ray_runtime")
@@ -58,6 +72,8 @@ def test_two_ranks_make_the_update_of_one(small_vocab: Path, tmp_path: Path) -> 
             metrics = [ray.get(group.start_each("update", batches, 0.1, True))[0] for _ in range(2)]
             after = np.concatenate(group.call("token_logprobs", sequences)[0])
             outcomes.append((after - before, metrics[1]))
+            if ranks == 2:
+                check_finite_flag(group, batches)
         finally:
             group.stop()
     (moved, one), (moved_by_two, two) = outcomes

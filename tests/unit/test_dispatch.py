@@ -1,17 +1,21 @@
 """The controller's side of the actors, on actors that answer when the test says so."""
 
+import threading
+import time
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError
 
-from contracts.config import PPOConfig
-from contracts.interfaces import EngineLostError
+from contracts.config import ClusterConfig, PPOConfig
+from contracts.interfaces import CollectiveError, EngineLostError
 from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout
-from contracts.weights import LoadReport, PublishReport
+from contracts.weights import LoadReport, PublishReport, WeightUpdate
 from controller.dispatch import Dispatcher
-from controller.fleet import ActorLostError, Fleet
+from controller.fleet import ActorLostError, Fleet, LearnerLostError
 from controller.ledger import Ledger
 from controller.prompts import PromptStream
 
@@ -40,6 +44,7 @@ class Actor:
         self.work: list[Assignment] = []
         self.asked: list[tuple[Future[Delivery], int, float]] = []
         self.assign, self.collect = Method(self._assign), Method(self._collect)
+        self.pulse, self.is_stopped, self.steps = Method(self._pulse), False, 0
 
     def _assign(self, work: list[Assignment], sampling: Any) -> None:
         self.work += work
@@ -47,6 +52,13 @@ class Actor:
     def _collect(self, score_batch: int, patience_s: float) -> Call:
         answer: Future[Delivery] = Future()
         self.asked.append((answer, score_batch, patience_s))
+        return Call(answer)
+
+    def _pulse(self) -> Call:
+        answer: Future[int] = Future()
+        if not self.is_stopped:
+            self.steps += 1
+            answer.set_result(self.steps)
         return Call(answer)
 
     def finish(self, *numbers: int, versions: tuple[int, ...] = (0,), generate_s: float = 0.0) -> None:
@@ -75,6 +87,7 @@ def start(
     gold: int = 0,
     timeout_s: float = 5.0,
     fleet: Fleet | None = None,
+    **cluster: float,
 ) -> tuple[Dispatcher, Ledger]:
     ppo = PPOConfig(
         rollouts_per_update=rollouts, samples_per_prompt=samples, max_staleness=staleness, gold_rollouts=gold
@@ -82,8 +95,9 @@ def start(
     ledger = Ledger(rollouts, staleness)
     stream = PromptStream(PROMPTS, samples, seed=1)
     scorers = ["proxy", "gold"] if gold else ["proxy"]
-    crew = fleet or Fleet(actors, None, "", lambda *_: False, 0, print)  # type: ignore[arg-type]
-    return Dispatcher(crew, ledger, stream, ppo, scorers, timeout_s), ledger
+    crew = fleet or Fleet(actors, Learner(actors), "", lambda *_: False, 0, print)  # type: ignore[arg-type]
+    config = ClusterConfig(step_timeout_s=timeout_s, **cluster)  # type: ignore[arg-type]
+    return Dispatcher(crew, ledger, stream, ppo, scorers, config), ledger
 
 
 def test_without_staleness_the_actors_share_one_update_and_score_at_its_end() -> None:
@@ -248,12 +262,20 @@ class Learner:
     def __init__(self, actors: list[Actor]):
         self.calls: list[tuple[Any, ...]] = []
         self.actors, self.refuse = actors, dict[int, str]()
+        self.is_stopped = False
+
+    def pulse(self, rank: int) -> Call:
+        answer: Future[int] = Future()
+        if not self.is_stopped:
+            answer.set_result(time.monotonic_ns())
+        return Call(answer)
 
     def start(self, method: str, *arguments: Any) -> list[Call]:
         self.calls.append((method, arguments[-1]))
         loaded = {i: LoadReport(arguments[-1]) for i in range(len(self.actors)) if i not in self.refuse}
         report: Future[Any] = Future()
-        report.set_result(PublishReport(arguments[-1], 0.0, 0.0, 0, 0, loaded, self.refuse))
+        update = WeightUpdate("publisher", arguments[-1], (), 0)
+        report.set_result(PublishReport(arguments[-1], 0.0, 0.0, 0, 0, loaded, self.refuse, update))
         self.refuse = {}
         return [Call(report)]
 
@@ -333,3 +355,143 @@ def test_actors_are_replaced_so_many_times_only() -> None:
     lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
     with pytest.raises(ActorLostError, match=r"after 0 others: cluster\.max_actor_restarts is 0"):
         dispatcher.next_batch(0)
+
+
+def test_a_silent_actor_is_replaced_as_a_dead_one() -> None:
+    stopped = Actor()
+    stopped.is_stopped = True
+    actors = [stopped]
+    fleet, _, said = crew(actors)
+    dispatcher, ledger = start(actors, fleet=fleet, actor_silence_s=0.2)
+    dispatcher.feed(updates_left=1)
+    until(dispatcher, lambda: actors[0] is not stopped and bool(fleet.present()))
+    assert "has generated nothing for" in said[0]
+    assert dispatcher.faults() == {"fault/actors_lost": 1, "fault/actors_silent": 1, "fault/rollouts_hedged": 0}
+    actors[0].finish(0, 1, 2, 3)
+    assert len(dispatcher.next_batch(0)) == 4
+    assert ledger.metrics()["ledger/released"] == 4
+
+
+def test_a_replacement_that_dies_while_it_starts_is_replaced() -> None:
+    lost, deaths = Actor(), ["while it loaded"]
+    actors = [lost]
+
+    def replace(actors: list[Any], number: int, update: Any) -> bool:
+        if deaths:
+            raise EngineLostError(deaths.pop())
+        actors[number] = Actor()
+        return True
+
+    said: list[str] = []
+    fleet = Fleet(actors, Learner(actors), "shared", replace, 2, said.append)  # type: ignore[arg-type]
+    dispatcher, _ = start(actors, fleet=fleet)
+    dispatcher.feed(updates_left=1)
+    lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
+    until(dispatcher, lambda: actors[0] is not lost and bool(fleet.present()))
+    assert (len(actors[0].work), dispatcher.num_lost) == (4, 2)
+    assert "while it loaded" in said[1]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_straggler_is_hedged_and_the_first_reply_counts(samples: int) -> None:
+    slow, idle = Actor(), Actor()
+    dispatcher, ledger = start([slow, idle], samples=samples, hedge_after_s=0.05)
+    dispatcher.feed(updates_left=1)
+    late, kept = list(slow.work), [*slow.prompts, *idle.prompts]
+    idle.finish(0, 1)
+    until(dispatcher, lambda: len(idle.work) == 2)
+    assert [a.request for a in idle.work] == [a.request for a in late]
+    assert {a.lease for a in idle.work} & {a.lease for a in late} == set()
+    slow.finish(0)  # the first reply for one of them, the second for the other is the hedge's
+    until(dispatcher, lambda: len(slow.work) == 1 and not dispatcher._inbox.qsize())
+    idle.finish(1)
+    assert [r.prompt.prompt_id for r in dispatcher.next_batch(0)] == kept
+    ledger.trained(1)
+    slow.finish(0)
+    idle.finish(0)
+    until(dispatcher, lambda: ledger.metrics()["ledger/fenced"] == 2)
+    assert dispatcher._parts == {}
+    assert dispatcher.faults()["fault/rollouts_hedged"] == 2
+    assert ledger.metrics()["ledger/trained"] == 4
+
+
+def test_one_actor_is_never_hedged() -> None:
+    slow = Actor()
+    dispatcher, ledger = start([slow], hedge_after_s=0.01, timeout_s=0.7)
+    dispatcher.feed(updates_left=1)
+    with pytest.raises(TimeoutError):
+        dispatcher.next_batch(0)
+    assert ledger.metrics()["ledger/hedged"] == 0
+
+
+@pytest.mark.parametrize("error", [RayActorError(), CollectiveError("rank 0: connection closed by peer")])
+def test_a_lost_rank_is_told_from_an_error_and_later_answers_count_no_more(error: Exception) -> None:
+    dispatcher, _ = start([Actor()])
+    gone, other, fine = Future[Any](), Future[Any](), Future[Any]()
+    gone.set_exception(error)
+    with pytest.raises(LearnerLostError, match="a learner rank is lost"):
+        dispatcher.wait([Call(gone), Call(other)], "the update")
+    other.set_exception(CollectiveError("connection closed by peer"))
+    fine.set_result("a new learner's")
+    assert dispatcher.wait([Call(fine)], "the update") == ["a new learner's"]
+
+
+def test_a_rank_that_hangs_is_lost() -> None:
+    actors = [Actor()]
+    fleet, learner, _ = crew(actors)
+    learner.is_stopped = True
+    dispatcher, _ = start(actors, fleet=fleet, learner_silence_s=0.1)
+    with pytest.raises(LearnerLostError, match="rank 0 has not got on for"):
+        dispatcher.wait([Call(Future())], "the update")
+
+
+def test_after_a_rollback_actors_get_the_weights_of_the_commit_and_old_work_is_fenced(tmp_path: Path) -> None:
+    first, second = Actor(), Actor()
+    actors = [first, second]
+    fleet, learner, _ = crew(actors)
+    dispatcher, ledger = start(actors, fleet=fleet)
+    state, arrays = ledger.state_dict()
+    stream = dispatcher._stream.state_dict()
+    dispatcher.feed(updates_left=3)
+    old = [*first.prompts, *second.prompts]
+    second.finish(0, 1)
+    until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 2)
+    ledger.load_state_dict(state, arrays, tmp_path / "ledger.jsonl")
+    dispatcher._stream.load_state_dict(stream)
+    dispatcher.rolled_back()
+    dispatcher.publish(0)
+    assert learner.calls == [("connect", 0)]
+    dispatcher.feed(updates_left=3)
+    assert [*first.prompts[2:], *second.prompts] == old  # the same prompts again, beside what the first still works at
+    first.finish(0, 1)
+    until(dispatcher, lambda: ledger.metrics()["ledger/fenced"] == 2)
+    first.finish(0, 1)
+    second.finish(0, 1)
+    assert [r.prompt.prompt_id for r in dispatcher.next_batch(0)] == old
+
+
+def test_an_actor_that_joins_with_weights_of_before_the_rollback_gets_new_ones(tmp_path: Path) -> None:
+    lost, gate = Actor(), threading.Event()
+    actors = [lost]
+
+    def replace(actors: list[Any], number: int, update: Any) -> bool:
+        assert gate.wait(5)
+        actors[number] = Actor()
+        return True
+
+    learner = Learner(actors)
+    fleet = Fleet(actors, learner, "shared", replace, 3, print)  # type: ignore[arg-type]
+    dispatcher, ledger = start(actors, fleet=fleet)
+    dispatcher.publish(0)
+    state, arrays = ledger.state_dict()
+    lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
+    until(dispatcher, lambda: not fleet.present())
+    ledger.load_state_dict(state, arrays, tmp_path / "ledger.jsonl")
+    dispatcher.rolled_back()
+    dispatcher.publish(0)
+    gate.set()
+    until(dispatcher, lambda: bool(fleet.present()))
+    dispatcher.feed(updates_left=1)
+    assert actors[0].work == []  # version 0, but of a learner that is gone
+    dispatcher._catch_up()
+    assert len(actors[0].work) == 4

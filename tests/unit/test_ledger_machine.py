@@ -66,6 +66,21 @@ class LedgerMachine(RuleBasedStateMachine):
             self.leases[lease.number] = (lease, holder, self.version)
 
     @precondition(lambda self: self.leases)
+    @rule(data=st.data(), holder=HOLDERS)
+    def hedge(self, data: st.DataObject, holder: str) -> None:
+        number = data.draw(st.sampled_from(sorted(self.leases)))
+        first = self.leases[number][0]
+        twice = len(self.leases_of(first.request.key)) == 2
+        second = self.ledger.hedge(number, holder)
+        assert (second is None) == twice
+        if second:
+            assert second.request is first.request
+            self.leases[second.number] = (second, holder, self.leases[number][2])
+
+    def leases_of(self, key: tuple) -> list[int]:
+        return [number for number, (lease, *_) in self.leases.items() if lease.request.key == key]
+
+    @precondition(lambda self: self.leases)
     @rule(data=st.data(), empty=st.booleans())
     def complete(self, data: st.DataObject, empty: bool) -> None:
         number = data.draw(st.sampled_from(sorted(self.leases)))
@@ -73,10 +88,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.answer(number, [] if empty else sorted(data.draw(st.lists(served, min_size=1, max_size=4))))
 
     def answer(self, number: int, versions: list[int]) -> None:
-        lease = self.leases.pop(number)[0]
+        lease = self.leases[number][0]
         assert self.ledger.complete(number, self.rollout(lease, versions)) is True
         self.answered.add(lease.request.key)
-        self.late.append(lease)
+        self.late += [self.leases.pop(n)[0] for n in self.leases_of(lease.request.key)]
 
     @precondition(lambda self: self.late)
     @rule(data=st.data())
@@ -98,7 +113,7 @@ class LedgerMachine(RuleBasedStateMachine):
             key = data.draw(st.sampled_from(still_open))
             self.ledger.quarantine(key, "bad")
             self.ended[key] = "quarantined"
-            for number in [n for n, (lease, *_) in self.leases.items() if lease.request.key == key]:
+            for number in self.leases_of(key):
                 self.late.append(self.leases.pop(number)[0])
 
     @precondition(lambda self: not self.batch)
@@ -129,6 +144,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.admit()
         self.lease("a", 100)
         for number in sorted(self.leases)[stragglers:]:
+            if number not in self.leases:
+                continue  # the other lease of a hedged rollout was answered
             self.answer(number, [self.leases[number][2] if at_lease else self.version])
         if not self.batch:
             self.take()
@@ -186,8 +203,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def finish(self) -> None:
         """The run is served to its end from here: everything open trains, nothing waits for ever, the audit agrees."""
         self.lease("a", 100)
-        for number in list(self.leases):
-            self.answer(number, [self.version])
+        while self.leases:
+            self.answer(min(self.leases), [self.version])
         if self.batch:
             self.train(train_policy=True)
         while len(self.asked) - len(self.ended) >= self.n:

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from contracts.attention import Packed
 from contracts.config import TandemConfig
+from contracts.interfaces import NonFiniteError
 from contracts.records import Completion, Example, Prompt, Rollout, TrainingBatch
 from controller.batcher import make_batches
-from learner.engine import NonFiniteError, Ranks
+from learner.engine import Ranks
 from learner.ppo import PPOTask
 from tests.conftest import make_config
 

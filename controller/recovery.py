@@ -1,0 +1,40 @@
+"""A lost learner: new ranks, at the last commit. What it costs is the updates since then, never a rollout."""
+
+from pathlib import Path
+
+from controller.commits import Commit, newest_valid
+from controller.fleet import LearnerLostError
+from controller.progress import Progress
+from learner.learner_actor import LearnerGroup
+
+
+class Recovery:
+    def __init__(self, learner: LearnerGroup, run_dir: Path, max_restarts: int, progress: Progress):
+        self._learner, self._run_dir, self._max_restarts = learner, run_dir, max_restarts
+        self._progress = progress
+        self.num_restarts = 0
+
+    @property
+    def is_spent(self) -> bool:
+        return self.num_restarts >= self._max_restarts
+
+    def restart(self, error: BaseException) -> Commit | None:
+        """End all ranks, for a collective cannot go on without one of them, and start them anew with the weights of their
+        checkpoint. Returns the commit to restore; None where there is none yet.
+
+        Raises:
+            LearnerLostError: `cluster.max_learner_restarts` is reached.
+            CheckpointError: there are commits, and none is valid.
+        """
+        if self.is_spent:
+            raise LearnerLostError(
+                f"{error}, after {self.num_restarts} restarts: cluster.max_learner_restarts is {self._max_restarts}"
+            ) from error
+        self.num_restarts += 1
+        commit = newest_valid(self._run_dir, self._progress.line)
+        stacks = self._run_dir / f"learner_stacks_{self.num_restarts}.txt"
+        self._progress.line(f"{error}; all ranks start again and go back to update {commit.step if commit else 0}")
+        stacks.write_text(self._learner.stacks())
+        with self._progress.phase("starting the learner again"):
+            self._learner.restart()
+        return commit

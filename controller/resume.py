@@ -1,0 +1,158 @@
+"""What a run finds in its directory: whose it is, what is left of an earlier attempt, and where to go on.
+
+One driver works in a run directory at a time; a lock says so, which ends with its process whatever happens. An attempt is
+one start of a driver there. A resumed run is the same run: where anything that decides the result differs, it is refused.
+"""
+
+import fcntl
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from contracts.process_env import RUN_MARK
+from contracts.validation import ConfigError
+from controller import commits
+from controller.commits import CheckpointError, Commit
+from controller.redaction import redacted_override
+
+LOCK, START = "driver.lock", "start.json"
+ORPHANS_END_S = 10.0
+SHOWN = 12  # characters of a fingerprint, for people
+
+
+class RunDirectory:
+    """A run directory, held by this driver until the process ends.
+
+    Raises:
+        ConfigError: another driver works there.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)  # prompts, completions and whatever an error message quotes
+        self.path, self._say = path, say
+        self._lock: IO[str] = (path / LOCK).open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run_dir={path}: another driver is working there; write another run_dir") from None
+        self._lock.seek(0)
+        self.attempt = int(self._lock.read() or 0) + 1
+        self._lock.truncate(0)
+        self._lock.write(str(self.attempt))
+        self._lock.flush()
+        os.environ[RUN_MARK] = mark = str(path.resolve())  # of every process that this driver starts
+        if self.attempt > 1 and (ended := end_orphans(mark)):
+            say(f"{ended} processes of an earlier attempt were still there and have been ended")
+
+    def start_log(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Where the logs of stage ppo begin, in bytes: `sizes` at its first attempt, and the same at every later one."""
+        file = self.path / commits.FOLDER / START
+        if file.exists():
+            return json.loads(file.read_text())
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        file.write_text(json.dumps(dict(sizes)))
+        return dict(sizes)
+
+    def find(self, resume: str, identity: dict[str, Any]) -> Commit | None:
+        """The commit to go on from; None for a fresh start.
+
+        Raises:
+            CheckpointError: there are commits, and none is valid.
+            ConfigError: the commits are of another run.
+        """
+        commits.sweep(self.path)
+        if resume == "never":
+            self._set_aside()
+            return None
+        commit = commits.newest_valid(self.path, self._say)
+        if commit is None:
+            return None
+        if found := differences(commit.identity, identity):
+            raise ConfigError(
+                "\n  - ".join(
+                    [
+                        f"{commit.path} is of another run than this configuration describes:",
+                        *found,
+                        "write the values of the commit, another run_dir, or checkpoint.resume=never to start afresh",
+                    ]
+                )
+            )
+        return commit
+
+    def _set_aside(self) -> None:
+        folder = self.path / commits.FOLDER
+        if commits.steps(self.path):
+            aside = self.path / f"{commits.FOLDER}.before-attempt-{self.attempt}"
+            folder.rename(aside)
+            self._say(f"checkpoint.resume=never: starting afresh; the earlier commits are in {aside}")
+
+
+def flat(inputs: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested configuration as {"ppo.clip": 0.2, ...}, with values as JSON has them."""
+    if is_dataclass(inputs) and not isinstance(inputs, type):
+        inputs = asdict(inputs)
+    if not isinstance(inputs, Mapping):
+        return {prefix: json.loads(json.dumps(inputs, default=str))}
+    result: dict[str, Any] = {}
+    for name, value in inputs.items():
+        result |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return result
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What decides the result and is not the same, one line each."""
+
+    def shown(side: Mapping[str, Any], key: str) -> str:
+        value = side.get(key, "nothing")
+        return f"{value[:SHOWN]}…" if isinstance(value, str) and len(value) == 64 else json.dumps(value)
+
+    keys = [key for key in sorted({*theirs, *ours}) if theirs.get(key, ...) != ours.get(key, ...)]
+    return [f"{key}: the commit has {shown(theirs, key)}, this configuration {shown(ours, key)}" for key in keys]
+
+
+def other_versions(commit: Commit, packages: Mapping[str, str]) -> str | None:
+    """A warning where other packages computed the commit: then nothing is promised bit for bit."""
+    theirs = commit.packages
+    names = [name for name in sorted({*theirs, *packages}) if theirs.get(name) != packages.get(name)]
+    if not names:
+        return None
+    changed = ", ".join(f"{n} {theirs.get(n, 'none')} -> {packages.get(n, 'none')}" for n in names)
+    return f"WARNING: the commit was made with other packages ({changed}): the run goes on, not bit for bit"
+
+
+def require_scorers(commit: Commit, scorers: Mapping[str, str | None]) -> None:
+    """Raises CheckpointError where other reward models or rules would score than before."""
+    if found := differences(commit.scorers, scorers):
+        raise CheckpointError(
+            "\n  - ".join([f"{commit.path} was scored by other versions than are served now:", *found])
+        )
+
+
+def resume_command(overrides: list[str], run_dir: str) -> str:
+    """What a user types to go on; secrets of the command line are for the user to fill in."""
+    kept = [redacted_override(o) for o in overrides if not o.startswith(("run_dir=", "checkpoint.resume="))]
+    return shlex.join(["python", "train.py", *kept, f"run_dir={run_dir}"])
+
+
+def end_orphans(mark: str) -> int:
+    """End what an earlier driver of this run directory has left: processes that carry its mark and are not ours. Embedded
+    Ray's workers die with the driver, its agents within a minute; an engine's own children may stay."""
+    mine = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid not in mine and process.environ().get(RUN_MARK) == mark:
+                process.kill()
+                left.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile, or of another user
+            continue
+    if left:
+        psutil.wait_procs(left, timeout=ORPHANS_END_S)
+    return len(left)

@@ -1,0 +1,65 @@
+"""SIGTERM (a preemption, a requeue) and SIGINT (Ctrl-C) as a request that is granted where nothing is lost.
+
+    outside of `deferred`     Interrupted is raised at once; the `with` blocks end the engines
+    within                    the callback is told, and has `grace_s` to save and leave; then, or at a second signal,
+                              Interrupted is raised wherever the driver is
+
+The exit code says what happened: 75 (EX_TEMPFAIL: run me again) after SIGTERM, 130 after SIGINT.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+REQUEUE, INTERRUPTED = 75, 130
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to end."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message)
+        self.signum, self.message = signum, message
+
+    @property
+    def exit_code(self) -> int:
+        return REQUEUE if self.signum == signal.SIGTERM else INTERRUPTED
+
+
+class Stop:
+    def __init__(self, grace_s: float):
+        self._grace_s = grace_s
+        self._tell: Callable[[], None] | None = None
+        self.signum: int | None = None  # of the request that has not been granted yet
+
+    def install(self) -> None:
+        """Take over the signals; again after `ray.init`, which installs a handler of its own."""
+        for signum in SIGNALS:
+            signal.signal(signum, self._handle)
+        signal.signal(signal.SIGALRM, self._late)
+
+    @contextmanager
+    def deferred(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Within the block a signal calls `tell`, from a handler: it must do next to nothing."""
+        self._tell = tell
+        try:
+            yield
+        finally:
+            self._tell = None
+            if self.signum is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self._tell is None or self.signum is not None:
+            raise Interrupted(signum)
+        self.signum = signum
+        signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+        self._tell()
+
+    def _late(self, signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(
+            self.signum or signal.SIGTERM,
+            f"not done within checkpoint.grace_s ({self._grace_s:.0f} s): what happened since the last commit is lost",
+        )
