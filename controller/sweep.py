@@ -9,9 +9,11 @@ The same command again goes on where it stopped: members that are done are not r
 """
 
 import atexit
+import copy
 import re
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from contracts.config import TandemConfig
+from contracts.precision import choose_dtypes
+from controller.redaction import redacted
 from controller.status import read_status
 
 MOST_CHARACTERS = 120  # of a directory's name; file systems allow 255 bytes
@@ -54,15 +59,14 @@ def place_member(composed: DictConfig) -> None:
         composed.logger.group = Path(hydra.sweep.dir).name
 
 
-def finished_objective(config: Any) -> tuple[bool, float | None]:
+def finished_objective(config: TandemConfig) -> tuple[bool, float | None]:
     """(whether this member is done already with the same configuration, its objective)."""
-    from dataclasses import asdict
-
-    from controller.redaction import redacted
-
-    kept = Path(config.run_dir) / "config.yaml"
-    status = read_status(config.run_dir)
-    if status.state != "done" or not kept.exists() or yaml.safe_load(kept.read_text()) != redacted(asdict(config)):
+    kept, status = Path(config.run_dir) / "config.yaml", read_status(config.run_dir)
+    if status.state != "done" or not kept.exists():
+        return False, None
+    started = copy.deepcopy(config)
+    choose_dtypes(started)  # as a run does before it writes its configuration
+    if yaml.safe_load(kept.read_text()) != redacted(asdict(started)):
         return False, None
     return True, status.facts.get("objective")
 

@@ -1,18 +1,24 @@
 """Directories of members, the comparison of runs, and what a sweep maximises. The run directories are invented here."""
 
+import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
+from contracts.config import TandemConfig
+from contracts.precision import choose_dtypes
 from controller.objective import evaluation_metrics, objective
+from controller.redaction import redacted
 from controller.report.__main__ import main
 from controller.report.compare import best_of, flattened, members_of, page
 from controller.report.compare_charts import unbeaten
 from controller.report.data import ReportError
-from controller.sweep import keep_in_names_what_is_swept, member_name, report_sweep
+from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
 from tests.unit.test_report import around, jsonl, parsed
 
 
@@ -158,3 +164,18 @@ def test_what_all_members_share_is_not_in_their_names() -> None:
         "hydra.sweep.dir=d",
         "hydra.job.config.override_dirname.exclude_keys=[experiment,name]",
     ]
+
+
+def test_a_member_that_is_done_is_known_by_its_configuration(tmp_path: Path) -> None:
+    config = TandemConfig(run_dir=str(tmp_path), cache_dir="c")
+    config.model.path = "m"
+    written = copy.deepcopy(config)
+    choose_dtypes(written)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(written)), sort_keys=False))
+    (tmp_path / "status.json").write_text(json.dumps({"state": "done", "objective": 0.25}))
+    assert finished_objective(config) == (True, 0.25)
+    config.ppo.kl.coef = 0.1
+    assert finished_objective(config) == (False, None)
+    config.ppo.kl.coef = written.ppo.kl.coef
+    (tmp_path / "status.json").write_text(json.dumps({"state": "failed"}))
+    assert finished_objective(config) == (False, None)
