@@ -14,32 +14,52 @@ from contracts.process_env import driver_env
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from contracts.config import TandemConfig, to_config
+from contracts.command_line import command_line_problems
+from contracts.config import TandemConfig, register_schema, to_config
 from contracts.outcome import write_outcome
-from contracts.overrides import unknown_overrides
 from contracts.precision import choose_dtypes
-from contracts.validation import ConfigError, validate
+from contracts.validation import ConfigError, raise_conflicts, validate
 from controller.stop import Interrupted, Stop
+from controller.sweep import RunFailed, finished_objective, is_member, place_member, register_resolvers
 
-ConfigStore.instance().store(name="tandem", node=TandemConfig)
+register_schema()
+register_resolvers()
+CONF = Path(__file__).resolve().parent / "conf"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
-    """Run one job. Returns the gold reward's gain over SFT where it was measured, for sweepers."""
+    """Run one job. Returns what a sweeper maximises (`controller.objective`) where it was measured.
+
+    Raises:
+        RunFailed: in a sweep, where an exit would take the other members with it.
+    """
     from controller.data import DataError
 
     try:
+        if is_member():
+            place_member(composed)
         config = to_config(composed)
         validate(config)
+        if is_member():
+            done, value = finished_objective(config)
+            if done:
+                print(f"Tandem: {config.run_dir} is done already")
+                return value
         stop = Stop(config.checkpoint.grace_s)
         stop.install()
         return run(config, stop)
     except (ConfigError, DataError) as error:
-        sys.exit(refuse(error))
+        code = refuse(error)
+        if is_member():
+            raise RunFailed("the configuration or the data cannot be used") from None
+        sys.exit(code)
+    except RunFailed as failed:
+        if is_member():
+            raise RunFailed(str(failed)) from None  # the whole traceback is in error.log
+        sys.exit(1)
     except Interrupted as end:
         print(f"\ninterrupted; finished stages are kept and will be reused. {end.message}", file=sys.stderr)
         print(f"go on with: {resume_command(config)}", file=sys.stderr)
@@ -48,10 +68,12 @@ def main(composed: DictConfig) -> float | None:
 
 def run(config: TandemConfig, stop: Stop) -> float | None:
     from controller.data import DataError
+    from controller.objective import objective
     from controller.pipeline import Pipeline
     from controller.progress import Progress
     from controller.report import render
     from controller.resume import RunDirectory, open_run
+    from controller.status import StatusFile
     from controller.summary import summary_rows
 
     with Progress(config.logger.heartbeat_s) as progress:
@@ -59,25 +81,28 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
         if chosen := choose_dtypes(config):
             progress.line(chosen)
         directory = RunDirectory(Path(config.run_dir), progress.line)
-        with open_run(config, directory) as log:
-            try:
-                results = Pipeline(config, log, progress, directory, stop).run()
-            except (ConfigError, DataError):
-                raise
-            except Exception as error:
-                path = Path(config.run_dir) / "error.log"
-                path.write_text(traceback.format_exc())
-                progress.line(f"✗ the run failed: {root_cause(error)}")
-                progress.line(f"  whole traceback: {path}; finished stages are kept and will be reused")
-                progress.line(f"  go on with: {resume_command(config)}")
-                sys.exit(1)
-        with progress.phase("writing the report"):
-            report = render(Path(config.run_dir))
-        progress.summary(summary_rows(config, results, report), "Tandem")
-    evaluation = results.get("evaluate", {})
-    gain = evaluation.get("comparisons", {}).get("ppo_vs_sft", {}).get("gold_gain", {}).get("mean")
-    write_outcome(Path(config.run_dir), gain)
-    return gain
+        with StatusFile(config.run_dir, progress.waiting) as status:
+            with open_run(config, directory, progress) as log:
+                try:
+                    results = Pipeline(config, log, progress, directory, stop).run()
+                except (ConfigError, DataError) as error:
+                    status.end("refused", error=str(error))
+                    raise
+                except Exception as error:
+                    path = Path(config.run_dir) / "error.log"
+                    path.write_text(traceback.format_exc())
+                    progress.line(f"✗ the run failed: {root_cause(error)}")
+                    progress.line(f"  whole traceback: {path}; finished stages are kept and will be reused")
+                    progress.line(f"  go on with: {resume_command(config)}")
+                    status.end("failed", error=root_cause(error))
+                    raise RunFailed(root_cause(error)) from error
+            with progress.phase("writing the report"):
+                report = render(Path(config.run_dir))
+            value = objective(results.get("evaluate", {}), config.evaluate.max_kl)
+            write_outcome(Path(config.run_dir), value)
+            status.end("done", objective=value)
+            progress.summary(summary_rows(config, results, report), "Tandem")
+    return value
 
 
 def root_cause(error: BaseException) -> str:
@@ -101,7 +126,8 @@ def refuse(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    problems = unknown_overrides(sys.argv[1:])
-    if problems:
-        sys.exit(refuse(ConfigError("\n".join(problems))))
+    try:
+        raise_conflicts([], command_line_problems(sys.argv[1:], CONF))
+    except ConfigError as error:
+        sys.exit(refuse(error))
     main()

@@ -6,6 +6,7 @@ Every field that is not self-evident says its unit and what it trades.
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 
@@ -121,6 +122,8 @@ class PPOConfig:
     # gae | grpo | dr_grpo | rloo | reinforce_plus_plus: docs/algorithms.md. All but gae do without a value model, and
     # ignore `lam` and every key of the value model. The three with groups need samples_per_prompt >= 2.
     estimator: str = "gae"
+    # Of prompts' order, sampling and minibatches; null: `seed`. Runs that differ in it alone share SFT and reward models.
+    seed: int | None = None
     updates: int = 50
     rollouts_per_update: int = 64
     samples_per_prompt: int = 1
@@ -299,8 +302,11 @@ class EnvironmentConfig:
 
 @dataclass
 class LoggerConfig:
-    wandb: str = "offline"  # offline | online | disabled
+    wandb: str = "auto"  # auto | offline | online | disabled: docs/dashboards.md
     project: str = "tandem"
+    wandb_text: bool = False  # also send sampled prompts and completions to wandb; they may be confidential
+    table_every: int = 10  # policy versions between two of wandb's sample tables
+    group: str | None = None  # wandb's group; null: the run, in a sweep its directory
     samples_per_update: int = 4
     heartbeat_s: float = 30.0
 
@@ -331,6 +337,11 @@ class TandemConfig:
     proxy_model: str | None = None
     gold_model: str | None = None
     ppo_model: str | None = None
+
+
+def register_schema() -> None:
+    """Let Hydra find the schema by the name that conf/config.yaml gives it."""
+    ConfigStore.instance().store(name="tandem", node=TandemConfig)
 
 
 def to_config(composed: DictConfig) -> TandemConfig:

@@ -17,7 +17,7 @@ def closest(name: str, options: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def _section(annotation: Any) -> Any:
+def schema_section(annotation: Any) -> Any:
     """The dataclass that an annotation holds (`A` or `A | None`), or None."""
     return next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
 
@@ -26,7 +26,7 @@ def _schema_keys(schema_class: Any, prefix: str = "") -> list[str]:
     """Every dotted key of a schema, sections included."""
     keys = []
     for name, annotation in get_type_hints(schema_class).items():
-        section, key = _section(annotation), prefix + name
+        section, key = schema_section(annotation), prefix + name
         keys.append(key)
         if get_origin(annotation) is dict:
             key = f"{key}.{ANY}"

@@ -42,6 +42,7 @@ RANGES = [
             "checkpoint.max_failures",
             *_under(["reward_service"], "replicas", "batch_tokens", "max_tokens", "max_queued_items", "http.max_items"),
             *_under(["cluster"], "num_actors", "num_learner_ranks"),
+            "logger.table_every",
             *_under(["cluster"], "threads_per_actor", "threads_per_learner_rank", "threads_per_reward_replica"),
         ),
     ),
@@ -146,7 +147,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),
     "learner.weight_transfer": ("auto", "shared_memory", "ray_object", "nccl", "ipc"),
-    "logger.wandb": ("offline", "online", "disabled"),
+    "logger.wandb": ("auto", "offline", "online", "disabled"),
     **dict.fromkeys(_under(OPTIMIZERS, "schedule"), ("constant", "linear")),
     **dict.fromkeys(
         [f"data.{source}.format" for source in SOURCES],

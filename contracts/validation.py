@@ -27,7 +27,11 @@ RUNS_PPO = ("pipeline", "ppo")
 
 
 class ConfigError(ValueError):
-    """The configuration contradicts itself, the schema or the machine."""
+    """The configuration contradicts itself, the schema or the machine. `conflicts` has one text for each."""
+
+    def __init__(self, message: str, conflicts: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.conflicts = list(conflicts) or [message]
 
 
 def _value(config: Any, key: str) -> Any:
@@ -266,7 +270,7 @@ def raise_conflicts(checks: list[Check], more: Sequence[str] = ()) -> None:
     conflicts = [check.message for check in checks if not check.holds] + list(more)
     if conflicts:
         count = "1 conflict" if len(conflicts) == 1 else f"{len(conflicts)} conflicts"
-        raise ConfigError("\n  - ".join([f"{count} in the configuration:", *conflicts]))
+        raise ConfigError("\n  - ".join([f"{count} in the configuration:", *conflicts]), conflicts)
 
 
 def validate(config: TandemConfig) -> None:

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ from controller.checkpoint import About, package_versions
 from controller.checks import check_amounts, check_model
 from controller.commits import Commit
 from controller.data import LoadReport, fingerprint, load_preferences, load_prompts, load_sft
-from controller.metrics import RunLog, redacted
+from controller.metrics import RunLog
+from controller.objective import evaluation_metrics
 from controller.progress import Progress
 from controller.prompts import PromptStream
+from controller.redaction import redacted
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
 from controller.runtime import Runtime, embedded_nodes, ray_session, weight_backend
 from controller.stages import StageStore, checkpoint_fingerprint
@@ -199,14 +201,16 @@ class Pipeline:
             self.progress.line(f"✓ {name}: {getattr(self.config, given)} (given)")
             return
         inputs = self._inputs_of(name)
-        found = self.store.find(name, inputs)
         start = time.time()
-        if found:
-            self.results[name] = found
-            self.progress.line(f"✓ {name}: nothing has changed, reusing {found.path}")
-        else:
-            self.results[name] = self.store.run(name, inputs, work)
-            self.progress.line(f"✓ {name}: {self.results[name].path}")
+        with self.store.alone(name, inputs, lambda: self.progress.phase(f"waiting for the run that makes {name}")):
+            found = self.store.find(name, inputs)
+            if found:
+                self.results[name] = found
+                self.progress.line(f"✓ {name}: nothing has changed, reusing {found.path}")
+            else:
+                self.results[name] = self.store.run(name, inputs, work)
+                self.progress.line(f"✓ {name}: {self.results[name].path}")
+                self.log.artifact(f"{self.config.name}-{name.replace('/', '-')}", "model", self.results[name].path)
         self.seconds[name] = time.time() - start
         self._write_stages()
 
@@ -290,7 +294,8 @@ class Pipeline:
         from controller.controller import PPOController
         from controller.fleet import Fleet
 
-        config, identity = self.config, flat(self._inputs_of("ppo"))
+        config = self.config if self.config.ppo.seed is None else replace(self.config, seed=self.config.ppo.seed)
+        identity = flat(self._inputs_of("ppo"))
         commit = self._find_commit(identity)
         policy, proxy = self._checkpoint("sft"), self._checkpoint("reward_model/proxy")
         scorers = {"proxy": proxy}
@@ -357,6 +362,8 @@ class Pipeline:
             with self.log.phase("evaluate", "evaluation"):
                 judged = judge_models(config, models, self.data.eval_prompts, actors, list(scorers), self.progress)
         result = summarize(judged, list(scorers), config)
+        known = evaluation_metrics(result, config.evaluate.max_kl)
+        self.log.log("evaluate", 0, {f"evaluate/{name}": value for name, value in known.items()})
         self.log.samples(sample_rows(judged, list(scorers)))
         (self.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
         self.results["evaluate"] = StageResult("evaluate", str(self.run_dir / "evaluation.json"), False, result)

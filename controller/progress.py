@@ -65,11 +65,11 @@ class Progress:
         try:
             yield
         except BaseException:
-            took = _duration(self._clock() - started)
+            took = spoken(self._clock() - started)
             self._print(f"✗ {text}: failed after {took}", Text(f"✗ {text}: failed after {took}", style="bold red"))
             raise
         else:
-            took = _duration(self._clock() - started)
+            took = spoken(self._clock() - started)
             self._print(f"✓ {text}: {took}", Text.assemble(("✓ ", "green"), text, (f": {took}", "dim")))
         finally:
             with self._lock:
@@ -80,6 +80,11 @@ class Progress:
         with self._lock:
             self._what, self._since = what, self._clock()
 
+    def waiting(self) -> tuple[str, float]:
+        """What is being waited for, and since how many seconds."""
+        with self._lock:
+            return self._what, self._clock() - self._since
+
     def beat(self) -> None:
         """Print a heartbeat if nothing has been printed for `heartbeat_s`. The thread calls it; so do tests."""
         with self._lock:
@@ -87,7 +92,7 @@ class Progress:
             if self._closed.is_set() or now - self._last_output < self._heartbeat_s:
                 return
             text = f"still waiting for: {self._what}" if self._what else "still working"
-            self._print(f"{text} ({_duration(now - self._since)})", None)
+            self._print(f"{text} ({spoken(now - self._since)})", None)
 
     def summary(self, rows: list[tuple[str, str]], title: str) -> None:
         """Print a two-column table; the first column names, the second says."""
@@ -127,7 +132,7 @@ class Progress:
         # rich calls this from its own thread. No lock: whoever prints a line holds it and waits for rich.
         what, since = self._what, self._since
         label = f"waiting for: {what}" if what else "working"
-        self._spinner.update(text=Text(f"{label} ({_duration(self._clock() - since)})", style="dim"))
+        self._spinner.update(text=Text(f"{label} ({spoken(self._clock() - since)})", style="dim"))
         return self._spinner
 
     def _watch(self) -> None:
@@ -160,14 +165,16 @@ def format_update(metrics: Mapping[str, float | None], eta_s: float | None = Non
     add("kl/ref_seq", "KL {:.1f}")
     add("completion/len_mean", "len {:.0f}")
     add("completion/eos_frac", "EOS {:.0%}")
+    if metrics.get("staleness/max"):
+        add("staleness/mean", "staleness {:.1f}")
     add("perf/gen_tokens_per_s", "gen {:.0f} tok/s")
     add("perf/train_tokens_per_s", "train {:.0f} tok/s")
     if eta_s is not None and eta_s == eta_s:
-        parts.append(f"ETA {_duration(eta_s)}")
+        parts.append(f"ETA {spoken(eta_s)}")
     return " | ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def spoken(seconds: float) -> str:
     """As a person would say it: "7.5 s", "31 s", "4 min", "2.5 h"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"

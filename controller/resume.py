@@ -20,7 +20,9 @@ from contracts.config import TandemConfig
 from contracts.validation import ConfigError
 from controller import commits
 from controller.commits import CheckpointError, Commit
-from controller.metrics import RunLog, redact_hydra, redacted, redacted_override
+from controller.metrics import RunLog
+from controller.progress import Progress
+from controller.redaction import redact_hydra, redacted, redacted_override
 
 LOCK, START, SESSION = "driver.lock", "start.json", "ray_session"
 ORPHANS_END_S = 10.0
@@ -106,12 +108,19 @@ class RunDirectory:
             self._say(f"checkpoint.resume=never: starting afresh; the earlier commits and logs are in {aside}")
 
 
-def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:
+def open_run(config: TandemConfig, directory: RunDirectory, progress: Progress) -> RunLog:
     """Write the resolved configuration into the run directory, open the log."""
     plain = redacted(asdict(config))
     redact_hydra(directory.path / "hydra")
     (directory.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-    return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt)
+    return RunLog(
+        directory.path,
+        plain,
+        config.logger,
+        config.stage,
+        attempt=directory.attempt,
+        on_alarm=lambda alarm: progress.line(f"⚠ {alarm.title}: {alarm.finding}"),
+    )
 
 
 def flat(inputs: Any, prefix: str = "") -> dict[str, Any]:

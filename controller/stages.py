@@ -6,11 +6,13 @@ cache_dir/stages/<name>-<hash>/
     log/            the stage's lines of metrics.jsonl, samples.jsonl and phases.jsonl
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,22 @@ class StageStore:
         plain = {key: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for key, v in inputs.items()}
         digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
         return self.cache_dir / "stages" / f"{name.replace('/', '-')}-{digest[:12]}"
+
+    @contextmanager
+    def alone(
+        self, name: str, inputs: dict[str, Any], wait: Callable[[], AbstractContextManager[None]]
+    ) -> Iterator[None]:
+        """Runs side by side make a stage once: the others wait here, within `wait()`, and then find it. The lock ends with
+        its process, however that ends."""
+        lock = self.directory(name, inputs).with_suffix(".lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with wait():
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def find(self, name: str, inputs: dict[str, Any]) -> StageResult | None:
         """The finished stage with exactly these inputs, its log lines copied to the run."""

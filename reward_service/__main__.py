@@ -19,11 +19,10 @@ from contracts.ray_access import start_ray
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from contracts.config import ScorerConfig, TandemConfig, to_config
+from contracts.config import ScorerConfig, TandemConfig, register_schema, to_config
 from contracts.overrides import unknown_overrides
 from contracts.precision import choose_dtypes
 from contracts.scorers import ROLES, chosen_scorers
@@ -43,7 +42,7 @@ def read_config(overrides: list[str]) -> tuple[TandemConfig, dict[str, ScorerCon
     problems = unknown_overrides(overrides)
     if problems:
         raise ConfigError("\n".join(problems))
-    ConfigStore.instance().store(name="tandem", node=TandemConfig)
+    register_schema()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = to_config(compose("config", overrides))

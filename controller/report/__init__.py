@@ -8,7 +8,7 @@ The page needs no network, no account and no script. It renders half-finished ru
 import os
 from pathlib import Path
 
-from controller.report import curves, samples, sections, timeline
+from controller.report import curves, flow, samples, sections, timeline
 from controller.report.data import ReportError, Run, load
 from controller.report.markup import count, esc
 from controller.report.style import CSS
@@ -22,6 +22,7 @@ CONTENTS = (
     ("reward-models", "Reward models"),
     ("losses", "Before PPO"),
     ("samples", "Samples"),
+    ("rollouts", "Rollouts"),
     ("time", "Time"),
     ("alarms", "Alarms"),
     ("configuration", "Configuration"),
@@ -56,18 +57,20 @@ def page(run: Run) -> str:
         curves.training_losses(run),
         samples.side_by_side(run),
         samples.during_ppo(run),
+        flow.rollouts(run),
         timeline.time_spent(run),
         sections.alarm_list(run),
         sections.configuration(run),
         sections.reproduce(run),
     )
-    links = "".join(f'<a href="#{anchor}">{text}</a>' for anchor, text in CONTENTS)
+    body = "".join(parts)
+    links = "".join(f'<a href="#{anchor}">{text}</a>' for anchor, text in CONTENTS if f'id="{anchor}"' in body)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{esc(run.name)} – Tandem</title><style>{CSS}</style></head><body><main>"
         f'<header><p class="over">Tandem run</p><h1>{esc(run.name)}</h1><p class="facts">{_facts(run)}</p>'
-        f"<nav>{links}</nav></header>{''.join(parts)}"
+        f"<nav>{links}</nav></header>{body}"
         "<footer>Drawn from the files of the run directory; nothing was fetched, nothing was sent.</footer>"
         "</main></body></html>\n"
     )

@@ -6,36 +6,12 @@ are first guesses from the literature and from runs of this project, not laws.
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
-from controller.report.data import Curve, Run, number
+from controller.report.alarm_rules import WINDOW, Alarm, Limit, beyond, known_values
+from controller.report.alarms_speed import someone_waits, speed_falls, staleness_over_bound, sync_is_slow
+from controller.report.data import Run, number
 from controller.report.markup import bounds, compact, percent
-
-WINDOW = 5  # versions whose mean stands for "now", "best" and "at the start"
-
-
-@dataclass
-class Alarm:
-    severity: str  # "alarm" | "note"
-    title: str
-    finding: str  # the numbers
-    meaning: str
-    advice: str
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Fires at every version where `metric` lies strictly beyond `limit`; a note where that was rare and has passed."""
-
-    metric: str
-    side: str  # "above" | "below"
-    limit: float
-    title: str
-    meaning: str
-    advice: str
-    after: int = 0  # versions up to this one do not count
-
 
 LIMITS = (
     Limit(
@@ -71,6 +47,11 @@ LIMITS = (
         after=20,
     ),
     Limit(
+        "off_policy/ess", "below", 0.5, "Stale rollouts count for little",
+        "The effective sample size is under half of the tokens: a few importance weights carry the batch.",
+        "Lower ppo.max_staleness or the learning rate; ppo.off_policy.correction=masked leaves the farthest tokens out.",
+    ),
+    Limit(
         "completion/eos_frac", "below", 0.9, "Completions are cut off",
         "More than one in ten completions reached the token limit without ending.",
         "Raise ppo.missing_eos_penalty or ppo.sampling.max_completion_tokens.",
@@ -92,7 +73,7 @@ def evaluate(run: Run) -> tuple[list[Alarm], list[str], list[str]]:
         curve = run.curve("ppo", limit.metric)
         if not any(value is not None for _, value in curve):
             unknown.append(limit.metric)
-        elif alarm := _beyond(limit, curve):
+        elif alarm := beyond(limit, curve):
             alarms.append(alarm)
         else:
             silent.append(limit.metric)
@@ -108,25 +89,6 @@ def evaluate(run: Run) -> tuple[list[Alarm], list[str], list[str]]:
     return alarms, silent, unknown
 
 
-def _beyond(limit: Limit, curve: Curve) -> Alarm | None:
-    known = [(step, value) for step, value in curve if value is not None and step > limit.after]
-    out = [(s, v) for s, v in known if (v > limit.limit if limit.side == "above" else v < limit.limit)]
-    if not out:
-        return None
-    worst = (max if limit.side == "above" else min)(value for _, value in out)
-    ended = "still so at the end" if out[-1][0] == known[-1][0] else f"last at version {out[-1][0]:.0f}"
-    finding = (
-        f"{limit.metric} {limit.side} {limit.limit:g} in {len(out)} of {len(known)} versions, first at version "
-        f"{out[0][0]:.0f}, {ended}; worst {compact(worst)}."
-    )
-    passing = len(out) < 0.05 * len(known) and out[-1][0] != known[-1][0]
-    return Alarm("note" if passing else "alarm", limit.title, finding, limit.meaning, limit.advice)
-
-
-def _values(run: Run, metric: str) -> list[float]:
-    return [value for _, value in run.curve("ppo", metric) if value is not None]
-
-
 def _windows(values: Sequence[float]) -> list[float]:
     """Means over `WINDOW` neighbouring versions."""
     return [statistics.fmean(values[i : i + WINDOW]) for i in range(len(values) - WINDOW + 1)]
@@ -140,7 +102,7 @@ def _noise(values: Sequence[float]) -> float:
 
 def score_falls(run: Run) -> list[Alarm] | None:
     """The score lost over 20% of what it had gained. A share of the score itself would mean nothing around zero."""
-    values = _values(run, "reward/score_mean")
+    values = known_values(run, "reward/score_mean")
     if len(values) < 2 * WINDOW:
         return None
     means = _windows(values)
@@ -160,7 +122,7 @@ def score_falls(run: Run) -> list[Alarm] | None:
 
 
 def spread_collapses(run: Run) -> list[Alarm] | None:
-    values = _values(run, "reward/score_std")
+    values = known_values(run, "reward/score_std")
     if len(values) < 2:
         return None
     if values[-1] >= 0.05 * values[0]:
@@ -208,7 +170,7 @@ def kl_too_far(run: Run) -> list[Alarm] | None:
         "unlike any that it was trained on.",
         "Raise ppo.kl.coef, use the adaptive controller, or make fewer updates.",
     )  # fmt: skip
-    alarm = _beyond(limit, curve)
+    alarm = beyond(limit, curve)
     return [alarm] if alarm else []
 
 
@@ -222,7 +184,7 @@ def entropy_collapses(run: Run) -> list[Alarm] | None:
         f"The policy is nearly deterministic: its entropy is under 20% of the initial {compact(first)} nats.",
         "Raise ppo.kl.coef or lower the learning rate; a higher temperature helps only for a while.",
     )  # fmt: skip
-    alarm = _beyond(limit, [*curve])
+    alarm = beyond(limit, [*curve])
     return [alarm] if alarm else []
 
 
@@ -264,47 +226,6 @@ def loses_to_sft(run: Run) -> list[Alarm] | None:
             f"Its completion is the better one on {percent(mean)}{shown} of the evaluation prompts.",
             "PPO did not improve the model by this judge" + ("." if sure else ", though chance may explain it."),
             "See the curves: if gold rose and fell again, stop earlier; if it never rose, improve the reward model.",
-        )
-    ]  # fmt: skip
-
-
-def speed_falls(run: Run) -> list[Alarm] | None:
-    alarms = []
-    seen = False
-    for metric, what in (("perf/gen_tokens_per_s", "Generation"), ("perf/train_tokens_per_s", "Training")):
-        values = _values(run, metric)
-        if len(values) < 2 * WINDOW:
-            continue
-        seen = True
-        median, now = statistics.median(values), statistics.fmean(values[-WINDOW:])
-        if now < 0.7 * median:
-            alarms.append(
-                Alarm(
-                    "note", f"{what} slowed down",
-                    f"{metric} is {compact(now)} over the last {WINDOW} versions; the median is {compact(median)}.",
-                    "Something else uses the machine, memory is short, or completions changed their length.",
-                    "Look at the other processes and at the length curve.",
-                )
-            )  # fmt: skip
-    return alarms if seen else None
-
-
-def sync_is_slow(run: Run) -> list[Alarm] | None:
-    steps = dict(run.curve("ppo", "perf/step_s"))
-    shares = [
-        sync / whole for at, sync in run.curve("ppo", "perf/sync_s") if sync is not None and (whole := steps.get(at))
-    ]
-    if not shares:
-        return None
-    share = statistics.median(shares)
-    if share <= 0.1:
-        return []
-    return [
-        Alarm(
-            "note", "Weight transfer takes long",
-            f"In the median version it takes {percent(share)} of the time (perf/sync_s of perf/step_s).",
-            "Actors stand still while weights arrive.",
-            "Use another learner.weight_transfer, or more rollouts an update.",
         )
     ]  # fmt: skip
 
@@ -374,6 +295,8 @@ CHECKS: tuple[tuple[str, Callable[[Run], list[Alarm] | None]], ...] = (
     ("completion length", length_moves),
     ("speed", speed_falls),
     ("weight transfer", sync_is_slow),
+    ("staleness against its bound", staleness_over_bound),
+    ("idle actors and learner", someone_waits),
     ("finite values", not_finite),
     ("faults", faults),
 )

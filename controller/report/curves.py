@@ -96,7 +96,7 @@ def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> str:
     ys = [y for _, _, y in trail] + [v for _, _, yb in marks for v in yb if v is not None] + [y for _, y in levels]
     width, height = 480.0, 320.0
     x = Scale(*svg.padded([0.0, *xs], 0.06), 48.0, width - 14.0)
-    y = Scale(*_room(ys), height - 36.0, 26.0)
+    y = Scale(*room(ys), height - 36.0, 26.0)
     body = [svg.axes(x, y, "KL from the reference, nats a sequence", "score")]
     for model, level in levels:
         body.append(
@@ -146,7 +146,7 @@ def _evaluation_marks(
     return marks, levels
 
 
-def _room(values: list[float]) -> tuple[float, float]:
+def room(values: list[float]) -> tuple[float, float]:
     """As `svg.padded`, but scores have no natural zero to stop at."""
     room = (max(values) - min(values)) * 0.1 or 1.0
     return min(values) - room, max(values) + room

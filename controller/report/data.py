@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from controller.metrics import redacted, redacted_override
+from controller.redaction import redacted, redacted_override
 
 CURVE_FILES = ("metrics.jsonl", "stages.json", "evaluation.json")
 
@@ -84,6 +84,17 @@ def load(run_dir: str | Path) -> Run:
     Raises:
         ReportError: it does not exist, or has none of the files that a report is about.
     """
+    run = read(run_dir)
+    if not (run.metrics or run.stages or run.evaluation):
+        raise ReportError(
+            f"{run_dir} has none of {', '.join(CURVE_FILES)} with content: nothing to report. "
+            "Is it a run directory, and has its first stage finished a step?"
+        )
+    return run
+
+
+def read(run_dir: str | Path) -> Run:
+    """As `load`, also where a run has left nothing but its directory."""
     path = Path(run_dir)
     if not path.is_dir():
         raise ReportError(f"{path} is not a directory; write the run directory that `train.py` printed")
@@ -96,11 +107,6 @@ def load(run_dir: str | Path) -> Run:
     evaluation = _json(run, "evaluation.json")
     run.evaluation = evaluation if isinstance(evaluation, dict) else {}
     run.config = _yaml(run)
-    if not (run.metrics or run.stages or run.evaluation):
-        raise ReportError(
-            f"{path} has none of {', '.join(CURVE_FILES)} with content: nothing to report. "
-            "Is it a run directory, and has its first stage finished a step?"
-        )
     return run
 
 

@@ -49,7 +49,7 @@ stroke-linejoin:round}
 .icon circle{stroke-width:1.5}
 .word{margin:0;color:var(--tone);font-weight:680;font-size:14px;letter-spacing:.02em}
 .sentence{margin:1px 0 0;font-size:22px;line-height:1.36;font-weight:520;letter-spacing:-.008em;max-width:46em;
-text-wrap:pretty}
+text-wrap:pretty;overflow-wrap:anywhere}
 .verdict .scroll{margin-top:20px}
 .verdict table.checks{width:auto;min-width:min(100%,640px)}
 .yes{color:var(--good);font-weight:700}.no{color:var(--bad);font-weight:700}
@@ -67,10 +67,10 @@ border:1px solid var(--rule);border-radius:14px;overflow:hidden}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:16px 28px;align-items:start}
 .pair h3{margin-top:22px}
 .chart{margin:0;padding:14px 14px 8px;background:var(--card);border:1px solid var(--rule);border-radius:12px}
-.chart figcaption{display:flex;align-items:baseline;justify-content:space-between;gap:0 10px;font-size:13.5px;
+.chart figcaption{display:flex;flex-wrap:wrap;align-items:baseline;justify-content:space-between;gap:0 10px;font-size:13.5px;
 margin:0 2px 4px}
 .chart figcaption b{font-weight:620;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.values{flex:none;font-size:12.5px}
+.values{font-size:12.5px;text-align:right;margin-left:auto}
 .chart svg{display:block;width:100%;height:auto;overflow:visible}
 .chart.empty p{color:var(--faint);font-size:13px;margin:4px}
 .last{font-weight:620}.key{margin-left:10px;color:var(--soft);white-space:nowrap}.key .last{color:var(--ink)}
@@ -145,6 +145,18 @@ font-size:13.5px}
 .axis-row{margin-top:4px;color:var(--faint)}.axis-row b{font-weight:400;font-size:12px}
 .marks{position:relative;height:20px;font-size:12px}
 .marks span{position:absolute;top:2px;padding-left:4px;border-left:1px solid var(--rule);white-space:nowrap}
+.m0{--c:var(--p0)}.m1{--c:var(--p1)}.m2{--c:var(--p2)}.m3{--c:var(--p3)}.m4{--c:var(--p4)}.m5{--c:var(--p5)}
+.m6{--c:var(--proxy)}.m7{--c:var(--gold)}
+.line.thin{stroke-width:1;opacity:.45}.edge{fill:none;stroke:var(--ink);stroke-dasharray:4 4;opacity:.5}
+svg .place{fill:var(--card);font-size:10px;font-weight:680}
+.thread .line{opacity:.75}.thread .first{stroke-width:3.4;opacity:1}.thread:hover .line{stroke:var(--ink);opacity:1}
+.axis.strong{stroke:var(--faint)}
+svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
+table.members td{white-space:nowrap}table.members td:nth-child(2){white-space:normal}table.members a{color:var(--ink)}
+table.members td:first-child{max-width:330px;overflow:hidden;text-overflow:ellipsis}
+svg.parallel{max-width:860px;margin:0 auto}.keys{margin:0 0 14px}.keys span{overflow-wrap:anywhere}
+abbr{text-decoration:none}
+table.short{width:auto;margin-top:18px}.short td{padding-right:32px}
 .p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}.p4{fill:var(--p4)}.p5{fill:var(--p5)}
 .lane rect:hover{fill:var(--ink)}
 summary{cursor:pointer;color:var(--soft)}

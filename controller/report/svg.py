@@ -142,8 +142,9 @@ def line_chart(
     unit: str = "",
     x_label: str = "version",
     limits: Sequence[tuple[float, str]] = (),
+    keys: bool = True,
 ) -> str:
-    """One small multiple with title, last values, axes, limits (dashed, where near the data) and tooltips."""
+    """One small multiple with title, last values (`keys`), axes, limits (dashed, where near the data) and tooltips."""
     series = [s for s in series if any(v is not None for _, v in s.curve)]
     if not series:
         return (
@@ -175,8 +176,8 @@ def line_chart(
     body.append(_hovers(series, steps, x, y, x_label))
     label = f"{title}: " + ", ".join(f"{s.name} {compact(last(s.curve))}" for s in series)
     return (
-        f'<figure class="chart">{_caption(title, series)}<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" '
-        f'aria-label="{esc(label)}">{"".join(body)}</svg></figure>'
+        f'<figure class="chart">{_caption(title, series if keys else ())}<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" '
+        f'role="img" aria-label="{esc(label)}">{"".join(body)}</svg></figure>'
     )
 
 
@@ -185,7 +186,9 @@ def last(curve: Curve) -> float | None:
 
 
 def _caption(title: str, series: Sequence[Series]) -> str:
-    if len(series) == 1:
+    if not series:
+        shown = ""
+    elif len(series) == 1:
         shown = f'<span class="last">{compact(last(series[0].curve))}</span>'
     else:
         shown = "".join(

@@ -133,6 +133,14 @@ def test_what_a_user_finds_in_the_run_directory(finished: Any, folder: Path) -> 
     run_dir = folder / "run"
     assert (run_dir / "config.yaml").exists()
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    said = subprocess.run(
+        [sys.executable, "-m", "controller.status", str(run_dir)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert f"tiny ({run_dir}): done" in said.stdout
+    assert "of 3 | " in said.stdout
+    status = json.loads((run_dir / "status.json").read_text())
+    gain = json.loads((run_dir / "evaluation.json").read_text())["comparisons"]["ppo_vs_sft"]["gold_gain"]["mean"]
+    assert status["objective"] == gain  # the KL of three updates is within the bound
     report = (run_dir / "report.html").read_text()
     assert "<svg" in report
     assert f"report        │ {run_dir}" in finished.stdout.replace("\n", " ") or "report" in finished.stdout
@@ -223,6 +231,54 @@ def test_actors_work_ahead_of_the_learner(finished: Any, folder: Path, tiny_mode
     assert "admitted 40 = trained 40 + quarantined 0 + open 0" in audit.stdout, audit.stdout + audit.stderr
 
 
+def sweep(folder: Path, model: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    python, script, *words = command(folder, model, *overrides)
+    words = [word for word in words if not word.startswith("run_dir=")]
+    ours = [python, script, "-m", *words, f"hydra.sweep.dir={folder}/{name}"]
+    return subprocess.run(ours, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+def states(directory: Path) -> dict[str, str]:
+    return {path.parent.name: json.loads(path.read_text())["state"] for path in sorted(directory.glob("*/status.json"))}
+
+
+def test_a_member_that_fails_leaves_the_others_alone(finished: Any, folder: Path, tiny_model: Path) -> None:
+    overrides = ["stage=sft", f"data.sft.path=/no/such.jsonl,{VADER}/sft.jsonl", "ppo.seed=1,2"]
+    done = sweep(folder, tiny_model, "fails", *overrides)
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    assert states(folder / "fails") == {
+        "0-data.sft.path=such.jsonl,ppo.seed=1": "refused",
+        "1-data.sft.path=such.jsonl,ppo.seed=2": "refused",
+        "2-data.sft.path=sft.jsonl,ppo.seed=1": "done",
+        "3-data.sft.path=sft.jsonl,ppo.seed=2": "done",
+    }
+    assert done.stdout.count("sft: nothing has changed, reusing") == 2  # the key of SFT has no part of PPO's
+    assert "sweep: 2 of 4 members done" in done.stdout
+    page = (folder / "fails/report.html").read_text()
+    assert "refused" in page
+    assert "/no/such.jsonl" in page
+    again = sweep(folder, tiny_model, "fails", *overrides)
+    assert again.stdout.count("is done already") == 2
+    assert "reusing" not in again.stdout
+
+
+@pytest.mark.full
+def test_optuna_maximises_the_objective_and_shares_stages(finished: Any, folder: Path, tiny_model: Path) -> None:
+    study = [
+        "+experiment=sweep_optuna",
+        "hydra.sweeper.n_trials=2",
+        f"hydra.sweeper.storage=sqlite:///{folder}/study.db",
+    ]
+    done = sweep(folder, tiny_model, "study", *study, "hydra.sweeper.study_name=tiny")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert list(states(folder / "study").values()) == ["done", "done"]
+    assert done.stdout.count("sft: nothing has changed, reusing") == 2
+    values = [json.loads(p.read_text())["objective"] for p in (folder / "study").glob("*/status.json")]
+    assert f"Best value: {max(values)}" in done.stdout
+    assert "best member: " in done.stdout
+    assert "parallel coordinates" in (folder / "study/report.html").read_text()
+
+
 def test_no_process_is_left(finished: Any, folder: Path) -> None:
     left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
     assert left == []
@@ -240,6 +296,7 @@ def test_a_stage_without_its_inputs_says_what_to_run(folder: Path, tiny_model: P
     [
         (["ppo.updats=3", "foo=1"], "ppo.updats is not a key of the configuration; write ppo.updates"),
         (["ppo.clip=2", "learner.zero_stage=7"], "2 conflicts in the configuration"),
+        (["ppo.clip=2", "ppo.epochs=few", "ppo.updats=3"], "3 conflicts in the configuration"),
         (["model.path=/no/such/model"], "model.path=/no/such/model: no model can be loaded"),
         (["sft.trainable_layers=3"], "sft.trainable_layers is 3, the model has 2 layers"),
         (["data.sft.path=/no/such/file.jsonl"], "data.sft.path"),

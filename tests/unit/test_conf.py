@@ -12,8 +12,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
+from contracts.command_line import command_line_problems
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.overrides import unknown_overrides
+from contracts.placement import PlacementError, check_nodes, plan
 from contracts.validation import validate
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,8 @@ OWN_FILES = [f"data.{name}.path={name}.jsonl" for name in ("sft", "prompts", "pr
 FILL_IN = {
     "data/files": [*OWN_FILES, "ppo.gold_rollouts=0"],
     "reward_service/ensemble": ["reward_service.scorers.second.path=second"],
+    "experiment/node_7b": ["data=files", *OWN_FILES, "ppo.gold_rollouts=0"],
+    "experiment/nodes_70b": ["data=files", *OWN_FILES, "proxy_model=reward-8b"],
 }
 
 
@@ -69,6 +73,34 @@ def test_a_larger_cluster_differs_in_the_cluster_alone() -> None:
         assert replace(larger, cluster=laptop.cluster, run_dir=laptop.run_dir) == laptop
 
 
+@pytest.mark.parametrize(
+    ("file", "nodes", "gpus", "arithmetic"),
+    [
+        (
+            "experiment/node_7b",
+            1,
+            8,
+            "3 actors x 1 GPU + 4 learner ranks x 1 GPU + 1 reward replica x 0.5 GPUs = 7.5 GPUs",
+        ),
+        (
+            "experiment/nodes_70b",
+            8,
+            8,
+            "7 actors x 4 GPUs + 32 learner ranks x 1 GPU + 2 reward replicas x 1 GPU = 62 GPUs",
+        ),
+    ],
+)
+def test_a_large_preset_fits_its_nodes_and_no_fewer(file: str, nodes: int, gpus: int, arithmetic: str) -> None:
+    config = composed(overrides_of(file))
+    assert plan(config).arithmetic("GPU") == arithmetic
+    node = {"CPU": 32.0, "GPU": float(gpus)}
+    check_nodes(plan(config), [node] * nodes)
+    with pytest.raises(PlacementError, match=re.escape(f"the job needs {arithmetic}")):
+        check_nodes(plan(config), [node | {"GPU": gpus / 2}] * nodes)
+    assert config.learner.zero_stage == 3
+    assert "has NOT been run" in (ROOT / f"conf/{file}.yaml").read_text()
+
+
 def test_the_laptop_is_the_default() -> None:
     assert composed(["cluster=laptop", "run_dir=x"]) == composed(["run_dir=x"])
     assert composed(["run_dir=x"]).cluster == ClusterConfig()
@@ -84,11 +116,16 @@ def test_run_directories_are_below_the_name() -> None:
     assert composed(["cache_dir=/elsewhere"]).data.sft.path == "/elsewhere/data/vader/sft.jsonl"
 
 
+def documented(program: str) -> list[list[str]]:
+    """The arguments of each `python PROGRAM` in the blocks of the README and of the pages on sweeps and dashboards."""
+    pages = [ROOT / "README.md", ROOT / "docs/sweeps.md", ROOT / "docs/dashboards.md"]
+    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line.split(program, 1)[1], comments=True) for line in lines if program in line]
+
+
 def readme_commands() -> list[list[str]]:
-    """The arguments of each `python train.py` in the README's blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "train.py" in line]
-    return [shlex.split(command, comments=True)[2:] for command in commands]
+    return [arguments for arguments in documented("train.py") if "-m" not in arguments]
 
 
 def readme_settings() -> list[list[str]]:
@@ -99,8 +136,19 @@ def readme_settings() -> list[list[str]]:
     return spans
 
 
+@pytest.mark.parametrize("arguments", [a for a in documented("train.py") if "-m" in a], ids=" ".join)
+def test_the_sweeps_of_the_docs_are_valid_in_every_member(arguments: list[str]) -> None:
+    assert command_line_problems(arguments, ROOT / "conf") == []
+    alone = [word for word in arguments if "=" in word and not word.startswith("hydra.")]
+    sampled = [word for word in alone if "interval(" in word or "choice(" in word or re.search(r"=[^(]*,", word)]
+    validate(composed([word for word in alone if word not in sampled]))
+
+
 def test_the_readme_has_examples() -> None:
     assert len(readme_commands()) >= 4
+    assert len([a for a in documented("train.py") if "-m" in a]) >= 4
+    assert documented("controller.status")
+    assert len(documented("controller.dashboard")) >= 2
     assert len(readme_settings()) >= 2
 
 
@@ -138,8 +186,9 @@ def test_a_misspelt_command_line_ends_with_the_right_keys() -> None:
     assert done.stdout == ""
     assert done.stderr.split("\n")[1:] == [
         "Tandem cannot start:",
-        "ppo.updats is not a key of the configuration; write ppo.updates",
-        "stagee is not a key of the configuration; write stage",
+        "2 conflicts in the configuration:",
+        "  - ppo.updats is not a key of the configuration; write ppo.updates",
+        "  - stagee is not a key of the configuration; write stage",
         "",
     ]
 

@@ -2,12 +2,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from contracts.config import LoggerConfig
-from controller.metrics import REDACTED, RunLog, redacted
+from controller.metrics import RunLog
+from controller.redaction import REDACTED, redacted
 
 CANARY = "canary-3f9c1d77"
 
@@ -111,7 +111,7 @@ def test_offline_wandb_run_holds_the_metrics_and_no_secret_and_no_text(tmp_path,
     end = time.monotonic() + 20
     while b"reward_model/gold/loss" not in (stored := stored_file.read_bytes()) and time.monotonic() < end:
         time.sleep(0.2)
-    for name in (b"reward_model/proxy/loss", b"reward_model/gold/loss", b"reward/score_mean", b"ppo/step"):
+    for name in (b"reward_model/proxy/loss", b"reward_model/gold/loss", b"reward/score_mean", b"progress/version"):
         assert name in stored
     for path in [*files, tmp_path / "metrics.jsonl"]:
         assert CANARY.encode() not in path.read_bytes(), path
@@ -119,18 +119,26 @@ def test_offline_wandb_run_holds_the_metrics_and_no_secret_and_no_text(tmp_path,
     assert capfd.readouterr() == ("", "")
 
 
-class BrokenRun:
-    def define_metric(self, *_: object, **__: object) -> None: ...
+class FailingSink:
+    """Fails at every call, as a full disk would."""
 
-    def log(self, _: dict) -> None:
-        raise ConnectionError("the service is gone")
+    def __init__(self) -> None:
+        self.faults: list[tuple[str, Exception]] = []
+
+    def log(self, row: dict) -> None:
+        self.faults.append(("log", ConnectionError("the service is gone")))
+
+    def new_faults(self) -> list[tuple[str, Exception]]:
+        faults, self.faults = self.faults, []
+        return faults
+
+    def close(self) -> None: ...
 
 
 def test_a_fault_of_wandb_is_counted_said_once_and_never_raised(tmp_path, disabled, capsys):
     with RunLog(tmp_path, {}, disabled, "ppo") as log:
-        log._wandb = BrokenRun()
+        log._wandb = FailingSink()
         log.log("ppo", 1, {"policy/loss": 1.0})
-        log._wandb = BrokenRun()
         log.log("ppo", 2, {"policy/loss": 2.0})
     rows = lines(tmp_path / "metrics.jsonl")
     assert [row.get("fault/wandb") for row in rows] == [None, 1, None, 2]
@@ -142,16 +150,8 @@ def test_an_unknown_wandb_mode_does_not_stop_the_run(tmp_path, capsys):
     with RunLog(tmp_path, {}, LoggerConfig(wandb="nonsense"), "ppo") as log:
         log.log("ppo", 1, {"policy/loss": 1.0})
     assert log.wandb_faults == 1
-    assert lines(tmp_path / "metrics.jsonl")[1]["policy/loss"] == 1.0
+    assert lines(tmp_path / "metrics.jsonl")[0]["policy/loss"] == 1.0
     assert "wandb init failed" in capsys.readouterr().err
-
-
-def test_text_reaches_wandb_only_on_request(tmp_path, disabled):
-    sent: list[dict] = []
-    with RunLog(tmp_path, {}, disabled, "ppo", wandb_text=True) as log:
-        log._wandb = SimpleNamespace(log=sent.append, finish=lambda: None)
-        log.samples([{"prompt": "p", "completion": "c", "proxy": 1.0}])
-    assert sent[0]["samples/table"].data == [["c", "p", 1.0]]
 
 
 def test_back_to_a_mark(tmp_path, disabled):
@@ -176,3 +176,13 @@ def test_attempts_of_a_run_are_wandb_runs_of_one_group(tmp_path):
             assert log.wandb_id == f"demo-a-run-a{attempt}"
     names = sorted(path.name.rsplit("-", 4)[-4:] for path in (tmp_path / "a run/wandb").glob("offline-run-*"))
     assert [name[-1] for name in names] == ["a1", "a2"]
+
+
+def test_an_alarm_is_told_once_when_it_first_fires(tmp_path, disabled):
+    told = []
+    with RunLog(tmp_path, {}, disabled, "ppo", on_alarm=told.append) as log:
+        for version, clipped in enumerate([0.1, 0.4, 0.5, 0.4]):
+            log.log("ppo", version, {"policy/clipfrac": clipped, "progress/version": version})
+            log.log("sft", version, {"policy/clipfrac": 0.9})
+    assert [alarm.title for alarm in told] == ["Much of every batch is clipped"]
+    assert "first at version 1" in told[0].finding

@@ -136,3 +136,9 @@ def test_format_update_leaves_out_what_is_missing():
     metrics = {"step": 3, "reward/gold_mean": None, "kl/ref_seq": float("nan"), "reward/score_gain": 0.1}
     assert format_update(metrics) == "version 3"
     assert format_update({"step": 3}, 7200) == "version 3 | ETA 2.0 h"
+
+
+def test_staleness_is_said_where_there_is_any() -> None:
+    metrics = {"progress/version": 12, "staleness/mean": 0.9, "staleness/max": 2.0, "perf/gen_tokens_per_s": 580.0}
+    assert format_update(metrics) == "version 12 | staleness 0.9 | gen 580 tok/s"
+    assert format_update(metrics | {"staleness/max": 0.0, "staleness/mean": 0.0}) == "version 12 | gen 580 tok/s"

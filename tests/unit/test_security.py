@@ -18,7 +18,7 @@ from contracts.records import Completion, Prompt, Rollout, Score
 from contracts.validation import ConfigError
 from controller.checks import check_model
 from controller.evidence import save_rollouts
-from controller.metrics import redact_hydra
+from controller.redaction import redact_hydra
 from controller.resume import RunDirectory, resume_command
 from tests.conftest import ROOT
 

@@ -1,6 +1,10 @@
 """Stages are reused while nothing that went in has changed, and never half done."""
 
 import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +74,35 @@ def test_without_reuse_nothing_is_found_and_the_result_is_replaced(tmp_path: Pat
     second = store.run("sft", INPUTS, work_with(log, 3.5))
     assert first.path == second.path
     assert (Path(second.path) / "weights").read_text() == "3.5"
+
+
+def test_side_by_side_a_stage_is_made_once(tmp_path: Path) -> None:
+    made: list[str] = []
+    waited: list[str] = []
+
+    def member(name: str) -> None:
+        store, log = run_of(tmp_path, name)
+
+        @contextmanager
+        def wait() -> Iterator[None]:
+            waited.append(name)
+            yield
+
+        def slowly(path: Path) -> dict[str, Any]:
+            made.append(name)
+            time.sleep(0.3)
+            return work_with(log, 2.5)(path)
+
+        with store.alone("sft", INPUTS, wait):
+            assert store.find("sft", INPUTS) or store.run("sft", INPUTS, slowly)
+
+    members = [threading.Thread(target=member, args=(f"member-{i}",)) for i in range(3)]
+    for thread in members:
+        thread.start()
+    for thread in members:
+        thread.join()
+    assert len(made) == 1
+    assert sorted(waited) == sorted({f"member-{i}" for i in range(3)} - set(made))
 
 
 def test_a_crash_leaves_no_stage_and_the_next_run_works(tmp_path: Path) -> None:

@@ -1,0 +1,261 @@
+"""Several runs on one page: `python -m controller.report RUN RUN ...`, or the directory of a sweep.
+
+    directories -> members_of -> [Member] -> best, table, frontier, parallel coordinates, curves, alarms -> one page
+
+What tells the members apart is read from their configurations: the keys whose values differ.
+"""
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from controller.objective import PENALTY, objective
+from controller.report import alarms, compare_charts
+from controller.report.data import ReportError, Run, number, read
+from controller.report.markup import bounds, count, duration, esc, interval, num, section, table
+from controller.report.style import CSS
+from controller.status import read_status
+
+# Where a run lies and what it is called does not make it another run.
+SAME = ("run_dir", "name", "logger", "cache_dir")
+FILES = ("status.json", "config.yaml", "metrics.jsonl", "hydra/overrides.yaml")
+
+
+@dataclass
+class Member:
+    run: Run
+    state: str
+    error: str = ""
+    objective: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # the keys that differ between the members
+
+    @property
+    def label(self) -> str:
+        return self.run.path.name
+
+    @property
+    def command(self) -> list[str]:
+        """Runs this member alone again."""
+        return ["python", "train.py", *(self.run.overrides or [f"{k}={v}" for k, v in self.settings.items()])]
+
+    def comparison(self, name: str) -> Any:
+        return ((self.run.evaluation.get("comparisons") or {}).get("ppo_vs_sft") or {}).get(name)
+
+    def evaluated(self, name: str) -> Any:
+        return ((self.run.evaluation.get("models") or {}).get("ppo") or {}).get(name)
+
+
+def members_of(paths: Sequence[str | Path]) -> list[Member]:
+    """The runs among `paths`, and those directly below a path that is no run itself; the best first.
+
+    Raises:
+        ReportError: there is no run.
+    """
+    runs: list[Path] = []
+    for path in map(Path, paths):
+        below = sorted(child for child in path.iterdir() if is_run(child)) if path.is_dir() else []
+        runs += [path] if is_run(path) else below
+    if not runs:
+        raise ReportError(
+            f"no run directory in {', '.join(map(str, paths))}: none has {', '.join(FILES)}; write run directories, or "
+            "that of a sweep"
+        )
+    members = [_member(read(path)) for path in runs]
+    flat = [flattened(member.run.config) for member in members]
+    keys = sorted({key for row in flat for key in row})
+    known = [row for row in flat if row]
+    varied = [key for key in keys if not key.startswith(SAME) and len({str(row.get(key)) for row in known}) > 1]
+    for member, row in zip(members, flat, strict=True):
+        member.settings = {key: row[key] for key in varied if key in row}
+    return sorted(members, key=lambda m: (m.objective is None, -(m.objective or 0.0), m.run.path.name))
+
+
+def is_run(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in FILES)
+
+
+def _member(run: Run) -> Member:
+    status = read_status(run.path)
+    state = status.state or ("done" if run.evaluation else "unknown" if run.metrics else "not started")
+    value = objective(run.evaluation, number(run.setting("evaluate.max_kl")) or float("inf"))
+    return Member(run, state, str(status.facts.get("error") or ""), value)
+
+
+def flattened(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            out |= flattened(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def best_of(members: Sequence[Member]) -> Member | None:
+    """The finished member with the largest objective; None where none was measured."""
+    measured = [member for member in members if member.objective is not None and member.state in ("done", "unknown")]
+    return max(measured, key=lambda member: member.objective or 0.0, default=None)
+
+
+def render_comparison(members: list[Member], output: str | Path) -> Path:
+    """Write the page and return its path."""
+    target = Path(output)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.write_text(page(members, target.resolve().parent), encoding="utf-8")
+    os.replace(partial, target)
+    return target
+
+
+def page(members: list[Member], folder: Path) -> str:
+    title = folder.name if all(member.run.path.parent == folder for member in members) else "Runs compared"
+    parts = [
+        _best(members),
+        _table(members, folder),
+        compare_charts.frontier(members),
+        compare_charts.parallel(members),
+        compare_charts.curves(members),
+        _alarms(members),
+        _commands(members),
+    ]
+    anchors = ("members", "frontier", "parallel", "curves", "alarms", "commands")
+    links = "".join(f'<a href="#{anchor}">{anchor.capitalize()}</a>' for anchor in anchors)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{esc(title)} – Tandem</title><style>{CSS}</style></head><body><main>"
+        f'<header><p class="over">Tandem sweep</p><h1>{esc(title)}</h1><p class="facts">{_facts(members)}</p>'
+        f"<nav>{links}</nav></header>{''.join(parts)}"
+        "<footer>Drawn from the files of the run directories; nothing was fetched, nothing was sent.</footer>"
+        "</main></body></html>\n"
+    )
+
+
+def _facts(members: list[Member]) -> str:
+    done = sum(member.state == "done" for member in members)
+    keys = sorted({key for member in members for key in member.settings})
+    differ = f" · they differ in {', '.join(keys)}" if keys else ""
+    return esc(f"{count(len(members), 'run')}, {done} done{differ}")
+
+
+def _best(members: list[Member]) -> str:
+    best = best_of(members)
+    if best is None:
+        text = "No member has been evaluated with a gold judge yet, so none is the best."
+        return (
+            f'<section id="verdict" class="verdict none"><p class="word">No best member</p><p>{esc(text)}</p></section>'
+        )
+    passed = (best.run.evaluation.get("verdict") or {}).get("passed")
+    gain, low, high = bounds(best.comparison("gold_gain"))
+    kl = bounds(best.evaluated("kl"))[0]
+    sentence = (
+        f"{best.label}: gold gain {num(gain, 2, signed=True)} [{num(low, 2, signed=True)}, {num(high, 2, signed=True)}] at "
+        f"a KL of {num(kl, 1)} nats a sequence."
+    )
+    overlap = [
+        member.label
+        for member in members
+        if member is not best
+        and (other := bounds(member.comparison("gold_gain"))[2]) is not None
+        and other > (low or 0.0)
+    ]
+    caution = ""
+    if overlap and low is not None:
+        caution = (
+            f"The intervals of {count(len(overlap), 'other member')} overlap with it: on "
+            f"{num(best.evaluated('prompts'), 0)} prompts the difference to them may be chance."
+        )
+    kind, word = ("good", "Best member") if passed else ("unsure", "Best member, which did not pass its own verdict")
+    return (
+        f'<section id="verdict" class="verdict {kind}"><p class="word">{word}</p><p class="sentence">{esc(sentence)}</p>'
+        f'<p class="note">{esc(caution)}</p><pre>{esc(shlex.join(best.command))}</pre></section>'
+    )
+
+
+def _table(members: list[Member], folder: Path) -> str:
+    keys = sorted({key for member in members for key in member.settings})
+    short = _short(keys)
+    rows = []
+    for place, member in enumerate(members):
+        found, _, _ = alarms.evaluate(member.run)
+        serious = sum(alarm.severity == "alarm" for alarm in found)
+        verdict = member.run.evaluation.get("verdict")
+        passed = (
+            ""
+            if verdict is None
+            else '<span class="yes">✓</span>'
+            if verdict.get("passed")
+            else '<span class="no">✗</span>'
+        )
+        report = member.run.path / "report.html"
+        name = f"<b>{place + 1}</b> {esc(member.label)}"
+        link = f'<a href="{esc(os.path.relpath(report, folder))}">{name}</a>' if report.exists() else name
+        ratio = number(member.comparison("length_ratio"))
+        rows.append(
+            [
+                f'<i class="swatch {compare_charts.colour(place)}"></i>{link}',
+                esc(member.state) + (f"<small> {esc(member.error[:120])}</small>" if member.error else ""),
+                *(esc(_shown(member.settings.get(key))) for key in keys),
+                f"<b>{num(member.objective, 3, signed=True)}</b>",
+                interval(member.comparison("gold_gain"), 2, signed=True),
+                interval(member.comparison("proxy_gain"), 2, signed=True),
+                interval(member.comparison("win_rate"), 0, share=True),
+                interval(member.evaluated("kl"), 1),
+                "–" if ratio is None else f"× {num(ratio, 2)}",
+                passed,
+                str(serious),
+                duration(_wall_s(member.run)),
+            ]
+        )
+    head = ["Member", "State", *(f'<abbr title="{esc(key)}">{esc(short[key])}</abbr>' for key in keys)]
+    head += ["Objective", "Gold gain", "Learned gain", "Win rate", "KL, nats", "Length", "Passed", "Alarms", "Time"]
+    intro = (
+        f"Objective: gold gain of PPO over SFT, less {PENALTY:g} for each nat of KL beyond evaluate.max_kl. Brackets are "
+        "95% intervals over prompts; they say nothing about other seeds."
+    )
+    return section("members", "Members, the best first", table(head, rows, "members", text_columns=2), intro)
+
+
+def _wall_s(run: Run) -> float | None:
+    return max((number(row.get("end_s")) or 0.0 for row in run.phases), default=None)
+
+
+def _short(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each key, and as many more as it takes to tell them apart."""
+    out = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        out[key] = next(
+            tail for tail in tails if sum(k == tail or k.endswith(f".{tail}") for k in keys) == 1 or tail == key
+        )
+    return out
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _alarms(members: list[Member]) -> str:
+    rows = []
+    for member in members:
+        found, _, _ = alarms.evaluate(member.run)
+        rows += [
+            [esc(member.label), f"{'⚠' if alarm.severity == 'alarm' else 'ℹ'} {esc(alarm.title)}", esc(alarm.advice)]
+            for alarm in found
+        ]
+    if not rows:
+        return section("alarms", "Alarms", '<p class="quiet">✓ No alarm in any member.</p>')
+    body = table(("Member", "Alarm", "Try"), rows, "alarm-list", text_columns=3)
+    return section("alarms", "Alarms", body, "What each means is in the member’s own report.")
+
+
+def _commands(members: list[Member]) -> str:
+    lines = "".join(f"<p>{esc(member.label)}</p><pre>{esc(shlex.join(member.command))}</pre>" for member in members)
+    paths = shlex.join(["python", "-m", "controller.report", *(str(member.run.path) for member in members)])
+    return section(
+        "commands", "Each member alone, and this page again", f"{lines}<p>This page:</p><pre>{esc(paths)}</pre>"
+    )

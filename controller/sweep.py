@@ -1,0 +1,114 @@
+"""What Hydra's multirun asks of a run: a directory of its own that stays the same, and a comparison at the end.
+
+    python train.py -m ppo.kl.coef=0.02,0.05 ppo.seed=1,2
+        runs/NAME/0-ppo.kl.coef=0.02,ppo.seed=1/     a run directory like any other
+        runs/NAME/...
+        runs/NAME/report.html                        the members compared
+
+The same command again goes on where it stopped: members that are done are not run again.
+"""
+
+import atexit
+import copy
+import re
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from contracts.config import TandemConfig
+from contracts.precision import choose_dtypes
+from controller.redaction import redacted
+from controller.status import read_status
+
+MOST_CHARACTERS = 120  # of a directory's name; file systems allow 255 bytes
+
+
+class RunFailed(RuntimeError):
+    """A run failed and has said so. In a sweep Hydra counts it, goes on with the others, and ends with exit code 1."""
+
+
+def member_name(number: int | str, overrides: str) -> str:
+    """The directory of a member: its number and its overrides, of paths the last part."""
+    short = re.sub(r"=[^,]*/", "=", str(overrides))
+    return re.sub(r"[^\w.=,+-]+", "_", f"{number}-{short}".rstrip("-"))[:MOST_CHARACTERS]
+
+
+def register_resolvers() -> None:
+    """`${member_name:...}` of conf/config.yaml."""
+    OmegaConf.register_new_resolver("member_name", member_name, replace=True)
+
+
+def is_member() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def place_member(composed: DictConfig) -> None:
+    """Let the member's `run_dir` be the directory that Hydra has given it, and its sweep its group in wandb."""
+    hydra = HydraConfig.get()
+    composed.run_dir = hydra.runtime.output_dir
+    if composed.logger.group is None:
+        composed.logger.group = Path(hydra.sweep.dir).name
+
+
+def finished_objective(config: TandemConfig) -> tuple[bool, float | None]:
+    """(whether this member is done already with the same configuration, its objective)."""
+    kept, status = Path(config.run_dir) / "config.yaml", read_status(config.run_dir)
+    if status.state != "done" or not kept.exists():
+        return False, None
+    started = copy.deepcopy(config)
+    choose_dtypes(started)  # as a run does before it writes its configuration
+    if yaml.safe_load(kept.read_text()) != redacted(asdict(started)):
+        return False, None
+    return True, status.facts.get("objective")
+
+
+def keep_in_names_what_is_swept(config: DictConfig) -> None:
+    """Leave the overrides that all members share out of the members' directories. Hydra composes each member anew from the
+    overrides that it has kept, so that is where it goes, and it reaches other processes with them."""
+    given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    swept = {override.key_or_group for override in given if override.is_sweep_override()}
+    shared = ",".join(sorted({override.key_or_group for override in given} - swept))
+    with read_write(config), open_dict(config):
+        config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{shared}]")
+
+
+class SweepReport(Callback):
+    """Compares the members of a sweep when it ends, however it ends.
+
+    Hydra leaves a sweep with a failed member by raising, past `on_multirun_end`; so the report is drawn when the process
+    ends, after Hydra has said what failed.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        keep_in_names_what_is_swept(config)
+        atexit.register(report_sweep, Path(config.hydra.sweep.dir))
+
+
+def report_sweep(directory: Path) -> None:
+    """Write the comparison of a sweep's members and say which is the best, with its command."""
+    from controller.report.compare import best_of, members_of, render_comparison
+    from controller.report.data import ReportError
+
+    try:
+        members = members_of([directory])
+        target = render_comparison(members, directory / "report.html")
+    except ReportError as error:
+        print(f"sweep: {error}", file=sys.stderr)
+        return
+    for member in members:
+        value = "no objective" if member.objective is None else f"objective {member.objective:+.3f}"
+        print(f"  {member.state:<12} {value:<20} {member.label}")
+    failed = sum(member.state != "done" for member in members)
+    print(f"sweep: {len(members) - failed} of {len(members)} members done; compared in {target}")
+    best = best_of(members)
+    if best is not None:
+        print(f"best member: {best.run.path}\n  {shlex.join(best.command)}")

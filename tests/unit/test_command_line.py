@@ -1,0 +1,77 @@
+"""All that is wrong with a command line is said at once: unknown keys, wrong types, conflicts, also of a sweep's members."""
+
+from pathlib import Path
+
+import pytest
+
+from contracts.command_line import command_line_problems
+
+CONF = Path(__file__).parents[2] / "conf"
+UNKNOWN = "ppo.updats is not a key of the configuration; write ppo.updates"
+
+
+def problems(*arguments: str) -> list[str]:
+    return command_line_problems(list(arguments), CONF)
+
+
+def test_a_well_formed_command_line_is_left_to_hydra() -> None:
+    assert problems() == []
+    assert problems("seed=2", "cluster=laptop", "+experiment=grpo", "--cfg", "job", "hydra.run.dir=x") == []
+    assert problems("ppo.clip=2") == []  # `validate` says this one
+    assert problems("data.gold=null", "model.revision=null", "cache_dir=${oc.env:HOME}/c", "~environment") == []
+
+
+def test_unknown_keys_wrong_types_and_conflicts_come_together() -> None:
+    assert problems("ppo.updats=3", "ppo.epochs=many", "learner.zero_stage=7", "ppo.clip=2") == [
+        UNKNOWN,
+        "ppo.epochs must be a whole number; found many; write for example 1 (the default)",
+        "learner.zero_stage must be one of 0, 1, 2, 3; found 7; write for example 0",
+        "ppo.clip must be in (0, 1); found 2.0; write for example 0.2 (the default)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [
+        ("ppo.kl.coef=high", "ppo.kl.coef must be a number; found high; write for example 0.05 (the default)"),
+        ("ppo.seed=1.5", "ppo.seed must be a whole number or null; found 1.5; write for example null (the default)"),
+        ("data.chat=perhaps", "data.chat must be true or false; found perhaps; write for example False (the default)"),
+        ("ppo.epochs=null", "ppo.epochs must be a whole number; found None; write for example 1 (the default)"),
+        ("data.gold.max_rows=x", "data.gold.max_rows must be a whole number or null; found x; write for example null"),
+        ("ppo.kl=0.1", "ppo.kl must be a section with keys of its own; found 0.1; write"),
+        ("ppo.optimizer.betas=[a,b]", "ppo.optimizer.betas must be a list of numbers; found ['a', 'b']; write for"),
+    ],
+)
+def test_each_type_in_words(override: str, kind: str) -> None:
+    [text] = problems(override)
+    assert text.startswith(kind)
+
+
+def test_a_torn_override_is_named() -> None:
+    [text] = problems("ppo.optimizer.betas=[0.9")
+    assert "ppo.optimizer.betas" in text or "[0.9" in text
+
+
+def test_every_member_of_a_sweep_is_checked_before_the_first_runs() -> None:
+    assert problems("-m", "ppo.kl.coef=0.02,0.05", "ppo.seed=1,2") == []
+    assert problems("-m", "ppo.clip=0.2,2", "ppo.seed=1,x", "ppo.updats=1,2") == [
+        UNKNOWN,
+        "ppo.seed must be a whole number or null; found x; write for example null (the default)",
+        "ppo.clip must be in (0, 1); found 2.0; write for example 0.2 (the default) (in member 1: ppo.clip=2)",
+    ]
+    assert problems("-m", "ppo.updates=range(1,4)", "ppo.gold_rollouts=65") == [
+        "ppo.gold_rollouts must be at most ppo.rollouts_per_update (64); found 65; write 64 or less "
+        "(in member 0: ppo.updates=1 ppo.gold_rollouts=65)"
+    ]
+
+
+def test_run_dir_is_no_directory_for_many() -> None:
+    assert problems("-m", "run_dir=runs/x", "ppo.seed=1,2") == [
+        "run_dir names one run; write hydra.sweep.dir=DIRECTORY for the directory of a sweep"
+    ]
+
+
+def test_what_a_sampler_will_draw_is_not_guessed() -> None:
+    assert problems("-m", "hydra/sweeper=optuna", "ppo.kl.coef=interval(0.01,0.1)", "hydra.sweeper.n_trials=3") == []
+    [text] = problems("-m", "hydra/sweeper=optuna", "ppo.kl.coeff=interval(0.01,0.1)")
+    assert text.startswith("ppo.kl.coeff is not a key of the configuration; write ppo.kl.coef")

@@ -1,0 +1,85 @@
+"""Freshness, waits, fates of rollouts and faults in the report, and the alarms of a run that goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controller.report import flow, page
+from controller.report.alarms import evaluate
+from controller.report.data import Run
+from controller.report.watch import AlarmWatch
+
+
+def run_of(max_staleness: int, versions: int = 3, **metrics: float) -> Run:
+    base = {"stage": "ppo", "perf/step_s": 10.0, "ledger/admitted": 24, "ledger/trained": 22, "ledger/quarantined": 2}
+    rows = [base | metrics | {"step": v, "progress/version": v} for v in range(1, versions + 1)]
+    return Run(Path("x"), {"ppo": {"max_staleness": max_staleness}}, metrics=rows)
+
+
+def titles(run: Run) -> list[str]:
+    return [alarm.title for alarm in evaluate(run)[0]]
+
+
+@pytest.mark.parametrize(
+    ("staleness", "metrics", "title"),
+    [
+        (1, {"off_policy/ess": 0.49}, "Stale rollouts count for little"),
+        (1, {"staleness/max": 2.0}, "Rollouts older than the bound trained"),
+        (1, {"perf/rollout_s": 3.1}, "The learner waits"),
+        (1, {"perf/generate_s": 6.9}, "The busiest actor waits"),
+    ],
+)
+def test_each_alarm_fires_beyond_its_limit(staleness: int, metrics: dict[str, float], title: str) -> None:
+    assert titles(run_of(staleness, **metrics)) == [title]
+
+
+@pytest.mark.parametrize(
+    ("staleness", "metrics"),
+    [
+        (1, {"off_policy/ess": 0.5}),
+        (1, {"staleness/max": 1.0}),
+        (1, {"perf/rollout_s": 3.0, "perf/generate_s": 7.0}),
+        (0, {"perf/rollout_s": 9.0, "perf/generate_s": 1.0}),  # they take turns: one of them must stand idle
+    ],
+)
+def test_at_the_limit_nothing_fires(staleness: int, metrics: dict[str, float]) -> None:
+    assert titles(run_of(staleness, **metrics)) == []
+
+
+def test_the_page_says_what_became_of_rollouts() -> None:
+    stale = flow.rollouts(run_of(2, **{"staleness/mean": 0.5, "staleness/max": 2.0, "off_policy/ess": 0.9}))
+    assert "at most 2 updates apart" in stale
+    assert stale.count("<figure") == 4
+    assert "not in this run" in stale  # in flight and waiting were not logged
+    assert '<td class="num">22</td>' in stale
+    assert "✓ No fault was met." in stale
+    turns = flow.rollouts(run_of(0, **{"staleness/max": 0.0}))
+    assert "took turns" in turns
+    assert "<figure" not in turns
+    assert flow.rollouts(Run(Path("x"))) == ""
+
+
+def test_faults_of_steps_add_up_and_counters_do_not() -> None:
+    text = flow.rollouts(run_of(0, **{"fault/unscored": 2.0, "fault/actors_lost": 1.0, "fault/no_sibling": 0.0}))
+    assert "rollouts without a score" in text
+    assert '<code>fault/unscored</code></td><td class="num">6</td>' in text
+    assert '<code>fault/actors_lost</code></td><td class="num">1</td>' in text
+    assert "sibling</td>" not in text
+
+
+def test_the_contents_name_only_what_is_there() -> None:
+    run = run_of(1)
+    assert 'href="#rollouts"' in page(run)
+    assert 'href="#rollouts"' not in page(Run(Path("x"), stages=[{"name": "sft"}]))
+
+
+def test_a_long_run_is_looked_at_less_often_and_an_alarm_comes_all_the_same() -> None:
+    watch = AlarmWatch({"ppo": {"max_staleness": 1}})
+
+    def row(version: int, ess: float) -> dict[str, Any]:
+        return {"stage": "ppo", "step": version, "progress/version": version, "off_policy/ess": ess}
+
+    assert [watch.new_alarms(row(v, 0.9)) for v in range(1, 200)] == [[]] * 199
+    told = [alarm.title for v in range(200, 230) for alarm in watch.new_alarms(row(v, 0.1))]
+    assert told == ["Stale rollouts count for little"]

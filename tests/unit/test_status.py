@@ -1,0 +1,83 @@
+"""status.json of a run, and what `python -m controller.status` says of it."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from controller.status import SILENT_S, StatusFile, lines_of, main, read_status
+from tests.unit.test_report import jsonl
+
+
+def waiting() -> tuple[str, float]:
+    return "rollouts of update 3", 12.0
+
+
+def test_a_running_job_beats_and_ends_once(tmp_path: Path) -> None:
+    with StatusFile(tmp_path, waiting, beat_s=0.05) as status:
+        first = json.loads((tmp_path / "status.json").read_text())
+        assert (first["state"], first["pid"], first["waiting_for"]) == ("running", os.getpid(), "rollouts of update 3")
+        end = time.monotonic() + 5
+        while json.loads((tmp_path / "status.json").read_text())["beat"] == first["beat"] and time.monotonic() < end:
+            time.sleep(0.02)
+        assert json.loads((tmp_path / "status.json").read_text())["beat"] > first["beat"]
+        assert read_status(tmp_path).state == "running"
+        status.end("done", objective=0.5)
+        status.end("failed")  # the first word counts
+    found = read_status(tmp_path)
+    assert (found.state, found.facts["objective"]) == ("done", 0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(ValueError("no"), "failed"), (KeyboardInterrupt(), "interrupted"), (SystemExit(15), "interrupted")],
+)
+def test_what_ends_a_run_is_kept(error: BaseException, state: str, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), StatusFile(tmp_path, waiting):
+        raise error
+    assert read_status(tmp_path).state == state
+    assert type(error).__name__ in read_status(tmp_path).facts["error"]
+
+
+def running(tmp_path: Path, pid: int, beat_age_s: float, host: str | None = None) -> str:
+    facts = {"state": "running", "pid": pid, "host": host or socket.gethostname(), "started": time.time() - 600}
+    facts |= {"beat": time.time() - beat_age_s, "waiting_for": "vLLM", "waiting_s": 3.0}
+    (tmp_path / "status.json").write_text(json.dumps(facts))
+    return read_status(tmp_path).state
+
+
+def test_a_job_that_is_gone_or_silent_is_lost(tmp_path: Path) -> None:
+    assert running(tmp_path, os.getpid(), 1.0) == "running"
+    assert running(tmp_path, 2**22 - 3, 1.0) == "lost"  # no such process here
+    assert running(tmp_path, 2**22 - 3, 1.0, host="elsewhere") == "running"  # its processes are not seen from here
+    assert running(tmp_path, os.getpid(), SILENT_S + 5) == "lost"
+
+
+def test_the_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    running(tmp_path, os.getpid(), 2.0)
+    (tmp_path / "config.yaml").write_text("name: demo\nppo: {updates: 32}\n")
+    rows = [
+        {"stage": "ppo", "step": v, "wall_s": 10.0 * v, "progress/version": v, "progress/eta_s": 10.0 * (32 - v)}
+        | {"reward/score_mean": 0.25, "kl/ref_seq": 1.5, "policy/clipfrac": 0.4, "perf/step_s": 10.0}
+        for v in range(1, 5)
+    ]
+    jsonl(tmp_path / "metrics.jsonl", rows)
+    assert main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"demo ({tmp_path}): running for 10 min; waiting for: vLLM (3.0 s); last heartbeat 2.")
+    assert said[1] == "version 4 of 32 | 10.0 s | score 0.25 | KL 1.5 | ETA 5 min"
+    assert said[2].startswith("ALARM: Much of every batch is clipped. policy/clipfrac above 0.3 in 4 of 4 versions")
+    old = time.time() - 31
+    os.utime(tmp_path / "metrics.jsonl", (old, old))
+    assert "ALARM: No new version for 31 s" in "\n".join(lines_of(tmp_path))
+
+
+def test_a_directory_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "status: " in capsys.readouterr().err
+    running(tmp_path, os.getpid(), 0.0)
+    assert lines_of(tmp_path)[1] == "no metrics yet"

@@ -1,0 +1,181 @@
+"""Directories of members, the comparison of runs, and what a sweep maximises. The run directories are invented here."""
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from contracts.config import TandemConfig
+from contracts.precision import choose_dtypes
+from controller.objective import evaluation_metrics, objective
+from controller.redaction import redacted
+from controller.report.__main__ import main
+from controller.report.compare import best_of, flattened, members_of, page
+from controller.report.compare_charts import unbeaten
+from controller.report.data import ReportError
+from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
+from tests.unit.test_report import around, jsonl, parsed
+
+
+def test_the_directory_of_a_member_is_readable_and_safe() -> None:
+    assert member_name(3, "ppo.kl.coef=0.02,ppo.seed=1") == "3-ppo.kl.coef=0.02,ppo.seed=1"
+    assert member_name(0, "") == "0"
+    assert member_name(0, "model.path=/a/b,seed=2") == "0-model.path=b,seed=2"
+    assert (
+        member_name(1, "reward_service.scorers.proxy={kind: ensemble}")
+        == "1-reward_service.scorers.proxy=_kind_ensemble_"
+    )
+    assert len(member_name(1, "x=" + "y" * 400)) == 120
+
+
+def evaluation(gold: float, kl: float, passed: bool = True) -> dict[str, Any]:
+    against = {"gold_gain": around(gold, 0.1), "proxy_gain": around(gold + 0.2, 0.1), "win_rate": around(0.7, 0.1)}
+    models = {"ppo": {"kl": around(kl, 0.3), "gold": around(gold, 0.1), "proxy": around(gold, 0.1), "prompts": 24}}
+    return {
+        "models": models,
+        "comparisons": {"ppo_vs_sft": against | {"length_ratio": 0.9}},
+        "verdict": {"passed": passed, "text": "Passed: it rose.", "checks": []},
+    }
+
+
+def test_the_objective_is_gold_less_what_lies_beyond_the_bound() -> None:
+    assert objective(evaluation(0.8, 4.0), 10.0) == 0.8
+    assert objective(evaluation(0.8, 12.0), 10.0) == pytest.approx(0.8 - 0.1 * 2)
+    assert objective({}, 10.0) is None
+    no_gold = evaluation(0.8, 4.0)
+    del no_gold["comparisons"]["ppo_vs_sft"]["gold_gain"]
+    assert objective(no_gold, 10.0) is None
+    assert set(evaluation_metrics(no_gold, 10.0)) == {"proxy_gain", "win_rate", "kl", "length_ratio"}
+    assert objective(evaluation(float("nan"), 4.0), 10.0) is None
+
+
+def make_member(path: Path, coef: float, gold: float | None, kl: float, state: str = "done", error: str = "") -> None:
+    """A run directory with three versions; without an evaluation where `gold` is None."""
+    path.mkdir(parents=True)
+    config = f"name: x\nrun_dir: {path}\nppo: {{kl: {{coef: {coef}}}, updates: 3}}\nevaluate: {{max_kl: 10.0}}\n"
+    (path / "config.yaml").write_text(config)
+    (path / "hydra").mkdir()
+    (path / "hydra/overrides.yaml").write_text(f"- ppo.kl.coef={coef}\n")
+    (path / "status.json").write_text(json.dumps({"state": state, "started": 1.0, "ended": 9.0, "error": error}))
+    rows = [
+        {"stage": "ppo", "step": v, "wall_s": 10.0 * v, "progress/version": v, "kl/ref_seq": kl * v / 3}
+        | {"reward/score_mean": 0.1 * v, "reward/gold_mean": 0.1 * v, "policy/clipfrac": 0.4}
+        for v in (1, 2, 3)
+    ]
+    jsonl(path / "metrics.jsonl", rows)
+    if gold is not None:
+        (path / "evaluation.json").write_text(json.dumps(evaluation(gold, kl)))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    folder = tmp_path / "my-sweep"
+    make_member(folder / "0-ppo.kl.coef=0.02", 0.02, gold=0.9, kl=14.0)  # 0.9 - 0.4
+    make_member(folder / "1-ppo.kl.coef=0.05", 0.05, gold=0.8, kl=6.0)
+    make_member(folder / "2-ppo.kl.coef=0.5", 0.5, gold=None, kl=1.0, state="failed", error="OutOfMemory: <8 GiB>")
+    refused = folder / "3-ppo.kl.coef=9" / "hydra"
+    refused.mkdir(parents=True)
+    (refused / "overrides.yaml").write_text("- ppo.kl.coef=9\n")
+    return folder
+
+
+def test_members_are_found_ranked_and_told_apart(sweep: Path) -> None:
+    members = members_of([sweep])
+    assert [m.label for m in members] == [
+        "1-ppo.kl.coef=0.05",
+        "0-ppo.kl.coef=0.02",
+        "2-ppo.kl.coef=0.5",
+        "3-ppo.kl.coef=9",
+    ]
+    assert [m.objective for m in members] == [0.8, pytest.approx(0.5), None, None]
+    assert [m.state for m in members] == ["done", "done", "failed", "not started"]
+    assert [m.settings.get("ppo.kl.coef") for m in members] == [0.05, 0.02, 0.5, None]
+    assert all(set(m.settings) <= {"ppo.kl.coef"} for m in members)  # run_dir does not tell them apart
+    best = best_of(members)
+    assert best is not None
+    assert best.command == ["python", "train.py", "ppo.kl.coef=0.05"]
+    assert best_of([m for m in members if m.state != "done"]) is None
+
+
+def test_the_page_names_the_best_its_command_and_the_failed(sweep: Path) -> None:
+    (sweep / "1-ppo.kl.coef=0.05/report.html").write_text("x")
+    main([str(sweep)])
+    found = parsed(sweep / "report.html")
+    text = " ".join(found.texts)
+    assert "python train.py ppo.kl.coef=0.05" in text
+    assert "1-ppo.kl.coef=0.05: gold gain +0.80 [+0.70, +0.90] at a KL of 6.0 nats a sequence." in text
+    assert "OutOfMemory: <8 GiB>" in text
+    assert "4 runs, 2 done · they differ in ppo.kl.coef" in text
+    assert "1 other member" in text  # 0.9 +- 0.1 overlaps
+    assert "Much of every batch is clipped" in text
+    html = (sweep / "report.html").read_text()
+    assert 'href="1-ppo.kl.coef=0.05/report.html"' in html
+    assert html.count("<polyline") >= 4  # two trails a panel, and the threads
+    assert "<script" not in html
+
+
+def test_any_runs_can_be_compared(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main([str(sweep / "0-ppo.kl.coef=0.02"), str(sweep / "1-ppo.kl.coef=0.05")])
+    assert "2 runs, 2 done" in (tmp_path / "report.html").read_text()
+
+
+def test_one_member_alone_and_none_at_all(sweep: Path, tmp_path: Path) -> None:
+    assert "No best member" in page(members_of([sweep / "2-ppo.kl.coef=0.5"]), sweep)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReportError, match="no run directory in"):
+        members_of([tmp_path / "empty"])
+
+
+def test_what_a_user_reads_at_the_end_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report_sweep(sweep)
+    said = capsys.readouterr().out
+    assert "sweep: 2 of 4 members done" in said
+    assert said.endswith(f"best member: {sweep}/1-ppo.kl.coef=0.05\n  python train.py ppo.kl.coef=0.05\n")
+    report_sweep(sweep / "nothing")
+    assert "sweep: no run directory" in capsys.readouterr().err
+
+
+def test_the_frontier_keeps_what_no_other_beats() -> None:
+    points = [(3.0, 0.5), (1.0, 0.2), (2.0, 0.6), (4.0, 0.7), (2.0, 0.1)]
+    assert unbeaten(points) == [(1.0, 0.2), (2.0, 0.6), (4.0, 0.7)]
+    assert unbeaten([]) == []
+
+
+def test_flattened() -> None:
+    assert flattened({"a": {"b": 1, "c": {"d": None}}, "e": {}, "f": [1]}) == {
+        "a.b": 1,
+        "a.c.d": None,
+        "e": {},
+        "f": [1],
+    }
+
+
+def test_what_all_members_share_is_not_in_their_names() -> None:
+    given = ["name=x", "ppo.updates=3", "ppo.seed=1,2", "ppo.updates=4,5", "+experiment=grpo"]
+    config = OmegaConf.create({"hydra": {"overrides": {"task": given, "hydra": ["hydra.sweep.dir=d"]}}})
+    keep_in_names_what_is_swept(config)
+    assert config.hydra.overrides.hydra == [
+        "hydra.sweep.dir=d",
+        "hydra.job.config.override_dirname.exclude_keys=[experiment,name]",
+    ]
+
+
+def test_a_member_that_is_done_is_known_by_its_configuration(tmp_path: Path) -> None:
+    config = TandemConfig(run_dir=str(tmp_path), cache_dir="c")
+    config.model.path = "m"
+    written = copy.deepcopy(config)
+    choose_dtypes(written)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(written)), sort_keys=False))
+    (tmp_path / "status.json").write_text(json.dumps({"state": "done", "objective": 0.25}))
+    assert finished_objective(config) == (True, 0.25)
+    config.ppo.kl.coef = 0.1
+    assert finished_objective(config) == (False, None)
+    config.ppo.kl.coef = written.ppo.kl.coef
+    (tmp_path / "status.json").write_text(json.dumps({"state": "failed"}))
+    assert finished_objective(config) == (False, None)

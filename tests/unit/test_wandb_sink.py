@@ -1,0 +1,187 @@
+"""wandb down, slow or wrong never slows or ends a run, and its copy is kept offline. A loopback stub is the server."""
+
+import json
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from contracts.config import LoggerConfig
+from controller.wandb_sink import MOST_QUEUED, WandbSink, chosen_mode
+
+INIT_S = 3.0
+ROW = {"stage": "ppo", "step": 1, "wall_s": 2.0, "reward/score_mean": 0.25, "policy/loss": None, "progress/version": 1}
+
+
+@contextmanager
+def server(answer: str) -> Iterator[str]:
+    """A server that never answers ("hang") or answers 500 ("error"); "refuse": nobody listens."""
+    released = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            if answer == "hang":
+                released.wait()
+            self.send_response(500)
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_: Any) -> None: ...
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    url = f"http://127.0.0.1:{httpd.server_port}"
+    if answer == "refuse":
+        httpd.server_close()
+        yield url
+        return
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield url
+    released.set()
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """The offline run, read back by wandb's own reader."""
+    [file] = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [record[record["type"]] | {"type": record["type"]} for record in map(json.loads, done.stdout.splitlines())]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """No key, no mode, and no settings of whoever runs the tests."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    return monkeypatch
+
+
+def test_the_mode_is_wandbs_own_then_follows_the_key(environment: pytest.MonkeyPatch) -> None:
+    assert chosen_mode("auto") == "offline"
+    environment.setenv("WANDB_API_KEY", "k" * 40)
+    assert chosen_mode("auto") == "online"
+    environment.setenv("WANDB_MODE", "disabled")
+    assert chosen_mode("auto") == "disabled"
+    assert chosen_mode("offline") == "offline"  # the configuration is nearer than the environment
+
+
+@pytest.mark.parametrize("answer", ["hang", "refuse", "error"])
+def test_a_server_that_fails_costs_the_run_nothing(
+    answer: str, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment.setenv("WANDB_API_KEY", "k" * 40)
+    with server(answer) as url:
+        environment.setenv("WANDB_BASE_URL", url)
+        sink = WandbSink(tmp_path, {"name": "demo"}, LoggerConfig(wandb="auto"), "ppo", init_s=INIT_S)
+        assert sink.mode == "online"
+        longest = 0.0
+        for step in range(1, 101):
+            start = time.perf_counter()
+            sink.log(ROW | {"step": step, "reward/score_mean": step / 100, "progress/version": step})
+            longest = max(longest, time.perf_counter() - start)
+        assert longest < 0.1
+        start = time.perf_counter()
+        sink.close()
+        assert time.perf_counter() - start < 2 * INIT_S + 20
+    assert sink.mode == "offline"
+    assert [action for action, _ in sink.new_faults()] == ["init"]
+    scores = [row["item"]["reward/score_mean"] for row in records(tmp_path) if row["type"] == "history"]
+    assert scores == [step / 100 for step in range(1, 101)]
+
+
+def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").write_text("w")
+    logger = LoggerConfig(group="sweep-1", wandb_text=True, table_every=2)
+    sink = WandbSink(tmp_path, {"name": "demo", "ppo": {"updates": 7}}, logger, "ppo", attempt=2)
+    for step in (1, 2, 3):
+        sink.log(
+            ROW | {"step": step, "reward/score_mean": step / 4, "progress/version": step, "ledger/trained": 64 * step}
+        )
+        sink.samples([{"stage": "ppo", "step": step, "prompt": "p", "completion": "c"}])
+    sink.log({"stage": "reward_model/gold", "step": 5, "wall_s": 1.0, "reward_model/loss": 0.5})
+    sink.artifact("demo-ppo", "model", str(tmp_path / "model"))
+    sink.alert("Clipped", "policy/clipfrac above 0.3")
+    sink.close()
+    assert sink.new_faults() == []
+    found = records(tmp_path)
+    [run] = [row for row in found if row["type"] == "run"]
+    assert (run["run_group"], run["job_type"], run["project"]) == ("sweep-1", "ppo", "tandem")
+    assert run["run_id"] == f"demo-{tmp_path.name}-a2"
+    assert run["config"]["update"]["ppo"] == {"updates": 7}
+    axes = {row["glob_name"]: row["step_metric"] for row in found if row["type"] == "metric" and "glob_name" in row}
+    assert axes["policy/*"] == axes["kl/*"] == "progress/version"
+    assert axes["reward/*"] == "ledger/trained"
+    assert axes["perf/*"] == "progress/wall_s"
+    assert axes["reward_model/gold/*"] == "reward_model/gold/step"
+    rows = [row["item"] for row in found if row["type"] == "history"]
+    scores = [
+        (r["progress/version"], r["ledger/trained"], r["reward/score_mean"]) for r in rows if "ledger/trained" in r
+    ]
+    assert scores == [(1, 64, 0.25), (2, 128, 0.5), (3, 192, 0.75)]
+    assert [r["reward_model/gold/loss"] for r in rows if "reward_model/gold/loss" in r] == [0.5]
+    assert sum("samples/table._type" in r for r in rows) == 1  # version 2 alone
+    [artifact] = [row for row in found if row["type"] == "artifact" and row["name"] == "demo-ppo"]
+    [entry] = artifact["manifest"]["contents"]
+    assert entry["ref"] == f"file://{tmp_path}/model/weights"
+    assert not list((tmp_path / "wandb").rglob("weights"))
+    assert [row["title"] for row in found if row["type"] == "alert"] == ["Clipped"]
+
+
+def test_an_offline_run_needs_no_key_and_asks_for_none(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sink = WandbSink(tmp_path, {}, LoggerConfig(), "sft", init_s=INIT_S)
+    sink.close()
+    assert (sink.mode, sink.new_faults()) == ("offline", [])
+
+
+class Stuck(WandbSink):
+    """Its wandb never comes back from init."""
+
+    def _init(self, mode: str) -> Any:
+        threading.Event().wait()
+
+
+def test_calls_beyond_the_queue_are_counted_not_waited_for(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sink = Stuck(tmp_path, {}, LoggerConfig(wandb="offline"), "ppo")
+    start = time.perf_counter()
+    for _ in range(MOST_QUEUED + 3):
+        sink.log(ROW)
+    assert time.perf_counter() - start < 2.0
+    faults = sink.new_faults()
+    assert [action for action, _ in faults] == ["log"] * 3
+    assert isinstance(faults[0][1], queue.Full)
+
+
+def test_text_and_tables_by_request_alone(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Recorded(WandbSink):
+        def _init(self, mode: str) -> Any:
+            self.sent: list[dict[str, Any]] = []
+            return SimpleNamespace(log=self.sent.append, finish=lambda: None)
+
+    rows = [[{"stage": "ppo", "step": step, "prompt": "p", "completion": "c"}] for step in range(5)]
+    for text, expected in ((False, 0), (True, 3)):
+        sink = Recorded(tmp_path, {}, LoggerConfig(wandb="offline", wandb_text=text, table_every=2), "ppo")
+        for row in rows:
+            sink.samples(row)
+        sink.close()
+        assert len(sink.sent) == expected  # steps 0, 2, 4
+    assert sink.sent[0]["samples/table"].data == [["c", "p", "ppo", 0]]
+
+
+def test_the_port_of_a_closed_server_is_closed() -> None:
+    with server("refuse") as url, socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0
