@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from contracts.config import TandemConfig, to_config
+from contracts.outcome import write_outcome
 from contracts.overrides import unknown_overrides
 from contracts.precision import choose_dtypes
 from contracts.validation import ConfigError, validate
@@ -74,8 +75,9 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
             report = render(Path(config.run_dir))
         progress.summary(summary_rows(config, results, report), "Tandem")
     evaluation = results.get("evaluate", {})
-    gain = evaluation.get("comparisons", {}).get("ppo_vs_sft", {}).get("gold_gain", {})
-    return gain.get("mean")
+    gain = evaluation.get("comparisons", {}).get("ppo_vs_sft", {}).get("gold_gain", {}).get("mean")
+    write_outcome(Path(config.run_dir), gain)
+    return gain
 
 
 def root_cause(error: BaseException) -> str:

@@ -333,8 +333,8 @@ class Pipeline:
             commit = self.directory.find(self.config.checkpoint.resume, identity)
         self.store.starts = self.directory.start_log(self.log.mark())
         self.log.cut(self.store.starts if commit is None else commit.driver_state()[0]["logs"])
-        if commit and (warning := other_versions(commit, package_versions())):
-            self.progress.line(warning)
+        if commit:
+            other_versions(commit, package_versions(), self.progress.line)
         return commit
 
     def _evaluate(self) -> None:
@@ -370,8 +370,7 @@ class Pipeline:
             with self._phase(stage, "starting Ray"):
                 self.runtime.start()
             self.stop.install()  # Ray has handlers of its own
-            if self.config.cluster.address == "local":
-                self.directory.started_ray(ray_session())
+            self.directory.started_ray(ray_session() if self.config.cluster.address == "local" else None)
 
     @contextmanager
     def _learner(self, stage: str, task: str, *arguments: Any) -> Iterator[Any]:

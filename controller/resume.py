@@ -54,9 +54,10 @@ class RunDirectory:
                 say(f"{ended} processes of an earlier attempt were still there and have been ended")
             session.unlink()
 
-    def started_ray(self, session: str) -> None:
-        """Remember the session directory of an embedded Ray, for whoever comes after this driver."""
-        (self.path / SESSION).write_text(session)
+    def started_ray(self, session: str | None) -> None:
+        """Remember the session directory of an embedded Ray, for whoever comes after this driver; None: it is not ours."""
+        if session:
+            (self.path / SESSION).write_text(session)
 
     def start_log(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Where the logs of stage ppo begin, in bytes: `sizes` at its first attempt, and the same at every later one."""
@@ -136,14 +137,13 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     return [f"{key}: the commit has {shown(theirs, key)}, this configuration {shown(ours, key)}" for key in keys]
 
 
-def other_versions(commit: Commit, packages: Mapping[str, str]) -> str | None:
-    """A warning where other packages computed the commit: then nothing is promised bit for bit."""
+def other_versions(commit: Commit, packages: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Warn where other packages computed the commit: then nothing is promised bit for bit."""
     theirs = commit.packages
     names = [name for name in sorted({*theirs, *packages}) if theirs.get(name) != packages.get(name)]
-    if not names:
-        return None
-    changed = ", ".join(f"{n} {theirs.get(n, 'none')} -> {packages.get(n, 'none')}" for n in names)
-    return f"WARNING: the commit was made with other packages ({changed}): the run goes on, not bit for bit"
+    if names:
+        changed = ", ".join(f"{n} {theirs.get(n, 'none')} -> {packages.get(n, 'none')}" for n in names)
+        say(f"WARNING: the commit was made with other packages ({changed}): the run goes on, not bit for bit")
 
 
 def require_scorers(commit: Commit, scorers: Mapping[str, str | None]) -> None:

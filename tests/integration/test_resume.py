@@ -90,35 +90,35 @@ def worker(driver: subprocess.Popen[str], name: str) -> psutil.Process:
     return found
 
 
-def freeze_and_kill(driver: subprocess.Popen[str], name: str, after_s: float) -> psutil.Process:
+def freeze_and_kill(driver: subprocess.Popen[str], process: psutil.Process, after_s: float) -> psutil.Process:
     """Stop a process of the run, so that the driver waits for it, and then end the driver."""
-    frozen = worker(driver, name)
-    frozen.suspend()
+    process.suspend()
     time.sleep(after_s)
     driver.kill()
     driver.wait()
-    return frozen
+    return process
 
 
 def in_rollouts(run: Run, driver: subprocess.Popen[str]) -> psutil.Process:
     run.wait_for(driver, "version 1 ")
-    return freeze_and_kill(driver, "RolloutActor", 3)
+    return freeze_and_kill(driver, worker(driver, "RolloutActor"), 3)
 
 
 def in_update(run: Run, driver: subprocess.Popen[str]) -> psutil.Process:
     run.wait_for(driver, "version 1 ")
-    return freeze_and_kill(driver, "LearnerActor", 3)
+    return freeze_and_kill(driver, worker(driver, "LearnerActor"), 3)
 
 
 def in_commit(run: Run, driver: subprocess.Popen[str]) -> psutil.Process:
+    """The learner stands still when a part of its file is there."""
     run.wait_for(driver, "fitting the value model")
-    partial = run.dir / "checkpoints/step_3.partial"
-    while not partial.exists():
+    learner, file = worker(driver, "LearnerActor"), run.dir / "checkpoints/step_3.partial/rank_0.safetensors"
+    while not (file.exists() and file.stat().st_size):
         time.sleep(0.0005)
-    frozen = freeze_and_kill(driver, "LearnerActor", 0)
-    assert partial.exists()
+    freeze_and_kill(driver, learner, 0)
+    assert file.exists()
     assert not (run.dir / "checkpoints/step_3").exists()
-    return frozen
+    return learner
 
 
 @pytest.fixture(scope="module")

@@ -357,6 +357,62 @@ def test_actors_are_replaced_so_many_times_only() -> None:
         dispatcher.next_batch(0)
 
 
+def test_all_answers_are_heard_together_while_the_actors_are_served() -> None:
+    actor = Actor()
+    dispatcher, _ = start([actor])
+    dispatcher.feed(updates_left=1)
+    first, second = Future[int](), Future[int]()
+    heard: list[list[Any]] = []
+    dispatcher.hear([Call(first), Call(second)], heard.append)
+    second.set_exception(OSError("full"))
+    actor.finish(0, 1, 2, 3)
+    first.set_result(7)
+    assert len(dispatcher.next_batch(0)) == 4
+    dispatcher.serve(lambda: bool(heard), "the votes")
+    [[mine, error]] = heard
+    assert mine == 7
+    assert str(error) == "full"
+    dispatcher.hear([Call(Future())], heard.append)
+    dispatcher._timeout_s = 0.05
+    with pytest.raises(TimeoutError, match="for the votes"):
+        dispatcher.serve(lambda: len(heard) > 1, "the votes")
+
+
+def test_an_interrupt_ends_the_wait_for_rollouts_alone() -> None:
+    actor = Actor()
+    dispatcher, _ = start([actor])
+    dispatcher.feed(updates_left=1)
+    timer = threading.Timer(0.1, dispatcher.interrupt)
+    timer.start()
+    with pytest.raises(Stopping):
+        dispatcher.next_batch(0)
+    update: Future[int] = Future()
+    update.set_result(3)
+    assert dispatcher.wait([Call(update)], "an update") == [3]  # what is under way ends
+
+
+def test_after_a_rollback_late_answers_do_not_mix_with_new_ones() -> None:
+    """Two siblings: one of before the rollback comes late, when one of after it is there."""
+    actor = Actor()
+    fleet, _, _ = crew([actor])
+    dispatcher, ledger = start([actor], rollouts=2, samples=2, staleness=1, fleet=fleet)
+    prompts = dispatcher._stream.state_dict()
+    dispatcher.feed(updates_left=1)
+    before, actor.work = actor.work, []
+    ledger._clear()
+    dispatcher.rolled_back()
+    dispatcher._stream.load_state_dict(prompts)
+    dispatcher.publish(0)
+    dispatcher.feed(updates_left=1)
+    assert [a.request.key for a in actor.work] == [a.request.key for a in before]
+    after, actor.work = actor.work, [before[0]]
+    actor.finish(0, versions=(0, 0, 0))
+    actor.work = after
+    dispatcher.serve(lambda: ledger.counts["fenced"] == 1, "the late one")
+    actor.finish(0, 1)
+    assert [len(r.completion.token_ids) for r in dispatcher.next_batch(0)] == [1, 1]
+
+
 def test_a_silent_actor_is_replaced_as_a_dead_one() -> None:
     stopped = Actor()
     stopped.is_stopped = True
@@ -495,58 +551,3 @@ def test_an_actor_that_joins_with_weights_of_before_the_rollback_gets_new_ones(t
     assert actors[0].work == []  # version 0, but of a learner that is gone
     dispatcher._catch_up()
     assert len(actors[0].work) == 4
-
-
-def test_all_answers_are_heard_together_while_the_actors_are_served() -> None:
-    actor = Actor()
-    dispatcher, _ = start([actor])
-    dispatcher.feed(updates_left=1)
-    first, second = Future[int](), Future[int]()
-    heard: list[list[Any]] = []
-    dispatcher.hear([Call(first), Call(second)], heard.append)
-    second.set_exception(OSError("full"))
-    actor.finish(0, 1, 2, 3)
-    first.set_result(7)
-    assert len(dispatcher.next_batch(0)) == 4
-    dispatcher.serve(lambda: bool(heard), "the votes")
-    [[mine, error]] = heard
-    assert mine == 7
-    assert str(error) == "full"
-    dispatcher.hear([Call(Future())], heard.append)
-    dispatcher._timeout_s = 0.05
-    with pytest.raises(TimeoutError, match="for the votes"):
-        dispatcher.serve(lambda: len(heard) > 1, "the votes")
-
-
-def test_an_interrupt_ends_the_wait_for_rollouts_alone() -> None:
-    actor = Actor()
-    dispatcher, _ = start([actor])
-    dispatcher.feed(updates_left=1)
-    timer = threading.Timer(0.1, dispatcher.interrupt)
-    timer.start()
-    with pytest.raises(Stopping):
-        dispatcher.next_batch(0)
-    update: Future[int] = Future()
-    update.set_result(3)
-    assert dispatcher.wait([Call(update)], "an update") == [3]  # what is under way ends
-
-
-def test_after_a_rollback_late_answers_do_not_mix_with_new_ones() -> None:
-    """Two siblings: one of before the rollback comes late, when one of after it is there."""
-    actor = Actor()
-    dispatcher, ledger = start([actor], rollouts=2, samples=2, staleness=1)
-    prompts = dispatcher._stream.state_dict()
-    dispatcher.feed(updates_left=1)
-    before, actor.work = actor.work, []
-    ledger._clear()
-    dispatcher.rolled_back()
-    dispatcher.publish(0)
-    dispatcher._stream.load_state_dict(prompts)
-    dispatcher.feed(updates_left=1)
-    assert [a.request.key for a in actor.work] == [a.request.key for a in before]
-    after, actor.work = actor.work, [before[0]]
-    actor.finish(0, versions=(0, 0, 0))
-    actor.work = after
-    dispatcher.serve(lambda: ledger.counts["fenced"] == 1, "the late one")
-    actor.finish(0, 1)
-    assert [len(r.completion.token_ids) for r in dispatcher.next_batch(0)] == [1, 1]

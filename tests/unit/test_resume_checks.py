@@ -99,8 +99,11 @@ def test_processes_of_an_earlier_attempt_are_ended(tmp_path: Path) -> None:
 
 def test_other_packages_and_scorers(tmp_path: Path) -> None:
     found: Commit = commit(tmp_path, 2)
-    assert other_versions(found, {"torch": "2"}) is None
-    assert "torch 2 -> 3" in str(other_versions(found, {"torch": "3"}))
+    said: list[str] = []
+    other_versions(found, {"torch": "2"}, said.append)
+    assert said == []
+    other_versions(found, {"torch": "3"}, said.append)
+    assert "torch 2 -> 3" in said[0]
     require_scorers(found, {})
     with pytest.raises(commits.CheckpointError, match="scored by other versions"):
         require_scorers(found, {"proxy": "v2"})

@@ -253,7 +253,9 @@ def prepare(model: str, texts: Path, folder: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     corpus = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
     checkpoint = folder / "reward_model"
-    scalar = load_scalar(model, ModelConfig(path=model), LearnerConfig(attention="sdpa"), on_cpu=True, seed=1)
+    # `sdpa`, since what is saved must also load where Tandem's own attention is not registered.
+    config = ModelConfig(path=model, dtype="bfloat16")
+    scalar = load_scalar(model, config, LearnerConfig(attention="sdpa"), on_cpu=True, seed=1)
     scalar.lm.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
     return {

@@ -1,0 +1,177 @@
+"""A job before it is sent: composed and checked here, so that a cluster never sees a configuration that cannot run."""
+
+import json
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+from contracts.check import Check
+from contracts.cluster_checks import stated_nodes
+from contracts.config import TandemConfig, to_config
+from contracts.overrides import unknown_overrides
+from contracts.validation import ConfigError, raise_conflicts, validate
+from submission.targets import ROOT, TARGETS, RayJobs, Target, composed, is_target, to_target
+
+RECORDS = ROOT / ".cache/jobs"  # what this machine has submitted, so that a job's name is enough to reach it
+MAX_ID = 47  # KubeRay makes names of Kubernetes services from it
+
+ConfigStore.instance().store(name="tandem", node=TandemConfig)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of train.py on a cluster."""
+
+    id: str
+    overrides: list[str]  # of train.py, complete: a resumed job takes the same ones
+    run_dir: str
+    target: Target
+
+    @property
+    def command(self) -> str:
+        """A shell line. `exec`: a signal for the shell is one for train.py."""
+        return f"exec {shlex.join([self.target.python, 'train.py', *self.overrides])}"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a cluster keeps beside the job; strings, as Ray wants them."""
+        return {"overrides": json.dumps(self.overrides), "run_dir": self.run_dir}
+
+    def record(self) -> None:
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        kind = next(name for name, kind in TARGETS.items() if isinstance(self.target, kind))
+        (RECORDS / f"{self.id}.json").write_text(json.dumps(asdict(self) | {"kind": kind}, indent=1) + "\n")
+
+
+def recorded(job_id: str) -> Job | None:
+    """A job that this machine has submitted."""
+    path = RECORDS / f"{job_id}.json"
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text())
+    values["target"] = TARGETS[values.pop("kind")](**values["target"])
+    return Job(**values)
+
+
+def to_job(arguments: list[str]) -> tuple[Job, TandemConfig]:
+    """The job that a command line describes, checked.
+
+    Args:
+        arguments: the overrides of train.py, and `target=...` among them.
+
+    Raises:
+        ConfigError: with every unknown key, or with every conflict of the configuration.
+    """
+    overrides = [argument for argument in arguments if not is_target(argument)]
+    if unknown := unknown_overrides(overrides):
+        raise ConfigError("\n".join(unknown))
+    target = to_target([argument for argument in arguments if is_target(argument)])
+    config = to_config(composed("config", [*overrides, "cluster.address=auto"]))
+    return checked_job(config, overrides, target), config
+
+
+def checked_job(config: TandemConfig, overrides: list[str], target: Target) -> Job:
+    """A job for a composed configuration.
+
+    Raises:
+        ConfigError: lists every conflict of the configuration with itself and with the target.
+    """
+    conflicts = _messages(lambda: validate(config)) + _messages(
+        lambda: raise_conflicts(_checks(config, overrides, target))
+    )
+    if conflicts:
+        raise ConfigError("\n".join(conflicts))
+    settled = [o for o in overrides if o.lstrip("+").split("=", 1)[0] not in ("run_dir", "cluster.address")]
+    complete = [*settled, f"run_dir={quoted(config.run_dir)}", "cluster.address=auto"]
+    return Job(new_id(config), complete, config.run_dir, target)
+
+
+def _messages(check: Callable[[], None]) -> list[str]:
+    try:
+        check()
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[Check]:
+    """A job's working directory is a package cache or a node's own disk, so what outlives it needs an absolute path."""
+    address = next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith("cluster.address=")), "auto")
+    checks = [
+        Check(
+            Path(path).is_absolute(),
+            key,
+            "an absolute path that every node of the cluster and this machine can reach",
+            path,
+            f"for example {key}=/shared/{example}",
+        )
+        for key, path, example in (("run_dir", config.run_dir, "runs/demo"), ("cache_dir", config.cache_dir, "cache"))
+    ]
+    checks.append(
+        Check(address == "auto", "cluster.address", "auto: the job joins the cluster it is sent to", address, "auto")
+    )
+    if isinstance(target, RayJobs):
+        checks += [
+            Check(
+                PurePosixPath(path).is_absolute() or PurePosixPath(path).parts[:1][0] not in target.excludes,
+                key,
+                f"absolute, or below a directory that is uploaded (not {', '.join(target.excludes)})",
+                path,
+                "an absolute path, or another target.excludes",
+            )
+            for key, path in _paths(config).items()
+            if not path.startswith(f"{config.cache_dir}/")
+        ]
+    else:
+        name = next(name for name, kind in TARGETS.items() if isinstance(target, kind))
+        size = {key: getattr(config.cluster, key) for key in ("num_nodes", "gpus_per_node", "cpus_per_node")}
+        checks.append(
+            Check(
+                stated_nodes(config) is not None,
+                "cluster.num_nodes, cluster.gpus_per_node and cluster.cpus_per_node",
+                f"set with target={name}, which asks for nodes of that size",
+                size,
+                "all three, as in conf/cluster/multi_node.yaml (cluster=multi_node)",
+            )
+        )
+    return checks
+
+
+def _paths(config: TandemConfig) -> dict[str, str]:
+    """Keys whose value may be a path, where they have one; hub ids among them look like relative paths and do no harm."""
+    data = config.data
+    sources = {name: getattr(data, name) for name in ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")}
+    found: dict[str, Any] = {"model.path": config.model.path}
+    found |= {f"data.{name}.path": source.path for name, source in sources.items() if source is not None}
+    found |= {key: getattr(config, key) for key in ("sft_model", "proxy_model", "gold_model", "ppo_model")}
+    scorers = config.reward_service.scorers
+    found |= {f"reward_service.scorers.{name}.path": scorer.path for name, scorer in scorers.items()}
+    found["reward_service.http.token_file"] = config.reward_service.http.token_file
+    return {key: path for key, path in found.items() if path and path != "???"}
+
+
+def quoted(value: str) -> str:
+    """A value for Hydra's override grammar, in which a backslash is one unless a quote follows it."""
+    if re.fullmatch(r"[\w./+:-]+", value):
+        return value
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
+
+
+def new_id(config: TandemConfig) -> str:
+    """Readable, and unlike any other: as demo-ppo-1125-013005-7f3a. Lower case, for Kubernetes."""
+    tail = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    head = re.sub(r"[^a-z0-9]+", "-", f"{config.name}-{config.stage}".lower()).strip("-") or "job"
+    return f"{head[: MAX_ID - len(tail) - 4].strip('-')}-{tail}"
+
+
+def next_id(job_id: str) -> str:
+    """Of the job resumed once more: demo-...-7f3a, demo-...-7f3a-r2, demo-...-7f3a-r3."""
+    base, _, number = job_id.rpartition("-r")
+    return f"{base}-r{int(number) + 1}" if base and number.isdigit() else f"{job_id}-r2"

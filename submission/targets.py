@@ -1,0 +1,110 @@
+"""Where a job can be sent, each with its settings: `python submit.py target=NAME target.key=value`.
+
+None of these is a key of the job: `train.py` does not know them.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from contracts.overrides import closest
+from contracts.validation import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+# Of the directory that is uploaded; .gitignore counts as well.
+EXCLUDES = [".venv", ".cache", "runs", ".git", "wandb", "multirun", "outputs"]
+
+
+@dataclass
+class RayJobs:
+    """A Ray cluster that runs already, through its Jobs API."""
+
+    address: str = "http://127.0.0.1:8265"  # of the dashboard
+    python: str = "python"  # as the head node's PATH has it, or an absolute path
+    excludes: list[str] = field(default_factory=lambda: list(EXCLUDES))  # gitignore patterns
+    env: dict[str, str] = field(default_factory=dict)  # environment of the job and of its actors
+    stop_wait_s: int = 120  # between SIGTERM and SIGKILL; a checkpoint must fit
+
+
+@dataclass
+class KubeRay:
+    """A RayJob of KubeRay: a Ray cluster of its own, made for the job and removed after it."""
+
+    image: str = "tandem:latest"  # with Tandem's environment in it, and Tandem itself in `directory`
+    directory: str = "/opt/tandem"
+    python: str = "python"
+    namespace: str = "default"
+    volume_claim: str | None = None  # PersistentVolumeClaim that every pod mounts; run_dir and cache_dir lie on it
+    volume_path: str = "/shared"
+    memory_gib: int = 64  # of each pod
+    shared_memory_gib: int = 16  # of each pod, within memory_gib: Ray's object store and the weights
+    env: dict[str, str] = field(default_factory=dict)
+    stop_wait_s: int = 120
+    retries: int = 0  # new clusters for a job that failed; it goes on from its last checkpoint
+
+
+@dataclass
+class Slurm:
+    """A batch script around `ray symmetric-run`; it is submitted from a login node that shares its files with the nodes."""
+
+    directory: str = str(ROOT)
+    python: str = str(ROOT / ".venv/bin/python")
+    partition: str | None = None
+    account: str | None = None
+    time: str = "24:00:00"  # at the end of which the job checkpoints and is queued again
+    options: dict[str, str] = field(default_factory=dict)  # further ones of sbatch, as +target.options.qos=high
+    setup: list[str] = field(default_factory=list)  # shell lines on every node before Ray starts, as module load cuda
+    env: dict[str, str] = field(default_factory=dict)
+    port: int = 6379  # of the Ray head
+    node_wait_s: int = 300  # longest wait for the nodes
+    stop_wait_s: int = 120  # the warning before the time limit
+
+
+Target = RayJobs | KubeRay | Slurm
+TARGETS: dict[str, type[Any]] = {"ray_jobs": RayJobs, "kuberay": KubeRay, "slurm": Slurm}
+
+_store = ConfigStore.instance()
+_store.store(name="submission", node={"defaults": [{"target": "ray_jobs"}]})
+for _name, _kind in TARGETS.items():
+    _store.store(group="target", name=_name, node=_kind)
+
+
+def is_target(override: str) -> bool:
+    return override.lstrip("+~").split("=", 1)[0].split(".")[0] == "target"
+
+
+def to_target(overrides: list[str]) -> Target:
+    """The target that `target=NAME target.key=value ...` describe.
+
+    Raises:
+        ConfigError: there is no such target or key, or a value is of the wrong type.
+    """
+    name = next((o.split("=", 1)[1] for o in overrides if o.startswith("target=")), "ray_jobs")
+    if name not in TARGETS:
+        raise ConfigError(
+            f"target must be one of {', '.join(TARGETS)}; found {name}; write target={closest(name, TARGETS) or 'ray_jobs'}"
+        )
+    known = [f"target.{f.name}" for f in fields(TARGETS[name])]
+    unknown = []
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if key != "target" and not any(key == k or key.startswith(f"{k}.") for k in known):
+            instead = closest(key, known)
+            unknown.append(f"{key} is not a key of target={name}" + (f"; write {instead}" if instead else ""))
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    return OmegaConf.to_object(composed("submission", overrides).target)  # type: ignore[return-value]
+
+
+def composed(name: str, overrides: list[str]) -> DictConfig:
+    """What Hydra makes of a configuration under conf/. Raises ConfigError where it cannot."""
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return compose(name, overrides)
+    except HydraException as error:
+        raise ConfigError(f"{error}\n{error.__cause__ or ''}".strip()) from error
