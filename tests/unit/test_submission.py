@@ -337,6 +337,17 @@ def test_success_is_train_pys_own(tmp_path: Path) -> None:
     assert not requeued(tmp_path)
 
 
+def test_nodes_share_a_token_that_nobody_else_can_read(tmp_path: Path) -> None:
+    assert batch(tmp_path).wait() == 0
+    token = tmp_path / "it's a run/ray_token"
+    first = token.read_text()
+    assert len(bytes.fromhex(first)) == 32
+    assert token.stat().st_mode & 0o777 == 0o600
+    shutil.rmtree(tmp_path / "bin")
+    assert batch(tmp_path).wait() == 0
+    assert token.read_text() != first
+
+
 def test_a_ray_that_did_not_start_fails_the_job(tmp_path: Path) -> None:
     """symmetric-run exits 0 then. A mark of an earlier attempt does not count."""
     (tmp_path / "it's a run").mkdir()
@@ -446,6 +457,7 @@ RAY_JOB = {
                     "additionalProperties": False,
                     "properties": {
                         "rayVersion": {"type": "string"},
+                        "authOptions": {"type": "object", "properties": {"mode": {"enum": ["disabled", "token"]}}},
                         "headGroupSpec": {
                             "type": "object",
                             "required": ["rayStartParams", "template"],
