@@ -25,8 +25,6 @@ def start_ray(cluster: ClusterConfig, namespace: str) -> None:
     import ray
 
     token = private_token(os.environ)
-    if cluster.address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray.init(**ray_options(cluster, namespace))
     if cluster.address != "local":
         try:
