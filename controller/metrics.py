@@ -58,7 +58,9 @@ def redacted_override(override: str) -> str:
     except yaml.YAMLError:  # Hydra's own grammar has more forms
         parsed = value
     if not isinstance(parsed, dict | list):
-        return f"{name}={redacted({name: value})[name]}"
+        shown = value if isinstance(parsed, str) else parsed  # a number under a name like max_tokens is no secret
+        hidden = redacted({name: shown})[name]
+        return override if hidden == shown else f"{name}={hidden}"
     hidden = redacted({name: parsed})[name]
     return override if hidden == parsed else f"{name}={yaml.safe_dump(hidden, default_flow_style=True).strip()}"
 
