@@ -29,7 +29,7 @@ class Recovery:
         if self.is_spent:
             raise LearnerLostError(
                 f"{error}, after {self.num_restarts} restarts: cluster.max_learner_restarts is {self._max_restarts}"
-            ) from error
+            )
         self.num_restarts += 1
         commit = newest_valid(self._run_dir, self._progress.line)
         stacks = self._run_dir / f"learner_stacks_{self.num_restarts}.txt"

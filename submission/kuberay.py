@@ -56,6 +56,7 @@ def manifest(job: Job, cluster: ClusterConfig) -> dict[str, Any]:
             "shutdownAfterJobFinishes": True,
             "rayClusterSpec": {
                 "rayVersion": version("ray"),
+                "authOptions": {"mode": "token"},  # KubeRay (1.5.1 or newer) makes one and gives it to every pod
                 "headGroupSpec": head,
                 "workerGroupSpecs": [workers] if cluster.num_nodes > 1 else [],
             },

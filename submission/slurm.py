@@ -34,6 +34,10 @@ TANDEM_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TANDEM_HEAD
 cd {directory} || exit 1
 rm -f "$mark"
+# Whoever reaches Ray runs code: nodes and train.py share a token that is made for this start of the job.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token}
+(umask 077 && mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")" && rm -f "$RAY_AUTH_TOKEN_PATH" &&
+    od -An -vtx1 -N32 /dev/urandom | tr -d ' \\n' >"$RAY_AUTH_TOKEN_PATH") || exit 1
 
 driver() {{ # on the first node, when Ray runs on all
     echo $$ >"$TANDEM_PID"
@@ -80,6 +84,7 @@ def render(job: Job, cluster: ClusterConfig) -> str:
         id=job.id,
         directives="\n".join(f"#SBATCH {option}" for option in directives(job, target, cluster)),
         mark=shlex.quote(f"{job.run_dir}/{FILE}"),
+        token=shlex.quote(f"{job.run_dir}/ray_token"),
         bin=shlex.quote(str(Path(target.python).parent)),
         node_wait_s=target.node_wait_s,
         environment="".join(f"export {name}={shlex.quote(value)}\n" for name, value in target.env.items()),

@@ -164,8 +164,8 @@ def test_too_many_rollouts_without_a_score_end_the_run_with_the_list(start: Star
     rule.write_text("import os\ndef good(completions):\n return [float('nan')] * len(completions)\n")
     run = start(
         "ppo.updates=4",
-        "reward_service.scorers.proxy.kind=function",
-        f"reward_service.scorers.proxy.function={rule}:good",
+        "reward_service=brevity",  # the proxy is the sum of reward model and rule
+        f"reward_service.scorers.brevity.function={rule}:good",
     )
     assert run.end() == 1
     assert "16 of 16 rollouts of version 0 have no score" in run.printed
