@@ -121,7 +121,7 @@ class FrontReplica:
     ) -> list[Score]:
         """By handle. Raises UnknownScorer."""
         items = [ScoringItem(tuple(ids), start) for ids, start in zip(sequences, prompt_tokens, strict=True)]
-        return await self.front.score(self.front.find(scorer, version), items, deadline_s)
+        return await self.front.score(self.front.find(scorer, version), items, deadline_s, remember=False)
 
 
 class HttpFrontReplica(FrontReplica):

@@ -3,6 +3,8 @@
     calls ──items──> waiting ──the oldest and its neighbours in length──> one thread, one batch ──> each item's future
 
 A call of one item costs the same forward pass as a call of many: what arrives while a batch is computed travels in the next.
+A call of many fills batches of its own: in bfloat16 a score depends in its second digit on its neighbours, and so those of a
+PPO update do not depend on the time.
 """
 
 import asyncio
@@ -15,13 +17,16 @@ from contracts.batching import cut_padded
 from contracts.records import Score
 
 Sequence = tuple[int, ...]
+OWN_BATCHES = 16  # items of a call that shares its batches with no other
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     """A sequence and everyone who waits for its score."""
 
+    sequence: Sequence
     number: int  # order of arrival
+    call: int  # whose batches it may share; 0: those of all small calls
     expires: float  # on the monotonic clock: the latest of its callers' deadlines
     futures: list[asyncio.Future] = field(default_factory=list)
 
@@ -39,8 +44,8 @@ class Batcher:
 
     def __init__(self, score: Callable[[list[Sequence]], list[Score]], executor: Executor, batch_tokens: int):
         self._score, self._executor, self._batch_tokens = score, executor, batch_tokens
-        self._waiting: dict[Sequence, _Waiting] = {}
-        self._arrivals = 0
+        self._waiting: dict[tuple[int, Sequence], _Waiting] = {}
+        self._arrivals = self._calls = 0
         self._running: asyncio.Task | None = None
         self._busy_since: float | None = None
 
@@ -58,19 +63,21 @@ class Batcher:
         if not sequences:
             return []
         expires = time.monotonic() + deadline_s
-        futures = [self._enqueue(sequence, expires) for sequence in sequences]
+        self._calls += 1
+        call = self._calls if len(sequences) >= OWN_BATCHES else 0
+        futures = [self._enqueue(sequence, call, expires) for sequence in sequences]
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
         await asyncio.wait(futures, timeout=deadline_s)
         late = Score(None, f"timeout: not scored within {deadline_s:.0f} s")
         return [f.result() if f.done() else late for f in futures]
 
-    def _enqueue(self, sequence: Sequence, expires: float) -> asyncio.Future:
+    def _enqueue(self, sequence: Sequence, call: int, expires: float) -> asyncio.Future:
         future = asyncio.get_running_loop().create_future()
-        item = self._waiting.get(sequence)
+        item = self._waiting.get((call, sequence))
         if item is None:
             self._arrivals += 1
-            item = self._waiting[sequence] = _Waiting(self._arrivals, expires)
+            item = self._waiting[call, sequence] = _Waiting(sequence, self._arrivals, call, expires)
         item.expires = max(item.expires, expires)
         item.futures.append(future)
         return future
@@ -78,10 +85,10 @@ class Batcher:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while batch := self._next_batch():
-            futures = [self._waiting.pop(sequence).futures for sequence in batch]
+            futures = [item.futures for item in batch]
             self._busy_since = time.monotonic()
             try:
-                scores = await loop.run_in_executor(self._executor, self._score, batch)
+                scores = await loop.run_in_executor(self._executor, self._score, [item.sequence for item in batch])
                 if len(scores) != len(batch):
                     raise RuntimeError(f"{len(scores)} scores for {len(batch)} sequences")
             except (
@@ -96,13 +103,15 @@ class Batcher:
                 for future in (f for f in waiting if not f.done()):
                     future.set_result(score)
 
-    def _next_batch(self) -> list[Sequence]:
-        """The oldest sequence that somebody still waits for, and its neighbours in length."""
-        for sequence in [s for s, item in self._waiting.items() if not item.is_wanted]:
-            del self._waiting[sequence]
+    def _next_batch(self) -> list[_Waiting]:
+        """The oldest sequence that somebody still waits for, and its neighbours in length; they wait no more."""
+        self._waiting = {key: item for key, item in self._waiting.items() if item.is_wanted}
         if not self._waiting:
             return []
-        sequences = list(self._waiting)
-        oldest = min(range(len(sequences)), key=lambda i: self._waiting[sequences[i]].number)
-        cut = cut_padded([len(s) for s in sequences], self._batch_tokens)
-        return [sequences[i] for i in next(rows for rows in cut if oldest in rows)]
+        oldest = min(self._waiting.values(), key=lambda item: item.number)
+        items = [item for item in self._waiting.values() if item.call == oldest.call]
+        cut = cut_padded([len(item.sequence) for item in items], self._batch_tokens)
+        batch = next(batch for rows in cut if oldest in (batch := [items[i] for i in rows]))
+        for item in batch:
+            del self._waiting[item.call, item.sequence]
+        return batch

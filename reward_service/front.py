@@ -68,6 +68,7 @@ class _Request:
     items: list[ScoringItem]
     expires: float  # on the monotonic clock
     truncate: bool
+    remember: bool
     parts: dict[str, asyncio.Task] = field(default_factory=dict)  # a part that two composites share is scored once
 
 
@@ -115,15 +116,17 @@ class Front:
         items: list[ScoringItem],
         deadline_s: float | None = None,
         truncate: bool = False,
+        remember: bool = True,
     ) -> list[Score]:
-        """One Score an item, in order. With `truncate`, an item that is too long for a model loses its first tokens."""
+        """One Score an item, in order. With `truncate`, an item that is too long for a model loses its first tokens. Without
+        `remember` nothing comes from the cache: what is scored together then does not depend on what was asked before."""
         limit = self.limits
         if self.queued + len(items) > limit.max_queued_items:
             self.metrics.rejected.labels("overloaded").inc()
             return [Score(None, f"overloaded: {self.queued} items are waiting", version=scorer.version)] * len(items)
         deadline_s = min(deadline_s or limit.deadline_s, limit.deadline_s)
         start = time.monotonic()
-        request = _Request(items, start + deadline_s, truncate)
+        request = _Request(items, start + deadline_s, truncate, remember)
         self.queued += len(items)
         self.metrics.queued.set(self.queued)
         try:
@@ -157,7 +160,7 @@ class Front:
         keys = [_key(scorer, item) for item in fitted]
         distinct = dict(zip(keys, fitted, strict=True))
         order = sorted(distinct, key=lambda key: len(distinct[key].token_ids))  # neighbours in length travel together
-        scores = await asyncio.gather(*(self._item(scorer, key, distinct[key], request.expires) for key in order))
+        scores = await asyncio.gather(*(self._item(scorer, key, distinct[key], request) for key in order))
         results = dict(zip(order, scores, strict=True))
         return [
             replace(results[key], is_truncated=item is not original)
@@ -171,7 +174,7 @@ class Front:
             return item
         return replace(item, token_ids=item.token_ids[excess:], prompt_tokens=max(0, item.prompt_tokens - excess))
 
-    def _known(self, key: bytes, item: ScoringItem, scorer: ScorerSpec) -> Score | None:
+    def _known(self, key: bytes, item: ScoringItem, scorer: ScorerSpec, request: _Request) -> Score | None:
         """What can be said of an item without asking a replica. What would fail deep inside is refused here."""
         if not item.token_ids:
             return Score(None, "empty")
@@ -179,32 +182,32 @@ class Front:
             return Score(None, f"too_long: {len(item.token_ids)} tokens, the limit is {scorer.max_tokens}")
         if self._kills.get(key, 0) >= KILLS:
             return Score(None, f"poison: took down {KILLS} replicas")
-        if key in self._cache:
+        if request.remember and key in self._cache:
             self._cache.move_to_end(key)
             self.metrics.cached.labels(scorer.name).inc()
             return replace(self._cache[key], is_cached=True)
         return None
 
-    async def _item(self, scorer: ScorerSpec, key: bytes, item: ScoringItem, expires: float) -> Score:
+    async def _item(self, scorer: ScorerSpec, key: bytes, item: ScoringItem, request: _Request) -> Score:
         """The score of one item; after a replica's death, from a call of its own."""
-        known = self._known(key, item, scorer)
+        known = self._known(key, item, scorer, request)
         if known:
             return known
         dispatcher = self._dispatchers[scorer.name]
         try:
-            return self._remembered(key, await dispatcher.score(item, expires))
+            return self._remembered(key, await dispatcher.score(item, request.expires))
         except ReplicaDied:
             self._killed(scorer, key)
         # One suspect at a time, so that no innocent item is in flight with another suspect when that one kills.
         async with self._alone[scorer.name]:
-            known = self._known(key, item, scorer)
+            known = self._known(key, item, scorer, request)
             if known:
                 return known
             try:
-                score = await dispatcher.score_alone(item, expires)
+                score = await dispatcher.score_alone(item, request.expires)
             except ReplicaDied:
                 self._killed(scorer, key)
-                return self._known(key, item, scorer) or Score(None, "unavailable: its replica died")
+                return self._known(key, item, scorer, request) or Score(None, "unavailable: its replica died")
             self._kills.pop(key, None)
             return self._remembered(key, score)
 

@@ -114,6 +114,32 @@ def test_the_oldest_goes_first_with_its_neighbours_in_length() -> None:
     assert batches == [[18, 20], [1, 2, 3], [40]]
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_call_of_many_has_the_same_batches_whatever_else_waits(is_late: bool) -> None:
+    """32 and 32 items of one PPO update, which arrive at once or one after the other, beside a small call."""
+    batches: list[list[int]] = []
+
+    def score(batch: list[Sequence]) -> list[Score]:
+        batches.append([len(s) for s in batch])
+        return lengths(batch)
+
+    async def run() -> None:
+        batcher = Batcher(score, ThreadPoolExecutor(1), 160)
+        short = [(n, *[0] * (n % 5)) for n in range(32)]
+        long = [(n, *[0] * (8 + n % 3)) for n in range(32)]
+        calls = [asyncio.create_task(batcher.score(short, 5)), asyncio.create_task(batcher.score([(1,), (2, 2)], 5))]
+        if is_late:
+            await calls[0]
+        scores = await batcher.score(long, 5)
+        await asyncio.gather(*calls)
+        assert [s.value for s in scores] == [9.0 + n % 3 for n in range(32)]
+
+    asyncio.run(run())
+    short = sorted(1 + n % 5 for n in range(32))  # 32 of up to 5 tokens are 160
+    long = [[9] * 11 + [10] * 5, [10] * 6 + [11] * 8, [11] * 2]  # 16 of up to 10 are 160, 14 of up to 11 are 154
+    assert sorted(batches) == sorted([short, [1, 2], *long])
+
+
 def test_late_items_are_time_outs_and_are_computed_no_more() -> None:
     computed: list[Sequence] = []
 
