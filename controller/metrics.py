@@ -57,10 +57,11 @@ def redacted_override(override: str) -> str:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:  # Hydra's own grammar has more forms
         parsed = value
-    if not isinstance(parsed, dict | list):
-        return f"{name}={redacted({name: value})[name]}"
     hidden = redacted({name: parsed})[name]
-    return override if hidden == parsed else f"{name}={yaml.safe_dump(hidden, default_flow_style=True).strip()}"
+    if hidden == parsed:
+        return override
+    shown = yaml.safe_dump(hidden, default_flow_style=True).strip() if isinstance(hidden, dict | list) else hidden
+    return f"{name}={shown}"
 
 
 def redact_hydra(folder: Path) -> None:
