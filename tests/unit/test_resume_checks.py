@@ -110,5 +110,9 @@ def test_other_packages_and_scorers(tmp_path: Path) -> None:
 
 
 def test_the_command_to_go_on() -> None:
+    numbers = "ppo.sampling.max_completion_tokens=12"
+    assert (
+        resume_command([numbers, "x.api_key=123"], "r") == f"python train.py {numbers} 'x.api_key=[redacted]' run_dir=r"
+    )
     overrides = ["stage=ppo", "run_dir=elsewhere", "name=my run", "checkpoint.resume=never"]
     assert resume_command(overrides, "runs/x") == "python train.py stage=ppo 'name=my run' run_dir=runs/x"
