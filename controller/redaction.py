@@ -44,7 +44,7 @@ def redacted_override(override: str) -> str:
     hidden = redacted({name: parsed})[name]
     if hidden == parsed:
         return override
-    shown = yaml.safe_dump(hidden, default_flow_style=True).strip() if isinstance(parsed, dict | list) else hidden
+    shown = yaml.safe_dump(hidden, default_flow_style=True).strip() if isinstance(hidden, dict | list) else hidden
     return f"{name}={shown}"
 
 

@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_batch(start: Start) -> 
 @pytest.mark.chaos
 def test_too_many_rollouts_without_a_score_end_the_run_with_the_list(start: Start, tmp_path: Path) -> None:
     rule = tmp_path / "rule.py"
-    rule.write_text("import os\ndef good(completions):\n return [float('nan')] * len(completions)\n")
+    rule.write_text("def good(completions):\n    return [float('nan')] * len(completions)\n")
     run = start(
         "ppo.updates=4",
         "reward_service=brevity",  # the proxy is the sum of reward model and rule

@@ -110,6 +110,7 @@ def test_what_hydra_wrote_loses_its_secrets(tmp_path: Path) -> None:
         (tmp_path / name).write_text(f"api_key: {CANARY}\n")
     overrides = [f"+environment.options.api_key={CANARY}", "ppo.updates=3", f"model.path=https://me:{CANARY}@hub/model"]
     overrides += [f"+environment.options={{deep: {{token: {CANARY}, tokens: 3}}}}", "ppo.optimizer.betas=[0.9,0.99]"]
+    overrides += ["ppo.sampling.max_completion_tokens=64", "+environment.options.pin_token=1234"]
     (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(overrides))
     redact_hydra(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["overrides.yaml"]
@@ -120,6 +121,8 @@ def test_what_hydra_wrote_loses_its_secrets(tmp_path: Path) -> None:
         "model.path=https://[redacted]@hub/model",
         "+environment.options={deep: {token: '[redacted]', tokens: 3}}",
         "ppo.optimizer.betas=[0.9,0.99]",
+        "ppo.sampling.max_completion_tokens=64",
+        "+environment.options.pin_token=[redacted]",
     ]
     assert CANARY not in resume_command(overrides, str(tmp_path))
 
