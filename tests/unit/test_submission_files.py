@@ -148,6 +148,17 @@ def test_sigterm_for_the_task_reaches_train_py_alone(tmp_path: Path) -> None:
     assert requeued(tmp_path)
 
 
+def test_nodes_share_a_token_that_nobody_else_can_read(tmp_path: Path) -> None:
+    assert batch(tmp_path).wait() == 0
+    token = tmp_path / "it's a run/ray_token"
+    first = token.read_text()
+    assert len(bytes.fromhex(first)) == 32
+    assert token.stat().st_mode & 0o777 == 0o600
+    shutil.rmtree(tmp_path / "bin")
+    assert batch(tmp_path).wait() == 0
+    assert token.read_text() != first
+
+
 # ---- KubeRay
 
 POD = {
@@ -229,6 +240,7 @@ RAY_JOB = {
                     "additionalProperties": False,
                     "properties": {
                         "rayVersion": {"type": "string"},
+                        "authOptions": {"type": "object", "properties": {"mode": {"enum": ["disabled", "token"]}}},
                         "headGroupSpec": {
                             "type": "object",
                             "required": ["rayStartParams", "template"],
