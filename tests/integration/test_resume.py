@@ -18,6 +18,7 @@ from tests.conftest import ROOT, VADER
 
 TIMES = ("perf/", "progress/eta_s", "wall_s")
 UPDATES = 5  # one of them fits the value model alone
+ROLLOUTS = 64  # more than one call of the reward service
 
 
 class Run:
@@ -38,7 +39,7 @@ class Run:
             *(f"data.{part}.max_rows=24" for part in ("sft", "prompts", "preferences", "test")),
             f"ppo.updates={UPDATES - 1}",
             "ppo.value_warmup_updates=1",
-            "ppo.rollouts_per_update=8",
+            f"ppo.rollouts_per_update={ROLLOUTS}",
             "ppo.gold_rollouts=0",
             "ppo.kl.controller=adaptive",
             "ppo.ptx_coef=0.1",
@@ -135,7 +136,7 @@ def require_same(run: Run, unbroken: Run) -> None:
     assert commits.steps(run.dir) == commits.steps(unbroken.dir)
     accounts = audit(run.dir / "ledger.jsonl")
     assert accounts.faults == []
-    assert (accounts.admitted, accounts.trained, accounts.open) == (UPDATES * 8, UPDATES * 8, 0)
+    assert (accounts.admitted, accounts.trained, accounts.open) == (UPDATES * ROLLOUTS, UPDATES * ROLLOUTS, 0)
 
 
 def test_an_unbroken_run_keeps_its_newest_commits_and_the_best(unbroken: Run) -> None:
@@ -204,7 +205,7 @@ def test_exactly_once_where_actors_work_ahead(tmp_path: Path, tiny_model: Path, 
     assert run.finish() == 0, run.printed[-4000:]
     accounts = audit(run.dir / "ledger.jsonl")
     assert accounts.faults == []
-    assert (accounts.trained, accounts.quarantined, accounts.open) == (UPDATES * 8, 0, 0)
+    assert (accounts.trained, accounts.quarantined, accounts.open) == (UPDATES * ROLLOUTS, 0, 0)
     assert [row["progress/version"] for row in run.metrics] == list(range(UPDATES))
 
 
