@@ -62,8 +62,9 @@ def address(reward_service: RewardService) -> str:
     return f"any:{TOKEN}@127.0.0.1:{reward_service.config.http.port}"
 
 
-def unpacked(package: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), package]
+def unpacked(folder: Path, package: str, *needs: str) -> Path:
+    """`needs` are what it imports beyond our own packages."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), package, *needs]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.skip(f"{package} cannot be fetched: {done.stderr.strip()[-200:]}")
@@ -96,13 +97,13 @@ def expected(reward_service: RewardService) -> tuple[float, float]:
 
 
 def test_openrlhf(reward_service: RewardService, address: str, tmp_path: Path) -> None:
-    path = unpacked("openrlhf==0.11.2", tmp_path)
+    path = unpacked(tmp_path, "openrlhf==0.11.2", "pylatexenc==2.10")
     answer = run_client(OPENRLHF, path, f"http://{address}", QUERY.strip(), QUERY.split("It is.")[0])
     reward, raw = expected(reward_service)
     assert answer == {"rewards": [reward], "scores": [reward], "extra_logs": {"raw": [raw]}}
 
 
 def test_verl(reward_service: RewardService, address: str, reward_model: Path, tmp_path: Path) -> None:
-    path = unpacked("verl==0.9.1", tmp_path)
+    path = unpacked(tmp_path, "verl==0.9.1", "orjson==3.13.0")
     answer = run_client(VERL, path, address, QUERY, str(reward_model))
     assert answer == {"reward_score": expected(reward_service)[1]}
