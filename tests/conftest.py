@@ -1,5 +1,6 @@
 """Fixtures that start an engine do so once per session. The tiny model has SmolLM2's tokenizer and random weights."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,7 +171,12 @@ def ranks() -> Any:
 
 
 def kill(actors: list[Any]) -> None:
+    """Ends the processes and waits until Ray knows: a call sent right after `ray.kill` may still be answered."""
     import ray
 
     for actor in actors:
         ray.kill(actor)
+    for actor in actors:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            while True:
+                ray.get(actor.__ray_ready__.remote(), timeout=30)

@@ -11,7 +11,7 @@ import ray
 
 from contracts.config import TandemConfig
 from controller.runtime import Runtime, weight_backend
-from tests.conftest import make_config
+from tests.conftest import kill, make_config
 from tests.integration.test_engines import EOS, logprobs, rollouts, sequences, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("ray_runtime")]
@@ -80,7 +80,7 @@ def test_connecting_again_builds_a_group_without_the_dead(config: TandemConfig) 
         group.call("connect", backend, actors)
         samples = rollouts(actors[0])
         train(group, config, samples)
-        ray.kill(actors[1])
+        kill([actors[1]])
         with pytest.raises(ray.exceptions.RayTaskError, match="ready did not reach every actor: actor 1"):
             group.call("publish", 1)
         group.call("connect", backend, actors[:1], 1)

@@ -17,7 +17,7 @@ from controller.runtime import Runtime, environments
 from learner.learner_actor import LearnerGroup
 from learner.weight_publisher import BACKEND, WeightPublisher
 from learner.weight_sources import CheckpointSource
-from tests.conftest import make_config, make_tiny_model
+from tests.conftest import kill, make_config, make_tiny_model
 
 EOS = 2
 PROMPTS = [Prompt(i, "", (504, 4771, 314, 253, 100 + i, 7 * i + 3)) for i in range(8)]
@@ -192,7 +192,7 @@ def test_a_replaced_engine_serves_what_the_others_serve(
         samples = rollouts(engines[0])
         checkpoint = logprobs(engines[0], samples)
         train(group, config_bf16, samples)
-        ray.kill(engines[1])
+        kill([engines[1]])
         report = group.call("publish", 1)[0]
         assert (sorted(report.loaded), sorted(report.missing)) == ([0], [1])
         survivor = logprobs(engines[0], samples)

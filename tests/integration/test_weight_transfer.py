@@ -108,7 +108,7 @@ def test_actors_of_other_nodes_get_the_same_bytes(start: Start) -> None:
 def test_a_dead_actor_is_reported_and_the_others_are_served(start: Start) -> None:
     actors = start(3)
     sender = publisher(actors)
-    ray.kill(actors[1])
+    kill([actors[1]])
     report = send(sender, 1, 2)
     assert sorted(report.loaded) == [0, 2]
     assert "ActorDiedError" in report.missing[1]
@@ -165,7 +165,7 @@ def test_a_new_actor_gets_the_current_version_before_it_serves(start: Start) -> 
     actors = start(2)
     sender = publisher(actors)
     update = send(sender, 5, 3).update
-    ray.kill(actors[0])
+    kill([actors[0]])
     actors[0] = start(1)[0]
     # Without the learner, which may be in the middle of an update.
     report = ray.get(actors[0].load_weights.remote(update), timeout=TIMEOUT_S)
@@ -213,6 +213,6 @@ def test_a_transport_that_needs_everybody_hears_of_the_dead_first(start: Start) 
     actors = start(2)
     receivers = Receivers(actors, 1, TIMEOUT_S)
     receivers.call_all("ready")
-    ray.kill(actors[1])
+    kill([actors[1]])
     with pytest.raises(ReceiversLost, match="ready did not reach every actor: actor 1: ActorDiedError"):
         receivers.call_all("ready")
