@@ -1,0 +1,128 @@
+"""What is computed over the global batch of an update, before its first step: advantages, the weights of its tokens, and
+metrics. Every function is collective over the ranks; each rank brings its own passes."""
+
+from dataclasses import asdict
+
+import torch
+
+from contracts.config import PPOConfig
+from contracts.estimators import Estimator, chosen_correction
+from contracts.records import TrainingBatch
+from learner.advantages import (
+    explained_variance,
+    gae,
+    group_advantages,
+    group_moments,
+    token_rewards,
+    whiten,
+    whitening_moments,
+)
+from learner.engine import Ranks
+from learner.kl import kl_k1, kl_k3
+from learner.losses import aggregation_weights, off_policy_weights
+from learner.passes import Pass
+
+
+def set_advantages(
+    passes: list[Pass], batch: TrainingBatch, ranks: Ranks, ppo: PPOConfig, estimator: Estimator, kl_coef: float
+) -> None:
+    """Rewards and advantages of every pass, and returns where there is a value model."""
+    device = ranks.device
+    in_reward = kl_coef if estimator.kl == "reward" else 0.0
+    groups = [torch.from_numpy(p.batch.groups).to(device) for p in passes]
+    of_groups = torch.zeros(batch.num_groups, 3, dtype=torch.float64, device=device)
+    for p, numbers in zip(passes, groups, strict=True):
+        scores, mask = torch.from_numpy(p.batch.scores).to(device), p.places.mask
+        p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, mask, in_reward)
+        of_groups += group_moments(p.rewards, mask, numbers, batch.num_groups)
+    if estimator.needs_groups:
+        ranks.sum(of_groups)
+    moments = torch.zeros(3, dtype=torch.float64, device=device)
+    for p, numbers in zip(passes, groups, strict=True):
+        mask = p.places.mask
+        if estimator.needs_groups:
+            p.advantages = group_advantages(ppo.estimator, p.rewards, mask, numbers, of_groups)
+        else:
+            lam = ppo.lam if estimator.has_value_model else 1.0  # without values: the reward-to-go
+            p.advantages, p.returns = gae(p.rewards, p.old_values, mask, ppo.gamma, lam)
+        moments += whitening_moments(p.advantages, mask)
+    if estimator.whiten:
+        ranks.sum(moments)
+        for p in passes:
+            p.advantages = whiten(p.advantages, p.places.mask, moments)
+
+
+def set_weights(
+    passes: list[list[Pass]], batch: TrainingBatch, ranks: Ranks, ppo: PPOConfig, estimator: Estimator
+) -> dict[str, float]:
+    """Weight each token: off-policy correction times aggregation. Returns what the correction does."""
+    off_policy, budget = chosen_correction(ppo), ppo.sampling.max_completion_tokens
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    largest = torch.zeros((), device=ranks.device)
+    for minibatch, tokens, sequences in zip(passes, batch.global_loss_tokens, batch.global_sequences, strict=True):
+        for p in minibatch:
+            mask = p.places.mask
+            weights, changed = off_policy_weights(p.proximal_logprobs, p.behavior_logprobs, mask, **asdict(off_policy))
+            sums[:3] += whitening_moments(weights, mask)
+            sums[3] += changed
+            if weights.numel():
+                largest = torch.maximum(largest, weights.max())
+            p.weights = weights * aggregation_weights(mask, estimator.aggregation, tokens, sequences, budget)
+    if off_policy.correction == "none":
+        return {}
+    count, total, squares, changed_tokens = ranks.sum(sums).tolist()
+    return {
+        "off_policy/ess": total * total / (count * squares) if squares > 0 else 0.0,
+        "off_policy/weight_mean": total / max(count, 1.0),
+        "off_policy/weight_max": ranks.max(largest).item(),
+        f"off_policy/{off_policy.correction}_frac": changed_tokens / max(count, 1.0),
+    }
+
+
+def describe(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, has_values: bool) -> dict[str, float]:
+    """Metrics of the batch before the update."""
+    sums = torch.zeros(9, dtype=torch.float64, device=ranks.device)
+    largest = torch.zeros((), device=ranks.device)
+    returns, residuals = torch.zeros_like(sums[:3]), torch.zeros_like(sums[:3])
+    for p in passes:
+        mask = p.places.mask
+        staleness = torch.from_numpy(p.batch.staleness).to(ranks.device)
+        # Only of the weights that the learner still has: of older ones the gap is learning, not mismatch.
+        fresh = mask & (staleness == 0)
+        gap = torch.where(fresh, p.proximal_logprobs - p.behavior_logprobs, 0.0)
+        sums += torch.stack(
+            [
+                mask.sum(),
+                kl_k1(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
+                kl_k3(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
+                kl_k3(p.behavior_logprobs, p.proximal_logprobs)[fresh].sum(),
+                gap.abs().sum(),
+                fresh.sum(),
+                staleness[mask].sum(),
+                p.entropy[mask].sum(),
+                p.rewards.sum(),
+            ]
+        ).double()
+        if gap.numel():  # an empty completion may be alone in its microbatch
+            largest = torch.maximum(largest, gap.abs().max())
+        if has_values:
+            returns += whitening_moments(p.returns, mask)
+            residuals += whitening_moments(p.returns - p.old_values, mask)
+    tokens, k1, k3, mismatch, gap_sum, fresh_tokens, stale, entropy, rewards = ranks.sum(sums).tolist()
+    tokens, sequences = max(tokens, 1.0), max(sum(batch.global_sequences), 1)
+    metrics = {
+        "kl/ref_seq": k1 / sequences,
+        "kl/ref_token": k1 / tokens,
+        "kl/ref_k3": k3 / tokens,
+        "staleness/token_mean": stale / tokens,
+        "policy/entropy": entropy / tokens,
+        "reward/total_mean": rewards / sequences,
+    }
+    largest_gap = ranks.max(largest).item()
+    if fresh_tokens:
+        metrics["kl/mismatch_k3"] = mismatch / fresh_tokens
+        metrics["kl/mismatch_logp_mean"] = gap_sum / fresh_tokens
+        metrics["kl/mismatch_logp_max"] = largest_gap
+    if has_values:
+        metrics["value/explained_var"] = explained_variance(ranks.sum(returns), ranks.sum(residuals))
+    return metrics
