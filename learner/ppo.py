@@ -1,7 +1,8 @@
 """One rank's part of a PPO update.
 
     ref, policy and value forward passes     (policy and value keep their graphs where memory allows: `held_tokens`)
-      -> token rewards -> advantages (GAE, or against the rollouts of the same prompt), over the global batch
+      -> token rewards -> advantages (GAE, or against the rollouts of the same prompt) or coefficients of the
+         log-likelihood (RAFT, RWR, online DPO), over the global batch
       -> for each epoch, minibatch, microbatch: policy and value loss, backward; one step of both a minibatch
 
 With the graphs kept, the first minibatch needs no second forward pass: its proximal log-probabilities are the policy's own,
@@ -25,7 +26,7 @@ from contracts.weights import PublishReport
 from learner.checkpoint import gather_checkpoint, save_checkpoint
 from learner.engine import Ranks, TrainEngine, frozen
 from learner.global_batch import describe, set_advantages, set_weights
-from learner.losses import kl_loss, policy_loss, value_loss
+from learner.losses import kl_loss, likelihood_loss, policy_loss, value_loss
 from learner.models import freeze_below, load_policy, load_scalar
 from learner.passes import Pass, Places, Timer
 from learner.rank_state import RankState
@@ -106,14 +107,17 @@ class PPOTask:
 
     # ---- the update
 
-    def update(self, batch: TrainingBatch, kl_coef: float, train_policy: bool) -> dict[str, float]:
+    def update(
+        self, batch: TrainingBatch, kl_coef: float, train_policy: bool, policy_coef: float = 1.0
+    ) -> dict[str, float]:
         """All optimizer steps of one update; collective over the ranks.
 
         Args:
+            policy_coef: of the policy's loss, its KL term included, beside `ppo.ptx_coef` of the text loss.
             train_policy: false in the first updates, which only fit the value model.
 
         Raises:
-            NonFiniteError: before any optimizer step with a loss that is NaN or infinite.
+            NonFiniteError: before any optimizer step with a loss, or what an estimator compares, that is NaN or infinite.
             ValueError: without `train_policy` where there is no value model to fit.
         """
         if not (train_policy or self.value):
@@ -128,7 +132,7 @@ class PPOTask:
                 held_left -= mb.num_tokens if hold else 0
                 passes[-1].append(self._first_pass(mb, hold, train_policy, timer))
         everything = [p for minibatch in passes for p in minibatch]
-        set_advantages(everything, batch, self.ranks, ppo, self.estimator, kl_coef)
+        compared = set_advantages(everything, batch, self.ranks, ppo, self.estimator, kl_coef)
         off_policy = set_weights(passes, batch, self.ranks, ppo, self.estimator)
 
         steps: list[dict[str, float]] = []
@@ -136,13 +140,13 @@ class PPOTask:
         for _ in range(ppo.epochs):
             for minibatch, tokens in zip(passes, batch.global_loss_tokens, strict=True):
                 if not stopped:
-                    steps.append(self._step(minibatch, tokens, kl_coef, train_policy, timer))
+                    steps.append(self._step(minibatch, tokens, kl_coef, policy_coef, train_policy, timer))
                     approx_kl = steps[-1].get("policy/approx_kl", 0.0)
                     stopped = ppo.target_approx_kl is not None and approx_kl > ppo.target_approx_kl
         metrics = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
         metrics["policy/optimizer_steps"] = float(len(steps))
         described = describe(everything, batch, self.ranks, self.value is not None)
-        return metrics | off_policy | described | timer.seconds
+        return metrics | compared | off_policy | described | timer.seconds
 
     def _first_pass(self, mb: Microbatch, hold: bool, train_policy: bool, timer: Timer) -> Pass:
         places = Places(mb, self.ranks.device)
@@ -176,28 +180,28 @@ class PPOTask:
         return places.spread(value(places.packed, places.select))
 
     def _step(
-        self, minibatch: list[Pass], tokens: int, kl_coef: float, train_policy: bool, timer: Timer
+        self,
+        minibatch: list[Pass],
+        tokens: int,
+        kl_coef: float,
+        policy_coef: float,
+        train_policy: bool,
+        timer: Timer,
     ) -> dict[str, float]:
         """One optimizer step of both models. Returns means over the tokens of the global minibatch."""
-        ppo, kl_in_loss = self.config.ppo, self.estimator.kl != "reward"
-        use_ptx = train_policy and ppo.ptx_coef > 0
+        use_ptx = train_policy and self.config.ppo.ptx_coef > 0
         sums = torch.zeros(7, dtype=torch.float64, device=self.ranks.device)
         ratio_max = torch.zeros((), device=self.ranks.device)
         for i, p in enumerate(minibatch):
             is_last = i == len(minibatch) - 1
             live, p.live = p.live, None
-            mask = p.places.mask
             if train_policy:
                 with timer("perf/policy_forward_s"):
                     policy_logprobs = live[0] if live else self._logprobs(self.policy, p.places)[0]
                 with timer("perf/policy_backward_s"):
-                    loss, stats = policy_loss(
-                        policy_logprobs, p.proximal_logprobs, p.advantages, mask, ppo.clip, ppo.dual_clip, p.weights
-                    )
-                    kl = torch.zeros_like(loss)
-                    if kl_in_loss:
-                        kl = kl_loss(policy_logprobs, p.ref_logprobs, mask, self.estimator.kl, p.weights)
-                    self.policy.backward((loss + kl_coef * kl) / tokens, is_last and not use_ptx)
+                    loss, kl, stats = self._policy_losses(policy_logprobs, p)
+                    scaled = policy_coef * (loss + kl_coef * kl) / tokens
+                    self.policy.backward(scaled, is_last and not use_ptx)
                 sums[:3] += torch.stack([stats["clipped"], stats["approx_kl"], stats["ratio"]])
                 sums[3:5] += torch.stack([loss.detach(), kl.detach()])
                 ratio_max = torch.maximum(ratio_max, stats["ratio_max"])
@@ -206,7 +210,7 @@ class PPOTask:
                     values = live[1] if live else None
                     values = self._values(self.value, p.places) if values is None else values
                 with timer("perf/value_backward_s"):
-                    loss, stats = value_loss(values, p.old_values, p.returns, mask, ppo.value_clip)
+                    loss, stats = value_loss(values, p.old_values, p.returns, p.places.mask, self.config.ppo.value_clip)
                     self.value.backward(loss / tokens, is_last)
                 sums[5:] += torch.stack([loss.detach(), stats["clipped"]])
         metrics = {}
@@ -220,12 +224,29 @@ class PPOTask:
                 metrics["value/grad_norm"] = self.value.step()
         means = (self.ranks.sum(sums) / max(tokens, 1)).tolist()
         if train_policy:
-            names = ("policy/clipfrac", "policy/approx_kl", "policy/ratio_mean", "policy/loss")
-            metrics |= dict(zip(names, means[:4], strict=True)) | ({"policy/kl_loss": means[4]} if kl_in_loss else {})
-            metrics["policy/ratio_max"] = self.ranks.max(ratio_max).item()
+            metrics |= self._policy_means(means) | {"policy/ratio_max": self.ranks.max(ratio_max).item()}
         if self.value:
             metrics |= {"value/loss": means[5], "value/clipfrac": means[6]}
         return metrics
+
+    def _policy_losses(self, policy_logprobs: Tensor, p: Pass) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss, KL term (0 where it is none) and statistics, summed over a microbatch."""
+        ppo, mask = self.config.ppo, p.places.mask
+        if self.estimator.loss == "likelihood":
+            loss, stats = likelihood_loss(policy_logprobs, p.proximal_logprobs, p.advantages, mask, p.weights)
+        else:
+            loss, stats = policy_loss(
+                policy_logprobs, p.proximal_logprobs, p.advantages, mask, ppo.clip, ppo.dual_clip, p.weights
+            )
+        if not self.estimator.has_kl_loss:
+            return loss, torch.zeros_like(loss), stats
+        return loss, kl_loss(policy_logprobs, p.ref_logprobs, mask, self.estimator.kl, p.weights), stats
+
+    def _policy_means(self, means: list[float]) -> dict[str, float]:
+        clipped, approx_kl, ratio, loss, kl = means[:5]
+        metrics = {"policy/approx_kl": approx_kl, "policy/ratio_mean": ratio, "policy/loss": loss}
+        metrics |= {"policy/kl_loss": kl} if self.estimator.has_kl_loss else {}
+        return metrics | ({"policy/clipfrac": clipped} if self.estimator.loss == "clipped" else {})
 
     def _ptx_backward(self) -> float:
         """PPO-ptx (InstructGPT): the SFT loss of a few examples joins the same optimizer step."""
