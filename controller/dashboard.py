@@ -51,6 +51,16 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] =
         ),
     ),
     (
+        "RAFT, RWR, online DPO, combined loss", VERSION,
+        (
+            ("Share of the rollouts that RAFT keeps", ("raft/kept_frac",)),
+            ("Effective sample size of RWR's weights (share; alarm 0.1)", ("rwr/ess",)),
+            ("DPO: margin of a pair", ("online_dpo/margin_mean",)),
+            ("DPO: pairs on the right side (share)", ("online_dpo/accuracy",)),
+            ("Lambda, and the score that it is to reach", ("combined/lambda", "combined/score_mean")),
+        ),
+    ),
+    (
         "Text: what does it write?", ROLLOUTS,
         (
             ("Length, tokens", ("completion/len_mean", "completion/len_p95")),

@@ -52,6 +52,11 @@ LIMITS = (
         "Lower ppo.max_staleness or the learning rate; ppo.off_policy.correction=masked leaves the farthest tokens out.",
     ),
     Limit(
+        "rwr/ess", "below", 0.1, "A few completions carry every batch",
+        "The weights of reward-weighted regression leave an effective sample of under a tenth of the rollouts.",
+        "Raise ppo.rwr.temperature or ppo.rollouts_per_update.",
+    ),
+    Limit(
         "completion/eos_frac", "below", 0.9, "Completions are cut off",
         "More than one in ten completions reached the token limit without ending.",
         "Raise ppo.missing_eos_penalty or ppo.sampling.max_completion_tokens.",

@@ -35,10 +35,20 @@ PPO_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ),
 )
 
+# Of single estimators and of the combined loss: drawn where a run has them.
+METHOD_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
+    ("Kept by RAFT", "share of rollouts", (("kept", "plain", "raft/kept_frac"),)),
+    ("Effective sample size of RWR", "share of rollouts", (("share", "plain", "rwr/ess"),)),
+    ("DPO margin", "best against worst", (("mean", "plain", "online_dpo/margin_mean"),)),
+    ("DPO accuracy", "share of pairs", (("accuracy", "plain", "online_dpo/accuracy"),)),
+    ("Lambda", "weight of the policy loss", (("lambda", "plain", "combined/lambda"),)),
+)
+
 
 def ppo_curves(run: Run) -> str:
     charts, drawn, longest = [], 0, 0
-    for title, unit, lines in PPO_CHARTS:
+    present = {name for row in run.metrics for name in row}
+    for title, unit, lines in (*PPO_CHARTS, *(c for c in METHOD_CHARTS if c[2][0][2] in present)):
         series = [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines]
         drawn += any(s.curve for s in series)
         longest = max(longest, *(len(s.curve) for s in series))

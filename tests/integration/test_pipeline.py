@@ -177,6 +177,25 @@ def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) ->
     assert "<svg" in (folder / "grpo/report.html").read_text()
 
 
+def test_raft_under_a_combined_loss_from_the_base_model(finished: Any, folder: Path, tiny_model: Path) -> None:
+    overrides = ["ppo.estimator=raft", "ppo.samples_per_prompt=4", "ppo.init_from=base", "ppo.max_staleness=1"]
+    overrides += ["ppo.ptx_coef=1", "ppo.ptx_batch_size=4", "ppo.combined.target=0.5", "ppo.combined.learning_rate=2"]
+    done = run(folder, tiny_model, f"run_dir={folder}/raft", "stage=ppo", *overrides)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = [row for row in lines(folder / "raft/metrics.jsonl") if row["stage"] in ("ppo", "value_warmup")]
+    assert [(row["stage"], row["progress/version"]) for row in rows] == [("ppo", 1), ("ppo", 2), ("ppo", 3)]
+    assert abs(rows[0]["kl/ref_seq"]) < 1e-6  # of the base model, which is the reference too
+    expected = 1.0
+    for row in rows:
+        assert [name for name in row if "value" in name or name == "policy/clipfrac"] == []
+        assert row["raft/kept_frac"] == 0.25
+        assert row["policy/ptx_loss"] > 0
+        assert row["combined/lambda"] == pytest.approx(expected, abs=1e-9)
+        expected = min(max(expected + 2 * (0.5 - row["combined/score_mean"]), 0.0), 10.0)
+    assert rows[-1]["combined/lambda"] != 1.0
+    assert "Kept by RAFT" in (folder / "raft/report.html").read_text()
+
+
 def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Path) -> None:
     """Rehearsal, sampling ahead of the learner, scores of turns by the reward service, training and evaluation."""
     overrides = ["environment=two_turn", "environment.max_turn_tokens=6", "environment.options.score_first=true"]

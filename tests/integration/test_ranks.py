@@ -1,6 +1,7 @@
 """What is summed over ranks, on two real ones: group statistics, whitening, weights and denominators."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 
+from contracts.config import PPOConfig
 from contracts.interfaces import NonFiniteError
 from contracts.records import Completion, Prompt, Rollout
 from controller.batcher import make_batches
@@ -46,12 +48,24 @@ def check_finite_flag(group: LearnerGroup, batches: list[Any]) -> None:
     assert all("rank" in line for line in group.stacks().splitlines() if line.startswith("----"))
 
 
+def by_rloo(ppo: PPOConfig) -> None:
+    ppo.estimator, ppo.aggregation, ppo.whiten_advantages = "rloo", "sequences", True
+    ppo.off_policy.correction, ppo.epochs = "truncated", 2
+
+
+def by_online_dpo(ppo: PPOConfig) -> None:
+    ppo.estimator, ppo.dpo_beta = "online_dpo", 0.5
+
+
 @pytest.mark.usefixtures("ray_runtime")
-def test_two_ranks_make_the_update_of_one(small_vocab: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("choose", [by_rloo, by_online_dpo])
+def test_two_ranks_make_the_update_of_one(
+    choose: Callable[[PPOConfig], None], small_vocab: Path, tmp_path: Path
+) -> None:
     config = make_config(small_vocab, tmp_path, dtype="float32")
     ppo, samples = config.ppo, rollouts()
-    ppo.estimator, ppo.samples_per_prompt, ppo.aggregation, ppo.whiten_advantages = "rloo", SAMPLES, "sequences", True
-    ppo.off_policy.correction, ppo.epochs, ppo.target_approx_kl = "truncated", 2, None
+    ppo.samples_per_prompt, ppo.target_approx_kl = SAMPLES, None
+    choose(ppo)
     # Adam divides by |g| + eps: with a large eps a step stays proportional to small gradients.
     ppo.optimizer.learning_rate, ppo.optimizer.eps = 1e-2, 1e-2
     scores = np.random.default_rng(1).normal(size=len(samples)).tolist()
@@ -72,7 +86,7 @@ def test_two_ranks_make_the_update_of_one(small_vocab: Path, tmp_path: Path) -> 
             metrics = [ray.get(group.start_each("update", batches, 0.1, True))[0] for _ in range(2)]
             after = np.concatenate(group.call("token_logprobs", sequences)[0])
             outcomes.append((after - before, metrics[1]))
-            if ranks == 2:
+            if ranks == 2 and ppo.estimator == "rloo":
                 check_finite_flag(group, batches)
         finally:
             group.stop()
@@ -80,6 +94,10 @@ def test_two_ranks_make_the_update_of_one(small_vocab: Path, tmp_path: Path) -> 
     assert np.abs(moved).mean() > 0.02
     assert np.abs(moved_by_two - moved).max() < 1e-3 * np.abs(moved).max()
     assert abs(one["kl/ref_seq"]) > 1e-3
-    assert 0 < one["off_policy/ess"] < 0.9
+    if ppo.estimator == "rloo":
+        assert 0 < one["off_policy/ess"] < 0.9
+    else:
+        assert one["online_dpo/pairs"] == GROUPS
+        assert one["online_dpo/accuracy"] > 0
     names = {name for name in one if not name.startswith("perf/")}
     assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3, abs=1e-5)

@@ -44,6 +44,7 @@ class Run:
             "ppo.kl.controller=adaptive",
             "ppo.ptx_coef=0.1",
             "ppo.ptx_batch_size=2",
+            "ppo.combined.target=1",
             "ppo.trainable_layers=1",
             "ppo.value_trainable_layers=null",
             "ppo.sampling.max_completion_tokens=12",

@@ -117,8 +117,8 @@ def test_run_directories_are_below_the_name() -> None:
 
 
 def documented(program: str) -> list[list[str]]:
-    """The arguments of each `python PROGRAM` in the blocks of the README and of the pages on sweeps and dashboards."""
-    pages = [ROOT / "README.md", ROOT / "docs/sweeps.md", ROOT / "docs/dashboards.md"]
+    """The arguments of each `python PROGRAM` in the blocks of the README and of the pages that `pages` lists."""
+    pages = [ROOT / "README.md", ROOT / "docs/sweeps.md", ROOT / "docs/dashboards.md", ROOT / "docs/algorithms.md"]
     blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line.split(program, 1)[1], comments=True) for line in lines if program in line]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from contracts.config import PPOConfig, TandemConfig
 from contracts.estimators import ESTIMATORS, chosen_estimator, warmup_updates
+from contracts.interfaces import NonFiniteError
 from contracts.records import Completion, Prompt, Rollout, TrainingBatch
 from controller.batcher import make_batches
 from learner.advantages import gae, group_advantages, group_moments, whiten, whitening_moments
@@ -371,3 +372,41 @@ def test_a_correction_of_gae_leaves_the_value_model_alone(config: TandemConfig, 
         assert moved == (correction == "none")
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
     assert (metrics["off_policy/ess"], metrics["off_policy/masked_frac"]) == (0.0, 1.0)
+
+
+def test_what_the_likelihoods_were_made_of(config: TandemConfig, make_task: Callable[[TandemConfig], PPOTask]) -> None:
+    ppo = config.ppo
+    ppo.epochs, ppo.dpo_beta, ppo.rwr.temperature = 1, 0.5, 2.0
+    ppo.estimator = "raft"
+    assert make_task(config).update(batch_of(1), BETA, train_policy=True)["raft/kept_frac"] == 2 / 6
+    ppo.estimator = "rwr"
+    metrics = make_task(config).update(batch_of(1), BETA, train_policy=True)
+    share = np.exp(np.array(SCORES) / 2)
+    assert metrics["rwr/ess"] == pytest.approx(share.sum() ** 2 / (6 * (share**2).sum()))
+    assert metrics["rwr/weight_max"] == pytest.approx(6 * share.max() / share.sum())
+    ppo.estimator = "online_dpo"
+    task = make_task(config)
+    task.reference.load_state_dict(task.policy.model.state_dict())
+    metrics = task.update(batch_of(1), BETA, train_policy=True)  # the policy is its reference still
+    found = {name: value for name, value in metrics.items() if name.startswith("online_dpo/")}
+    assert found == pytest.approx(
+        {"online_dpo/pairs": 2, "online_dpo/loss": math.log(2), "online_dpo/margin_mean": 0, "online_dpo/accuracy": 0}
+    )
+    metrics = task.update(batch_of(1), BETA, train_policy=True)
+    assert metrics["online_dpo/margin_mean"] > 0
+    assert metrics["online_dpo/accuracy"] == 1
+
+
+@pytest.mark.parametrize("estimator", ["raft", "rwr", "online_dpo"])
+def test_what_is_not_a_number_is_not_compared(
+    estimator: str, config: TandemConfig, make_task: Callable[[TandemConfig], PPOTask]
+) -> None:
+    """The best of a group with NaN in it could be any."""
+    config.ppo.estimator, config.ppo.epochs = estimator, 1
+    task = make_task(config)
+    before = weights_of(task.policy.model)
+    scores = [*SCORES[:5], math.nan]
+    (batch,) = make_batches(ROLLOUTS, scores, 1, 1, 1000, np.random.default_rng(0))
+    with pytest.raises(NonFiniteError, match="a score or a log-probability is not finite"):
+        task.update(batch, BETA, train_policy=True)
+    assert all(torch.equal(before[name], w) for name, w in weights_of(task.policy.model).items())

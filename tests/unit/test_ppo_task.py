@@ -204,7 +204,7 @@ class PlainPPO:
                 "value/loss": value_loss.item() / tokens,
                 "value/clipfrac": value_clipped / tokens,
             }
-            total = policy_loss / tokens
+            total = ppo.combined.initial * policy_loss / tokens
             if ptx:
                 nll = plain_nll(self.policy, ptx)
                 step["policy/ptx_loss"] = nll.item()
@@ -285,7 +285,14 @@ def with_ptx(config: TandemConfig) -> None:
     config.ppo.ptx_coef, config.ppo.ptx_batch_size, config.learner.microbatch_tokens = 0.5, 3, 8
 
 
-@pytest.mark.parametrize("change", [plain, several_epochs, other_constants, cooler_and_without_early_eos, with_ptx])
+def with_lambda(config: TandemConfig) -> None:
+    with_ptx(config)
+    config.ppo.combined.initial, config.ppo.optimizer.max_grad_norm = 0.25, 0.5
+
+
+@pytest.mark.parametrize(
+    "change", [plain, several_epochs, other_constants, cooler_and_without_early_eos, with_ptx, with_lambda]
+)
 def test_update_equals_plain_ppo(
     change: Callable[[TandemConfig], None], config: TandemConfig, make_task: Callable[..., PPOTask]
 ) -> None:
@@ -296,7 +303,8 @@ def test_update_equals_plain_ppo(
     before = weights_of(task.policy), weights_of(task.value)
     rollouts = [*ROLLOUTS, EMPTY]
     expected = mine.update(rollouts, [*SCORES, 4.0], ptx)
-    metrics = task.update(batch_of(rollouts, 16, scores=[*SCORES, 4.0]), KL_COEF, train_policy=True)
+    batch, multiplier = batch_of(rollouts, 16, scores=[*SCORES, 4.0]), config.ppo.combined.initial
+    metrics = task.update(batch, KL_COEF, train_policy=True, policy_coef=multiplier)
     found = {name: value for name, value in metrics.items() if name in expected}
     assert found == pytest.approx(expected, rel=2e-4, abs=2e-5)
     assert metrics["staleness/token_mean"] == 0
