@@ -86,6 +86,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
                 try:
                     results = Pipeline(config, log, progress, directory, stop).run()
                 except (ConfigError, DataError) as error:
+                    directory.refused()
                     status.end("refused", error=str(error))
                     raise
                 except Exception as error:
