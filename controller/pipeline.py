@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from controller.metrics import RunLog
 from controller.objective import evaluation_metrics
 from controller.progress import Progress
 from controller.prompts import PromptStream
+from controller.recovery import once_more
 from controller.redaction import redacted
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
 from controller.runtime import Runtime, embedded_nodes, ray_session, weight_backend
@@ -98,7 +100,7 @@ class Pipeline:
             if stage in ("pipeline", "ppo"):
                 self._stage("ppo", self._ppo)
             if stage in ("pipeline", "evaluate"):
-                self._evaluate()
+                once_more(self._evaluate, "evaluate", self.log, self.progress.line)
         return {name: result.metrics for name, result in self.results.items()}
 
     # ---- inputs
@@ -208,7 +210,8 @@ class Pipeline:
                 self.results[name] = found
                 self.progress.line(f"✓ {name}: nothing has changed, reusing {found.path}")
             else:
-                self.results[name] = self.store.run(name, inputs, work)
+                run = partial(self.store.run, name, inputs, work)
+                self.results[name] = run() if name == "ppo" else once_more(run, name, self.log, self.progress.line)
                 self.progress.line(f"✓ {name}: {self.results[name].path}")
                 self.log.artifact(f"{self.config.name}-{name.replace('/', '-')}", "model", self.results[name].path)
         self.seconds[name] = time.time() - start
@@ -280,14 +283,14 @@ class Pipeline:
             pairs = [item for item in test if isinstance(item, PreferencePair)]
             chosen, rejected = score([p.chosen_ids for p in pairs]), score([p.rejected_ids for p in pairs])
             interval = statistics.win_rate(chosen, rejected, **options)
-            return _accuracy("accuracy", interval) | {"pairs": len(pairs)}
+            return interval.row("accuracy") | {"pairs": len(pairs)}
         ratings = [float(np.mean(item.ratings)) for item in rated]
         chosen_pairs = statistics.random_pairs(ratings, config.reward_model.eval_pairs, config.seed)
         model = statistics.pair_accuracy(score([item.token_ids for item in rated]), ratings, chosen_pairs, **options)
         from controller.evaluate import vader_scores
 
         vader = statistics.pair_accuracy(vader_scores([i.text for i in rated]), ratings, chosen_pairs, **options)
-        rows = _accuracy("accuracy", model) | _accuracy("vader_accuracy", vader)
+        rows = model.row("accuracy") | vader.row("vader_accuracy")
         return rows | {"pairs": len(chosen_pairs), "texts": len(rated)}
 
     def _ppo(self, path: Path) -> dict[str, Any]:
@@ -393,7 +396,3 @@ class Pipeline:
         """Announce a phase on the terminal and record it for the report."""
         with self.progress.phase(text), self.log.phase(stage, text):
             yield
-
-
-def _accuracy(name: str, interval: statistics.Interval) -> dict[str, float]:
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
