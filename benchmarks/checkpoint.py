@@ -97,8 +97,9 @@ def main() -> None:
     wall = [after["wall_s"] - before["wall_s"] for before, after in pairwise(rows)]
     pairs = [(wall[k - 1], wall[k]) for k in range(2, len(rows) - 1, 2)]
     costs = [beside - alone for beside, alone in pairs]
+    neighbours = [(rows[k], rows[k + 1]) for k in range(2, len(rows) - 1, 2)]
     parts = {
-        name: statistics.median(rows[k][f"perf/{name}_s"] - rows[k + 1][f"perf/{name}_s"] for k in range(2, len(rows) - 1, 2))
+        name: statistics.median(beside[f"perf/{name}_s"] - alone[f"perf/{name}_s"] for beside, alone in neighbours)
         for name in ("rollout", "train", "optimizer")
     }
     still = [rows[k]["perf/commit_s"] for k in range(2, len(rows), 2)]
