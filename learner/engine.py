@@ -249,7 +249,7 @@ class TrainEngine:
         return f"{len(different)} tensors differ, {name} is {found.get(name)}, the model has {wanted.get(name)}"
 
     def _masters(self) -> list[torch.Tensor]:
-        """The float32 tensors that Adam steps: this rank's partitions under ZeRO, else the weights themselves."""
+        """The float32 tensors that Adam steps: this rank's partitions under ZeRO, else those that it was given."""
         optimizer = self._engine.optimizer
         for name in MASTERS:
             if hasattr(optimizer, name):
@@ -273,8 +273,8 @@ class TrainEngine:
 
 # Of a DeepSpeed engine; `global_steps` says nothing of what has trained.
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-# Where DeepSpeed's optimizers keep the float32 weights: ZeRO 3, ZeRO 1 and 2, bfloat16 without ZeRO.
-MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+# Where DeepSpeed's optimizers keep their part of the float32 weights: ZeRO 3, ZeRO 1 and 2.
+MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
 
 
 def weight_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parameter]]]:
