@@ -100,7 +100,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
                 report = render(Path(config.run_dir))
             value = objective(results.get("evaluate", {}), config.evaluate.max_kl)
             write_outcome(Path(config.run_dir), value)
-            status.end("done", objective=value)
+            status.end("done")
             progress.summary(summary_rows(config, results, report), "Tandem")
     return value
 

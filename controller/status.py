@@ -4,7 +4,6 @@ The driver keeps RUN/status.json: state, what it waits for, and a heartbeat. Rea
 works beside a running one, after a crash, and on any machine that sees the directory.
 
     state       running | done | failed | refused | interrupted; a running one without a heartbeat is reported as "lost"
-    objective   what a sweep maximises (controller.objective), where it was measured
 """
 
 import argparse
@@ -22,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from contracts.outcome import read_outcome
 from controller.progress import format_update, spoken
 from controller.report.alarms import evaluate
 from controller.report.data import ReportError, Run, load, number
@@ -120,8 +120,8 @@ def lines_of(run_dir: Path) -> list[str]:
         done = run.phases[-1]
         out.append(f"finished last: {done.get('stage')}: {done.get('phase')}")
     out += _progress(run, status)
-    if status.facts.get("objective") is not None:
-        out.append(f"objective {status.facts['objective']:+.3f} (gold gain at bounded KL)")
+    if status.state == "done" and (value := read_outcome(run_dir)) is not None:
+        out.append(f"objective {value:+.3f} (gold gain at bounded KL)")
     found, _, _ = evaluate(run)
     out += [f"{'ALARM' if a.severity == 'alarm' else 'note'}: {a.title}. {a.finding} Try: {a.advice}" for a in found]
     return out

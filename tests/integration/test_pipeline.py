@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
+from contracts.outcome import read_outcome
 from tests.conftest import ROOT, VADER
 
 
@@ -138,9 +139,9 @@ def test_what_a_user_finds_in_the_run_directory(finished: Any, folder: Path) -> 
     )
     assert f"tiny ({run_dir}): done" in said.stdout
     assert "of 3 | " in said.stdout
-    status = json.loads((run_dir / "status.json").read_text())
     gain = json.loads((run_dir / "evaluation.json").read_text())["comparisons"]["ppo_vs_sft"]["gold_gain"]["mean"]
-    assert status["objective"] == gain  # the KL of three updates is within the bound
+    assert f"objective {gain:+.3f} (gold gain at bounded KL)" in said.stdout
+    assert read_outcome(run_dir) == gain  # the KL of three updates is within the bound
     report = (run_dir / "report.html").read_text()
     assert "<svg" in report
     assert f"report        │ {run_dir}" in finished.stdout.replace("\n", " ") or "report" in finished.stdout
@@ -273,7 +274,7 @@ def test_optuna_maximises_the_objective_and_shares_stages(finished: Any, folder:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert list(states(folder / "study").values()) == ["done", "done"]
     assert done.stdout.count("sft: nothing has changed, reusing") == 2
-    values = [json.loads(p.read_text())["objective"] for p in (folder / "study").glob("*/status.json")]
+    values = [read_outcome(path.parent) for path in (folder / "study").glob("*/result.json")]
     assert f"Best value: {max(values)}" in done.stdout
     assert "best member: " in done.stdout
     assert "parallel coordinates" in (folder / "study/report.html").read_text()

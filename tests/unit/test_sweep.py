@@ -11,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from contracts.config import TandemConfig
+from contracts.outcome import write_outcome
 from contracts.precision import choose_dtypes
 from controller.objective import evaluation_metrics, objective
 from controller.redaction import redacted
@@ -172,7 +173,8 @@ def test_a_member_that_is_done_is_known_by_its_configuration(tmp_path: Path) -> 
     written = copy.deepcopy(config)
     choose_dtypes(written)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(written)), sort_keys=False))
-    (tmp_path / "status.json").write_text(json.dumps({"state": "done", "objective": 0.25}))
+    (tmp_path / "status.json").write_text(json.dumps({"state": "done"}))
+    write_outcome(tmp_path, 0.25)
     assert finished_objective(config) == (True, 0.25)
     config.ppo.kl.coef = 0.1
     assert finished_objective(config) == (False, None)
