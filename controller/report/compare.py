@@ -6,6 +6,7 @@ What tells the members apart is read from their configurations: the keys whose v
 """
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,11 @@ class Member:
     @property
     def label(self) -> str:
         return self.run.path.name
+
+    @property
+    def name(self) -> str:
+        """The label without the number that a sweep puts before it: readers know a member by its place in the table."""
+        return re.sub(r"^\d+-(?=.)", "", self.label)
 
     @property
     def command(self) -> list[str]:
@@ -180,8 +186,6 @@ def _table(members: list[Member], folder: Path) -> str:
     short = _short(keys)
     rows = []
     for place, member in enumerate(members):
-        found, _, _ = alarms.evaluate(member.run)
-        serious = sum(alarm.severity == "alarm" for alarm in found)
         verdict = member.run.evaluation.get("verdict")
         passed = (
             ""
@@ -191,13 +195,15 @@ def _table(members: list[Member], folder: Path) -> str:
             else '<span class="no">✗</span>'
         )
         report = member.run.path / "report.html"
-        name = f"<b>{place + 1}</b> {esc(member.label)}"
+        numbered = re.match(r"(\d+)-", member.label) if keys else None  # what it sets has columns of its own
+        shown = f"#{numbered[1]}" if numbered else member.label
+        name = f'<b>{place + 1}</b> <span title="{esc(member.label)}">{esc(shown)}</span>'
         link = f'<a href="{esc(os.path.relpath(report, folder))}">{name}</a>' if report.exists() else name
         ratio = number(member.comparison("length_ratio"))
         rows.append(
             [
                 f'<i class="swatch {compare_charts.colour(place)}"></i>{link}',
-                esc(member.state) + (f"<small> {esc(member.error[:120])}</small>" if member.error else ""),
+                esc(member.state),
                 *(esc(_shown(member.settings.get(key))) for key in keys),
                 f"<b>{num(member.objective, 3, signed=True)}</b>",
                 interval(member.comparison("gold_gain"), 2, signed=True),
@@ -206,17 +212,22 @@ def _table(members: list[Member], folder: Path) -> str:
                 interval(member.evaluated("kl"), 1),
                 "–" if ratio is None else f"× {num(ratio, 2)}",
                 passed,
-                str(serious),
                 duration(_wall_s(member.run)),
             ]
         )
     head = ["Member", "State", *(f'<abbr title="{esc(key)}">{esc(short[key])}</abbr>' for key in keys)]
-    head += ["Objective", "Gold gain", "Learned gain", "Win rate", "KL, nats", "Length", "Passed", "Alarms", "Time"]
+    head += ["Objective", "Gold gain", "Learned gain", "Win rate", "KL, nats", "Length", "Passed", "Time"]
     intro = (
         f"Objective: gold gain of PPO over SFT, less {PENALTY:g} for each nat of KL beyond evaluate.max_kl. Brackets are "
         "95% intervals over prompts; they say nothing about other seeds."
     )
-    return section("members", "Members, the best first", table(head, rows, "members", text_columns=2), intro)
+    failed = "".join(
+        f"<li><b>{place + 1}</b> {esc(member.state)}: {esc(member.error[:300])}</li>"
+        for place, member in enumerate(members)
+        if member.error
+    )
+    body = table(head, rows, "members", text_columns=2) + (f'<ul class="gaps">{failed}</ul>' if failed else "")
+    return section("members", "Members, the best first", body, intro)
 
 
 def _wall_s(run: Run) -> float | None:
@@ -240,17 +251,20 @@ def _shown(value: Any) -> str:
 
 
 def _alarms(members: list[Member]) -> str:
-    rows = []
-    for member in members:
-        found, _, _ = alarms.evaluate(member.run)
-        rows += [
-            [esc(member.label), f"{'⚠' if alarm.severity == 'alarm' else 'ℹ'} {esc(alarm.title)}", esc(alarm.advice)]
-            for alarm in found
-        ]
-    if not rows:
+    fired: dict[tuple[bool, str, str], list[int]] = {}
+    for place, member in enumerate(members):
+        for alarm in alarms.evaluate(member.run)[0]:
+            fired.setdefault((alarm.severity != "alarm", alarm.title, alarm.advice), []).append(place + 1)
+    if not fired:
         return section("alarms", "Alarms", '<p class="quiet">✓ No alarm in any member.</p>')
-    body = table(("Member", "Alarm", "Try"), rows, "alarm-list", text_columns=3)
-    return section("alarms", "Alarms", body, "What each means is in the member’s own report.")
+    rows = [
+        [f"{'ℹ' if note else '⚠'} {esc(title)}", ", ".join(map(str, places)), esc(advice)]
+        for (note, title, advice), places in sorted(fired.items())
+    ]
+    body = table(("Alarm", "Members", "Try"), rows, "alarm-list", text_columns=3)
+    return section(
+        "alarms", "Alarms", body, "Members by their place in the table. What each means is in their own reports."
+    )
 
 
 def _commands(members: list[Member]) -> str:

@@ -213,7 +213,7 @@ POD = {
     },
 }
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
-# The fields that we use, as KubeRay's reference documents them; no package has the schema of its CRD.
+# The fields that we use, as KubeRay's reference (1.7) documents them; PyPI, npm and Debian have no package with its CRD.
 RAY_JOB = {
     "type": "object",
     "required": ["apiVersion", "kind", "metadata", "spec"],
@@ -305,6 +305,19 @@ def test_a_pod_that_must_go_stops_the_job_and_waits_for_it() -> None:
     )
     assert spec["terminationGracePeriodSeconds"] > 200
     assert yaml.safe_load(found["spec"]["runtimeEnvYAML"])["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "200"}
+
+
+@pytest.mark.full
+def test_pods_pass_the_schema_of_kubernetes() -> None:
+    """Its own, of every field, where it is installed: 108 MB, too much for every environment."""
+    kubernetes = pytest.importorskip("kubernetes_validate", reason="pip install --no-deps kubernetes-validate==1.37.0")
+    cluster = manifest(*TWO_NODES, "target.volume_claim=data", "+target.env.A=b")["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        known = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": group["template"]}
+        kubernetes.validate(known, "1.34", strict=True)
+        group["template"]["spec"]["containers"][0]["lifecycles"] = {}
+        with pytest.raises(kubernetes.ValidationError, match="lifecycles"):
+            kubernetes.validate(known, "1.34", strict=True)
 
 
 def test_a_layout_of_one_node_has_no_workers() -> None:

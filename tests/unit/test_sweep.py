@@ -110,10 +110,10 @@ def test_the_page_names_the_best_its_command_and_the_failed(sweep: Path) -> None
     text = " ".join(found.texts)
     assert "python train.py ppo.kl.coef=0.05" in text
     assert "1-ppo.kl.coef=0.05: gold gain +0.80 [+0.70, +0.90] at a KL of 6.0 nats a sequence." in text
-    assert "OutOfMemory: <8 GiB>" in text
+    assert "<li><b>3</b> failed: OutOfMemory: &lt;8 GiB&gt;</li>" in (sweep / "report.html").read_text()  # by its place
     assert "4 runs, 2 done · they differ in ppo.kl.coef" in text
     assert "1 other member" in text  # 0.9 +- 0.1 overlaps
-    assert "Much of every batch is clipped" in text
+    assert "Much of every batch is clipped 1, 2, 3 " in text  # one line for the three members
     html = (sweep / "report.html").read_text()
     assert 'href="1-ppo.kl.coef=0.05/report.html"' in html
     assert html.count("<polyline") >= 4  # two trails a panel, and the threads
