@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from contracts.durable import replace_text
 from contracts.outcome import read_outcome
 from controller.progress import format_update, spoken
 from controller.report.alarms import evaluate
@@ -73,9 +74,7 @@ class StatusFile:
     def _write(self) -> None:
         what, seconds = self._waiting()
         row = self._facts | {"beat": time.time(), "waiting_for": what, "waiting_s": round(seconds, 1)}
-        partial = self._path.with_name(f".{NAME}.{os.getpid()}")
-        partial.write_text(json.dumps(row) + "\n")
-        os.replace(partial, self._path)
+        replace_text(self._path, json.dumps(row) + "\n")
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from contracts.durable import replace_text
 from controller.objective import PENALTY, objective
 from controller.report import alarms, compare_charts
 from controller.report.data import ReportError, Run, number, read
-from controller.report.markup import bounds, count, duration, esc, interval, num, section, table
-from controller.report.style import CSS
+from controller.report.markup import bounds, count, document, duration, esc, interval, num, section, table
 from controller.status import read_status
 
 # Where a run lies and what it is called does not make it another run.
@@ -110,9 +110,7 @@ def best_of(members: Sequence[Member]) -> Member | None:
 def render_comparison(members: list[Member], output: str | Path) -> Path:
     """Write the page and return its path."""
     target = Path(output)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(page(members, target.resolve().parent), encoding="utf-8")
-    os.replace(partial, target)
+    replace_text(target, page(members, target.resolve().parent))
     return target
 
 
@@ -128,23 +126,15 @@ def page(members: list[Member], folder: Path) -> str:
         _commands(members),
     ]
     anchors = ("members", "frontier", "parallel", "curves", "alarms", "commands")
-    links = "".join(f'<a href="#{anchor}">{anchor.capitalize()}</a>' for anchor in anchors)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{esc(title)} – Tandem</title><style>{CSS}</style></head><body><main>"
-        f'<header><p class="over">Tandem sweep</p><h1>{esc(title)}</h1><p class="facts">{_facts(members)}</p>'
-        f"<nav>{links}</nav></header>{''.join(parts)}"
-        "<footer>Drawn from the files of the run directories; nothing was fetched, nothing was sent.</footer>"
-        "</main></body></html>\n"
-    )
+    contents = [(anchor, anchor.capitalize()) for anchor in anchors]
+    return document("Tandem sweep", title, _facts(members), contents, "".join(parts))
 
 
 def _facts(members: list[Member]) -> str:
     done = sum(member.state == "done" for member in members)
     keys = sorted({key for member in members for key in member.settings})
     differ = f" · they differ in {', '.join(keys)}" if keys else ""
-    return esc(f"{count(len(members), 'run')}, {done} done{differ}")
+    return f"{count(len(members), 'run')}, {done} done{differ}"
 
 
 def _best(members: list[Member]) -> str:
