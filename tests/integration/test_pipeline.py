@@ -280,6 +280,18 @@ def test_optuna_maximises_the_objective_and_shares_stages(finished: Any, folder:
     assert "parallel coordinates" in (folder / "study/report.html").read_text()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_members_in_processes_of_their_own(launcher: str, finished: Any, folder: Path, tiny_model: Path) -> None:
+    """With joblib both at once. One fails and leaves the other alone."""
+    options = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
+    overrides = ["stage=sft", f"data.sft.path=/no/such.jsonl,{VADER}/sft.jsonl", *options]
+    done = sweep(folder, tiny_model, launcher, *overrides)
+    assert done.returncode == 1, done.stdout[-4000:] + done.stderr[-4000:]
+    assert states(folder / launcher) == {"0-data.sft.path=such.jsonl": "refused", "1-data.sft.path=sft.jsonl": "done"}
+    assert "sweep: 1 of 2 members done" in done.stdout
+
+
 def test_no_process_is_left(finished: Any, folder: Path) -> None:
     left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
     assert left == []
