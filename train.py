@@ -5,6 +5,7 @@ to be run again, 130 interrupted by SIGINT.
 """
 
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -62,7 +63,7 @@ def main(composed: DictConfig) -> float | None:
         sys.exit(1)
     except Interrupted as end:
         print(f"\ninterrupted; finished stages are kept and will be reused. {end.message}", file=sys.stderr)
-        print(f"go on with: {resume_command(config)}", file=sys.stderr)
+        print(f"go on with: {sweep_command() or resume_command(config)}", file=sys.stderr)
         sys.exit(end.exit_code)
 
 
@@ -118,6 +119,14 @@ def resume_command(config: TandemConfig) -> str:
     from controller import resume
 
     return resume.resume_command(list(HydraConfig.get().overrides.task), config.run_dir)
+
+
+def sweep_command() -> str:
+    """Of the sweep that this process runs, if it runs one: an interrupt ends the whole sweep, not a member."""
+    from controller.redaction import redacted_override
+
+    words = [redacted_override(word) for word in sys.argv[1:]]
+    return shlex.join(["python", "train.py", *words]) if {"-m", "--multirun"} & set(words) else ""
 
 
 def refuse(error: Exception) -> int:

@@ -35,10 +35,22 @@ class Stop:
         self.signum: int | None = None  # of the request that has not been granted yet
 
     def install(self) -> None:
-        """Take over the signals; again after `ray.init`, which installs a handler of its own."""
+        """Take over the signals."""
         for signum in SIGNALS:
             signal.signal(signum, self._handle)
         signal.signal(signal.SIGALRM, self._late)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Around `ray.init`, which installs a handler of its own: a SIGTERM that comes then would exit with 15."""
+        try:
+            yield
+        except SystemExit as end:
+            if end.code == signal.SIGTERM:
+                raise Interrupted(signal.SIGTERM) from end
+            raise
+        finally:
+            self.install()
 
     @contextmanager
     def deferred(self, tell: Callable[[], None]) -> Iterator[None]:

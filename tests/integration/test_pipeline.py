@@ -1,6 +1,7 @@
 """The whole road on a tiny model with the real engines, started as a user starts it."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -232,10 +233,14 @@ def test_actors_work_ahead_of_the_learner(finished: Any, folder: Path, tiny_mode
     assert "admitted 40 = trained 40 + quarantined 0 + open 0" in audit.stdout, audit.stdout + audit.stderr
 
 
-def sweep(folder: Path, model: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def sweep_command(folder: Path, model: Path, name: str, *overrides: str) -> list[str]:
     python, script, *words = command(folder, model, *overrides)
     words = [word for word in words if not word.startswith("run_dir=")]
-    ours = [python, script, "-m", *words, f"hydra.sweep.dir={folder}/{name}"]
+    return [python, script, "-m", *words, f"hydra.sweep.dir={folder}/{name}"]
+
+
+def sweep(folder: Path, model: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    ours = sweep_command(folder, model, name, *overrides)
     return subprocess.run(ours, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
@@ -261,6 +266,22 @@ def test_a_member_that_fails_leaves_the_others_alone(finished: Any, folder: Path
     again = sweep(folder, tiny_model, "fails", *overrides)
     assert again.stdout.count("is done already") == 2
     assert "reusing" not in again.stdout
+
+
+def test_sigterm_while_a_member_starts_ray_ends_the_sweep(folder: Path, tiny_model: Path) -> None:
+    """Ray has a handler of its own by then. The exit code asks for the sweep to be run again."""
+    ours = sweep_command(folder, tiny_model, "ended", "stage=sft", f"cache_dir={folder}/other", "ppo.seed=1,2")
+    with subprocess.Popen(ours, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        assert running.stdout is not None
+        said = ""
+        for line in running.stdout:
+            said += line
+            if "… starting Ray" in line:
+                running.send_signal(signal.SIGTERM)
+    assert running.returncode == 75, said
+    assert states(folder / "ended") == {"0-ppo.seed=1": "interrupted"}
+    assert "go on with: python train.py -m " in said
+    assert "sweep: 0 of 1 members done" in said
 
 
 @pytest.mark.full

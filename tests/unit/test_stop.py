@@ -19,6 +19,11 @@ try:
     if "{case}" == "outside":
         os.kill(os.getpid(), signal.{signal})
         time.sleep(5)
+    with stop.kept():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init does
+        if "{case}" == "starting Ray":
+            os.kill(os.getpid(), signal.{signal})
+            time.sleep(5)
     with stop.deferred(lambda: print("told", flush=True)):
         os.kill(os.getpid(), signal.{signal})
         print("goes on", flush=True)
@@ -37,6 +42,8 @@ except Interrupted as end:
     ("case", "name", "printed", "code"),
     [
         ("outside", "SIGTERM", "\n", 75),
+        ("starting Ray", "SIGTERM", "\n", 75),
+        ("starting Ray", "SIGINT", "\n", 130),
         ("in time", "SIGTERM", "told\ngoes on\nleft\nsaved\n", 75),
         ("in time", "SIGINT", "told\ngoes on\nleft\nsaved\n", 130),
         ("twice", "SIGINT", "told\ngoes on\n\n", 130),
