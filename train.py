@@ -50,8 +50,8 @@ def main(composed: DictConfig) -> float | None:
                 print(f"Tandem: {config.run_dir} is done already")
                 return value
         stop = Stop(config.checkpoint.grace_s)
-        stop.install()
-        return run(config, stop)
+        with stop.installed():
+            return run(config, stop)
     except (ConfigError, DataError) as error:
         code = refuse(error)
         if is_member():
@@ -139,4 +139,7 @@ if __name__ == "__main__":
         raise_conflicts([], command_line_problems(sys.argv[1:], CONF))
     except ConfigError as error:
         sys.exit(refuse(error))
-    main()
+    try:
+        main()
+    except Interrupted as end:  # between two members of a sweep
+        sys.exit(end.exit_code)
