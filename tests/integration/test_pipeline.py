@@ -1,9 +1,11 @@
 """The whole road on a tiny model with the real engines, started as a user starts it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -268,18 +270,27 @@ def test_a_member_that_fails_leaves_the_others_alone(finished: Any, folder: Path
     assert "reusing" not in again.stdout
 
 
-def test_sigterm_while_a_member_starts_ray_ends_the_sweep(folder: Path, tiny_model: Path) -> None:
-    """Ray has a handler of its own by then. The exit code asks for the sweep to be run again."""
-    ours = sweep_command(folder, tiny_model, "ended", "stage=sft", f"cache_dir={folder}/other", "ppo.seed=1,2")
-    with subprocess.Popen(ours, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
-        assert running.stdout is not None
-        said = ""
+@pytest.mark.parametrize(
+    ("name", "mark", "send"),
+    [("starting", "… starting Ray", os.kill), pytest.param("group", "SFT step", os.killpg, marks=pytest.mark.full)],
+)
+def test_sigterm_ends_a_whole_sweep(
+    name: str, mark: str, send: Callable[[int, int], None], folder: Path, tiny_model: Path
+) -> None:
+    """While Ray starts, which has a handler of its own, and for the whole process group, of which Ray dies before us. The
+    exit code asks for the sweep to be run again."""
+    overrides = ["stage=sft", "sft.epochs=500", f"cache_dir={folder}/other", "ppo.seed=1,2"]
+    ours = sweep_command(folder, tiny_model, name, *overrides)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(ours, cwd=ROOT, start_new_session=True, **pipe) as running:  # type: ignore[call-overload]
+        said, sent = "", False
         for line in running.stdout:
             said += line
-            if "… starting Ray" in line:
-                running.send_signal(signal.SIGTERM)
+            if mark in line and not sent:
+                send(running.pid, signal.SIGTERM)
+                sent = True
     assert running.returncode == 75, said
-    assert states(folder / "ended") == {"0-ppo.seed=1": "interrupted"}
+    assert states(folder / name) == {"0-ppo.seed=1": "interrupted"}
     assert "go on with: python train.py -m " in said
     assert "sweep: 0 of 1 members done" in said
 
