@@ -22,7 +22,7 @@ from contracts.config import TandemConfig, register_schema, to_config
 from contracts.outcome import write_outcome
 from contracts.precision import choose_dtypes
 from contracts.validation import ConfigError, raise_conflicts, validate
-from controller.stop import Interrupted, Stop
+from controller.stop import INTERRUPTED, Interrupted, Stop
 from controller.sweep import RunFailed, finished_objective, is_member, place_member, register_resolvers
 
 register_schema()
@@ -141,5 +141,5 @@ if __name__ == "__main__":
         sys.exit(refuse(error))
     try:
         main()
-    except Interrupted as end:  # between two members of a sweep
-        sys.exit(end.exit_code)
+    except KeyboardInterrupt as end:  # between two members of a sweep, or while they run elsewhere
+        sys.exit(end.exit_code if isinstance(end, Interrupted) else INTERRUPTED)

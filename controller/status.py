@@ -22,10 +22,9 @@ from typing import Any
 import psutil
 
 from contracts.durable import replace_text
-from contracts.outcome import read_outcome
 from controller.progress import format_update, spoken
 from controller.report.alarms import evaluate
-from controller.report.data import ReportError, Run, load, number
+from controller.report.data import ReportError, Run, load, number, runs_in
 
 NAME = "status.json"
 BEAT_S = 5.0
@@ -119,8 +118,8 @@ def lines_of(run_dir: Path) -> list[str]:
         done = run.phases[-1]
         out.append(f"finished last: {done.get('stage')}: {done.get('phase')}")
     out += _progress(run, status)
-    if status.state == "done" and (value := read_outcome(run_dir)) is not None:
-        out.append(f"objective {value:+.3f} (gold gain at bounded KL)")
+    if run.objective is not None:
+        out.append(f"objective {run.objective:+.3f} (gold gain at bounded KL)")
     found, _, _ = evaluate(run)
     out += [f"{'ALARM' if a.severity == 'alarm' else 'note'}: {a.title}. {a.finding} Try: {a.advice}" for a in found]
     return out
@@ -163,14 +162,18 @@ def _progress(run: Run, status: Status) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m controller.status", description="Where a run stands.")
-    parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directory, running or not")
-    try:
-        for run in parser.parse_args(arguments).run:
-            print("\n".join(lines_of(run)))
-    except ReportError as error:
-        print(f"status: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument(
+        "run", type=Path, nargs="+", metavar="RUN", help="run directory, running or not, or that of a sweep"
+    )
+    code = 0
+    for path in parser.parse_args(arguments).run:
+        for run in runs_in(path) or [path]:
+            try:
+                print("\n".join(lines_of(run)))
+            except ReportError as error:
+                print(f"status: {error}", file=sys.stderr)
+                code = 2
+    return code
 
 
 if __name__ == "__main__":

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from contracts.durable import replace_text
-from controller.objective import PENALTY, objective
+from controller.objective import PENALTY
 from controller.report import alarms, compare_charts
-from controller.report.data import ReportError, Run, number, read
+from controller.report.data import RUN_FILES, ReportError, Run, number, read, runs_in
 from controller.report.markup import bounds, count, document, duration, esc, interval, num, section, table
 from controller.status import read_status
 
 # Where a run lies and what it is called does not make it another run.
 SAME = ("run_dir", "name", "logger", "cache_dir")
-FILES = ("status.json", "config.yaml", "metrics.jsonl", "hydra/overrides.yaml")
 
 
 @dataclass
@@ -60,13 +59,10 @@ def members_of(paths: Sequence[str | Path]) -> list[Member]:
     Raises:
         ReportError: there is no run.
     """
-    runs: list[Path] = []
-    for path in map(Path, paths):
-        below = sorted(child for child in path.iterdir() if is_run(child)) if path.is_dir() else []
-        runs += [path] if is_run(path) else below
+    runs = [run for path in paths for run in runs_in(Path(path))]
     if not runs:
         raise ReportError(
-            f"no run directory in {', '.join(map(str, paths))}: none has {', '.join(FILES)}; write run directories, or "
+            f"no run directory in {', '.join(map(str, paths))}: none has {', '.join(RUN_FILES)}; write run directories, or "
             "that of a sweep"
         )
     members = [_member(read(path)) for path in runs]
@@ -79,15 +75,10 @@ def members_of(paths: Sequence[str | Path]) -> list[Member]:
     return sorted(members, key=lambda m: (m.objective is None, -(m.objective or 0.0), m.run.path.name))
 
 
-def is_run(path: Path) -> bool:
-    return path.is_dir() and any((path / name).exists() for name in FILES)
-
-
 def _member(run: Run) -> Member:
     status = read_status(run.path)
     state = status.state or ("done" if run.evaluation else "unknown" if run.metrics else "not started")
-    value = objective(run.evaluation, number(run.setting("evaluate.max_kl")) or float("inf"))
-    return Member(run, state, str(status.facts.get("error") or ""), value)
+    return Member(run, state, str(status.facts.get("error") or ""), run.objective)
 
 
 def flattened(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from controller.report.__main__ import main
 from controller.report.compare import best_of, flattened, members_of, page
 from controller.report.compare_charts import unbeaten
 from controller.report.data import ReportError
+from controller.status import main as status
 from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
 from tests.unit.test_report import around, jsonl, parsed
 
@@ -140,6 +141,15 @@ def test_what_a_user_reads_at_the_end_of_a_sweep(sweep: Path, capsys: pytest.Cap
     assert said.endswith(f"best member: {sweep}/1-ppo.kl.coef=0.05\n  python train.py ppo.kl.coef=0.05\n")
     report_sweep(sweep / "nothing")
     assert "sweep: no run directory" in capsys.readouterr().err
+
+
+def test_the_status_of_a_sweep_is_that_of_each_member(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status([str(sweep)]) == 2  # one has not started
+    said = capsys.readouterr()
+    heads = [line.split(": ", 1)[1] for line in said.out.splitlines() if line.startswith("x (")]
+    assert heads == ["done", "done", "failed; OutOfMemory: <8 GiB>"]
+    assert said.out.count("objective +0.") == 2
+    assert "3-ppo.kl.coef=9" in said.err
 
 
 def test_the_frontier_keeps_what_no_other_beats() -> None:
