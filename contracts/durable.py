@@ -148,6 +148,13 @@ def problem(path: Path, expected: FileRecord, content: bool = True) -> str | Non
     )
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file that others read meanwhile: they see the old one, the new one or none. It is not fsynced."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable: the fsync of a file covers its content alone."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

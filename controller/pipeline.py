@@ -377,9 +377,8 @@ class Pipeline:
 
     def _start_ray(self, stage: str) -> None:
         if not ray.is_initialized():
-            with self._phase(stage, "starting Ray"):
+            with self.stop.kept(), self._phase(stage, "starting Ray"):
                 self.runtime.start()
-            self.stop.install()  # Ray has handlers of its own
             self.directory.started_ray(ray_session() if self.config.cluster.address == "local" else None)
 
     @contextmanager
