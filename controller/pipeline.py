@@ -168,19 +168,20 @@ class Pipeline:
             "actors": config.cluster.num_actors,
             "prompts": fingerprint(self.data.prompts),
             "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
-            "policy": checkpoint_fingerprint(self._checkpoint("sft")),
+            "policy": checkpoint_fingerprint(self._checkpoint(self.config.ppo.init_from)),
             "proxy": checkpoint_fingerprint(self._checkpoint("reward_model/proxy")),
             "gold": checkpoint_fingerprint(self._checkpoint("reward_model/gold")) if self._has_gold() else None,
             "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
         }
 
     def _checkpoint(self, name: str) -> str:
-        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache."""
+        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`."""
         if name in self.results:
             return self.results[name].path
+        if name == "base":
+            return self.config.model.path
         key = GIVEN.get(name, f"{name}_model")
-        given = getattr(self.config, key)
-        if given:
+        if given := getattr(self.config, key):
             return given
         found = self.store.find(name, self._inputs_of(name))
         if found is None:
@@ -300,7 +301,7 @@ class Pipeline:
         config = self.config if self.config.ppo.seed is None else replace(self.config, seed=self.config.ppo.seed)
         identity = flat(self._inputs_of("ppo"))
         commit = self._find_commit(identity)
-        policy, proxy = self._checkpoint("sft"), self._checkpoint("reward_model/proxy")
+        policy, proxy = self._checkpoint(self.config.ppo.init_from), self._checkpoint("reward_model/proxy")
         scorers = {"proxy": proxy}
         if self._has_gold() and config.ppo.gold_rollouts:
             scorers["gold"] = self._checkpoint("reward_model/gold")
