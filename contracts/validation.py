@@ -181,8 +181,23 @@ def _estimator_checks(config: TandemConfig) -> list[Check]:
 
 
 def _environment_checks(config: TandemConfig) -> list[Check]:
-    environment = config.environment
+    environment, ppo = config.environment, config.ppo
+    estimator, apart = ESTIMATORS.get(ppo.estimator), environment.reward == "separate"
     return [
+        Check(
+            not (apart and estimator is not None and estimator.needs_groups),
+            "environment.reward",
+            f"cumulative or per_turn with ppo.estimator {ppo.estimator}, which compares whole conversations",
+            environment.reward,
+            "environment.reward=cumulative or ppo.estimator=reinforce_plus_plus",
+        ),
+        Check(
+            not (apart and ppo.sampling.min_completion_tokens > 0),
+            "ppo.sampling.min_completion_tokens",
+            "0 with environment.reward separate: it counts from the start of a conversation",
+            ppo.sampling.min_completion_tokens,
+            "ppo.sampling.min_completion_tokens=0",
+        ),
         Check(
             environment.name in SHIPPED or is_import_path(environment.name),
             "environment.name",

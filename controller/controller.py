@@ -51,7 +51,7 @@ from controller.progress import Progress, format_update
 from controller.prompts import PromptStream
 from controller.recovery import Recovery
 from controller.scores import describe, sample_row
-from controller.shaping import ScoreNormalizer, service_scores, shaped, turn_metrics
+from controller.shaping import ScoreNormalizer, episodes, service_scores, shaped, turn_metrics
 from controller.stop import Interrupted, Stop
 from learner.kl import make_kl_controller
 from learner.learner_actor import LearnerGroup
@@ -263,9 +263,9 @@ class PPOController:
                 self.ledger.quarantine(key, "no scored sibling")
             metrics["fault/no_sibling"] = float(len(alone))
             scored = list(paired.values())
+        paid = [shaped(r, self.normalizer, ppo, self.config.environment) for r in scored]
         batches = make_batches(
-            scored,
-            [shaped(r, self.normalizer, ppo, self.config.environment) for r in scored],
+            *episodes(scored, paid, self.config.environment),
             self.config.cluster.num_learner_ranks,
             ppo.minibatches,
             learner.microbatch_tokens,

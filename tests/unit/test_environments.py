@@ -163,7 +163,7 @@ def test_both_configurations_of_the_group_are_valid() -> None:
             "environment.options.chat must be data.chat (False)",
         ),
         (["environment.max_turn_tokens=0"], "environment.max_turn_tokens must be null or at least 1; found 0"),
-        (["environment.reward=sum"], "environment.reward must be one of cumulative, per_turn; found sum"),
+        (["environment.reward=sum"], "environment.reward must be one of cumulative, per_turn, separate; found sum"),
     ],
 )
 def test_conflicts_are_named(overrides: list[str], message: str) -> None:
