@@ -91,9 +91,7 @@ def _turns_alone(rollout: Rollout, paid: np.ndarray) -> list[tuple[Rollout, np.n
     for turn in rollout.turns:
         mask = slice(None) if completion.loss_mask is None else completion.loss_mask[before : turn.end]
         start = before + int(np.arange(turn.end - before)[mask][0])  # behind the observation
-        prompt = replace(
-            rollout.prompt, token_ids=(*rollout.prompt.token_ids, *completion.token_ids[:start].tolist())
-        )
+        prompt = replace(rollout.prompt, token_ids=(*rollout.prompt.token_ids, *completion.token_ids[:start].tolist()))
         part = slice(start, turn.end)
         alone = replace(
             completion,

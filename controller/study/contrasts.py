@@ -1,10 +1,10 @@
 """From scores by seed and prompt to verdicts: a bootstrap over seeds and prompts, Holm's levels, four possible conclusions.
 
-Every arm answers the same prompts in every seed, so a contrast is a table D [seeds, prompts] of paired differences, and seeds
-and prompts are two crossed samples. A bootstrap draw takes seeds with replacement, then prompts with replacement, the same
-prompts in every seed that was drawn: drawn anew for each they would pretend that prompts differ between seeds, and the
-interval would be too narrow (Owen 2007, "The pigeonhole bootstrap"). With one seed the interval is about other prompts alone.
-Three seeds are few: a bootstrap of S seeds underestimates their variance by the factor (S - 1) / S.
+Every arm answers the same prompts in every seed, so a contrast is a table D [seeds, prompts] of paired differences, and
+seeds and prompts are two crossed samples. A bootstrap draw takes seeds with replacement, then prompts with replacement,
+the same prompts in every seed that was drawn: drawn anew for each they would pretend that prompts differ between seeds,
+and the interval would be too narrow (Owen 2007, "The pigeonhole bootstrap"). With one seed the interval is about other
+prompts alone. Three seeds are few: a bootstrap of S seeds underestimates their variance by the factor (S - 1) / S.
 """
 
 import math
@@ -101,7 +101,8 @@ def cells(members: Sequence[Member], contrast: Contrast) -> tuple[dict[int, dict
 
 
 def tables(found: dict[int, dict[str, dict[int, float]]]) -> tuple[dict[str, FloatArray], int]:
-    """Scores of each cell [seeds, prompts] on the prompts that every cell of every seed has a score for; how many have not."""
+    """Scores of each cell [seeds, prompts] on the prompts that every cell of every seed has a score for; how many have
+    not."""
     prompts = sorted({p for row in found.values() for scores in row.values() for p in scores})
     names = list(next(iter(found.values())))
     stacked = {
@@ -118,7 +119,9 @@ def estimate(members: Sequence[Member], contrast: Contrast, plan: Preregistratio
         return absent(f"not in this study: {', '.join(not_run)}")
     found, lost = cells(members, contrast)
     if not found or len(found) < plan.min_seed_share * (len(found) + len(lost)):
-        return absent(f"no evaluation of every arm in seeds {', '.join(map(str, lost))}" if lost else "nothing was judged")
+        return absent(
+            f"no evaluation of every arm in seeds {', '.join(map(str, lost))}" if lost else "nothing was judged"
+        )
     scores, left_out = tables(found)
     table = sum((weight * scores[cell] for cell, weight in contrast.contrast.items()), start=np.zeros(()))
     prompts = table.shape[1]

@@ -117,8 +117,9 @@ def _member(path: Path) -> Member | None:
         return None
     status = read_status(path)
     state = status.state or ("done" if run.evaluation else "not started")
-    seed = number(run.setting("ppo.seed")) or number(run.setting("seed")) or settings.get("ppo.seed", 0)
-    member = Member(settings["arm"], int(seed), run, state, str(status.facts.get("error") or ""))
+    # A member that was refused has left its command line and nothing else.
+    seed = int(number(run.setting("ppo.seed")) or float(settings.get("ppo.seed", 0)))
+    member = Member(settings["arm"], seed, run, state, str(status.facts.get("error") or ""))
     if run.evaluation:
         member.judged = _judged(run.samples)
     return member

@@ -92,13 +92,13 @@ def sha256(path: Path = PREREGISTRATION) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load(path: Path = PREREGISTRATION) -> Preregistration:
-    """Raises StudyError, with every fault, where the file does not follow the schema."""
+def parse(text: str) -> Preregistration:
+    """Raises StudyError, with every fault, where the text does not follow the schema."""
     try:
-        return Preregistration.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Preregistration.model_validate(yaml.safe_load(text))
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise StudyError("\n  - ".join([f"{path} is no pre-registration:", *faults])) from None
+        raise StudyError("\n  - ".join(["this is no pre-registration:", *faults])) from None
 
 
 def record(directory: Path, path: Path = PREREGISTRATION) -> dict[str, Any]:
@@ -107,18 +107,19 @@ def record(directory: Path, path: Path = PREREGISTRATION) -> dict[str, Any]:
     Raises:
         StudyError: the file has changed since the first member of this sweep started.
     """
-    load(path)
+    text = path.read_text(encoding="utf-8")
+    parse(text)
     note, found = directory / RECORD, sha256(path)
     if note.exists():
         known = json.loads(note.read_text())
         if known["sha256"] != found:
             raise StudyError(
-                f"{path.name} has changed since {directory} began ({known['sha256'][:12]} -> {found[:12]}): its members belong "
-                "to the old one; write hydra.sweep.dir=ANOTHER for a new study, or put the file back"
+                f"{path.name} has changed since {directory} began ({known['sha256'][:12]} -> {found[:12]}): its "
+                "members belong to the old one; write hydra.sweep.dir=ANOTHER for a new study, or put the file back"
             )
         return known
     directory.mkdir(parents=True, exist_ok=True)
-    content = {"sha256": found, "time": time.time(), "text": path.read_text(encoding="utf-8")}
+    content = {"sha256": found, "time": time.time(), "text": text}
     note.write_text(json.dumps(content, indent=1) + "\n")
     return content
 

@@ -1,17 +1,18 @@
-"""A conversation of two turns in which the best first answer is not the one that is paid best: with two tokens in all, and so
-with a known optimum.
+"""A conversation of two turns in which the best first answer is not the one that is paid best: with two tokens in all,
+and so with a known optimum.
 
     turn 1: a in {0, 1}          u_1(a) + noise      a = 0 pays 1 at once, a = 1 pays nothing
     turn 2: b in {0, 1}          u_2(a, b)           after a = 0 at most 0.2 is left, after a = 1 there are 2
 
     best: a = 1, b = 1, worth 2.0        greedy in every turn: a = 0, b = 1, worth 1.2
 
-A tabular policy and a tabular critic learn it through the very functions that train the language model: `token_rewards`, `gae`,
-`whiten`, `policy_loss`, `value_loss`, on rows of a turn, an observation that is masked, and a turn. What must come out:
+A tabular policy and a tabular critic learn it through the very functions that train the language model:
+`token_rewards`, `gae`, `whiten`, `policy_loss`, `value_loss`, on rows of a turn, an observation that is masked, and a
+turn. What must come out:
 
     cumulative, per_turn   find the best: a turn is credited with all that follows
     separate               finds the greedy one: to a turn that is an episode of its own the next one does not exist
-    per_turn               tells more of turn 2 than cumulative: the noise of turn 1 is in the advantage of neither critic nor action
+    per_turn               keeps the noise of turn 1 out of the advantages of turn 2; cumulative does not
 """
 
 from dataclasses import dataclass
@@ -83,8 +84,8 @@ def learn(payment: str, updates: int = 200, conversations: int = 64, seed: int =
 def _rows(
     payment: str, policy: list[Tensor], critic: list[Tensor], a: Tensor, b: Tensor, paid: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities, values, what is paid and the mask [rows, columns]: a row is a conversation, or with `separate` a turn,
-    those of turn 1 before those of turn 2."""
+    """Log-probabilities, values, what is paid and the mask [rows, columns]: a row is a conversation, or with `separate`
+    a turn, those of turn 1 before those of turn 2."""
     logprobs = torch.stack([policy[0].log_softmax(0)[a], policy[1].log_softmax(1)[a, b]])
     values = torch.stack([critic[0].expand(len(a)), critic[1][a]])
     if payment == "separate":

@@ -1,0 +1,76 @@
+"""What an arm gained for how much drift, and what PPO had gained when it had drifted as far.
+
+The path of a loop is read from its rollouts in training: the KL and the gold score of each version, a mean over
+neighbouring versions, gains counted from the first. An arm's end is its held-out evaluation. The two are on different
+prompts, so the page shows PPO's own end beside the end of its path.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from controller.report.data import number
+from controller.report.svg import smoothed
+from controller.study.members import Member
+
+WINDOW = 5  # versions
+
+
+@dataclass
+class Path:
+    """Of one member: KL in nats a sequence, rising, and the gold gain since the first version."""
+
+    kl: list[float]
+    gain: list[float]
+    rollouts: int  # behind each point, at most
+
+    def at(self, kl: float) -> float:
+        """The gain where the path first came as far; NaN where it never did."""
+        if not self.kl or not self.kl[0] <= kl <= self.kl[-1]:
+            return math.nan
+        return float(np.interp(kl, self.kl, self.gain))
+
+
+def path_of(member: Member) -> Path:
+    kl = dict(smoothed(member.run.curve("ppo", "kl/ref_seq"), WINDOW))
+    gold = [(s, v) for s, v in smoothed(member.run.curve("ppo", "reward/gold_mean"), WINDOW) if v is not None]
+    known = [(x, y) for step, y in gold if (x := kl.get(step)) is not None]
+    scored = number(member.run.setting("ppo.gold_rollouts")) or 0
+    if not known:
+        return Path([], [], 0)
+    # Where the KL goes back the farthest point so far stands: a path is read by where it first came.
+    farthest = np.maximum.accumulate([x for x, _ in known]).tolist()
+    gains = [y - known[0][1] for _, y in known]
+    firsts = [i for i, x in enumerate(farthest) if i == 0 or x > farthest[i - 1]]
+    return Path([farthest[i] for i in firsts], [gains[i] for i in firsts], int(scored) * WINDOW)
+
+
+@dataclass
+class Matched:
+    """One member beside PPO of the same seed at the KL where the member ended."""
+
+    arm: str
+    seed: int
+    kl: float
+    gain: float  # held-out, over SFT
+    ppo_gain: float  # in training, at that KL; NaN where PPO never came so far or has no path
+    ppo_error: float  # standard error of `ppo_gain`
+
+
+def matched_kl(members: Sequence[Member], reference: str = "ppo") -> list[Matched]:
+    """Every judged member that plays single turns beside the reference of its seed, the reference included."""
+    paths = {m.seed: (path_of(m), m) for m in members if m.arm == reference}
+    rows = []
+    for member in members:
+        own, sft, kl = member.mean("own", "gold"), member.mean("sft", "gold"), member.kl
+        one_turn = member.run.setting("environment.name") in (None, "single_turn")
+        if own is None or sft is None or kl is None or not one_turn:
+            continue
+        path, ppo = paths.get(member.seed, (Path([], [], 0), None))
+        gold = list(ppo.judged["own"]["gold"].values()) if ppo and ppo.is_judged else []
+        # The difference of two window means of independent rollouts.
+        error = float(np.nanstd(gold)) * math.sqrt(2 / path.rollouts) if gold and path.rollouts else math.nan
+        rows.append(Matched(member.arm, member.seed, kl, own - sft, path.at(kl), error))
+    return rows
