@@ -180,6 +180,23 @@ class PreferencePair:
 
 
 @dataclass
+class RatedExample:
+    """A text that a policy could write, with the ratings of several people, or one."""
+
+    example: Example
+    ratings: list[float]
+
+
+@dataclass
+class ExamplePair:
+    """Two completions, of one prompt as a rule, and the share of raters who prefer the first."""
+
+    chosen: Example
+    rejected: Example
+    preference: float = 1.0  # P(chosen beats rejected) in [0, 1]
+
+
+@dataclass
 class StageResult:
     """What a stage leaves behind: a checkpoint directory and the numbers a reader wants first."""
 

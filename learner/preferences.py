@@ -1,4 +1,4 @@
-"""From ratings of several people to soft preferences between texts."""
+"""From ratings of several people, and from stored pairs, to soft preferences between the texts of a batch."""
 
 import torch
 from torch import Tensor
@@ -32,3 +32,21 @@ def preference_matrix(ratings: list[list[float]]) -> Tensor:
         own = padded[i, :, None, None]
         wins[i] = (own > padded).sum(dim=(0, 2)) + 0.5 * (own == padded).sum(dim=(0, 2))
     return (wins / (counts[:, None] * counts[None, :])).float()
+
+
+def pair_preferences(preferences: list[float]) -> tuple[Tensor, Tensor]:
+    """P(i beats j) and the entries that are known, for texts that lie as pairs: 2 i is the first text of pair i, 2 i + 1 the
+    second.
+
+    Args:
+        preferences: of N pairs, P(first beats second).
+
+    Returns:
+        float32 [2N, 2N], and bool [2N, 2N] with N true entries, all above the diagonal.
+    """
+    count = 2 * len(preferences)
+    matrix, known = torch.full((count, count), 0.5), torch.zeros(count, count, dtype=torch.bool)
+    first = torch.arange(0, count, 2)
+    matrix[first, first + 1] = torch.tensor(preferences)
+    known[first, first + 1] = True
+    return matrix, known

@@ -18,14 +18,13 @@ from contracts.scoring import scoring_ids
 from controller.data import (
     DataError,
     LoadReport,
-    detect_format,
     encode_prompt,
     fingerprint,
     load_preferences,
     load_prompts,
-    load_rows,
     load_sft,
 )
+from controller.rows import detect_format, load_rows
 
 ROOT = Path(__file__).parents[2]
 EOS = 2
