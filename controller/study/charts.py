@@ -6,7 +6,7 @@ from controller.report import svg
 from controller.report.curves import room
 from controller.report.markup import bounds, esc, num
 from controller.report.svg import Scale
-from controller.study.frontier import path_of
+from controller.study.frontier import best_of_n, path_of
 from controller.study.registration import Claim
 from controller.study.results import Arm, Judged, Study
 
@@ -87,22 +87,23 @@ def _wrapped(text: str, most: int) -> list[str]:
 
 
 def frontier(study: Study, metric: str, title: str) -> str:
-    """Every arm that answers single turns: gain over SFT against KL, and the paths of PPO's seeds."""
+    """Every arm that answers single turns: gain over SFT against KL; the paths of PPO's seeds and of best of n."""
     arms = [(i + 1, arm) for i, arm in enumerate(study.arms) if _plays_one_turn(arm)]
     marks = [(place, arm, arm.kl, _gain(arm, metric)) for place, arm in arms]
     known = [(p, a, kl, g) for p, a, kl, g in marks if kl is not None and g[0] is not None]
     if not known:
         return ""
-    paths = [path_of(m) for m in study.members if m.arm == "ppo"] if metric == "gold" else []
-    xs = [0.0, *(kl for _, _, kl, _ in known), *(v for p in paths for v in p.kl)]
-    ys = [0.0, *(v for *_, g in known for v in g if v is not None), *(v for p in paths for v in p.gain)]
+    paths = [("ppo", path_of(m)) for m in study.members if m.arm == "ppo" and metric == "gold"]
+    paths += [("plain", best_of_n(m, metric)) for m in study.members if m.arm == "best_of_n"]
+    xs = [0.0, *(kl for _, _, kl, _ in known), *(v for _, p in paths for v in p.kl)]
+    ys = [0.0, *(v for *_, g in known for v in g if v is not None), *(v for _, p in paths for v in p.gain)]
     width, height = 520.0, 340.0
     x = Scale(*svg.padded(xs, 0.06), 48.0, width - 14.0)
     y = Scale(*room(ys), height - 36.0, 26.0)
     body = [svg.axes(x, y, "KL from SFT, nats a sequence", "gain over SFT")]
-    for path in paths:
+    for css, path in paths:
         points = " ".join(f"{x(kx):.1f},{y(v):.1f}" for kx, v in zip(path.kl, path.gain, strict=True))
-        body.append(f'<polyline class="line thin ppo" points="{points}"/>')
+        body.append(f'<polyline class="line thin {css}" points="{points}"/>')
     for place, arm, kl, (mean, low, high) in known:
         css = f"m{(place - 1) % 8}"
         text = f"{arm.name}\nKL {num(kl, 1)} nats\ngain {num(mean, 2, signed=True)}"
@@ -115,7 +116,8 @@ def frontier(study: Study, metric: str, title: str) -> str:
         )
     return (
         f'<figure class="chart wide"><figcaption><b>{esc(title)}</b></figcaption>'
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{esc(title)} of every arm against KL">{"".join(body)}</svg></figure>'
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{esc(title)} of every arm against KL">'
+        f"{''.join(body)}</svg></figure>"
     )
 
 

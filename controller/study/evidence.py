@@ -5,7 +5,7 @@ import math
 import os
 from typing import Any
 
-from controller.report.markup import absent, compact, count, esc, interval, num, section, table
+from controller.report.markup import absent, compact, count, esc, interval, num, percent, section, table
 from controller.study import negation, negation_rules
 from controller.study.contrasts import VERDICTS
 from controller.study.members import Member
@@ -20,6 +20,29 @@ MEASURES = (
     ("proxy", "reward model that PPO sees"),
     ("gold", "gold reward model"),
 )
+
+
+def ranking(study: Study) -> str:
+    """How well whatever ranks texts does so, by stage and seed."""
+    rows: dict[str, list[str]] = {}
+    for member in study.members:
+        for stage in member.run.stages:
+            known, name = stage.get("metrics") or {}, str(stage.get("name"))
+            if "accuracy" not in known:
+                continue
+            who = (
+                f"{member.arm}, seed {member.seed}: its likelihoods" if name == "preference" else name.replace("_", " ")
+            )
+            values = {"mean": known["accuracy"], "low": known.get("accuracy_low"), "high": known.get("accuracy_high")}
+            rows.setdefault(who, [esc(who), interval(values, 1, share=True), percent(known.get("sft_accuracy"), 1)])
+    if not rows:
+        return ""
+    intro = (
+        "Held-out pairs of human snippets on which the higher score, or likelihood, goes to the one that people rated "
+        "higher. An arm can be good at this and no better at writing: that is claim 1."
+    )
+    body = table(("What ranks", "Pairs right", "The same by SFT"), list(rows.values()), "short")
+    return section("ranking", "Ranking what others wrote", body, intro)
 
 
 def matched(study: Study) -> str:

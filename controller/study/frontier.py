@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from controller.judged import judged_model
 from controller.report.data import number
+from controller.report.markup import bounds
 from controller.report.svg import smoothed
 from controller.study.members import Member
 
@@ -45,6 +47,14 @@ def path_of(member: Member) -> Path:
     gains = [y - known[0][1] for _, y in known]
     firsts = [i for i, x in enumerate(farthest) if i == 0 or x > farthest[i - 1]]
     return Path([farthest[i] for i in firsts], [gains[i] for i in firsts], int(scored) * WINDOW)
+
+
+def best_of_n(member: Member, judge: str) -> Path:
+    """The best of 1, 2, 4, ... n: gains over the best of one, which is the SFT model, against the bound of the KL."""
+    rows = judged_model(member.run.evaluation).get("best_of_n") or []
+    means = [(number(row.get("kl")), bounds(row.get(judge))[0]) for row in rows]
+    known = [(kl, mean) for kl, mean in means if kl is not None and mean is not None]
+    return Path([kl for kl, _ in known], [mean - known[0][1] for _, mean in known], 0)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from contracts.estimators import ESTIMATORS
+from controller.judged import judged_model
 from controller.report.compare import is_run
 from controller.report.data import ReportError, Run, number, read
 from controller.status import read_status
@@ -43,15 +44,12 @@ class Member:
     def evaluated(self, model: str, name: str) -> float | None:
         """A number of evaluation.json that is of a whole model."""
         models = self.run.evaluation.get("models") or {}
-        key = model if model in BEFORE else next((name for name in models if name not in BEFORE), "")
-        return number((models.get(key) or {}).get(name))
+        row = models.get(model) if model in BEFORE else judged_model(self.run.evaluation)
+        return number((row or {}).get(name))
 
     @property
     def kl(self) -> float | None:
-        """Nats a sequence from SFT; for best of n what the choice costs at most, log n - (n - 1) / n (Stiennon 2020)."""
-        if self.run.setting("method") == "best_of_n":
-            n = number(self.run.setting("evaluate.best_of_n")) or 1.0
-            return math.log(n) - (n - 1) / n
+        """Nats a sequence from SFT; of best of n the bound (`controller.best_of_n.kl_bound`)."""
         return self.mean("own", "kl")
 
     def divergence(self, limits: Diverged) -> list[str]:

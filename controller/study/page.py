@@ -41,6 +41,7 @@ ANCHORS = (
     ("claims", "Claims"),
     ("arms", "Arms"),
     ("frontier", "Frontier"),
+    ("ranking", "Ranking"),
     ("matched", "Equal KL"),
     ("mdp", "Known optimum"),
     ("negation", "Negation"),
@@ -63,6 +64,7 @@ def page(study: Study) -> str:
             _claims(study),
             _arms(study),
             _frontier(study),
+            evidence.ranking(study),
             evidence.matched(study),
             evidence.mdp(study),
             evidence.negation_section(study),
@@ -218,8 +220,8 @@ def _frontier(study: Study) -> str:
         return section("frontier", "Frontier", absent("No arm has been judged yet."))
     intro = (
         "Gain over SFT against drift on the held-out prompts, numbered as in the table of arms; bars are 95% "
-        "intervals. Lines: the seeds of PPO on their way, in training. Best of n stands at log n − (n − 1)/n nats, "
-        "the most that choosing costs. Where the learned score rises and the gold one does not, an arm has learnt the "
+        "intervals. Lines: PPO on its way, in training, and the best of 1, 2, 4, … n, at log n − (n − 1)/n nats, the "
+        "most that choosing costs. Where the learned score rises and the gold one does not, an arm has learnt the "
         "faults of its reward model."
     )
     return section("frontier", "Gain against drift", f'<div class="pair">{panels}</div>', intro)
