@@ -136,19 +136,20 @@ class Pipeline:
             "actors": config.cluster.num_actors,
             "prompts": fingerprint(self.data.prompts),
             "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
-            "policy": checkpoint_fingerprint(self.checkpoint("sft")),
+            "policy": checkpoint_fingerprint(self.checkpoint(config.ppo.init_from)),
             "proxy": checkpoint_fingerprint(self.checkpoint("reward_model/proxy")),
             "gold": checkpoint_fingerprint(self.checkpoint("reward_model/gold")) if has_gold(self.config) else None,
             "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
         }
 
     def checkpoint(self, name: str) -> str:
-        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache."""
+        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`."""
         if name in self.results:
             return self.results[name].path
+        if name == "base":
+            return self.config.model.path
         key = GIVEN[name]
-        given = getattr(self.config, key)
-        if given:
+        if given := getattr(self.config, key):
             return given
         found = self.store.find(name, self._inputs_of(name))
         if found is None:
@@ -192,7 +193,7 @@ class Pipeline:
         config = offline.method_config(self.config)
         identity = flat(self._inputs_of("ppo"))
         commit = self._find_commit(identity)
-        policy, proxy = self.checkpoint("sft"), self.checkpoint("reward_model/proxy")
+        policy, proxy = self.checkpoint(config.ppo.init_from), self.checkpoint("reward_model/proxy")
         scorers = {"proxy": proxy}
         if has_gold(self.config) and config.ppo.gold_rollouts:
             scorers["gold"] = self.checkpoint("reward_model/gold")
