@@ -16,6 +16,7 @@ turn. What must come out:
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -109,6 +110,7 @@ def _unexplained(advantages: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return sum((part.var(correction=0) * len(part) for part in parts if len(part)), start=torch.zeros(())) / len(a)
 
 
+@lru_cache
 def results(seeds: int = 3) -> dict[str, Any]:
     """Every payment with several seeds, as the report shows them."""
     return {
