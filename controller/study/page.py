@@ -26,8 +26,9 @@ from controller.study.registration import Contrast
 from controller.study.results import Arm, Judged, Study
 
 OWN_CSS = (
-    ".forest{display:block;width:100%;height:auto;margin-top:12px}.forest .name{fill:var(--ink);font-size:12.5px}"
-    ".forest .said{fill:var(--tone);font-size:12.5px;font-weight:680}.forest .band{fill:var(--grid)}"
+    ".forest{display:block;width:100%;min-width:660px;height:auto;margin-top:12px}"
+    ".forest .name{fill:var(--ink);font-size:12.5px}"
+    ".forest .said{fill:var(--tone);font-size:12.5px;font-weight:680}.forest .band{fill:var(--rule)}"
     ".forest .mark{fill:var(--tone);stroke:var(--card)}.forest .whisker{stroke:var(--tone);stroke-width:3.2}"
     ".good{--tone:var(--good)}.bad{--tone:var(--bad)}.unsure{--tone:var(--unsure)}.none{--tone:var(--none)}"
     ".chip{display:inline-block;padding:1px 10px;border-radius:20px;border:1px solid var(--tone);color:var(--tone);"
@@ -107,7 +108,7 @@ def _banner(study: Study) -> str:
     note = f"* preliminary: fewer than {study.plan.seeds} seeds; the interval is about other prompts, not about other runs."
     return (
         f'<section id="verdict" class="verdict {kind}"><p class="word">Of {len(found)} claims</p><p class="sentence">'
-        f"{esc(said)}</p>{charts.forest(study)}"
+        f"{esc(said)}</p><div class='scroll'>{charts.forest(study)}</div>"
         '<p class="note">Dots: estimates. Bars: intervals at the levels of Holm’s correction, '
         f"{1 - study.plan.alpha:.0%} for the "
         "family. Grey bands: differences that were called too small to matter before the runs. "
@@ -136,7 +137,7 @@ def _claim(judged: Judged, study: Study) -> str:
         rows.append(
             (
                 "Result",
-                f"{known} at level {1 - judged.level:.3f}, p = {compact(found.p_value)}; margin ±{claim.margin:g}",
+                f"{known} {percent(1 - judged.level, 1)} interval, p = {compact(found.p_value)}; margin ±{claim.margin:g}",
             )
         )
         rows.append(("From", _basis(judged)))

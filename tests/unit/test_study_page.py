@@ -251,7 +251,7 @@ def test_what_a_reader_must_know_first(tmp_path: Path) -> None:
 
 
 def test_no_study_at_all(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="study: .* holds no member of a study"):
+    with pytest.raises(SystemExit, match=r"study: .* holds no member of a study"):
         main([str(tmp_path)])
     with pytest.raises(StudyError, match="holds no member"):
         members_of_study(tmp_path / "nothing")
