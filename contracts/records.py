@@ -187,6 +187,10 @@ class RatedExample:
     example: Example
     ratings: list[float]
 
+    @property
+    def texts(self) -> list[Example]:
+        return [self.example]
+
 
 @dataclass
 class ExamplePair:
@@ -195,6 +199,10 @@ class ExamplePair:
     chosen: Example
     rejected: Example
     preference: float = 1.0  # P(chosen beats rejected) in [0, 1]
+
+    @property
+    def texts(self) -> list[Example]:
+        return [self.chosen, self.rejected]
 
 
 @dataclass

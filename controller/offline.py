@@ -11,8 +11,9 @@ import torch
 
 from contracts.config import TandemConfig
 from contracts.methods import chosen_preference
-from contracts.records import Example, ExamplePair, PreferencePair, RatedExample, RatedText
+from contracts.records import Example, PreferencePair, RatedExample, RatedText
 from controller import statistics
+from learner.preferences import implicit_scores
 
 if TYPE_CHECKING:
     from controller.pipeline import Pipeline
@@ -92,7 +93,7 @@ def train_reward_model(run: "Pipeline", name: str, path: Path) -> dict[str, Any]
 def train_preference(run: "Pipeline", path: Path) -> dict[str, Any]:
     config, settings, stage = method_config(run.config), chosen_preference(run.config), "preference"
     examples, test = run.data.completions, run.data.test_completions
-    texts = [e for item in test for e in ([item.example] if isinstance(item, RatedExample) else _both(item))]
+    texts = [text for item in test for text in item.texts]
     with run.learner(stage, stage, config, settings, run.checkpoint("sft"), examples) as group:
 
         def likelihoods() -> np.ndarray:
@@ -117,10 +118,6 @@ def train_preference(run: "Pipeline", path: Path) -> dict[str, Any]:
     known = f" (SFT: {start['accuracy']:.1%})" if start else ""
     run.progress.line(f"  {settings.loss}: {found['accuracy']:.1%} of {found['pairs']} held-out pairs right{known}")
     return found | {f"sft_{name}": value for name, value in start.items() if name.startswith("accuracy")}
-
-
-def _both(pair: ExamplePair) -> list[Example]:
-    return [pair.chosen, pair.rejected]
 
 
 def _pair_steps(run: "Pipeline", group: Any, stage: str, title: str) -> None:
@@ -162,11 +159,8 @@ def _accuracy_of_scores(run: "Pipeline", score: Callable[[list[list[int]]], list
 def _accuracy_of_likelihoods(
     run: "Pipeline", loss: str | None, now: np.ndarray, before: np.ndarray, texts: list[Example]
 ) -> dict[str, float]:
-    """As `_accuracy_of_scores`, by the scores that the policy implies (`learner.preference`)."""
-    from learner.preference import implicit_scores
-    from learner.sft import loss_tokens
-
-    tokens = torch.tensor([max(1, loss_tokens([text])) for text in texts])
+    """As `_accuracy_of_scores`, by the scores that the policy implies."""
+    tokens = torch.tensor([max(1, sum(text.loss_mask[1:])) for text in texts])
     scores = implicit_scores(torch.from_numpy(now), torch.from_numpy(before), tokens, str(loss), 1.0).tolist()
     rated = [item for item in run.data.test_completions if isinstance(item, RatedExample)]
     if not rated:

@@ -20,83 +20,20 @@ from contracts.config import PreferenceConfig, TandemConfig
 from contracts.records import Example, ExamplePair, RatedExample
 from learner.checkpoint import save_checkpoint
 from learner.engine import Ranks, TrainEngine
-from learner.losses import soft_pairwise_loss
 from learner.models import PolicyModel, freeze_below, load_policy
-from learner.preferences import pair_preferences, preference_matrix
+from learner.preferences import pair_metrics, pair_preferences, preference_loss, preference_matrix
 from learner.sft import epoch_batches, example_logprobs, loss_tokens
-
-
-def implicit_scores(logprobs: Tensor, reference: Tensor, tokens: Tensor, loss: str, beta: float) -> Tensor:
-    """What a policy's likelihoods say of completions.
-
-    dpo:  beta * (log pi(y|x) - log pi_ref(y|x)), summed over tokens: Rafailov et al. 2023 (arXiv 2305.18290), equation 5,
-          without the term of the prompt, which is the same on both sides of a pair that shares it
-    rank: beta * log pi(y|x) / |y|: Yuan et al. 2023 (arXiv 2304.05302, RRHF), equation 1; with the logistic loss it is
-          SimPO without its margin (Meng et al. 2024, arXiv 2405.14734)
-
-    Args:
-        logprobs, reference: [N], log p of whole completions, nats; the reference is not read by rank.
-        tokens: [N], length of each completion, at least 1.
-
-    Raises:
-        ValueError: for another loss.
-    """
-    if loss == "dpo":
-        return beta * (logprobs - reference)
-    if loss == "rank":
-        return beta * logprobs / tokens
-    raise ValueError(f"the loss must be dpo or rank, found {loss!r}")
-
-
-def preference_loss(
-    logprobs: Tensor,
-    reference: Tensor,
-    tokens: Tensor,
-    preferences: Tensor,
-    known: Tensor,
-    loss: str,
-    beta: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over the known pairs of the cross-entropy of sigmoid(s_i - s_j) against P(i beats j), where s are
-    `implicit_scores`. With P = 1 it is -log sigmoid(s_w - s_l); with P = 1 - epsilon it is conservative DPO (Mitchell 2023,
-    "A note on DPO with noisy preferences").
-
-    Args:
-        preferences, known: [N, N], read above the diagonal.
-
-    Returns:
-        The loss (scalar), the scores [N], and d loss / d logprobs [N]: all without gradient.
-    """
-    with torch.enable_grad():
-        leaf = logprobs.detach().requires_grad_()
-        scores = implicit_scores(leaf, reference, tokens, loss, beta)
-        total, pairs = soft_pairwise_loss(scores, preferences, known)
-        mean = total / pairs.clamp(min=1)
-        [coefficients] = torch.autograd.grad(mean, leaf)
-    return mean.detach(), scores.detach(), coefficients
-
-
-@torch.no_grad()
-def pair_metrics(scores: Tensor, preferences: Tensor, known: Tensor) -> tuple[float, float]:
-    """Over the known pairs that are no tie: share whose preferred text has the higher score (equal scores half), and the
-    mean of its score less the other's."""
-    counted = known.triu(1) & (preferences != 0.5)
-    if not counted.any():
-        return 0.0, 0.0
-    margins = ((scores[:, None] - scores[None, :]) * (preferences - 0.5).sign())[counted]
-    return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item(), margins.mean().item()
 
 
 def batch_examples(batch: Sequence[RatedExample | ExamplePair]) -> tuple[list[Example], Tensor, Tensor]:
     """The texts of a batch, P(i beats j) [N, N], and which entries are known [N, N]: of rated texts all, of stored pairs
     those between their two texts."""
-    rated = [item for item in batch if isinstance(item, RatedExample)]
+    texts = [text for item in batch for text in item.texts]
+    rated = [item.ratings for item in batch if isinstance(item, RatedExample)]
     if rated:
-        preferences = preference_matrix([item.ratings for item in rated])
-        return [item.example for item in rated], preferences, torch.ones_like(preferences, dtype=torch.bool)
-    pairs = [item for item in batch if isinstance(item, ExamplePair)]
-    texts = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
-    return texts, *pair_preferences([pair.preference for pair in pairs])
+        preferences = preference_matrix(rated)
+        return texts, preferences, torch.ones_like(preferences, dtype=torch.bool)
+    return texts, *pair_preferences([item.preference for item in batch if isinstance(item, ExamplePair)])
 
 
 class PreferenceTask:
@@ -126,10 +63,9 @@ class PreferenceTask:
 
     def compute_reference(self, start: int, stop: int) -> None:
         """Log-probabilities of the texts of these examples, before the first step."""
-        texts, _, _ = batch_examples(self.examples[start:stop])
-        logprobs = self.logprobs(texts)
-        each = len(texts) // (stop - start)
-        self._reference |= {start + i: logprobs[each * i : each * (i + 1)] for i in range(stop - start)}
+        items = self.examples[start:stop]
+        logprobs = iter(self.logprobs([text for item in items for text in item.texts]))
+        self._reference |= {start + i: [next(logprobs) for _ in item.texts] for i, item in enumerate(items)}
 
     def step(self, index: int) -> dict[str, float]:
         """One optimizer step."""

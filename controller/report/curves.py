@@ -2,7 +2,7 @@
 
 import math
 
-from controller.judged import judged_name, judged_title
+from controller.judged import judged_model, judged_name, judged_title
 from controller.report import svg
 from controller.report.alarms import limits_of
 from controller.report.data import Run, number
@@ -96,10 +96,17 @@ def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> str:
     trail = [(step, x, y) for step, x, y in points if x is not None and y is not None]
     trail = trail[:: max(1, math.ceil(len(trail) / svg.MAX_POINTS))]
     marks, levels = _evaluation_marks(run, measure, max((x for _, x, _ in trail), default=0.0))
+    best = [(bounds(row.get(measure))[0], row) for row in judged_model(run.evaluation).get("best_of_n") or []]
+    best_of_n = [(float(row["kl"]), value) for value, row in best if value is not None]
     if not trail and not marks:
         return ""
-    xs = [x for _, x, _ in trail] + [v for _, xb, _ in marks for v in xb if v is not None]
-    ys = [y for _, _, y in trail] + [v for _, _, yb in marks for v in yb if v is not None] + [y for _, y in levels]
+    xs = [x for _, x, _ in trail] + [x for x, _ in best_of_n] + [v for _, xb, _ in marks for v in xb if v is not None]
+    ys = (
+        [y for _, _, y in trail]
+        + [y for _, y in best_of_n]
+        + [v for _, _, yb in marks for v in yb if v is not None]
+        + [y for _, y in levels]
+    )
     width, height = 480.0, 320.0
     x = Scale(*svg.padded([0.0, *xs], 0.06), 48.0, width - 14.0)
     y = Scale(*room(ys), height - 36.0, 26.0)
@@ -111,6 +118,9 @@ def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> str:
             f'<text class="mark-text {model}" x="{x.end - 4:.1f}" y="{y(level) - 5:.1f}" text-anchor="end">'
             f"{esc(names[model])}</text>"
         )
+    if best_of_n:  # of 1, 2, 4, ... samples, over the bound of its KL
+        line = " ".join(f"{x(kx):.1f},{y(v):.1f}" for kx, v in best_of_n)
+        body.append(f'<polyline class="edge" points="{line}"/>')
     if len(trail) > 1:
         line = " ".join(f"{x(kx):.1f},{y(v):.1f}" for _, kx, v in trail)
         body.append(f'<polyline class="trail" points="{line}"/>')

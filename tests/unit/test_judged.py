@@ -84,6 +84,20 @@ def test_the_report_shows_another_method(dpo_run: Path) -> None:
     assert member.evaluated("kl")["mean"] == 6.0
 
 
+def test_the_frontier_draws_best_of_n_over_its_bound(dpo_run: Path) -> None:
+    found = of_method("best_of_n")
+    found["models"]["best_of_n"]["best_of_n"] = [
+        {"n": n, "kl": kl, "gold": {"mean": gold, "low": gold, "high": gold}}
+        for n, kl, gold in ((1, 0.0, 0.2), (2, 0.193, 0.5), (4, 0.636, 0.8))
+    ]
+    (dpo_run / "evaluation.json").write_text(json.dumps(found))
+    text = page(load(dpo_run))
+    [line] = [
+        part for part in text.split("<polyline ") if part.startswith('class="edge"')
+    ]  # on the panel of the gold judge
+    assert line.split('points="')[1].split('"')[0].count(",") == 3
+
+
 def test_the_alarm_names_the_method() -> None:
     run = Run(Path())
     run.evaluation = {
