@@ -33,10 +33,11 @@ class LearnerActor:
         """Join the process group and build the stage's task; all ranks together."""
         from learner.engine import join
         from learner.ppo import PPOTask
+        from learner.preference import PreferenceTask
         from learner.reward_model import RewardModelTask
         from learner.sft import SFTTask
 
-        tasks = {"sft": SFTTask, "reward_model": RewardModelTask, "ppo": PPOTask}
+        tasks = {"sft": SFTTask, "reward_model": RewardModelTask, "ppo": PPOTask, "preference": PreferenceTask}
         self._ranks = join(self.rank, self.world_size, address, port, self.on_cpu, seed, timeout_s)
         self._task = tasks[task](self._ranks, *arguments)
 

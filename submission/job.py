@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from contracts.check import Check
 from contracts.cluster_checks import stated_nodes
 from contracts.config import TandemConfig, to_config
+from contracts.methods import GIVEN
 from contracts.overrides import unknown_overrides
 from contracts.validation import ConfigError, raise_conflicts, validate
 from submission.targets import ROOT, TARGETS, RayJobs, Target, composed, is_target, to_target
@@ -162,7 +163,7 @@ def _paths(config: TandemConfig) -> dict[str, str]:
     sources = {name: getattr(data, name) for name in ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")}
     found: dict[str, Any] = {"model.path": config.model.path}
     found |= {f"data.{name}.path": source.path for name, source in sources.items() if source is not None}
-    found |= {key: getattr(config, key) for key in ("sft_model", "proxy_model", "gold_model", "ppo_model")}
+    found |= {key: getattr(config, key) for key in GIVEN.values()}
     scorers = config.reward_service.scorers
     found |= {f"reward_service.scorers.{name}.path": scorer.path for name, scorer in scorers.items()}
     found["reward_service.http.token_file"] = config.reward_service.http.token_file

@@ -19,7 +19,7 @@ CONTENTS = (
     ("frontier", "Frontier"),
     ("models", "Models"),
     ("reward-models", "Reward models"),
-    ("losses", "Before PPO"),
+    ("losses", "Losses"),
     ("samples", "Samples"),
     ("rollouts", "Rollouts"),
     ("time", "Time"),
@@ -44,17 +44,19 @@ def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
 def page(run: Run) -> str:
     """The whole page."""
+    # Another method has no updates to draw.
+    has_updates = run.setting("method") in (None, "ppo") or bool(run.stages_of("ppo"))
     parts = (
         sections.verdict(run),
         sections.key_numbers(run),
-        curves.ppo_curves(run),
+        curves.ppo_curves(run) if has_updates else "",
         curves.frontier(run),
         sections.models(run),
         sections.reward_models(run),
         curves.training_losses(run),
         samples.side_by_side(run),
-        samples.during_ppo(run),
-        flow.rollouts(run),
+        samples.during_ppo(run) if has_updates else "",
+        flow.rollouts(run) if has_updates else "",
         timeline.time_spent(run),
         sections.alarm_list(run),
         sections.configuration(run),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts.durable import replace_text
+from controller.judged import against_sft, judged_model
 from controller.objective import PENALTY
 from controller.report import alarms, compare_charts
 from controller.report.data import RUN_FILES, ReportError, Run, number, read, runs_in
@@ -47,10 +48,10 @@ class Member:
         return ["python", "train.py", *(self.run.overrides or [f"{k}={v}" for k, v in self.settings.items()])]
 
     def comparison(self, name: str) -> Any:
-        return ((self.run.evaluation.get("comparisons") or {}).get("ppo_vs_sft") or {}).get(name)
+        return against_sft(self.run.evaluation).get(name)
 
     def evaluated(self, name: str) -> Any:
-        return ((self.run.evaluation.get("models") or {}).get("ppo") or {}).get(name)
+        return judged_model(self.run.evaluation).get(name)
 
 
 def members_of(paths: Sequence[str | Path]) -> list[Member]:
@@ -199,7 +200,7 @@ def _table(members: list[Member], folder: Path) -> str:
     head = ["Member", "State", *(f'<abbr title="{esc(key)}">{esc(short[key])}</abbr>' for key in keys)]
     head += ["Objective", "Gold gain", "Learned gain", "Win rate", "KL, nats", "Length", "Passed", "Time"]
     intro = (
-        f"Objective: gold gain of PPO over SFT, less {PENALTY:g} for each nat of KL beyond evaluate.max_kl. Brackets are "
+        f"Objective: gold gain over SFT, less {PENALTY:g} for each nat of KL beyond evaluate.max_kl. Brackets are "
         "95% intervals over prompts; they say nothing about other seeds."
     )
     failed = "".join(

@@ -181,6 +181,50 @@ def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) ->
     assert "<svg" in (folder / "grpo/report.html").read_text()
 
 
+def test_dpo_takes_the_place_of_ppo(finished: Any, folder: Path, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    overrides = ["method=dpo", "preference.trainable_layers=1", "preference.optimizer.learning_rate=1e-3"]
+    done = run(folder, tiny_model, f"run_dir={folder}/dpo", *overrides)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.stdout.count("nothing has changed, reusing") == 3  # SFT and both reward models
+    stages = {row["name"]: row for row in json.loads((folder / "dpo/stages.json").read_text())}
+    assert set(stages) == {"sft", "reward_model/proxy", "reward_model/gold", "preference", "evaluate"}
+    AutoModelForCausalLM.from_pretrained(stages["preference"]["path"])
+    AutoTokenizer.from_pretrained(stages["preference"]["path"])
+    metrics = stages["preference"]["metrics"]
+    assert 0 <= metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"] <= 1
+    rows = [row for row in lines(folder / "dpo/metrics.jsonl") if row["stage"] == "preference"]
+    assert len(rows) == 3
+    assert rows[0]["preference/loss"] == pytest.approx(0.693, abs=0.02)  # the policy is its reference
+    result = json.loads((folder / "dpo/evaluation.json").read_text())
+    assert result["method"] == "dpo"
+    assert set(result["models"]) == {"base", "dpo", "sft"}
+    assert result["models"]["dpo"]["kl"]["mean"] != 0
+    assert {"gold_gain", "win_rate"} <= set(result["comparisons"]["dpo_vs_sft"])
+    assert isinstance(result["verdict"]["passed"], bool)
+    report = (folder / "dpo/report.html").read_text()
+    assert "DPO against SFT" in report
+    assert "PPO, version by version" not in report
+
+
+@pytest.mark.full
+def test_methods_without_a_reward_in_training(finished: Any, folder: Path, tiny_model: Path) -> None:
+    done = run(folder, tiny_model, f"run_dir={folder}/filtered", "stage=filtered_sft", "sft.top_fraction=0.25")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    stages = {row["name"]: row for row in json.loads((folder / "filtered/stages.json").read_text())}
+    assert stages["sft"]["cached"]  # `top_fraction` is no part of it
+    assert 20 <= stages["filtered_sft"]["metrics"]["texts"] <= 24
+    done = run(folder, tiny_model, f"run_dir={folder}/best", "method=best_of_n", "evaluate.best_of_n=4")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    best = json.loads((folder / "best/evaluation.json").read_text())["models"]["best_of_n"]
+    assert best["kl"]["mean"] == pytest.approx(0.6363, abs=1e-4)  # log 4 - 3/4
+    curve = best["best_of_n"]
+    assert [row["n"] for row in curve] == [1, 2, 4]
+    assert curve[-1]["proxy"]["mean"] == pytest.approx(best["proxy"]["mean"])
+    assert curve[0]["proxy"]["mean"] < curve[1]["proxy"]["mean"] < curve[2]["proxy"]["mean"]
+
+
 def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Path) -> None:
     """Rehearsal, sampling ahead of the learner, scores of turns by the reward service, training and evaluation."""
     overrides = ["environment=two_turn", "environment.max_turn_tokens=6", "environment.options.score_first=true"]
