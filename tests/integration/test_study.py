@@ -1,4 +1,4 @@
-"""The study as a user starts it, with the tiny model: two arms, one of which trains on turns alone, and everything after them."""
+"""The study as a user starts it, with the tiny model: two arms, one of which trains on turns alone, and what follows."""
 
 import json
 import subprocess
@@ -39,4 +39,4 @@ def test_two_arms_a_negation_test_and_a_page(tmp_path: Path, tiny_model: Path) -
     assert -0.6 < negation["mean"] < 0.6  # random weights: both measures are blind or nearly so
     (trained,) = folder.glob("1-*")
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [row["kl/ref_seq"] for row in rows if row["stage"] == "ppo"][0] == 0.0
+    assert next(row["kl/ref_seq"] for row in rows if row["stage"] == "ppo") == 0.0
