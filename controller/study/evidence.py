@@ -1,6 +1,7 @@
 """The parts of the page that a sceptical reader goes to: equal KL, the task with a known optimum, negation, all runs,
 tuning, and how to check."""
 
+import datetime
 import math
 import os
 from typing import Any
@@ -204,7 +205,8 @@ def check(study: Study) -> str:
     plan = study.plan
     body = (
         f"<p>Claims, contrasts, margins and exclusions: <code>controller/study/{PREREGISTRATION.name}</code>, SHA-256 "
-        f"<code>{study.sha}</code>, written down in <code>registration.json</code> when the sweep began.</p>"
+        f"<code>{study.sha}</code>, written down in <code>registration.json</code> when the sweep began: "
+        f"{_when(study.registered_at)}.</p>"
         f'<ul class="gaps">{rules}</ul>'
         f"<p>Verdicts: {', '.join(VERDICTS)}; computed by <code>controller/study/contrasts.py</code> from an interval "
         f"of {compact(plan.bootstrap.samples)} bootstrap draws of seeds and prompts (the same prompts in every seed "
@@ -218,3 +220,9 @@ def check(study: Study) -> str:
         "second half of the road alone.</p>"
     )
     return section("check", "How to check", body)
+
+
+def _when(seconds: float | None) -> str:
+    if seconds is None:
+        return "in no record"
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -3,9 +3,6 @@
 Study ──> verdicts, claims, arms, frontier, task, negation, members, tuning, how to check ──> study.html
 """
 
-import datetime
-import math
-
 from controller.report.markup import (
     absent,
     compact,
@@ -226,9 +223,3 @@ def _frontier(study: Study) -> str:
         "faults of its reward model."
     )
     return section("frontier", "Gain against drift", f'<div class="pair">{panels}</div>', intro)
-
-
-def stamp(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds):
-        return "unknown"
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

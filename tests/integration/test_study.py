@@ -1,5 +1,4 @@
-"""The study as a user starts it, with the tiny model: two arms, one of which trains on turns alone, and
-everything after them."""
+"""The study as a user starts it, with the tiny model: two arms, one of which trains on turns alone, and what follows."""
 
 import json
 import subprocess
@@ -16,7 +15,8 @@ pytestmark = pytest.mark.full
 
 def test_two_arms_a_negation_test_and_a_page(tmp_path: Path, tiny_model: Path) -> None:
     lengths = ["ppo.sampling.max_completion_tokens=24", "evaluate.sampling.max_completion_tokens=24"]
-    study = ["+experiment=five_reasons_quick", "arm=best_of_n,two_turn_separate", "evaluate.best_of_n=2", *lengths]
+    study = ["+experiment=five_reasons_quick", "arm=best_of_n,two_turn_separate", *lengths]
+    study += ["evaluate.best_of_n=2", "environment.max_turn_tokens=16"]
     study += ["data.test.max_rows=null"]  # of 96 texts few can be negated
     done = sweep(tmp_path, tiny_model, "study", *study)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
