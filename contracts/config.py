@@ -43,8 +43,7 @@ class SourceConfig:
 class DataConfig:
     sft: SourceConfig = field(default_factory=SourceConfig)
     prompts: SourceConfig = field(default_factory=SourceConfig)  # what PPO completes
-    # Trains the reward model that PPO sees, and the policy in stage preference.
-    preferences: SourceConfig = field(default_factory=SourceConfig)
+    preferences: SourceConfig = field(default_factory=SourceConfig)  # trains PPO's reward model, and stage preference
     gold: SourceConfig | None = None  # trains the judge that PPO never sees
     test: SourceConfig = field(default_factory=SourceConfig)  # held-out preferences
     eval_prompts: SourceConfig = field(default_factory=SourceConfig)  # held-out prompts
@@ -113,7 +112,7 @@ class SamplingConfig:
 @dataclass
 class KLConfig:
     coef: float = 0.05  # beta, of each token
-    place: str | None = None  # reward (k1) | k2 | k3 (loss terms); null: as the estimator's paper has it
+    place: str | None = None  # none | reward (k1) | k2 | k3 (loss terms); null: as the estimator's paper has it
     controller: str = "fixed"  # fixed | adaptive (Ziegler 2019)
     target: float = 6.0  # nats a sequence
     horizon: int = 10000  # episodes
@@ -134,9 +133,25 @@ class OffPolicyConfig:
 
 
 @dataclass
+class RWRConfig:
+    temperature: float = 1.0  # of the weights exp(outcome / temperature), score units
+
+
+@dataclass
+class CombinedConfig:
+    """The text loss, subject to a mean score: ptx_coef * NLL + lambda * policy loss, lambda by dual ascent."""
+
+    target: float | None = None  # of the mean score, in normalised units with the EOS penalty; null: lambda is 1
+    learning_rate: float = 0.1  # of lambda, for a score unit below the target in one update
+    initial: float = 1.0  # lambda of the first update
+    max: float = 10.0  # above which lambda does not go, however far the target is
+
+
+@dataclass
 class PPOConfig:
-    # gae | grpo | dr_grpo | rloo | reinforce_plus_plus: docs/algorithms.md. All but gae do without a value model, and
-    # ignore `lam` and every key of the value model. The three with groups need samples_per_prompt >= 2.
+    # gae | grpo | dr_grpo | rloo | reinforce_plus_plus | raft | rwr | online_dpo: docs/algorithms.md. All but gae do
+    # without a value model, and ignore `lam` and every key of the value model; the last three ignore the clips too.
+    # grpo, dr_grpo, rloo, raft and online_dpo compare rollouts of a prompt: samples_per_prompt >= 2.
     estimator: str = "gae"
     # Of prompts' order, sampling and minibatches, and of what another `method` trains or samples in place of PPO; null:
     # `seed`. Runs that differ in it alone share SFT and reward models.
@@ -158,6 +173,8 @@ class PPOConfig:
     aggregation: str | None = None
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    rwr: RWRConfig = field(default_factory=RWRConfig)
+    dpo_beta: float = 0.1  # of online_dpo: how strongly the reference holds the policy
     # Updates that may lie between sampling and training. 0: actors and learner take turns; from 1 on both work all the
     # time, on (max_staleness + 1) * rollouts_per_update rollouts.
     max_staleness: int = 1
@@ -167,6 +184,7 @@ class PPOConfig:
     score_batch: int = 16  # completions an actor scores together while others are sampled; all of them at staleness 0
     ptx_coef: float = 0.0  # PPO-ptx: weight of the SFT loss in the same optimizer step
     ptx_batch_size: int = 16
+    combined: CombinedConfig = field(default_factory=CombinedConfig)
     missing_eos_penalty: float = 0.3  # score units
     value_warmup_updates: int = 2  # updates that train only the value model
     trainable_layers: int | None = None  # of the policy
@@ -176,6 +194,7 @@ class PPOConfig:
     value_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     gold_rollouts: int = 32  # rollouts an update that the gold judge scores too; 0 switches it off
     max_failed_scores: float = 0.01  # share of rollouts without a score above which the run stops
+    init_from: str = "sft"  # sft | base: what policy and reference start from
     init_value_from: str = "reward_model"  # reward_model | policy
 
 
@@ -332,8 +351,7 @@ class LoggerConfig:
 @dataclass
 class TandemConfig:
     stage: str = "pipeline"  # pipeline | sft | reward_model | ppo | preference | filtered_sft | evaluate
-    # What a pipeline trains after SFT and judges against it: ppo | dpo | rank | filtered_sft | best_of_n | none
-    # (docs/preference.md)
+    # What a pipeline trains after SFT and judges against it (docs/preference.md): dpo | rank | filtered_sft | best_of_n | none
     method: str = "ppo"
     name: str = "demo"
     seed: int = 1

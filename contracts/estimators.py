@@ -4,19 +4,26 @@ from dataclasses import dataclass, replace
 
 from contracts.config import OffPolicyConfig, PPOConfig
 
-KL_PLACES = ("reward", "k2", "k3")
+KL_PLACES = ("none", "reward", "k2", "k3")
 AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """What goes with an estimator; the configuration may choose otherwise in the last three."""
+    """What goes with an estimator; the configuration may choose otherwise in `kl`, `whiten` and `aggregation`."""
 
     has_value_model: bool
     needs_groups: bool  # compares the rollouts of a prompt
-    kl: str  # the KL penalty is k1 in the "reward" of each token, or a loss term: "k2", "k3"
+    kl: str  # the KL penalty: "none", k1 in the "reward" of each token, or a loss term: "k2", "k3"
     whiten: bool  # advantages, over the tokens of the global batch
     aggregation: str  # of token losses: `learner.losses.aggregation_weights`
+    # clipped: the surrogate of PPO, on advantages | likelihood: coefficients times log-likelihood, `learner.likelihood`
+    loss: str = "clipped"
+    is_expectation: bool = True  # over the policy's own samples: rollouts of an older policy want importance weights
+
+    @property
+    def has_kl_loss(self) -> bool:
+        return self.kl in ("k2", "k3")
 
 
 ESTIMATORS = {
@@ -25,6 +32,9 @@ ESTIMATORS = {
     "dr_grpo": Estimator(False, True, "k3", False, "budget"),
     "rloo": Estimator(False, True, "reward", False, "sequence_sums"),
     "reinforce_plus_plus": Estimator(False, False, "reward", True, "tokens"),
+    "raft": Estimator(False, True, "none", False, "tokens", "likelihood"),
+    "rwr": Estimator(False, False, "none", False, "sequence_sums", "likelihood"),
+    "online_dpo": Estimator(False, True, "none", False, "sequence_sums", "likelihood", is_expectation=False),
 }
 
 
@@ -40,8 +50,8 @@ def chosen_estimator(ppo: PPOConfig) -> Estimator:
 
 
 def chosen_correction(ppo: PPOConfig) -> OffPolicyConfig:
-    """The off-policy correction of a configuration, with the default for its staleness."""
-    default = "truncated" if ppo.max_staleness else "none"
+    """The off-policy correction of a configuration, with the default for its staleness and estimator."""
+    default = "truncated" if ppo.max_staleness and ESTIMATORS[ppo.estimator].is_expectation else "none"
     return replace(ppo.off_policy, correction=ppo.off_policy.correction or default)
 
 

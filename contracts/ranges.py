@@ -1,5 +1,6 @@
 """What single keys of the configuration may hold: ranges of numbers and choices among names."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ RANGES = [
             *_under(OPTIMIZERS, "weight_decay", "warmup_steps"),
             *_under(["ppo"], "kl.coef", "ptx_coef", "missing_eos_penalty", "value_warmup_updates", "gold_rollouts"),
             "ppo.max_staleness",
+            "ppo.combined.initial",
             "checkpoint.every",
             *_under(["cluster"], "max_actor_restarts", "max_learner_restarts"),
             *_under(SAMPLINGS, "min_completion_tokens"),
@@ -75,6 +77,7 @@ RANGES = [
             *_under(OPTIMIZERS, "learning_rate", "eps", "max_grad_norm"),
             *_under(SAMPLINGS, "temperature"),
             "ppo.kl.target",
+            *_under(["ppo"], "rwr.temperature", "dpo_beta", "combined.learning_rate", "combined.max"),
             *_under(["evaluate"], "max_length_change", "max_kl"),
             "engine.kv_cache_gib",
             "checkpoint.grace_s",
@@ -94,6 +97,7 @@ RANGES = [
             "cluster.cpus_per_node",
         ),
     ),
+    Range("null or a finite number", lambda value: value is None or math.isfinite(value), ("ppo.combined.target",)),
     Range("null or 0 or more", lambda value: value is None or value >= 0, ("cluster.gpus_per_node",)),
     Range(
         "null or at least 1",
@@ -150,6 +154,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ppo.kl.controller": ("fixed", "adaptive"),
     "ppo.kl.place": (None, *KL_PLACES),
     "checkpoint.resume": ("auto", "never"),
+    "ppo.init_from": ("sft", "base"),
     "ppo.init_value_from": ("reward_model", "policy"),
     "cluster.layout": ("disaggregated", "colocated"),
     "environment.reward": ("cumulative", "per_turn"),

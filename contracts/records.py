@@ -136,6 +136,7 @@ class Microbatch:
     staleness: np.ndarray  # int32 [B, C], the learner's version minus the one that sampled the token; 0 on padding
     loss_mask: np.ndarray  # bool [B, C], sampled tokens: they train; false on observations and padding
     groups: np.ndarray  # int64 [B], which of the batch's rollout groups each sequence belongs to
+    rows: np.ndarray  # int64 [B], number of each sequence in the global batch, in the order of the rollouts' keys
 
     @property
     def num_tokens(self) -> int:

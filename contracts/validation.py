@@ -16,7 +16,7 @@ from contracts.check import Check, shown
 from contracts.cluster_checks import cluster_checks, placement_conflicts, stated_nodes
 from contracts.config import SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
-from contracts.estimators import ESTIMATORS
+from contracts.estimator_checks import estimator_checks
 from contracts.methods import PREFERENCE_LOSSES, runs, sources_read
 from contracts.overrides import closest
 from contracts.placement import Resources
@@ -147,29 +147,6 @@ def _ppo_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
-def _estimator_checks(config: TandemConfig) -> list[Check]:
-    ppo = config.ppo
-    estimator = ESTIMATORS.get(ppo.estimator)
-    if estimator is None:  # the table of choices says so
-        return []
-    return [
-        Check(
-            not estimator.needs_groups or ppo.samples_per_prompt >= 2,
-            "ppo.samples_per_prompt",
-            f"at least 2 with ppo.estimator {ppo.estimator}, which compares the rollouts of a prompt",
-            ppo.samples_per_prompt,
-            "ppo.samples_per_prompt=4 or ppo.estimator=reinforce_plus_plus",
-        ),
-        Check(
-            estimator.has_value_model or ppo.init_value_from == "reward_model",
-            "ppo.init_value_from",
-            f"left at reward_model with ppo.estimator {ppo.estimator}, which has no value model to start",
-            ppo.init_value_from,
-            "ppo.init_value_from=reward_model or ppo.estimator=gae",
-        ),
-    ]
-
-
 def _method_checks(config: TandemConfig) -> list[Check]:
     """`method` and `preference.loss` name the loss together."""
     method, loss = config.method, config.preference.loss
@@ -295,7 +272,7 @@ def validate(config: TandemConfig) -> None:
             *_sampling_checks(config, "ppo.sampling", config.ppo.sampling),
             *_sampling_checks(config, "evaluate.sampling", config.evaluate.sampling),
             *_ppo_checks(config),
-            *_estimator_checks(config),
+            *estimator_checks(config.ppo),
             *_method_checks(config),
             *_environment_checks(config),
             *_learner_checks(config),

@@ -39,13 +39,16 @@ def make_batches(
         raise ValueError(f"{len(rollouts)} scored rollouts cannot fill {minibatches} minibatches on {ranks} ranks")
     numbers = {group: i for i, group in enumerate(sorted({r.group for r in rollouts}))}
     groups = [numbers[r.group] for r in rollouts]
+    places = np.argsort(sorted(range(len(rollouts)), key=lambda row: rollouts[row].key))
     batches = [TrainingBatch([], [], [], len(numbers)) for _ in range(ranks)]
     for rows in np.array_split(rng.permutation(len(rollouts)), minibatches):
         cut = cut_microbatches([rollouts[r].num_tokens for r in rows], token_budget, ranks)
         tokens = sum(len(rollouts[r].completion.sampled_ids) for r in rows)
         for batch, parts in zip(batches, cut, strict=True):
             chosen = [[int(rows[i]) for i in part] for part in parts]
-            batch.minibatches.append([_microbatch(rollouts, scores, groups, part, policy_version) for part in chosen])
+            batch.minibatches.append(
+                [_microbatch(rollouts, scores, groups, places, part, policy_version) for part in chosen]
+            )
             batch.global_loss_tokens.append(tokens)
             batch.global_sequences.append(len(rows))
     return batches
@@ -55,6 +58,7 @@ def _microbatch(
     rollouts: list[Rollout],
     scores: Sequence[float | np.ndarray],
     groups: list[int],
+    places: np.ndarray,
     rows: list[int],
     policy_version: int,
 ) -> Microbatch:
@@ -78,6 +82,7 @@ def _microbatch(
         staleness=staleness,
         loss_mask=loss_mask,
         groups=np.array([groups[r] for r in rows], dtype=np.int64),
+        rows=places[rows].astype(np.int64),
     )
 
 

@@ -55,6 +55,7 @@ from controller.shaping import ScoreNormalizer, service_scores, shaped, turn_met
 from controller.stop import Interrupted, Stop
 from learner.kl import make_kl_controller
 from learner.learner_actor import LearnerGroup
+from learner.multiplier import Multiplier
 
 RECENT = 4  # updates whose mean score, by the gold judge where there is one, is the quality of a commit
 
@@ -78,7 +79,7 @@ class PPOController:
     ):
         """`about` is what commits say of the run; without it there are none."""
         self.config, self.stream, self.learner, self.log, self.progress = config, stream, learner, log, progress
-        self.kl = make_kl_controller(config.ppo.kl)
+        self.kl, self.multiplier = make_kl_controller(config.ppo.kl), Multiplier(config.ppo.combined)
         self.normalizer = ScoreNormalizer()
         self.rng = np.random.default_rng(config.seed)
         ppo, scorers = config.ppo, ["proxy", "gold"] if has_gold and config.ppo.gold_rollouts else ["proxy"]
@@ -191,6 +192,7 @@ class PPOController:
             "ledger": ledger,
             "stream": self.stream.state_dict(),
             "kl": self.kl.state_dict(),
+            "multiplier": self.multiplier.state_dict(),
             "normalizer": asdict(self.normalizer),
             "rng": self.rng.bit_generator.state,
             "random": random_state(),
@@ -221,6 +223,7 @@ class PPOController:
         self.dispatcher.rolled_back()
         self.stream.load_state_dict(state["stream"])
         self.kl.load_state_dict(state["kl"])
+        self.multiplier.load_state_dict(state["multiplier"])
         self.normalizer = ScoreNormalizer(**state["normalizer"])
         self.rng.bit_generator.state = state["rng"]
         set_random_state(state["random"])
@@ -240,6 +243,27 @@ class PPOController:
         self.progress.waiting_for(f"rollouts for the update of version {self.version}")
         rollouts = self.dispatcher.next_batch(self.version)
         metrics = {"perf/rollout_s": time.perf_counter() - start}
+        scored = self._scored(rollouts)
+        metrics["fault/unscored"] = float(len(rollouts) - len(scored))
+        metrics |= self._describe(scored)
+        if chosen_estimator(self.config.ppo).needs_groups:
+            # A rollout whose siblings all failed to be scored has nothing to be compared with.
+            paired = {r.key: r for r in with_siblings(scored)}
+            alone = [r.key for r in scored if r.key not in paired]
+            for key in alone:
+                self.ledger.quarantine(key, "no scored sibling")
+            metrics["fault/no_sibling"] = float(len(alone))
+            scored = list(paired.values())
+        metrics |= self._train(scored, train_policy)
+        if train_policy:
+            self.kl.update(metrics["kl/ref_seq"], len(scored))
+            metrics |= self._publish()
+        self.ledger.trained(self.version)
+        metrics["fault/learner_restarts"] = float(self.recovery.num_restarts)
+        return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
+
+    def _scored(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Those with a score; the others are set aside. Raises ScoreError where they are too many."""
         failed = [r for r in rollouts if r.scores["proxy"].value is None]
         if len(failed) > self.config.ppo.max_failed_scores * len(rollouts):
             reasons = sorted({str(r.scores["proxy"].error) for r in failed})
@@ -248,56 +272,44 @@ class PPOController:
                 f"(ppo.max_failed_scores allows {self.config.ppo.max_failed_scores:.0%}), listed in "
                 f"{save_rollouts(self.log.run_dir / 'unscored.jsonl', failed)}; reasons: {reasons[:3]}"
             )
-        scored = [r for r in rollouts if r.scores["proxy"].value is not None]
         for rollout in failed:
             self.ledger.quarantine(rollout.key, f"no score: {rollout.scores['proxy'].error}")
-        metrics["fault/unscored"] = float(len(failed))
-        metrics |= self._describe(scored)
+        return [r for r in rollouts if r.scores["proxy"].value is not None]
 
-        ppo, learner, estimator = self.config.ppo, self.config.learner, chosen_estimator(self.config.ppo)
-        if estimator.needs_groups:
-            # A rollout whose siblings all failed to be scored has no baseline.
-            paired = {r.key: r for r in with_siblings(scored)}
-            alone = [r.key for r in scored if r.key not in paired]
-            for key in alone:
-                self.ledger.quarantine(key, "no scored sibling")
-            metrics["fault/no_sibling"] = float(len(alone))
-            scored = list(paired.values())
+    def _train(self, rollouts: list[Rollout], train_policy: bool) -> dict[str, float]:
+        """The learner's update with them; then lambda of the combined loss takes in their scores."""
+        ppo, multiplier = self.config.ppo, self.multiplier.value
+        worth = [shaped(r, self.normalizer, ppo, self.config.environment) for r in rollouts]
         batches = make_batches(
-            scored,
-            [shaped(r, self.normalizer, ppo, self.config.environment) for r in scored],
+            rollouts,
+            worth,
             self.config.cluster.num_learner_ranks,
             ppo.minibatches,
-            learner.microbatch_tokens,
+            self.config.learner.microbatch_tokens,
             self.rng,
             self.version,
         )
         start = time.perf_counter()
         references = [ray.put(batch) for batch in batches]
-        update = self.learner.start_each("update", references, self.kl.coef, train_policy)
+        update = self.learner.start_each("update", references, self.kl.coef, train_policy, multiplier)
         if self.commits is not None:
             self.commits.ask()  # behind the update, whose optimizer step waits for the writer
         try:
-            metrics |= self._wait(update, f"the learner's update {self.version + 1}")[0]
+            metrics = self._wait(update, f"the learner's update {self.version + 1}")[0]
         except NonFiniteError as error:
-            path = save_rollouts(self.log.run_dir / "non_finite.jsonl", scored)
+            path = save_rollouts(self.log.run_dir / "non_finite.jsonl", rollouts)
             cause = error.cause if isinstance(error, RayTaskError) else error
             raise NonFiniteError(f"{cause}; no optimizer step was taken with it, its rollouts are in {path}") from None
         train_s = time.perf_counter() - start
-        tokens = sum(r.num_tokens for r in scored)
-        metrics |= {
-            "perf/train_s": train_s,
-            "perf/train_tokens_per_s": tokens / train_s,
-            "kl/coef": self.kl.coef,
-        }
-        if estimator.kl == "reward":
+        tokens = sum(r.num_tokens for r in rollouts)
+        metrics |= {"perf/train_s": train_s, "perf/train_tokens_per_s": tokens / train_s, "kl/coef": self.kl.coef}
+        if chosen_estimator(ppo).kl == "reward":
             metrics["reward/kl_penalty_mean"] = -self.kl.coef * metrics["kl/ref_seq"]
-        if train_policy:
-            self.kl.update(metrics["kl/ref_seq"], len(scored))
-            metrics |= self._publish()
-        self.ledger.trained(self.version)
-        metrics["fault/learner_restarts"] = float(self.recovery.num_restarts)
-        return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
+        if train_policy and ppo.combined.target is not None:
+            mean_score = float(np.mean([row.sum() for row in worth]))
+            metrics |= {"combined/lambda": multiplier, "combined/score_mean": mean_score}
+            self.multiplier.update(mean_score)
+        return metrics
 
     def _wait(self, calls: list[Any], what: str) -> list[Any]:
         self.progress.waiting_for(what)

@@ -171,15 +171,11 @@ def _accuracy_of_likelihoods(
 
 def _pairs_right(config: TandemConfig, chosen: list[float], rejected: list[float]) -> dict[str, float]:
     options = {"samples": config.evaluate.bootstrap_samples, "seed": config.seed}
-    return _accuracy(statistics.win_rate(chosen, rejected, **options)) | {"pairs": len(chosen)}
+    return statistics.win_rate(chosen, rejected, **options).row("accuracy") | {"pairs": len(chosen)}
 
 
 def _ranked_right(config: TandemConfig, scores: list[float], ratings: list[float], count: int) -> dict[str, float]:
     options = {"samples": config.evaluate.bootstrap_samples, "seed": config.seed}
     pairs = statistics.random_pairs(ratings, count, config.seed)
     found = statistics.pair_accuracy(scores, ratings, pairs, **options)
-    return _accuracy(found) | {"pairs": len(pairs), "texts": len(scores)}
-
-
-def _accuracy(interval: statistics.Interval) -> dict[str, float]:
-    return {"accuracy": interval.mean, "accuracy_low": interval.low, "accuracy_high": interval.high}
+    return found.row("accuracy") | {"pairs": len(pairs), "texts": len(scores)}

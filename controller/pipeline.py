@@ -39,6 +39,7 @@ from controller.metrics import RunLog
 from controller.objective import evaluation_metrics
 from controller.progress import Progress
 from controller.prompts import PromptStream
+from controller.recovery import once_more
 from controller.redaction import redacted
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
 from controller.runtime import Runtime, embedded_nodes, ray_session, weight_backend
@@ -87,7 +88,7 @@ class Pipeline:
     def _run(self, stage: str) -> None:
         config = self.config
         if stage == "evaluate":
-            self._evaluate()
+            once_more(self._evaluate, "evaluate", self.log, self.progress.line)
         elif stage == "reward_model":
             for name in ("proxy", "gold"):
                 given = config.stage == "pipeline" and getattr(config, f"{name}_model")
@@ -136,19 +137,20 @@ class Pipeline:
             "actors": config.cluster.num_actors,
             "prompts": fingerprint(self.data.prompts),
             "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
-            "policy": checkpoint_fingerprint(self.checkpoint("sft")),
+            "policy": checkpoint_fingerprint(self.checkpoint(self.config.ppo.init_from)),
             "proxy": checkpoint_fingerprint(self.checkpoint("reward_model/proxy")),
             "gold": checkpoint_fingerprint(self.checkpoint("reward_model/gold")) if has_gold(self.config) else None,
             "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
         }
 
     def checkpoint(self, name: str) -> str:
-        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache."""
+        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`."""
         if name in self.results:
             return self.results[name].path
+        if name == "base":
+            return self.config.model.path
         key = GIVEN[name]
-        given = getattr(self.config, key)
-        if given:
+        if given := getattr(self.config, key):
             return given
         found = self.store.find(name, self._inputs_of(name))
         if found is None:
@@ -175,7 +177,8 @@ class Pipeline:
                 self.results[name] = found
                 self.progress.line(f"✓ {name}: nothing has changed, reusing {found.path}")
             else:
-                self.results[name] = self.store.run(name, inputs, work)
+                run = partial(self.store.run, name, inputs, work)
+                self.results[name] = run() if name == "ppo" else once_more(run, name, self.log, self.progress.line)
                 self.progress.line(f"✓ {name}: {self.results[name].path}")
                 self.log.artifact(f"{self.config.name}-{name.replace('/', '-')}", "model", self.results[name].path)
         self.seconds[name] = time.time() - start
@@ -192,7 +195,7 @@ class Pipeline:
         config = offline.method_config(self.config)
         identity = flat(self._inputs_of("ppo"))
         commit = self._find_commit(identity)
-        policy, proxy = self.checkpoint("sft"), self.checkpoint("reward_model/proxy")
+        policy, proxy = self.checkpoint(self.config.ppo.init_from), self.checkpoint("reward_model/proxy")
         scorers = {"proxy": proxy}
         if has_gold(self.config) and config.ppo.gold_rollouts:
             scorers["gold"] = self.checkpoint("reward_model/gold")
@@ -271,9 +274,8 @@ class Pipeline:
 
     def _start_ray(self, stage: str) -> None:
         if not ray.is_initialized():
-            with self.phase(stage, "starting Ray"):
+            with self.stop.kept(), self.phase(stage, "starting Ray"):
                 self.runtime.start()
-            self.stop.install()  # Ray has handlers of its own
             self.directory.started_ray(ray_session() if self.config.cluster.address == "local" else None)
 
     @contextmanager

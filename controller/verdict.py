@@ -32,8 +32,9 @@ def _shown(interval: tuple[float, float, float]) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def _check(name: str, value: float, limit: float, passed: bool) -> dict[str, Any]:
-    return {"name": name, "value": value, "limit": limit, "passed": bool(passed)}
+def _check(name: str, value: float, side: str, limit: float, passed: bool) -> dict[str, Any]:
+    """`side`: where the value has to be, as `above 0.0`."""
+    return {"name": name, "value": value, "side": side, "limit": limit, "passed": bool(passed)}
 
 
 def _reservations(length_change: float, eos_share: float, kl: float, config: EvaluateConfig) -> list[str]:
@@ -100,22 +101,29 @@ def verdict(model: dict[str, Any], against_sft: dict[str, Any], config: Evaluate
         config: `max_length_change` (relative), `min_eos_share` and `max_kl`.
 
     Returns:
-        {"passed", "text" (one sentence), "checks": [{"name", "value", "limit", "passed"}]}. What was not measured
+        {"passed", "text" (one sentence), "checks": [{"name", "value", "side", "limit", "passed"}]}. What was not measured
         (absent, None or NaN) has the value NaN and does not pass.
     """
     gold, proxy = _interval(against_sft.get("gold_gain")), _interval(against_sft.get("proxy_gain"))
     length_change = _number(against_sft.get("length_ratio")) - 1.0
     eos_share, (kl, _, _) = _number(model.get("eos_share")), _interval(model.get("kl"))
     checks = [
-        _check("gold gain over SFT, lower end of its 95% interval", gold[1], 0.0, gold[1] > 0),
+        _check("gold gain over SFT, lower end of its 95% interval", gold[1], "above", 0.0, gold[1] > 0),
         _check(
             "length change from SFT, relative",
             length_change,
+            "within ±",
             config.max_length_change,
             abs(length_change) <= config.max_length_change,
         ),
-        _check("EOS share of the completions", eos_share, config.min_eos_share, eos_share >= config.min_eos_share),
-        _check("KL from the reference, nats a sequence", kl, config.max_kl, kl <= config.max_kl),
+        _check(
+            "EOS share of the completions",
+            eos_share,
+            "at least",
+            config.min_eos_share,
+            eos_share >= config.min_eos_share,
+        ),
+        _check("KL from the reference, nats a sequence", kl, "at most", config.max_kl, kl <= config.max_kl),
     ]
     reservations = _reservations(length_change, eos_share, kl, config)
     return {

@@ -54,10 +54,8 @@ def policy_loss(
         (tokens where the clip decides), `approx_kl` (k3 of proximal against policy: rho - 1 - log rho, nats), `ratio` (rho).
         A maximum: `ratio_max`, 0 where the mask is empty.
     """
-    difference = torch.where(mask, policy_logprobs.float() - proximal_logprobs.detach().float(), 0.0)
     advantages = torch.where(mask, advantages.detach().float(), 0.0)
-    log_ratio = difference.clamp(-20.0, 20.0)
-    ratio = log_ratio.exp()
+    log_ratio, ratio = _ratios(policy_logprobs, proximal_logprobs, mask)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
     losses = torch.maximum(unclipped, clipped)
@@ -65,15 +63,48 @@ def policy_loss(
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
     if weights is not None:
         losses = losses * torch.where(mask, weights.detach().float(), 0.0)
-    with torch.no_grad():
-        masked_ratio = torch.where(mask, ratio, 0.0)
-        stats = {
-            "clipped": (clipped > unclipped).sum().float(),
-            "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
-            "ratio": masked_ratio.sum(),
-            "ratio_max": masked_ratio.max() if masked_ratio.numel() else masked_ratio.new_zeros(()),
-        }
-    return losses.sum(), stats
+    stats = _ratio_statistics(log_ratio, ratio, mask)
+    return losses.sum(), stats | {"clipped": (clipped > unclipped).sum().float()}
+
+
+def likelihood_loss(
+    policy_logprobs: Tensor, proximal_logprobs: Tensor, coefficients: Tensor, mask: Tensor, weights: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-sum_t c_t w_t log pi(t): weighted negative log-likelihood, of coefficients (`learner.likelihood`) that may be
+    negative.
+
+    Args:
+        policy_logprobs: [B, C], under the policy being trained; carries the gradient.
+        proximal_logprobs: [B, C], before this batch's updates; for the statistics alone.
+        coefficients: [B, C], without gradient.
+        mask: bool [B, C], tokens that train.
+        weights: [B, C], 0 or more, without gradient.
+
+    Returns:
+        The sum over the mask (float32 scalar) and the statistics of `policy_loss`, of which `clipped` is 0.
+    """
+    logprobs = torch.where(mask, policy_logprobs.float(), 0.0)
+    scale = torch.where(mask, coefficients.detach().float() * weights.detach().float(), 0.0)
+    ratios = _ratios(policy_logprobs.detach(), proximal_logprobs, mask)
+    return -(scale * logprobs).sum(), _ratio_statistics(*ratios, mask)
+
+
+def _ratios(policy_logprobs: Tensor, proximal_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """log rho, clamped to +-20, and rho; 0 and 1 outside the mask."""
+    difference = torch.where(mask, policy_logprobs.float() - proximal_logprobs.detach().float(), 0.0)
+    log_ratio = difference.clamp(-20.0, 20.0)
+    return log_ratio, log_ratio.exp()
+
+
+@torch.no_grad()
+def _ratio_statistics(log_ratio: Tensor, ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    masked_ratio = torch.where(mask, ratio, 0.0)
+    return {
+        "clipped": ratio.new_zeros(()),
+        "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
+        "ratio": masked_ratio.sum(),
+        "ratio_max": masked_ratio.max() if masked_ratio.numel() else masked_ratio.new_zeros(()),
+    }
 
 
 def kl_loss(policy_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: str, weights: Tensor) -> Tensor:

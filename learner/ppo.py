@@ -1,7 +1,8 @@
 """One rank's part of a PPO update.
 
     ref, policy and value forward passes     (policy and value keep their graphs where memory allows: `held_tokens`)
-      -> token rewards -> advantages (GAE, or against the rollouts of the same prompt), over the global batch
+      -> token rewards -> advantages (GAE, or against the rollouts of the same prompt) or coefficients of the
+         log-likelihood (RAFT, RWR, online DPO), over the global batch
       -> for each epoch, minibatch, microbatch: policy and value loss, backward; one step of both a minibatch
 
 With the graphs kept, the first minibatch needs no second forward pass: its proximal log-probabilities are the policy's own,
@@ -10,10 +11,6 @@ the mismatch between sampler and learner, which is rounding. Without a value mod
 of it: no network, no pass, no metric.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,57 +20,19 @@ from torch import Tensor
 from contracts.attention import Packed
 from contracts.batching import cut_microbatches
 from contracts.config import TandemConfig
-from contracts.estimators import chosen_correction, chosen_estimator, warmup_updates
+from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.records import Example, Microbatch, TrainingBatch
 from contracts.weights import PublishReport
-from learner.advantages import (
-    explained_variance,
-    gae,
-    group_advantages,
-    group_moments,
-    token_rewards,
-    whiten,
-    whitening_moments,
-)
 from learner.checkpoint import gather_checkpoint, save_checkpoint
 from learner.engine import Ranks, TrainEngine, frozen
-from learner.kl import kl_k1, kl_k3
-from learner.losses import aggregation_weights, kl_loss, off_policy_weights, policy_loss, value_loss
+from learner.global_batch import describe, set_advantages, set_weights
+from learner.losses import kl_loss, likelihood_loss, policy_loss, value_loss
 from learner.models import freeze_below, load_policy, load_scalar
+from learner.passes import Pass, Places, Timer
 from learner.rank_state import RankState
 from learner.sft import example_nll, loss_tokens
 from learner.weight_publisher import WeightPublisher
 from learner.weight_sources import EngineSource
-
-
-@dataclass
-class Pass:
-    """What is known of one microbatch before the first optimizer step. Tensors are float32 [B, C], 0 where no token
-    trains."""
-
-    batch: Microbatch
-    places: "Places"
-    ref_logprobs: Tensor
-    proximal_logprobs: Tensor
-    behavior_logprobs: Tensor
-    old_values: Tensor  # 0 without a value model
-    entropy: Tensor
-    live: tuple[Tensor, Tensor | None] | None  # policy_logprobs and values with their graphs, until used
-    weights: Tensor = field(default_factory=lambda: torch.empty(0))  # of each token in the policy's losses
-    rewards: Tensor = field(default_factory=lambda: torch.empty(0))
-    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
-    returns: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-class Timer:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class PPOTask:
@@ -148,14 +107,17 @@ class PPOTask:
 
     # ---- the update
 
-    def update(self, batch: TrainingBatch, kl_coef: float, train_policy: bool) -> dict[str, float]:
+    def update(
+        self, batch: TrainingBatch, kl_coef: float, train_policy: bool, policy_coef: float = 1.0
+    ) -> dict[str, float]:
         """All optimizer steps of one update; collective over the ranks.
 
         Args:
+            policy_coef: of the policy's loss, its KL term included, beside `ppo.ptx_coef` of the text loss.
             train_policy: false in the first updates, which only fit the value model.
 
         Raises:
-            NonFiniteError: before any optimizer step with a loss that is NaN or infinite.
+            NonFiniteError: before any optimizer step with a loss, or what an estimator compares, that is NaN or infinite.
             ValueError: without `train_policy` where there is no value model to fit.
         """
         if not (train_policy or self.value):
@@ -170,20 +132,21 @@ class PPOTask:
                 held_left -= mb.num_tokens if hold else 0
                 passes[-1].append(self._first_pass(mb, hold, train_policy, timer))
         everything = [p for minibatch in passes for p in minibatch]
-        self._set_advantages(everything, batch.num_groups, kl_coef)
-        off_policy = self._set_weights(passes, batch)
+        compared = set_advantages(everything, batch, self.ranks, ppo, self.estimator, kl_coef)
+        off_policy = set_weights(passes, batch, self.ranks, ppo, self.estimator)
 
         steps: list[dict[str, float]] = []
         stopped = False
         for _ in range(ppo.epochs):
             for minibatch, tokens in zip(passes, batch.global_loss_tokens, strict=True):
                 if not stopped:
-                    steps.append(self._step(minibatch, tokens, kl_coef, train_policy, timer))
+                    steps.append(self._step(minibatch, tokens, kl_coef, policy_coef, train_policy, timer))
                     approx_kl = steps[-1].get("policy/approx_kl", 0.0)
                     stopped = ppo.target_approx_kl is not None and approx_kl > ppo.target_approx_kl
         metrics = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
         metrics["policy/optimizer_steps"] = float(len(steps))
-        return metrics | off_policy | self._describe(everything, sum(batch.global_sequences)) | timer.seconds
+        described = describe(everything, batch, self.ranks, self.value is not None)
+        return metrics | compared | off_policy | described | timer.seconds
 
     def _first_pass(self, mb: Microbatch, hold: bool, train_policy: bool, timer: Timer) -> Pass:
         places = Places(mb, self.ranks.device)
@@ -206,90 +169,39 @@ class PPOTask:
             live=(policy_logprobs, values) if hold else None,
         )
 
-    def _logprobs(self, model: Any, places: "Places") -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: Any, places: Places) -> tuple[Tensor, Tensor]:
         sampling = self.config.ppo.sampling
         early = places.early(sampling.min_completion_tokens)
         banned = None if early is None else self.eos
         logprobs, entropy = model(places.packed, places.select, places.targets, sampling.temperature, banned, early)
         return places.spread(logprobs), places.spread(entropy)
 
-    def _values(self, value: TrainEngine, places: "Places") -> Tensor:
+    def _values(self, value: TrainEngine, places: Places) -> Tensor:
         return places.spread(value(places.packed, places.select))
 
-    def _set_advantages(self, passes: list[Pass], num_groups: int, kl_coef: float) -> None:
-        ppo, device = self.config.ppo, self.ranks.device
-        in_reward = kl_coef if self.estimator.kl == "reward" else 0.0
-        groups = [torch.from_numpy(p.batch.groups).to(device) for p in passes]
-        of_groups = torch.zeros(num_groups, 3, dtype=torch.float64, device=device)
-        for p, numbers in zip(passes, groups, strict=True):
-            scores, mask = torch.from_numpy(p.batch.scores).to(device), p.places.mask
-            p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, mask, in_reward)
-            of_groups += group_moments(p.rewards, mask, numbers, num_groups)
-        if self.estimator.needs_groups:
-            self.ranks.sum(of_groups)
-        moments = torch.zeros(3, dtype=torch.float64, device=device)
-        for p, numbers in zip(passes, groups, strict=True):
-            mask = p.places.mask
-            if self.estimator.needs_groups:
-                p.advantages = group_advantages(ppo.estimator, p.rewards, mask, numbers, of_groups)
-            else:
-                lam = ppo.lam if self.value else 1.0  # without values: the reward-to-go
-                p.advantages, p.returns = gae(p.rewards, p.old_values, mask, ppo.gamma, lam)
-            moments += whitening_moments(p.advantages, mask)
-        if self.estimator.whiten:
-            self.ranks.sum(moments)
-            for p in passes:
-                p.advantages = whiten(p.advantages, p.places.mask, moments)
-
-    def _set_weights(self, passes: list[list[Pass]], batch: TrainingBatch) -> dict[str, float]:
-        """Weight each token: off-policy correction times aggregation. Returns what the correction does."""
-        off_policy, budget = chosen_correction(self.config.ppo), self.config.ppo.sampling.max_completion_tokens
-        sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
-        largest = torch.zeros((), device=self.ranks.device)
-        for minibatch, tokens, sequences in zip(passes, batch.global_loss_tokens, batch.global_sequences, strict=True):
-            for p in minibatch:
-                mask = p.places.mask
-                weights, changed = off_policy_weights(
-                    p.proximal_logprobs, p.behavior_logprobs, mask, **asdict(off_policy)
-                )
-                sums[:3] += whitening_moments(weights, mask)
-                sums[3] += changed
-                if weights.numel():
-                    largest = torch.maximum(largest, weights.max())
-                p.weights = weights * aggregation_weights(mask, self.estimator.aggregation, tokens, sequences, budget)
-        if off_policy.correction == "none":
-            return {}
-        count, total, squares, changed_tokens = self.ranks.sum(sums).tolist()
-        return {
-            "off_policy/ess": total * total / (count * squares) if squares > 0 else 0.0,
-            "off_policy/weight_mean": total / max(count, 1.0),
-            "off_policy/weight_max": self.ranks.max(largest).item(),
-            f"off_policy/{off_policy.correction}_frac": changed_tokens / max(count, 1.0),
-        }
-
     def _step(
-        self, minibatch: list[Pass], tokens: int, kl_coef: float, train_policy: bool, timer: Timer
+        self,
+        minibatch: list[Pass],
+        tokens: int,
+        kl_coef: float,
+        policy_coef: float,
+        train_policy: bool,
+        timer: Timer,
     ) -> dict[str, float]:
         """One optimizer step of both models. Returns means over the tokens of the global minibatch."""
-        ppo, kl_in_loss = self.config.ppo, self.estimator.kl != "reward"
-        use_ptx = train_policy and ppo.ptx_coef > 0
+        use_ptx = train_policy and self.config.ppo.ptx_coef > 0
         sums = torch.zeros(7, dtype=torch.float64, device=self.ranks.device)
         ratio_max = torch.zeros((), device=self.ranks.device)
         for i, p in enumerate(minibatch):
             is_last = i == len(minibatch) - 1
             live, p.live = p.live, None
-            mask = p.places.mask
             if train_policy:
                 with timer("perf/policy_forward_s"):
                     policy_logprobs = live[0] if live else self._logprobs(self.policy, p.places)[0]
                 with timer("perf/policy_backward_s"):
-                    loss, stats = policy_loss(
-                        policy_logprobs, p.proximal_logprobs, p.advantages, mask, ppo.clip, ppo.dual_clip, p.weights
-                    )
-                    kl = torch.zeros_like(loss)
-                    if kl_in_loss:
-                        kl = kl_loss(policy_logprobs, p.ref_logprobs, mask, self.estimator.kl, p.weights)
-                    self.policy.backward((loss + kl_coef * kl) / tokens, is_last and not use_ptx)
+                    loss, kl, stats = self._policy_losses(policy_logprobs, p)
+                    scaled = policy_coef * (loss + kl_coef * kl) / tokens
+                    self.policy.backward(scaled, is_last and not use_ptx)
                 sums[:3] += torch.stack([stats["clipped"], stats["approx_kl"], stats["ratio"]])
                 sums[3:5] += torch.stack([loss.detach(), kl.detach()])
                 ratio_max = torch.maximum(ratio_max, stats["ratio_max"])
@@ -298,7 +210,7 @@ class PPOTask:
                     values = live[1] if live else None
                     values = self._values(self.value, p.places) if values is None else values
                 with timer("perf/value_backward_s"):
-                    loss, stats = value_loss(values, p.old_values, p.returns, mask, ppo.value_clip)
+                    loss, stats = value_loss(values, p.old_values, p.returns, p.places.mask, self.config.ppo.value_clip)
                     self.value.backward(loss / tokens, is_last)
                 sums[5:] += torch.stack([loss.detach(), stats["clipped"]])
         metrics = {}
@@ -312,12 +224,29 @@ class PPOTask:
                 metrics["value/grad_norm"] = self.value.step()
         means = (self.ranks.sum(sums) / max(tokens, 1)).tolist()
         if train_policy:
-            names = ("policy/clipfrac", "policy/approx_kl", "policy/ratio_mean", "policy/loss")
-            metrics |= dict(zip(names, means[:4], strict=True)) | ({"policy/kl_loss": means[4]} if kl_in_loss else {})
-            metrics["policy/ratio_max"] = self.ranks.max(ratio_max).item()
+            metrics |= self._policy_means(means) | {"policy/ratio_max": self.ranks.max(ratio_max).item()}
         if self.value:
             metrics |= {"value/loss": means[5], "value/clipfrac": means[6]}
         return metrics
+
+    def _policy_losses(self, policy_logprobs: Tensor, p: Pass) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss, KL term (0 where it is none) and statistics, summed over a microbatch."""
+        ppo, mask = self.config.ppo, p.places.mask
+        if self.estimator.loss == "likelihood":
+            loss, stats = likelihood_loss(policy_logprobs, p.proximal_logprobs, p.advantages, mask, p.weights)
+        else:
+            loss, stats = policy_loss(
+                policy_logprobs, p.proximal_logprobs, p.advantages, mask, ppo.clip, ppo.dual_clip, p.weights
+            )
+        if not self.estimator.has_kl_loss:
+            return loss, torch.zeros_like(loss), stats
+        return loss, kl_loss(policy_logprobs, p.ref_logprobs, mask, self.estimator.kl, p.weights), stats
+
+    def _policy_means(self, means: list[float]) -> dict[str, float]:
+        clipped, approx_kl, ratio, loss, kl = means[:5]
+        metrics = {"policy/approx_kl": approx_kl, "policy/ratio_mean": ratio, "policy/loss": loss}
+        metrics |= {"policy/kl_loss": kl} if self.estimator.has_kl_loss else {}
+        return metrics | ({"policy/clipfrac": clipped} if self.estimator.loss == "clipped" else {})
 
     def _ptx_backward(self) -> float:
         """PPO-ptx (InstructGPT): the SFT loss of a few examples joins the same optimizer step."""
@@ -332,74 +261,3 @@ class PPOTask:
             self.policy.backward(self.config.ppo.ptx_coef * loss, is_last=i == len(cut) - 1)
             total += loss.detach()
         return self.ranks.sum(total).item()
-
-    def _describe(self, passes: list[Pass], sequences: int) -> dict[str, float]:
-        """Metrics of the batch before the update, over all ranks."""
-        sums = torch.zeros(9, dtype=torch.float64, device=self.ranks.device)
-        largest = torch.zeros((), device=self.ranks.device)
-        returns, residuals = torch.zeros_like(sums[:3]), torch.zeros_like(sums[:3])
-        for p in passes:
-            mask = p.places.mask
-            staleness = torch.from_numpy(p.batch.staleness).to(self.ranks.device)
-            # Only of the weights that the learner still has: of older ones the gap is learning, not mismatch.
-            fresh = mask & (staleness == 0)
-            gap = torch.where(fresh, p.proximal_logprobs - p.behavior_logprobs, 0.0)
-            sums += torch.stack(
-                [
-                    mask.sum(),
-                    kl_k1(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
-                    kl_k3(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
-                    kl_k3(p.behavior_logprobs, p.proximal_logprobs)[fresh].sum(),
-                    gap.abs().sum(),
-                    fresh.sum(),
-                    staleness[mask].sum(),
-                    p.entropy[mask].sum(),
-                    p.rewards.sum(),
-                ]
-            ).double()
-            if gap.numel():  # an empty completion may be alone in its microbatch
-                largest = torch.maximum(largest, gap.abs().max())
-            if self.value:
-                returns += whitening_moments(p.returns, mask)
-                residuals += whitening_moments(p.returns - p.old_values, mask)
-        tokens, k1, k3, mismatch, gap_sum, fresh_tokens, stale, entropy, rewards = self.ranks.sum(sums).tolist()
-        tokens, sequences = max(tokens, 1.0), max(sequences, 1)
-        metrics = {
-            "kl/ref_seq": k1 / sequences,
-            "kl/ref_token": k1 / tokens,
-            "kl/ref_k3": k3 / tokens,
-            "staleness/token_mean": stale / tokens,
-            "policy/entropy": entropy / tokens,
-            "reward/total_mean": rewards / sequences,
-        }
-        largest_gap = self.ranks.max(largest).item()
-        if fresh_tokens:
-            metrics["kl/mismatch_k3"] = mismatch / fresh_tokens
-            metrics["kl/mismatch_logp_mean"] = gap_sum / fresh_tokens
-            metrics["kl/mismatch_logp_max"] = largest_gap
-        if self.value:
-            metrics["value/explained_var"] = explained_variance(self.ranks.sum(returns), self.ranks.sum(residuals))
-        return metrics
-
-
-class Places:
-    """Where the training tokens of a microbatch lie. The state before completion token t of row b is position
-    prompt_len + t - 1, which both predicts the token and carries V(s_t)."""
-
-    def __init__(self, mb: Microbatch, device: torch.device):
-        self.packed = Packed.of(mb.sequences, device)
-        self.mask = torch.from_numpy(mb.loss_mask).to(device)  # bool [B, C]
-        self.rows, self.steps = self.mask.nonzero(as_tuple=True)
-        first = torch.tensor(self.packed.starts, device=device) + torch.from_numpy(mb.prompt_lens).to(device)
-        self.select = first[self.rows] + self.steps - 1  # [M], into the packed row
-        self.targets = self.packed.input_ids[0, self.select + 1]
-
-    def spread(self, flat: Tensor) -> Tensor:
-        """[M] -> [B, C], 0 where no token trains; differentiable."""
-        return torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device).index_put(
-            (self.rows, self.steps), flat
-        )
-
-    def early(self, min_completion_tokens: int) -> Tensor | None:
-        """Which of the M tokens were sampled while EOS was masked (None: never)."""
-        return self.steps < min_completion_tokens if min_completion_tokens else None

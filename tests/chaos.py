@@ -167,8 +167,10 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """Metrics of the updates."""
-        rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-        return [row for row in rows if row["stage"] == "ppo"]
+        return [row for row in self.log("metrics.jsonl") if row["stage"] == "ppo"]
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run_dir / name).read_text().splitlines()]
 
     def audit(self) -> Audit:
         return audit(self.run_dir / NAME)

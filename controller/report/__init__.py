@@ -5,13 +5,12 @@
 The page needs no network, no account and no script. It renders half-finished runs as well and says what is missing.
 """
 
-import os
 from pathlib import Path
 
+from contracts.durable import replace_text
 from controller.report import curves, flow, samples, sections, timeline
 from controller.report.data import ReportError, Run, load
-from controller.report.markup import count, esc
-from controller.report.style import CSS
+from controller.report.markup import count, document
 
 __all__ = ["ReportError", "page", "render"]
 
@@ -39,9 +38,7 @@ def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
     run = load(run_dir)
     target = Path(output) if output is not None else Path(run_dir) / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page(run), encoding="utf-8")
-    os.replace(partial, target)  # a browser that reloads never sees half a page
+    replace_text(target, page(run))  # a browser that reloads never sees half a page
     return target
 
 
@@ -66,16 +63,7 @@ def page(run: Run) -> str:
         sections.reproduce(run),
     )
     body = "".join(parts)
-    links = "".join(f'<a href="#{anchor}">{text}</a>' for anchor, text in CONTENTS if f'id="{anchor}"' in body)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{esc(run.name)} – Tandem</title><style>{CSS}</style></head><body><main>"
-        f'<header><p class="over">Tandem run</p><h1>{esc(run.name)}</h1><p class="facts">{_facts(run)}</p>'
-        f"<nav>{links}</nav></header>{body}"
-        "<footer>Drawn from the files of the run directory; nothing was fetched, nothing was sent.</footer>"
-        "</main></body></html>\n"
-    )
+    return document("Tandem run", run.name, _facts(run), CONTENTS, body)
 
 
 def _facts(run: Run) -> str:
@@ -89,4 +77,4 @@ def _facts(run: Run) -> str:
     versions = len(run.curve("ppo", "reward/score_mean"))
     if versions:
         facts.append(count(versions, "policy update"))
-    return esc(" · ".join(facts))
+    return " · ".join(facts)

@@ -43,10 +43,14 @@ PPO_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
 
 
 def ppo_curves(run: Run) -> str:
-    charts, drawn, longest = [], 0, 0
+    charts, constant, drawn, longest = [], [], 0, 0
     for title, unit, lines in PPO_CHARTS:
         series = [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines]
         drawn += any(s.curve for s in series)
+        values = [value for s in series for _, value in s.curve]
+        if len(values) > 1 and len(set(values)) == 1:
+            constant.append(f"{title.lower()} {compact(values[0])}")
+            continue
         longest = max(longest, *(len(s.curve) for s in series))
         limits = [limit for _, _, metric in lines for limit in limits_of(metric)]
         max_kl = number(run.setting("evaluate.max_kl"))
@@ -63,7 +67,10 @@ def ppo_curves(run: Run) -> str:
     )
     if longest >= svg.SMOOTH_FROM:
         intro += " Thin: each update. Bold: moving mean."
-    return section("curves", "PPO, version by version", f'<div class="charts">{"".join(charts)}</div>', intro)
+    body = f'<div class="charts">{"".join(charts)}</div>'
+    if constant:
+        body += f'<p class="note">The same at every version: {esc(", ".join(constant))}.</p>'
+    return section("curves", "PPO, version by version", body, intro)
 
 
 def frontier(run: Run) -> str:

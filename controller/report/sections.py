@@ -69,7 +69,8 @@ def verdict(run: Run) -> str:
 def _check(check: dict[str, Any]) -> list[str]:
     passed = bool(check.get("passed"))
     mark = '<span class="yes" title="passed">✓</span>' if passed else '<span class="no" title="not passed">✗</span>'
-    return [mark, esc(check.get("name", "")), compact(check.get("value")), compact(check.get("limit"))]
+    limit = f'<span class="ci">{esc(check.get("side", ""))}</span> {compact(check.get("limit"))}'
+    return [mark, esc(check.get("name", "")), compact(check.get("value")), limit]
 
 
 def _alarm_count(run: Run) -> str:

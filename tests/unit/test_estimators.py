@@ -201,6 +201,23 @@ def plain_advantages(estimator: str, rewards: list[list[float]]) -> list[list[fl
     return result
 
 
+def plain_likelihood(
+    ppo: PPOConfig, totals: list[float], now: list[list[torch.Tensor]], ref: list[list[float]], w: list[list[float]]
+) -> torch.Tensor:
+    """The loss of RAFT, RWR and online DPO as their papers write it, with gradient."""
+    likelihood = [sum(a * x for a, x in zip(v, row, strict=True)) for v, row in zip(w, now, strict=True)]
+    if ppo.estimator == "raft":
+        kept = [max((i for i in range(6) if NUMBERS[i] == n), key=lambda i: totals[i]) for n in (1, 2)]
+        return -sum(likelihood[i] for i in kept) / sum(len(now[i]) for i in kept)
+    if ppo.estimator == "rwr":
+        share = np.exp(np.array(totals) / ppo.rwr.temperature)
+        return -sum(s * x for s, x in zip(share / share.sum(), likelihood, strict=True))
+    ratio = [sum(row) - sum(q) for row, q in zip(now, ref, strict=True)]
+    # By the scores: of the four of prompt 1 rollout 0 is best and 2 worst, of the two of prompt 2 it is 1 and 3.
+    losses = [-torch.log(torch.sigmoid(ppo.dpo_beta * (ratio[b] - ratio[v]))) for b, v in ((0, 2), (1, 3))]
+    return sum(losses) / 2
+
+
 def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
     """The policy after all epochs, and metrics."""
     ppo, n = task.config.ppo, len(ROLLOUTS)
@@ -219,11 +236,13 @@ def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
         ref = [[x.item() for x in logprobs(reference, i)] for i in range(n)]
     sampled = [r.completion.behavior_logprobs.astype(np.float64).tolist() for r in ROLLOUTS]
     sampled = [[x for t, x in enumerate(row) if not (holes and t == 1)] for row in sampled]
-    in_reward = ppo.estimator in ("rloo", "reinforce_plus_plus")
+    likelihood = ppo.estimator in ("raft", "rwr", "online_dpo")
+    in_reward = ppo.estimator in ("rloo", "reinforce_plus_plus") or ppo.kl.place == "reward"
+    in_loss = ppo.estimator in ("grpo", "dr_grpo") or ppo.kl.place == "k3"
     rewards = [[-BETA * (p - q) * in_reward for p, q in zip(a, b, strict=True)] for a, b in zip(old, ref, strict=True)]
     for row, score in zip(rewards, SCORES, strict=True):
         row[-1] += score
-    advantages = plain_advantages(ppo.estimator, rewards)
+    advantages = rewards if likelihood else plain_advantages(ppo.estimator, rewards)
     tokens = sum(len(row) for row in old)
     raw = [[math.exp(p - b) for p, b in zip(x, y, strict=True)] for x, y in zip(old, sampled, strict=True)]
     bound = {
@@ -236,19 +255,26 @@ def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
     losses = []
     for _ in range(ppo.epochs):
         total = torch.zeros((), dtype=torch.float64)
+        now = [logprobs(policy, i) for i in range(n)]
+        if likelihood:
+            total = total + plain_likelihood(ppo, [sum(row) for row in rewards], now, ref, weights)
         for i in range(n):
-            for t, logprob in enumerate(logprobs(policy, i)):
+            for t, logprob in enumerate(now[i]):
                 rho, a = torch.exp(logprob - old[i][t]), advantages[i][t]
                 loss = torch.maximum(-a * rho, -a * rho.clamp(0.8, 1.2))
                 if a < 0:
                     loss = torch.minimum(loss, torch.tensor(-3 * a).double())
-                if not in_reward:
+                loss = loss * (not likelihood)
+                if in_loss:
                     loss = loss + BETA * (torch.exp(ref[i][t] - logprob) - 1 + logprob - ref[i][t])
                 share = {
                     "grpo": 1 / n / len(old[i]),
                     "dr_grpo": 1 / n / ppo.sampling.max_completion_tokens,
                     "rloo": 1 / n,
                     "reinforce_plus_plus": 1 / tokens,
+                    "raft": 1 / tokens,
+                    "rwr": 1 / n,
+                    "online_dpo": 1 / n,
                 }
                 total = total + weights[i][t] * share[ppo.estimator] * loss
         adam.zero_grad()
@@ -265,12 +291,30 @@ def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
     }
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"])
-@pytest.mark.parametrize(("correction", "holes"), [("none", False), ("truncated", True), ("masked", False)])
+PAPERS = ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "raft", "rwr"]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "correction", "holes", "place"),
+    [
+        *((e, c, h, None) for e in PAPERS for c, h in [("none", False), ("truncated", True), ("masked", False)]),
+        ("raft", "none", False, "k3"),
+        ("rwr", "none", True, "reward"),
+        ("online_dpo", "none", False, None),
+        ("online_dpo", "none", True, None),
+    ],
+)
 def test_update_equals_the_papers(
-    estimator: str, correction: str, holes: bool, config: TandemConfig, make_task: Callable[[TandemConfig], PPOTask]
+    estimator: str,
+    correction: str,
+    holes: bool,
+    place: str | None,
+    config: TandemConfig,
+    make_task: Callable[[TandemConfig], PPOTask],
 ) -> None:
-    config.ppo.estimator, config.ppo.off_policy.correction = estimator, correction
+    config.ppo.estimator, config.ppo.off_policy.correction, config.ppo.kl.place = estimator, correction, place
+    config.ppo.rwr.temperature = 0.8
+    config.ppo.epochs = 1 if estimator == "online_dpo" else 2
     task = make_task(config)
     before = weights_of(task.policy.model)
     expected, numbers = plain_update(task, holes)
@@ -285,9 +329,10 @@ def test_update_equals_the_papers(
         step = max((theirs[name] - before[name]).abs().max().item() for name in before)
         assert step > 1e-5
         assert max((mine[name] - theirs[name]).abs().max().item() for name in mine) < 2e-3 * step
-        loss = metrics["policy/loss"] + BETA * metrics.get("policy/kl_loss", 0.0)
+        loss = metrics.get("online_dpo/loss", metrics["policy/loss"]) + BETA * metrics.get("policy/kl_loss", 0.0)
         assert loss == pytest.approx(numbers["loss"], rel=1e-3, abs=1e-5)
-        assert ("policy/kl_loss" in metrics) == (estimator in ("grpo", "dr_grpo"))
+        assert ("policy/kl_loss" in metrics) == (estimator in ("grpo", "dr_grpo") or place == "k3")
+        assert ("policy/clipfrac" in metrics) == (estimator in PAPERS[:4])
         found = {name: value for name, value in metrics.items() if name.startswith("off_policy/")}
         if correction == "none":
             assert found == {}

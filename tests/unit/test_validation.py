@@ -27,6 +27,7 @@ OUTSIDE = {
     "null or 0 or more": -1,
     "above 0": 0,
     "null or above 0": 0,
+    "null or a finite number": math.inf,
     "null or at least 1": 0,
     "null or 0 (the head alone) or more": -1,
     "in [0, 1]": 1.5,
@@ -38,6 +39,9 @@ OUTSIDE = {
     "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio": 0.9,
     "two numbers in [0, 1)": [0.9, 1.0],
 }
+
+
+ONLINE_DPO = {"ppo__estimator": "online_dpo", "ppo__samples_per_prompt": 2}
 
 
 @pytest.fixture
@@ -182,6 +186,46 @@ def test_a_choice_suggests_the_closest_name(config):
             ],
         ),
         (
+            {"ppo__estimator": "raft"},
+            ["ppo.samples_per_prompt must be at least 2 with ppo.estimator raft", "found 1", "or ppo.estimator=rwr"],
+        ),
+        (
+            {**ONLINE_DPO, "ppo__samples_per_prompt": 1},
+            ["ppo.samples_per_prompt must be at least 2 with ppo.estimator online_dpo", "found 1"],
+        ),
+        (
+            {**ONLINE_DPO, "ppo__epochs": 2, "ppo__minibatches": 4},
+            ["ppo.epochs * ppo.minibatches must be 1 with ppo.estimator online_dpo", "found 2 * 4 = 8", "ppo.epochs=1"],
+        ),
+        (
+            {**ONLINE_DPO, "ppo__kl__place": "k2"},
+            ["ppo.kl.place must be null or none with ppo.estimator online_dpo", "found k2", "ppo.dpo_beta"],
+        ),
+        (
+            {**ONLINE_DPO, "ppo__aggregation": "tokens"},
+            ["ppo.aggregation must be null or sequence_sums with ppo.estimator online_dpo", "found tokens"],
+        ),
+        (
+            {**ONLINE_DPO, "ppo__off_policy__correction": "truncated"},
+            ["ppo.off_policy.correction must be null or none with ppo.estimator online_dpo", "found truncated"],
+        ),
+        (
+            {"ppo__estimator": "rwr", "ppo__whiten_advantages": True},
+            ["ppo.whiten_advantages must be null or False with ppo.estimator rwr", "found True", "advantages=null"],
+        ),
+        (
+            {"ppo__estimator": "rwr", "ppo__kl__controller": "adaptive"},
+            ["ppo.kl.controller must be fixed where there is no KL penalty", "found adaptive", "ppo.kl.place=reward"],
+        ),
+        (
+            {"ppo__combined__target": 0.5},
+            ["ppo.ptx_coef must be above 0 with ppo.combined.target (0.5)", "found 0.0", "write ppo.ptx_coef=1"],
+        ),
+        (
+            {"ppo__combined__initial": 11.0},
+            ["ppo.combined.initial must be at most ppo.combined.max (10)", "found 11.0", "write 10 or less"],
+        ),
+        (
             {"cluster__num_nodes": 2},
             ["cluster.num_nodes, cluster.gpus_per_node and cluster.cpus_per_node must be all null or all set", "None"],
         ),
@@ -266,6 +310,12 @@ def test_a_directory_that_is_a_file_is_refused(config, tmp_path):
         # The value model's defaults, its warm-up included, are no conflict where there is none.
         *[{"ppo__estimator": e, "ppo__samples_per_prompt": 2} for e in ("grpo", "dr_grpo", "rloo")],
         {"ppo__estimator": "reinforce_plus_plus"},
+        {"ppo__estimator": "raft", "ppo__samples_per_prompt": 4, "ppo__epochs": 2, "ppo__kl__place": "reward"},
+        {"ppo__estimator": "rwr", "ppo__minibatches": 2, "ppo__off_policy__correction": "truncated"},
+        {**ONLINE_DPO, "ppo__max_staleness": 2, "ppo__kl__place": "none"},
+        {"ppo__estimator": "rwr", "ppo__kl__controller": "adaptive", "ppo__kl__place": "reward"},
+        {"ppo__combined__target": -0.5, "ppo__ptx_coef": 0.1},
+        {"ppo__init_from": "base"},
         {"ppo__kl__place": "k2", "ppo__aggregation": "sequences", "ppo__whiten_advantages": False},
         {"ppo__off_policy__correction": "masked", "ppo__off_policy__low": 0.0, "ppo__off_policy__high": 1.5},
         {"ppo__dual_clip": None, "ppo__value_clip": None, "ppo__target_approx_kl": None, "data__prompt_words": None},
@@ -308,9 +358,9 @@ def test_a_given_checkpoint_needs_no_data(config):
 
 def test_a_null_choice_is_shown_as_it_is_written(config):
     (line,) = conflicts(put(config, ppo__kl__place="k1"))
-    assert line == "ppo.kl.place must be one of null, reward, k2, k3; found k1; write for example null"
+    assert line == "ppo.kl.place must be one of null, none, reward, k2, k3; found k1; write for example null"
     (line,) = conflicts(put(config, ppo__estimator="grpoo", ppo__init_value_from="policy"))
-    assert line.startswith("ppo.estimator must be one of gae, grpo, dr_grpo, rloo, reinforce_plus_plus; found grpoo;")
+    assert line.startswith("ppo.estimator must be one of gae, grpo, dr_grpo, rloo, reinforce_plus_plus, raft, ")
     assert line.endswith("write grpo")
 
 

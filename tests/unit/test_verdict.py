@@ -97,6 +97,7 @@ def test_reservations_are_named_where_gold_did_not_rise_too():
 
 def test_checks_hold_values_and_limits():
     checks = judge(ROSE, ROSE, length_ratio=0.75, eos_share=0.9, kl=10.0)["checks"]
+    assert [check["side"] for check in checks] == ["above", "within ±", "at least", "at most"]
     assert [check["limit"] for check in checks] == [0.0, 0.25, 0.9, 10.0]
     assert [check["value"] for check in checks] == [0.1, -0.25, 0.9, 10.0]
     assert all(check["passed"] for check in checks)  # each at its limit

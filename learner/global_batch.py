@@ -1,0 +1,181 @@
+"""What is computed over the global batch of an update, before its first step: advantages, the weights of its tokens, and
+metrics. Every function is collective over the ranks; each rank brings its own passes."""
+
+from dataclasses import asdict
+
+import torch
+
+from contracts.config import PPOConfig
+from contracts.estimators import Estimator, chosen_correction
+from contracts.interfaces import NonFiniteError
+from contracts.records import TrainingBatch
+from learner.advantages import (
+    explained_variance,
+    gae,
+    group_advantages,
+    group_moments,
+    token_rewards,
+    whiten,
+    whitening_moments,
+)
+from learner.engine import Ranks
+from learner.kl import kl_k1, kl_k3
+from learner.likelihood import (
+    best_of_groups,
+    effective_share,
+    normalised,
+    pair_metrics,
+    preference_pairs,
+    reward_weights,
+)
+from learner.losses import aggregation_weights, off_policy_weights
+from learner.passes import Pass
+
+
+def set_advantages(
+    passes: list[Pass], batch: TrainingBatch, ranks: Ranks, ppo: PPOConfig, estimator: Estimator, kl_coef: float
+) -> dict[str, float]:
+    """Rewards and advantages of every pass, and returns where there is a value model. An estimator by likelihood has its
+    coefficients in place of advantages, and metrics of them.
+
+    Raises:
+        NonFiniteError: on all ranks, from an estimator by likelihood that would compare what is not a number.
+    """
+    in_reward = kl_coef if estimator.kl == "reward" else 0.0
+    for p in passes:
+        scores = torch.from_numpy(p.batch.scores).to(ranks.device)
+        p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, p.places.mask, in_reward)
+    if estimator.loss == "likelihood":
+        return _set_coefficients(passes, sum(batch.global_sequences), ranks, ppo, estimator)
+    if estimator.needs_groups:
+        _compare_groups(passes, batch.num_groups, ranks, ppo.estimator)
+    else:
+        lam = ppo.lam if estimator.has_value_model else 1.0  # without values: the reward-to-go
+        for p in passes:
+            p.advantages, p.returns = gae(p.rewards, p.old_values, p.places.mask, ppo.gamma, lam)
+    if estimator.whiten:
+        moments = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        for p in passes:
+            moments += whitening_moments(p.advantages, p.places.mask)
+        ranks.sum(moments)
+        for p in passes:
+            p.advantages = whiten(p.advantages, p.places.mask, moments)
+    return {}
+
+
+def _compare_groups(passes: list[Pass], num_groups: int, ranks: Ranks, estimator: str) -> None:
+    groups = [torch.from_numpy(p.batch.groups).to(ranks.device) for p in passes]
+    moments = torch.zeros(num_groups, 3, dtype=torch.float64, device=ranks.device)
+    for p, numbers in zip(passes, groups, strict=True):
+        moments += group_moments(p.rewards, p.places.mask, numbers, num_groups)
+    ranks.sum(moments)
+    for p, numbers in zip(passes, groups, strict=True):
+        p.advantages = group_advantages(estimator, p.rewards, p.places.mask, numbers, moments)
+
+
+def _set_coefficients(
+    passes: list[Pass], num_rollouts: int, ranks: Ranks, ppo: PPOConfig, estimator: Estimator
+) -> dict[str, float]:
+    """Every rank sees all rollouts, four numbers of each, and chooses the same ones."""
+    table = torch.zeros(num_rollouts, 4, dtype=torch.float64, device=ranks.device)
+    rows = [torch.from_numpy(p.batch.rows).to(ranks.device) for p in passes]
+    for p, mine in zip(passes, rows, strict=True):
+        mask, groups = p.places.mask, torch.from_numpy(p.batch.groups).to(ranks.device)
+        log_ratios = kl_k1(p.proximal_logprobs, p.ref_logprobs)
+        sums = [torch.where(mask, x.double(), 0.0).sum(dim=1) for x in (p.rewards, log_ratios, mask)]
+        table[mine] = torch.stack([*sums, groups.double()], dim=1)
+    outcomes, log_ratios, lengths, groups = ranks.sum(table).unbind(dim=1)
+    if not (outcomes.isfinite() & log_ratios.isfinite()).all():
+        raise NonFiniteError("a score or a log-probability is not finite")  # which a comparison would hide
+    trains = lengths > 0
+    # What the loss is a mean over: tokens, or rollouts.
+    units = lengths if estimator.aggregation == "tokens" else torch.ones_like(lengths)
+    if ppo.estimator == "raft":
+        weights = best_of_groups(outcomes, groups, trains)
+        coefficients, metrics = normalised(weights, units), {"raft/kept_frac": weights.mean().item()}
+    elif ppo.estimator == "rwr":
+        weights = reward_weights(outcomes, trains, ppo.rwr.temperature)
+        coefficients = normalised(weights, units)
+        metrics = {"rwr/ess": effective_share(weights[trains]), "rwr/weight_max": coefficients.max().item()}
+    else:
+        pairs = preference_pairs(outcomes, log_ratios, groups, trains, ppo.dpo_beta)
+        coefficients, metrics = pairs.coefficients, pair_metrics(pairs.margins)
+    for p, mine in zip(passes, rows, strict=True):
+        p.advantages = torch.where(p.places.mask, coefficients[mine, None], 0.0).float()
+    return metrics
+
+
+def set_weights(
+    passes: list[list[Pass]], batch: TrainingBatch, ranks: Ranks, ppo: PPOConfig, estimator: Estimator
+) -> dict[str, float]:
+    """Weight each token: off-policy correction times aggregation. Returns what the correction does."""
+    off_policy, budget = chosen_correction(ppo), ppo.sampling.max_completion_tokens
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    largest = torch.zeros((), device=ranks.device)
+    for minibatch, tokens, sequences in zip(passes, batch.global_loss_tokens, batch.global_sequences, strict=True):
+        for p in minibatch:
+            mask = p.places.mask
+            weights, changed = off_policy_weights(p.proximal_logprobs, p.behavior_logprobs, mask, **asdict(off_policy))
+            sums[:3] += whitening_moments(weights, mask)
+            sums[3] += changed
+            if weights.numel():
+                largest = torch.maximum(largest, weights.max())
+            p.weights = weights * aggregation_weights(mask, estimator.aggregation, tokens, sequences, budget)
+    if off_policy.correction == "none":
+        return {}
+    count, total, squares, changed_tokens = ranks.sum(sums).tolist()
+    return {
+        "off_policy/ess": total * total / (count * squares) if squares > 0 else 0.0,
+        "off_policy/weight_mean": total / max(count, 1.0),
+        "off_policy/weight_max": ranks.max(largest).item(),
+        f"off_policy/{off_policy.correction}_frac": changed_tokens / max(count, 1.0),
+    }
+
+
+def describe(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, has_values: bool) -> dict[str, float]:
+    """Metrics of the batch before the update."""
+    sums = torch.zeros(9, dtype=torch.float64, device=ranks.device)
+    largest = torch.zeros((), device=ranks.device)
+    returns, residuals = torch.zeros_like(sums[:3]), torch.zeros_like(sums[:3])
+    for p in passes:
+        mask = p.places.mask
+        staleness = torch.from_numpy(p.batch.staleness).to(ranks.device)
+        # Only of the weights that the learner still has: of older ones the gap is learning, not mismatch.
+        fresh = mask & (staleness == 0)
+        gap = torch.where(fresh, p.proximal_logprobs - p.behavior_logprobs, 0.0)
+        sums += torch.stack(
+            [
+                mask.sum(),
+                kl_k1(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
+                kl_k3(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
+                kl_k3(p.behavior_logprobs, p.proximal_logprobs)[fresh].sum(),
+                gap.abs().sum(),
+                fresh.sum(),
+                staleness[mask].sum(),
+                p.entropy[mask].sum(),
+                p.rewards.sum(),
+            ]
+        ).double()
+        if gap.numel():  # an empty completion may be alone in its microbatch
+            largest = torch.maximum(largest, gap.abs().max())
+        if has_values:
+            returns += whitening_moments(p.returns, mask)
+            residuals += whitening_moments(p.returns - p.old_values, mask)
+    tokens, k1, k3, mismatch, gap_sum, fresh_tokens, stale, entropy, rewards = ranks.sum(sums).tolist()
+    tokens, sequences = max(tokens, 1.0), max(sum(batch.global_sequences), 1)
+    metrics = {
+        "kl/ref_seq": k1 / sequences,
+        "kl/ref_token": k1 / tokens,
+        "kl/ref_k3": k3 / tokens,
+        "staleness/token_mean": stale / tokens,
+        "policy/entropy": entropy / tokens,
+        "reward/total_mean": rewards / sequences,
+    }
+    largest_gap = ranks.max(largest).item()
+    if fresh_tokens:
+        metrics["kl/mismatch_k3"] = mismatch / fresh_tokens
+        metrics["kl/mismatch_logp_mean"] = gap_sum / fresh_tokens
+        metrics["kl/mismatch_logp_max"] = largest_gap
+    if has_values:
+        metrics["value/explained_var"] = explained_variance(ranks.sum(returns), ranks.sum(residuals))
+    return metrics

@@ -1,0 +1,65 @@
+"""What one rank knows of each microbatch of an update before the first optimizer step."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from contracts.attention import Packed
+from contracts.records import Microbatch
+
+
+class Places:
+    """Where the training tokens of a microbatch lie. The state before completion token t of row b is position
+    prompt_len + t - 1, which both predicts the token and carries V(s_t)."""
+
+    def __init__(self, mb: Microbatch, device: torch.device):
+        self.packed = Packed.of(mb.sequences, device)
+        self.mask = torch.from_numpy(mb.loss_mask).to(device)  # bool [B, C]
+        self.rows, self.steps = self.mask.nonzero(as_tuple=True)
+        first = torch.tensor(self.packed.starts, device=device) + torch.from_numpy(mb.prompt_lens).to(device)
+        self.select = first[self.rows] + self.steps - 1  # [M], into the packed row
+        self.targets = self.packed.input_ids[0, self.select + 1]
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """[M] -> [B, C], 0 where no token trains; differentiable."""
+        return torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device).index_put(
+            (self.rows, self.steps), flat
+        )
+
+    def early(self, min_completion_tokens: int) -> Tensor | None:
+        """Which of the M tokens were sampled while EOS was masked (None: never)."""
+        return self.steps < min_completion_tokens if min_completion_tokens else None
+
+
+@dataclass
+class Pass:
+    """What is known of one microbatch before the first optimizer step. Tensors are float32 [B, C], 0 where no token
+    trains."""
+
+    batch: Microbatch
+    places: Places
+    ref_logprobs: Tensor
+    proximal_logprobs: Tensor
+    behavior_logprobs: Tensor
+    old_values: Tensor  # 0 without a value model
+    entropy: Tensor
+    live: tuple[Tensor, Tensor | None] | None  # policy_logprobs and values with their graphs, until used
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))  # of each token in the policy's losses
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0))
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    returns: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Timer:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
