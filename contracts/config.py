@@ -351,7 +351,7 @@ class LoggerConfig:
 @dataclass
 class TandemConfig:
     stage: str = "pipeline"  # pipeline | sft | reward_model | ppo | preference | filtered_sft | evaluate
-    # What a pipeline trains after SFT and judges against it (docs/preference.md): dpo | rank | filtered_sft | best_of_n | none
+    # What a pipeline trains after SFT (docs/preference.md): ppo | dpo | rank | filtered_sft | best_of_n | none
     method: str = "ppo"
     name: str = "demo"
     seed: int = 1
