@@ -43,8 +43,7 @@ class SourceConfig:
 class DataConfig:
     sft: SourceConfig = field(default_factory=SourceConfig)
     prompts: SourceConfig = field(default_factory=SourceConfig)  # what PPO completes
-    # Trains the reward model that PPO sees, and the policy in stage preference.
-    preferences: SourceConfig = field(default_factory=SourceConfig)
+    preferences: SourceConfig = field(default_factory=SourceConfig)  # trains PPO's reward model, and stage preference
     gold: SourceConfig | None = None  # trains the judge that PPO never sees
     test: SourceConfig = field(default_factory=SourceConfig)  # held-out preferences
     eval_prompts: SourceConfig = field(default_factory=SourceConfig)  # held-out prompts
@@ -353,8 +352,7 @@ class LoggerConfig:
 @dataclass
 class TandemConfig:
     stage: str = "pipeline"  # pipeline | sft | reward_model | ppo | preference | filtered_sft | evaluate
-    # What a pipeline trains after SFT and judges against it: ppo | dpo | rank | filtered_sft | best_of_n | none
-    # (docs/preference.md)
+    # What a pipeline trains after SFT (docs/preference.md): ppo | dpo | rank | filtered_sft | best_of_n | none
     method: str = "ppo"
     name: str = "demo"
     seed: int = 1
