@@ -331,7 +331,8 @@ class EnvironmentConfig:
     bounds all turns of a conversation and the observations between them."""
 
     name: str = "single_turn"  # single_turn | two_turn | module:Class, an import path: docs/environments.md
-    # Where a conversation is paid: cumulative (the sum, at its last token) | per_turn (each turn at its own last token).
+    # Where a conversation is paid: cumulative (the sum, at its last token) | per_turn (each turn at its own last token) |
+    # separate (as per_turn, and every turn is an episode of its own: what comes later does not count for it).
     reward: str = "cumulative"
     max_turn_tokens: int | None = None  # null: what is left of sampling.max_completion_tokens
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment

@@ -157,7 +157,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ppo.init_from": ("sft", "base"),
     "ppo.init_value_from": ("reward_model", "policy"),
     "cluster.layout": ("disaggregated", "colocated"),
-    "environment.reward": ("cumulative", "per_turn"),
+    "environment.reward": ("cumulative", "per_turn", "separate"),
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),
     "learner.weight_transfer": ("auto", "shared_memory", "ray_object", "nccl", "ipc"),

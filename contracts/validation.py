@@ -17,6 +17,7 @@ from contracts.cluster_checks import cluster_checks, placement_conflicts, stated
 from contracts.config import SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
 from contracts.estimator_checks import estimator_checks
+from contracts.estimators import ESTIMATORS
 from contracts.methods import PREFERENCE_LOSSES, runs, sources_read
 from contracts.overrides import closest
 from contracts.placement import Resources
@@ -162,8 +163,23 @@ def _method_checks(config: TandemConfig) -> list[Check]:
 
 
 def _environment_checks(config: TandemConfig) -> list[Check]:
-    environment = config.environment
+    environment, ppo = config.environment, config.ppo
+    estimator, apart = ESTIMATORS.get(ppo.estimator), environment.reward == "separate"
     return [
+        Check(
+            not (apart and estimator is not None and estimator.needs_groups),
+            "environment.reward",
+            f"cumulative or per_turn with ppo.estimator {ppo.estimator}, which compares whole conversations",
+            environment.reward,
+            "environment.reward=cumulative or ppo.estimator=reinforce_plus_plus",
+        ),
+        Check(
+            not (apart and ppo.sampling.min_completion_tokens > 0),
+            "ppo.sampling.min_completion_tokens",
+            "0 with environment.reward separate: it counts from the start of a conversation",
+            ppo.sampling.min_completion_tokens,
+            "ppo.sampling.min_completion_tokens=0",
+        ),
         Check(
             environment.name in SHIPPED or is_import_path(environment.name),
             "environment.name",
@@ -272,8 +288,8 @@ def validate(config: TandemConfig) -> None:
             *_sampling_checks(config, "ppo.sampling", config.ppo.sampling),
             *_sampling_checks(config, "evaluate.sampling", config.evaluate.sampling),
             *_ppo_checks(config),
-            *estimator_checks(config.ppo),
             *_method_checks(config),
+            *estimator_checks(config.ppo),
             *_environment_checks(config),
             *_learner_checks(config),
             *service_checks(config),

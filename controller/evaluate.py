@@ -142,6 +142,7 @@ def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig
             "length": statistics.bootstrap_mean(j.lengths, **options).as_dict(),
             "kl": statistics.bootstrap_mean(j.log_ratio, **options).as_dict(),
             "eos_share": float(np.mean([r.completion.finish_reason == "stop" for r in j.rollouts])),
+            "distinct_1": statistics.distinct_n(tokens, 1),
             "distinct_2": statistics.distinct_n(tokens, 2),
             "repeat_fraction": float(np.mean([statistics.repeat_fraction(t, 4) for t in tokens])),
             "prompts": len(j.rollouts),

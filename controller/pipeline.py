@@ -137,7 +137,7 @@ class Pipeline:
             "actors": config.cluster.num_actors,
             "prompts": fingerprint(self.data.prompts),
             "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
-            "policy": checkpoint_fingerprint(self.checkpoint(self.config.ppo.init_from)),
+            "policy": checkpoint_fingerprint(self.checkpoint(config.ppo.init_from)),
             "proxy": checkpoint_fingerprint(self.checkpoint("reward_model/proxy")),
             "gold": checkpoint_fingerprint(self.checkpoint("reward_model/gold")) if has_gold(self.config) else None,
             "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
@@ -195,7 +195,7 @@ class Pipeline:
         config = offline.method_config(self.config)
         identity = flat(self._inputs_of("ppo"))
         commit = self._find_commit(identity)
-        policy, proxy = self.checkpoint(self.config.ppo.init_from), self.checkpoint("reward_model/proxy")
+        policy, proxy = self.checkpoint(config.ppo.init_from), self.checkpoint("reward_model/proxy")
         scorers = {"proxy": proxy}
         if has_gold(self.config) and config.ppo.gold_rollouts:
             scorers["gold"] = self.checkpoint("reward_model/gold")

@@ -44,7 +44,7 @@ def overrides_of(file: str) -> list[str]:
     group, _, name = file.rpartition("/")
     if not group:
         return []
-    chosen = f"+{group}={name}" if group == "experiment" else f"{group}={name}"
+    chosen = f"+{group}={name}" if group in ("experiment", "arm", "tuning") else f"{group}={name}"
     return [chosen, *FILL_IN.get(file, [])]
 
 
