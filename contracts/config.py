@@ -352,8 +352,7 @@ class LoggerConfig:
 @dataclass
 class TandemConfig:
     stage: str = "pipeline"  # pipeline | sft | reward_model | ppo | preference | filtered_sft | evaluate
-    # What a pipeline trains after SFT (docs/preference.md): ppo | dpo | rank | filtered_sft | best_of_n | none
-    method: str = "ppo"
+    method: str = "ppo"  # what follows SFT: ppo | dpo | rank | filtered_sft | best_of_n | none (docs/preference.md)
     name: str = "demo"
     seed: int = 1
     run_dir: str = MISSING
