@@ -8,8 +8,8 @@ while it trains. Bounds of silence are 10 s for an actor and 15 s for the learne
 takes ten minutes: what is found by silence takes as much longer as they are.
 
 found      the line that tells the user, after the signal; a client that asks another replica tells nobody
-resumed    the next update that ends after a new actor is there, or after all ranks are back at the commit; for the reward service
-           the next at all
+resumed    the next update that ends after a new actor is there, or after all ranks are back at the commit; for the reward
+           service the next at all
 repeated   rollouts that were sampled again or, behind them, trained again from the last commit
 lost       rollouts that the ledger cannot account for at the end
 """
