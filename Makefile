@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 PY := .venv/bin/python
 
-.PHONY: help setup demo demo-long test test-unit test-full test-chaos lint bench lock clean
+.PHONY: help setup demo demo-long study-quick study study-tuning test test-unit test-full test-chaos lint bench lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -15,6 +15,19 @@ demo: setup ## SFT, reward models, PPO and evaluation on real data, on two cores
 
 demo-long: setup ## the same road with a larger budget
 	$(PY) train.py +experiment=demo_long
+
+study-quick: setup ## the study of docs/study.md with one seed and small budgets, about 40 minutes on two cores
+	-$(PY) train.py -m +experiment=five_reasons_quick
+	$(PY) -m controller.study.negation runs/five_reasons_quick
+	$(PY) -m controller.study runs/five_reasons_quick
+
+study: setup ## the whole study: 15 arms, 3 seeds, some hours; started again it goes on
+	-$(PY) train.py -m +experiment=five_reasons
+	$(PY) -m controller.study.negation runs/five_reasons
+	$(PY) -m controller.study runs/five_reasons
+
+study-tuning: setup ## before it: the same three settings for every arm
+	$(PY) train.py -m +experiment=five_reasons_tuning
 
 lint: setup ## style, format, types, import direction
 	.venv/bin/ruff check .

@@ -5,6 +5,7 @@ to be run again, 130 interrupted by SIGINT.
 """
 
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -21,7 +22,7 @@ from contracts.config import TandemConfig, register_schema, to_config
 from contracts.outcome import write_outcome
 from contracts.precision import choose_dtypes
 from contracts.validation import ConfigError, raise_conflicts, validate
-from controller.stop import Interrupted, Stop
+from controller.stop import INTERRUPTED, Interrupted, Stop
 from controller.sweep import RunFailed, finished_objective, is_member, place_member, register_resolvers
 
 register_schema()
@@ -49,8 +50,8 @@ def main(composed: DictConfig) -> float | None:
                 print(f"Tandem: {config.run_dir} is done already")
                 return value
         stop = Stop(config.checkpoint.grace_s)
-        stop.install()
-        return run(config, stop)
+        with stop.installed():
+            return run(config, stop)
     except (ConfigError, DataError) as error:
         code = refuse(error)
         if is_member():
@@ -62,7 +63,7 @@ def main(composed: DictConfig) -> float | None:
         sys.exit(1)
     except Interrupted as end:
         print(f"\ninterrupted; finished stages are kept and will be reused. {end.message}", file=sys.stderr)
-        print(f"go on with: {resume_command(config)}", file=sys.stderr)
+        print(f"go on with: {sweep_command() or resume_command(config)}", file=sys.stderr)
         sys.exit(end.exit_code)
 
 
@@ -86,6 +87,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
                 try:
                     results = Pipeline(config, log, progress, directory, stop).run()
                 except (ConfigError, DataError) as error:
+                    directory.refused()
                     status.end("refused", error=str(error))
                     raise
                 except Exception as error:
@@ -100,7 +102,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
                 report = render(Path(config.run_dir))
             value = objective(results.get("evaluate", {}), config.evaluate.max_kl)
             write_outcome(Path(config.run_dir), value)
-            status.end("done", objective=value)
+            status.end("done")
             progress.summary(summary_rows(config, results, report), "Tandem")
     return value
 
@@ -120,6 +122,14 @@ def resume_command(config: TandemConfig) -> str:
     return resume.resume_command(list(HydraConfig.get().overrides.task), config.run_dir)
 
 
+def sweep_command() -> str:
+    """Of the sweep that this process runs, if it runs one: an interrupt ends the whole sweep, not a member."""
+    from controller.redaction import redacted_override
+
+    words = [redacted_override(word) for word in sys.argv[1:]]
+    return shlex.join(["python", "train.py", *words]) if {"-m", "--multirun"} & set(words) else ""
+
+
 def refuse(error: Exception) -> int:
     print(f"\nTandem cannot start:\n{error}", file=sys.stderr)
     return 2
@@ -130,4 +140,7 @@ if __name__ == "__main__":
         raise_conflicts([], command_line_problems(sys.argv[1:], CONF))
     except ConfigError as error:
         sys.exit(refuse(error))
-    main()
+    try:
+        main()
+    except KeyboardInterrupt as end:  # between two members of a sweep, or while they run elsewhere
+        sys.exit(end.exit_code if isinstance(end, Interrupted) else INTERRUPTED)

@@ -4,12 +4,13 @@
 
 `train.py stage=ppo` on SmolLM2-135M with `checkpoint.every=2`: every other update runs while the commit before it is being
 written. The difference between neighbours is what the commit costs; all completions have the same length. Beside it, alone:
-writing as many bytes with fsync, and hashing them.
+writing as many bytes with fsync, as `dd conv=fsync` does and as `dd oflag=direct` does, and hashing them.
 """
 
 import argparse
 import hashlib
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -60,14 +61,19 @@ def train(folder: Path, updates: int, layers: int | None) -> list[dict[str, Any]
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
 
 
-def write_s(folder: Path, size: int) -> float:
-    """Seconds to write `size` bytes and fsync them, as `dd conv=fsync` does."""
-    chunk, start = os.urandom(CHUNK), time.perf_counter()
-    with (folder / "raw").open("wb", buffering=0) as file:
-        for _ in range(-(-size // CHUNK)):
-            file.write(chunk)
-        os.fsync(file.fileno())
-    return time.perf_counter() - start
+def write_s(folder: Path, size: int, flags: int = 0) -> float:
+    """Seconds to write `size` bytes and fsync them."""
+    chunk = mmap.mmap(-1, CHUNK)
+    chunk[:] = os.urandom(CHUNK)
+    start = time.perf_counter()
+    file = os.open(folder / "raw", os.O_WRONLY | os.O_CREAT | flags)
+    for _ in range(-(-size // CHUNK)):
+        os.write(file, chunk)
+    os.fsync(file)
+    os.close(file)
+    seconds = time.perf_counter() - start
+    (folder / "raw").unlink()
+    return seconds
 
 
 def hash_s(size: int) -> float:
@@ -86,20 +92,27 @@ def main() -> None:
         folder = Path(name)
         rows = train(folder, options.updates, options.trainable_layers)
         size = commits.read_commit(commits.step_path(folder / "run", options.updates)).num_bytes
-        writing, hashing = write_s(folder, size), hash_s(size)
+        writing, direct, hashing = write_s(folder, size), write_s(folder, size, os.O_DIRECT), hash_s(size)
     # Row k is update k + 1; the commit after update k runs beside it where k is even. The first two rows warm up.
     wall = [after["wall_s"] - before["wall_s"] for before, after in pairwise(rows)]
     pairs = [(wall[k - 1], wall[k]) for k in range(2, len(rows) - 1, 2)]
     costs = [beside - alone for beside, alone in pairs]
+    neighbours = [(rows[k], rows[k + 1]) for k in range(2, len(rows) - 1, 2)]
+    parts = {
+        name: statistics.median(beside[f"perf/{name}_s"] - alone[f"perf/{name}_s"] for beside, alone in neighbours)
+        for name in ("rollout", "train", "optimizer")
+    }
     still = [rows[k]["perf/commit_s"] for k in range(2, len(rows), 2)]
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "commit_mb": size / 1e6,
         "write_and_fsync_s": writing,
+        "write_directly_s": direct,
         "sha256_s": hashing,
         "update_alone_s": statistics.median(alone for _, alone in pairs),
         "update_beside_a_commit_s": statistics.median(beside for beside, _ in pairs),
         "cost_s": statistics.median(costs),
+        **{f"cost_in_{name}_s": seconds for name, seconds in parts.items()},
         "cost_range_s": [min(costs), max(costs)],
         "loop_stood_still_s": statistics.median(still),
         "commits_failed": rows[-1]["fault/commits_failed"],

@@ -8,7 +8,8 @@ while it trains. Bounds of silence are 10 s for an actor and 15 s for the learne
 takes ten minutes: what is found by silence takes as much longer as they are.
 
 found      the line that tells the user, after the signal; a client that asks another replica tells nobody
-resumed    the next update that ends after that line, or for the reward service the next at all
+resumed    the next update that ends after a new actor is there, or after all ranks are back at the commit; for the reward
+           service the next at all
 repeated   rollouts that were sampled again or, behind them, trained again from the last commit
 lost       rollouts that the ledger cannot account for at the end
 """
@@ -31,33 +32,34 @@ from tests.chaos import Run, overrides
 from tests.conftest import ROOT, make_reward_model, make_tiny_model
 
 VERSION = r"^version \d"
-# role, signal, moment, the line that tells of it
+LOST, BACK, ROLLED_BACK = r"actor \d is lost", r"actor \d is back", r"back to update \d+"
+# role, signal, moment, the line that tells of it, and the one behind which the next update is new work
 FAULTS = {
-    "actor killed": ("actor", signal.SIGKILL, None, r"actor \d is lost"),
-    "actor stopped": ("actor", signal.SIGSTOP, None, r"actor \d is lost"),
-    "actor killed in a transfer": ("actor", signal.SIGKILL, "transfer", r"actor \d is lost"),
-    "reward replica killed": ("reward", signal.SIGKILL, None, None),
-    "learner rank killed": ("rank", signal.SIGKILL, "update", r"back to update \d+"),
-    "learner rank stopped": ("rank", signal.SIGSTOP, "update", r"back to update \d+"),
+    "actor killed": ("actor", signal.SIGKILL, None, LOST, BACK),
+    "actor stopped": ("actor", signal.SIGSTOP, None, LOST, BACK),
+    "actor killed in a transfer": ("actor", signal.SIGKILL, "transfer", LOST, BACK),
+    "reward replica killed": ("reward", signal.SIGKILL, None, None, None),
+    "learner rank killed": ("rank", signal.SIGKILL, "update", ROLLED_BACK, None),
+    "learner rank stopped": ("rank", signal.SIGSTOP, "update", ROLLED_BACK, None),
 }
 
 
 def rollouts_again(run: Run, at_s: float) -> int:
-    """As the lines since `at_s` say: those that an actor held, and those that the learner had trained since its commit."""
+    """Those that a lost actor held, as the lines since `at_s` say."""
     since = [line for seconds, line in run.lines if seconds >= at_s]
-    held = sum(int(n) for line in since for n in re.findall(r"(\d+) rollouts are sampled again", line))
-    return held
+    return sum(int(n) for line in since for n in re.findall(r"(\d+) rollouts are sampled again", line))
 
 
 def harm(run: Run, name: str, rows: list[dict[str, Any]]) -> None:
-    role, how, moment, line = FAULTS[name]
+    role, how, moment, line, ready = FAULTS[name]
     start_s = run.wait_for(VERSION, after_s=run.now())
     if moment:
         run.reach(moment, start_s)
     before = last_version(run)
     at_s, _ = run.harm(role, how)
     found_s = run.wait_for(line, after_s=at_s) if line else None
-    resumed_s = run.wait_for(VERSION, after_s=found_s or at_s)
+    ready_s = run.wait_for(ready, after_s=at_s) if ready else found_s
+    resumed_s = run.wait_for(VERSION, after_s=ready_s or at_s)
     repeated = rollouts_again(run, at_s)
     if role == "rank":
         back = re.search(r"back to update (\d+)", run.printed[run.printed.rindex("back to update") :])

@@ -6,11 +6,13 @@ python benchmarks/observability.py --rows 500 --members 4
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -20,6 +22,7 @@ from contracts.config import LoggerConfig
 from controller.metrics import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/observability.json"
 METRICS = 78  # of a PPO update of the demo
 
 
@@ -115,15 +118,20 @@ def main() -> None:
     print(f"machine: {psutil.cpu_count()} cores; load {psutil.getloadavg()[0]:.2f}")
     print(f"\n| wandb | a step waits, median | worst | CPU of all processes | CPU share of a {given.step_s:g} s step |")
     print("|---|---|---|---|---|")
+    result: dict[str, Any] = {"machine": f"{platform.machine()}, {psutil.cpu_count()} cores", "step_s": given.step_s}
     for mode in ("disabled", "offline"):
         median, worst, cpu = logging_cost(mode, given.rows)
         print(f"| {mode} | {median:.2f} ms | {worst:.1f} ms | {cpu:.1f} ms | {cpu / 10 / given.step_s:.3f}% |")
+        result[f"wandb_{mode}"] = {"median_ms": median, "worst_ms": worst, "cpu_ms": cpu}
     with tempfile.TemporaryDirectory() as folder:
         whole, own, singly, single_own = sweep_cost(given.members, Path(folder))
     print(f"\n| {given.members} members with every stage cached | seconds | beyond the members' own, for each |")
     print("|---|---|---|")
     print(f"| one sweep | {whole:.1f} | {(whole - own) / given.members:.1f} |")
     print(f"| {given.members} commands | {singly:.1f} | {(singly - single_own) / given.members:.1f} |")
+    result |= {"members": given.members, "sweep_s": whole, "sweep_own_s": own}
+    result |= {"commands_s": singly, "commands_own_s": single_own}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from submission.targets import EXCLUDES, ROOT
 
+RESULTS = ROOT / "benchmarks/results/submission.json"
 RAY = Path(sys.executable).with_name("ray")
 ACCEPTED, RUNNING, FIRST_LINE = "accepted", "job runs", "first line of train.py"
 # What either command prints when the cluster has taken the job, when its shell starts, and when train.py speaks.
@@ -115,7 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before"
+    print(machine)
     with ray_cluster() as (address, environment), tempfile.TemporaryDirectory() as folder:
         ways = commands(address, folder)
         for command in ways.values():
@@ -124,13 +126,14 @@ def main() -> None:
         for number in range(rounds):
             for name in sorted(ways, reverse=number % 2 == 1):
                 times[name].append(seconds(ways[name], environment))
-    print(f"\nseconds, median of {rounds} rounds [least, most]\n{'':24}" + "".join(f"{name:>24}" for name in ways))
+    print(f"\n| seconds, median of {rounds} rounds [least, most] | " + " | ".join(ways) + " |\n|---|---|---|")
     for mark in MARKS:
-        cells = [[row[mark] for row in rows] for rows in times.values()]
-        print(f"{mark:24}" + "".join(f"{shown(cell):>24}" for cell in cells))
+        cells = [shown([row[mark] for row in rows]) for rows in times.values()]
+        print(f"| {mark} | {' | '.join(cells)} |")
     bare, ours = times.values()
     more = [b[FIRST_LINE] - a[FIRST_LINE] for a, b in zip(bare, ours, strict=True)]
-    print(f"submit.py takes {statistics.median(more):+.2f} s [{min(more):+.2f}, {max(more):+.2f}] (paired)")
+    print(f"submit.py takes {shown(more)} s more than ray job submit (paired)")
+    RESULTS.write_text(json.dumps({"machine": machine, "seconds": times, "more_s": more}, indent=1) + "\n")
 
 
 def shown(cell: list[float]) -> str:

@@ -43,7 +43,7 @@ class SourceConfig:
 class DataConfig:
     sft: SourceConfig = field(default_factory=SourceConfig)
     prompts: SourceConfig = field(default_factory=SourceConfig)  # what PPO completes
-    preferences: SourceConfig = field(default_factory=SourceConfig)  # trains the reward model that PPO sees
+    preferences: SourceConfig = field(default_factory=SourceConfig)  # trains PPO's reward model, and stage preference
     gold: SourceConfig | None = None  # trains the judge that PPO never sees
     test: SourceConfig = field(default_factory=SourceConfig)  # held-out preferences
     eval_prompts: SourceConfig = field(default_factory=SourceConfig)  # held-out prompts
@@ -72,6 +72,7 @@ class SFTConfig:
     batch_size: int = 32
     max_tokens: int = 512  # longer examples are left out and counted
     trainable_layers: int | None = None  # the top ones; null trains everything, embeddings included
+    top_fraction: float = 0.5  # stage filtered_sft: share of the rated texts of data.sft that it trains on, the best
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -82,6 +83,20 @@ class RewardModelConfig:
     max_tokens: int = 512
     trainable_layers: int | None = None
     freeze_embeddings: bool = True
+    eval_pairs: int = 4000
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class PreferenceConfig:
+    """Stage preference trains the SFT model on data.preferences, without a reward model: docs/preference.md."""
+
+    loss: str | None = None  # dpo | rank (log-likelihoods without a reference); null: as `method` says, else dpo
+    beta: float | None = None  # of a difference in nats a sequence (dpo) or a token (rank); null: 0.1 and 2
+    epochs: int = 1
+    batch_size: int = 32  # pairs a step, or rated texts, of which all pairs count
+    max_tokens: int = 512
+    trainable_layers: int | None = None
     eval_pairs: int = 4000
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -138,7 +153,8 @@ class PPOConfig:
     # without a value model, and ignore `lam` and every key of the value model; the last three ignore the clips too.
     # grpo, dr_grpo, rloo, raft and online_dpo compare rollouts of a prompt: samples_per_prompt >= 2.
     estimator: str = "gae"
-    # Of prompts' order, sampling and minibatches; null: `seed`. Runs that differ in it alone share SFT and reward models.
+    # Of prompts' order, sampling and minibatches, and of what another `method` trains or samples in place of PPO; null:
+    # `seed`. Runs that differ in it alone share SFT and reward models.
     seed: int | None = None
     updates: int = 50
     rollouts_per_update: int = 64
@@ -200,6 +216,7 @@ class EvaluateConfig:
     seed: int = 1234
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     bootstrap_samples: int = 2000
+    best_of_n: int = 16  # method best_of_n: completions a prompt, of which the proxy's favourite is judged
     # What must hold for the verdict "better than SFT".
     max_length_change: float = 0.25
     min_eos_share: float = 0.9
@@ -314,7 +331,8 @@ class EnvironmentConfig:
     bounds all turns of a conversation and the observations between them."""
 
     name: str = "single_turn"  # single_turn | two_turn | module:Class, an import path: docs/environments.md
-    # Where a conversation is paid: cumulative (the sum, at its last token) | per_turn (each turn at its own last token).
+    # Where a conversation is paid: cumulative (the sum, at its last token) | per_turn (each turn at its own last token) |
+    # separate (as per_turn, and every turn is an episode of its own: what comes later does not count for it).
     reward: str = "cumulative"
     max_turn_tokens: int | None = None  # null: what is left of sampling.max_completion_tokens
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
@@ -333,7 +351,8 @@ class LoggerConfig:
 
 @dataclass
 class TandemConfig:
-    stage: str = "pipeline"  # pipeline | sft | reward_model | ppo | evaluate
+    stage: str = "pipeline"  # pipeline | sft | reward_model | ppo | preference | filtered_sft | evaluate
+    method: str = "ppo"  # what follows SFT: ppo | dpo | rank | filtered_sft | best_of_n | none (docs/preference.md)
     name: str = "demo"
     seed: int = 1
     run_dir: str = MISSING
@@ -343,6 +362,7 @@ class TandemConfig:
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -357,6 +377,8 @@ class TandemConfig:
     proxy_model: str | None = None
     gold_model: str | None = None
     ppo_model: str | None = None
+    preference_model: str | None = None
+    filtered_sft_model: str | None = None
 
 
 def register_schema() -> None:

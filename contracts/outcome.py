@@ -4,17 +4,15 @@ Its presence is the mark of success for whoever started the run elsewhere; its v
 """
 
 import json
-import os
 from pathlib import Path
+
+from contracts.durable import replace_text
 
 FILE = "result.json"
 
 
 def write_outcome(run_dir: Path, value: float | None) -> None:
-    """Replace the file at once: a reader sees the old one, the new one or none."""
-    temporary = run_dir / f".{FILE}"
-    temporary.write_text(json.dumps({"value": value}) + "\n")
-    os.replace(temporary, run_dir / FILE)
+    replace_text(run_dir / FILE, json.dumps({"value": value}) + "\n")
 
 
 def read_outcome(run_dir: Path) -> float | None:

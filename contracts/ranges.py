@@ -5,9 +5,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from contracts.estimators import AGGREGATIONS, ESTIMATORS, KL_PLACES
+from contracts.methods import METHODS, PREFERENCE_LOSSES, STAGES
+
+
+def _under(parents: Iterable[str], *names: str) -> tuple[str, ...]:
+    return tuple(f"{parent}.{name}" for parent in parents for name in names)
+
 
 SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
-OPTIMIZERS = ("sft.optimizer", "reward_model.optimizer", "ppo.optimizer", "ppo.value_optimizer")
+OPTIMIZERS = (*_under(("sft", "reward_model", "preference", "ppo"), "optimizer"), "ppo.value_optimizer")
 SAMPLINGS = ("ppo.sampling", "evaluate.sampling")
 
 
@@ -19,18 +25,14 @@ class Range(NamedTuple):
     keys: tuple[str, ...]
 
 
-def _under(parents: Iterable[str], *names: str) -> tuple[str, ...]:
-    return tuple(f"{parent}.{name}" for parent in parents for name in names)
-
-
 RANGES = [
     Range(
         "at least 1",
         lambda value: value >= 1,
         (
             "data.max_prompt_tokens",
-            *_under(("sft", "reward_model"), "epochs", "batch_size", "max_tokens"),
-            "reward_model.eval_pairs",
+            *_under(("sft", "reward_model", "preference"), "epochs", "batch_size", "max_tokens"),
+            *_under(("reward_model", "preference"), "eval_pairs"),
             *_under(
                 ["ppo"], "updates", "rollouts_per_update", "samples_per_prompt", "epochs", "minibatches", "score_batch"
             ),
@@ -48,6 +50,7 @@ RANGES = [
         ),
     ),
     Range("at least 2, as the newest commit may turn out bad", lambda value: value >= 2, ("checkpoint.keep",)),
+    Range("at least 2, as the best of one is SFT", lambda value: value >= 2, ("evaluate.best_of_n",)),
     Range("at least 2, as one prompt has no confidence interval", lambda value: value >= 2, ("evaluate.prompts",)),
     Range(
         "0 or more",
@@ -90,6 +93,7 @@ RANGES = [
         (
             *_under(OPTIMIZERS, "head_learning_rate"),
             *_under(["ppo"], "value_clip", "target_approx_kl"),
+            "preference.beta",
             "cluster.cpus_per_node",
         ),
     ),
@@ -100,8 +104,7 @@ RANGES = [
         lambda value: value is None or value >= 1,
         (
             "data.prompt_words",
-            "sft.trainable_layers",
-            "ppo.trainable_layers",
+            *_under(("sft", "preference", "ppo"), "trainable_layers"),
             "cluster.num_nodes",
             "environment.max_turn_tokens",
         ),
@@ -119,7 +122,11 @@ RANGES = [
     Range("in [0, 1), as tokens with w = 1 must train", lambda value: 0 <= value < 1, ("ppo.off_policy.low",)),
     Range("above 1, as tokens with w = 1 must train", lambda value: value > 1, ("ppo.off_policy.high",)),
     Range("in (0, 1)", lambda value: 0 < value < 1, ("ppo.clip",)),
-    Range("in (0, 1]", lambda value: 0 < value <= 1, ("evaluate.sampling.top_p", "engine.gpu_memory_utilization")),
+    Range(
+        "in (0, 1]",
+        lambda value: 0 < value <= 1,
+        ("sft.top_fraction", "evaluate.sampling.top_p", "engine.gpu_memory_utilization"),
+    ),
     Range("null or above 1", lambda value: value is None or value > 1, ("ppo.dual_clip",)),
     Range(
         "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio",
@@ -135,7 +142,9 @@ RANGES = [
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "stage": ("pipeline", "sft", "reward_model", "ppo", "evaluate"),
+    "stage": ("pipeline", *STAGES),
+    "method": tuple(METHODS),
+    "preference.loss": (None, *PREFERENCE_LOSSES),
     "model.dtype": DTYPES,
     "reward_service.dtype": DTYPES,
     "ppo.estimator": tuple(ESTIMATORS),
@@ -148,7 +157,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ppo.init_from": ("sft", "base"),
     "ppo.init_value_from": ("reward_model", "policy"),
     "cluster.layout": ("disaggregated", "colocated"),
-    "environment.reward": ("cumulative", "per_turn"),
+    "environment.reward": ("cumulative", "per_turn", "separate"),
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.attention": ("auto", "sdpa", "eager", "short_causal", "flash_attention_2"),
     "learner.weight_transfer": ("auto", "shared_memory", "ray_object", "nccl", "ipc"),

@@ -181,6 +181,31 @@ class PreferencePair:
 
 
 @dataclass
+class RatedExample:
+    """A text that a policy could write, with the ratings of several people, or one."""
+
+    example: Example
+    ratings: list[float]
+
+    @property
+    def texts(self) -> list[Example]:
+        return [self.example]
+
+
+@dataclass
+class ExamplePair:
+    """Two completions, of one prompt as a rule, and the share of raters who prefer the first."""
+
+    chosen: Example
+    rejected: Example
+    preference: float = 1.0  # P(chosen beats rejected) in [0, 1]
+
+    @property
+    def texts(self) -> list[Example]:
+        return [self.chosen, self.rejected]
+
+
+@dataclass
 class StageResult:
     """What a stage leaves behind: a checkpoint directory and the numbers a reader wants first."""
 

@@ -17,13 +17,13 @@ from contracts.cluster_checks import cluster_checks, placement_conflicts, stated
 from contracts.config import SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
 from contracts.estimator_checks import estimator_checks
+from contracts.estimators import ESTIMATORS
+from contracts.methods import PREFERENCE_LOSSES, runs, sources_read
 from contracts.overrides import closest
 from contracts.placement import Resources
-from contracts.ranges import CHOICES, RANGES
+from contracts.ranges import CHOICES, RANGES, SOURCES
 from contracts.scorer_checks import http_checks, scorer_checks
 from contracts.scorers import has_gold
-
-RUNS_PPO = ("pipeline", "ppo")
 
 
 class ConfigError(ValueError):
@@ -65,22 +65,13 @@ def choice_checks(config: TandemConfig) -> list[Check]:
 
 def _path_checks(config: TandemConfig) -> list[Check]:
     """Keys that the stage reads and that are still open; directories that are files."""
-    data, runs_ppo = config.data, config.stage in RUNS_PPO
-    reads_sft = config.stage == "sft" or (runs_ppo and (config.sft_model is None or config.ppo.ptx_coef > 0))
-    trains_reward_model = config.stage == "reward_model" or (runs_ppo and config.proxy_model is None)
-    source, directory = "a file, a directory or a hub id", "a directory"
+    source, directory, read = "a file, a directory or a hub id", "a directory", sources_read(config)
     required = [
         (True, "run_dir", config.run_dir, directory),
         (True, "cache_dir", config.cache_dir, directory),
         (True, "model.path", config.model.path, "a checkpoint directory or a hub id"),
-        (reads_sft, "data.sft.path", data.sft.path, source),
-        (trains_reward_model, "data.preferences.path", data.preferences.path, source),
-        (trains_reward_model, "data.test.path", data.test.path, source),
-        (runs_ppo, "data.prompts.path", data.prompts.path, source),
-        (config.stage in ("pipeline", "evaluate"), "data.eval_prompts.path", data.eval_prompts.path, source),
+        *((name in read, f"data.{name}.path", _value(config, f"data.{name}.path"), source) for name in SOURCES),
     ]
-    if data.gold is not None:
-        required.append((config.gold_model is None, "data.gold.path", data.gold.path, source))
     checks = [
         Check(value not in (MISSING, None, ""), key, f"set for stage {config.stage}", value, instead)
         for needed, key, value, instead in required
@@ -148,7 +139,7 @@ def _ppo_checks(config: TandemConfig) -> list[Check]:
             f"{rollouts} or less",
         ),
         Check(
-            config.stage not in RUNS_PPO or ppo.gold_rollouts <= 0 or has_gold(config),
+            not runs(config, "ppo") or ppo.gold_rollouts <= 0 or has_gold(config),
             "ppo.gold_rollouts",
             "0 without a gold judge (data.gold and gold_model are null)",
             ppo.gold_rollouts,
@@ -157,9 +148,38 @@ def _ppo_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
-def _environment_checks(config: TandemConfig) -> list[Check]:
-    environment = config.environment
+def _method_checks(config: TandemConfig) -> list[Check]:
+    """`method` and `preference.loss` name the loss together."""
+    method, loss = config.method, config.preference.loss
     return [
+        Check(
+            method not in PREFERENCE_LOSSES or loss in (None, method),
+            "preference.loss",
+            f"null or {method} with method {method}",
+            loss,
+            f"preference.loss=null, or method={loss}",
+        ),
+    ]
+
+
+def _environment_checks(config: TandemConfig) -> list[Check]:
+    environment, ppo = config.environment, config.ppo
+    estimator, apart = ESTIMATORS.get(ppo.estimator), environment.reward == "separate"
+    return [
+        Check(
+            not (apart and estimator is not None and estimator.needs_groups),
+            "environment.reward",
+            f"cumulative or per_turn with ppo.estimator {ppo.estimator}, which compares whole conversations",
+            environment.reward,
+            "environment.reward=cumulative or ppo.estimator=reinforce_plus_plus",
+        ),
+        Check(
+            not (apart and ppo.sampling.min_completion_tokens > 0),
+            "ppo.sampling.min_completion_tokens",
+            "0 with environment.reward separate: it counts from the start of a conversation",
+            ppo.sampling.min_completion_tokens,
+            "ppo.sampling.min_completion_tokens=0",
+        ),
         Check(
             environment.name in SHIPPED or is_import_path(environment.name),
             "environment.name",
@@ -188,6 +208,7 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
     learner, engine, cluster = config.learner, config.engine, config.cluster
     ranks = cluster.num_learner_ranks
     batches = [("sft.batch_size", config.sft.batch_size), ("reward_model.batch_size", config.reward_model.batch_size)]
+    batches.append(("preference.batch_size", config.preference.batch_size))
     batches += [("ppo.ptx_batch_size", config.ppo.ptx_batch_size)] if config.ppo.ptx_coef > 0 else []
     longest = config.data.max_prompt_tokens + config.ppo.sampling.max_completion_tokens
     on_cpu = cluster.gpus_per_learner_rank == 0
@@ -267,6 +288,7 @@ def validate(config: TandemConfig) -> None:
             *_sampling_checks(config, "ppo.sampling", config.ppo.sampling),
             *_sampling_checks(config, "evaluate.sampling", config.evaluate.sampling),
             *_ppo_checks(config),
+            *_method_checks(config),
             *estimator_checks(config.ppo),
             *_environment_checks(config),
             *_learner_checks(config),

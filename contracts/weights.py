@@ -15,6 +15,10 @@ class WeightsRefused(ValueError):
     """A receiver does not take what it was given; it goes on with what it has."""
 
 
+class ActorsMissing(RuntimeError):
+    """A version of the weights did not reach every actor."""
+
+
 @dataclass(frozen=True)
 class WeightUpdate:
     """One version of all weights, and where it can be read."""
@@ -62,10 +66,10 @@ class PublishReport:
         }
 
     def require_all(self) -> None:
-        """Raises RuntimeError where an actor does not serve this version."""
+        """Raises ActorsMissing where an actor does not serve this version."""
         if self.missing:
             reasons = "; ".join(f"actor {i}: {reason}" for i, reason in sorted(self.missing.items()))
-            raise RuntimeError(f"version {self.version} of the weights did not reach every actor: {reasons}")
+            raise ActorsMissing(f"version {self.version} of the weights did not reach every actor: {reasons}")
 
 
 def checksum(buffer: np.ndarray) -> int:

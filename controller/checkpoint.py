@@ -106,7 +106,7 @@ class Committer:
         pending = self._pending
         if pending is not None and not pending.asked:
             pending.asked = True
-            votes = self._learner.start("state.result", True)
+            votes = self._learner.start("state.result")
             self._dispatcher.hear([*pending.begun, *votes], partial(self._decide, pending))
 
     def settle(self) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from contracts.config import TandemConfig
-from contracts.validation import RUNS_PPO, ConfigError
+from contracts.methods import GIVEN, results_needed, runs
+from contracts.validation import ConfigError
+from controller.inputs import Inputs
 
 
 def check_model(config: TandemConfig) -> None:
@@ -15,7 +17,7 @@ def check_model(config: TandemConfig) -> None:
         ConfigError: naming the key and what is wrong.
     """
     keys = {"model.path": config.model.path}
-    keys |= {k: v for k in ("sft_model", "proxy_model", "gold_model", "ppo_model") if (v := getattr(config, k))}
+    keys |= {key: path for key in GIVEN.values() if (path := getattr(config, key))}
     problems = []
     for key, path in keys.items():
         try:
@@ -33,24 +35,34 @@ def check_model(config: TandemConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def check_amounts(config: TandemConfig, sft_examples: int) -> None:
+def check_amounts(config: TandemConfig, data: Inputs) -> None:
     """Refuse stages with fewer examples than one of their steps needs.
 
     Raises:
         ConfigError: naming the key, the number found and what to write instead.
     """
     ppo, ranks, problems = config.ppo, config.cluster.num_learner_ranks, []
-    if config.stage in RUNS_PPO and ppo.ptx_coef > 0 and sft_examples < ppo.ptx_batch_size:
+    needed, sft_examples = results_needed(config), len(data.sft)
+    if runs(config, "ppo") and ppo.ptx_coef > 0 and sft_examples < ppo.ptx_batch_size:
         problems.append(
             f"ppo.ptx_batch_size must be at most the number of usable examples in data.sft ({sft_examples}); found "
             f"{ppo.ptx_batch_size}; write ppo.ptx_batch_size={sft_examples} or less, or give more examples"
         )
-    trains_sft = config.stage == "sft" or (config.stage == "pipeline" and config.sft_model is None)
-    if trains_sft and sft_examples < 2 * ranks:
+    if runs(config, "sft") and "sft" in needed and sft_examples < 2 * ranks:
         problems.append(
             f"data.sft must have an example to train on and one to hold out for each of cluster.num_learner_ranks "
             f"({ranks}); found {sft_examples} usable; give {2 * ranks} or more"
         )
+    if "filtered_sft" in needed and len(data.best_sft) < 2 * ranks:
+        problems.append(
+            f"sft.top_fraction must leave {2 * ranks} or more texts of data.sft to train on and to hold out; found "
+            f"{config.sft.top_fraction}, which leaves {len(data.best_sft)}; write a larger one, or give more texts"
+        )
+    for key, items in (("data.preferences", data.completions), ("data.test", data.test_completions)):
+        if "preference" in needed and len(items) < max(2, ranks):
+            problems.append(
+                f"{key} must have at least {max(2, ranks)} usable rows for stage preference; found {len(items)}"
+            )
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -62,6 +74,8 @@ def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:
         "ppo.trainable_layers": config.ppo.trainable_layers,
         "ppo.value_trainable_layers": config.ppo.value_trainable_layers,
     }
+    if runs(config, "preference"):
+        wanted["preference.trainable_layers"] = config.preference.trainable_layers
     return [
         f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"
         for key, value in wanted.items()

@@ -51,7 +51,7 @@ from controller.progress import Progress, format_update
 from controller.prompts import PromptStream
 from controller.recovery import Recovery
 from controller.scores import describe, sample_row
-from controller.shaping import ScoreNormalizer, service_scores, shaped, turn_metrics
+from controller.shaping import ScoreNormalizer, episodes, service_scores, shaped, turn_metrics
 from controller.stop import Interrupted, Stop
 from learner.kl import make_kl_controller
 from learner.learner_actor import LearnerGroup
@@ -281,8 +281,7 @@ class PPOController:
         ppo, multiplier = self.config.ppo, self.multiplier.value
         worth = [shaped(r, self.normalizer, ppo, self.config.environment) for r in rollouts]
         batches = make_batches(
-            rollouts,
-            worth,
+            *episodes(rollouts, worth, self.config.environment),
             self.config.cluster.num_learner_ranks,
             ppo.minibatches,
             self.config.learner.microbatch_tokens,

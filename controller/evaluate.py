@@ -1,10 +1,12 @@
-"""Base, SFT and PPO on the same held-out prompts with the same seeds: judged by the gold reward model, VADER and the proxy.
+"""Base, SFT and what `method` made of it on the same held-out prompts with the same seeds: judged by the gold reward model,
+VADER and the proxy.
 
-One engine serves all three, its weights replaced through the same transfer that training uses. The KL of a model against
+One engine serves all, its weights replaced through the same transfer that training uses. The KL of a model against
 SFT is the mean over its own samples of log p - log p_SFT, both computed by that engine.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import ray
 
 from contracts.config import TandemConfig
 from contracts.records import Prompt, Rollout, RolloutRequest
-from controller import statistics
+from controller import best_of_n, statistics
+from controller.judged import against_sft, judged_model
 from controller.progress import Progress
 from controller.prompts import sampling_seed
 from controller.verdict import verdict
@@ -25,7 +28,8 @@ class Judged:
     """One model's completions of the held-out prompts, in prompt order."""
 
     rollouts: list[Rollout]
-    log_ratio: np.ndarray  # float64 [N], log p - log p_SFT of each completion, nats
+    log_ratio: np.ndarray  # float64 [N], log p - log p_SFT of each completion, nats; of best-of-n the bound of its mean
+    candidates: list[list[Rollout]] = field(default_factory=list)  # [N][n], what best-of-n chose from
 
     def score(self, judge: str) -> np.ndarray:
         """float64 [N]; NaN where the judge gave no score."""
@@ -59,25 +63,34 @@ def judge_models(
     from learner.weight_sources import CheckpointSource
 
     sampling, timeout_s = config.evaluate.sampling, config.cluster.step_timeout_s
-    requests = [
-        RolloutRequest(0, 0, prompt, sampling_seed(config.evaluate.seed, 0, prompt.prompt_id, 0)) for prompt in prompts
-    ]
-    shares = [requests[i :: len(actors)] for i in range(len(actors))]
-    rollouts: dict[str, list[Rollout]] = {}
-    own: dict[str, list[list[float]]] = {}
 
-    def logprobs(name: str) -> list[list[float]]:
+    def sample(epoch: int, index: int) -> list[Rollout]:
+        """One scored completion of every prompt."""
+        requests = [
+            RolloutRequest(epoch, index, p, sampling_seed(config.evaluate.seed, epoch, p.prompt_id, index))
+            for p in prompts
+        ]
+        calls = [
+            actor.rollout.remote(requests[i :: len(actors)], sampling, judges, timeout_s)
+            for i, actor in enumerate(actors)
+        ]
+        return sorted((r for answer in ray.get(calls, timeout=timeout_s) for r in answer), key=lambda r: r.key)
+
+    def logprobs(rollouts: list[Rollout]) -> list[list[float]]:
+        """Of the sampled tokens, by the model that the actors serve now."""
         sequences = [
-            ([*r.prompt.token_ids, *r.completion.token_ids.tolist()], len(r.prompt.token_ids)) for r in rollouts[name]
+            ([*r.prompt.token_ids, *r.completion.token_ids.tolist()], len(r.prompt.token_ids)) for r in rollouts
         ]
         parts = [sequences[i :: len(actors)] for i in range(len(actors))]
         calls = [a.token_logprobs.remote(part) for a, part in zip(actors, parts, strict=True)]
         result: list[list[float]] = [[]] * len(sequences)
         for i, answer in enumerate(ray.get(calls, timeout=timeout_s)):
             result[i :: len(actors)] = answer
-        masks = [r.completion.loss_mask for r in rollouts[name]]  # an observation is nobody's sample
+        masks = [r.completion.loss_mask for r in rollouts]  # an observation is nobody's sample
         return [row if mask is None else np.array(row)[mask].tolist() for row, mask in zip(result, masks, strict=True)]
 
+    rollouts: dict[str, list[Rollout]] = {}
+    own: dict[str, list[list[float]]] = {}
     for version, (name, path) in enumerate(models.items()):
         with progress.phase(f"evaluating {name}: {len(prompts)} held-out prompts"):
             if version:
@@ -87,23 +100,30 @@ def judge_models(
                 assert report is not None
                 report.require_all()
                 publisher.shutdown()
-            calls = [
-                actor.rollout.remote(share, sampling, judges, timeout_s)
-                for actor, share in zip(actors, shares, strict=True)
-            ]
-            answers = ray.get(calls, timeout=timeout_s)
-            rollouts[name] = sorted((r for answer in answers for r in answer), key=lambda r: r.key)
+            rollouts[name] = sample(0, 0)
             if sampling.temperature == 1 and sampling.top_p == 1 and not sampling.min_completion_tokens:
                 own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
             else:  # what was recorded is log p of another distribution than the model's own
-                own[name] = logprobs(name)
+                own[name] = logprobs(rollouts[name])
     judged = {}
     with progress.phase("KL against SFT"):
         for name in models:
-            reference = own[name] if name == REFERENCE else logprobs(name)
+            reference = own[name] if name == REFERENCE else logprobs(rollouts[name])
             ratio = [sum(a) - sum(b) for a, b in zip(own[name], reference, strict=True)]
             judged[name] = Judged(rollouts[name], np.array(ratio))
+    if config.method == "best_of_n":
+        judged[config.method] = _best_of_n(config, sample, progress)
     return judged
+
+
+def _best_of_n(config: TandemConfig, sample: Callable[[int, int], list[Rollout]], progress: Progress) -> Judged:
+    """Of completions that SFT, which the actors serve, samples anew: the one that it is compared with is none of them."""
+    n, epoch = config.evaluate.best_of_n, config.ppo.seed or 0
+    with progress.phase(f"sampling {n} completions a prompt from SFT, for the best of them"):
+        rounds = [sample(epoch, index) for index in range(1, n + 1)]
+    candidates = [list(group) for group in zip(*rounds, strict=True)]
+    best = [best_of_n.choose(group) for group in candidates]
+    return Judged(best, np.full(len(best), best_of_n.kl_bound(n)), candidates)
 
 
 def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig) -> dict[str, Any]:
@@ -122,18 +142,21 @@ def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig
             "length": statistics.bootstrap_mean(j.lengths, **options).as_dict(),
             "kl": statistics.bootstrap_mean(j.log_ratio, **options).as_dict(),
             "eos_share": float(np.mean([r.completion.finish_reason == "stop" for r in j.rollouts])),
+            "distinct_1": statistics.distinct_n(tokens, 1),
             "distinct_2": statistics.distinct_n(tokens, 2),
             "repeat_fraction": float(np.mean([statistics.repeat_fraction(t, 4) for t in tokens])),
             "prompts": len(j.rollouts),
         }
+        if j.candidates:
+            models[name]["best_of_n"] = best_of_n.curve(j.candidates, judges[:-1], options)
     comparisons = {
         f"{name}_vs_{REFERENCE}": _compare(scores[name], scores[REFERENCE], j, judged[REFERENCE], options)
         for name, j in judged.items()
         if name != REFERENCE
     }
-    result = {"models": models, "comparisons": comparisons}
-    if "ppo" in models and "gold" in judges:
-        result["verdict"] = verdict(models, comparisons, config.evaluate)
+    result = {"method": config.method, "models": models, "comparisons": comparisons}
+    if config.method in models and "gold" in judges:
+        result["verdict"] = verdict(judged_model(result), against_sft(result), config.evaluate)
     return result
 
 

@@ -1,11 +1,41 @@
-"""A lost learner: new ranks, at the last commit. What it costs is the updates since then, never a rollout."""
+"""A lost learner: new ranks, at the last commit. What it costs is the updates since then, never a rollout. Stages without
+commits begin again."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from ray.exceptions import RayActorError, RayTaskError
+
+from contracts.interfaces import CollectiveError, EngineLostError
+from contracts.weights import ActorsMissing
 from controller.commits import Commit, newest_valid
 from controller.fleet import LearnerLostError
+from controller.metrics import RunLog
 from controller.progress import Progress
 from learner.learner_actor import LearnerGroup
+
+Result = TypeVar("Result")
+
+
+def once_more(work: Callable[[], Result], stage: str, log: RunLog, say: Callable[[str], None]) -> Result:
+    """`work`, of a stage without commits; from its beginning, and once, where it loses a process. What it had logged goes.
+
+    Raises:
+        Exception: of `work`, the loss of a second process among them.
+    """
+    start = {name: size for name, size in log.mark().items() if name != "phases.jsonl"}
+    try:
+        return work()
+    except (RayActorError, RayTaskError, ActorsMissing) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if not isinstance(cause, (RayActorError, CollectiveError, EngineLostError, ActorsMissing)):
+            raise
+        say(
+            f"{stage} has lost a process and begins again ({type(cause).__name__}: {str(cause).strip().splitlines()[0]})"
+        )
+    log.cut(start)
+    return work()
 
 
 class Recovery:

@@ -6,14 +6,17 @@ one start of a driver there. A resumed run is the same run: where anything that 
 
 import fcntl
 import json
+import os
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import ray
 import yaml
 
 from contracts.config import TandemConfig
@@ -24,7 +27,7 @@ from controller.metrics import RunLog
 from controller.progress import Progress
 from controller.redaction import redact_hydra, redacted, redacted_override
 
-LOCK, START, SESSION = "driver.lock", "start.json", "ray_session"
+LOCK, START, SESSION, CONFIG = "driver.lock", "start.json", "ray_session", "config.yaml"
 ORPHANS_END_S = 10.0
 SHOWN = 12  # characters of a fingerprint, for people
 
@@ -50,6 +53,7 @@ class RunDirectory:
         self._lock.truncate(0)
         self._lock.write(str(self.attempt))
         self._lock.flush()
+        self._earlier_config: str | None = None
         session = path / SESSION
         if session.exists():
             if ended := end_orphans(session.read_text()):
@@ -60,6 +64,17 @@ class RunDirectory:
         """Remember the session directory of an embedded Ray, for whoever comes after this driver; None: it is not ours."""
         if session:
             (self.path / SESSION).write_text(session)
+
+    def write_config(self, plain: dict[str, Any]) -> None:
+        """The resolved configuration, for people and reports."""
+        file = self.path / CONFIG
+        self._earlier_config = file.read_text() if file.exists() else None
+        file.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+    def refused(self) -> None:
+        """This start changes nothing: what is in the directory is still of the earlier attempt's configuration."""
+        if self._earlier_config is not None:
+            (self.path / CONFIG).write_text(self._earlier_config)
 
     def start_log(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Where the logs of stage ppo begin, in bytes: `sizes` at its first attempt, and the same at every later one."""
@@ -112,7 +127,7 @@ def open_run(config: TandemConfig, directory: RunDirectory, progress: Progress) 
     """Write the resolved configuration into the run directory, open the log."""
     plain = redacted(asdict(config))
     redact_hydra(directory.path / "hydra")
-    (directory.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    directory.write_config(plain)
     return RunLog(
         directory.path,
         plain,
@@ -170,13 +185,16 @@ def resume_command(overrides: list[str], run_dir: str) -> str:
 
 
 def end_orphans(session: str) -> int:
-    """End what an earlier driver has left: processes that hold a file of its Ray session open, as all of them do their logs.
-    Embedded Ray's workers die with the driver, its agents within a minute; an engine's own children may stay. (A mark in
-    the environment would not do: Ray's workers overwrite theirs with their title.)"""
+    """End what an earlier driver has left: Ray's programs and this Python's processes that write into its Ray session, as
+    all of them do their logs; who only reads there, or with another program, is somebody else. Embedded Ray's workers die
+    with the driver, its agents within a minute; an engine's own children may stay. (A mark in the environment would not
+    do: Ray's workers overwrite theirs with their title.)"""
+    python, programs = os.path.realpath(sys.executable), f"{os.path.realpath(os.path.dirname(ray.__file__))}/"
     left = []
     for process in psutil.process_iter():
         try:
-            if any(file.path.startswith(f"{session}/") for file in process.open_files()):
+            files = [file for file in process.open_files() if file.path.startswith(f"{session}/") and file.mode != "r"]
+            if files and (process.exe() == python or process.exe().startswith(programs)):
                 process.kill()
                 left.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile, or of another user

@@ -64,10 +64,13 @@ class Runtime:
     def __exit__(self, *error: object) -> None:
         if not ray.is_initialized():
             return
-        if self._service and self.config.cluster.address != "local":
-            self._service.stop()
-        self.release()
-        ray.shutdown()  # an embedded Ray takes every process with it
+        # An embedded Ray takes every process with it. It is asked for nothing before: a signal for the whole process group
+        # has ended it already, and the driver would wait a minute for its answer and be aborted.
+        if self.config.cluster.address != "local":
+            if self._service:
+                self._service.stop()
+            self.release()
+        ray.shutdown()
 
     def start(self) -> None:
         """Start or join Ray and reserve the job's resources; does nothing the second time.

@@ -8,13 +8,14 @@ Turn k of a conversation ends at token e_k and is worth
 
     per_turn:    token e_k is paid u_k, for every k
     cumulative:  the last token is paid u_1 + ... + u_K
+    separate:    token e_k is paid u_k, and every turn trains as an episode of its own whose prompt is all that came before
 
 A completion without turns is a conversation of one turn, for which the two are the same. m and d are mean and standard
 deviation of the service's scores in the first batch, which is the reference policy's. The environment's rewards are left
 alone: their author chose the unit, and a shift would pay for the number of turns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,11 +62,47 @@ def shaped(rollout: Rollout, normalizer: ScoreNormalizer, ppo: PPOConfig, enviro
     turns = turns_of(rollout)
     worth = [_worth(turn, normalizer) - ppo.missing_eos_penalty * (turn.finish_reason != "stop") for turn in turns]
     result = np.zeros(len(rollout.completion.token_ids), dtype=np.float32)
-    if environment.reward == "per_turn":
+    if environment.reward in ("per_turn", "separate"):
         for turn, value in zip(turns, worth, strict=True):
             result[turn.end - 1] = value
     elif len(result):  # an empty completion has no token to be paid
         result[turns[-1].end - 1] = sum(worth)
+    return result
+
+
+def episodes(
+    rollouts: list[Rollout], paid: list[np.ndarray], environment: EnvironmentConfig
+) -> tuple[list[Rollout], list[np.ndarray]]:
+    """What trains: the rollouts themselves, or with `separate` each of their turns alone, with what its tokens are paid.
+
+    A turn that is alone sees nothing of later rewards. That is how supervised learning takes a conversation: as pairs of a
+    question and an answer.
+    """
+    if environment.reward != "separate":
+        return rollouts, paid
+    parts = [part for rollout, row in zip(rollouts, paid, strict=True) for part in _turns_alone(rollout, row)]
+    return [rollout for rollout, _ in parts], [row for _, row in parts]
+
+
+def _turns_alone(rollout: Rollout, paid: np.ndarray) -> list[tuple[Rollout, np.ndarray]]:
+    completion, result, before = rollout.completion, [], 0
+    if len(rollout.turns) < 2:
+        return [(rollout, paid)]
+    for turn in rollout.turns:
+        mask = slice(None) if completion.loss_mask is None else completion.loss_mask[before : turn.end]
+        start = before + int(np.arange(turn.end - before)[mask][0])  # behind the observation
+        prompt = replace(rollout.prompt, token_ids=(*rollout.prompt.token_ids, *completion.token_ids[:start].tolist()))
+        part = slice(start, turn.end)
+        alone = replace(
+            completion,
+            token_ids=completion.token_ids[part],
+            behavior_logprobs=completion.behavior_logprobs[part],
+            policy_versions=completion.policy_versions[part],
+            finish_reason=turn.finish_reason,
+            loss_mask=None,
+        )
+        result.append((replace(rollout, prompt=prompt, completion=alone, turns=[]), paid[part]))
+        before = turn.end
     return result
 
 

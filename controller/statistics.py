@@ -34,6 +34,10 @@ class Interval:
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
 
+    def row(self, name: str) -> dict[str, float]:
+        """As metrics under `name`."""
+        return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def _vector(name: str, values: ArrayLike) -> FloatArray:
     vector = np.asarray(values, dtype=np.float64)

@@ -4,7 +4,6 @@ The driver keeps RUN/status.json: state, what it waits for, and a heartbeat. Rea
 works beside a running one, after a crash, and on any machine that sees the directory.
 
     state       running | done | failed | refused | interrupted; a running one without a heartbeat is reported as "lost"
-    objective   what a sweep maximises (controller.objective), where it was measured
 """
 
 import argparse
@@ -22,9 +21,10 @@ from typing import Any
 
 import psutil
 
+from contracts.durable import replace_text
 from controller.progress import format_update, spoken
 from controller.report.alarms import evaluate
-from controller.report.data import ReportError, Run, load, number
+from controller.report.data import ReportError, Run, load, number, runs_in
 
 NAME = "status.json"
 BEAT_S = 5.0
@@ -73,9 +73,7 @@ class StatusFile:
     def _write(self) -> None:
         what, seconds = self._waiting()
         row = self._facts | {"beat": time.time(), "waiting_for": what, "waiting_s": round(seconds, 1)}
-        partial = self._path.with_name(f".{NAME}.{os.getpid()}")
-        partial.write_text(json.dumps(row) + "\n")
-        os.replace(partial, self._path)
+        replace_text(self._path, json.dumps(row) + "\n")
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,8 @@ def lines_of(run_dir: Path) -> list[str]:
         done = run.phases[-1]
         out.append(f"finished last: {done.get('stage')}: {done.get('phase')}")
     out += _progress(run, status)
-    if status.facts.get("objective") is not None:
-        out.append(f"objective {status.facts['objective']:+.3f} (gold gain at bounded KL)")
+    if run.objective is not None:
+        out.append(f"objective {run.objective:+.3f} (gold gain at bounded KL)")
     found, _, _ = evaluate(run)
     out += [f"{'ALARM' if a.severity == 'alarm' else 'note'}: {a.title}. {a.finding} Try: {a.advice}" for a in found]
     return out
@@ -164,14 +162,18 @@ def _progress(run: Run, status: Status) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m controller.status", description="Where a run stands.")
-    parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directory, running or not")
-    try:
-        for run in parser.parse_args(arguments).run:
-            print("\n".join(lines_of(run)))
-    except ReportError as error:
-        print(f"status: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument(
+        "run", type=Path, nargs="+", metavar="RUN", help="run directory, running or not, or that of a sweep"
+    )
+    code = 0
+    for path in parser.parse_args(arguments).run:
+        for run in runs_in(path) or [path]:
+            try:
+                print("\n".join(lines_of(run)))
+            except ReportError as error:
+                print(f"status: {error}", file=sys.stderr)
+                code = 2
+    return code
 
 
 if __name__ == "__main__":

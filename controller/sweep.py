@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from contracts.config import TandemConfig
+from contracts.outcome import FILE, read_outcome
 from contracts.precision import choose_dtypes
 from controller.redaction import redacted
 from controller.status import read_status
@@ -61,14 +62,14 @@ def place_member(composed: DictConfig) -> None:
 
 def finished_objective(config: TandemConfig) -> tuple[bool, float | None]:
     """(whether this member is done already with the same configuration, its objective)."""
-    kept, status = Path(config.run_dir) / "config.yaml", read_status(config.run_dir)
-    if status.state != "done" or not kept.exists():
+    kept = Path(config.run_dir) / "config.yaml"
+    if read_status(config.run_dir).state != "done" or not (kept.exists() and (kept.parent / FILE).exists()):
         return False, None
     started = copy.deepcopy(config)
     choose_dtypes(started)  # as a run does before it writes its configuration
     if yaml.safe_load(kept.read_text()) != redacted(asdict(started)):
         return False, None
-    return True, status.facts.get("objective")
+    return True, read_outcome(kept.parent)
 
 
 def keep_in_names_what_is_swept(config: DictConfig) -> None:

@@ -1,6 +1,6 @@
-"""The verdict on a run: is PPO better than SFT, by limits that were fixed before the run, and what does it show if not?
+"""The verdict on a run: is its policy better than SFT, by limits fixed before the run, and what does it show if not?
 
-A gain counts on the gold judge, which PPO never saw; the learned ("proxy") score rises in almost any run. It counts
+A gain counts on the gold judge, which no training saw; the learned ("proxy") score rises in almost any run. It counts
 only at about SFT's length, with completions that end, and near the reference policy: stopping early can please a judge.
 """
 
@@ -32,8 +32,9 @@ def _shown(interval: tuple[float, float, float]) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def _check(name: str, value: float, limit: float, passed: bool) -> dict[str, Any]:
-    return {"name": name, "value": value, "limit": limit, "passed": bool(passed)}
+def _check(name: str, value: float, side: str, limit: float, passed: bool) -> dict[str, Any]:
+    """`side`: where the value has to be, as `above 0.0`."""
+    return {"name": name, "value": value, "side": side, "limit": limit, "passed": bool(passed)}
 
 
 def _reservations(length_change: float, eos_share: float, kl: float, config: EvaluateConfig) -> list[str]:
@@ -91,33 +92,38 @@ def _text(gold: tuple[float, float, float], proxy: tuple[float, float, float], r
     return f"Inconclusive: the gold gain over SFT is not known, and {learned}{besides}."
 
 
-def verdict(models: dict[str, Any], comparisons: dict[str, Any], config: EvaluateConfig) -> dict[str, Any]:
-    """Judge the policy "ppo" against "sft" by the limits in `config`.
+def verdict(model: dict[str, Any], against_sft: dict[str, Any], config: EvaluateConfig) -> dict[str, Any]:
+    """Judge a policy by the limits in `config`.
 
     Args:
-        models: per model ("sft", "ppo", ...) its "kl" as {"mean", "low", "high"} in nats a sequence and its
-            "eos_share"; the rest is not read here.
-        comparisons: "ppo_vs_sft" with "gold_gain" and "proxy_gain" as {"mean", "low", "high"} and "length_ratio".
+        model: its "kl" from SFT as {"mean", "low", "high"} in nats a sequence and its "eos_share".
+        against_sft: "gold_gain" and "proxy_gain" as {"mean", "low", "high"} and "length_ratio".
         config: `max_length_change` (relative), `min_eos_share` and `max_kl`.
 
     Returns:
-        {"passed", "text" (one sentence), "checks": [{"name", "value", "limit", "passed"}]}. What was not measured
+        {"passed", "text" (one sentence), "checks": [{"name", "value", "side", "limit", "passed"}]}. What was not measured
         (absent, None or NaN) has the value NaN and does not pass.
     """
-    ppo, against_sft = models["ppo"], comparisons["ppo_vs_sft"]
     gold, proxy = _interval(against_sft.get("gold_gain")), _interval(against_sft.get("proxy_gain"))
     length_change = _number(against_sft.get("length_ratio")) - 1.0
-    eos_share, (kl, _, _) = _number(ppo.get("eos_share")), _interval(ppo.get("kl"))
+    eos_share, (kl, _, _) = _number(model.get("eos_share")), _interval(model.get("kl"))
     checks = [
-        _check("gold gain over SFT, lower end of its 95% interval", gold[1], 0.0, gold[1] > 0),
+        _check("gold gain over SFT, lower end of its 95% interval", gold[1], "above", 0.0, gold[1] > 0),
         _check(
             "length change from SFT, relative",
             length_change,
+            "within ±",
             config.max_length_change,
             abs(length_change) <= config.max_length_change,
         ),
-        _check("EOS share of the completions", eos_share, config.min_eos_share, eos_share >= config.min_eos_share),
-        _check("KL from the reference, nats a sequence", kl, config.max_kl, kl <= config.max_kl),
+        _check(
+            "EOS share of the completions",
+            eos_share,
+            "at least",
+            config.min_eos_share,
+            eos_share >= config.min_eos_share,
+        ),
+        _check("KL from the reference, nats a sequence", kl, "at most", config.max_kl, kl <= config.max_kl),
     ]
     reservations = _reservations(length_change, eos_share, kl, config)
     return {

@@ -5,6 +5,7 @@ directory, which this machine must be able to read. A member that fails is a fai
 """
 
 import copy
+import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,10 +53,13 @@ class RayJobsLauncher(Launcher):
         except ClusterError as error:
             print(f"\nTandem cannot submit:\n{error}", file=sys.stderr)
             sys.exit(2)
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
         with ThreadPoolExecutor(self.max_parallel) as pool:
             try:
                 return list(pool.map(lambda member: self._run(cluster, *member), members))
-            except BaseException:  # above all Ctrl-C: the jobs would go on, and nobody would read their results
+            except (
+                BaseException
+            ):  # above all Ctrl-C and SIGTERM: the jobs would go on, and nobody would read their results
                 pool.shutdown(wait=False, cancel_futures=True)
                 for job_id in list(self.running):
                     cluster.client.stop_job(job_id)

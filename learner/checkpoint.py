@@ -1,6 +1,7 @@
 """Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,7 +54,12 @@ def gather_checkpoint(
             setattr(lm.config, key, value)
         # Tied weights appear once in `weights`, as they do on disk.
         lm.save_pretrained(path, state_dict=weights, safe_serialization=True)
-        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        AutoTokenizer.from_pretrained(tokenizer_from, **options).save_pretrained(path)
+        _tokenizer(tokenizer_from, model.revision, model.trust_remote_code).save_pretrained(path)
 
     return write
+
+
+@cache
+def _tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Once a process: it takes a third of a second, in which nothing else of the process runs."""
+    return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)

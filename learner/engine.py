@@ -199,7 +199,8 @@ class TrainEngine:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What this rank needs to go on exactly: tensors that change with the next `step` (in place, not copies), and plain
-        values. Weights that do not train are not part of it: the run's own inputs have them.
+        values. Weights that do not train are not part of it, for the run's own inputs have them; nor are those that are
+        rounded copies of float32 ones.
 
         DeepSpeed's own format is pickle, and names a checkpoint `latest` before every rank has written its part.
         """
@@ -208,7 +209,6 @@ class TrainEngine:
             tensors[f"master.{i}"] = master.data
             for key, value in self._adam.state.get(master, {}).items():
                 tensors[f"adam.{i}.{key}"] = value
-        tensors |= {f"weight.{name}": weight for name, weight in self._local_weights()}
         plain = {
             "rates": [group["lr"] for group in self._adam.param_groups],
             "scheduler": self._engine.lr_scheduler.state_dict(),
@@ -217,7 +217,8 @@ class TrainEngine:
         return tensors, plain
 
     def load_state(self, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
-        """Go back to what `state` returned, on the same rank of as many. `check_state` says whether it fits."""
+        """Go back to what `state` returned, on the same rank of as many; all ranks together. `check_state` says whether it
+        fits."""
         for i, master in enumerate(self._masters()):
             master.data.copy_(tensors[f"master.{i}"])
             mine = self._adam.state[master]
@@ -230,8 +231,7 @@ class TrainEngine:
                 else:
                     # Adam counts its steps on the CPU unless it is fused on a device; moments lie beside the weights.
                     mine[key] = value.to(master.device, copy=True)
-        for name, weight in self._local_weights():
-            weight.copy_(tensors[f"weight.{name}"])
+        self._round_masters()
         for group, rate in zip(self._adam.param_groups, plain["rates"], strict=True):
             group["lr"] = rate
         self._engine.lr_scheduler.load_state_dict(plain["scheduler"])
@@ -241,7 +241,6 @@ class TrainEngine:
     def check_state(self, shapes: dict[str, tuple[int, ...]]) -> str | None:
         """Why a state with tensors of these shapes cannot be loaded here, or None."""
         wanted = {f"master.{i}": tuple(master.shape) for i, master in enumerate(self._masters())}
-        wanted |= {f"weight.{name}": tuple(weight.shape) for name, weight in self._local_weights()}
         found = {name: shape for name, shape in shapes.items() if not name.startswith("adam.")}
         different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         if not different:
@@ -250,25 +249,32 @@ class TrainEngine:
         return f"{len(different)} tensors differ, {name} is {found.get(name)}, the model has {wanted.get(name)}"
 
     def _masters(self) -> list[torch.Tensor]:
-        """The float32 tensors that Adam steps: this rank's partitions under ZeRO, else the weights themselves."""
+        """The float32 tensors that Adam steps: this rank's partitions under ZeRO, else those that it was given."""
         optimizer = self._engine.optimizer
         for name in MASTERS:
             if hasattr(optimizer, name):
                 return list(getattr(optimizer, name))
         return [p for group in optimizer.param_groups for p in group["params"]]
 
-    def _local_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Trainable weights that are rounded copies of a master, as they lie on this rank."""
-        masters = {id(master) for master in self._masters()}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and id(parameter) not in masters:
-                yield name, getattr(parameter, "ds_tensor", parameter).data
+    def _round_masters(self) -> None:
+        """Where the model's weights are copies of the masters, write these over them; a collective, as at the end of a step.
+        DeepSpeed has it in three ways: ZeRO 3, ZeRO 1 and 2, bfloat16 without ZeRO. float32 without ZeRO has no copies."""
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "_reassign_or_swap_out_partitioned_parameters"):
+            for group in range(len(self._masters())):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        elif hasattr(optimizer, "update_lp_params"):
+            optimizer.update_lp_params()
+        elif hasattr(optimizer, "fp32_groups"):
+            for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+                for master, weight in zip(masters, weights, strict=True):
+                    weight.data.copy_(master.data)
 
 
 # Of a DeepSpeed engine; `global_steps` says nothing of what has trained.
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-# Where DeepSpeed's optimizers keep the float32 weights: ZeRO 3, ZeRO 1 and 2, bfloat16 without ZeRO.
-MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+# Where DeepSpeed's optimizers keep their part of the float32 weights: ZeRO 3, ZeRO 1 and 2.
+MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
 
 
 def weight_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parameter]]]:

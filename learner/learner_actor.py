@@ -33,10 +33,11 @@ class LearnerActor:
         """Join the process group and build the stage's task; all ranks together."""
         from learner.engine import join
         from learner.ppo import PPOTask
+        from learner.preference import PreferenceTask
         from learner.reward_model import RewardModelTask
         from learner.sft import SFTTask
 
-        tasks = {"sft": SFTTask, "reward_model": RewardModelTask, "ppo": PPOTask}
+        tasks = {"sft": SFTTask, "reward_model": RewardModelTask, "ppo": PPOTask, "preference": PreferenceTask}
         self._ranks = join(self.rank, self.world_size, address, port, self.on_cpu, seed, timeout_s)
         self._task = tasks[task](self._ranks, *arguments)
 
@@ -142,8 +143,12 @@ class LearnerGroup:
         return [a.call.remote(method, mine, *arguments) for a, mine in zip(self.actors, per_rank, strict=True)]
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """The results of all ranks, for the same arguments."""
-        return ray.get(self.start(method, *arguments), timeout=self.timeout_s)
+        """The results of all ranks, for the same arguments. Raises TimeoutError, naming the method."""
+        try:
+            return ray.get(self.start(method, *arguments), timeout=self.timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            limit = f"{self.timeout_s:.0f} s (cluster.step_timeout_s)"
+            raise TimeoutError(f"waited {limit} for the learner's {self._task}.{method}") from None
 
     def votes(self, method: str, *arguments: Any) -> list[Any]:
         """As `call`, but every rank is heard: in place of a result stands the error of a rank that failed or is gone."""

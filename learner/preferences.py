@@ -1,7 +1,10 @@
-"""From ratings of several people to soft preferences between texts."""
+"""From ratings of several people, and from stored pairs, to soft preferences between the texts of a batch; and the loss of a
+policy that ranks them by its own likelihoods."""
 
 import torch
 from torch import Tensor
+
+from learner.losses import soft_pairwise_loss
 
 
 def preference_matrix(ratings: list[list[float]]) -> Tensor:
@@ -32,3 +35,82 @@ def preference_matrix(ratings: list[list[float]]) -> Tensor:
         own = padded[i, :, None, None]
         wins[i] = (own > padded).sum(dim=(0, 2)) + 0.5 * (own == padded).sum(dim=(0, 2))
     return (wins / (counts[:, None] * counts[None, :])).float()
+
+
+def pair_preferences(preferences: list[float]) -> tuple[Tensor, Tensor]:
+    """P(i beats j) and the entries that are known, for texts that lie as pairs: 2 i is the first text of pair i, 2 i + 1 the
+    second.
+
+    Args:
+        preferences: of N pairs, P(first beats second).
+
+    Returns:
+        float32 [2N, 2N], and bool [2N, 2N] with N true entries, all above the diagonal.
+    """
+    count = 2 * len(preferences)
+    matrix, known = torch.full((count, count), 0.5), torch.zeros(count, count, dtype=torch.bool)
+    first = torch.arange(0, count, 2)
+    matrix[first, first + 1] = torch.tensor(preferences)
+    known[first, first + 1] = True
+    return matrix, known
+
+
+def implicit_scores(logprobs: Tensor, reference: Tensor, tokens: Tensor, loss: str, beta: float) -> Tensor:
+    """What a policy's likelihoods say of completions.
+
+    dpo:  beta * (log pi(y|x) - log pi_ref(y|x)), summed over tokens: Rafailov et al. 2023 (arXiv 2305.18290), equation 5,
+          without the term of the prompt, which is the same on both sides of a pair that shares it
+    rank: beta * log pi(y|x) / |y|: Yuan et al. 2023 (arXiv 2304.05302, RRHF), equation 1; with the logistic loss it is
+          SimPO without its margin (Meng et al. 2024, arXiv 2405.14734)
+
+    Args:
+        logprobs, reference: [N], log p of whole completions, nats; the reference is not read by rank.
+        tokens: [N], length of each completion, at least 1.
+
+    Raises:
+        ValueError: for another loss.
+    """
+    if loss == "dpo":
+        return beta * (logprobs - reference)
+    if loss == "rank":
+        return beta * logprobs / tokens
+    raise ValueError(f"the loss must be dpo or rank, found {loss!r}")
+
+
+def preference_loss(
+    logprobs: Tensor,
+    reference: Tensor,
+    tokens: Tensor,
+    preferences: Tensor,
+    known: Tensor,
+    loss: str,
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over the known pairs of the cross-entropy of sigmoid(s_i - s_j) against P(i beats j), where s are
+    `implicit_scores`. With P = 1 it is -log sigmoid(s_w - s_l); with P = 1 - epsilon it is conservative DPO (Mitchell 2023,
+    "A note on DPO with noisy preferences").
+
+    Args:
+        preferences, known: [N, N], read above the diagonal.
+
+    Returns:
+        The loss (scalar), the scores [N], and d loss / d logprobs [N]: all without gradient.
+    """
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        scores = implicit_scores(leaf, reference, tokens, loss, beta)
+        total, pairs = soft_pairwise_loss(scores, preferences, known)
+        mean = total / pairs.clamp(min=1)
+        [coefficients] = torch.autograd.grad(mean, leaf)
+    return mean.detach(), scores.detach(), coefficients
+
+
+@torch.no_grad()
+def pair_metrics(scores: Tensor, preferences: Tensor, known: Tensor) -> tuple[float, float]:
+    """Over the known pairs that are no tie: share whose preferred text has the higher score (equal scores half), and the
+    mean of its score less the other's."""
+    counted = known.triu(1) & (preferences != 0.5)
+    if not counted.any():
+        return 0.0, 0.0
+    margins = ((scores[:, None] - scores[None, :]) * (preferences - 0.5).sign())[counted]
+    return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item(), margins.mean().item()

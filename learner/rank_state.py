@@ -85,16 +85,14 @@ class RankState:
         if self._writing is not None:
             self._writing.exception()
 
-    def result(self, wait: bool) -> dict[str, FileRecord] | None:
-        """This rank's vote: what it wrote, or None while it writes.
+    def result(self) -> dict[str, FileRecord]:
+        """This rank's vote: what it wrote, when it has.
 
         Raises:
             OSError: where the disk has no room, or whatever else kept the files from being written.
         """
         if self._writing is None:
             raise RuntimeError("no commit was begun")
-        if not wait and not self._writing.done():
-            return None
         return self._writing.result()
 
     def check(self, directory: str, records: dict[str, FileRecord]) -> str | None:

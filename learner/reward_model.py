@@ -17,7 +17,7 @@ from learner.checkpoint import save_checkpoint
 from learner.engine import Ranks, TrainEngine
 from learner.losses import soft_pairwise_loss
 from learner.models import freeze_below, load_scalar
-from learner.preferences import preference_matrix
+from learner.preferences import pair_preferences, preference_matrix
 from learner.sft import epoch_batches
 
 
@@ -28,19 +28,13 @@ def batch_preferences(
 
     Rated texts are compared all with all; of stored pairs only the two halves of a pair are.
     """
-    texts = []
     if all(isinstance(item, RatedText) for item in batch):
         rated = [item for item in batch if isinstance(item, RatedText)]
         preferences = preference_matrix([item.ratings for item in rated])
         return [item.token_ids for item in rated], preferences, torch.ones_like(preferences, dtype=torch.bool)
     pairs = [item for item in batch if isinstance(item, PreferencePair)]
-    preferences = torch.full((2 * len(pairs), 2 * len(pairs)), 0.5)
-    known = torch.zeros_like(preferences, dtype=torch.bool)
-    for i, pair in enumerate(pairs):
-        texts += [pair.chosen_ids, pair.rejected_ids]
-        preferences[2 * i, 2 * i + 1] = pair.preference
-        known[2 * i, 2 * i + 1] = True
-    return texts, preferences, known
+    texts = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    return texts, *pair_preferences([pair.preference for pair in pairs])
 
 
 class RewardModelTask:

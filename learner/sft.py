@@ -1,6 +1,7 @@
 """Supervised fine-tuning: next-token loss on the tokens that the examples mark."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,18 +31,26 @@ def epoch_batches(count: int, batch_size: int, epochs: int, seed: int, ranks: in
     return batches
 
 
-def example_nll(engine: Any, examples: list[Example], device: torch.device) -> torch.Tensor:
-    """Summed loss in nats of one microbatch, with gradient."""
+def example_logprobs(
+    engine: Any, examples: Sequence[Example], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of the tokens that train in one microbatch, with gradient, and the number of the example each belongs to."""
     packed = Packed.of([e.token_ids for e in examples], device)
-    select, targets = [], []
-    for start, example in zip(packed.starts, examples, strict=True):
+    select, targets, owners = [], [], []
+    for number, (start, example) in enumerate(zip(packed.starts, examples, strict=True)):
         for t, trains in enumerate(example.loss_mask):
             if trains and t:
                 select.append(start + t - 1)  # the position before predicts the token
                 targets.append(example.token_ids[t])
+                owners.append(number)
     # The dtype is named, as a microbatch may hold no marked token.
-    where, what = (torch.tensor(values, dtype=torch.int64, device=device) for values in (select, targets))
-    logprobs, _ = engine(packed, where, what)
+    where, what, whose = (torch.tensor(v, dtype=torch.int64, device=device) for v in (select, targets, owners))
+    return engine(packed, where, what)[0], whose
+
+
+def example_nll(engine: Any, examples: list[Example], device: torch.device) -> torch.Tensor:
+    """Summed loss in nats of one microbatch, with gradient."""
+    logprobs, _ = example_logprobs(engine, examples, device)
     return token_nll_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
 
 

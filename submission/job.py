@@ -1,6 +1,7 @@
 """A job before it is sent: composed and checked here, so that a cluster never sees a configuration that cannot run."""
 
 import json
+import math
 import re
 import secrets
 import shlex
@@ -15,11 +16,13 @@ from hydra.core.config_store import ConfigStore
 from contracts.check import Check
 from contracts.cluster_checks import stated_nodes
 from contracts.config import TandemConfig, to_config
+from contracts.methods import GIVEN
 from contracts.overrides import unknown_overrides
 from contracts.validation import ConfigError, raise_conflicts, validate
 from submission.targets import ROOT, TARGETS, RayJobs, Target, composed, is_target, to_target
 
 RECORDS = ROOT / ".cache/jobs"  # what this machine has submitted, so that a job's name is enough to reach it
+LEAVE_S = 15  # for the engines to end, once the state is saved
 MAX_ID = 47  # KubeRay makes names of Kubernetes services from it
 
 ConfigStore.instance().store(name="tandem", node=TandemConfig)
@@ -117,6 +120,16 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
     checks.append(
         Check(address == "auto", "cluster.address", "auto: the job joins the cluster it is sent to", address, "auto")
     )
+    grace_s = config.checkpoint.grace_s
+    checks.append(
+        Check(
+            target.stop_wait_s >= grace_s + LEAVE_S,
+            "target.stop_wait_s",
+            f"at least {LEAVE_S} s above checkpoint.grace_s ({grace_s:g} s), in which the job saves its state",
+            target.stop_wait_s,
+            f"target.stop_wait_s={math.ceil(grace_s) + LEAVE_S}, or a smaller checkpoint.grace_s",
+        )
+    )
     if isinstance(target, RayJobs):
         checks += [
             Check(
@@ -150,7 +163,7 @@ def _paths(config: TandemConfig) -> dict[str, str]:
     sources = {name: getattr(data, name) for name in ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")}
     found: dict[str, Any] = {"model.path": config.model.path}
     found |= {f"data.{name}.path": source.path for name, source in sources.items() if source is not None}
-    found |= {key: getattr(config, key) for key in ("sft_model", "proxy_model", "gold_model", "ppo_model")}
+    found |= {key: getattr(config, key) for key in GIVEN.values()}
     scorers = config.reward_service.scorers
     found |= {f"reward_service.scorers.{name}.path": scorer.path for name, scorer in scorers.items()}
     found["reward_service.http.token_file"] = config.reward_service.http.token_file

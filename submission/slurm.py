@@ -4,7 +4,7 @@ What the script adds to symmetric-run, each because it was missed there:
 - It exits 0 when Ray could not be started, so train.py leaves a mark (contracts/outcome.py), and without it the job fails.
 - It waits 30 s for the other nodes; RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT is `node_wait_s`.
 - It dies of SIGTERM, and train.py after it without a checkpoint. The shell of each task therefore takes the signal and
-  passes it to train.py alone; Ray stays up until the checkpoint is there.
+  passes it to train.py alone; Ray stays up until the checkpoint is there. One that comes while Ray starts is remembered.
 - It ends with `ray stop`, which ends every Ray of the user on the node: the job takes whole nodes.
 A train.py that was told to end and has saved its state exits with REQUEUE_EXIT_CODE: the job is queued again and goes on.
 """
@@ -41,15 +41,17 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token}
 
 driver() {{ # on the first node, when Ray runs on all
     echo $$ >"$TANDEM_PID"
+    [[ -e $TANDEM_PID.told ]] && exit {requeue}
     {command}
 }}
 node() {{ # one shell a node. setsid: a signal for the task is one for this shell alone
-    {setup}trap '[[ -e $TANDEM_PID ]] && kill -TERM "$(cat "$TANDEM_PID")"' TERM
+    rm -f "$TANDEM_PID.told"
+    {setup}trap 'touch "$TANDEM_PID.told"; [[ -e $TANDEM_PID ]] && kill -TERM "$(cat "$TANDEM_PID")"' TERM
     setsid ray symmetric-run --address "$TANDEM_HEAD:{port}" --min-nodes "$SLURM_JOB_NUM_NODES" \\
         --num-cpus={cpus} --num-gpus={gpus} --disable-usage-stats -- bash -c driver &
     ray=$!
     while wait "$ray"; code=$?; [[ $code -gt 128 ]] && kill -0 "$ray" 2>/dev/null; do :; done # a trap ends `wait`, too
-    rm -f "$TANDEM_PID"
+    rm -f "$TANDEM_PID" "$TANDEM_PID.told"
     exit $code
 }}
 export -f driver node

@@ -28,7 +28,7 @@ class RayJobs:
     python: str = "python"  # as the head node's PATH has it, or an absolute path
     excludes: list[str] = field(default_factory=lambda: list(EXCLUDES))  # gitignore patterns
     env: dict[str, str] = field(default_factory=dict)  # environment of the job and of its actors
-    stop_wait_s: int = 120  # between SIGTERM and SIGKILL; a checkpoint must fit
+    stop_wait_s: int = 120  # between SIGTERM and SIGKILL; checkpoint.grace_s must fit
 
 
 @dataclass

@@ -38,7 +38,8 @@ def overrides(folder: Path, policy: Path, reward: Path, *more: str) -> list[str]
         f"proxy_model={reward}",
         *(f"data.{name}.path={VADER}/{part}.jsonl" for name, part in (("prompts", "sft"), ("sft", "sft"))),
         *(f"data.{name}.path={VADER}/{part}.jsonl" for name, part in (("preferences", "proxy"), ("test", "test"))),
-        *(f"data.{name}.max_rows=96" for name in ("prompts", "sft", "preferences", "test")),
+        f"data.eval_prompts.path={VADER}/test.jsonl",
+        *(f"data.{name}.max_rows=96" for name in ("prompts", "sft", "preferences", "test", "eval_prompts")),
         "data.gold=null",
         "ppo.gold_rollouts=0",
         "ppo.value_warmup_updates=0",
@@ -167,8 +168,10 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """Metrics of the updates."""
-        rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-        return [row for row in rows if row["stage"] == "ppo"]
+        return [row for row in self.log("metrics.jsonl") if row["stage"] == "ppo"]
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run_dir / name).read_text().splitlines()]
 
     def audit(self) -> Audit:
         return audit(self.run_dir / NAME)

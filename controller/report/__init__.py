@@ -5,13 +5,12 @@
 The page needs no network, no account and no script. It renders half-finished runs as well and says what is missing.
 """
 
-import os
 from pathlib import Path
 
+from contracts.durable import replace_text
 from controller.report import curves, flow, samples, sections, timeline
 from controller.report.data import ReportError, Run, load
-from controller.report.markup import count, esc
-from controller.report.style import CSS
+from controller.report.markup import count, document
 
 __all__ = ["ReportError", "page", "render"]
 
@@ -20,7 +19,7 @@ CONTENTS = (
     ("frontier", "Frontier"),
     ("models", "Models"),
     ("reward-models", "Reward models"),
-    ("losses", "Before PPO"),
+    ("losses", "Losses"),
     ("samples", "Samples"),
     ("rollouts", "Rollouts"),
     ("time", "Time"),
@@ -39,41 +38,32 @@ def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
     run = load(run_dir)
     target = Path(output) if output is not None else Path(run_dir) / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page(run), encoding="utf-8")
-    os.replace(partial, target)  # a browser that reloads never sees half a page
+    replace_text(target, page(run))  # a browser that reloads never sees half a page
     return target
 
 
 def page(run: Run) -> str:
     """The whole page."""
+    # Another method has no updates to draw.
+    has_updates = run.setting("method") in (None, "ppo") or bool(run.stages_of("ppo"))
     parts = (
         sections.verdict(run),
         sections.key_numbers(run),
-        curves.ppo_curves(run),
+        curves.ppo_curves(run) if has_updates else "",
         curves.frontier(run),
         sections.models(run),
         sections.reward_models(run),
         curves.training_losses(run),
         samples.side_by_side(run),
-        samples.during_ppo(run),
-        flow.rollouts(run),
+        samples.during_ppo(run) if has_updates else "",
+        flow.rollouts(run) if has_updates else "",
         timeline.time_spent(run),
         sections.alarm_list(run),
         sections.configuration(run),
         sections.reproduce(run),
     )
     body = "".join(parts)
-    links = "".join(f'<a href="#{anchor}">{text}</a>' for anchor, text in CONTENTS if f'id="{anchor}"' in body)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{esc(run.name)} – Tandem</title><style>{CSS}</style></head><body><main>"
-        f'<header><p class="over">Tandem run</p><h1>{esc(run.name)}</h1><p class="facts">{_facts(run)}</p>'
-        f"<nav>{links}</nav></header>{body}"
-        "<footer>Drawn from the files of the run directory; nothing was fetched, nothing was sent.</footer>"
-        "</main></body></html>\n"
-    )
+    return document("Tandem run", run.name, _facts(run), CONTENTS, body)
 
 
 def _facts(run: Run) -> str:
@@ -87,4 +77,4 @@ def _facts(run: Run) -> str:
     versions = len(run.curve("ppo", "reward/score_mean"))
     if versions:
         facts.append(count(versions, "policy update"))
-    return esc(" · ".join(facts))
+    return " · ".join(facts)

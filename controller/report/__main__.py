@@ -5,7 +5,8 @@ import argparse
 from pathlib import Path
 
 from controller.report import ReportError, render
-from controller.report.compare import is_run, members_of, render_comparison
+from controller.report.compare import members_of, render_comparison
+from controller.report.data import is_run
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
+from controller.judged import against_sft, judged_title
 from controller.report.alarm_rules import WINDOW, Alarm, Limit, beyond, known_values
 from controller.report.alarms_speed import someone_waits, speed_falls, staleness_over_bound, sync_is_slow
 from controller.report.data import Run, number
@@ -217,8 +218,8 @@ def length_moves(run: Run) -> list[Alarm] | None:
 
 
 def loses_to_sft(run: Run) -> list[Alarm] | None:
-    compared = run.evaluation.get("comparisons") or {}
-    mean, low, high = bounds((compared.get("ppo_vs_sft") or {}).get("win_rate"))
+    mean, low, high = bounds(against_sft(run.evaluation).get("win_rate"))
+    name = judged_title(run.evaluation)
     if mean is None:
         return None
     if mean >= 0.5:
@@ -227,9 +228,9 @@ def loses_to_sft(run: Run) -> list[Alarm] | None:
     shown = f" [{percent(low)}, {percent(high)}]" if low is not None and high is not None else ""
     return [
         Alarm(
-            "alarm" if sure else "note", "PPO loses to SFT" if sure else "PPO may lose to SFT",
+            "alarm" if sure else "note", f"{name} loses to SFT" if sure else f"{name} may lose to SFT",
             f"Its completion is the better one on {percent(mean)}{shown} of the evaluation prompts.",
-            "PPO did not improve the model by this judge" + ("." if sure else ", though chance may explain it."),
+            f"{name} did not improve the model by this judge" + ("." if sure else ", though chance may explain it."),
             "See the curves: if gold rose and fell again, stop earlier; if it never rose, improve the reward model.",
         )
     ]  # fmt: skip

@@ -6,22 +6,23 @@ What tells the members apart is read from their configurations: the keys whose v
 """
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from controller.objective import PENALTY, objective
+from contracts.durable import replace_text
+from controller.judged import against_sft, judged_model
+from controller.objective import PENALTY
 from controller.report import alarms, compare_charts
-from controller.report.data import ReportError, Run, number, read
-from controller.report.markup import bounds, count, duration, esc, interval, num, section, table
-from controller.report.style import CSS
+from controller.report.data import RUN_FILES, ReportError, Run, number, read, runs_in
+from controller.report.markup import bounds, count, document, duration, esc, interval, num, section, table
 from controller.status import read_status
 
 # Where a run lies and what it is called does not make it another run.
 SAME = ("run_dir", "name", "logger", "cache_dir")
-FILES = ("status.json", "config.yaml", "metrics.jsonl", "hydra/overrides.yaml")
 
 
 @dataclass
@@ -37,15 +38,20 @@ class Member:
         return self.run.path.name
 
     @property
+    def name(self) -> str:
+        """The label without the number that a sweep puts before it: readers know a member by its place in the table."""
+        return re.sub(r"^\d+-(?=.)", "", self.label)
+
+    @property
     def command(self) -> list[str]:
         """Runs this member alone again."""
         return ["python", "train.py", *(self.run.overrides or [f"{k}={v}" for k, v in self.settings.items()])]
 
     def comparison(self, name: str) -> Any:
-        return ((self.run.evaluation.get("comparisons") or {}).get("ppo_vs_sft") or {}).get(name)
+        return against_sft(self.run.evaluation).get(name)
 
     def evaluated(self, name: str) -> Any:
-        return ((self.run.evaluation.get("models") or {}).get("ppo") or {}).get(name)
+        return judged_model(self.run.evaluation).get(name)
 
 
 def members_of(paths: Sequence[str | Path]) -> list[Member]:
@@ -54,13 +60,10 @@ def members_of(paths: Sequence[str | Path]) -> list[Member]:
     Raises:
         ReportError: there is no run.
     """
-    runs: list[Path] = []
-    for path in map(Path, paths):
-        below = sorted(child for child in path.iterdir() if is_run(child)) if path.is_dir() else []
-        runs += [path] if is_run(path) else below
+    runs = [run for path in paths for run in runs_in(Path(path))]
     if not runs:
         raise ReportError(
-            f"no run directory in {', '.join(map(str, paths))}: none has {', '.join(FILES)}; write run directories, or "
+            f"no run directory in {', '.join(map(str, paths))}: none has {', '.join(RUN_FILES)}; write run directories, or "
             "that of a sweep"
         )
     members = [_member(read(path)) for path in runs]
@@ -73,15 +76,10 @@ def members_of(paths: Sequence[str | Path]) -> list[Member]:
     return sorted(members, key=lambda m: (m.objective is None, -(m.objective or 0.0), m.run.path.name))
 
 
-def is_run(path: Path) -> bool:
-    return path.is_dir() and any((path / name).exists() for name in FILES)
-
-
 def _member(run: Run) -> Member:
     status = read_status(run.path)
     state = status.state or ("done" if run.evaluation else "unknown" if run.metrics else "not started")
-    value = objective(run.evaluation, number(run.setting("evaluate.max_kl")) or float("inf"))
-    return Member(run, state, str(status.facts.get("error") or ""), value)
+    return Member(run, state, str(status.facts.get("error") or ""), run.objective)
 
 
 def flattened(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -104,9 +102,7 @@ def best_of(members: Sequence[Member]) -> Member | None:
 def render_comparison(members: list[Member], output: str | Path) -> Path:
     """Write the page and return its path."""
     target = Path(output)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(page(members, target.resolve().parent), encoding="utf-8")
-    os.replace(partial, target)
+    replace_text(target, page(members, target.resolve().parent))
     return target
 
 
@@ -122,23 +118,15 @@ def page(members: list[Member], folder: Path) -> str:
         _commands(members),
     ]
     anchors = ("members", "frontier", "parallel", "curves", "alarms", "commands")
-    links = "".join(f'<a href="#{anchor}">{anchor.capitalize()}</a>' for anchor in anchors)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{esc(title)} – Tandem</title><style>{CSS}</style></head><body><main>"
-        f'<header><p class="over">Tandem sweep</p><h1>{esc(title)}</h1><p class="facts">{_facts(members)}</p>'
-        f"<nav>{links}</nav></header>{''.join(parts)}"
-        "<footer>Drawn from the files of the run directories; nothing was fetched, nothing was sent.</footer>"
-        "</main></body></html>\n"
-    )
+    contents = [(anchor, anchor.capitalize()) for anchor in anchors]
+    return document("Tandem sweep", title, _facts(members), contents, "".join(parts))
 
 
 def _facts(members: list[Member]) -> str:
     done = sum(member.state == "done" for member in members)
     keys = sorted({key for member in members for key in member.settings})
     differ = f" · they differ in {', '.join(keys)}" if keys else ""
-    return esc(f"{count(len(members), 'run')}, {done} done{differ}")
+    return f"{count(len(members), 'run')}, {done} done{differ}"
 
 
 def _best(members: list[Member]) -> str:
@@ -180,8 +168,6 @@ def _table(members: list[Member], folder: Path) -> str:
     short = _short(keys)
     rows = []
     for place, member in enumerate(members):
-        found, _, _ = alarms.evaluate(member.run)
-        serious = sum(alarm.severity == "alarm" for alarm in found)
         verdict = member.run.evaluation.get("verdict")
         passed = (
             ""
@@ -191,13 +177,15 @@ def _table(members: list[Member], folder: Path) -> str:
             else '<span class="no">✗</span>'
         )
         report = member.run.path / "report.html"
-        name = f"<b>{place + 1}</b> {esc(member.label)}"
+        numbered = re.match(r"(\d+)-", member.label) if keys else None  # what it sets has columns of its own
+        shown = f"#{numbered[1]}" if numbered else member.label
+        name = f'<b>{place + 1}</b> <span title="{esc(member.label)}">{esc(shown)}</span>'
         link = f'<a href="{esc(os.path.relpath(report, folder))}">{name}</a>' if report.exists() else name
         ratio = number(member.comparison("length_ratio"))
         rows.append(
             [
                 f'<i class="swatch {compare_charts.colour(place)}"></i>{link}',
-                esc(member.state) + (f"<small> {esc(member.error[:120])}</small>" if member.error else ""),
+                esc(member.state),
                 *(esc(_shown(member.settings.get(key))) for key in keys),
                 f"<b>{num(member.objective, 3, signed=True)}</b>",
                 interval(member.comparison("gold_gain"), 2, signed=True),
@@ -206,17 +194,22 @@ def _table(members: list[Member], folder: Path) -> str:
                 interval(member.evaluated("kl"), 1),
                 "–" if ratio is None else f"× {num(ratio, 2)}",
                 passed,
-                str(serious),
                 duration(_wall_s(member.run)),
             ]
         )
     head = ["Member", "State", *(f'<abbr title="{esc(key)}">{esc(short[key])}</abbr>' for key in keys)]
-    head += ["Objective", "Gold gain", "Learned gain", "Win rate", "KL, nats", "Length", "Passed", "Alarms", "Time"]
+    head += ["Objective", "Gold gain", "Learned gain", "Win rate", "KL, nats", "Length", "Passed", "Time"]
     intro = (
-        f"Objective: gold gain of PPO over SFT, less {PENALTY:g} for each nat of KL beyond evaluate.max_kl. Brackets are "
+        f"Objective: gold gain over SFT, less {PENALTY:g} for each nat of KL beyond evaluate.max_kl. Brackets are "
         "95% intervals over prompts; they say nothing about other seeds."
     )
-    return section("members", "Members, the best first", table(head, rows, "members", text_columns=2), intro)
+    failed = "".join(
+        f"<li><b>{place + 1}</b> {esc(member.state)}: {esc(member.error[:300])}</li>"
+        for place, member in enumerate(members)
+        if member.error
+    )
+    body = table(head, rows, "members", text_columns=2) + (f'<ul class="gaps">{failed}</ul>' if failed else "")
+    return section("members", "Members, the best first", body, intro)
 
 
 def _wall_s(run: Run) -> float | None:
@@ -240,17 +233,20 @@ def _shown(value: Any) -> str:
 
 
 def _alarms(members: list[Member]) -> str:
-    rows = []
-    for member in members:
-        found, _, _ = alarms.evaluate(member.run)
-        rows += [
-            [esc(member.label), f"{'⚠' if alarm.severity == 'alarm' else 'ℹ'} {esc(alarm.title)}", esc(alarm.advice)]
-            for alarm in found
-        ]
-    if not rows:
+    fired: dict[tuple[bool, str, str], list[int]] = {}
+    for place, member in enumerate(members):
+        for alarm in alarms.evaluate(member.run)[0]:
+            fired.setdefault((alarm.severity != "alarm", alarm.title, alarm.advice), []).append(place + 1)
+    if not fired:
         return section("alarms", "Alarms", '<p class="quiet">✓ No alarm in any member.</p>')
-    body = table(("Member", "Alarm", "Try"), rows, "alarm-list", text_columns=3)
-    return section("alarms", "Alarms", body, "What each means is in the member’s own report.")
+    rows = [
+        [f"{'ℹ' if note else '⚠'} {esc(title)}", ", ".join(map(str, places)), esc(advice)]
+        for (note, title, advice), places in sorted(fired.items())
+    ]
+    body = table(("Alarm", "Members", "Try"), rows, "alarm-list", text_columns=3)
+    return section(
+        "alarms", "Alarms", body, "Members by their place in the table. What each means is in their own reports."
+    )
 
 
 def _commands(members: list[Member]) -> str:

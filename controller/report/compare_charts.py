@@ -15,6 +15,7 @@ from controller.report.svg import Scale, Series, line_chart
 if TYPE_CHECKING:
     from controller.report.compare import Member
 
+TRAIL = 7  # versions in the moving mean of a trail; single ones make a knot of several members
 MOST_LINES = 8  # members whose curves are drawn: the best; more cannot be told apart
 CURVES = (
     ("Gold score", "score", "reward/gold_mean"),
@@ -40,9 +41,9 @@ def frontier(members: Sequence[Member]) -> str:
     if not drawn:
         return section("frontier", "Frontier", absent("No member has a KL and a score yet."))
     intro = (
-        "How much each member gained for how much drift. Lines: rollouts in training, version by version. Numbered marks: "
-        "the held-out evaluation, by the place in the table. The frontier is the upper left edge of the marks; dashed: "
-        "members that no other beats in both."
+        "How much each member gained for how much drift. Lines: rollouts in training, a moving mean over versions. Numbered "
+        "marks: the held-out evaluation, by the place in the table. The frontier is the upper left edge of the marks; "
+        "dashed: members that no other beats in both."
     )
     return section("frontier", "Frontier: score against KL", f'<div class="pair">{drawn}</div>', intro)
 
@@ -51,8 +52,9 @@ def _frontier_panel(members: Sequence[Member], title: str, measure: str, metric:
     trails: list[tuple[int, list[tuple[float, float]]]] = []
     marks: list[tuple[int, float, float]] = []
     for place, member in enumerate(members):
-        kl = dict(member.run.curve("ppo", "kl/ref_seq"))
-        points = [(kl.get(step), value) for step, value in member.run.curve("ppo", metric)]
+        kl, score = (svg.smoothed(member.run.curve("ppo", name), TRAIL) for name in ("kl/ref_seq", metric))
+        at_step = dict(kl)
+        points = [(at_step.get(step), value) for step, value in score]
         trails.append((place, [(x, y) for x, y in points if x is not None and y is not None]))
         at, value = bounds(member.evaluated("kl"))[0], bounds(member.evaluated(measure))[0]
         if at is not None and value is not None:
@@ -178,7 +180,7 @@ def curves(members: Sequence[Member]) -> str:
     if not shown:
         return section("curves", "Curves", absent("No member has PPO metrics yet."))
     keys = "".join(
-        f'<span><i class="swatch {colour(place)}"></i>{place + 1} {esc(m.label)}</span>' for place, m in shown
+        f'<span><i class="swatch {colour(place)}"></i>{place + 1} {esc(m.name)}</span>' for place, m in shown
     )
     charts = []
     for title, unit, metric in CURVES:

@@ -2,14 +2,20 @@
 
 import math
 
+from controller.judged import judged_model, judged_name, judged_title
 from controller.report import svg
 from controller.report.alarms import limits_of
 from controller.report.data import Run, number
 from controller.report.markup import absent, bounds, compact, esc, section
 from controller.report.svg import Scale, Series, line_chart
 
-MODELS = ("base", "sft", "ppo")
-MODEL_NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
+
+def models_of(run: Run) -> list[tuple[str, str, str]]:
+    """(name in evaluation.json, as a reader knows it, colour class) of the models that were judged."""
+    third = judged_name(run.evaluation)
+    known = [("base", "Base", "base"), ("sft", "SFT", "sft"), (third, judged_title(run.evaluation), "ppo")]
+    return [entry for entry in known if isinstance((run.evaluation.get("models") or {}).get(entry[0]), dict)]
+
 
 # (title, unit, [(name, colour class, metric)])
 PPO_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
@@ -36,7 +42,7 @@ PPO_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
 )
 
 # Of single estimators and of the combined loss: drawn where a run has them.
-METHOD_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
+ESTIMATOR_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Kept by RAFT", "share of rollouts", (("kept", "plain", "raft/kept_frac"),)),
     ("Effective sample size of RWR", "share of rollouts", (("share", "plain", "rwr/ess"),)),
     ("DPO margin", "best against worst", (("mean", "plain", "online_dpo/margin_mean"),)),
@@ -46,11 +52,15 @@ METHOD_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
 
 
 def ppo_curves(run: Run) -> str:
-    charts, drawn, longest = [], 0, 0
+    charts, constant, drawn, longest = [], [], 0, 0
     present = {name for row in run.metrics for name in row}
-    for title, unit, lines in (*PPO_CHARTS, *(c for c in METHOD_CHARTS if c[2][0][2] in present)):
+    for title, unit, lines in (*PPO_CHARTS, *(c for c in ESTIMATOR_CHARTS if c[2][0][2] in present)):
         series = [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines]
         drawn += any(s.curve for s in series)
+        values = [value for s in series for _, value in s.curve]
+        if len(values) > 1 and len(set(values)) == 1:
+            constant.append(f"{title.lower()} {compact(values[0])}")
+            continue
         longest = max(longest, *(len(s.curve) for s in series))
         limits = [limit for _, _, metric in lines for limit in limits_of(metric)]
         max_kl = number(run.setting("evaluate.max_kl"))
@@ -67,7 +77,10 @@ def ppo_curves(run: Run) -> str:
     )
     if longest >= svg.SMOOTH_FROM:
         intro += " Thin: each update. Bold: moving mean."
-    return section("curves", "PPO, version by version", f'<div class="charts">{"".join(charts)}</div>', intro)
+    body = f'<div class="charts">{"".join(charts)}</div>'
+    if constant:
+        body += f'<p class="note">The same at every version: {esc(", ".join(constant))}.</p>'
+    return section("curves", "PPO, version by version", body, intro)
 
 
 def frontier(run: Run) -> str:
@@ -100,20 +113,31 @@ def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> str:
     trail = [(step, x, y) for step, x, y in points if x is not None and y is not None]
     trail = trail[:: max(1, math.ceil(len(trail) / svg.MAX_POINTS))]
     marks, levels = _evaluation_marks(run, measure, max((x for _, x, _ in trail), default=0.0))
+    best = [(bounds(row.get(measure))[0], row) for row in judged_model(run.evaluation).get("best_of_n") or []]
+    best_of_n = [(float(row["kl"]), value) for value, row in best if value is not None]
     if not trail and not marks:
         return ""
-    xs = [x for _, x, _ in trail] + [v for _, xb, _ in marks for v in xb if v is not None]
-    ys = [y for _, _, y in trail] + [v for _, _, yb in marks for v in yb if v is not None] + [y for _, y in levels]
+    xs = [x for _, x, _ in trail] + [x for x, _ in best_of_n] + [v for _, xb, _ in marks for v in xb if v is not None]
+    ys = (
+        [y for _, _, y in trail]
+        + [y for _, y in best_of_n]
+        + [v for _, _, yb in marks for v in yb if v is not None]
+        + [y for _, y in levels]
+    )
     width, height = 480.0, 320.0
     x = Scale(*svg.padded([0.0, *xs], 0.06), 48.0, width - 14.0)
     y = Scale(*room(ys), height - 36.0, 26.0)
     body = [svg.axes(x, y, "KL from the reference, nats a sequence", "score")]
+    names = {css: title for _, title, css in models_of(run)}
     for model, level in levels:
         body.append(
             f'<line class="level {model}" x1="{x.start}" x2="{x.end}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>'
             f'<text class="mark-text {model}" x="{x.end - 4:.1f}" y="{y(level) - 5:.1f}" text-anchor="end">'
-            f"{MODEL_NAMES[model]}</text>"
+            f"{esc(names[model])}</text>"
         )
+    if best_of_n:  # of 1, 2, 4, ... samples, over the bound of its KL
+        line = " ".join(f"{x(kx):.1f},{y(v):.1f}" for kx, v in best_of_n)
+        body.append(f'<polyline class="edge" points="{line}"/>')
     if len(trail) > 1:
         line = " ".join(f"{x(kx):.1f},{y(v):.1f}" for _, kx, v in trail)
         body.append(f'<polyline class="trail" points="{line}"/>')
@@ -125,7 +149,7 @@ def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> str:
             f"<title>{esc(text)}</title></circle>"
         )
     dots = [(x(kx), y(v)) for _, kx, v in trail]
-    body += [_mark(model, xb, yb, x, y, title, dots) for model, xb, yb in marks]
+    body += [_mark(model, names[model], xb, yb, x, y, title, dots) for model, xb, yb in marks]
     return (
         f'<figure class="chart wide"><figcaption><b>{esc(title)}</b></figcaption><svg viewBox="0 0 {width:.0f} '
         f'{height:.0f}" role="img" aria-label="{esc(title)} against KL">{"".join(body)}</svg></figure>'
@@ -138,13 +162,14 @@ Bounds = tuple[float | None, float | None, float | None]
 def _evaluation_marks(
     run: Run, measure: str, furthest: float
 ) -> tuple[list[tuple[str, Bounds, Bounds]], list[tuple[str, float]]]:
-    """Models to mark as points, and those to draw as a level, because their KL is unknown or would squeeze the axis."""
+    """Models, by their colour class, to mark as points, and those to draw as a level, because their KL is unknown or would
+    squeeze the axis."""
     found = []
-    for model in MODELS:
-        values = (run.evaluation.get("models") or {}).get(model) or {}
-        found.append((model, bounds(values.get("kl")), bounds(values.get(measure))))
-    for _, (kl, _, _), _ in found[1:]:
-        furthest = max(furthest, kl or 0.0)
+    for model, _, css in models_of(run):
+        values = run.evaluation["models"][model]
+        found.append((css, bounds(values.get("kl")), bounds(values.get(measure))))
+        if css != "base":
+            furthest = max(furthest, bounds(values.get("kl"))[0] or 0.0)
     marks, levels = [], []
     for model, kl_bounds, bounds_ in found:
         if bounds_[0] is None:
@@ -174,7 +199,9 @@ def _emptiest(at: tuple[float, float], dots: list[tuple[float, float]], x: Scale
     return min(corners, key=covered)
 
 
-def _mark(model: str, xb: Bounds, yb: Bounds, x: Scale, y: Scale, title: str, dots: list[tuple[float, float]]) -> str:
+def _mark(
+    model: str, name: str, xb: Bounds, yb: Bounds, x: Scale, y: Scale, title: str, dots: list[tuple[float, float]]
+) -> str:
     at_x, at_y = x(xb[0] or 0.0), y(yb[0] or 0.0)
     out = ""
     if xb[1] is not None and xb[2] is not None:
@@ -192,16 +219,16 @@ def _mark(model: str, xb: Bounds, yb: Bounds, x: Scale, y: Scale, title: str, do
         "ppo": f'<circle class="mark ppo" cx="{at_x:.1f}" cy="{at_y:.1f}" r="6.2"/>',
     }[model]
     dx, dy, anchor = _emptiest((at_x, at_y), dots, x)
-    text = f"{MODEL_NAMES[model]}, evaluation\nKL {compact(xb[0])} nats\n{title.lower()} {compact(yb[0])}"
+    text = f"{name}, evaluation\nKL {compact(xb[0])} nats\n{title.lower()} {compact(yb[0])}"
     return (
         f"<g><title>{esc(text)}</title>{out}{shape}"
         f'<text class="mark-text {model}" x="{at_x + dx:.1f}" y="{at_y + dy:.1f}" text-anchor="{anchor}">'
-        f"{MODEL_NAMES[model]}</text></g>"
+        f"{esc(name)}</text></g>"
     )
 
 
 def training_losses(run: Run) -> str:
-    """Loss of SFT, loss and accuracy of the reward models."""
+    """Loss of SFT, loss and accuracy of the reward models and of stage preference."""
     charts = []
     sft = [
         Series("training", "sft", run.curve("sft", "sft/loss")),
@@ -218,11 +245,12 @@ def training_losses(run: Run) -> str:
         series = [Series(m.partition("/")[2], colours.get(m, "plain"), run.curve(m, metric)) for m in models]
         if any(s.curve for s in series):
             charts.append(line_chart(title, series, unit=unit, x_label="step"))
+    charts += _method_charts(run)
     notes = [
         f"{esc(stage.get('name'))} came from the cache: its curve is in the run that trained it."
         for stage in run.stages
         if stage.get("cached")
-        and str(stage.get("name")).startswith(("sft", "reward_model"))
+        and str(stage.get("name")).startswith(("sft", "reward_model", "preference", "filtered_sft"))
         and not run.stages_of(str(stage["name"]))
     ]
     body = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
@@ -231,5 +259,28 @@ def training_losses(run: Run) -> str:
     before, after = (number((run.stage("sft").get("metrics") or {}).get(k)) for k in ("eval_loss_before", "eval_loss"))
     if before is not None and after is not None:
         intro = f"SFT took the held-out loss from {compact(before)} to {compact(after)} nats a token. {intro}"
-    missing = absent("No losses of SFT or reward models yet.")
-    return section("losses", "Before PPO: SFT and reward models", body or missing, intro)
+    missing = absent("No losses of stages that train on data alone yet.")
+    return section("losses", "Trained on data alone: losses", body or missing, intro)
+
+
+# (title, unit, stage, [(name, colour class, metric)]) of the stages that stand in PPO's place
+METHOD_CHARTS: tuple[tuple[str, str, str, tuple[tuple[str, str, str], ...]], ...] = (
+    (
+        "Filtered SFT loss",
+        "nats a token",
+        "filtered_sft",
+        (("training", "ppo", "sft/loss"), ("held out", "soft", "sft/eval_loss")),
+    ),
+    ("Preference loss", "nats a pair", "preference", (("loss", "ppo", "preference/loss"),)),
+    ("Preferred pairs", "share, by the policy's own scores", "preference", (("right", "ppo", "preference/accuracy"),)),
+    ("Likelihood of the texts", "log p, nats a token", "preference", (("log p", "ppo", "preference/token_logprob"),)),
+)
+
+
+def _method_charts(run: Run) -> list[str]:
+    charts = []
+    for title, unit, stage, lines in METHOD_CHARTS:
+        series = [Series(name, css, run.curve(stage, metric)) for name, css, metric in lines]
+        if any(s.curve for s in series):
+            charts.append(line_chart(title, series, unit=unit, x_label="step"))
+    return charts

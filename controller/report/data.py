@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
+from controller.objective import objective
 from controller.redaction import redacted, redacted_override
 
+RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "hydra/overrides.yaml")
 CURVE_FILES = ("metrics.jsonl", "stages.json", "evaluation.json")
 
 
@@ -46,6 +48,11 @@ class Run:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
+    @property
+    def objective(self) -> float | None:
+        """What a sweep maximises, where it was measured."""
+        return objective(self.evaluation, number(self.setting("evaluate.max_kl")) or math.inf)
+
     def curve(self, stage: str, metric: str) -> Curve:
         """(step, value) in order of step, (version, value) for PPO. A resumed run may log a step twice: the later counts.
 
@@ -76,6 +83,17 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
+
+
+def is_run(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in RUN_FILES)
+
+
+def runs_in(path: Path) -> list[Path]:
+    """A run directory itself, or the members of a sweep, directly below its own."""
+    if is_run(path) or not path.is_dir():
+        return [path] if is_run(path) else []
+    return sorted(child for child in path.iterdir() if is_run(child))
 
 
 def load(run_dir: str | Path) -> Run:

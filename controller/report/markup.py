@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from controller.report.data import number
+from controller.report.style import CSS
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 MISSING = "–"
@@ -100,3 +101,17 @@ def absent(text: str) -> str:
 
 def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def document(kind: str, title: str, facts: str, contents: Sequence[tuple[str, str]], body: str) -> str:
+    """A whole page. `contents`: (anchor, text) of the links on top; those whose section is not in `body` are left out."""
+    links = "".join(f'<a href="#{anchor}">{text}</a>' for anchor, text in contents if f'id="{anchor}"' in body)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{esc(title)} – Tandem</title><style>{CSS}</style></head><body><main>"
+        f'<header><p class="over">{kind}</p><h1>{esc(title)}</h1><p class="facts">{esc(facts)}</p>'
+        f"<nav>{links}</nav></header>{body}"
+        "<footer>Drawn from the files on this disk; nothing was fetched, nothing was sent.</footer>"
+        "</main></body></html>\n"
+    )

@@ -1,7 +1,8 @@
-"""Completions to read: base, SFT and PPO on the same prompt, and how completions changed while PPO ran."""
+"""Completions to read: of the judged models on the same prompt, and how they changed while PPO ran."""
 
 from typing import Any
 
+from controller.judged import judged_name, judged_title
 from controller.report.data import Run, number
 from controller.report.markup import absent, count, esc, num, section
 
@@ -12,18 +13,19 @@ EACH = 2  # prompts shown for "best", "median" and "worst"
 def chosen(run: Run) -> tuple[list[tuple[str, float, dict[str, dict[str, Any]]]], int]:
     """[(why, gain, samples by model)] and the number of prompts chosen from.
 
-    Sorted by the gold gain of PPO over SFT: the largest, those in the middle, the smallest. Where there are too few
+    Sorted by the gold gain over SFT: the largest, those in the middle, the smallest. Where there are too few
     prompts for all three, each is shown once.
     """
+    third = judged_name(run.evaluation)
     by_prompt: dict[Any, dict[str, dict[str, Any]]] = {}
     for row in run.samples:
         if row.get("stage") == "evaluate" and row.get("model"):
             by_prompt.setdefault(str(row.get("prompt_id")), {}).setdefault(str(row["model"]), row)
     ranked = []
     for models in by_prompt.values():
-        ppo, sft = number(models.get("ppo", {}).get("gold")), number(models.get("sft", {}).get("gold"))
-        if ppo is not None and sft is not None:
-            ranked.append((ppo - sft, models))
+        mine, sft = number(models.get(third, {}).get("gold")), number(models.get("sft", {}).get("gold"))
+        if mine is not None and sft is not None:
+            ranked.append((mine - sft, models))
     ranked.sort(key=lambda item: -item[0])
     middle = (len(ranked) - EACH) // 2
     places = [("largest gain", i) for i in range(EACH)]
@@ -39,24 +41,23 @@ def chosen(run: Run) -> tuple[list[tuple[str, float, dict[str, dict[str, Any]]]]
 def side_by_side(run: Run) -> str:
     picks, total = chosen(run)
     if not picks:
-        text = (
-            "No completions of both SFT and PPO with a gold score yet: samples.jsonl gets them in the stage “evaluate”."
-        )
-        return section("samples", "The same prompt, three models", absent(text))
-    cards = []
+        text = "No completions of SFT and its successor with a gold score yet: samples.jsonl gets them in stage “evaluate”."
+        return section("samples", "The same prompt, model by model", absent(text))
+    title, cards = judged_title(run.evaluation), []
+    shown = (("base", "Base", "base"), ("sft", "SFT", "sft"), (judged_name(run.evaluation), title, "ppo"))
     for why, gain, models in picks:
         columns = "".join(
-            f'<div class="sample"><h4 class="{model}">{label}</h4>{_text(models[model])}{_scores(models[model])}</div>'
-            for model, label in (("base", "Base"), ("sft", "SFT"), ("ppo", "PPO"))
+            f'<div class="sample"><h4 class="{css}">{esc(label)}</h4>{_text(models[model])}{_scores(models[model])}</div>'
+            for model, label, css in shown
             if model in models
         )
         head = f'<h3>{esc(why)} <span class="gain">{num(gain, 2, signed=True)} gold</span></h3>'
         cards.append(f'<article class="card">{head}<div class="samples">{columns}</div></article>')
     intro = (
-        f"Not picked by hand: of {count(total, 'prompt')}, sorted by the gold gain of PPO over SFT, the {EACH} with the "
+        f"Not picked by hand: of {count(total, 'prompt')}, sorted by the gold gain of {title} over SFT, the {EACH} with the "
         f"largest gain, the {EACH} in the middle and the {EACH} with the smallest. The prompt is dimmed."
     )
-    return section("samples", "The same prompt, three models", "".join(cards), intro)
+    return section("samples", "The same prompt, model by model", "".join(cards), intro)
 
 
 def during_ppo(run: Run) -> str:

@@ -5,8 +5,9 @@ from typing import Any
 
 import yaml
 
+from controller.judged import against_sft, judged_model, judged_name, judged_title
 from controller.report import alarms, svg
-from controller.report.curves import MODEL_NAMES, MODELS
+from controller.report.curves import models_of
 from controller.report.data import Run, number
 from controller.report.markup import (
     absent,
@@ -40,21 +41,16 @@ MEASURES = (  # (key, label, unit, digits, is a share)
 )
 
 
-PAIRS = (
-    ("ppo_vs_sft", "PPO against SFT", "ppo"),
-    ("base_vs_sft", "Base against SFT", "base"),
-    ("sft_vs_base", "SFT against base", "sft"),
-)
-
-
 def verdict(run: Run) -> str:
     found = run.evaluation.get("verdict") or {}
     text = str(found.get("text") or "").strip()
     if not found:
         kind = "none"
-        text = "This run has not been evaluated, so nothing here says whether PPO helped."
+        text = "This run has not been evaluated, so nothing here says whether it helped."
         if run.evaluation:
-            text = "This run was evaluated without PPO or without a gold judge, so no limit says whether PPO helped."
+            text = (
+                "This run was evaluated without a trained model or without a gold judge, so no limit says what helped."
+            )
     else:
         kind = "good" if found.get("passed") else "unsure" if text.lower().startswith("inconclusive") else "bad"
         for word in ("Passed: ", "Not passed: ", "Inconclusive: "):
@@ -73,7 +69,8 @@ def verdict(run: Run) -> str:
 def _check(check: dict[str, Any]) -> list[str]:
     passed = bool(check.get("passed"))
     mark = '<span class="yes" title="passed">✓</span>' if passed else '<span class="no" title="not passed">✗</span>'
-    return [mark, esc(check.get("name", "")), compact(check.get("value")), compact(check.get("limit"))]
+    limit = f'<span class="ci">{esc(check.get("side", ""))}</span> {compact(check.get("limit"))}'
+    return [mark, esc(check.get("name", "")), compact(check.get("value")), limit]
 
 
 def _alarm_count(run: Run) -> str:
@@ -86,7 +83,7 @@ def _alarm_count(run: Run) -> str:
 def _gaps(run: Run) -> str:
     """What is missing or broken, said on top: a reader must not take half a run for a whole one."""
     what = {
-        "evaluation.json": "no evaluation: base, SFT and PPO have not been compared",
+        "evaluation.json": "no evaluation: the models have not been compared",
         "metrics.jsonl": "no curves",
         "stages.json": "no stage has finished, or the reward models’ accuracy is not recorded",
         "samples.jsonl": "no sample completions",
@@ -99,8 +96,7 @@ def _gaps(run: Run) -> str:
 
 
 def key_numbers(run: Run) -> str:
-    against = (run.evaluation.get("comparisons") or {}).get("ppo_vs_sft") or {}
-    ppo = (run.evaluation.get("models") or {}).get("ppo") or {}
+    against, model = against_sft(run.evaluation), judged_model(run.evaluation)
     tiles: list[tuple[str, str, str]] = []
 
     def add(label: str, value: Any, shown: str, note: str = "") -> None:
@@ -117,11 +113,11 @@ def key_numbers(run: Run) -> str:
     add("Gold gain over SFT", mean, num(mean, 2, signed=True), span(low, high))
     mean, low, high = bounds(against.get("win_rate"))
     add("Win rate against SFT", mean, percent(mean), span(low, high, share=True))
-    mean, low, high = bounds(ppo.get("kl"))
+    mean, low, high = bounds(model.get("kl"))
     mean = mean if mean is not None else svg.last(run.curve("ppo", "kl/ref_seq"))
     add("KL from reference", mean, f"{num(mean, 1)} <small>nats</small>", "a sequence")
     ratio = number(against.get("length_ratio"))
-    add("Length against SFT", ratio, f"× {num(ratio, 2)}", f"{percent(ppo.get('eos_share'))} end with EOS")
+    add("Length against SFT", ratio, f"× {num(ratio, 2)}", f"{percent(model.get('eos_share'))} end with EOS")
     if not against:
         curve = [(step, value) for step, value in run.curve("ppo", "reward/score_mean") if value is not None]
         if curve:
@@ -145,10 +141,13 @@ def key_numbers(run: Run) -> str:
 
 
 def models(run: Run) -> str:
-    """Base, SFT and PPO on the held-out prompts, and the paired comparisons."""
+    """The judged models on the held-out prompts, and the paired comparisons."""
     found = run.evaluation.get("models") or {}
-    present = [model for model in MODELS if isinstance(found.get(model), dict)]
-    title = "Base, SFT, PPO on held-out prompts"
+    judged = models_of(run)
+    present = [model for model, _, _ in judged]
+    title = (
+        f"{', '.join(name for _, name, _ in judged)} on held-out prompts" if judged else "Models on held-out prompts"
+    )
     if not present:
         return section("models", title, absent("<code>evaluation.json</code> is missing: run the stage “evaluate”."))
     rows = []
@@ -156,7 +155,7 @@ def models(run: Run) -> str:
         if any(found[model].get(key) is not None for model in present):
             name = f"{label}" + (f" <small>{unit}</small>" if unit else "")
             rows.append([name, *(interval(found[model].get(key), digits, share=share) for model in present)])
-    head = ["", *(f'<span class="{model}">{MODEL_NAMES[model]}</span>' for model in present)]
+    head = ["", *(f'<span class="{css}">{esc(name)}</span>' for _, name, css in judged)]
     prompts = sorted({int(n) for model in present if (n := number(found[model].get("prompts"))) is not None})
     many = " / ".join(f"{n:,}" for n in prompts)
     intro = f"Means over {many} prompts; brackets are 95% bootstrap intervals over prompts."
@@ -166,7 +165,11 @@ def models(run: Run) -> str:
 def _comparisons(run: Run) -> str:
     compared = run.evaluation.get("comparisons") or {}
     out = []
-    for key, title, css in PAIRS:
+    pairs_of = [(judged_name(run.evaluation), judged_title(run.evaluation), "ppo"), ("base", "Base", "base")]
+    for key, title, css in [
+        *((f"{model}_vs_sft", f"{name} against SFT", css) for model, name, css in pairs_of),
+        ("sft_vs_base", "SFT against base", "sft"),
+    ]:
         values = compared.get(key)
         if not isinstance(values, dict):
             continue
@@ -196,13 +199,14 @@ def _comparisons(run: Run) -> str:
             if pairs
             else ""
         )
-        out.append(f"<div><h3>{title}</h3>{table(('', 'Mean', ''), rows, 'gains')}{note}</div>")
+        out.append(f"<div><h3>{esc(title)}</h3>{table(('', 'Mean', ''), rows, 'gains')}{note}</div>")
     return f'<div class="pair">{"".join(out)}</div>' if out else ""
 
 
 def reward_models(run: Run) -> str:
-    found = [stage for stage in run.stages if str(stage.get("name", "")).startswith("reward_model")]
-    title = "Reward models on held-out pairs"
+    ranks = ("reward_model", "preference")
+    found = [stage for stage in run.stages if str(stage.get("name", "")).startswith(ranks)]
+    title = "Held-out pairs"
     if not found:
         return section("reward-models", title, absent("No finished reward model in <code>stages.json</code> yet."))
     rows = []
@@ -222,7 +226,7 @@ def reward_models(run: Run) -> str:
     head = ("", "Accuracy", "VADER’s", "50 to 100%", "Pairs")
     intro = (
         "How often the model prefers the text that people preferred, beside VADER, a word list without learning, on the "
-        "same pairs. “proxy” trains PPO; “gold” only judges."
+        "same pairs. “proxy” trains PPO; “gold” only judges; “preference” is a policy, by its own likelihoods."
     )
     return section("reward-models", title, table(head, rows, "gains"), intro)
 

@@ -137,7 +137,7 @@ background:var(--card)}
 .lanes+.lanes{margin-top:14px}.stack{display:block;width:100%;height:22px;border-radius:5px;margin:8px 0 12px}
 .keys{display:flex;flex-wrap:wrap;gap:4px 24px;margin:0;font-size:13.5px}
 .keys svg{width:10px;height:10px;margin-right:7px}.keys b{font-weight:620}
-.lane{display:grid;grid-template-columns:230px 1fr 64px 52px;gap:0 14px;align-items:center;min-height:26px;
+.lane{display:grid;grid-template-columns:300px 1fr 64px 52px;gap:0 14px;align-items:center;min-height:26px;
 font-size:13.5px}
 .lane>span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .lane svg{display:block;width:100%;height:14px;background:var(--grid);border-radius:3px}
@@ -147,12 +147,12 @@ font-size:13.5px}
 .marks span{position:absolute;top:2px;padding-left:4px;border-left:1px solid var(--rule);white-space:nowrap}
 .m0{--c:var(--p0)}.m1{--c:var(--p1)}.m2{--c:var(--p2)}.m3{--c:var(--p3)}.m4{--c:var(--p4)}.m5{--c:var(--p5)}
 .m6{--c:var(--proxy)}.m7{--c:var(--gold)}
-.line.thin{stroke-width:1;opacity:.45}.edge{fill:none;stroke:var(--ink);stroke-dasharray:4 4;opacity:.5}
+.line.thin{stroke-width:1.2;opacity:.7}.edge{fill:none;stroke:var(--ink);stroke-dasharray:4 4;opacity:.5}
 svg .place{fill:var(--card);font-size:10px;font-weight:680}
 .thread .line{opacity:.75}.thread .first{stroke-width:3.4;opacity:1}.thread:hover .line{stroke:var(--ink);opacity:1}
 .axis.strong{stroke:var(--faint)}
-svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
-table.members td{white-space:nowrap}table.members td:nth-child(2){white-space:normal}table.members a{color:var(--ink)}
+svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:6px;stroke-linejoin:round}
+table.members td{white-space:nowrap}table.members a{color:var(--ink)}
 table.members td:first-child{max-width:330px;overflow:hidden;text-overflow:ellipsis}
 svg.parallel{max-width:860px;margin:0 auto}.keys{margin:0 0 14px}.keys span{overflow-wrap:anywhere}
 abbr{text-decoration:none}

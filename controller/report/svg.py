@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 340.0, 190.0  # of a small multiple, in px at its natural size
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 24.0, 32.0
 MAX_POINTS = 300  # of one line; beyond that only the extremes of each stretch are drawn
 MAX_HOVERS = 60
+FEW = 3  # points that are marked: a line says too little of where they lie
 SMOOTH_FROM = 20  # points from which on a moving mean is drawn over the raw line
 
 
@@ -105,17 +106,18 @@ def thinned(curve: Curve, limit: int = MAX_POINTS) -> Curve:
 
 
 def smoothed(curve: Curve, width: int) -> Curve:
-    """Centred moving mean over `width` points. It narrows towards both ends, where a lopsided mean would lie."""
+    """Centred moving mean over `width` points. At an end it has one side alone: a mean that narrowed to the last point would
+    let every curve end with that point's noise."""
     out: Curve = []
+    half = width // 2
     for i, (step, value) in enumerate(curve):
-        half = min(width // 2, i, len(curve) - 1 - i)
-        near = [v for _, v in curve[i - half : i + half + 1] if v is not None]
+        near = [v for _, v in curve[max(0, i - half) : i + half + 1] if v is not None]
         out.append((step, sum(near) / len(near) if near and value is not None else None))
     return out
 
 
 def path(curve: Curve, x: Scale, y: Scale, css: str) -> str:
-    """A line that breaks where a value is missing; a value between two gaps is a dot."""
+    """A line that breaks where a value is missing; a value between two gaps is a dot, and so are few values."""
     parts: list[tuple[float, float]] = []
     runs: list[list[tuple[float, float]]] = []
     for step, value in curve:
@@ -130,6 +132,8 @@ def path(curve: Curve, x: Scale, y: Scale, css: str) -> str:
         if len(run) == 1:
             out.append(f'<circle class="dot {css}" cx="{run[0][0]:.1f}" cy="{run[0][1]:.1f}" r="2.2"/>')
         elif run:
+            if len(curve) <= FEW:
+                out += [f'<circle class="dot {css}" cx="{px:.1f}" cy="{py:.1f}" r="2.2"/>' for px, py in run]
             points = " ".join(f"{px:.1f},{py:.1f}" for px, py in run)
             out.append(f'<polyline class="line {css}" points="{points}"/>')
     return "".join(out)

@@ -16,6 +16,7 @@ mount -t tmpfs tmpfs /tmp/ray
 mount -t tmpfs tmpfs /run
 printf "127.0.0.1 localhost\n10.98.0.1 node1\n" >"$dir/hosts"
 mount --bind "$dir/hosts" /etc/hosts
+# --all: nproc alone believes OMP_NUM_THREADS, which is 1 under pytest, and no job would ever fit.
 cat >"$dir/slurm.conf" <<CONF
 ClusterName=tandem
 SlurmctldHost=node1
@@ -35,7 +36,7 @@ SelectType=select/cons_tres
 MpiDefault=none
 ReturnToService=2
 KillWait=30
-NodeName=node1 NodeAddr=node1 CPUs=$(nproc) State=UNKNOWN
+NodeName=node1 NodeAddr=node1 CPUs=$(nproc --all) State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES State=UP
 CONF
 head -c 1024 /dev/urandom >"$dir/munge/key"

@@ -152,6 +152,31 @@ def test_a_learner_that_cannot_be_kept_ends_the_run_and_the_next_goes_on(start: 
 
 
 @pytest.mark.chaos
+def test_other_stages_begin_again_once_and_what_is_finished_stays(start: Start) -> None:
+    road = ("stage=pipeline", "sft_model=null", "proxy_model=null", "ppo.updates=1", "evaluate.prompts=8")
+    run = start(*road)
+    run.wait_for("… SFT on")
+    run.harm("rank", signal.SIGKILL)
+    run.wait_for("^sft has lost a process and begins again")
+    run.wait_for("… proxy reward model on")
+    run.harm("rank", signal.SIGKILL)
+    at_s = run.wait_for("^reward_model/proxy has lost a process and begins again")
+    run.wait_for("… proxy reward model on", after_s=at_s)
+    run.harm("rank", signal.SIGKILL)
+    assert run.end() == 1
+    assert "finished stages are kept" in run.printed
+    again = start(*road)
+    again.wait_for("✓ sft: nothing has changed, reusing")
+    again.wait_for("… evaluation|… evaluating base", 400)
+    again.harm("actor", signal.SIGKILL)
+    again.wait_for("^evaluate has lost a process and begins again")
+    assert again.end() == 0, again.printed
+    steps = [(row["stage"], row["step"]) for row in again.log("metrics.jsonl")]
+    assert len(steps) == len(set(steps))  # what the lost processes had done is not in the log
+    assert {stage for stage, _ in steps} >= {"sft", "reward_model/proxy", "ppo", "evaluate"}
+
+
+@pytest.mark.chaos
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_batch(start: Start) -> None:
     """The first minibatch sends the weights out of range, the second meets them."""
     run = start("ppo.updates=4", "ppo.minibatches=2", "ppo.optimizer.learning_rate=1e30")

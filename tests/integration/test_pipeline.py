@@ -1,14 +1,18 @@
 """The whole road on a tiny model with the real engines, started as a user starts it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from contracts.outcome import read_outcome
 from tests.conftest import ROOT, VADER
 
 
@@ -138,9 +142,9 @@ def test_what_a_user_finds_in_the_run_directory(finished: Any, folder: Path) -> 
     )
     assert f"tiny ({run_dir}): done" in said.stdout
     assert "of 3 | " in said.stdout
-    status = json.loads((run_dir / "status.json").read_text())
     gain = json.loads((run_dir / "evaluation.json").read_text())["comparisons"]["ppo_vs_sft"]["gold_gain"]["mean"]
-    assert status["objective"] == gain  # the KL of three updates is within the bound
+    assert f"objective {gain:+.3f} (gold gain at bounded KL)" in said.stdout
+    assert read_outcome(run_dir) == gain  # the KL of three updates is within the bound
     report = (run_dir / "report.html").read_text()
     assert "<svg" in report
     assert f"report        │ {run_dir}" in finished.stdout.replace("\n", " ") or "report" in finished.stdout
@@ -193,7 +197,51 @@ def test_raft_under_a_combined_loss_from_the_base_model(finished: Any, folder: P
         assert row["combined/lambda"] == pytest.approx(expected, abs=1e-9)
         expected = min(max(expected + 2 * (0.5 - row["combined/score_mean"]), 0.0), 10.0)
     assert rows[-1]["combined/lambda"] != 1.0
-    assert "Kept by RAFT" in (folder / "raft/report.html").read_text()
+    assert "<b>Lambda</b>" in (folder / "raft/report.html").read_text()
+
+
+def test_dpo_takes_the_place_of_ppo(finished: Any, folder: Path, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    overrides = ["method=dpo", "preference.trainable_layers=1", "preference.optimizer.learning_rate=1e-3"]
+    done = run(folder, tiny_model, f"run_dir={folder}/dpo", *overrides)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.stdout.count("nothing has changed, reusing") == 3  # SFT and both reward models
+    stages = {row["name"]: row for row in json.loads((folder / "dpo/stages.json").read_text())}
+    assert set(stages) == {"sft", "reward_model/proxy", "reward_model/gold", "preference", "evaluate"}
+    AutoModelForCausalLM.from_pretrained(stages["preference"]["path"])
+    AutoTokenizer.from_pretrained(stages["preference"]["path"])
+    metrics = stages["preference"]["metrics"]
+    assert 0 <= metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"] <= 1
+    rows = [row for row in lines(folder / "dpo/metrics.jsonl") if row["stage"] == "preference"]
+    assert len(rows) == 3
+    assert rows[0]["preference/loss"] == pytest.approx(0.693, abs=0.02)  # the policy is its reference
+    result = json.loads((folder / "dpo/evaluation.json").read_text())
+    assert result["method"] == "dpo"
+    assert set(result["models"]) == {"base", "dpo", "sft"}
+    assert result["models"]["dpo"]["kl"]["mean"] != 0
+    assert {"gold_gain", "win_rate"} <= set(result["comparisons"]["dpo_vs_sft"])
+    assert isinstance(result["verdict"]["passed"], bool)
+    report = (folder / "dpo/report.html").read_text()
+    assert "DPO against SFT" in report
+    assert "PPO, version by version" not in report
+
+
+@pytest.mark.full
+def test_methods_without_a_reward_in_training(finished: Any, folder: Path, tiny_model: Path) -> None:
+    done = run(folder, tiny_model, f"run_dir={folder}/filtered", "stage=filtered_sft", "sft.top_fraction=0.25")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    stages = {row["name"]: row for row in json.loads((folder / "filtered/stages.json").read_text())}
+    assert stages["sft"]["cached"]  # `top_fraction` is no part of it
+    assert 20 <= stages["filtered_sft"]["metrics"]["texts"] <= 24
+    done = run(folder, tiny_model, f"run_dir={folder}/best", "method=best_of_n", "evaluate.best_of_n=4")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    best = json.loads((folder / "best/evaluation.json").read_text())["models"]["best_of_n"]
+    assert best["kl"]["mean"] == pytest.approx(0.6363, abs=1e-4)  # log 4 - 3/4
+    curve = best["best_of_n"]
+    assert [row["n"] for row in curve] == [1, 2, 4]
+    assert curve[-1]["proxy"]["mean"] == pytest.approx(best["proxy"]["mean"])
+    assert curve[0]["proxy"]["mean"] < curve[1]["proxy"]["mean"] < curve[2]["proxy"]["mean"]
 
 
 def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Path) -> None:
@@ -250,10 +298,14 @@ def test_actors_work_ahead_of_the_learner(finished: Any, folder: Path, tiny_mode
     assert "admitted 40 = trained 40 + quarantined 0 + open 0" in audit.stdout, audit.stdout + audit.stderr
 
 
-def sweep(folder: Path, model: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def sweep_command(folder: Path, model: Path, name: str, *overrides: str) -> list[str]:
     python, script, *words = command(folder, model, *overrides)
     words = [word for word in words if not word.startswith("run_dir=")]
-    ours = [python, script, "-m", *words, f"hydra.sweep.dir={folder}/{name}"]
+    return [python, script, "-m", *words, f"hydra.sweep.dir={folder}/{name}"]
+
+
+def sweep(folder: Path, model: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    ours = sweep_command(folder, model, name, *overrides)
     return subprocess.run(ours, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
@@ -281,6 +333,31 @@ def test_a_member_that_fails_leaves_the_others_alone(finished: Any, folder: Path
     assert "reusing" not in again.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "mark", "send"),
+    [("starting", "… starting Ray", os.kill), pytest.param("group", "SFT step", os.killpg, marks=pytest.mark.full)],
+)
+def test_sigterm_ends_a_whole_sweep(
+    name: str, mark: str, send: Callable[[int, int], None], folder: Path, tiny_model: Path
+) -> None:
+    """While Ray starts, which has a handler of its own, and for the whole process group, of which Ray dies before us. The
+    exit code asks for the sweep to be run again."""
+    overrides = ["stage=sft", "sft.epochs=500", f"cache_dir={folder}/other", "ppo.seed=1,2"]
+    ours = sweep_command(folder, tiny_model, name, *overrides)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(ours, cwd=ROOT, start_new_session=True, **pipe) as running:  # type: ignore[call-overload]
+        said, sent = "", False
+        for line in running.stdout:
+            said += line
+            if mark in line and not sent:
+                send(running.pid, signal.SIGTERM)
+                sent = True
+    assert running.returncode == 75, said
+    assert states(folder / name) == {"0-ppo.seed=1": "interrupted"}
+    assert "go on with: python train.py -m " in said
+    assert "sweep: 0 of 1 members done" in said
+
+
 @pytest.mark.full
 def test_optuna_maximises_the_objective_and_shares_stages(finished: Any, folder: Path, tiny_model: Path) -> None:
     study = [
@@ -292,10 +369,22 @@ def test_optuna_maximises_the_objective_and_shares_stages(finished: Any, folder:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert list(states(folder / "study").values()) == ["done", "done"]
     assert done.stdout.count("sft: nothing has changed, reusing") == 2
-    values = [json.loads(p.read_text())["objective"] for p in (folder / "study").glob("*/status.json")]
+    values = [read_outcome(path.parent) for path in (folder / "study").glob("*/result.json")]
     assert f"Best value: {max(values)}" in done.stdout
     assert "best member: " in done.stdout
     assert "parallel coordinates" in (folder / "study/report.html").read_text()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_members_in_processes_of_their_own(launcher: str, finished: Any, folder: Path, tiny_model: Path) -> None:
+    """With joblib both at once. One fails and leaves the other alone."""
+    options = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
+    overrides = ["stage=sft", f"data.sft.path=/no/such.jsonl,{VADER}/sft.jsonl", *options]
+    done = sweep(folder, tiny_model, launcher, *overrides)
+    assert done.returncode == 1, done.stdout[-4000:] + done.stderr[-4000:]
+    assert states(folder / launcher) == {"0-data.sft.path=such.jsonl": "refused", "1-data.sft.path=sft.jsonl": "done"}
+    assert "sweep: 1 of 2 members done" in done.stdout
 
 
 def test_no_process_is_left(finished: Any, folder: Path) -> None:

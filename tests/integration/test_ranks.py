@@ -12,11 +12,13 @@ import ray
 
 from contracts.config import PPOConfig
 from contracts.interfaces import NonFiniteError
+from contracts.methods import chosen_preference
 from contracts.records import Completion, Prompt, Rollout
 from controller.batcher import make_batches
 from controller.runtime import environments
 from learner.learner_actor import LearnerGroup
 from tests.conftest import make_config
+from tests.unit.test_preference import pairs
 
 EOS = 2
 GROUPS, SAMPLES = 3, 4
@@ -99,5 +101,32 @@ def test_two_ranks_make_the_update_of_one(
     else:
         assert one["online_dpo/pairs"] == GROUPS
         assert one["online_dpo/accuracy"] > 0
+    names = {name for name in one if not name.startswith("perf/")}
+    assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.usefixtures("ray_runtime")
+def test_two_ranks_learn_the_preferences_of_one(small_vocab: Path, tmp_path: Path) -> None:
+    """The texts of a pair lie on different ranks, and each rank computes the reference of its own share."""
+    config = make_config(small_vocab, tmp_path, dtype="float32")
+    config.learner.microbatch_tokens, config.preference.batch_size = 20, 6
+    config.preference.optimizer.learning_rate, config.preference.optimizer.eps = 1e-3, 1e-2
+    items, outcomes = pairs(6), []
+    texts = [text for pair in items for text in (pair.chosen, pair.rejected)]
+    for ranks in (1, 2):
+        cluster = replace(config.cluster, num_learner_ranks=ranks, threads_per_learner_rank=1)
+        arguments = (config, chosen_preference(config), config.model.path, items)
+        group = LearnerGroup(cluster, "preference", 1, arguments, environments(cluster)["learner"])
+        try:
+            group.wait_ready()
+            before = np.array(group.call("logprobs", texts)[0])
+            group.call("compute_reference", 0, len(items))
+            metrics = [group.call("step", 0)[0] for _ in range(2)]
+            outcomes.append((np.array(group.call("logprobs", texts)[-1]) - before, metrics[1]))
+        finally:
+            group.stop()
+    (moved, one), (moved_by_two, two) = outcomes
+    assert np.abs(moved).mean() > 0.02
+    assert np.abs(moved_by_two - moved).max() < 1e-3 * np.abs(moved).max()
     names = {name for name in one if not name.startswith("perf/")}
     assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3, abs=1e-5)

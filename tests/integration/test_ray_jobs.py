@@ -211,3 +211,23 @@ def test_a_sweep_of_jobs(cluster: RayCluster, tiny_model: Path, tmp_path: Path) 
         assert read_outcome(tmp_path / f"sweep/{number}") is None
     logs = cluster.call("submit.py", "logs", re.search(r"#1 (\S+):", sweep.stdout)[1])  # type: ignore[index]
     assert f"run directory {tmp_path}/sweep/1" in logs.stdout
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_ended_stops_its_jobs(
+    signum: signal.Signals, code: int, cluster: RayCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    options = ["hydra/launcher=ray_jobs", f"hydra.launcher.address={cluster.address}", "hydra.launcher.max_parallel=1"]
+    options += [f"hydra.launcher.python={sys.executable}", f"hydra.sweep.dir={tmp_path}/sweep"]
+    words = ["train.py", "-m", *options, *sft(tmp_path, tiny_model, "sft.epochs=1000", "ppo.seed=1,2")]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, *words], cwd=ROOT, env=cluster.environment, **pipe) as sweep:  # type: ignore[call-overload]
+        name = re.search(r"#0 (\S+):", read_until(sweep.stdout, "#0 "))[1]  # type: ignore[index]
+        with follow(cluster, "logs", name) as logs:
+            read_until(logs.stdout, "SFT step")
+            sweep.send_signal(signum)
+        printed = sweep.stdout.read()
+    assert sweep.returncode == code, printed
+    assert re.search(r"status +STOPPED\n", cluster.submit("status", name).stdout)
+    assert "#1 " not in printed  # the member that waited is not sent any more

@@ -211,12 +211,13 @@ def test_exactly_once_where_actors_work_ahead(tmp_path: Path, tiny_model: Path, 
 
 
 def test_another_configuration_is_refused(unbroken: Run) -> None:
-    before = unbroken.metrics
+    before, config = unbroken.metrics, (unbroken.dir / "config.yaml").read_bytes()
     assert unbroken.finish("ppo.clip=0.3", "data.prompts.max_rows=23", "reuse_stages=false") == 2
     assert "ppo.clip: the commit has 0.2, this configuration 0.3" in unbroken.printed
     assert "prompts: the commit has " in unbroken.printed
     assert "starting Ray" not in unbroken.printed
     assert unbroken.metrics == before
+    assert (unbroken.dir / "config.yaml").read_bytes() == config
 
 
 def test_two_drivers_in_one_directory(unbroken: Run) -> None:

@@ -146,7 +146,7 @@ def test_a_job_at_its_time_limit_is_queued_again_and_goes_on(node: Node, tmp_pat
     (programs / "python").write_text(DRIVER)
     (programs / "python").chmod(0o755)
     (programs / "ray").symlink_to(Path(sys.executable).with_name("ray"))
-    options = [f"target.python={programs}/python", "target.time=1", "target.stop_wait_s=40"]
+    options = [f"target.python={programs}/python", "target.time=2", "target.stop_wait_s=40", "checkpoint.grace_s=20"]
     name = sent(node.submit(*sft(tmp_path, tmp_path, *options)))
     assert node.wait(name, "COMPLETED", "FAILED", "TIMEOUT", seconds=400) == "COMPLETED"
     log = (tmp_path / "run/slurm.log").read_text()

@@ -34,9 +34,9 @@ class Learner:
         self._threads = ThreadPoolExecutor(2)
         self._directory = Path()
 
-    def start(self, method: str, argument: Any) -> list[Call]:
+    def start(self, method: str, *arguments: str) -> list[Call]:
         if method == "begin_commit":
-            self._directory = Path(argument)
+            self._directory = Path(*arguments)
             return [self._done(None), self._done(None)]
         assert method == "state.result"
         return [Call(self._threads.submit(self._write, rank)) for rank in self.actors]

@@ -22,7 +22,7 @@ def commit(run_dir: Path, step: int, quality: float | None = None, config: dict[
     (partial / "policy").mkdir(parents=True)
     named = quality and ("reward/x", quality)
     new = Commit(path, step, step - 1, {"seed": 1}, config or {}, {"torch": "2"}, {}, 1, named, {})
-    new.records["rank_0.safetensors"] = durable.write_chunks(partial / "rank_0.safetensors", iter([b"weights"]))
+    new.records["rank_0.safetensors"] = durable.write_chunks(partial / "rank_0.safetensors", [b"weights"])
     new.records["policy/config.json"] = durable.write_json(partial / "policy/config.json", {"layers": 2})
     new.records.update(commits.write_driver_state(partial, ({"updates": step}, ARRAYS)))
     commits.publish(partial, new)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import train
 from contracts.command_line import command_line_problems
 from contracts.config import ClusterConfig, TandemConfig
+from contracts.methods import METHODS, STAGES
 from contracts.overrides import unknown_overrides
 from contracts.placement import PlacementError, check_nodes, plan
 from contracts.validation import validate
@@ -43,7 +44,7 @@ def overrides_of(file: str) -> list[str]:
     group, _, name = file.rpartition("/")
     if not group:
         return []
-    chosen = f"+{group}={name}" if group == "experiment" else f"{group}={name}"
+    chosen = f"+{group}={name}" if group in ("experiment", "arm", "tuning") else f"{group}={name}"
     return [chosen, *FILL_IN.get(file, [])]
 
 
@@ -107,8 +108,10 @@ def test_the_laptop_is_the_default() -> None:
 
 
 def test_every_stage_of_the_demo_is_valid() -> None:
-    for stage in ("sft", "reward_model", "ppo", "evaluate", "pipeline"):
+    for stage in ("pipeline", *STAGES):
         validate(composed([f"stage={stage}"]))
+    for method in METHODS:
+        validate(composed([f"method={method}"]))
 
 
 def test_run_directories_are_below_the_name() -> None:
@@ -117,8 +120,9 @@ def test_run_directories_are_below_the_name() -> None:
 
 
 def documented(program: str) -> list[list[str]]:
-    """The arguments of each `python PROGRAM` in the blocks of the README and of the pages that `pages` lists."""
-    pages = [ROOT / "README.md", ROOT / "docs/sweeps.md", ROOT / "docs/dashboards.md", ROOT / "docs/algorithms.md"]
+    """The arguments of each `python PROGRAM` in the blocks of the README and of the pages that are about commands."""
+    names = ("sweeps", "dashboards", "preference", "algorithms")
+    pages = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in names)]
     blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line.split(program, 1)[1], comments=True) for line in lines if program in line]

@@ -18,14 +18,15 @@ from contracts.scoring import scoring_ids
 from controller.data import (
     DataError,
     LoadReport,
-    detect_format,
     encode_prompt,
     fingerprint,
+    load_best_rated,
     load_preferences,
     load_prompts,
-    load_rows,
+    load_rated_examples,
     load_sft,
 )
+from controller.rows import detect_format, load_rows
 
 ROOT = Path(__file__).parents[2]
 EOS = 2
@@ -510,3 +511,40 @@ def test_demo_parts_do_not_overlap(vader):
     parts = [vader.sft, vader.preferences, vader.gold, vader.test]
     texts = [row["text"].lower() for part in parts for row in load_rows(part)]
     assert len(texts) == len(set(texts)) == 10603
+
+
+# What a policy is trained on by preference.
+
+
+def test_rated_texts_and_pairs_train_what_the_policy_would_write(tokenizer, jsonl):
+    data = replace(DATA, prompt_words=2)
+    [item] = load_rated_examples(jsonl({"text": "A warm and funny film.", "ratings": [3, 4]}), data, tokenizer, 64)
+    assert item.ratings == [3.0, 4.0]
+    assert trained(tokenizer, item.example) == " and funny film.<|im_end|>"
+    row = {"prompt": "Name a prime.", "chosen": " Seven.", "rejected": " Eight."}
+    [pair] = load_rated_examples(jsonl(row), DATA, tokenizer, 64)
+    assert trained(tokenizer, pair.chosen) == " Seven.<|im_end|>"
+    assert trained(tokenizer, pair.rejected) == " Eight.<|im_end|>"
+    assert tokenizer.decode(pair.chosen.token_ids).startswith("Name a prime.")
+    turns = {
+        "prompt": [{"role": "user", "content": "Name a prime."}],
+        "chosen": [{"role": "assistant", "content": "Seven."}],
+        "rejected": [{"role": "assistant", "content": "Eight."}],
+    }
+    [talk] = load_rated_examples(jsonl(turns), replace(DATA, chat=True), tokenizer, 64)
+    assert trained(tokenizer, talk.rejected) == "Eight.<|im_end|>"
+
+
+def test_the_best_rated_texts_in_their_order(tokenizer, jsonl):
+    rows = [
+        {"text": f"text number {i}", "ratings": ratings} for i, ratings in enumerate([[1, 2], [4], [3, 4], [0], [4]])
+    ]
+    found = load_best_rated(jsonl(*rows, format="text"), DATA, tokenizer, 64, 0.6)
+    assert [trained(tokenizer, example) for example in found] == [f"text number {i}<|im_end|>" for i in (1, 2, 4)]
+    [best] = load_best_rated(jsonl(*rows), DATA, tokenizer, 64, 0.01)
+    assert trained(tokenizer, best) == "text number 1<|im_end|>"
+    message = refusal(load_best_rated, jsonl({"text": "one"}, {"text": "two"}), DATA, tokenizer, 64, 0.5)
+    assert message.startswith(
+        "data.sft: stage filtered_sft keeps the texts that people rated highest, so it needs the column"
+    )
+    assert "has text. Add them, or name them with data.sft.ratings_column" in message

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,13 +23,24 @@ def raw(tensor: torch.Tensor, dtype: str) -> RawTensor:
     return RawTensor(dtype, tuple(tensor.shape), memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
-def test_a_record_is_of_the_content(tmp_path: Path) -> None:
-    content = b"x" * (durable.CHUNK_BYTES + 3)
-    record = write_chunks(tmp_path / "a", iter([content[:5], memoryview(content)[5:]]))
+@pytest.mark.parametrize("size", [0, 1, 4096, durable.PIECE_BYTES, 2 * durable.PIECE_BYTES + 4099])
+def test_a_record_is_of_the_content(size: int, tmp_path: Path) -> None:
+    content = random.Random(size).randbytes(size)
+    record = write_chunks(tmp_path / "a", [content[:5], b"", memoryview(content)[5:]])
     assert (tmp_path / "a").read_bytes() == content
     assert record == (len(content), hashlib.sha256(content).hexdigest())
     assert durable.record(tmp_path / "a") == record
     assert durable.problem(tmp_path / "a", record) is None
+
+
+def test_a_file_system_without_o_direct(tmp_path: Path) -> None:
+    """As the one is in which the kernel has anonymous files."""
+    file = os.memfd_create("a")
+    assert not durable._set_direct(file, True)
+    content = np.arange(durable.PIECE_BYTES // 2 + 99, dtype=np.uint32).view(np.uint8)
+    durable._write(file, [content[:77], content[77:]])
+    assert os.pread(file, 1 << 30, 0) == content.tobytes()
+    os.close(file)
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
@@ -63,7 +77,7 @@ def test_other_libraries_read_the_tensors(tmp_path: Path) -> None:
 )
 def test_damage_is_named(damage, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "a"
-    record = write_chunks(path, iter([b"x" * 1000]))
+    record = write_chunks(path, [b"x" * 1000])
     damage(path)
     assert reason in (durable.problem(path, record) or "")
 
@@ -91,7 +105,7 @@ import resource, sys
 from pathlib import Path
 from contracts.durable import write_chunks
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-write_chunks(Path(sys.argv[1]), iter([bytes(3 << 19), bytes(3 << 19)]))
+write_chunks(Path(sys.argv[1]), [bytes(3 << 19), bytes(3 << 19)])
 """
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "a"], cwd=root, capture_output=True, text=True)

@@ -163,7 +163,15 @@ def test_both_configurations_of_the_group_are_valid() -> None:
             "environment.options.chat must be data.chat (False)",
         ),
         (["environment.max_turn_tokens=0"], "environment.max_turn_tokens must be null or at least 1; found 0"),
-        (["environment.reward=sum"], "environment.reward must be one of cumulative, per_turn; found sum"),
+        (
+            ["environment.reward=separate", "ppo.estimator=grpo", "ppo.samples_per_prompt=4"],
+            "environment.reward must be cumulative or per_turn with ppo.estimator grpo",
+        ),
+        (
+            ["environment.reward=separate", "ppo.sampling.min_completion_tokens=4"],
+            "ppo.sampling.min_completion_tokens must be 0 with environment.reward separate",
+        ),
+        (["environment.reward=sum"], "environment.reward must be one of cumulative, per_turn, separate; found sum"),
     ],
 )
 def test_conflicts_are_named(overrides: list[str], message: str) -> None:

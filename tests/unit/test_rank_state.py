@@ -55,9 +55,7 @@ def weights(task: PPOTask) -> dict[str, torch.Tensor]:
 def commit(task: PPOTask, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     task.begin_commit(str(folder))
-    records = task.state.result(wait=True)
-    assert records is not None
-    return records
+    return task.state.result()
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 2), ("bfloat16", 3)])
@@ -71,8 +69,9 @@ def test_a_resumed_rank_goes_on_bit_for_bit(
     (tmp_path / "step_2").mkdir()
     unbroken.begin_commit(str(tmp_path / "step_2"))
     expected = [update(unbroken, number) for number in (2, 3)]
-    records = unbroken.state.result(wait=False)  # the update waited for it
-    assert records is not None
+    assert unbroken.state._writing is not None
+    assert unbroken.state._writing.done()  # the update waited for it
+    records = unbroken.state.result()
     assert all(durable.problem(tmp_path / "step_2" / name, record) is None for name, record in records.items())
 
     resumed = make(dtype, zero)
@@ -147,7 +146,8 @@ def test_a_step_waits_for_the_writer(make: Callable[..., PPOTask], tmp_path: Pat
     task.state._gather = lambda: slow_disk
     (tmp_path / "step_0").mkdir()
     task.begin_commit(str(tmp_path / "step_0"))
-    assert task.state.result(wait=False) is None
+    assert task.state._writing is not None
+    assert not task.state._writing.done()
     threading.Timer(1.0, written.set).start()
     before = weights(task)
     update(task, 0)
@@ -161,7 +161,7 @@ def test_a_failed_write_costs_the_commit_alone(make: Callable[..., PPOTask], tmp
     task = make()
     task.begin_commit(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError):
-        task.state.result(wait=True)
+        task.state.result()
     update(task, 0)
     commit(task, tmp_path / "step_1")
 

@@ -12,6 +12,7 @@ import pytest
 from controller.report import ReportError, render, svg
 from controller.report.__main__ import main
 from controller.report.alarms import evaluate
+from controller.report.curves import ppo_curves
 from controller.report.data import Run, load
 from controller.report.markup import compact, num
 from controller.report.samples import chosen
@@ -467,6 +468,20 @@ def test_thinning_keeps_the_spikes():
     assert (1234.0, 9.0) in thin
     assert (4321.0, -9.0) in thin
     assert thin == sorted(thin)
+
+
+def test_a_moving_mean_has_one_side_at_the_ends():
+    curve = [(1.0, 0.0), (2.0, 3.0), (3.0, None), (4.0, 9.0), (5.0, 0.0)]
+    assert svg.smoothed(curve, 3) == [(1.0, 1.5), (2.0, 1.5), (3.0, None), (4.0, 4.5), (5.0, 4.5)]
+
+
+def test_what_never_changes_is_a_line_of_text():
+    def clipfrac(*values: float) -> str:
+        rows = [{"stage": "ppo", "step": i, "policy/clipfrac": value} for i, value in enumerate(values)]
+        return ppo_curves(Run(path=Path("x"), metrics=rows))
+
+    assert "The same at every version: clipped tokens 0.000." in clipfrac(0.0, 0.0, 0.0)
+    assert "The same at every version" not in clipfrac(0.0, 0.0, 0.1)
 
 
 def test_numbers_as_text():

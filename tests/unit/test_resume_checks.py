@@ -97,6 +97,46 @@ def test_processes_of_an_earlier_attempt_are_ended(tmp_path: Path) -> None:
     processes[1].wait(10)
 
 
+def test_who_reads_the_logs_of_an_earlier_attempt_or_is_another_program_is_left_alone(tmp_path: Path) -> None:
+    log = tmp_path / "worker.out"
+    log.write_text("a line\n")
+    reads = [
+        sys.executable,
+        "-c",
+        "import sys, time; f = open(sys.argv[1]); print(f.read(), flush=True); time.sleep(60)",
+    ]
+    writes = ["sh", "-c", "echo a line; echo a line >&2; exec sleep 60"]
+    with log.open("a") as own:
+        somebody = [
+            subprocess.Popen([*reads, log], stdout=subprocess.PIPE),
+            subprocess.Popen(["tail", "-f", log], stdout=subprocess.PIPE),
+            subprocess.Popen(writes, stdout=own, stderr=subprocess.PIPE),
+        ]
+    for process in somebody:
+        pipe = process.stdout or process.stderr
+        assert pipe is not None
+        pipe.readline()  # it has the file open
+    assert all(str(log) in {f.path for f in psutil.Process(p.pid).open_files()} for p in somebody)
+    assert end_orphans(str(tmp_path)) == 0
+    for process in somebody:
+        assert process.poll() is None
+        process.kill()
+        process.wait(10)
+
+
+def test_a_refused_start_leaves_the_configuration_of_the_attempt_before(tmp_path: Path) -> None:
+    first = RunDirectory(tmp_path, print)
+    first.write_config({"seed": 1})
+    first.refused()  # there is none before, and this one says what was refused
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
+    del first
+    second = RunDirectory(tmp_path, print)
+    second.write_config({"seed": 2})
+    assert (tmp_path / "config.yaml").read_text() == "seed: 2\n"
+    second.refused()
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
+
+
 def test_other_packages_and_scorers(tmp_path: Path) -> None:
     found: Commit = commit(tmp_path, 2)
     said: list[str] = []

@@ -7,11 +7,12 @@ import pytest
 
 from contracts.config import EnvironmentConfig, PPOConfig
 from contracts.records import Completion, Prompt, Rollout, Score, Turn
-from controller.shaping import ScoreNormalizer, service_scores, shaped, turn_metrics, turns_of
+from controller.shaping import ScoreNormalizer, episodes, service_scores, shaped, turn_metrics, turns_of
 
 EOS = 2
 PPO = PPOConfig(missing_eos_penalty=0.25)
 CUMULATIVE, PER_TURN = EnvironmentConfig(), EnvironmentConfig(reward="per_turn")
+SEPARATE = EnvironmentConfig(reward="separate")
 NORMALIZER = ScoreNormalizer(mean=1.0, std=2.0, is_fitted=True)
 
 
@@ -105,3 +106,25 @@ def test_metrics_are_those_of_conversations_alone() -> None:
     # 2 turns and 1; 2 of 7 + 4 tokens were observed
     assert turn_metrics([MIXED, single(1.0)]) == {"completion/turns_mean": 1.5, "completion/observation_frac": 2 / 11}
     assert [turn.end for turn in turns_of(single(1.0))] == [4]
+
+
+def test_turns_apart_are_episodes_of_their_own() -> None:
+    """Prompt (5,); three sampled tokens, two observed, two sampled: rows of 1 + 3 and of 6 + 2 tokens."""
+    rollout = conversation(Turn(3, "stop", 0.5), Turn(7, "length", 2.0))
+    rollout.completion.token_ids[:] = [10, 11, EOS, 20, 21, 12, 13]
+    rollout.completion.behavior_logprobs[:] = [-1, -2, -3, 0, 0, -4, -5]
+    paid = shaped(rollout, NORMALIZER, PPO, SEPARATE)
+    assert paid.tolist() == [0, 0, 0.5, 0, 0, 0, 1.75]
+    (first, second), (first_paid, second_paid) = episodes([rollout], [paid], SEPARATE)
+    assert first.prompt.token_ids == (5,)
+    assert second.prompt.token_ids == (5, 10, 11, EOS, 20, 21)
+    assert first.completion.token_ids.tolist() == [10, 11, EOS]
+    assert second.completion.token_ids.tolist() == [12, 13]
+    assert second.completion.behavior_logprobs.tolist() == [-4, -5]
+    assert (first.completion.finish_reason, second.completion.finish_reason) == ("stop", "length")
+    assert first.completion.loss_mask is None
+    assert second.completion.loss_mask is None
+    assert (first_paid.tolist(), second_paid.tolist()) == ([0, 0, 0.5], [0, 1.75])
+    assert episodes([rollout], [paid], PER_TURN) == ([rollout], [paid])
+    alone = single(1.0)
+    assert episodes([alone], [paid], SEPARATE)[0] == [alone]

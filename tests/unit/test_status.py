@@ -25,10 +25,10 @@ def test_a_running_job_beats_and_ends_once(tmp_path: Path) -> None:
             time.sleep(0.02)
         assert json.loads((tmp_path / "status.json").read_text())["beat"] > first["beat"]
         assert read_status(tmp_path).state == "running"
-        status.end("done", objective=0.5)
+        status.end("refused", error="no such key")
         status.end("failed")  # the first word counts
     found = read_status(tmp_path)
-    assert (found.state, found.facts["objective"]) == ("done", 0.5)
+    assert (found.state, found.facts["error"]) == ("refused", "no such key")
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 

@@ -11,22 +11,35 @@ PROGRAM = """
 import os, signal, sys, time
 from controller.stop import Interrupted, Stop
 stop = Stop(grace_s=0.3)
-stop.install()
-def again():
+def tell_twice():
     if "{case}" == "twice":
         os.kill(os.getpid(), signal.{signal})
-try:
+def run():
     if "{case}" == "outside":
         os.kill(os.getpid(), signal.{signal})
         time.sleep(5)
+    if "{case}" == "within Ray":
+        try:
+            os.kill(os.getpid(), signal.{signal})
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as ray.get does
+    with stop.kept():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init does
+        if "{case}" == "starting Ray":
+            os.kill(os.getpid(), signal.{signal})
+            time.sleep(5)
     with stop.deferred(lambda: print("told", flush=True)):
         os.kill(os.getpid(), signal.{signal})
         print("goes on", flush=True)
-        again()
+        tell_twice()
         if "{case}" == "late":
             time.sleep(5)
     print("left", flush=True)
     raise Interrupted(stop.signum, "saved")
+try:
+    with stop.installed():
+        run()
 except Interrupted as end:
     print(end.message)
     sys.exit(end.exit_code)
@@ -37,6 +50,10 @@ except Interrupted as end:
     ("case", "name", "printed", "code"),
     [
         ("outside", "SIGTERM", "\n", 75),
+        ("within Ray", "SIGTERM", "\n", 75),
+        ("within Ray", "SIGINT", "\n", 130),
+        ("starting Ray", "SIGTERM", "\n", 75),
+        ("starting Ray", "SIGINT", "\n", 130),
         ("in time", "SIGTERM", "told\ngoes on\nleft\nsaved\n", 75),
         ("in time", "SIGINT", "told\ngoes on\nleft\nsaved\n", 130),
         ("twice", "SIGINT", "told\ngoes on\n\n", 130),

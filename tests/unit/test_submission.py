@@ -106,6 +106,16 @@ def test_everything_that_a_cluster_could_not_find_is_refused_at_once() -> None:
     ]
 
 
+@pytest.mark.parametrize("target", ["ray_jobs", "slurm", "kuberay"])
+def test_a_job_is_not_killed_before_it_has_saved(target: str) -> None:
+    [_, line] = refusal(f"target={target}", "checkpoint.grace_s=110.5", *TWO_NODES)
+    assert line == (
+        "  - target.stop_wait_s must be at least 15 s above checkpoint.grace_s (110.5 s), in which the job saves its state; "
+        "found 120; write target.stop_wait_s=126, or a smaller checkpoint.grace_s"
+    )
+    to_job([f"target={target}", "checkpoint.grace_s=105", *TWO_NODES])
+
+
 def test_slurm_and_kuberay_need_the_size_of_the_nodes() -> None:
     [_, line] = refusal("target=slurm", *PLACES)
     assert "set with target=slurm" in line

@@ -74,7 +74,8 @@ STUBS = {
     "scontrol": '[[ $1 == requeue ]] && echo "requeue $2" >>"$LOG" || echo localhost',
     "squeue": 'echo "${STATE:-RUNNING}"',
     "srun": 'while [[ $1 == --* ]]; do shift; done\n"$@"',
-    "ray": '[[ ${RAY_FAILS:-} ]] && exit 0\nwhile [[ $1 != -- ]]; do shift; done\nshift\n"$@"',
+    "ray": '[[ ${RAY_FAILS:-} ]] && exit 0\n[[ ${RAY_WAITS:-} ]] && echo waits >"$LOG" && sleep 1\n'
+    'while [[ $1 != -- ]]; do shift; done\nshift\n"$@"',
 }
 # Stands for train.py: waits for a signal where it is told to, leaves the mark where it ends well.
 DRIVER = """#!/usr/bin/env python3
@@ -138,14 +139,27 @@ def test_a_saved_state_is_queued_again(tmp_path: Path, code: str, state: str, ag
 def test_sigterm_for_the_task_reaches_train_py_alone(tmp_path: Path) -> None:
     """And the shells wait for it: it exits with the requeue code, and the job is queued again."""
     job = batch(tmp_path, WAITS="1")
-    log = tmp_path / "log"
+    warn(job, tmp_path / "log")
+    assert job.wait(20) == 75
+    assert requeued(tmp_path)
+
+
+def test_sigterm_while_ray_starts_is_remembered(tmp_path: Path) -> None:
+    """train.py is not started at all."""
+    job = batch(tmp_path, RAY_WAITS="1")
+    warn(job, tmp_path / "log")
+    assert job.communicate(timeout=20)[0] == "train.py has saved its state; the job is queued again\n"
+    assert job.returncode == 75
+    assert requeued(tmp_path)
+
+
+def warn(job: subprocess.Popen[str], log: Path) -> None:
+    """SIGTERM for the task, as SLURM sends it, when something has been written to the log."""
     while not (log.exists() and log.read_text().endswith("\n")):
         time.sleep(0.05)
     [srun] = [p for p in psutil.Process(job.pid).children() if "srun" in " ".join(p.cmdline()[:2])]
     [task] = srun.children()
     task.send_signal(signal.SIGTERM)
-    assert job.wait(20) == 75
-    assert requeued(tmp_path)
 
 
 def test_nodes_share_a_token_that_nobody_else_can_read(tmp_path: Path) -> None:
@@ -213,7 +227,7 @@ POD = {
     },
 }
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
-# The fields that we use, as KubeRay's reference documents them; no package has the schema of its CRD.
+# The fields that we use, as KubeRay's reference (1.7) documents them; PyPI, npm and Debian have no package with its CRD.
 RAY_JOB = {
     "type": "object",
     "required": ["apiVersion", "kind", "metadata", "spec"],
@@ -305,6 +319,19 @@ def test_a_pod_that_must_go_stops_the_job_and_waits_for_it() -> None:
     )
     assert spec["terminationGracePeriodSeconds"] > 200
     assert yaml.safe_load(found["spec"]["runtimeEnvYAML"])["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "200"}
+
+
+@pytest.mark.full
+def test_pods_pass_the_schema_of_kubernetes() -> None:
+    """Its own, of every field, where it is installed: 108 MB, too much for every environment."""
+    kubernetes = pytest.importorskip("kubernetes_validate", reason="pip install --no-deps kubernetes-validate==1.37.0")
+    cluster = manifest(*TWO_NODES, "target.volume_claim=data", "+target.env.A=b")["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        known = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": group["template"]}
+        kubernetes.validate(known, "1.34", strict=True)
+        group["template"]["spec"]["containers"][0]["lifecycles"] = {}
+        with pytest.raises(kubernetes.ValidationError, match="lifecycles"):
+            kubernetes.validate(known, "1.34", strict=True)
 
 
 def test_a_layout_of_one_node_has_no_workers() -> None:

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from contracts.config import TandemConfig
+from contracts.outcome import write_outcome
 from contracts.precision import choose_dtypes
 from controller.objective import evaluation_metrics, objective
 from controller.redaction import redacted
@@ -18,6 +19,7 @@ from controller.report.__main__ import main
 from controller.report.compare import best_of, flattened, members_of, page
 from controller.report.compare_charts import unbeaten
 from controller.report.data import ReportError
+from controller.status import main as status
 from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
 from tests.unit.test_report import around, jsonl, parsed
 
@@ -109,10 +111,10 @@ def test_the_page_names_the_best_its_command_and_the_failed(sweep: Path) -> None
     text = " ".join(found.texts)
     assert "python train.py ppo.kl.coef=0.05" in text
     assert "1-ppo.kl.coef=0.05: gold gain +0.80 [+0.70, +0.90] at a KL of 6.0 nats a sequence." in text
-    assert "OutOfMemory: <8 GiB>" in text
+    assert "<li><b>3</b> failed: OutOfMemory: &lt;8 GiB&gt;</li>" in (sweep / "report.html").read_text()  # by its place
     assert "4 runs, 2 done · they differ in ppo.kl.coef" in text
     assert "1 other member" in text  # 0.9 +- 0.1 overlaps
-    assert "Much of every batch is clipped" in text
+    assert "Much of every batch is clipped 1, 2, 3 " in text  # one line for the three members
     html = (sweep / "report.html").read_text()
     assert 'href="1-ppo.kl.coef=0.05/report.html"' in html
     assert html.count("<polyline") >= 4  # two trails a panel, and the threads
@@ -139,6 +141,15 @@ def test_what_a_user_reads_at_the_end_of_a_sweep(sweep: Path, capsys: pytest.Cap
     assert said.endswith(f"best member: {sweep}/1-ppo.kl.coef=0.05\n  python train.py ppo.kl.coef=0.05\n")
     report_sweep(sweep / "nothing")
     assert "sweep: no run directory" in capsys.readouterr().err
+
+
+def test_the_status_of_a_sweep_is_that_of_each_member(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status([str(sweep)]) == 2  # one has not started
+    said = capsys.readouterr()
+    heads = [line.split(": ", 1)[1] for line in said.out.splitlines() if line.startswith("x (")]
+    assert heads == ["done", "done", "failed; OutOfMemory: <8 GiB>"]
+    assert said.out.count("objective +0.") == 2
+    assert "3-ppo.kl.coef=9" in said.err
 
 
 def test_the_frontier_keeps_what_no_other_beats() -> None:
@@ -172,7 +183,8 @@ def test_a_member_that_is_done_is_known_by_its_configuration(tmp_path: Path) -> 
     written = copy.deepcopy(config)
     choose_dtypes(written)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(written)), sort_keys=False))
-    (tmp_path / "status.json").write_text(json.dumps({"state": "done", "objective": 0.25}))
+    (tmp_path / "status.json").write_text(json.dumps({"state": "done"}))
+    write_outcome(tmp_path, 0.25)
     assert finished_objective(config) == (True, 0.25)
     config.ppo.kl.coef = 0.1
     assert finished_objective(config) == (False, None)

@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
+from contracts.methods import METHODS
 from contracts.overrides import closest
 from contracts.ranges import CHOICES, RANGES
+from contracts.records import Example, RatedExample
 from contracts.service_validation import validate_service
 from contracts.validation import ConfigError, check_machine, validate
 from controller.checks import check_amounts
+from controller.inputs import Inputs
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {
     "at least 1": 0,
     "at least 2, as one prompt has no confidence interval": 1,
     "at least 2, as the newest commit may turn out bad": 1,
+    "at least 2, as the best of one is SFT": 1,
     "0 or more": -1,
     "null or 0 or more": -1,
     "above 0": 0,
@@ -112,6 +116,10 @@ def test_a_choice_suggests_the_closest_name(config):
         (
             {"ppo__gold_rollouts": 65},
             ["ppo.gold_rollouts must be at most ppo.rollouts_per_update (64)", "found 65", "write 64 or less"],
+        ),
+        (
+            {"method": "dpo", "preference__loss": "rank"},
+            ["preference.loss must be null or dpo with method dpo", "found rank", "or method=rank"],
         ),
         (
             {"data__gold": None},
@@ -314,6 +322,10 @@ def test_a_directory_that_is_a_file_is_refused(config, tmp_path):
         {"ppo__kl__coef": 0.0, "ppo__gamma": 0.0, "ppo__lam": 1.0},
         {"data__gold": None, "gold_model": "checkpoint"},
         {"data__gold": None, "ppo__gold_rollouts": 0},
+        {"data__gold": None, "method": "dpo"},
+        *[{"method": method} for method in METHODS],
+        {"method": "ppo", "stage": "preference", "preference__loss": "rank"},
+        {"method": "rank", "preference__loss": "rank"},
         {"data__gold": None, "stage": "evaluate"},
         {"stage": "evaluate", "ppo_model": None},
         {"model__dtype": "float16", "cluster__gpus_per_learner_rank": 1.0},
@@ -352,19 +364,39 @@ def test_a_null_choice_is_shown_as_it_is_written(config):
     assert line.endswith("write grpo")
 
 
+def examples(count: int) -> list[Example]:
+    return [Example([1, 2], [False, True])] * count
+
+
 def test_examples_must_fill_a_step(config):
-    check_amounts(put(config, ppo__ptx_coef=0.1, ppo__ptx_batch_size=9), 9)
-    check_amounts(config, 2)
-    check_amounts(put(config, sft_model="sft"), 0)
-    check_amounts(put(config, stage="evaluate", ppo__ptx_coef=0.1), 0)
+    check_amounts(put(config, ppo__ptx_coef=0.1, ppo__ptx_batch_size=9), Inputs(sft=examples(9)))
+    check_amounts(config, Inputs(sft=examples(2)))
+    check_amounts(put(config, sft_model="sft"), Inputs())
+    check_amounts(put(config, stage="evaluate", ppo__ptx_coef=0.1), Inputs())
     with pytest.raises(ConfigError) as raised:
-        check_amounts(put(config, ppo__ptx_coef=0.1, cluster__num_learner_ranks=4), 7)
+        check_amounts(put(config, ppo__ptx_coef=0.1, cluster__num_learner_ranks=4), Inputs(sft=examples(7)))
     assert str(raised.value).split("\n") == [
         "ppo.ptx_batch_size must be at most the number of usable examples in data.sft (7); found 16; write "
         "ppo.ptx_batch_size=7 or less, or give more examples",
         "data.sft must have an example to train on and one to hold out for each of cluster.num_learner_ranks (4); found 7 "
         "usable; give 8 or more",
     ]
+
+
+def test_examples_of_another_method_must_fill_a_step(config):
+    check_amounts(put(config, method="filtered_sft"), Inputs(sft=examples(9), best_sft=examples(2)))
+    with pytest.raises(ConfigError) as raised:
+        check_amounts(put(config, method="filtered_sft"), Inputs(sft=examples(9), best_sft=examples(1)))
+    assert str(raised.value) == (
+        "sft.top_fraction must leave 2 or more texts of data.sft to train on and to hold out; found 0.5, which leaves 1; "
+        "write a larger one, or give more texts"
+    )
+    rated = [RatedExample(example, [1.0]) for example in examples(3)]
+    check_amounts(put(config, stage="preference"), Inputs(completions=rated, test_completions=rated))
+    with pytest.raises(
+        ConfigError, match=r"^data.test must have at least 2 usable rows for stage preference; found 1$"
+    ):
+        check_amounts(put(config, stage="preference"), Inputs(completions=rated, test_completions=rated[:1]))
 
 
 def test_all_conflicts_are_listed_at_once(config):

@@ -14,13 +14,9 @@ FELL = {"mean": -0.3, "low": -0.5, "high": -0.1}
 
 
 def judge(gold: Any, proxy: Any, length_ratio: Any = 1.1, eos_share: Any = 0.95, kl: Any = 4.0) -> dict[str, Any]:
-    models = {
-        "base": {},
-        "sft": {"eos_share": 0.9, "kl": {"mean": 0.0, "low": 0.0, "high": 0.0}},
-        "ppo": {"eos_share": eos_share, "kl": {"mean": kl, "low": kl, "high": kl}},
-    }
-    comparisons = {"ppo_vs_sft": {"gold_gain": gold, "proxy_gain": proxy, "length_ratio": length_ratio}}
-    return verdict(models, comparisons, EvaluateConfig(max_length_change=0.25, min_eos_share=0.9, max_kl=10.0))
+    model = {"eos_share": eos_share, "kl": {"mean": kl, "low": kl, "high": kl}}
+    against_sft = {"gold_gain": gold, "proxy_gain": proxy, "length_ratio": length_ratio}
+    return verdict(model, against_sft, EvaluateConfig(max_length_change=0.25, min_eos_share=0.9, max_kl=10.0))
 
 
 def passed(result: dict[str, Any]) -> list[bool]:
@@ -101,6 +97,7 @@ def test_reservations_are_named_where_gold_did_not_rise_too():
 
 def test_checks_hold_values_and_limits():
     checks = judge(ROSE, ROSE, length_ratio=0.75, eos_share=0.9, kl=10.0)["checks"]
+    assert [check["side"] for check in checks] == ["above", "within ±", "at least", "at most"]
     assert [check["limit"] for check in checks] == [0.0, 0.25, 0.9, 10.0]
     assert [check["value"] for check in checks] == [0.1, -0.25, 0.9, 10.0]
     assert all(check["passed"] for check in checks)  # each at its limit

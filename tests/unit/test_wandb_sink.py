@@ -2,6 +2,7 @@
 
 import json
 import queue
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from contracts.config import LoggerConfig
 from controller.wandb_sink import MOST_QUEUED, WandbSink, chosen_mode
+from tests.conftest import ROOT
 
 INIT_S = 3.0
 ROW = {"stage": "ppo", "step": 1, "wall_s": 2.0, "reward/score_mean": 0.25, "policy/loss": None, "progress/version": 1}
@@ -140,6 +142,11 @@ def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Pa
     assert entry["ref"] == f"file://{tmp_path}/model/weights"
     assert not list((tmp_path / "wandb").rglob("weights"))
     assert [row["title"] for row in found if row["type"] == "alert"] == ["Clipped"]
+    command = re.search(r"`wandb (sync) runs/demo/<run>/(\S+)`", (ROOT / "docs/dashboards.md").read_text())
+    assert command is not None
+    [later] = tmp_path.glob(command[2])
+    sync = [Path(sys.executable).with_name("wandb"), command[1], "--dry-run", later]
+    assert "Would sync 1 run(s)" in subprocess.run(sync, capture_output=True, text=True, timeout=60).stderr
 
 
 def test_an_offline_run_needs_no_key_and_asks_for_none(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""What a pipeline trains after SFT and judges against SFT: the methods behind the key `method`."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from contracts.config import PreferenceConfig, TandemConfig
+
+
+class Method(NamedTuple):
+    title: str
+    stage: str | None  # trains the judged model; None: there is nothing to train
+
+
+METHODS = {
+    "ppo": Method("PPO", "ppo"),
+    "dpo": Method("DPO", "preference"),
+    "rank": Method("Rank-SL", "preference"),
+    "filtered_sft": Method("Filtered SFT", "filtered_sft"),
+    "best_of_n": Method("Best of n", None),
+    "none": Method("SFT alone", None),
+}
+PREFERENCE_LOSSES = {"dpo": 0.1, "rank": 2.0}  # beta of each, as its paper has it
+STAGES = ("sft", "reward_model", "ppo", "preference", "filtered_sft", "evaluate")
+# Whose results a stage starts from; evaluation needs those of its method too.
+NEEDS = {
+    "ppo": ("sft", "reward_model"),
+    "preference": ("sft",),
+    "filtered_sft": ("sft",),
+    "evaluate": ("sft", "reward_model"),
+}
+# Keys that name a checkpoint to use instead of running the stage that makes it.
+GIVEN = {
+    "sft": "sft_model",
+    "reward_model/proxy": "proxy_model",
+    "reward_model/gold": "gold_model",
+    "ppo": "ppo_model",
+    "preference": "preference_model",
+    "filtered_sft": "filtered_sft_model",
+}
+
+
+def method_stage(config: TandemConfig) -> str | None:
+    return METHODS[config.method].stage if config.method in METHODS else None
+
+
+def stages_to_run(config: TandemConfig) -> list[str]:
+    """The stages of this run, in order."""
+    if config.stage != "pipeline":
+        return [config.stage]
+    trained = method_stage(config)
+    return ["sft", "reward_model", *([trained] if trained else []), "evaluate"]
+
+
+def runs(config: TandemConfig, stage: str) -> bool:
+    return stage in stages_to_run(config)
+
+
+def results_needed(config: TandemConfig) -> set[str]:
+    """Results (keys of GIVEN) that this run makes, or looks up in the cache by their inputs: none that is given."""
+    stages = set(stages_to_run(config))
+    if "evaluate" in stages and (trained := method_stage(config)):
+        stages.add(trained)
+    stages = stages.union(*(NEEDS.get(stage, ()) for stage in stages))
+
+    def is_needed(name: str) -> bool:
+        stage = name.split("/")[0]
+        return stage in stages and (config.stage == stage or getattr(config, GIVEN[name]) is None)
+
+    needed = {name for name in GIVEN if is_needed(name)}
+    return needed if config.data.gold is not None else needed - {"reward_model/gold"}
+
+
+def sources_read(config: TandemConfig) -> set[str]:
+    """The names under `data` that this run reads."""
+    needed = results_needed(config)
+    readers = {
+        "sft": {"sft", "filtered_sft", *(["ppo"] if config.ppo.ptx_coef > 0 else [])},
+        "prompts": {"ppo"},
+        "preferences": {"reward_model/proxy", "preference"},
+        "gold": {"reward_model/gold"},
+        "test": {"reward_model/proxy", "reward_model/gold", "preference"},
+    }
+    read = {name for name, results in readers.items() if results & needed}
+    return read | ({"eval_prompts"} if runs(config, "evaluate") else set())
+
+
+def chosen_preference(config: TandemConfig) -> PreferenceConfig:
+    """The settings of stage preference with what is null filled in."""
+    chosen = config.preference
+    loss = chosen.loss or (config.method if config.method in PREFERENCE_LOSSES else "dpo")
+    beta = PREFERENCE_LOSSES[loss] if chosen.beta is None else chosen.beta
+    return replace(chosen, loss=loss, beta=beta)

@@ -1,0 +1,79 @@
+"""All data of a run, loaded and checked before anything starts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from contracts.config import SourceConfig, TandemConfig
+from contracts.methods import results_needed, runs
+from contracts.records import Example, ExamplePair, PreferencePair, Prompt, RatedExample, RatedText
+from controller.data import (
+    LoadReport,
+    load_best_rated,
+    load_preferences,
+    load_prompts,
+    load_rated_examples,
+    load_sft,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+@dataclass
+class Inputs:
+    """What a run does not need is empty."""
+
+    sft: list[Example] = field(default_factory=list)
+    best_sft: list[Example] = field(default_factory=list)  # of stage filtered_sft
+    prompts: list[Prompt] = field(default_factory=list)
+    preferences: dict[str, Sequence[RatedText | PreferencePair]] = field(default_factory=dict)  # by reward model
+    test: Sequence[RatedText | PreferencePair] = ()
+    completions: Sequence[RatedExample | ExamplePair] = ()  # of stage preference: data.preferences
+    test_completions: Sequence[RatedExample | ExamplePair] = ()
+    eval_prompts: list[Prompt] = field(default_factory=list)
+
+
+def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str], None]) -> Inputs:
+    """Read every source that the run needs and say what was left out of it.
+
+    Raises:
+        DataError: a source cannot be read or has too many unusable rows.
+    """
+    data, needed = config.data, results_needed(config)
+
+    def load(work: Callable[..., Any], name: str, source: SourceConfig, *arguments: Any) -> Any:
+        report = LoadReport()
+        items = work(source, data, tokenizer, *arguments, report, f"data.{name}")
+        if report.left_out:
+            left = ", ".join(f"{count} {reason}" for reason, count in report.left_out.most_common())
+            say(f"  data.{name}: {report.used} of {report.rows} rows used; left out: {left}")
+        return items
+
+    inputs = Inputs()
+    if "sft" in needed or ("ppo" in needed and config.ppo.ptx_coef > 0):
+        inputs.sft = load(load_sft, "sft", data.sft, config.sft.max_tokens)
+    if "filtered_sft" in needed:
+        inputs.best_sft = load(load_best_rated, "sft", data.sft, config.sft.max_tokens, config.sft.top_fraction)
+    limit = config.reward_model.max_tokens
+    for name, key in (("proxy", "preferences"), ("gold", "gold")):
+        if f"reward_model/{name}" in needed:
+            inputs.preferences[name] = load(load_preferences, key, getattr(data, key), limit)
+    if inputs.preferences:
+        inputs.test = load(load_preferences, "test", data.test, limit)
+    if "preference" in needed:
+        limit = config.preference.max_tokens
+        inputs.completions = load(load_rated_examples, "preferences", data.preferences, limit)
+        inputs.test_completions = load(load_rated_examples, "test", data.test, limit)
+    longest = config.engine.max_model_len
+    if "ppo" in needed:
+        tokens = config.ppo.sampling.max_completion_tokens
+        inputs.prompts = load(load_prompts, "prompts", data.prompts, tokens, longest)
+    if runs(config, "evaluate"):
+        tokens = config.evaluate.sampling.max_completion_tokens
+        every = load(load_prompts, "eval_prompts", data.eval_prompts, tokens, longest)
+        order = np.random.default_rng(config.evaluate.seed).permutation(len(every))[: config.evaluate.prompts]
+        inputs.eval_prompts = [every[i] for i in sorted(order)]
+    return inputs

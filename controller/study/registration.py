@@ -1,0 +1,135 @@
+"""The pre-registration: what it may say, its hash, and the record that a sweep makes of it before its first member."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PREREGISTRATION = Path(__file__).with_name("preregistration.yaml")
+RECORD = "registration.json"
+MEASURES = ("proxy", "gold", "cross_entropy", "cross_entropy_sum", "cross_entropy_signed")  # of the negation test
+
+
+class StudyError(ValueError):
+    """The study cannot be judged: what was found and what to do instead."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Contrast(_Strict):
+    """A weighted sum of cells."""
+
+    title: str
+    metric: Literal["gold", "proxy", "vader", "length", "kl", "ended", "negation_auc"]
+    contrast: dict[str, float] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Contrast":
+        if abs(sum(self.contrast.values())) > 1e-9:
+            raise ValueError(f"the weights of a contrast must add up to 0, or it compares nothing: {self.contrast}")
+        for cell in self.contrast:
+            if self.metric == "negation_auc" and cell not in MEASURES:
+                raise ValueError(f"{cell} is no measure of the negation test: write one of {', '.join(MEASURES)}")
+            if ":" in cell and cell.split(":")[1] not in ("base", "sft"):
+                raise ValueError(f"{cell} names no model: write arm, arm:sft or arm:base")
+        return self
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms whose runs it needs, in order; none for the negation test."""
+        if self.metric == "negation_auc":
+            return []
+        return list(dict.fromkeys(cell.split(":")[0] for cell in self.contrast))
+
+
+class Claim(Contrast):
+    number: int = Field(ge=1)
+    claim: str
+    test: str
+    margin: float = Field(gt=0)
+    secondary: list[Contrast] = []
+
+
+class Bootstrap(_Strict):
+    samples: int = Field(ge=1000)
+    seed: int
+
+
+class Diverged(_Strict):
+    max_kl: float
+    min_eos_share: float
+    min_distinct_2: float
+
+
+class Preregistration(_Strict):
+    format: Literal[1]
+    alpha: float = Field(gt=0, lt=1)
+    bootstrap: Bootstrap
+    seeds: int = Field(ge=1)
+    diverged: Diverged
+    exclusions: list[str]
+    max_missing_prompts: float = Field(ge=0, le=1)
+    min_seed_share: float = Field(ge=0, le=1)
+    claims: list[Claim] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _numbers(self) -> "Preregistration":
+        numbers = [claim.number for claim in self.claims]
+        if numbers != list(range(1, len(numbers) + 1)):
+            raise ValueError(f"claims must be numbered from 1 in order; found {numbers}")
+        return self
+
+
+def sha256(path: Path = PREREGISTRATION) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def parse(text: str) -> Preregistration:
+    """Raises StudyError, with every fault, where the text does not follow the schema."""
+    try:
+        return Preregistration.model_validate(yaml.safe_load(text))
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise StudyError("\n  - ".join(["this is no pre-registration:", *faults])) from None
+
+
+def record(directory: Path, path: Path = PREREGISTRATION) -> dict[str, Any]:
+    """Note the hash in the directory of a sweep; the second time, check that it is still the same.
+
+    Raises:
+        StudyError: the file has changed since the first member of this sweep started.
+    """
+    text = path.read_text(encoding="utf-8")
+    parse(text)
+    note, found = directory / RECORD, sha256(path)
+    if note.exists():
+        known = json.loads(note.read_text())
+        if known["sha256"] != found:
+            raise StudyError(
+                f"{path.name} has changed since {directory} began ({known['sha256'][:12]} -> {found[:12]}): its "
+                "members belong to the old one; write hydra.sweep.dir=ANOTHER for a new study, or put the file back"
+            )
+        return known
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {"sha256": found, "time": time.time(), "text": text}
+    note.write_text(json.dumps(content, indent=1) + "\n")
+    return content
+
+
+class Registration(Callback):
+    """Hydra's hook: the record is made before the first member of a study is composed."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            record(Path(config.hydra.sweep.dir))
+        except StudyError as error:
+            # Hydra makes a warning of what a callback raises, and goes on; an exit it lets through.
+            raise SystemExit(f"study: {error}") from error

@@ -1,0 +1,122 @@
+"""The sweeps of the study: every member composes and is valid, and no arm has a larger budget than another."""
+
+import re
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+import train
+from contracts.command_line import command_line_problems
+from contracts.config import TandemConfig, to_config
+from contracts.validation import validate
+from controller.study.members import planned_episodes
+from controller.study.registration import PREREGISTRATION, Contrast, parse
+from controller.study.results import TUNED
+
+CONF = train.CONF
+ARMS = sorted(path.stem for path in (CONF / "arm").glob("*.yaml"))
+SETTINGS = sorted(path.stem for path in (CONF / "tuning").glob("*.yaml"))
+STUDIES = ("five_reasons", "five_reasons_quick", "five_reasons_tuning")
+PLAN = parse(PREREGISTRATION.read_text())
+
+
+def composed(overrides: list[str], hydra: bool = False) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides, return_hydra_config=hydra)
+
+
+def swept(study: str) -> dict[str, list[str]]:
+    params = composed([f"+experiment={study}"], hydra=True).hydra.sweeper.params
+    return {key: str(values).split(",") for key, values in params.items()}
+
+
+def members(study: str) -> list[dict[str, Any]]:
+    params = swept(study)
+    params["ppo.seed"] = params["ppo.seed"][:1]  # seeds differ in the seed
+    return [dict(zip(params, values, strict=True)) for values in product(*params.values())]
+
+
+def configured(study: str, member: dict[str, Any]) -> TandemConfig:
+    return to_config(composed([f"+experiment={study}", *(f"{key}={value}" for key, value in member.items())]))
+
+
+@pytest.mark.parametrize("study", STUDIES[:2])
+def test_every_member_is_valid_and_costs_the_same_episodes(study: str) -> None:
+    budgets = {}
+    for member in members(study):
+        config = configured(study, member)
+        validate(config)
+        assert config.ppo.seed == 1
+        assert config.name == study
+        assert config.checkpoint.every == 0
+        assert config.evaluate.prompts == (256 if study == "five_reasons" else 120)
+        budgets[member["arm"]] = planned_episodes(asdict(config))
+    sampling = {arm: episodes for arm, episodes in budgets.items() if episodes}
+    # (8 + 2) x 64 = 8 x 80; (32 + 8) x 64 = 32 x 80
+    assert set(sampling.values()) == {2560 if study == "five_reasons" else 640}
+    assert set(budgets) - set(sampling) <= {"filtered_sft", "rank", "dpo", "best_of_n"}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_is_well_formed_on_the_command_line(study: str) -> None:
+    assert command_line_problems(["-m", f"+experiment={study}"], CONF) == []
+    assert command_line_problems(["-m", f"+experiment={study}", "arm=ppo,raft"], CONF) == []
+
+
+def test_the_full_study_has_every_arm_and_the_tuning_too() -> None:
+    assert sorted(swept("five_reasons")["arm"]) == ARMS
+    assert swept("five_reasons_tuning")["arm"] == swept("five_reasons")["arm"]
+    assert len(swept("five_reasons")["ppo.seed"]) == PLAN.seeds
+    assert len(members("five_reasons_quick")) == 12
+
+
+def test_the_arms_of_every_primary_contrast_are_in_both_studies() -> None:
+    primary = {arm for claim in PLAN.claims for arm in claim.arms}
+    beside: list[Contrast] = [contrast for claim in PLAN.claims for contrast in claim.secondary]
+    assert primary <= set(swept("five_reasons_quick")["arm"])
+    assert primary | {arm for contrast in beside for arm in contrast.arms} <= set(ARMS)
+
+
+def test_the_tuning_tries_other_values_of_what_each_arm_reads_and_nothing_else() -> None:
+    params = swept("five_reasons_tuning")
+    assert params["ppo.seed"] == ["100"]
+    assert not set(params["ppo.seed"]) & set(swept("five_reasons")["ppo.seed"])
+    for arm in ("ppo", "filtered_sft", "rank", "dpo", "best_of_n"):
+        rows = [
+            composed(["+experiment=five_reasons_tuning", f"arm={arm}", f"tuning={setting}"])
+            for setting in params["tuning"]
+        ]
+        key = TUNED[rows[0].method]
+        tried = {OmegaConf.select(row, key) for row in rows}
+        assert len(tried) == len(SETTINGS) == 3, arm
+        assert OmegaConf.select(composed(["+experiment=five_reasons", f"arm={arm}"]), key) in tried, arm
+        # Prompts that the study does not judge on.
+        assert rows[0].data.eval_prompts.path == rows[0].data.prompts.path
+
+
+def test_conversations_share_the_budget_of_one_answer() -> None:
+    single = configured("five_reasons", {"arm": "ppo"})
+    for arm in (arm for arm in ARMS if arm.startswith("two_turn")):
+        config = configured("five_reasons", {"arm": arm})
+        assert config.environment.name == "two_turn"
+        assert 2 * (config.environment.max_turn_tokens or 0) > config.ppo.sampling.max_completion_tokens
+        assert config.ppo.sampling == single.ppo.sampling
+        assert config.environment.options["score_first"] is True
+    rewards = {arm: configured("five_reasons", {"arm": arm}).environment.reward for arm in ARMS if "two_turn" in arm}
+    assert rewards == {
+        "two_turn_cumulative": "cumulative",
+        "two_turn_per_turn": "per_turn",
+        "two_turn_separate": "separate",
+        "two_turn_combined": "separate",
+    }
+
+
+def test_make_runs_the_studies() -> None:
+    makefile = Path(CONF.parent, "Makefile").read_text()
+    for study in STUDIES:
+        assert re.search(rf"train.py -m \+experiment={study}\n", makefile), study
