@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 T = TypeVar("T")
+Side = TypeVar("Side")  # of a pair, encoded
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -228,17 +230,22 @@ def load_preferences(
         return RatedText(text, _example(tokenizer, parts, data.chat, max_tokens).token_ids, _ratings(row, source))
 
     def pair(_: int, row: dict) -> PreferencePair:
-        chosen, rejected = (
-            _example(tokenizer, _split(row, form, source, words, side), data.chat, max_tokens).token_ids
-            for side in (source.chosen_column, source.rejected_column)
-        )
-        if chosen == rejected:
-            raise LeftOut("chosen equals rejected", bad=False)
-        return PreferencePair(chosen, rejected)
+        def encoded(side: str) -> list[int]:
+            return _example(tokenizer, _split(row, form, source, words, side), data.chat, max_tokens).token_ids
+
+        return PreferencePair(*_sides(encoded, source))
 
     if form == "rated":
         return _keep(rows, rated, data, base, report)
     return _keep(rows, pair, data, base, report)
+
+
+def _sides(encoded: Callable[[str], Side], source: SourceConfig) -> tuple[Side, Side]:
+    """Chosen and rejected of a pair. Raises LeftOut where they are the same."""
+    chosen, rejected = encoded(source.chosen_column), encoded(source.rejected_column)
+    if chosen == rejected:
+        raise LeftOut("chosen equals rejected", bad=False)
+    return chosen, rejected
 
 
 def load_rated_examples(
@@ -259,10 +266,7 @@ def load_rated_examples(
         return RatedExample(encoded(row), _ratings(row, source))
 
     def pair(_: int, row: dict) -> ExamplePair:
-        chosen, rejected = encoded(row, source.chosen_column), encoded(row, source.rejected_column)
-        if chosen == rejected:
-            raise LeftOut("chosen equals rejected", bad=False)
-        return ExamplePair(chosen, rejected)
+        return ExamplePair(*_sides(partial(encoded, row), source))
 
     if form == "rated":
         return _keep(rows, rated, data, base, report)

@@ -76,19 +76,6 @@ def judge_models(
         ]
         return sorted((r for answer in ray.get(calls, timeout=timeout_s) for r in answer), key=lambda r: r.key)
 
-    def logprobs(rollouts: list[Rollout]) -> list[list[float]]:
-        """Of the sampled tokens, by the model that the actors serve now."""
-        sequences = [
-            ([*r.prompt.token_ids, *r.completion.token_ids.tolist()], len(r.prompt.token_ids)) for r in rollouts
-        ]
-        parts = [sequences[i :: len(actors)] for i in range(len(actors))]
-        calls = [a.token_logprobs.remote(part) for a, part in zip(actors, parts, strict=True)]
-        result: list[list[float]] = [[]] * len(sequences)
-        for i, answer in enumerate(ray.get(calls, timeout=timeout_s)):
-            result[i :: len(actors)] = answer
-        masks = [r.completion.loss_mask for r in rollouts]  # an observation is nobody's sample
-        return [row if mask is None else np.array(row)[mask].tolist() for row, mask in zip(result, masks, strict=True)]
-
     rollouts: dict[str, list[Rollout]] = {}
     own: dict[str, list[list[float]]] = {}
     for version, (name, path) in enumerate(models.items()):
@@ -104,16 +91,28 @@ def judge_models(
             if sampling.temperature == 1 and sampling.top_p == 1 and not sampling.min_completion_tokens:
                 own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
             else:  # what was recorded is log p of another distribution than the model's own
-                own[name] = logprobs(rollouts[name])
+                own[name] = _token_logprobs(actors, rollouts[name], timeout_s)
     judged = {}
     with progress.phase("KL against SFT"):
         for name in models:
-            reference = own[name] if name == REFERENCE else logprobs(rollouts[name])
+            reference = own[name] if name == REFERENCE else _token_logprobs(actors, rollouts[name], timeout_s)
             ratio = [sum(a) - sum(b) for a, b in zip(own[name], reference, strict=True)]
             judged[name] = Judged(rollouts[name], np.array(ratio))
     if config.method == "best_of_n":
         judged[config.method] = _best_of_n(config, sample, progress)
     return judged
+
+
+def _token_logprobs(actors: list[Any], rollouts: list[Rollout], timeout_s: float) -> list[list[float]]:
+    """log p of the sampled tokens, by the model that the actors serve now."""
+    sequences = [([*r.prompt.token_ids, *r.completion.token_ids.tolist()], len(r.prompt.token_ids)) for r in rollouts]
+    parts = [sequences[i :: len(actors)] for i in range(len(actors))]
+    calls = [a.token_logprobs.remote(part) for a, part in zip(actors, parts, strict=True)]
+    result: list[list[float]] = [[]] * len(sequences)
+    for i, answer in enumerate(ray.get(calls, timeout=timeout_s)):
+        result[i :: len(actors)] = answer
+    masks = [r.completion.loss_mask for r in rollouts]  # an observation is nobody's sample
+    return [row if mask is None else np.array(row)[mask].tolist() for row, mask in zip(result, masks, strict=True)]
 
 
 def _best_of_n(config: TandemConfig, sample: Callable[[int, int], list[Rollout]], progress: Progress) -> Judged:
