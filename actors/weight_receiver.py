@@ -1,7 +1,7 @@
 """Takes updates of the weights for one engine: fetched and checked while it generates, then exchanged in one go.
 
 load (any thread, one at a time)                                  the engine's thread
-  newer than what is served? ── map or get the bytes ── check ──>  swap, between two decoding steps
+  newer than what is served? ── map, or get and check the bytes ──>  swap, between two decoding steps
 """
 
 import threading
@@ -60,8 +60,6 @@ class WeightReceiver:
                 return LoadReport(self._version)
             start = time.perf_counter()
             with self._fetched(update) as buffer:
-                if checksum(buffer) != update.checksum:
-                    raise WeightsRefused(f"the bytes of version {update.version} are not those that were sent")
                 fetch_s = time.perf_counter() - start
                 pause_s = self._swap(update.parameters, as_tensor(buffer), update.version)
             self._version = update.version
@@ -77,6 +75,8 @@ class WeightReceiver:
                 raise WeightsRefused(f"version {update.version} cannot be read from here: {error}") from error
             array = ray.get(update.objects[0], timeout=self._fetch_timeout_s)
             _check_size(array, wanted, update.version)
+            if checksum(array) != update.checksum:
+                raise WeightsRefused(f"the bytes of version {update.version} are not those that were sent") from None
             yield array
             return
         try:

@@ -2,9 +2,9 @@
 
     memcpy ──> stand-in receivers, for each transport ──> real vLLM engines, idle and generating ──> table, JSON
 
-A stand-in maps or gets the bytes and checks all of them, as an actor does, and has no engine behind: what is left is the
-transfer itself. Real engines exchange their weights too, which on CPU means to repack every linear layer; the pause is
-compared with that work alone, from private memory, with nothing else running.
+A stand-in maps the bytes, or gets and checks them, as an actor does, and copies all of them into memory of its own, where an
+engine would repack them: what is left is the transfer itself. Real engines exchange their weights too, which on CPU means to
+repack every linear layer; the pause is compared with that work alone, from private memory, with nothing else running.
 """
 
 import argparse
@@ -93,7 +93,15 @@ class Sender:
 @ray.remote(max_concurrency=4)
 class StandIn:
     def __init__(self) -> None:
-        self.receiver = WeightReceiver(lambda parameters, buffer, version: 0.0)
+        self.receiver = WeightReceiver(self.copy)
+        self.own = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, parameters: Parameters, buffer: torch.Tensor, version: int) -> float:
+        start = time.perf_counter()
+        if self.own.numel() != buffer.numel():
+            self.own = torch.zeros_like(buffer)  # touched, as an engine's weights are
+        self.own.copy_(buffer)
+        return time.perf_counter() - start
 
     def connect_weights(self, publisher: str, address: SegmentAddress | None) -> bool:
         return self.receiver.connect(publisher, address)
@@ -228,7 +236,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     memcpy = result["memcpy_s"]
     gb = result["stand_ins"][0]["gb"]
     console.print(f"{gb:.3f} GB of weights; memcpy of as much between warm private buffers {memcpy * 1e3:.0f} ms")
-    table = Table(title="The transfer itself: to stand-in receivers, which read and check every byte")
+    table = Table(title="The transfer itself: to stand-in receivers, which copy every byte")
     for name in ("transport", "receivers", "ms", "pack", "fetch", "s/GB", "of memcpy", "x one", "calls"):
         table.add_column(name, justify="left" if name == "transport" else "right")
     ones = {r["transport"]: r["s"] for r in result["stand_ins"] if r["receivers"] == 1}

@@ -12,6 +12,7 @@ AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 class Estimator:
     """What goes with an estimator; the configuration may choose otherwise in `kl`, `whiten` and `aggregation`."""
 
+    title: str
     has_value_model: bool
     needs_groups: bool  # compares the rollouts of a prompt
     kl: str  # the KL penalty: "none", k1 in the "reward" of each token, or a loss term: "k2", "k3"
@@ -27,14 +28,16 @@ class Estimator:
 
 
 ESTIMATORS = {
-    "gae": Estimator(True, False, "reward", True, "tokens"),
-    "grpo": Estimator(False, True, "k3", False, "sequences"),
-    "dr_grpo": Estimator(False, True, "k3", False, "budget"),
-    "rloo": Estimator(False, True, "reward", False, "sequence_sums"),
-    "reinforce_plus_plus": Estimator(False, False, "reward", True, "tokens"),
-    "raft": Estimator(False, True, "none", False, "tokens", "likelihood"),
-    "rwr": Estimator(False, False, "none", False, "sequence_sums", "likelihood"),
-    "online_dpo": Estimator(False, True, "none", False, "sequence_sums", "likelihood", is_expectation=False),
+    "gae": Estimator("PPO", True, False, "reward", True, "tokens"),
+    "grpo": Estimator("GRPO", False, True, "k3", False, "sequences"),
+    "dr_grpo": Estimator("Dr. GRPO", False, True, "k3", False, "budget"),
+    "rloo": Estimator("RLOO", False, True, "reward", False, "sequence_sums"),
+    "reinforce_plus_plus": Estimator("REINFORCE++", False, False, "reward", True, "tokens"),
+    "raft": Estimator("RAFT", False, True, "none", False, "tokens", "likelihood"),
+    "rwr": Estimator("RWR", False, False, "none", False, "sequence_sums", "likelihood"),
+    "online_dpo": Estimator(
+        "Online DPO", False, True, "none", False, "sequence_sums", "likelihood", is_expectation=False
+    ),
 }
 
 

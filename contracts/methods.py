@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from contracts.config import PreferenceConfig, TandemConfig
+from contracts.estimators import ESTIMATORS
 
 
 class Method(NamedTuple):
@@ -37,6 +38,13 @@ GIVEN = {
     "preference": "preference_model",
     "filtered_sft": "filtered_sft_model",
 }
+
+
+def method_title(method: str | None, estimator: str | None) -> str:
+    """As a reader knows what was trained: PPO, GRPO, DPO, ... In the loop it is the estimator that has a name."""
+    if method in METHODS and method != "ppo":
+        return METHODS[method].title
+    return ESTIMATORS[estimator if estimator in ESTIMATORS else "gae"].title
 
 
 def method_stage(config: TandemConfig) -> str | None:

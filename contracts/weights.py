@@ -26,11 +26,11 @@ class WeightUpdate:
     publisher: str  # a receiver takes weights of the publisher that it was connected to last, and of no other
     version: int
     parameters: Parameters
-    checksum: int  # of the packed buffer
     address: SegmentAddress | None = None  # for receivers on the publisher's node
     # The same bytes as one reference into Ray's object store, for receivers elsewhere; in a list, because Ray resolves a
     # reference that is an argument itself.
     objects: list[Any] = field(default_factory=list)
+    checksum: int | None = None  # of `objects`; a segment is the sender's own memory, whose header says what it holds
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LoadReport:
     """What a receiver did with an update."""
 
     version: int  # that it serves now; above the update's where it had a newer one
-    fetch_s: float = 0.0  # to get at the bytes and check them, while generation goes on
+    fetch_s: float = 0.0  # to get at the bytes, and check those that travelled, while generation goes on
     pause_s: float = 0.0  # in which no token was generated
 
 

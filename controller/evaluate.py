@@ -13,6 +13,7 @@ import numpy as np
 import ray
 
 from contracts.config import TandemConfig
+from contracts.methods import method_title
 from contracts.records import Prompt, Rollout, RolloutRequest
 from controller import best_of_n, statistics
 from controller.judged import against_sft, judged_model
@@ -153,7 +154,8 @@ def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig
         for name, j in judged.items()
         if name != REFERENCE
     }
-    result = {"method": config.method, "models": models, "comparisons": comparisons}
+    title = method_title(config.method, config.ppo.estimator)
+    result = {"method": config.method, "title": title, "models": models, "comparisons": comparisons}
     if config.method in models and "gold" in judges:
         result["verdict"] = verdict(judged_model(result), against_sft(result), config.evaluate)
     return result

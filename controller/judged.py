@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from contracts.methods import METHODS
+from contracts.methods import method_title
 
 
 def judged_name(evaluation: dict[str, Any]) -> str:
@@ -12,8 +12,7 @@ def judged_name(evaluation: dict[str, Any]) -> str:
 
 def judged_title(evaluation: dict[str, Any]) -> str:
     """As a reader knows the method: PPO, DPO, ..."""
-    name = judged_name(evaluation)
-    return METHODS[name].title if name in METHODS else name
+    return str(evaluation.get("title") or method_title(judged_name(evaluation), None))
 
 
 def judged_model(evaluation: dict[str, Any]) -> dict[str, Any]:

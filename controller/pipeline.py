@@ -25,7 +25,7 @@ import ray
 from transformers import AutoTokenizer
 
 from contracts.config import SFTConfig, TandemConfig
-from contracts.methods import GIVEN, chosen_preference, method_stage, stages_to_run
+from contracts.methods import GIVEN, chosen_preference, method_stage, method_title, stages_to_run
 from contracts.records import StageResult
 from contracts.scorers import has_gold
 from contracts.validation import ConfigError, check_machine
@@ -193,6 +193,7 @@ class Pipeline:
         from controller.fleet import Fleet
 
         config = offline.method_config(self.config)
+        title = method_title("ppo", config.ppo.estimator)
         identity = flat(self._inputs_of("ppo"))
         commit = self._find_commit(identity)
         policy, proxy = self.checkpoint(config.ppo.init_from), self.checkpoint("reward_model/proxy")
@@ -222,7 +223,9 @@ class Pipeline:
                 require_scorers(commit, client.versions)
                 with self.phase("ppo", f"going on from {commit.path}, after update {commit.step}"):
                     controller.restore(commit)
-            with self.phase("ppo", f"PPO: {config.ppo.updates} updates of {config.ppo.rollouts_per_update} rollouts"):
+            with self.phase(
+                "ppo", f"{title}: {config.ppo.updates} updates of {config.ppo.rollouts_per_update} rollouts"
+            ):
                 controller.run()
             learner.call("save", str(path))
             ended = {"versions": controller.version, "learner_peak_gib": learner.peak_memory_gib()}

@@ -81,7 +81,8 @@ class HostTrainer(TrainerWeightTransferEngine[TrainerInitInfo]):
         assert self._update is not None
         assert self._current is not None
         if self._needs_object and not self._update.objects:
-            self._update = replace(self._update, objects=[ray.put(self._current.payload)])
+            payload = self._current.payload
+            self._update = replace(self._update, objects=[ray.put(payload)], checksum=checksum(payload))
         update, pack_s = self._update, time.perf_counter() - start
         answers, missing = self.client.call("load_weights", lambda i: (update,))
         loaded = {i: answer for i, answer in answers.items() if answer.version >= version}
@@ -112,9 +113,8 @@ class HostTrainer(TrainerWeightTransferEngine[TrainerInitInfo]):
             if name != slot.name:
                 raise RuntimeError(f"weights came out of order: {name} where {slot.name} was declared")
             view(buffer, slot).copy_(tensor)
-        digest = checksum(segment.payload)
         segment.commit(version)
-        return WeightUpdate(self._name, version, parameters, digest, segment.address if self._shares_memory else None)
+        return WeightUpdate(self._name, version, parameters, segment.address if self._shares_memory else None)
 
     def _free_segment(self, size: int) -> Segment:
         """One that nobody reads, ready to be written."""

@@ -17,7 +17,7 @@ def models_of(run: Run) -> list[tuple[str, str, str]]:
     return [entry for entry in known if isinstance((run.evaluation.get("models") or {}).get(entry[0]), dict)]
 
 
-# (title, unit, [(name, colour class, metric)])
+# (title, unit, [(name, colour class, metric)]), each drawn where a run has it: not every estimator has all.
 PPO_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Score", "score", (("learned", "proxy", "reward/score_mean"), ("gold", "gold", "reward/gold_mean"))),
     ("KL from reference", "nats a sequence", (("KL", "plain", "kl/ref_seq"),)),
@@ -39,10 +39,6 @@ PPO_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
         "tokens a second",
         (("generate", "plain", "perf/gen_tokens_per_s"), ("train", "soft", "perf/train_tokens_per_s")),
     ),
-)
-
-# Of single estimators and of the combined loss: drawn where a run has them.
-ESTIMATOR_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Kept by RAFT", "share of rollouts", (("kept", "plain", "raft/kept_frac"),)),
     ("Effective sample size of RWR", "share of rollouts", (("share", "plain", "rwr/ess"),)),
     ("DPO margin", "best against worst", (("mean", "plain", "online_dpo/margin_mean"),)),
@@ -52,11 +48,13 @@ ESTIMATOR_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] 
 
 
 def ppo_curves(run: Run) -> str:
-    charts, constant, drawn, longest = [], [], 0, 0
-    present = {name for row in run.metrics for name in row}
-    for title, unit, lines in (*PPO_CHARTS, *(c for c in ESTIMATOR_CHARTS if c[2][0][2] in present)):
+    charts, constant, longest = [], [], 0
+    heading = f"{run.loop_title}, version by version"
+    for title, unit, lines in PPO_CHARTS:
         series = [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines]
-        drawn += any(s.curve for s in series)
+        series = [s for s in series if s.curve]
+        if not series:
+            continue
         values = [value for s in series for _, value in s.curve]
         if len(values) > 1 and len(set(values)) == 1:
             constant.append(f"{title.lower()} {compact(values[0])}")
@@ -67,10 +65,10 @@ def ppo_curves(run: Run) -> str:
         if lines[0][2] == "kl/ref_seq" and max_kl is not None:
             limits.append((max_kl, "limit of the verdict"))
         charts.append(line_chart(title, series, unit=unit, limits=limits))
-    if not drawn:
-        cached = "PPO came from the cache: its curves are in the run that trained it."
-        missing = cached if run.stage("ppo").get("cached") else "No PPO metrics in this run yet."
-        return section("curves", "PPO, version by version", absent(missing))
+    if not charts and not constant:
+        cached = f"{run.loop_title} came from the cache: its curves are in the run that trained it."
+        missing = cached if run.stage("ppo").get("cached") else f"No metrics of {run.loop_title} in this run yet."
+        return section("curves", heading, absent(missing))
     intro = (
         "One point per update: the rollouts that it trained on, and the step that it took to the next version. The number "
         "is the last value; hover for the others."
@@ -80,7 +78,7 @@ def ppo_curves(run: Run) -> str:
     body = f'<div class="charts">{"".join(charts)}</div>'
     if constant:
         body += f'<p class="note">The same at every version: {esc(", ".join(constant))}.</p>'
-    return section("curves", "PPO, version by version", body, intro)
+    return section("curves", heading, body, intro)
 
 
 def frontier(run: Run) -> str:
@@ -91,7 +89,9 @@ def frontier(run: Run) -> str:
     ]
     drawn = "".join(panel for panel in panels if panel)
     if not drawn:
-        return section("frontier", "Frontier", absent("Needs a KL and a score: no PPO metrics, no evaluation yet."))
+        return section(
+            "frontier", "Frontier", absent("Needs a KL and a score: no metrics of rollouts, no evaluation yet.")
+        )
     versions = [step for step, _ in run.curve("ppo", "kl/ref_seq")]
     key = ""
     if versions:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from contracts.methods import method_title
 from controller.objective import objective
 from controller.redaction import redacted, redacted_override
 
@@ -47,6 +48,11 @@ class Run:
         for part in dotted.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
+
+    @property
+    def loop_title(self) -> str:
+        """What its rollouts train by: PPO, GRPO, RAFT, ..."""
+        return method_title("ppo", self.setting("ppo.estimator"))
 
     @property
     def objective(self) -> float | None:

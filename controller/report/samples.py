@@ -67,7 +67,9 @@ def during_ppo(run: Run) -> str:
         if row.get("stage") == "ppo" and step is not None:
             by_version.setdefault(int(step), []).append(row)
     if not by_version:
-        return section("during", "Before and after, while PPO ran", absent("No samples of PPO in samples.jsonl yet."))
+        return section(
+            "during", f"Before and after, while {run.loop_title} ran", absent("No rollouts in samples.jsonl yet.")
+        )
     versions = sorted(by_version)
     shown = sorted({versions[0], versions[len(versions) // 2], versions[-1]})
     columns = "".join(
@@ -78,7 +80,7 @@ def during_ppo(run: Run) -> str:
     )
     intro = "What was logged at the first, the middle and the last version: the first rollouts of each, in their order."
     body = f'<article class="card"><div class="samples">{columns}</div></article>'
-    return section("during", "Before and after, while PPO ran", body, intro)
+    return section("during", f"Before and after, while {run.loop_title} ran", body, intro)
 
 
 def _text(row: dict[str, Any]) -> str:

@@ -72,7 +72,7 @@ def _inside_an_update(run: Run) -> str:
         )
         left += width
     return (
-        f'<div class="lanes"><h4 class="stage">A PPO update on average: {duration(step)}</h4><svg class="stack" '
+        f'<div class="lanes"><h4 class="stage">An update on average: {duration(step)}</h4><svg class="stack" '
         f'viewBox="0 0 1000 10" preserveAspectRatio="none" role="img" aria-label="parts of an update">{"".join(pieces)}'
         f'</svg><p class="keys">{"".join(keys)}</p></div>'
     )

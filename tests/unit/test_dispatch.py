@@ -274,7 +274,7 @@ class Learner:
         self.calls.append((method, arguments[-1]))
         loaded = {i: LoadReport(arguments[-1]) for i in range(len(self.actors)) if i not in self.refuse}
         report: Future[Any] = Future()
-        update = WeightUpdate("publisher", arguments[-1], (), 0)
+        update = WeightUpdate("publisher", arguments[-1], ())
         report.set_result(PublishReport(arguments[-1], 0.0, 0.0, 0, 0, loaded, self.refuse, update))
         self.refuse = {}
         return [Call(report)]

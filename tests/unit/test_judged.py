@@ -84,6 +84,25 @@ def test_the_report_shows_another_method(dpo_run: Path) -> None:
     assert member.evaluated("kl")["mean"] == 6.0
 
 
+def test_a_run_of_another_estimator_goes_by_its_name(tmp_path: Path) -> None:
+    """And what it has no number of is not drawn: RAFT has no critic, and no clip."""
+    path = write_run(tmp_path / "run", versions=3)
+    gone = ("value/", "policy/clipfrac")
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        {name: v for name, v in row.items() if not name.startswith(gone)} | {"raft/kept_frac": 0.25} for row in rows
+    ]
+    assert "Explained variance" in page(load(path))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "evaluation.json").write_text(json.dumps(invented_evaluation() | {"method": "ppo", "title": "RAFT"}))
+    (path / "config.yaml").write_text("name: x\nppo: {estimator: raft}\nevaluate: {max_kl: 10.0}\n")
+    text = page(load(path))
+    for part in ("RAFT, version by version", "while RAFT ran", "RAFT against SFT", "kept by raft 0.25"):
+        assert part in text
+    for part in ("PPO against SFT", "Explained variance", "Clipped tokens"):
+        assert part not in text
+
+
 def test_the_frontier_draws_best_of_n_over_its_bound(dpo_run: Path) -> None:
     found = of_method("best_of_n")
     found["models"]["best_of_n"]["best_of_n"] = [
