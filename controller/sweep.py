@@ -73,10 +73,12 @@ def finished_objective(config: TandemConfig) -> tuple[bool, float | None]:
 
 
 def keep_in_names_what_is_swept(config: DictConfig) -> None:
-    """Leave the overrides that all members share out of the members' directories. Hydra composes each member anew from the
-    overrides that it has kept, so that is where it goes, and it reaches other processes with them."""
+    """Leave the overrides that all members share out of the members' directories, but what the experiment itself sweeps:
+    `arm=ppo` alone and `arm=raft` alone are not to share a directory. Hydra composes each member anew from the overrides
+    that it has kept, so that is where it goes, and it reaches other processes with them."""
     given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     swept = {override.key_or_group for override in given if override.is_sweep_override()}
+    swept |= set(config.hydra.sweeper.get("params") or {})
     shared = ",".join(sorted({override.key_or_group for override in given} - swept))
     with read_write(config), open_dict(config):
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{shared}]")

@@ -169,12 +169,22 @@ def test_flattened() -> None:
 
 def test_what_all_members_share_is_not_in_their_names() -> None:
     given = ["name=x", "ppo.updates=3", "ppo.seed=1,2", "ppo.updates=4,5", "+experiment=grpo"]
-    config = OmegaConf.create({"hydra": {"overrides": {"task": given, "hydra": ["hydra.sweep.dir=d"]}}})
+    hydra = {"overrides": {"task": given, "hydra": ["hydra.sweep.dir=d"]}, "sweeper": {}}
+    config = OmegaConf.create({"hydra": hydra})
     keep_in_names_what_is_swept(config)
     assert config.hydra.overrides.hydra == [
         "hydra.sweep.dir=d",
         "hydra.job.config.override_dirname.exclude_keys=[experiment,name]",
     ]
+
+
+def test_what_an_experiment_sweeps_is_in_the_names_with_one_value_too() -> None:
+    """Else `arm=ppo ppo.seed=1,2` and `arm=raft ppo.seed=1,2` would write into the same directories."""
+    given = ["+experiment=study", "name=x", "arm=raft", "ppo.seed=1,2"]
+    hydra = {"overrides": {"task": given, "hydra": []}, "sweeper": {"params": {"arm": "ppo,raft", "ppo.seed": 1}}}
+    config = OmegaConf.create({"hydra": hydra})
+    keep_in_names_what_is_swept(config)
+    assert config.hydra.overrides.hydra == ["hydra.job.config.override_dirname.exclude_keys=[experiment,name]"]
 
 
 def test_a_member_that_is_done_is_known_by_its_configuration(tmp_path: Path) -> None:
