@@ -54,7 +54,7 @@ def test_every_member_is_valid_and_costs_the_same_episodes(study: str) -> None:
         assert config.ppo.seed == 1
         assert config.name == study
         assert config.checkpoint.every == 0
-        assert config.evaluate.prompts == (256 if study == "five_reasons" else 200)
+        assert config.evaluate.prompts == (256 if study == "five_reasons" else 160)
         budgets[member["arm"]] = planned_episodes(asdict(config))
     sampling = {arm: episodes for arm, episodes in budgets.items() if episodes}
     assert set(sampling.values()) == {960}  # (12 + 3) x 64 = 12 x 80
@@ -71,7 +71,7 @@ def test_the_full_study_has_every_arm_and_the_tuning_too() -> None:
     assert sorted(swept("five_reasons")["arm"]) == ARMS
     assert swept("five_reasons_tuning")["arm"] == swept("five_reasons")["arm"]
     assert len(swept("five_reasons")["ppo.seed"]) == PLAN.seeds
-    assert len(members("five_reasons_quick")) == 13
+    assert len(members("five_reasons_quick")) == 12
 
 
 def test_the_arms_of_every_primary_contrast_are_in_both_studies() -> None:
