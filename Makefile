@@ -1,6 +1,8 @@
 # The two commands that a new user needs are `make demo` and `make test`; both create the environment when it is missing.
 PYTHON ?= python3.11
 PY := .venv/bin/python
+# Overrides for the runs: make study-quick ARGS="hydra/launcher=joblib hydra.launcher.n_jobs=2"
+ARGS ?=
 
 .PHONY: help setup demo demo-long study-quick study study-tuning test test-unit test-full test-chaos lint bench lock clean
 help: ## list the targets
@@ -11,23 +13,23 @@ setup: .venv/.ready ## create .venv and fetch the model and the ratings (done by
 	$(PYTHON) deploy/setup_env.py
 
 demo: setup ## SFT, reward models, PPO and evaluation on real data, on two cores
-	$(PY) train.py
+	$(PY) train.py $(ARGS)
 
 demo-long: setup ## the same road with a larger budget
-	$(PY) train.py +experiment=demo_long
+	$(PY) train.py +experiment=demo_long $(ARGS)
 
-study-quick: setup ## the study of docs/study.md with one seed and small budgets, about 40 minutes on two cores
-	-$(PY) train.py -m +experiment=five_reasons_quick
+study-quick: setup ## the study of docs/study.md with one seed: 12 arms, about an hour on two cores
+	-$(PY) train.py -m +experiment=five_reasons_quick $(ARGS)
 	$(PY) -m controller.study.negation runs/five_reasons_quick
 	$(PY) -m controller.study runs/five_reasons_quick
 
-study: setup ## the whole study: 15 arms, 3 seeds, some hours; started again it goes on
-	-$(PY) train.py -m +experiment=five_reasons
+study: setup ## the whole study: 15 arms, 3 seeds, about five hours; started again it goes on
+	-$(PY) train.py -m +experiment=five_reasons $(ARGS)
 	$(PY) -m controller.study.negation runs/five_reasons
 	$(PY) -m controller.study runs/five_reasons
 
 study-tuning: setup ## before it: the same three settings for every arm
-	$(PY) train.py -m +experiment=five_reasons_tuning
+	$(PY) train.py -m +experiment=five_reasons_tuning $(ARGS)
 
 lint: setup ## style, format, types, import direction
 	.venv/bin/ruff check .

@@ -58,6 +58,8 @@ class VLLMEngine:
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": {"backend": weight_transfer},
             "disable_log_stats": True,
+            # A step that was launched before an update would give its tokens the version after it.
+            "async_scheduling": False,
         }
         if on_cpu:
             arguments |= {
@@ -69,7 +71,11 @@ class VLLMEngine:
                 "max_num_batched_tokens": max(4096, config.max_model_len),
             }
         else:
-            arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+            arguments |= {
+                "gpu_memory_utilization": config.gpu_memory_utilization,
+                # Within a placement group vLLM would choose Ray, which takes no bundle with several GPUs.
+                "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else "uni",
+            }
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._engine.set_weight_version("0")
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()

@@ -21,6 +21,7 @@ import numpy as np
 
 NAME = "tandem-weights"
 HEADER = struct.Struct("<16sq")
+VERSION, VERSION_OFFSET = struct.Struct("<q"), 16
 PAYLOAD_OFFSET = 64  # bytes; the payload keeps the alignment of `contracts.packing`
 NO_VERSION = -1
 
@@ -51,7 +52,7 @@ class Segment:
         self._file = os.memfd_create(NAME)
         os.ftruncate(self._file, PAYLOAD_OFFSET + payload_bytes)
         self._map = mmap.mmap(self._file, PAYLOAD_OFFSET + payload_bytes)
-        self._stamp(NO_VERSION)
+        HEADER.pack_into(self._map, 0, self._token, NO_VERSION)
         self.payload = np.frombuffer(self._map, dtype=np.uint8)[PAYLOAD_OFFSET:]  # uint8 [payload_bytes], writable
         self.address = SegmentAddress(os.getpid(), self._file, self._token, payload_bytes)
 
@@ -79,7 +80,8 @@ class Segment:
         self.close()
 
     def _stamp(self, version: int) -> None:
-        HEADER.pack_into(self._map, 0, self._token, version)
+        """The token is written once: who opens the segment reads it without the lock."""
+        VERSION.pack_into(self._map, VERSION_OFFSET, version)
 
 
 class SegmentReader:

@@ -159,9 +159,12 @@ class Dispatcher:
         self._inbox.put((lambda _: None, None, nothing))
 
     def drain(self) -> None:
-        """Hand out nothing new and wait until no rollout is leased; the next `feed` goes on."""
+        """Hand out nothing new and wait until nothing is being sampled; the next `feed` goes on.
+
+        A delivered rollout whose group is not whole keeps its lease: the rest of the group may be waiting to be handed out.
+        """
         self._paused = True
-        self._until(lambda: not self._ledger.num_leased, "the actors to finish what they hold")
+        self._until(lambda: not any(self._held), "the actors to finish what they hold")
         self._paused = False
 
     def usage(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The sending end of a weight transfer, through vLLM's own trainer API; every learner rank takes part.
 
     all ranks                     rank 0                                     every actor
-    gather a layer ──────> copy it into the packed buffer ─── one call ───> map or get the buffer, check it, exchange the
+    gather a layer ──────> copy it into the packed buffer ─── one call ───> map the buffer, or get and check it, exchange the
     gather the next ...                                                     weights between two decoding steps
 
     shared_memory   CPU: memory that the engines of the learner's node read in place; Ray's object store for other nodes
@@ -108,4 +108,4 @@ def _init_info(backend: str, rank: int, num_workers: int) -> TrainerInitInfo:
         )
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-    return IPCTrainerInitInfo(rank=rank)
+    return IPCTrainerInitInfo(rank=rank, packed=True)  # else every gathered weight is kept until the end

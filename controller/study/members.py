@@ -117,7 +117,7 @@ def _member(path: Path) -> Member | None:
     # A member that was refused has left its command line and nothing else.
     seed = int(number(run.setting("ppo.seed")) or float(settings.get("ppo.seed", 0)))
     member = Member(settings["arm"], seed, run, state, str(status.facts.get("error") or ""))
-    if run.evaluation:
+    if run.evaluation and state == "done":  # else it is left from an earlier run in the same directory
         member.judged = _judged(run.samples)
     return member
 

@@ -101,6 +101,19 @@ def parse(text: str) -> Preregistration:
         raise StudyError("\n  - ".join(["this is no pre-registration:", *faults])) from None
 
 
+def recorded(note: Path) -> dict[str, Any]:
+    """Raises StudyError where the note cannot be read or its text is not the one of its hash."""
+    try:
+        known = json.loads(note.read_text())
+        genuine = hashlib.sha256(known["text"].encode()).hexdigest() == known["sha256"]
+        float(known["time"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StudyError(f"{note} cannot be read ({error}); it is written when a study starts") from None
+    if not genuine:
+        raise StudyError(f"{note} has been changed: its text is not the one whose SHA-256 it gives")
+    return known
+
+
 def record(directory: Path, path: Path = PREREGISTRATION) -> dict[str, Any]:
     """Note the hash in the directory of a sweep; the second time, check that it is still the same.
 
@@ -111,7 +124,7 @@ def record(directory: Path, path: Path = PREREGISTRATION) -> dict[str, Any]:
     parse(text)
     note, found = directory / RECORD, sha256(path)
     if note.exists():
-        known = json.loads(note.read_text())
+        known = recorded(note)
         if known["sha256"] != found:
             raise StudyError(
                 f"{path.name} has changed since {directory} began ({known['sha256'][:12]} -> {found[:12]}): its "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from controller.objective import PENALTY
 from controller.report.data import number
@@ -26,6 +25,7 @@ from controller.study.registration import (
     Preregistration,
     StudyError,
     parse,
+    recorded,
     sha256,
 )
 
@@ -182,11 +182,8 @@ def _registered(root: Path, members: Sequence[Member]) -> tuple[Preregistration,
     if not note.exists():
         problem = f"There is no {RECORD}: nothing shows that claims and margins were fixed before these runs."
         return parse(PREREGISTRATION.read_text(encoding="utf-8")), sha256(), None, [problem]
-    try:
-        known = json.loads(note.read_text())
-        plan, sha, when = parse(known["text"]), str(known["sha256"]), float(known["time"])
-    except (ValueError, KeyError, yaml.YAMLError) as error:
-        raise StudyError(f"{note} cannot be read ({error}); it is written when a study starts") from None
+    known = recorded(note)
+    plan, sha, when = parse(known["text"]), str(known["sha256"]), float(known["time"])
     problems = []
     if sha != sha256():
         problems.append(

@@ -118,4 +118,4 @@ def test_conversations_share_the_budget_of_one_answer() -> None:
 def test_make_runs_the_studies() -> None:
     makefile = Path(CONF.parent, "Makefile").read_text()
     for study in STUDIES:
-        assert re.search(rf"train.py -m \+experiment={study}\n", makefile), study
+        assert re.search(rf"train.py -m \+experiment={study} \$\(ARGS\)\n", makefile), study

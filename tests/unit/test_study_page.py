@@ -1,5 +1,6 @@
 """A whole study from run directories that this file invents: verdicts, files, page. Nothing here is a result of any run."""
 
+import hashlib
 import json
 import math
 import xml.etree.ElementTree as ET
@@ -238,11 +239,15 @@ def test_what_a_reader_must_know_first(tmp_path: Path) -> None:
     assert second.startswith("negation.json was made under another pre-registration")
     # Another file than the one that the study began with: judged by the old one, and said so.
     changed = note["text"].replace("margin: 0.2", "margin: 2.0")
-    (folder / RECORD).write_text(json.dumps(note | {"text": changed, "sha256": "1" * 64}))
+    sha = hashlib.sha256(changed.encode()).hexdigest()
+    (folder / RECORD).write_text(json.dumps(note | {"text": changed, "sha256": sha}))
     found = study_of(folder)
     assert found.plan.claims[0].margin == 2.0
     assert found.claims[0].verdict == "equivalent"
-    assert "preregistration.yaml has changed since this study began (111111111111 ->" in found.problems[0]
+    assert f"preregistration.yaml has changed since this study began ({sha[:12]} ->" in found.problems[0]
+    (folder / RECORD).write_text(json.dumps(note | {"text": changed}))
+    with pytest.raises(StudyError, match="its text is not the one whose SHA-256 it gives"):
+        study_of(folder)
     (folder / RECORD).unlink()
     assert "nothing shows that claims and margins were fixed" in study_of(folder).problems[0]
     (folder / RECORD).write_text("{}")

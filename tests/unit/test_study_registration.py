@@ -68,5 +68,11 @@ def test_the_sweep_does_not_start_with_another_registration(tmp_path: Path) -> N
     Registration().on_multirun_start(config)
     note = json.loads((tmp_path / RECORD).read_text())
     (tmp_path / RECORD).write_text(json.dumps(note | {"sha256": "0" * 64}))
+    with pytest.raises(SystemExit, match=r"study: .*registration\.json has been changed"):
+        Registration().on_multirun_start(config)
+    changed = TEXT.replace("margin: 0.2", "margin: 0.1")
+    (tmp_path / RECORD).write_text(
+        json.dumps(note | {"text": changed, "sha256": hashlib.sha256(changed.encode()).hexdigest()})
+    )
     with pytest.raises(SystemExit, match=r"study: preregistration\.yaml has changed"):
         Registration().on_multirun_start(config)
