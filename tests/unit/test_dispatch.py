@@ -201,6 +201,24 @@ def test_drained_actors_get_nothing_new() -> None:
     assert len(actor.work) == 4
 
 
+def test_a_drain_ends_where_an_actor_was_lost_with_the_rest_of_a_group() -> None:
+    """The half that was delivered keeps its lease until the other half, which nobody may be given now, is there."""
+    actors = [Actor(), Actor()]
+    fleet, _, _ = crew(actors)
+    dispatcher, ledger = start(actors, staleness=1, rollouts=4, samples=2, fleet=fleet, timeout_s=1.0)
+    dispatcher.feed(updates_left=5)
+    actors[0].finish(0, 1, 2, 3)
+    dispatcher.next_batch(0)
+    actors[1].finish(0)
+    trained: Future[Any] = Future()
+    trained.set_result(None)
+    dispatcher.wait([Call(trained)], "the update")
+    actors[1].asked.pop()[0].set_exception(EngineLostError("gone"))
+    dispatcher.drain()
+    assert ledger.num_leased == 1
+    assert not any(actor.work for actor in actors), "nothing new was handed out"
+
+
 def test_rollout_groups_train_as_a_whole() -> None:
     """The second group is complete first; half of the first one waits for its sibling."""
     actor = Actor()
