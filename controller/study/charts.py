@@ -6,10 +6,11 @@ from controller.report import svg
 from controller.report.curves import room
 from controller.report.markup import bounds, esc, num
 from controller.report.svg import Scale
+from controller.study.contrasts import NOT_JUDGED
 from controller.study.frontier import best_of_n, path_of
 from controller.study.results import Arm, Judged, Study
 
-TONES = {"reproduced": "good", "opposite": "bad", "equivalent": "none", "inconclusive": "unsure"}
+TONES = {"reproduced": "good", "opposite": "bad", "equivalent": "none", "inconclusive": "unsure", NOT_JUDGED: "none"}
 # For the picture that stands alone, which has no style sheet and may lie on a light or a dark page.
 ALONE = {"good": "#2a9d63", "bad": "#d1574d", "none": "#8b919b", "unsure": "#c08a1e", "ink": "#808894"}
 

@@ -19,6 +19,7 @@ from controller.statistics import FloatArray
 from controller.study.members import Member
 from controller.study.registration import Bootstrap, Contrast, Preregistration
 
+NOT_JUDGED = "not judged"  # no verdict: what its contrast needs has not run
 VERDICTS = ("reproduced", "opposite", "equivalent", "inconclusive")
 
 
@@ -154,10 +155,11 @@ def verdict(low: float, high: float, margin: float) -> str:
     """From the interval of a contrast that the claim says is positive.
 
     equivalent: all of it is closer to 0 than the margin, even where it does not hold 0: too small to matter.
-    reproduced, opposite: all of it is above, below 0. inconclusive: anything else, no data included.
+    reproduced, opposite: all of it is above, below 0. inconclusive: anything else. Without data there is no
+    verdict.
     """
     if math.isnan(low) or math.isnan(high):
-        return "inconclusive"
+        return NOT_JUDGED
     if -margin < low and high < margin:
         return "equivalent"
     return "reproduced" if low > 0 else "opposite" if high < 0 else "inconclusive"

@@ -18,7 +18,7 @@ from controller.report.markup import (
 from controller.report.style import CSS
 from controller.study import charts, evidence
 from controller.study.charts import TONES
-from controller.study.contrasts import Estimate
+from controller.study.contrasts import NOT_JUDGED, Estimate
 from controller.study.registration import Contrast
 from controller.study.results import Arm, Judged, Study
 
@@ -52,6 +52,7 @@ MEANING = {
     "opposite": "The whole interval is on the other side.",
     "equivalent": "The whole interval is closer to zero than the margin: whatever there is is too small to matter.",
     "inconclusive": "The interval allows for more than one of the other three. That is not evidence of no effect.",
+    NOT_JUDGED: "What the contrast needs is not there.",
 }
 
 

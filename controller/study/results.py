@@ -154,7 +154,7 @@ def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: 
             first, second = claim.contrast
             wins = length_matched_wins(members, first, second, plan)
         rows = [(contrast, of(contrast)) for contrast in claim.secondary]
-        few = claim.metric != "negation_auc" and len(primary.seeds) < plan.seeds
+        few = claim.metric != "negation_auc" and 0 < len(primary.seeds) < plan.seeds
         conclusion = verdict(*primary.interval(1 - level), claim.margin)
         judged.append(Judged(claim, primary, level, conclusion, rows, wins, few))
     return judged

@@ -51,7 +51,7 @@ def against(first: str, second: str) -> Contrast:
         (-0.5, -0.05, "opposite"),
         (-0.15, -0.05, "equivalent"),
         (0.0, 0.5, "inconclusive"),
-        (math.nan, math.nan, "inconclusive"),
+        (math.nan, math.nan, "not judged"),
     ],
 )
 def test_the_four_conclusions(low: float, high: float, expected: str) -> None:

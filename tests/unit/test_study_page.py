@@ -221,7 +221,7 @@ def test_one_seed_is_preliminary(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "quick", seeds=(1,))
     found = study_of(folder)
     assert all(judged.is_preliminary for judged in found.claims if judged.claim.number != 3)
-    assert found.claims[2].verdict == "inconclusive"  # the negation test has not run
+    assert found.claims[2].verdict == "not judged"  # the negation test has not run
     assert found.claims[2].estimate.missing == "python -m controller.study.negation has not run"
     main([str(folder)])
     assert "preliminary: fewer than 3 seeds" in (folder / "study.html").read_text()
