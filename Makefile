@@ -18,12 +18,12 @@ demo: setup ## SFT, reward models, PPO and evaluation on real data, on two cores
 demo-long: setup ## the same road with a larger budget
 	$(PY) train.py +experiment=demo_long $(ARGS)
 
-study-quick: setup ## the study of docs/study.md with one seed: 12 arms, about an hour on two cores
+study-quick: setup ## the study of docs/study.md with one seed: 12 arms
 	-$(PY) train.py -m +experiment=five_reasons_quick $(ARGS)
 	$(PY) -m controller.study.negation runs/five_reasons_quick
 	$(PY) -m controller.study runs/five_reasons_quick
 
-study: setup ## the whole study: 15 arms, 3 seeds, about five hours; started again it goes on
+study: setup ## the whole study: 15 arms, 3 seeds, some hours; started again it goes on
 	-$(PY) train.py -m +experiment=five_reasons $(ARGS)
 	$(PY) -m controller.study.negation runs/five_reasons
 	$(PY) -m controller.study runs/five_reasons

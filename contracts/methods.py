@@ -40,10 +40,10 @@ GIVEN = {
 }
 
 
-def method_title(method: str | None, estimator: str | None) -> str:
+def method_title(method: str, estimator: str | None) -> str:
     """As a reader knows what was trained: PPO, GRPO, DPO, ... In the loop it is the estimator that has a name."""
-    if method in METHODS and method != "ppo":
-        return METHODS[method].title
+    if method != "ppo":
+        return METHODS[method].title if method in METHODS else method
     return ESTIMATORS[estimator if estimator in ESTIMATORS else "gae"].title
 
 
