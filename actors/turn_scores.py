@@ -8,9 +8,14 @@ from contracts.scoring import scoring_ids
 def score_rollouts(client: RewardClient, scorer: str, rollouts: list[Rollout], eos_token_id: int) -> None:
     """Set `scores[scorer]` of each rollout, and for the scorer that trains (proxy) the scores of turns.
 
-    The proxy sees a conversation up to each turn that has no reward of the environment; its score of the rollout is the
-    sum over the turns of reward or score, and there is none where one of them is missing. Any other scorer sees whole
-    conversations. A rollout with a fault is not scored.
+    A scorer sees a conversation up to each turn that has no reward of the environment, and there is no score of a rollout
+    where one of these is missing.
+
+        proxy         the sum over all turns of reward or score: what the conversation is paid
+        any other     the mean over the turns that it was asked about, in the scorer's own unit whatever their number;
+                      where the environment rewards every turn, its score of the whole conversation
+
+    A rollout with a fault is not scored.
     """
     wanted = [(rollout, end) for rollout in rollouts for end in _ends(rollout, scorer)]
     sequences = [
@@ -28,18 +33,22 @@ def _ends(rollout: Rollout, scorer: str) -> list[int]:
     """Where in the completion the scorer is asked."""
     if rollout.fault is not None:
         return []
-    if scorer == "proxy" and rollout.turns:
-        return [turn.end for turn in rollout.turns if turn.reward is None]
+    left_open = [turn.end for turn in rollout.turns if turn.reward is None]
+    if left_open or (rollout.turns and scorer == "proxy"):
+        return left_open
     return [len(rollout.completion.token_ids)]
 
 
 def _combined(rollout: Rollout, scorer: str, scores: list[Score]) -> Score:
     if rollout.fault is not None:
         return Score(None, rollout.fault)
-    if scorer != "proxy" or not rollout.turns:
-        return scores[0]
-    for turn, score in zip((t for t in rollout.turns if t.reward is None), scores, strict=True):
-        turn.score = score
+    if scorer == "proxy":
+        for turn, score in zip((t for t in rollout.turns if t.reward is None), scores, strict=False):
+            turn.score = score
     failed = [score for score in scores if score.value is None]
-    rewards = [turn.reward for turn in rollout.turns if turn.reward is not None]
-    return failed[0] if failed else Score(sum([*rewards, *(s.value for s in scores if s.value is not None)]))
+    if failed or (len(scores) == 1 and (scorer != "proxy" or not rollout.turns)):
+        return (failed or scores)[0]  # with all that the service says of a single answer
+    values = [score.value for score in scores if score.value is not None]
+    if scorer != "proxy":
+        return Score(sum(values) / len(values))
+    return Score(sum([*(turn.reward for turn in rollout.turns if turn.reward is not None), *values]))

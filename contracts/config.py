@@ -72,7 +72,7 @@ class SFTConfig:
     batch_size: int = 32
     max_tokens: int = 512  # longer examples are left out and counted
     trainable_layers: int | None = None  # the top ones; null trains everything, embeddings included
-    top_fraction: float = 0.5  # stage filtered_sft: share of the rated texts of data.sft that it trains on, the best
+    top_fraction: float = 0.5  # stage filtered_sft: share of the rated texts of data.preferences to train on, the best
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 

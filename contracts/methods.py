@@ -82,9 +82,9 @@ def sources_read(config: TandemConfig) -> set[str]:
     """The names under `data` that this run reads."""
     needed = results_needed(config)
     readers = {
-        "sft": {"sft", "filtered_sft", *(["ppo"] if config.ppo.ptx_coef > 0 else [])},
+        "sft": {"sft", *(["ppo"] if config.ppo.ptx_coef > 0 else [])},
         "prompts": {"ppo"},
-        "preferences": {"reward_model/proxy", "preference"},
+        "preferences": {"reward_model/proxy", "preference", "filtered_sft"},
         "gold": {"reward_model/gold"},
         "test": {"reward_model/proxy", "reward_model/gold", "preference"},
     }

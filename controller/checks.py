@@ -55,7 +55,7 @@ def check_amounts(config: TandemConfig, data: Inputs) -> None:
         )
     if "filtered_sft" in needed and len(data.best_sft) < 2 * ranks:
         problems.append(
-            f"sft.top_fraction must leave {2 * ranks} or more texts of data.sft to train on and to hold out; found "
+            f"sft.top_fraction must leave {2 * ranks} or more texts of data.preferences to train on and to hold out; found "
             f"{config.sft.top_fraction}, which leaves {len(data.best_sft)}; write a larger one, or give more texts"
         )
     for key, items in (("data.preferences", data.completions), ("data.test", data.test_completions)):

@@ -280,7 +280,7 @@ def load_best_rated(
     max_tokens: int,
     fraction: float,
     report: LoadReport | None = None,
-    base: str = "data.sft",
+    base: str = "data.preferences",
 ) -> list[Example]:
     """The `fraction` of the usable texts with the highest mean rating, at least one, in their order in the source; of equal
     ones the earlier.

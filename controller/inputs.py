@@ -56,7 +56,8 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
     if "sft" in needed or ("ppo" in needed and config.ppo.ptx_coef > 0):
         inputs.sft = load(load_sft, "sft", data.sft, config.sft.max_tokens)
     if "filtered_sft" in needed:
-        inputs.best_sft = load(load_best_rated, "sft", data.sft, config.sft.max_tokens, config.sft.top_fraction)
+        limits = (config.sft.max_tokens, config.sft.top_fraction)
+        inputs.best_sft = load(load_best_rated, "preferences", data.preferences, *limits)
     limit = config.reward_model.max_tokens
     for name, key in (("proxy", "preferences"), ("gold", "gold")):
         if f"reward_model/{name}" in needed:

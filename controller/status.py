@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from contracts.durable import replace_text
+from controller.code import code_digest
 from controller.progress import format_update, spoken
 from controller.report.alarms import evaluate
 from controller.report.data import ReportError, Run, load, number, runs_in
@@ -43,7 +44,7 @@ class StatusFile:
         self._waiting, self._beat_s = waiting, beat_s
         self._ended = threading.Event()
         self._facts: dict[str, Any] = {"state": "running", "pid": os.getpid(), "host": socket.gethostname()}
-        self._facts["started"] = time.time()
+        self._facts |= {"started": time.time(), "code": code_digest()}
         self._write()
         self._thread = threading.Thread(target=self._beat, name="status-heartbeat", daemon=True)
         self._thread.start()

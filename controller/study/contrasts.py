@@ -1,10 +1,14 @@
-"""From scores by seed and prompt to verdicts: a bootstrap over seeds and prompts, Holm's levels, four possible conclusions.
+"""From scores by seed and prompt to verdicts: the wider of two intervals, Holm's levels, four possible conclusions.
 
 Every arm answers the same prompts in every seed, so a contrast is a table D [seeds, prompts] of paired differences, and
-seeds and prompts are two crossed samples. A bootstrap draw takes seeds with replacement, then prompts with replacement,
-the same prompts in every seed that was drawn: drawn anew for each they would pretend that prompts differ between seeds,
-and the interval would be too narrow (Owen 2007, "The pigeonhole bootstrap"). With one seed the interval is about other
-prompts alone. Three seeds are few: a bootstrap of S seeds underestimates their variance by the factor (S - 1) / S.
+seeds and prompts are two crossed samples.
+
+    bootstrap    draws of seeds, then of prompts, the same prompts in every seed that was drawn: drawn anew for each they
+                 would pretend that prompts differ between seeds (Owen 2007, "The pigeonhole bootstrap")
+    t interval   from the mean squares of seeds, prompts and what is left (`crossed_error`); from two seeds on
+
+The bootstrap of S seeds underestimates their variance by the factor (S - 1) / S and knows nothing of how few they are;
+the t interval does. With one seed there is the bootstrap over prompts, and the interval is about other prompts alone.
 """
 
 import math
@@ -13,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from controller import statistics
 from controller.statistics import FloatArray
 from controller.study.members import Member
-from controller.study.registration import Bootstrap, Contrast, Preregistration
+from controller.study.registration import Bootstrap, Check, Contrast, Preregistration
 
 NOT_JUDGED = "not judged"  # no verdict: what its contrast needs has not run
 VERDICTS = ("reproduced", "opposite", "equivalent", "inconclusive")
@@ -34,23 +39,33 @@ class Estimate:
     prompts: int = 0
     left_out: int = 0  # prompts without a score somewhere
     missing: str = ""
+    error: tuple[float, float] | None = None  # `crossed_error`, from two seeds on
 
     def interval(self, level: float) -> tuple[float, float]:
-        """Percentile interval at this confidence level; NaN where there is none."""
+        """At this confidence level, from the lower of both lower ends to the higher of both higher ones: those of the
+        percentiles of the draws and of the t interval over seeds, where there is one; NaN without data."""
         known = self.draws[np.isfinite(self.draws)]
         if known.size == 0:
             return math.nan, math.nan
         low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+        if self.error is not None:
+            reach = float(stats.t.ppf((1 + level) / 2, self.error[1])) * self.error[0]
+            low, high = min(low, self.mean - reach), max(high, self.mean + reach)
         return float(low), float(high)
 
     @property
     def p_value(self) -> float:
-        """Two-sided, of no difference: twice the share of draws on the other side of 0, never quite 0; 1 without data."""
+        """Two-sided, of no difference: twice the share of draws on the other side of 0, never quite 0, or that of the t
+        interval where it is larger; 1 without data."""
         known = self.draws[np.isfinite(self.draws)]
         if known.size == 0:
             return 1.0
         below, above = (known <= 0).sum(), (known >= 0).sum()
-        return float(min(1.0, 2 * (min(below, above) + 1) / (known.size + 1)))
+        p = min(1.0, 2 * (min(below, above) + 1) / (known.size + 1))
+        if self.error is not None:
+            se, freedom = self.error
+            p = max(p, 2 * float(stats.t.sf(abs(self.mean) / se, freedom)) if se else p)
+        return float(p)
 
     def as_dict(self, level: float = statistics.LEVEL) -> dict[str, Any]:
         low, high = self.interval(level)
@@ -83,10 +98,35 @@ def resample(table: FloatArray, bootstrap: Bootstrap) -> FloatArray:
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
-def cells(members: Sequence[Member], contrast: Contrast) -> tuple[dict[int, dict[str, dict[int, float]]], list[int]]:
-    """By seed the scores of each cell by prompt, for the seeds that have every cell; and the seeds that do not."""
+def crossed_error(table: FloatArray) -> tuple[float, float] | None:
+    """Standard error of the mean of `table` [seeds, prompts], both random, and its degrees of freedom; None with fewer
+    than two of either.
+
+    Var = (MS_seeds + MS_prompts - MS_rest) / (S P), the mean squares of the two-way table without replication (Cornfield &
+    Tukey 1956), not below MS_prompts / (S P); degrees of freedom by Satterthwaite (1946).
+    """
+    seeds, prompts = table.shape
+    if min(seeds, prompts) < 2:
+        return None
+    of_seed, of_prompt = table.mean(axis=1, keepdims=True), table.mean(axis=0, keepdims=True)
+    free = seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)
+    squares = (
+        prompts * ((of_seed - table.mean()) ** 2).sum() / free[0],
+        seeds * ((of_prompt - table.mean()) ** 2).sum() / free[1],
+        ((table - of_seed - of_prompt + table.mean()) ** 2).sum() / free[2],
+    )
+    whole = max(squares[0] + squares[1] - squares[2], squares[1])
+    weights = sum(square**2 / n for square, n in zip(squares, free, strict=True))
+    return math.sqrt(whole / table.size), float(whole**2 / weights) if weights else math.inf
+
+
+def cells(
+    members: Sequence[Member], contrast: Contrast, checks: Sequence[Check]
+) -> tuple[dict[int, dict[str, dict[int, float]]], list[int]]:
+    """By seed the scores of each cell by prompt, for the seeds that have every cell; and the seeds that do not. A member
+    that has missed a check has none."""
     planned = sorted({m.seed for m in members if m.arm in contrast.arms})
-    by_key = {(m.arm, m.seed): m for m in members}
+    by_key = {(m.arm, m.seed): m for m in members if not m.missed_checks(checks)}
     found: dict[int, dict[str, dict[int, float]]] = {}
     for seed in planned:
         row: dict[str, dict[int, float]] = {}
@@ -118,18 +158,19 @@ def estimate(members: Sequence[Member], contrast: Contrast, plan: Preregistratio
     not_run = [arm for arm in contrast.arms if not any(m.arm == arm for m in members)]
     if not_run:
         return absent(f"not in this study: {', '.join(not_run)}")
-    found, lost = cells(members, contrast)
+    found, lost = cells(members, contrast, plan.checks)
     if not found or len(found) < plan.min_seed_share * (len(found) + len(lost)):
-        return absent(
-            f"no evaluation of every arm in seeds {', '.join(map(str, lost))}" if lost else "nothing was judged"
-        )
+        missed = [text for m in members if m.arm in contrast.arms for text in m.missed_checks(plan.checks)]
+        seeds = f"no evaluation of every arm in seeds {', '.join(map(str, lost))}" if lost else "nothing was judged"
+        return absent("; ".join([seeds, *missed]))
     scores, left_out = tables(found)
     table = sum((weight * scores[cell] for cell, weight in contrast.contrast.items()), start=np.zeros(()))
     prompts = table.shape[1]
     if prompts < 2 or left_out > plan.max_missing_prompts * (prompts + left_out):
         return absent(f"{left_out} of {prompts + left_out} prompts have no score somewhere")
     draws = resample(table, plan.bootstrap)
-    return Estimate(float(table.mean()), draws, list(found), table.mean(axis=1).tolist(), prompts, left_out)
+    by_seed = table.mean(axis=1).tolist()
+    return Estimate(float(table.mean()), draws, list(found), by_seed, prompts, left_out, error=crossed_error(table))
 
 
 # ---- conclusions
@@ -173,7 +214,8 @@ def length_matched_wins(members: Sequence[Member], first: str, second: str, plan
     are equally long (`statistics.matched_length`)."""
     both = {first: 1.0, second: -1.0}
     gold, lengths = (
-        cells(members, Contrast(title=metric, metric=metric, contrast=both))[0] for metric in ("gold", "length")
+        cells(members, Contrast(title=metric, metric=metric, contrast=both), plan.checks)[0]
+        for metric in ("gold", "length")
     )
     if not gold or list(gold) != list(lengths):
         return absent("not judged")

@@ -158,6 +158,9 @@ def _member_row(member: Member, study: Study) -> list[str]:
     diverged = member.divergence(study.plan.diverged)
     if diverged:
         state += f'<small class="no">diverged: {esc(", ".join(diverged))}</small>'
+    state += "".join(f'<small class="no">{esc(text)}</small>' for text in member.missed_checks(study.plan.checks))
+    if member.constraint:
+        state += f"<small>{esc(member.constraint)}</small>"
     values = [num(member.mean("own", "gold"), 2, signed=True), num(member.mean("sft", "gold"), 2, signed=True)]
     ended = member.mean("own", "ended")
     values += [num(member.kl, 1), num(member.mean("own", "length"), 1), "–" if ended is None else f"{ended:.0%}"]
@@ -174,6 +177,7 @@ def tuning(study: Study) -> str:
         return section("tuning", "Tuning", absent(text))
     rows = []
     for row in study.tuning:
+        state = esc(row.state) + "".join(f'<small class="no">{esc(text)}</small>' for text in row.missed)
         used = "–" if row.is_used is None else '<span class="yes">✓</span>' if row.is_used else ""
         value = f"<b>{esc(row.value)}</b> ✦" if row.is_best else esc(row.value)
         rows.append(
@@ -181,27 +185,30 @@ def tuning(study: Study) -> str:
                 esc(row.arm),
                 f"<code>{esc(row.key)}</code>",
                 value,
-                esc(row.state),
+                state,
                 num(row.gain, 2, signed=True),
-                num(row.kl, 1),
+                num(row.drift, 1),
                 num(row.objective, 2, signed=True),
                 used,
             ]
         )
-    runs = {arm: sum(row.arm == arm for row in study.tuning) for arm in {row.arm for row in study.tuning}}
-    equal = len(set(runs.values())) == 1
-    said = f"Each arm got {next(iter(runs.values()))} runs" if equal else "The arms did NOT get the same number of runs"
+    arms = list(dict.fromkeys(row.arm for row in study.tuning))
+    runs = {arm: sum(row.arm == arm and row.objective is not None for row in study.tuning) for arm in arms}
+    most = max(runs.values())
+    few = ", ".join(f"{arm} {runs.get(arm, 0)}" for arm in [a.name for a in study.arms] if runs.get(arm, 0) < most)
+    said = f"NOT every arm got {count(most, 'run')}: {few}" if few else f"Each arm got {count(most, 'run')}"
     intro = (
-        f"{said}, with another seed and on the training prompts, which no result is judged on. ✦ the best of an arm by "
-        "gold gain less 0.1 for each nat beyond evaluate.max_kl. Used: the study ran with this value."
+        f"{said}; another seed, and the training prompts, which no result is judged on. ✦ the best of an arm: gold gain "
+        "less 0.1 for each nat of drift beyond evaluate.max_kl, of the settings that have not missed a check. Drift is "
+        "counted from where the arm’s training starts. Used: the study ran with this value."
     )
-    head = ("Arm", "What was tried", "Value", "State", "Gold gain", "KL", "Objective", "Used")
+    head = ("Arm", "What was tried", "Value", "State", "Gold gain", "Drift", "Objective", "Used")
     return section("tuning", "The same tuning for every arm", table(head, rows, text_columns=4), intro)
 
 
 def check(study: Study) -> str:
     directory = esc(study.directory)
-    rules = "".join(f"<li>{esc(rule)}</li>" for rule in study.plan.exclusions)
+    rules = "".join(f"<li>{esc(rule)}</li>" for rule in [*study.plan.exclusions, study.plan.tuning] if rule)
     plan = study.plan
     body = (
         f"<p>Claims, contrasts, margins and exclusions: <code>controller/study/{PREREGISTRATION.name}</code>, SHA-256 "
@@ -210,7 +217,8 @@ def check(study: Study) -> str:
         f'<ul class="gaps">{rules}</ul>'
         f"<p>Verdicts: {', '.join(VERDICTS)}; computed by <code>controller/study/contrasts.py</code> from an interval "
         f"of {compact(plan.bootstrap.samples)} bootstrap draws of seeds and prompts (the same prompts in every seed "
-        f"drawn), at the level that Holm’s correction leaves a claim ({plan.alpha:g} for the family).</p><p>Every "
+        "drawn), or the t interval over seeds and prompts where that is wider, at the level that Holm’s correction leaves a "
+        f"claim ({plan.alpha:g} for the family).</p><p>Every "
         "completion with every score: <code>samples.jsonl</code> of each run, lines with <code>stage: "
         "evaluate</code>. What was set: <code>config.yaml</code> beside it. All numbers of this page: "
         f"<code>study.json</code>.</p><pre>python -m controller.study {directory}\npython -m controller.study.negation "

@@ -25,7 +25,7 @@ class Path:
 
     kl: list[float]
     gain: list[float]
-    rollouts: int  # behind each point, at most
+    rollouts: int  # behind each version that the gold judge scored
 
     def at(self, kl: float) -> float:
         """The gain where the path first came as far; NaN where it never did."""
@@ -44,7 +44,7 @@ def path_of(member: Member) -> Path:
     farthest = np.maximum.accumulate([x for x, _ in known]).tolist()
     gains = [y - known[0][1] for _, y in known]
     firsts = [i for i, x in enumerate(farthest) if i == 0 or x > farthest[i - 1]]
-    return Path([farthest[i] for i in firsts], [gains[i] for i in firsts], int(scored) * WINDOW)
+    return Path([farthest[i] for i in firsts], [gains[i] for i in firsts], int(scored))
 
 
 def _smoothed(curve: Curve) -> dict[float, float]:
@@ -88,7 +88,8 @@ def matched_kl(members: Sequence[Member], reference: str = "ppo") -> list[Matche
             continue
         path, ppo = paths.get(member.seed, (Path([], [], 0), None))
         gold = list(ppo.judged["own"]["gold"].values()) if ppo and ppo.is_judged else []
-        # The difference of two window means of independent rollouts.
-        error = float(np.nanstd(gold)) * math.sqrt(2 / path.rollouts) if gold and path.rollouts else math.nan
+        # A mean over the window less the first version, which stands alone, of independent rollouts.
+        scored = path.rollouts
+        error = float(np.nanstd(gold)) * math.sqrt(1 / scored + 1 / (scored * WINDOW)) if gold and scored else math.nan
         rows.append(Matched(member.arm, member.seed, kl, own - sft, path.at(kl), error))
     return rows

@@ -12,9 +12,10 @@ from contracts.estimators import ESTIMATORS
 from controller.judged import judged_model
 from controller.report.data import ReportError, Run, is_run, number, read
 from controller.status import read_status
-from controller.study.registration import Diverged, StudyError
+from controller.study.registration import Check, Diverged, StudyError
 
 BEFORE = ("base", "sft")  # the models that every member judges beside its own
+WINDOW = 3  # versions at the end of a training, whose mean is how it ended
 # Of a line of samples.jsonl, by the metric of a contrast.
 COLUMNS = {"gold": "gold", "proxy": "proxy", "vader": "vader", "length": "tokens", "kl": "kl", "ended": "eos"}
 
@@ -51,12 +52,42 @@ class Member:
         """Nats a sequence from SFT; of best of n the bound (`controller.best_of_n.kl_bound`)."""
         return self.mean("own", "kl")
 
+    @property
+    def drift(self) -> float | None:
+        """Nats a sequence from where its training started: `kl` where that was SFT, else by its last `WINDOW` versions in
+        training."""
+        if self.run.setting("method") not in (None, "ppo") or self.run.setting("ppo.init_from") in (None, "sft"):
+            return self.kl
+        known = [value for _, value in self.run.curve("ppo", "kl/ref_seq") if value is not None]
+        return float(np.mean(known[-WINDOW:])) if known else None
+
+    def missed_checks(self, checks: Sequence[Check]) -> list[str]:
+        """What it should have done and has not, of the checks of its arm; empty where it has no numbers at all."""
+        found = self.run.stage("preference").get("metrics") or {}
+        low, sft = number(found.get("accuracy_low")), number(found.get("sft_accuracy"))
+        return [
+            f"{self.arm}, seed {self.seed}, orders {found['accuracy']:.1%} of held-out pairs (at least {low:.1%}), SFT "
+            f"{sft:.1%}: the check asks for {check.pairs_over_sft:.0%} more than SFT"
+            for check in checks
+            if check.arm == self.arm and low is not None and sft is not None and low - sft < check.pairs_over_sft
+        ]
+
+    @property
+    def constraint(self) -> str:
+        """How the constraint of the combined loss ended, in words; empty without one."""
+        target = number(self.run.setting("ppo.combined.target"))
+        ends = [self.run.curve("ppo", f"combined/{name}") for name in ("lambda", "score_mean")]
+        if target is None or not all(ends):
+            return ""
+        multiplier, score = (float(np.mean([v for _, v in end[-WINDOW:] if v is not None])) for end in ends)
+        return f"score {score:.2f}, target {target:g} {'reached' if score >= target else 'missed'}; lambda {multiplier:.1f}"
+
     def divergence(self, limits: Diverged) -> list[str]:
         """Why this member counts as diverged; empty where it does not."""
-        kl, ended, distinct = self.mean("own", "kl"), self.mean("own", "ended"), self.evaluated("own", "distinct_2")
+        kl, ended, distinct = self.drift, self.mean("own", "ended"), self.evaluated("own", "distinct_2")
         found = []
         if kl is not None and kl > limits.max_kl:
-            found.append(f"KL {kl:.1f} nats > {limits.max_kl:g}")
+            found.append(f"drift of {kl:.1f} nats > {limits.max_kl:g}")
         if ended is not None and ended < limits.min_eos_share:
             found.append(f"{ended:.0%} end < {limits.min_eos_share:.0%}")
         if distinct is not None and distinct < limits.min_distinct_2:

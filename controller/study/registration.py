@@ -69,12 +69,23 @@ class Diverged(_Strict):
     min_distinct_2: float
 
 
+class Check(_Strict):
+    """What an arm must have done for a contrast with it to say anything about the claim."""
+
+    arm: str
+    pairs_over_sft: (
+        float  # share of held-out pairs that its likelihoods order right, lower bound of 95%, less SFT's share
+    )
+
+
 class Preregistration(_Strict):
     format: Literal[1]
     alpha: float = Field(gt=0, lt=1)
     bootstrap: Bootstrap
     seeds: int = Field(ge=1)
     diverged: Diverged
+    tuning: str = ""  # the rule by which a setting of an arm is chosen
+    checks: list[Check] = []
     exclusions: list[str]
     max_missing_prompts: float = Field(ge=0, le=1)
     min_seed_share: float = Field(ge=0, le=1)

@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import psutil
 
 from controller.objective import PENALTY
 from controller.report.data import number
+from controller.resume import flat
 from controller.status import read_status
 from controller.study import negation, two_turn_mdp
 from controller.study.contrasts import Estimate, absent, estimate, holm_levels, length_matched_wins, verdict
@@ -20,6 +21,7 @@ from controller.study.members import Member, members_of_study
 from controller.study.registration import (
     PREREGISTRATION,
     RECORD,
+    Check,
     Claim,
     Contrast,
     Preregistration,
@@ -30,6 +32,7 @@ from controller.study.registration import (
 )
 
 NAME = "study.json"
+OF_A_MEMBER = ("ppo.seed", "run_dir")  # settings in which the seeds of an arm differ
 TUNING = "five_reasons_tuning"  # beside the study's directory
 # What the tuning sets of what an arm reads, by method.
 TUNED = {
@@ -93,8 +96,9 @@ class Tried:
     value: Any
     state: str
     gain: float | None
-    kl: float | None
+    drift: float | None  # `Member.drift`
     objective: float | None
+    missed: list[str] = field(default_factory=list)  # checks of its arm: such a setting is not chosen
     is_best: bool = False
     is_used: bool | None = None  # whether the study ran with this value; None where the arm is not in it
 
@@ -122,15 +126,17 @@ def study_of(directory: str | Path, tuning: str | Path | None = None) -> Study:
         tuning: directory of the tuning sweep; by default the one beside the study's.
 
     Raises:
-        StudyError: no member of a study is there, or its registration cannot be read.
+        StudyError: no member of a study is there, one is there twice, or its registration cannot be read.
     """
     root = Path(directory)
     members = members_of_study(root)
+    _refuse_twins(members)
     plan, sha, registered_at, problems = _registered(root, members)
+    problems += _unlike(members)
     found = _negation(root, sha, problems)
     claims = judge_claims(members, found, plan)
     arms = [_arm(name, members, plan) for name in dict.fromkeys(m.arm for m in members)]
-    tried = tuned(Path(tuning) if tuning else root.resolve().parent / TUNING, members)
+    tried = tuned(Path(tuning) if tuning else root.resolve().parent / TUNING, members, plan.checks)
     path, mdp = matched_kl(members), two_turn_mdp.results()
     return Study(root, plan, sha, registered_at, problems, members, claims, arms, path, found, tried, mdp)
 
@@ -197,6 +203,39 @@ def _registered(root: Path, members: Sequence[Member]) -> tuple[Preregistration,
     return plan, sha, when, problems
 
 
+def _refuse_twins(members: Sequence[Member]) -> None:
+    """Two members of one arm and seed: nothing says which is meant, and to take the better one would be cheating."""
+    first: dict[tuple[str, int], Member] = {}
+    for member in members:
+        twin = first.setdefault((member.arm, member.seed), member)
+        if twin is not member:
+            raise StudyError(
+                f"arm {member.arm}, seed {member.seed} is there twice: {twin.run.path.name} and {member.run.path.name}. A "
+                "study has one run of each; move one of them out of its directory"
+            )
+
+
+def _unlike(members: Sequence[Member]) -> list[str]:
+    """Members that do not belong together: made by other code, or of one arm with other settings than its first seed."""
+    made: dict[str, list[str]] = {}
+    for member in members:
+        if code := read_status(member.run.path).facts.get("code"):
+            made.setdefault(str(code)[:12], []).append(f"{member.arm} {member.seed}")
+    problems = []
+    if len(made) > 1:
+        by = "; ".join(f"{code}: {', '.join(names)}" for code, names in made.items())
+        problems.append(f"The members were made by {len(made)} versions of the code (arm and seed by digest): {by}.")
+    first: dict[str, dict[str, Any]] = {}
+    for member in members:
+        settings = {key: value for key, value in flat(member.run.config).items() if key not in OF_A_MEMBER}
+        if not settings:
+            continue  # it was refused before it had any
+        known = first.setdefault(member.arm, settings)
+        if other := sorted(key for key in {*known, *settings} if known.get(key) != settings.get(key)):
+            problems.append(f"{member.arm}, seed {member.seed}, was not run as its first seed was: {', '.join(other)}.")
+    return problems
+
+
 def _negation(root: Path, sha: str, problems: list[str]) -> dict[str, Any] | None:
     path = root / negation.NAME
     if not path.exists():
@@ -207,8 +246,12 @@ def _negation(root: Path, sha: str, problems: list[str]) -> dict[str, Any] | Non
     return found
 
 
-def tuned(directory: Path, members: Sequence[Member]) -> list[Tried]:
-    """Every run of the tuning, with the best of each arm by gold gain less the penalty for KL; empty where there is none."""
+def tuned(directory: Path, members: Sequence[Member], checks: Sequence[Check]) -> list[Tried]:
+    """Every run of the tuning, with the best of each arm; empty where there is none.
+
+    The best has the largest gold gain over SFT less the penalty for drift (`controller.objective`, with the KL from where
+    its training started), of those that have not missed a check of their arm.
+    """
     try:
         runs = members_of_study(directory)
     except StudyError:
@@ -216,16 +259,17 @@ def tuned(directory: Path, members: Sequence[Member]) -> list[Tried]:
     rows = []
     for member in runs:
         setting = next((o.split("=", 1)[1] for o in member.run.overrides or [] if o.startswith("tuning=")), "")
-        own, sft, kl = member.mean("own", "gold"), member.mean("sft", "gold"), member.kl
+        own, sft, drift = member.mean("own", "gold"), member.mean("sft", "gold"), member.drift
         gain = own - sft if own is not None and sft is not None else None
         bound = number(member.run.setting("evaluate.max_kl")) or math.inf
-        value = None if gain is None else gain - PENALTY * max(0.0, (kl or 0.0) - bound)
+        value = None if gain is None else gain - PENALTY * max(0.0, (drift or 0.0) - bound)
         key = TUNED.get(str(member.run.setting("method") or "ppo"), "")
-        rows.append(Tried(member.arm, setting, key, member.run.setting(key), member.state, gain, kl, value))
+        missed = member.missed_checks(checks)
+        rows.append(Tried(member.arm, setting, key, member.run.setting(key), member.state, gain, drift, value, missed))
     for arm in {row.arm for row in rows}:
-        measured = [row for row in rows if row.arm == arm and row.objective is not None]
-        if measured:
-            max(measured, key=lambda row: row.objective or 0.0).is_best = True
+        fit = [row for row in rows if row.arm == arm and row.objective is not None and not row.missed]
+        if fit:
+            max(fit, key=lambda row: row.objective or 0.0).is_best = True
     for row in rows:
         used = [m.run.setting(row.key) for m in members if m.arm == row.arm]
         row.is_used = row.value in used if used else None
@@ -264,10 +308,14 @@ def as_json(study: Study) -> dict[str, Any]:
                 "seed": member.seed,
                 "state": member.state,
                 "error": member.error,
+                "code": read_status(member.run.path).facts.get("code"),
                 "diverged": member.divergence(study.plan.diverged),
+                "missed_checks": member.missed_checks(study.plan.checks),
+                "constraint": member.constraint,
                 "gold": member.mean("own", "gold"),
                 "gold_sft": member.mean("sft", "gold"),
                 "kl": member.kl,
+                "drift": member.drift,
             }
             for member in study.members
         ],

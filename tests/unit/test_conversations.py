@@ -13,7 +13,6 @@ from actors.turn_scores import score_rollouts
 from contracts.config import SamplingConfig
 from contracts.environments import Step
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score, Turn
-from contracts.scoring import scoring_ids
 from controller.ledger import Ledger
 
 EOS = 2
@@ -274,20 +273,22 @@ def test_the_service_scores_what_the_environment_leaves_open() -> None:
     assert [r.scores["proxy"].value for r in (single, both, first, none)] == [1.0, 2.0 + 4.0, 8.0 + 0.5, 0.75]
 
 
-def test_another_scorer_sees_whole_conversations() -> None:
-    rollouts = [conversation(None, 0.5), conversation(0.25, 0.5)]
-    client = FakeClient([Score(3.0), Score(5.0)])
+def test_another_scorer_judges_the_same_turns_and_its_score_is_their_mean() -> None:
+    single = play(FakeEngine([30, EOS]), SingleTurn())
+    rollouts = [single, conversation(None, None), conversation(None, 0.5), conversation(0.25, 0.5)]
+    client = FakeClient([Score(v) for v in (1.0, 2.0, 4.0, 3.0, 5.0)])
     score_rollouts(client, "gold", rollouts, EOS)
-    ids = [5, 6, 7, 10, EOS, 40, 20, 21]
-    assert client.asked == [("gold", [scoring_ids(ids, EOS)] * 2)]
-    assert [r.scores["gold"].value for r in rollouts] == [3.0, 5.0]
+    up_to_first, whole = [5, 6, 7, 10, EOS], [5, 6, 7, 10, EOS, 40, 20, 21, EOS]
+    assert client.asked == [("gold", [[5, 6, 7, 30, EOS], up_to_first, whole, up_to_first, whole])]
+    assert [r.scores["gold"].value for r in rollouts] == [1.0, (2.0 + 4.0) / 2, 3.0, 5.0]
     assert all(turn.score is None for r in rollouts for turn in r.turns)
 
 
 def test_a_score_that_failed_leaves_the_rollout_without_one() -> None:
     rollout = conversation(None, None)
-    score_rollouts(FakeClient([Score(1.0), Score(None, "deadline")]), "proxy", [rollout], EOS)
-    assert rollout.scores["proxy"] == Score(None, "deadline")
+    for scorer in ("proxy", "gold"):
+        score_rollouts(FakeClient([Score(1.0), Score(None, "deadline")]), scorer, [rollout], EOS)
+        assert rollout.scores[scorer] == Score(None, "deadline")
 
 
 def test_without_anything_to_score_the_service_is_not_asked() -> None:

@@ -545,6 +545,6 @@ def test_the_best_rated_texts_in_their_order(tokenizer, jsonl):
     assert trained(tokenizer, best) == "text number 1<|im_end|>"
     message = refusal(load_best_rated, jsonl({"text": "one"}, {"text": "two"}), DATA, tokenizer, 64, 0.5)
     assert message.startswith(
-        "data.sft: stage filtered_sft keeps the texts that people rated highest, so it needs the column"
+        "data.preferences: stage filtered_sft keeps the texts that people rated highest, so it needs the column"
     )
-    assert "has text. Add them, or name them with data.sft.ratings_column" in message
+    assert "has text. Add them, or name them with data.preferences.ratings_column" in message

@@ -48,7 +48,7 @@ def test_every_method_is_tested() -> None:
         ({"stage": "preference", "sft_model": "x"}, {"preferences", "test"}),
         # What is named must not be made: a stage that is asked for is made all the same.
         ({"stage": "preference", "sft_model": "x", "preference_model": "y"}, {"preferences", "test"}),
-        ({"stage": "filtered_sft", "sft_model": "x"}, {"sft"}),
+        ({"stage": "filtered_sft", "sft_model": "x"}, {"preferences"}),
         ({"stage": "sft"}, {"sft"}),
         (
             {"stage": "evaluate", "method": "dpo", "preference_model": "x", "proxy_model": "p", "gold_model": "g"},

@@ -84,6 +84,7 @@ def test_the_arms_of_every_primary_contrast_are_in_both_studies() -> None:
 def test_the_tuning_tries_other_values_of_what_each_arm_reads_and_nothing_else() -> None:
     params = swept("five_reasons_tuning")
     assert params["ppo.seed"] == ["100"]
+    assert sorted(params["tuning"]) == SETTINGS
     assert not set(params["ppo.seed"]) & set(swept("five_reasons")["ppo.seed"])
     for arm in ("ppo", "filtered_sft", "rank", "dpo", "best_of_n"):
         rows = [
@@ -92,7 +93,7 @@ def test_the_tuning_tries_other_values_of_what_each_arm_reads_and_nothing_else()
         ]
         key = TUNED[rows[0].method]
         tried = {OmegaConf.select(row, key) for row in rows}
-        assert len(tried) == len(SETTINGS) == 3, arm
+        assert len(tried) == len(SETTINGS) == 4, arm
         assert OmegaConf.select(composed(["+experiment=five_reasons", f"arm={arm}"]), key) in tried, arm
         # Prompts that the study does not judge on.
         assert rows[0].data.eval_prompts.path == rows[0].data.prompts.path

@@ -15,8 +15,8 @@ from controller.study.__main__ import main
 from controller.study.frontier import Path as Way
 from controller.study.frontier import path_of
 from controller.study.members import members_of_study, planned_episodes
-from controller.study.registration import PREREGISTRATION, RECORD, StudyError, record
-from controller.study.results import study_of
+from controller.study.registration import PREREGISTRATION, RECORD, StudyError, parse, record
+from controller.study.results import study_of, tuned
 from tests.unit.test_report import jsonl, parsed
 
 PROMPTS = 40
@@ -28,7 +28,7 @@ ARMS: dict[str, tuple[float, float, str]] = {
     "best_of_n": (0.7, 1.2, "best_of_n"),
     "raft": (0.4, 2.0, "ppo"),
     "combined": (0.5, 3.0, "ppo"),
-    "ppo_from_base": (1.8, 31.0, "ppo"),  # more than PPO from SFT, and far away: it diverged
+    "ppo_from_base": (1.8, 36.0, "ppo"),  # more than PPO from SFT, and far away: it diverged
     "two_turn_cumulative": (0.5, 3.0, "ppo"),
     "two_turn_combined": (0.1, 2.0, "ppo"),
 }
@@ -43,6 +43,8 @@ def make_member(folder: Path, number: int, arm: str, seed: int, failed: bool = F
     rate = {"lower": 1e-4, "middle": 2e-4, "upper": 4e-4}.get(setting, 2e-4)
     estimator = "raft" if arm == "raft" else "gae"
     ppo = {"seed": seed, "updates": 8, "rollouts_per_update": 80 if arm == "raft" else 64, "value_warmup_updates": 2}
+    ppo |= {"init_from": "base"} if arm == "ppo_from_base" else {}
+    ppo |= {"combined": {"target": 0.5}} if arm == "combined" else {}
     ppo |= {"estimator": estimator, "gold_rollouts": 32, "optimizer": {"learning_rate": rate}}
     environment = {"name": "two_turn" if arm.startswith("two_turn") else "single_turn"}
     config = {"name": "five_reasons", "method": method, "ppo": ppo, "environment": environment}
@@ -81,9 +83,12 @@ def make_member(folder: Path, number: int, arm: str, seed: int, failed: bool = F
         {"stage": "ppo", "step": v, "progress/version": v, "kl/ref_seq": kl * v / 8, "reward/gold_mean": gain * v / 8}
         for v in range(1, 9)
     ]
+    if arm == "combined":
+        curve = [row | {"combined/lambda": 2.0, "combined/score_mean": 0.4} for row in curve]
     jsonl(path / "metrics.jsonl", curve)
     if arm == "rank":
-        stage = {"name": "preference", "metrics": {"accuracy": 0.71, "accuracy_low": 0.69, "accuracy_high": 0.73}}
+        metrics = {"accuracy": 0.71, "accuracy_low": 0.69, "accuracy_high": 0.73, "sft_accuracy": 0.5}
+        stage = {"name": "preference", "metrics": metrics}
         (path / "stages.json").write_text(json.dumps([stage]))
 
 
@@ -161,7 +166,7 @@ def test_the_page_shows_every_run_and_says_what_it_is_made_of(study: Path) -> No
     text = " ".join(" ".join(page.texts).split())
     for said in (
         "RayActorError: <lost>",
-        "diverged: KL 31.0 nats > 30",
+        "diverged: drift of 31.5 nats > 30",
         "not started",
         "Of 5 claims",
         "2 reproduced, 1 opposite, 2 equivalent",
@@ -169,7 +174,8 @@ def test_the_page_shows_every_run_and_says_what_it_is_made_of(study: Path) -> No
         "gold: ppo − ppo (SFT) − ppo_from_base + ppo_from_base (base)",
         "An arm can be good at this",
         "71.0%",
-        "Each arm got 3 runs",
+        "NOT every arm got 3 runs: rank 0, filtered_sft 0",
+        "score 0.40, target 0.5 missed; lambda 2.0",
         "12 held-out snippets",
         "8 a question",
     ):
@@ -253,6 +259,52 @@ def test_what_a_reader_must_know_first(tmp_path: Path) -> None:
     (folder / RECORD).write_text("{}")
     with pytest.raises(StudyError, match=r"registration\.json cannot be read"):
         study_of(folder)
+
+
+def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "x", seeds=(1,))
+    make_member(folder, 99, "ppo", 1)
+    with pytest.raises(
+        StudyError, match=r"arm ppo, seed 1 is there twice: 0-arm=ppo,ppo.seed=1 and 99-arm=ppo.*move one"
+    ):
+        study_of(folder)
+
+
+def test_members_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "x", seeds=(1, 3))
+    for number, (arm, seed, code) in enumerate((("ppo", 1, "a" * 64), ("ppo", 3, "b" * 64))):
+        path = folder / f"{number * len(ARMS)}-arm={arm},ppo.seed={seed}"
+        (path / "status.json").write_text(json.dumps({"state": "done", "started": 2e9, "code": code}))
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config["ppo"]["optimizer"]["learning_rate"] = 1.0
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert study_of(folder).problems == [
+        "The members were made by 2 versions of the code (arm and seed by digest): "
+        "aaaaaaaaaaaa: ppo 1; bbbbbbbbbbbb: ppo 3.",
+        "ppo, seed 3, was not run as its first seed was: ppo.optimizer.learning_rate.",
+    ]
+
+
+def test_the_best_setting_counts_drift_from_where_training_started_and_must_have_passed_its_check(
+    tmp_path: Path,
+) -> None:
+    tuning = tmp_path / "tuning"
+    for number, (arm, setting) in enumerate((a, s) for a in ("ppo_from_base", "rank") for s in ("lower", "upper")):
+        make_member(tuning, number, arm, 100, setting=setting)
+    path = next(tuning.glob("*rank*upper"))
+    stage = {"name": "preference", "metrics": {"accuracy": 0.52, "accuracy_low": 0.5, "sft_accuracy": 0.5}}
+    (path / "stages.json").write_text(json.dumps([stage]))
+    rows = tuned(tuning, [], parse(PREREGISTRATION.read_text()).checks)
+    assert [(row.arm, row.setting, row.is_best) for row in rows] == [
+        ("ppo_from_base", "lower", False),
+        ("ppo_from_base", "upper", True),
+        ("rank", "lower", True),
+        ("rank", "upper", False),  # the larger gain, of a model that has not learnt to rank
+    ]
+    assert rows[0].drift == pytest.approx(36 * 7 / 8)  # mean of its last three versions, by its own reference
+    assert rows[2].drift == 9.0
+    assert rows[2].objective < rows[3].objective
+    assert rows[3].missed[0].startswith("rank, seed 100, orders 52.0%")
 
 
 def test_no_study_at_all(tmp_path: Path) -> None:
