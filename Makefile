@@ -28,7 +28,7 @@ study: setup ## the whole study: 15 arms, 3 seeds, some hours; started again it 
 	$(PY) -m controller.study.negation runs/five_reasons
 	$(PY) -m controller.study runs/five_reasons
 
-study-tuning: setup ## before it: the same three settings for every arm
+study-tuning: setup ## before it: the same four settings for every arm
 	$(PY) train.py -m +experiment=five_reasons_tuning $(ARGS)
 
 lint: setup ## style, format, types, import direction

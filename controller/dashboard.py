@@ -99,7 +99,8 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] =
     ),
 )  # fmt: skip
 
-SWEPT = ("ppo.kl.coef", "ppo.optimizer.learning_rate", "ppo.seed")  # columns of the parallel coordinates
+# Columns of the parallel coordinates. What else a member differs in, such as its arm, is in its name.
+SWEPT = ("method", "ppo.estimator", "ppo.kl.coef", "ppo.optimizer.learning_rate", "ppo.seed")
 RESULTS = ("evaluate/kl", "evaluate/gold_gain", "evaluate/objective")
 
 

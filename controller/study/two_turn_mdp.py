@@ -6,9 +6,9 @@ and so with a known optimum.
 
     best: a = 1, b = 1, worth 2.0        greedy in every turn: a = 0, b = 1, worth 1.2
 
-A tabular policy and a tabular critic learn it through the very functions that train the language model:
-`token_rewards`, `gae`, `whiten`, `policy_loss`, `value_loss`, on rows of a turn, an observation that is masked, and a
-turn. What must come out:
+A tabular policy and a tabular critic learn it through the very functions that train the language model: `shaped` and
+`episodes` on rollouts of a turn, an observation that is masked, and a turn, then `token_rewards`, `gae`, `whiten`,
+`policy_loss`, `value_loss`. What must come out:
 
     cumulative, per_turn   find the best: a turn is credited with all that follows
     separate               finds the greedy one: to a turn that is an episode of its own the next one does not exist
@@ -19,9 +19,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from contracts.config import EnvironmentConfig, PPOConfig
+from contracts.records import Completion, Prompt, Rollout, Turn
+from controller.shaping import ScoreNormalizer, episodes, shaped
 from learner.advantages import gae, token_rewards, whiten, whitening_moments
 from learner.losses import policy_loss, value_loss
 
@@ -69,7 +73,7 @@ def learn(payment: str, updates: int = 200, conversations: int = 64, seed: int =
         proximal, before = logprobs.detach(), values.detach()
         rewards = token_rewards(scores, proximal, proximal, mask, kl_coef=0.0)
         advantages, returns = gae(rewards, before, mask, gamma=1.0, lam=1.0)
-        noise = _unexplained(advantages[mask][_second(payment, mask)], a, b)
+        noise = _unexplained(advantages[mask][1::2], a, b)  # turn after turn, conversation after conversation
         advantages = whiten(advantages, mask, whitening_moments(advantages, mask))
         loss, _ = policy_loss(logprobs, proximal, advantages, mask, clip=0.2, dual_clip=3.0)
         fit, _ = value_loss(values, before, returns, mask, clip=None)
@@ -86,22 +90,26 @@ def _rows(
     payment: str, policy: list[Tensor], critic: list[Tensor], a: Tensor, b: Tensor, paid: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, values, what is paid and the mask [rows, columns]: a row is a conversation, or with `separate`
-    a turn, those of turn 1 before those of turn 2."""
-    logprobs = torch.stack([policy[0].log_softmax(0)[a], policy[1].log_softmax(1)[a, b]])
-    values = torch.stack([critic[0].expand(len(a)), critic[1][a]])
-    if payment == "separate":
-        return logprobs.reshape(-1, 1), values.reshape(-1, 1), paid.reshape(-1, 1), torch.ones(2 * len(a), 1).bool()
-    if payment == "cumulative":
-        paid = torch.stack([torch.zeros_like(paid[0]), paid.sum(dim=0)])
-    observed = torch.zeros_like(paid[0])
-    rows = [torch.stack([x[0], observed, x[1]], dim=1) for x in (logprobs, values, paid)]
-    return rows[0], rows[1], rows[2], torch.tensor(MASK).expand(len(a), 3)
+    a turn."""
+    rollouts = [_conversation(i, first, second) for i, (first, second) in enumerate(paid.T.tolist())]
+    ppo, environment = PPOConfig(missing_eos_penalty=0.0), EnvironmentConfig(reward=payment)
+    worth = [shaped(rollout, ScoreNormalizer(), ppo, environment) for rollout in rollouts]
+    parts, scores = episodes(rollouts, worth, environment)
+    place = torch.from_numpy(np.stack([part.completion.token_ids for part in parts])).long()
+    mask = torch.tensor(MASK).repeat(len(a))[place]
+    logprobs = torch.stack([policy[0].log_softmax(0)[a], torch.zeros(len(a)), policy[1].log_softmax(1)[a, b]], dim=1)
+    values = torch.stack([critic[0].expand(len(a)), torch.zeros(len(a)), critic[1][a]], dim=1)
+    return logprobs.reshape(-1)[place], values.reshape(-1)[place], torch.from_numpy(np.stack(scores)), mask
 
 
-def _second(payment: str, mask: Tensor) -> Tensor:
-    """Which of the tokens under the mask, row after row, are of turn 2."""
-    count = int(mask.sum())
-    return torch.arange(count) >= count // 2 if payment == "separate" else torch.arange(count) % 2 == 1
+def _conversation(number: int, first: float, second: float) -> Rollout:
+    """Rewarded turn by turn. A token's id is its place among all conversations, so that it is known again in an episode."""
+    width, ends = len(MASK), [i + 1 for i, is_sampled in enumerate(MASK) if is_sampled]
+    ids = np.arange(number * width, (number + 1) * width, dtype=np.int32)
+    nothing = np.zeros(width, dtype=np.float32)
+    completion = Completion(ids, nothing, nothing.astype(np.int32), "stop", "", np.array(MASK))
+    turns = [Turn(end, "stop", reward) for end, reward in zip(ends, (first, second), strict=True)]
+    return Rollout((0, number, 0), Prompt(number, "", ()), completion, turns=turns)
 
 
 def _unexplained(advantages: Tensor, a: Tensor, b: Tensor) -> Tensor:
