@@ -99,6 +99,13 @@ def test_the_tuning_tries_other_values_of_what_each_arm_reads_and_nothing_else()
         assert rows[0].data.eval_prompts.path == rows[0].data.prompts.path
 
 
+def test_every_arm_states_its_own_knob() -> None:
+    """Else it runs with the demo's value, which nobody has chosen for it."""
+    for arm in ARMS:
+        own = OmegaConf.load(CONF / "arm" / f"{arm}.yaml")
+        assert OmegaConf.select(own, TUNED[own.method]) is not None, arm
+
+
 def test_conversations_share_the_budget_of_one_answer() -> None:
     single = configured("five_reasons", {"arm": "ppo"})
     for arm in (arm for arm in ARMS if arm.startswith("two_turn")):
