@@ -255,6 +255,36 @@ def test_siblings_are_due_together() -> None:
     assert ledger.staleness == [2, 2]
 
 
+def test_groups_of_a_lost_actor_do_not_leave_more_due_than_an_update_takes() -> None:
+    """One sibling of three groups is there when the actor with the others is lost. Sampled again, these are as old as the
+    delivered ones, so the update before the last possible one has to take a group of them."""
+    kept, lost = Actor(), Actor()
+    actors = [kept, lost]
+    fleet, _, _ = crew(actors)
+    dispatcher, ledger = start(actors, staleness=2, samples=2, fleet=fleet, timeout_s=2.0)
+    dispatcher.feed(updates_left=9)
+    kept.finish(0, 1, 2, 3)
+    lost.finish(0, 2, 4)
+    old = [prompt for prompt in lost.prompts for _ in range(2)]
+    dispatcher.next_batch(0)
+    dispatcher.publish(1)
+    ledger.trained(1)
+    dispatcher.feed(updates_left=8)
+    lost.asked.pop()[0].set_exception(EngineLostError("gone"))
+    until(dispatcher, lambda: actors[1] is not lost and len(fleet.present()) == 2)
+    dispatcher._catch_up()
+    kept.finish(0, 1, 2, 3, versions=(1,))  # an update's worth
+    until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 8)
+    assert not ledger.ready(4, 1), "the three groups would all be due in the one update of version 2"
+    actors[1].finish(0, 1, 2, versions=(1,))
+    until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 14)
+    first = [r.prompt.prompt_id for r in dispatcher.next_batch(1)]
+    dispatcher.publish(2)
+    ledger.trained(2)
+    second = [r.prompt.prompt_id for r in dispatcher.next_batch(2)]
+    assert [p for p in first + second if p in old] == old
+
+
 def test_the_gold_judge_sees_an_even_share() -> None:
     actors = [Actor(), Actor()]
     dispatcher, _ = start(actors, rollouts=8, gold=4)
