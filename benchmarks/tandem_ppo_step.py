@@ -26,6 +26,7 @@ from contracts.config import (
     SourceConfig,
     TandemConfig,
 )
+from contracts.placement import weight_backend
 from contracts.records import Prompt
 from contracts.validation import validate
 from controller.controller import PPOController
@@ -33,7 +34,7 @@ from controller.fleet import Fleet
 from controller.metrics import RunLog
 from controller.progress import Progress
 from controller.prompts import PromptStream
-from controller.runtime import Runtime, weight_backend
+from controller.runtime import Runtime
 
 
 def make_config(job: dict[str, Any], run_dir: str) -> TandemConfig:

@@ -2,7 +2,8 @@
 
 from contracts.check import Check
 from contracts.config import TandemConfig
-from contracts.placement import PlacementError, Resources, check_nodes, plan
+from contracts.methods import runs
+from contracts.placement import PlacementError, Resources, check_nodes, on_one_gpu, plan, weight_backend
 
 
 def cluster_checks(config: TandemConfig) -> list[Check]:
@@ -55,7 +56,63 @@ def cluster_checks(config: TandemConfig) -> list[Check]:
             transfer,
             "auto or cluster.layout=disaggregated",
         ),
+        Check(
+            not runs(config, "ppo")
+            or weight_backend(config) not in ("nccl", "ipc")
+            or (on_gpus and cluster.gpus_per_learner_rank > 0),
+            "learner.weight_transfer",
+            f"shared_memory or ray_object unless actors and learner ranks have GPUs (cluster.gpus_per_actor "
+            f"{cluster.gpus_per_actor:g}, cluster.gpus_per_learner_rank {cluster.gpus_per_learner_rank:g})",
+            transfer if transfer != "auto" else f"auto, which is {weight_backend(config)} for actors on GPUs",
+            "shared_memory, or GPUs for both",
+        ),
+        *_whole_gpus(config),
+        *_nccl_groups(config),
     ]
+
+
+def _whole_gpus(config: TandemConfig) -> list[Check]:
+    names = ("gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica")
+    values = [(f"cluster.{name}", float(getattr(config.cluster, name))) for name in names]
+    return [
+        Check(
+            not value > 1 or value.is_integer(),
+            key,
+            "at most 1, or a whole number: Ray divides one GPU among processes, never several",
+            value,
+            f"{value // 1:g} or {value // 1 + 1:g}",
+        )
+        for key, value in values
+    ]
+
+
+def _nccl_groups(config: TandemConfig) -> list[Check]:
+    """Two processes on one GPU cannot be in one NCCL group, and Ray fills a GPU before it takes the next."""
+    made, colocated = plan(config), config.cluster.layout == "colocated"
+    ranks = on_one_gpu(made, made.learner)
+    joined = [*made.actors, *made.learner[:1]] if runs(config, "ppo") and weight_backend(config) == "nccl" else []
+    members = on_one_gpu(made, joined)
+    both = "cluster.gpus_per_actor + cluster.gpus_per_learner_rank"
+    return [
+        Check(
+            not ranks,
+            both if colocated else "cluster.gpus_per_learner_rank",
+            f"so large that no GPU holds two of the {len(made.learner)} learner ranks, which NCCL could not join",
+            _sum(ranks),
+            "0.5 and 0.5, with an actor for each rank" if colocated else "1 for each rank",
+        ),
+        Check(
+            not members,
+            both.replace("+", "and"),
+            "so large that no GPU holds two of the actors and learner rank 0, which NCCL joins to transfer weights",
+            _sum(members),
+            "1 or more for each, or cluster.layout=colocated",
+        ),
+    ]
+
+
+def _sum(sizes: list[float]) -> str:
+    return f"{' + '.join(f'{size:g}' for size in sizes)} = {sum(sizes):g}"
 
 
 def stated_nodes(config: TandemConfig) -> list[Resources] | None:

@@ -28,6 +28,11 @@ class RolloutRequest:
     def key(self) -> tuple[int, int, int]:
         return (self.epoch, self.prompt.prompt_id, self.sample_index)
 
+    @property
+    def group(self) -> tuple[int, int]:
+        """What the requests of one rollout group share."""
+        return self.key[:2]
+
 
 @dataclass
 class Completion:

@@ -212,7 +212,6 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
     batches += [("ppo.ptx_batch_size", config.ppo.ptx_batch_size)] if config.ppo.ptx_coef > 0 else []
     longest = config.data.max_prompt_tokens + config.ppo.sampling.max_completion_tokens
     on_cpu = cluster.gpus_per_learner_rank == 0
-    gpus = f"gpus_per_learner_rank {cluster.gpus_per_learner_rank}, gpus_per_actor {cluster.gpus_per_actor}"
     return [
         *(
             Check(size >= ranks, key, f"at least cluster.num_learner_ranks ({ranks})", size, f"{ranks} or more")
@@ -245,13 +244,6 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
             "learner.attention",
             "one that runs on CPU (cluster.gpus_per_learner_rank 0)",
             learner.attention,
-            "auto",
-        ),
-        Check(
-            learner.weight_transfer not in ("nccl", "ipc") or not (on_cpu or cluster.gpus_per_actor == 0),
-            "learner.weight_transfer",
-            f"auto, shared_memory or ray_object unless learner ranks and actors have GPUs (cluster: {gpus})",
-            learner.weight_transfer,
             "auto",
         ),
         Check(

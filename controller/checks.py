@@ -1,11 +1,13 @@
 """What can be known of models and data before an engine starts, beyond the configuration itself."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
 from contracts.config import TandemConfig
 from contracts.methods import GIVEN, results_needed, runs
+from contracts.placement import needs
 from contracts.validation import ConfigError
 from controller.inputs import Inputs
 
@@ -27,6 +29,7 @@ def check_model(config: TandemConfig) -> None:
             )
             if key == "model.path":
                 problems += _too_many_layers(config, getattr(found, "num_hidden_layers", None))
+                problems += _undivided_heads(config, found.get_text_config())
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
@@ -80,4 +83,25 @@ def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:
         f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"
         for key, value in wanted.items()
         if layers is not None and value is not None and value > layers
+    ]
+
+
+def _undivided_heads(config: TandemConfig, model: Any) -> list[str]:
+    """vLLM gives each of the tensor-parallel workers as many attention heads, and key-value heads by their number or, where
+    there are fewer of these, copies of each (vllm/model_executor/models/llama.py)."""
+    size, heads = config.engine.tensor_parallel_size, getattr(model, "num_attention_heads", None)
+    if heads is None or not needs(config)[0].count:
+        return []
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
+
+    def divides(n: int) -> bool:
+        return heads % n == 0 and max(kv_heads, n) % min(kv_heads, n) == 0
+
+    if divides(size):
+        return []
+    sizes = ", ".join(str(n) for n in range(1, heads + 1) if divides(n))
+    return [
+        f"engine.tensor_parallel_size must divide the model's {heads} attention heads, and divide its {kv_heads} "
+        f"key-value heads or be a multiple of them; found {size}; write one of {sizes}, with as many "
+        "cluster.gpus_per_actor"
     ]

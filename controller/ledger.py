@@ -11,7 +11,8 @@ number that is current, so a repeated, late or hedged one changes nothing. What 
 
 Staleness is bounded before it arises (AReaL, arXiv 2505.24298): that many open rollouts are as many as the next
 `max_staleness + 1` updates consume. Rollouts finish in another order than they were admitted, so `ready` also looks at what
-an update would leave behind: a straggler may be overtaken as long as the updates that are left to it have room.
+an update would leave behind: a straggler may be overtaken as long as the updates that are left to it have room. A rollout
+group is consumed as a whole, so all of it is due with its oldest lease, also the part whose holder has died meanwhile.
 
 Rows reach `ledger.jsonl` after the commit that holds the weights, never before; the commit carries a copy of them. So the
 file, too, never claims more than the weights know, and a crash between the two costs nothing.
@@ -29,7 +30,7 @@ import numpy as np
 
 from contracts.portable import ArrayStore, decode, encode
 from contracts.records import Rollout, RolloutRequest
-from controller.ledger_entries import Entry, Key, Lease, State
+from controller.ledger_entries import Awaited, Entry, Key, Lease, State
 from controller.ledger_log import main, rejoin
 
 
@@ -42,7 +43,7 @@ class StalenessError(LedgerError):
 
 
 class Ledger:
-    """All calls come from the controller's one thread. Costs are O(1) a rollout, whatever the number of holders."""
+    """All calls come from the controller's one thread. Costs are O(group) a rollout, whatever the number of holders."""
 
     def __init__(self, rollouts_per_update: int, max_staleness: int):
         if rollouts_per_update < 1 or max_staleness < 0:
@@ -61,7 +62,7 @@ class Ledger:
         self._pending: list[tuple[int, Entry]] = []  # heap by order of admission
         self._leases: dict[int, Entry] = {}
         self._held: defaultdict[str, dict[int, Entry]] = defaultdict(dict)  # holder -> its leases
-        self._leased_due: Counter[int] = Counter()  # due version -> LEASED rollouts
+        self._awaited = Awaited()
         self._scored: defaultdict[int, list[Entry]] = defaultdict(list)  # due version -> SCORED rollouts
         self._num_scored = 0
         self._batched: list[Entry] = []
@@ -100,6 +101,7 @@ class Ledger:
             entry = Entry(request, self.counts["admitted"], self.version)
             self.counts["admitted"] += 1
             self._open[key] = entry
+            self._awaited.add(entry)
             heapq.heappush(self._pending, (entry.order, entry))
 
     def lease(self, n: int, holder: str) -> list[Lease]:
@@ -112,8 +114,8 @@ class Ledger:
                 continue  # quarantined while it waited
             entry.state, entry.due = State.LEASED, due
             leases.append(self._grant(entry, holder))
-        if leases:
-            self._leased_due[due] += len(leases)
+        for group in {lease.request.group for lease in leases}:
+            self._awaited.recount(group)
         return leases
 
     def hedge(self, lease_number: int, holder: str) -> Lease | None:
@@ -147,6 +149,7 @@ class Ledger:
         if not entry.leases:  # else another holder is at it
             entry.state = State.PENDING
             heapq.heappush(self._pending, (entry.order, entry))
+            self._awaited.recount(entry.request.group)
         return True
 
     @property
@@ -167,7 +170,9 @@ class Ledger:
 
     def complete_group(self, parts: list[tuple[int, Rollout]]) -> bool:
         """The rollouts of one prompt, each with its lease: they are due together, so that one update takes them all."""
-        oldest = min((int(v.min()) for _, r in parts if len(v := r.completion.policy_versions)), default=None)
+        leased = [e.due - self.max_staleness for lease, _ in parts if (e := self._leases.get(lease))]
+        sampled = [int(v.min()) for _, r in parts if len(v := r.completion.policy_versions)]
+        oldest = min(sampled or leased, default=None)
         return all([self.complete(lease, rollout, oldest) for lease, rollout in parts])
 
     def complete(self, lease_number: int, rollout: Rollout, oldest: int | None = None) -> bool:
@@ -187,6 +192,7 @@ class Ledger:
         entry.holder = entry.leases[lease_number]
         self._end_leases(entry)
         entry.state, entry.rollout, entry.due = State.SCORED, rollout, oldest + self.max_staleness
+        self._awaited.remove(entry)
         self._scored[entry.due].append(entry)
         self._num_scored += 1
         self.counts["scored"] += 1
@@ -197,8 +203,9 @@ class Ledger:
         entry = self._open.get(key)
         if entry is None:
             raise LedgerError(f"rollout {key} cannot be quarantined: it is not open")
-        if entry.state is State.LEASED:
+        if entry.state in (State.PENDING, State.LEASED):
             self._end_leases(entry)
+            self._awaited.remove(entry)
         elif entry.state is State.SCORED:
             self._scored[entry.due].remove(entry)
             if not self._scored[entry.due]:
@@ -218,7 +225,7 @@ class Ledger:
         if self._num_scored < n:
             return False
         missing, left = n, 0
-        for due in sorted({*self._scored, *self._leased_due}):
+        for due in sorted({*self._scored, *self._awaited.due}):
             scored = len(self._scored.get(due, ()))
             if scored and due < version:
                 key = self._scored[due][0].request.key
@@ -228,7 +235,7 @@ class Ledger:
                 )
             chosen = min(missing, scored)
             missing -= chosen
-            left += scored - chosen + self._leased_due.get(due, 0)
+            left += scored - chosen + self._awaited.due[due]
             if left > (due - version) * self.rollouts_per_update:
                 return False
         return True
@@ -300,10 +307,6 @@ class Ledger:
         entry = self._leases.pop(number, None)
         if entry is not None:
             self._held.get(entry.leases.pop(number), {}).pop(number, None)
-            if not entry.leases:
-                self._leased_due[entry.due] -= 1
-                if not self._leased_due[entry.due]:
-                    del self._leased_due[entry.due]
         return entry
 
     def _end_leases(self, entry: Entry) -> None:
@@ -385,6 +388,7 @@ class Ledger:
             entry = Entry(request, row["order"], row["admitted_at"], attempts=row["attempts"], rollout=rollout)
             self._open[request.key] = entry
             if rollout is None:
+                self._awaited.add(entry)
                 heapq.heappush(self._pending, (entry.order, entry))
             else:
                 entry.state, entry.due = State.SCORED, row["due"]

@@ -1,5 +1,6 @@
 """What the ledger remembers of a rollout while it is open."""
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from contracts.records import Rollout, RolloutRequest
 
 Key = tuple[int, int, int]  # (epoch, prompt_id, sample_index)
+Group = tuple[int, int]  # (epoch, prompt_id), of the rollouts that share a prompt
 
 
 class State(Enum):
@@ -37,3 +39,38 @@ class Entry:
     holder: str = ""  # the last to have leased it; who answered, once it is SCORED
     due: int = 0  # LEASED and SCORED: the last version of the learner that may consume it
     rollout: Rollout | None = None
+
+
+class Awaited:
+    """The rollouts that are not scored yet, PENDING or LEASED, and when they are due.
+
+    A rollout group is scored as a whole, under the oldest of its leases. So from its first lease all of it is due with the
+    oldest: also the part whose holder has died, which counts neither as free nor as of the version that leases it again.
+    """
+
+    def __init__(self) -> None:
+        self.due: Counter[int] = Counter()  # due version -> rollouts of the groups that have a lease
+        self._rollouts: defaultdict[Group, set[Entry]] = defaultdict(set)
+        self._counted: dict[Group, tuple[int, int]] = {}  # of a group: due version, how many rollouts in `due`
+
+    def add(self, entry: Entry) -> None:
+        self._rollouts[entry.request.group].add(entry)
+
+    def remove(self, entry: Entry) -> None:
+        group = entry.request.group
+        self._rollouts[group].remove(entry)
+        self.recount(group)
+        if not self._rollouts[group]:
+            del self._rollouts[group]
+
+    def recount(self, group: Group) -> None:
+        """After a change of its leases."""
+        due, count = self._counted.pop(group, (0, 0))
+        self.due[due] -= count
+        if not self.due[due]:
+            del self.due[due]
+        rollouts = self._rollouts[group]
+        leased = [entry.due for entry in rollouts if entry.state is State.LEASED]
+        if leased:
+            self._counted[group] = min(leased), len(rollouts)
+            self.due[min(leased)] += len(rollouts)

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 from contracts.config import SFTConfig, TandemConfig
 from contracts.methods import GIVEN, chosen_preference, method_stage, method_title, stages_to_run
+from contracts.placement import weight_backend
 from contracts.records import StageResult
 from contracts.scorers import has_gold
 from contracts.validation import ConfigError, check_machine
@@ -42,7 +43,7 @@ from controller.prompts import PromptStream
 from controller.recovery import once_more
 from controller.redaction import redacted
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
-from controller.runtime import Runtime, embedded_nodes, ray_session, weight_backend
+from controller.runtime import Runtime, embedded_nodes, ray_session
 from controller.stages import StageStore, checkpoint_fingerprint
 from controller.stop import Stop
 

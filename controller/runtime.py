@@ -18,16 +18,6 @@ from contracts.weights import WeightsRefused, WeightUpdate
 from controller.placement import Placement
 
 
-def weight_backend(config: TandemConfig) -> str:
-    """The transport that `learner.weight_transfer` stands for on this cluster."""
-    chosen = config.learner.weight_transfer
-    if chosen != "auto":
-        return chosen
-    if config.cluster.gpus_per_actor == 0:
-        return "shared_memory"
-    return "ipc" if config.cluster.layout == "colocated" else "nccl"
-
-
 def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
     """Environment of the processes of each role."""
     roles = {

@@ -1,7 +1,8 @@
 """The rollout actors, as the sender of weights sees them: every call goes to all at once, and ends.
 
 Two ways to deal with an actor that is dead, late or refuses: `call` goes on without it and says so; the methods of vLLM's
-`VLLMWeightSyncClient` protocol, which its own transports call, raise, because their collectives need every member.
+`VLLMWeightSyncClient` protocol, which its own transports call, raise, because a transfer of theirs needs every member to its
+end. Between two transfers `leave_out_lost` reduces the members to those that answer.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 
 
 class ReceiversLost(RuntimeError):
-    """Actors do not answer; a transport that needs all of them has to be connected again, without them."""
+    """Actors were lost within a transfer that needs all of them; the others have half of it, so no run goes on from here."""
 
 
 class Receivers:
@@ -20,13 +21,25 @@ class Receivers:
         self.actors, self._timeout_s = actors, timeout_s
         self._tensor_parallel_size = tensor_parallel_size
         self._unanswered: dict[int, Any] = {}  # earlier calls, by the actor's number
+        self.left_out: dict[int, str] = {}  # actors that are not called any more, and why
+
+    @property
+    def members(self) -> list[int]:
+        """Numbers of the actors that are called."""
+        return [i for i in range(len(self.actors)) if i not in self.left_out]
+
+    def leave_out_lost(self) -> bool:
+        """Whether actors that were members until now do not answer; they are members no more."""
+        _, lost = self.call("ready", lambda i: ())
+        self.left_out |= lost
+        return bool(lost)
 
     def call(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> tuple[dict[int, Any], dict[int, str]]:
         """Answers by the actor's number, and the reasons why the others have not given any.
 
         An actor that still owes the answer to an earlier call is sent this one too, but nobody waits for it again.
         """
-        calls = {i: getattr(actor, method).remote(*arguments(i)) for i, actor in enumerate(self.actors)}
+        calls = {i: getattr(self.actors[i], method).remote(*arguments(i)) for i in self.members}
         owing, _ = ray.wait(list(self._unanswered.values()), num_returns=len(self._unanswered), timeout=0)
         self._unanswered = {i: call for i, call in self._unanswered.items() if call not in owing}
         waited = [call for i, call in calls.items() if i not in self._unanswered]
@@ -54,7 +67,7 @@ class Receivers:
             if "rank_offset" not in init_info:
                 return WeightTransferInitRequest(init_info=init_info)
             # Each engine counts its workers from 0; vLLM expects one engine, or one that spans all of them.
-            offset = init_info["rank_offset"] + i * self._tensor_parallel_size
+            offset = init_info["rank_offset"] + self.members.index(i) * self._tensor_parallel_size
             return WeightTransferInitRequest(init_info=init_info | {"rank_offset": offset})
 
         self.call_all("init_weight_transfer_engine", lambda i: (request(i),))
@@ -75,4 +88,7 @@ class Receivers:
         _, missing = self.call(method, arguments)
         if missing:
             reasons = "; ".join(f"actor {i}: {reason}" for i, reason in missing.items())
-            raise ReceiversLost(f"{method} did not reach every actor: {reasons}")
+            raise ReceiversLost(
+                f"{method} did not reach every actor: {reasons}; a transfer over NCCL or IPC cannot go on without them. "
+                "Start the run again: it goes on from its last commit (checkpoint.resume=auto)"
+            )

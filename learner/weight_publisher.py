@@ -8,21 +8,18 @@
     ray_object      CPU: the object store for all
     nccl, ipc       vLLM's own, on GPUs
 
-On CPU an actor that is dead, late or refuses is left out and reported, and gets the current version when it is connected
-again. vLLM's own transports need every actor: one that is found dead before a transfer raises `ReceiversLost`, and
-`connect` builds the group again without it. One that dies within an NCCL broadcast leaves rank 0 waiting in it; the
-deadline of the caller, `cluster.step_timeout_s`, then ends the learner.
+An actor that is dead, late or refuses is left out and reported, and gets the current version when it is connected again;
+what vLLM's own transports cannot do without an actor is in `learner/group_trainer.py`.
 """
 
-import math
-import time
 from typing import Any
 
 import ray
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
+from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightSource
 
-from contracts.weights import LoadReport, PublishReport
+from contracts.weights import PublishReport
+from learner.group_trainer import GroupTrainer
 from learner.host_trainer import HostTrainer, RayObjectInfo, SharedMemoryInfo
 from learner.receivers import Receivers
 
@@ -41,22 +38,22 @@ class WeightPublisher:
     ):
         self._backend, self._source, self._rank = backend, source, rank
         self._tensor_parallel_size, self._timeout_s = tensor_parallel_size, timeout_s
-        self._trainer: TrainerWeightTransferEngine | None = None
-        self._receivers: Receivers | None = None
+        self._trainer: HostTrainer | GroupTrainer | None = None
 
     def connect(self, actors: list[Any]) -> None:
         """Send to these actors from now on; all ranks together. Again, when actors have been lost or replaced."""
-        self._receivers = Receivers(actors, self._tensor_parallel_size, self._timeout_s)
-        if isinstance(self._trainer, HostTrainer):
-            if self._rank == 0:
-                self._trainer.connect(self._receivers)
-            return
+        receivers = Receivers(actors, self._tensor_parallel_size, self._timeout_s)
         if self._trainer is not None:
-            self._trainer.shutdown()
-            if self._rank == 0:  # new actors have nothing to shut down, lost ones do not answer
-                self._receivers.call("shutdown_weight_transfer_engine", lambda i: ())
-        info = _init_info(self._backend, self._rank, len(actors) * self._tensor_parallel_size)
-        self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=self._receivers, source=self._source)
+            if self._rank == 0:
+                self._trainer.connect(receivers)
+        elif self._backend in (SharedMemoryInfo.backend, RayObjectInfo.backend):
+            self._trainer = self._open(receivers)
+        else:
+            self._trainer = GroupTrainer(self._open, self._source, self._rank == 0, receivers)
+
+    def _open(self, receivers: Receivers) -> Any:
+        info = _init_info(self._backend, self._rank, len(receivers.members) * self._tensor_parallel_size)
+        return WeightTransferTrainerFactory.trainer_init(info, client=receivers, source=self._source)
 
     def send(self, policy_version: int) -> PublishReport | None:
         """Give every actor the weights of `policy_version`; all ranks together.
@@ -65,25 +62,10 @@ class WeightPublisher:
             What became of it, on rank 0; None on the others.
 
         Raises:
-            ReceiversLost: one of vLLM's own transports has lost an actor.
+            ReceiversLost: an actor was lost within a transfer over one of vLLM's own transports.
         """
         assert self._trainer is not None, "send() before connect()"
-        assert self._receivers is not None
-        if isinstance(self._trainer, HostTrainer):
-            return self._trainer.send_weights(policy_version)
-        start = time.perf_counter()
-        if self._rank == 0:
-            self._receivers.call_all("ready")  # before the collective: it would wait for ever for a dead actor
-        self._trainer.send_weights()
-        if self._rank != 0:
-            return None
-        self._receivers.call_all("update_weight_version", lambda i: (str(policy_version),))
-        seconds = time.perf_counter() - start
-        nbytes = sum(math.prod(m.shape) * m.dtype.itemsize for m in self._source.metadata())
-        count = len(self._receivers.actors)
-        # ready, start, update, finish, version. Generation stands still from the start to the end.
-        loaded = {i: LoadReport(policy_version, pause_s=seconds) for i in range(count)}
-        return PublishReport(policy_version, seconds, 0.0, nbytes, 5 * count, loaded, {})
+        return self._trainer.send_weights(policy_version)
 
     def shutdown(self) -> None:
         if self._trainer is not None:

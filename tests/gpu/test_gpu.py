@@ -10,7 +10,8 @@ import pytest
 import ray
 
 from contracts.config import TandemConfig
-from controller.runtime import Runtime, weight_backend
+from contracts.placement import weight_backend
+from controller.runtime import Runtime
 from tests.conftest import kill, make_config
 from tests.integration.test_engines import EOS, logprobs, rollouts, sequences, train
 

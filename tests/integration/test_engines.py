@@ -138,7 +138,11 @@ def test_engines_and_learner_agree_after_publish(
         samples = rollouts(engines[0])
         assert {int(v) for r in samples for v in r.completion.policy_versions} == {0}
         before = logprobs(engines[0], samples)
-        metrics = train(group, config_bf16, samples)
+        metrics = train(group, config_bf16, samples, steps=1)
+        # Sampler against learner before the update: rounding, as below.
+        assert metrics["kl/mismatch_logp_mean"] < 0.05
+        assert metrics["kl/mismatch_k3"] < 1e-3
+        train(group, config_bf16, samples, steps=2)
         report: PublishReport = group.call("publish", 1)[0]
         report.require_all()
         mine = np.concatenate(group.call("token_logprobs", sequences(samples))[0])
@@ -150,7 +154,6 @@ def test_engines_and_learner_agree_after_publish(
             assert gap < 0.05
             assert gap < moved / 4
             assert {int(v) for r in rollouts(engine) for v in r.completion.policy_versions} == {1}
-        assert metrics["kl/mismatch_k3"] < 0.01 or metrics["kl/ref_seq"] != 0
     finally:
         group.stop()
 
@@ -235,11 +238,11 @@ def test_an_engine_that_was_sent_too_little_ends_instead_of_sampling(
 @pytest.mark.parametrize(
     ("dtype", "tied", "limit"),
     [
-        (torch.float32, False, 1e-3),
-        pytest.param(torch.float32, True, 1e-3, marks=pytest.mark.full),
+        (torch.float32, True, 1e-3),
+        pytest.param(torch.float32, False, 1e-3, marks=pytest.mark.full),  # always run in test_two_turn.py
         pytest.param(torch.bfloat16, False, 0.05, marks=pytest.mark.full),
     ],
-    ids=["float32-untied", "float32-tied", "bfloat16-untied"],
+    ids=["float32-tied", "float32-untied", "bfloat16-untied"],
 )
 def test_agreement_to_rounding(tmp_path: Path, dtype: torch.dtype, tied: bool, limit: float) -> None:
     """The other layouts; all models here have fused qkv and gate_up layers in the engine and none in the learner."""

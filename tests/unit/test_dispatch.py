@@ -255,6 +255,36 @@ def test_siblings_are_due_together() -> None:
     assert ledger.staleness == [2, 2]
 
 
+def test_groups_of_a_lost_actor_do_not_leave_more_due_than_an_update_takes() -> None:
+    """One sibling of three groups is there when the actor with the others is lost. Sampled again, these are as old as the
+    delivered ones, so the update before the last possible one has to take a group of them."""
+    kept, lost = Actor(), Actor()
+    actors = [kept, lost]
+    fleet, _, _ = crew(actors)
+    dispatcher, ledger = start(actors, staleness=2, samples=2, fleet=fleet, timeout_s=2.0)
+    dispatcher.feed(updates_left=9)
+    kept.finish(0, 1, 2, 3)
+    lost.finish(0, 2, 4)
+    old = [prompt for prompt in lost.prompts for _ in range(2)]
+    dispatcher.next_batch(0)
+    dispatcher.publish(1)
+    ledger.trained(1)
+    dispatcher.feed(updates_left=8)
+    lost.asked.pop()[0].set_exception(EngineLostError("gone"))
+    until(dispatcher, lambda: actors[1] is not lost and len(fleet.present()) == 2)
+    dispatcher._catch_up()
+    kept.finish(0, 1, 2, 3, versions=(1,))  # an update's worth
+    until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 8)
+    assert not ledger.ready(4, 1), "the three groups would all be due in the one update of version 2"
+    actors[1].finish(0, 1, 2, versions=(1,))
+    until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 14)
+    first = [r.prompt.prompt_id for r in dispatcher.next_batch(1)]
+    dispatcher.publish(2)
+    ledger.trained(2)
+    second = [r.prompt.prompt_id for r in dispatcher.next_batch(2)]
+    assert [p for p in first + second if p in old] == old
+
+
 def test_the_gold_judge_sees_an_even_share() -> None:
     actors = [Actor(), Actor()]
     dispatcher, _ = start(actors, rollouts=8, gold=4)
@@ -280,7 +310,7 @@ class Learner:
     def __init__(self, actors: list[Actor]):
         self.calls: list[tuple[Any, ...]] = []
         self.actors, self.refuse = actors, dict[int, str]()
-        self.is_stopped = False
+        self.is_stopped, self.keeps_updates = False, True
 
     def pulse(self, rank: int) -> Call:
         answer: Future[int] = Future()
@@ -292,7 +322,7 @@ class Learner:
         self.calls.append((method, arguments[-1]))
         loaded = {i: LoadReport(arguments[-1]) for i in range(len(self.actors)) if i not in self.refuse}
         report: Future[Any] = Future()
-        update = WeightUpdate("publisher", arguments[-1], ())
+        update = WeightUpdate("publisher", arguments[-1], ()) if self.keeps_updates else None
         report.set_result(PublishReport(arguments[-1], 0.0, 0.0, 0, 0, loaded, self.refuse, update))
         self.refuse = {}
         return [Call(report)]
@@ -362,6 +392,28 @@ def test_a_new_actor_without_the_current_weights_gets_them_before_it_samples() -
         dispatcher.next_batch(0)
     assert learner.calls == [("connect", 0)]
     assert len(actors[0].work) == 4
+
+
+def test_an_actor_that_vllms_own_transport_left_out_joins_with_the_next_group() -> None:
+    """NCCL keeps no copy of the weights for the new actor, which serves its checkpoint until it is connected."""
+    kept, lost = Actor(), Actor()
+    actors = [kept, lost]
+    fleet, learner, _ = crew(actors)
+    learner.keeps_updates = False
+    dispatcher, ledger = start(actors, fleet=fleet)
+    dispatcher.feed(updates_left=2)
+    kept.finish(0, 1)
+    lost.finish(0, 1)
+    dispatcher.next_batch(0)
+    learner.refuse = {1: "ActorDiedError: the process is gone"}
+    dispatcher.publish(1)
+    ledger.trained(1)
+    until(dispatcher, lambda: actors[1] is not lost and len(fleet.present()) == 2)
+    dispatcher.feed(updates_left=1)
+    assert (len(kept.work), actors[1].work) == (2, [])
+    dispatcher._catch_up()
+    assert learner.calls == [("publish", 1), ("connect", 1)]
+    assert len(actors[1].work) == 2
 
 
 def test_actors_are_replaced_so_many_times_only() -> None:

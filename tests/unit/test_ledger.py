@@ -186,6 +186,21 @@ def test_too_many_stragglers_hold_up_the_update_before_the_last():
     assert (first.request.key, second.request.key) == ((0, 0, 0), (0, 1, 0))
 
 
+def test_a_group_is_due_with_its_oldest_lease_also_when_it_generated_nothing():
+    ledger = Ledger(2, 2)
+    ledger.admit([request(0, 0), request(0, 1)])
+    first, second = ledger.lease(2, "a")
+    ledger.admit([request(1, 0), request(1, 1)])
+    serve(ledger, 2, 0)
+    ledger.take(2, 0)
+    ledger.trained(1)
+    ledger.give_back(second.number)
+    [again] = ledger.lease(1, "b")  # alone it would be due at 3
+    assert ledger.complete_group([(lease.number, sampled(lease.request)) for lease in (first, again)])
+    assert ids(ledger.take(2, 2)) == [0, 0]
+    assert ledger.staleness == [2, 2]
+
+
 def test_what_is_too_old_is_an_error_not_a_sample():
     ledger = Ledger(1, 1)
     ledger.admit(requests(0))

@@ -1,5 +1,6 @@
 """The ledger under random deaths, late replies, failed commits and crashes, against a model that remembers which weights
-trained on which keys, and which weights survived."""
+trained on which keys, and which weights survived. Rollout groups are delivered one by one and completed as a whole, as the
+dispatcher does it."""
 
 import json
 import tempfile
@@ -22,10 +23,10 @@ HOLDERS = st.sampled_from(["a", "b", "c"])
 
 class LedgerMachine(RuleBasedStateMachine):
     @initialize(
-        rollouts_per_update=st.integers(1, 4), max_staleness=st.integers(0, 3), samples_per_prompt=st.integers(1, 3)
+        groups_per_update=st.integers(1, 3), max_staleness=st.integers(0, 3), samples_per_prompt=st.integers(1, 3)
     )
-    def start(self, rollouts_per_update: int, max_staleness: int, samples_per_prompt: int) -> None:
-        self.n, self.bound, self.samples = rollouts_per_update, max_staleness, samples_per_prompt
+    def start(self, groups_per_update: int, max_staleness: int, samples_per_prompt: int) -> None:
+        self.n, self.bound, self.samples = groups_per_update * samples_per_prompt, max_staleness, samples_per_prompt
         self.folder = tempfile.TemporaryDirectory()
         self.log = Path(self.folder.name) / "ledger.jsonl"
         self.ledger = Ledger(self.n, self.bound)
@@ -36,6 +37,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.version = 0
         self.batch: list[Rollout] = []
         self.leases: dict[int, tuple[Lease, str, int]] = {}  # current ones: lease, holder, version of the holder
+        self.delivered: dict[
+            tuple, tuple[int, list[int]]
+        ] = {}  # lease and versions of siblings that wait for the others
+        self.due: dict[tuple, int] = {}  # of what is answered: the last version that may train on it
         self.late: list[Lease] = []
         self.answered: set[tuple] = set()
         self.saved: list[Any] = []
@@ -80,18 +85,41 @@ class LedgerMachine(RuleBasedStateMachine):
     def leases_of(self, key: tuple) -> list[int]:
         return [number for number, (lease, *_) in self.leases.items() if lease.request.key == key]
 
-    @precondition(lambda self: self.leases)
+    def unanswered(self, group: tuple) -> list[tuple]:
+        return [k for k in self.asked if k[:2] == group and k not in self.ended and k not in self.answered]
+
+    @property
+    def at_work(self) -> list[int]:
+        """Leases whose rollout has not been delivered."""
+        delivered = {number for number, _ in self.delivered.values()}
+        return sorted(number for number in self.leases if number not in delivered)
+
+    @precondition(lambda self: self.at_work)
     @rule(data=st.data(), empty=st.booleans())
-    def complete(self, data: st.DataObject, empty: bool) -> None:
-        number = data.draw(st.sampled_from(sorted(self.leases)))
+    def deliver(self, data: st.DataObject, empty: bool) -> None:
+        number = data.draw(st.sampled_from(self.at_work))
         served = st.integers(self.leases[number][2], self.version)
         self.answer(number, [] if empty else sorted(data.draw(st.lists(served, min_size=1, max_size=4))))
 
     def answer(self, number: int, versions: list[int]) -> None:
-        lease = self.leases[number][0]
-        assert self.ledger.complete(number, self.rollout(lease, versions)) is True
-        self.answered.add(lease.request.key)
-        self.late += [self.leases.pop(n)[0] for n in self.leases_of(lease.request.key)]
+        key = self.leases[number][0].request.key
+        self.delivered.setdefault(key, (number, versions))
+        self.complete(key[:2])
+
+    def complete(self, group: tuple) -> None:
+        """The group, where all of it is there."""
+        keys = self.unanswered(group)
+        if not keys or not self.delivered.keys() >= {*keys}:
+            return
+        parts = [self.delivered.pop(key) for key in keys]
+        sampled = [v for _, versions in parts for v in versions]
+        oldest = min(sampled or [self.leases[number][2] for number, _ in parts])
+        rollouts = [(number, self.rollout(self.leases[number][0], versions)) for number, versions in parts]
+        assert self.ledger.complete_group(rollouts) is True
+        for key in keys:
+            self.answered.add(key)
+            self.due[key] = oldest + self.bound
+            self.late += [self.leases.pop(n)[0] for n in self.leases_of(key)]
 
     @precondition(lambda self: self.late)
     @rule(data=st.data())
@@ -101,9 +129,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(holder=HOLDERS)
     def death(self, holder: str) -> None:
-        gone = [number for number, (_, owner, _) in self.leases.items() if owner == holder]
-        assert self.ledger.release(holder) == len(gone)
-        self.late += [self.leases.pop(number)[0] for number in gone]
+        """What it has delivered keeps its lease."""
+        for number in [number for number in self.at_work if self.leases[number][1] == holder]:
+            assert self.ledger.give_back(number) is True
+            self.late.append(self.leases.pop(number)[0])
 
     @rule(data=st.data())
     def quarantine(self, data: st.DataObject) -> None:
@@ -113,8 +142,10 @@ class LedgerMachine(RuleBasedStateMachine):
             key = data.draw(st.sampled_from(still_open))
             self.ledger.quarantine(key, "bad")
             self.ended[key] = "quarantined"
+            self.delivered.pop(key, None)
             for number in self.leases_of(key):
                 self.late.append(self.leases.pop(number)[0])
+            self.complete(key[:2])
 
     @precondition(lambda self: not self.batch)
     @rule()
@@ -138,15 +169,19 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ended |= {r.key: self.version for r in self.batch}
         self.batch = []
 
-    @rule(stragglers=st.integers(0, 3), at_lease=st.booleans())
-    def busy_update(self, stragglers: int, at_lease: bool) -> None:
-        """All at work but for the oldest leases, which straggle; then an update, where the ledger allows one."""
+    @rule(stragglers=st.integers(0, 3), of_a_group=st.booleans(), at_lease=st.booleans(), lost=st.booleans())
+    def busy_update(self, stragglers: int, of_a_group: bool, at_lease: bool, lost: bool) -> None:
+        """All at work but for the oldest leases, or one in each of the oldest groups, which straggle or are lost; then an
+        update, where the ledger allows one."""
         self.admit()
         self.lease("a", 100)
-        for number in sorted(self.leases)[stragglers:]:
-            if number not in self.leases:
-                continue  # the other lease of a hedged rollout was answered
-            self.answer(number, [self.leases[number][2] if at_lease else self.version])
+        last = {self.leases[number][0].request.group if of_a_group else number: number for number in self.at_work}
+        late = list(last.values())[:stragglers]
+        for number in self.at_work:
+            if number in self.leases and number not in late:  # else the other lease of a hedged rollout was answered
+                self.answer(number, [self.leases[number][2] if at_lease else self.version])
+        if lost:
+            self.death("a")
         if not self.batch:
             self.take()
         if self.batch:
@@ -157,7 +192,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def save(self) -> None:
         state, arrays = self.ledger.state_dict()
         text = json.dumps(state)
-        model = (list(self.asked), dict(self.ended), self.version, set(self.answered))
+        model = (list(self.asked), dict(self.ended), self.version, set(self.answered), dict(self.due))
         self.saved.append((text, arrays, self.stream.state_dict(), model))
 
     @rule(when_it_fails=st.sampled_from(["no", "before the rename", "before the log"]))
@@ -175,7 +210,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def crash(self, same_process: bool, corrupt: int) -> None:
         """Back to the newest commit that can be read; newer ones are gone for ever."""
         del self.saved[max(1, len(self.saved) - corrupt) :]
-        text, arrays, stream, (asked, ended, version, answered) = self.saved[-1]
+        text, arrays, stream, (asked, ended, version, answered, due) = self.saved[-1]
         self.late += [lease for lease, *_ in self.leases.values()]
         if not same_process:
             self.ledger = Ledger(self.n, self.bound)
@@ -183,7 +218,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.stream.load_state_dict(stream)
         self.asked, self.ended, self.version = list(asked), dict(ended), version
         # What was sampled before the crash and not scored in the commit is sampled again.
-        self.batch, self.leases, self.answered = [], {}, set(answered)
+        self.batch, self.leases, self.delivered, self.answered, self.due = [], {}, {}, set(answered), dict(due)
 
     # ---- what must always hold
 
@@ -199,12 +234,30 @@ class LedgerMachine(RuleBasedStateMachine):
         assert (metrics["ledger/trained"], metrics["ledger/admitted"]) == (trained, len(self.asked))
         assert metrics["ledger/in_flight"] == len(self.leases)
 
-    @rule()
-    def finish(self) -> None:
+    @invariant()
+    def no_more_is_due_than_the_updates_until_then_can_take(self) -> None:
+        """So the run goes on, however the actors answer. A group is due with its oldest lease."""
+        if not hasattr(self, "asked"):
+            return
+        batch = {r.key for r in self.batch}
+        oldest: dict[tuple, int] = {}
+        for lease, _, version in self.leases.values():
+            group = lease.request.key[:2]
+            oldest[group] = min(version, oldest.get(group, version))
+        dues = [self.due[key] for key in self.answered - self.ended.keys() - batch]
+        for group, version in oldest.items():
+            dues += [version + self.bound] * len(self.unanswered(group))
+        for due in {*dues}:
+            updates = due - self.version + (not self.batch)
+            assert sum(d <= due for d in dues) <= updates * self.n, f"due at {due}, {updates} updates left"
+
+    @rule(at_lease=st.booleans())
+    def finish(self, at_lease: bool) -> None:
         """The run is served to its end from here: everything open trains, nothing waits for ever, the audit agrees."""
         self.lease("a", 100)
-        while self.leases:
-            self.answer(min(self.leases), [self.version])
+        for number in self.at_work:
+            if number in self.leases:  # else its group is complete, by the other lease of a hedged rollout
+                self.answer(number, [self.leases[number][2] if at_lease else self.version])
         if self.batch:
             self.train(train_policy=True)
         while len(self.asked) - len(self.ended) >= self.n:

@@ -1,6 +1,7 @@
 """Every rule with one failing value: the message names the key, the value found and what to write instead."""
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from contracts.ranges import CHOICES, RANGES
 from contracts.records import Example, RatedExample
 from contracts.service_validation import validate_service
 from contracts.validation import ConfigError, check_machine, validate
-from controller.checks import check_amounts
+from controller.checks import check_amounts, check_model
 from controller.inputs import Inputs
 
 # A value that breaks each rule of the table of ranges.
@@ -167,10 +168,67 @@ def test_a_choice_suggests_the_closest_name(config):
         ),
         (
             {"learner__weight_transfer": "nccl"},
-            ["learner.weight_transfer must be auto, shared_memory or ray_object unless", "found nccl", "write auto"],
+            [
+                "learner.weight_transfer must be shared_memory or ray_object unless actors and learner ranks have GPUs",
+                "found nccl; write shared_memory",
+            ],
         ),
         (
-            {"engine__tensor_parallel_size": 2, "cluster__gpus_per_actor": 1.0},
+            {"cluster__gpus_per_actor": 1.0},
+            [
+                "shared_memory or ray_object unless actors and learner ranks have GPUs (cluster.gpus_per_actor 1, "
+                "cluster.gpus_per_learner_rank 0); found auto, which is nccl for actors on GPUs",
+            ],
+        ),
+        (
+            {"cluster__gpus_per_actor": 0.5, "cluster__layout": "colocated"},
+            ["found auto, which is ipc for actors on GPUs"],
+        ),
+        (
+            {"cluster__gpus_per_actor": 1.5, "cluster__gpus_per_learner_rank": 1.0},
+            ["cluster.gpus_per_actor must be at most 1, or a whole number", "found 1.5; write 1 or 2"],
+        ),
+        (
+            {"cluster__gpus_per_reward_replica": 2.5},
+            ["cluster.gpus_per_reward_replica must be at most 1, or a whole number", "found 2.5; write 2 or 3"],
+        ),
+        (
+            {"cluster__gpus_per_actor": 0.5, "cluster__gpus_per_learner_rank": 0.5},
+            [
+                "cluster.gpus_per_actor and cluster.gpus_per_learner_rank must be so large that no GPU holds two of",
+                "found 0.5 + 0.5 = 1; write 1 or more for each, or cluster.layout=colocated",
+            ],
+        ),
+        (
+            {"cluster__gpus_per_actor": 0.4, "cluster__num_actors": 2, "cluster__gpus_per_learner_rank": 1.0},
+            ["which NCCL joins to transfer weights; found 0.4 + 0.4 = 0.8"],
+        ),
+        (
+            {
+                "cluster__gpus_per_actor": 1.0,
+                "cluster__gpus_per_learner_rank": 0.5,
+                "cluster__num_learner_ranks": 2,
+            },
+            [
+                "cluster.gpus_per_learner_rank must be so large that no GPU holds two of the 2 learner ranks",
+                "found 0.5 + 0.5 = 1; write 1 for each rank",
+            ],
+        ),
+        (
+            {
+                "cluster__layout": "colocated",
+                "cluster__gpus_per_actor": 0.25,
+                "cluster__gpus_per_learner_rank": 0.25,
+                "cluster__num_actors": 2,
+                "cluster__num_learner_ranks": 2,
+            },
+            [
+                "cluster.gpus_per_actor + cluster.gpus_per_learner_rank must be so large that no GPU holds two of the 2",
+                "found 0.5 + 0.5 = 1; write 0.5 and 0.5",
+            ],
+        ),
+        (
+            {"engine__tensor_parallel_size": 2, "cluster__gpus_per_actor": 1.0, "cluster__gpus_per_learner_rank": 1.0},
             ["engine.tensor_parallel_size must be 1, or at most", "(1.0)", "found 2", "cluster.gpus_per_actor=2"],
         ),
         (
@@ -329,7 +387,23 @@ def test_a_directory_that_is_a_file_is_refused(config, tmp_path):
         {"data__gold": None, "stage": "evaluate"},
         {"stage": "evaluate", "ppo_model": None},
         {"model__dtype": "float16", "cluster__gpus_per_learner_rank": 1.0},
-        {"engine__tensor_parallel_size": 2, "cluster__gpus_per_actor": 2.0},
+        {
+            "engine__tensor_parallel_size": 2,
+            "cluster__gpus_per_actor": 2.0,
+            "cluster__gpus_per_learner_rank": 1.0,
+            "cluster__num_learner_ranks": 2,
+        },
+        {"cluster__gpus_per_actor": 0.6, "cluster__gpus_per_learner_rank": 0.5},
+        {"cluster__gpus_per_actor": 0.25, "stage": "evaluate", "cluster__num_actors": 4},
+        {"cluster__gpus_per_learner_rank": 0.5, "stage": "sft"},
+        {"cluster__gpus_per_actor": 1.0, "learner__weight_transfer": "shared_memory"},
+        {
+            "cluster__layout": "colocated",
+            "cluster__gpus_per_actor": 0.5,
+            "cluster__gpus_per_learner_rank": 0.5,
+            "cluster__num_actors": 2,
+            "cluster__num_learner_ranks": 2,
+        },
     ],
     ids=lambda values: ",".join(values),
 )
@@ -518,3 +592,28 @@ def test_the_service_alone_needs_something_to_serve_and_a_port(config: TandemCon
         validate_service(
             put(TandemConfig(), proxy_model="m", reward_service__http__port=8000, reward_service__replicas=0)
         )
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "fitting"),
+    # SmolLM2-135M; Llama-3-8B; one key-value head, copied to each worker.
+    [(9, 3, [1, 3, 9]), (32, 8, [1, 2, 4, 8, 16, 32]), (6, 1, [1, 2, 3, 6]), (12, 4, [1, 2, 4, 12])],
+)
+def test_tensor_parallel_workers_share_the_heads_evenly(
+    config: TandemConfig, tmp_path: Path, heads: int, kv_heads: int, fitting: list[int]
+) -> None:
+    model = {"model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    (tmp_path / "config.json").write_text(json.dumps(model | {"hidden_size": 8 * heads}))
+    refused = {}
+    for size in range(1, heads + 1):
+        try:
+            check_model(put(config, model__path=str(tmp_path), engine__tensor_parallel_size=size))
+        except ConfigError as error:
+            refused[size] = str(error)
+    assert sorted({*range(1, heads + 1)} - {*refused}) == fitting
+    listed = ", ".join(map(str, fitting))
+    assert refused[heads - 1] == (
+        f"engine.tensor_parallel_size must divide the model's {heads} attention heads, and divide its {kv_heads} key-value "
+        f"heads or be a multiple of them; found {heads - 1}; write one of {listed}, with as many cluster.gpus_per_actor"
+    )
+    check_model(put(config, model__path=str(tmp_path), engine__tensor_parallel_size=heads - 1, stage="sft"))
