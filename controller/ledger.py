@@ -61,7 +61,6 @@ class Ledger:
         self._open: dict[Key, Entry] = {}  # in order of admission
         self._pending: list[tuple[int, Entry]] = []  # heap by order of admission
         self._leases: dict[int, Entry] = {}
-        self._held: defaultdict[str, dict[int, Entry]] = defaultdict(dict)  # holder -> its leases
         self._awaited = Awaited()
         self._scored: defaultdict[int, list[Entry]] = defaultdict(list)  # due version -> SCORED rollouts
         self._num_scored = 0
@@ -132,13 +131,9 @@ class Ledger:
         number = self._last_lease
         entry.leases[number] = entry.holder = holder
         entry.attempts += 1
-        self._leases[number] = self._held[holder][number] = entry
+        self._leases[number] = entry
         self.counts["leased"] += 1
         return Lease(number, entry.request, entry.order, entry.attempts)
-
-    def release(self, holder: str) -> int:
-        """A holder is gone: its leases end and their rollouts are the next to be leased. Returns how many."""
-        return sum(self.give_back(number) for number in self._held.pop(holder, {}))
 
     def give_back(self, lease_number: int) -> bool:
         """One lease ends without a rollout, which can be leased again. False where the lease had ended before."""
@@ -306,7 +301,7 @@ class Ledger:
     def _end_lease(self, number: int) -> Entry | None:
         entry = self._leases.pop(number, None)
         if entry is not None:
-            self._held.get(entry.leases.pop(number), {}).pop(number, None)
+            del entry.leases[number]
         return entry
 
     def _end_leases(self, entry: Entry) -> None:
