@@ -42,13 +42,15 @@ def _ends(rollout: Rollout, scorer: str) -> list[int]:
 def _combined(rollout: Rollout, scorer: str, scores: list[Score]) -> Score:
     if rollout.fault is not None:
         return Score(None, rollout.fault)
-    if scorer == "proxy":
-        for turn, score in zip((t for t in rollout.turns if t.reward is None), scores, strict=False):
+    is_paid_by_turns = scorer == "proxy" and bool(rollout.turns)
+    if is_paid_by_turns:
+        for turn, score in zip((t for t in rollout.turns if t.reward is None), scores, strict=True):
             turn.score = score
     failed = [score for score in scores if score.value is None]
-    if failed or (len(scores) == 1 and (scorer != "proxy" or not rollout.turns)):
-        return (failed or scores)[0]  # with all that the service says of a single answer
+    if failed:
+        return failed[0]
     values = [score.value for score in scores if score.value is not None]
-    if scorer != "proxy":
-        return Score(sum(values) / len(values))
-    return Score(sum([*(turn.reward for turn in rollout.turns if turn.reward is not None), *values]))
+    if is_paid_by_turns:
+        return Score(sum([*(turn.reward for turn in rollout.turns if turn.reward is not None), *values]))
+    # Of one answer with all that the service says of it.
+    return scores[0] if len(scores) == 1 else Score(sum(values) / len(values))

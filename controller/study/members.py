@@ -28,9 +28,13 @@ class Member:
     seed: int
     run: Run
     state: str
-    error: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)  # of its status.json
     # By model ("base", "sft", and "own" for what the arm has made), metric and prompt.
     judged: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+
+    @property
+    def error(self) -> str:
+        return str(self.facts.get("error") or "")
 
     @property
     def is_judged(self) -> bool:
@@ -147,7 +151,7 @@ def _member(path: Path) -> Member | None:
     state = status.state or ("done" if run.evaluation else "not started")
     # A member that was refused has left its command line and nothing else.
     seed = int(number(run.setting("ppo.seed")) or float(settings.get("ppo.seed", 0)))
-    member = Member(settings["arm"], seed, run, state, str(status.facts.get("error") or ""))
+    member = Member(settings["arm"], seed, run, state, status.facts)
     if run.evaluation and state == "done":  # else it is left from an earlier run in the same directory
         member.judged = _judged(run.samples)
     return member

@@ -73,9 +73,8 @@ class Check(_Strict):
     """What an arm must have done for a contrast with it to say anything about the claim."""
 
     arm: str
-    pairs_over_sft: (
-        float  # share of held-out pairs that its likelihoods order right, lower bound of 95%, less SFT's share
-    )
+    # Share of held-out pairs that its likelihoods order right, the lower bound of 95%, less SFT's share: at least this.
+    pairs_over_sft: float
 
 
 class Preregistration(_Strict):

@@ -11,9 +11,8 @@ from typing import Any
 import psutil
 
 from controller.objective import PENALTY
+from controller.report.compare import flattened
 from controller.report.data import number
-from controller.resume import flat
-from controller.status import read_status
 from controller.study import negation, two_turn_mdp
 from controller.study.contrasts import Estimate, absent, estimate, holm_levels, length_matched_wins, verdict
 from controller.study.frontier import Matched, matched_kl
@@ -196,7 +195,7 @@ def _registered(root: Path, members: Sequence[Member]) -> tuple[Preregistration,
             f"preregistration.yaml has changed since this study began ({sha[:12]} -> {sha256()[:12]}); it is judged by "
             "the one that it began with."
         )
-    started = [number(read_status(m.run.path).facts.get("started")) for m in members]
+    started = [number(m.facts.get("started")) for m in members]
     early = sum(1 for value in started if value is not None and value < when)
     if early:
         problems.append(f"{early} members started before the registration.")
@@ -219,7 +218,7 @@ def _unlike(members: Sequence[Member]) -> list[str]:
     """Members that do not belong together: made by other code, or of one arm with other settings than its first seed."""
     made: dict[str, list[str]] = {}
     for member in members:
-        if code := read_status(member.run.path).facts.get("code"):
+        if code := member.facts.get("code"):
             made.setdefault(str(code)[:12], []).append(f"{member.arm} {member.seed}")
     problems = []
     if len(made) > 1:
@@ -227,7 +226,7 @@ def _unlike(members: Sequence[Member]) -> list[str]:
         problems.append(f"The members were made by {len(made)} versions of the code (arm and seed by digest): {by}.")
     first: dict[str, dict[str, Any]] = {}
     for member in members:
-        settings = {key: value for key, value in flat(member.run.config).items() if key not in OF_A_MEMBER}
+        settings = {key: value for key, value in flattened(member.run.config).items() if key not in OF_A_MEMBER}
         if not settings:
             continue  # it was refused before it had any
         known = first.setdefault(member.arm, settings)
@@ -308,7 +307,7 @@ def as_json(study: Study) -> dict[str, Any]:
                 "seed": member.seed,
                 "state": member.state,
                 "error": member.error,
-                "code": read_status(member.run.path).facts.get("code"),
+                "code": member.facts.get("code"),
                 "diverged": member.divergence(study.plan.diverged),
                 "missed_checks": member.missed_checks(study.plan.checks),
                 "constraint": member.constraint,
