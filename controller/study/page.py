@@ -190,7 +190,8 @@ def _arms(study: Study) -> str:
         "Every arm against the SFT model of the same run: gains in score units with 95% intervals over seeds and "
         "prompts, KL from SFT in nats a sequence, length as a share of SFT’s, completions that end by themselves, "
         "distinct 1- and 2-grams, completions sampled to train on, and the mean time of a run. A gain with another "
-        "length may be a gain of length."
+        "length may be a gain of length. The learned gain of a conversation is the sum over its answers, which the arm is "
+        "paid; its gold gain is the mean."
     )
     return section("arms", "Arms", table(head, rows, "members"), intro)
 
