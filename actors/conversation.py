@@ -46,6 +46,7 @@ class Limits:
     vocab_size: int
     max_model_len: int  # of the engine: prompt and completion
     max_turn_tokens: int | None
+    min_turn_tokens: int = 0
 
 
 def turn_seed(rollout_seed: int, turn: int) -> int:
@@ -115,6 +116,8 @@ class Conversation:
             if not self.done:
                 self.turns[-1].finish_reason = "length"
             return None
+        if not observation and self.limits.min_turn_tokens:
+            raise EnvironmentFault("with environment.min_turn_tokens step() must observe something between two turns")
         if observation:
             self._parts.append(self._observed(observation))
             self._length += len(observation)
@@ -131,8 +134,8 @@ class Conversation:
     def _ask(self) -> Ask:
         left = self.sampling.max_completion_tokens - self._length
         most = min(left, self.limits.max_turn_tokens or left)
-        # `min_completion_tokens` counts from the start of the completion, as the learner does.
-        least = min(max(0, self.sampling.min_completion_tokens - self._length), most)
+        # As the learner counts them (`learner.passes.Places.early`): from the start of the completion and of the turn.
+        least = min(max(self.limits.min_turn_tokens, self.sampling.min_completion_tokens - self._length), most)
         sampling = replace(self.sampling, max_completion_tokens=most, min_completion_tokens=least)
         ids = [*self.prompt.token_ids, *(int(token) for part in self._parts for token in part.token_ids)]
         return Ask(ids, sampling, turn_seed(self.request.seed, len(self.turns)))
@@ -231,7 +234,7 @@ def start_conversations(
 
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     vocab_size = AutoConfig.from_pretrained(model.path, **options).get_text_config().vocab_size
-    limits = Limits(vocab_size, config.max_model_len, environment.max_turn_tokens)
+    limits = Limits(vocab_size, config.max_model_len, environment.max_turn_tokens, environment.min_turn_tokens)
     tokenizer = lru_cache(1)(lambda: AutoTokenizer.from_pretrained(model.path, **options))
     return Conversations(
         engine,

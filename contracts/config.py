@@ -93,6 +93,7 @@ class PreferenceConfig:
 
     loss: str | None = None  # dpo | rank (log-likelihoods without a reference); null: as `method` says, else dpo
     beta: float | None = None  # of a difference in nats a sequence (dpo) or a token (rank); null: 0.1 and 2
+    nll_coef: float | None = None  # of the preferred text's negative log-likelihood a token; null: 0 (dpo) and 1 (rank)
     epochs: int = 1
     batch_size: int = 32  # pairs a step, or rated texts, of which all pairs count
     max_tokens: int = 512
@@ -335,6 +336,7 @@ class EnvironmentConfig:
     # separate (as per_turn, and every turn is an episode of its own: what comes later does not count for it).
     reward: str = "cumulative"
     max_turn_tokens: int | None = None  # null: what is left of sampling.max_completion_tokens
+    min_turn_tokens: int = 0  # no turn ends before: EOS cannot be sampled, nor is it expected by the learner
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
 
 

@@ -20,7 +20,7 @@ METHODS = {
     "best_of_n": Method("Best of n", None),
     "none": Method("SFT alone", None),
 }
-PREFERENCE_LOSSES = {"dpo": 0.1, "rank": 2.0}  # beta of each, as its paper has it
+PREFERENCE_LOSSES = {"dpo": (0.1, 0.0), "rank": (2.0, 1.0)}  # beta and nll_coef of each, as its paper has them
 STAGES = ("sft", "reward_model", "ppo", "preference", "filtered_sft", "evaluate")
 # Whose results a stage starts from; evaluation needs those of its method too.
 NEEDS = {
@@ -96,5 +96,10 @@ def chosen_preference(config: TandemConfig) -> PreferenceConfig:
     """The settings of stage preference with what is null filled in."""
     chosen = config.preference
     loss = chosen.loss or (config.method if config.method in PREFERENCE_LOSSES else "dpo")
-    beta = PREFERENCE_LOSSES[loss] if chosen.beta is None else chosen.beta
-    return replace(chosen, loss=loss, beta=beta)
+    beta, nll_coef = PREFERENCE_LOSSES[loss]
+    return replace(
+        chosen,
+        loss=loss,
+        beta=beta if chosen.beta is None else chosen.beta,
+        nll_coef=nll_coef if chosen.nll_coef is None else chosen.nll_coef,
+    )

@@ -63,6 +63,7 @@ RANGES = [
             "checkpoint.every",
             *_under(["cluster"], "max_actor_restarts", "max_learner_restarts"),
             *_under(SAMPLINGS, "min_completion_tokens"),
+            "environment.min_turn_tokens",
             "learner.held_tokens",
             "reward_service.cache_items",
             *_under(["cluster"], "gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica"),
@@ -98,7 +99,11 @@ RANGES = [
         ),
     ),
     Range("null or a finite number", lambda value: value is None or math.isfinite(value), ("ppo.combined.target",)),
-    Range("null or 0 or more", lambda value: value is None or value >= 0, ("cluster.gpus_per_node",)),
+    Range(
+        "null or 0 or more",
+        lambda value: value is None or value >= 0,
+        ("cluster.gpus_per_node", "preference.nll_coef"),
+    ),
     Range(
         "null or at least 1",
         lambda value: value is None or value >= 1,

@@ -165,6 +165,8 @@ def _method_checks(config: TandemConfig) -> list[Check]:
 def _environment_checks(config: TandemConfig) -> list[Check]:
     environment, ppo = config.environment, config.ppo
     estimator, apart = ESTIMATORS.get(ppo.estimator), environment.reward == "separate"
+    longest = min(ppo.sampling.max_completion_tokens, config.evaluate.sampling.max_completion_tokens)
+    longest = min(longest, environment.max_turn_tokens or longest)
     return [
         Check(
             not (apart and estimator is not None and estimator.needs_groups),
@@ -178,7 +180,14 @@ def _environment_checks(config: TandemConfig) -> list[Check]:
             "ppo.sampling.min_completion_tokens",
             "0 with environment.reward separate: it counts from the start of a conversation",
             ppo.sampling.min_completion_tokens,
-            "ppo.sampling.min_completion_tokens=0",
+            "environment.min_turn_tokens, which counts from the start of every turn",
+        ),
+        Check(
+            environment.min_turn_tokens < longest,
+            "environment.min_turn_tokens",
+            f"below the longest turn ({longest})",
+            environment.min_turn_tokens,
+            f"{max(0, longest - 1)} or less",
         ),
         Check(
             environment.name in SHIPPED or is_import_path(environment.name),

@@ -64,6 +64,10 @@ def judge_models(
     from learner.weight_sources import CheckpointSource
 
     sampling, timeout_s = config.evaluate.sampling, config.cluster.step_timeout_s
+    is_cut = bool(
+        sampling.min_completion_tokens or config.environment.min_turn_tokens
+    )  # EOS could not be sampled everywhere
+    is_plain = sampling.temperature == 1 and sampling.top_p == 1 and not is_cut
 
     def sample(epoch: int, index: int) -> list[Rollout]:
         """One scored completion of every prompt."""
@@ -89,7 +93,7 @@ def judge_models(
                 report.require_all()
                 publisher.shutdown()
             rollouts[name] = sample(0, 0)
-            if sampling.temperature == 1 and sampling.top_p == 1 and not sampling.min_completion_tokens:
+            if is_plain:
                 own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
             else:  # what was recorded is log p of another distribution than the model's own
                 own[name] = _token_logprobs(actors, rollouts[name], timeout_s)

@@ -22,11 +22,11 @@ from contracts.validation import ConfigError
 
 PROMPTS = 4
 DEADLINE_S = 60.0
-# Tokens of a turn that may have up to `most`: the longest, the shortest, any.
-LENGTHS: list[Callable[[int, random.Random], int]] = [
-    lambda most, draw: most,
-    lambda most, draw: 1,
-    lambda most, draw: draw.randint(1, most),
+# Tokens before the EOS of a turn that may have `least` to `most`: the longest, the shortest, any.
+LENGTHS: list[Callable[[int, int, random.Random], int]] = [
+    lambda least, most, draw: most,
+    lambda least, most, draw: least,
+    lambda least, most, draw: draw.randint(least, most),
 ]
 
 
@@ -72,7 +72,9 @@ def _play(config: TandemConfig, tokenizer: Any, prompts: dict[str, list[Prompt]]
     model = config.model
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     vocab_size = AutoConfig.from_pretrained(model.path, **options).get_text_config().vocab_size
-    limits = Limits(vocab_size, config.engine.max_model_len, config.environment.max_turn_tokens)
+    limits = Limits(
+        vocab_size, config.engine.max_model_len, config.environment.max_turn_tokens, config.environment.min_turn_tokens
+    )
     make = environment_maker(config.environment, lambda: tokenizer)
     draw = random.Random(config.seed)
     eos = int(tokenizer.eos_token_id)
@@ -90,7 +92,7 @@ def _converse(
     sampling: SamplingConfig,
     make: Callable[[], Environment],
     limits: Limits,
-    length: Callable[[int, random.Random], int],
+    length: Callable[[int, int, random.Random], int],
     draw: random.Random,
     eos: int,
 ) -> Conversation:
@@ -100,7 +102,7 @@ def _converse(
     ask: Ask | None = conversation.begin()
     while ask is not None:
         most = ask.sampling.max_completion_tokens
-        said = length(most, draw)
+        said = length(max(1, ask.sampling.min_completion_tokens), most, draw)
         tokens = [draw.randrange(limits.vocab_size) for _ in range(said)]
         tokens += [eos] if said < most else []
         ids = np.array(tokens, dtype=np.int32)

@@ -357,7 +357,7 @@ def selected_logprobs(
         logits: [N, V], bfloat16 or float32 (float64 is computed in float64); carries the gradient.
         targets: int64 [N], in [0, V) on every row, padding included.
         temperature: greater than 0.
-        banned_token: a token that some rows could not sample (EOS before `min_completion_tokens`).
+        banned_token: a token that some rows could not sample (EOS before `min_completion_tokens` or `min_turn_tokens`).
         banned_mask: bool [N], the rows where `banned_token` has logit -inf; given together with it or not at all.
 
     Returns:

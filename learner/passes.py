@@ -30,9 +30,14 @@ class Places:
             (self.rows, self.steps), flat
         )
 
-    def early(self, min_completion_tokens: int) -> Tensor | None:
-        """Which of the M tokens were sampled while EOS was masked (None: never)."""
-        return self.steps < min_completion_tokens if min_completion_tokens else None
+    def early(self, min_completion_tokens: int, min_turn_tokens: int) -> Tensor | None:
+        """Which of the M tokens were sampled while EOS was masked (None: never): the first of a completion, and the first of
+        every turn, which begins with the completion or behind an observation."""
+        if not (min_completion_tokens or min_turn_tokens):
+            return None
+        every = torch.arange(self.mask.shape[1], device=self.mask.device)
+        before_turn = torch.where(self.mask, -1, every).cummax(1).values[self.rows, self.steps]
+        return (self.steps < min_completion_tokens) | (self.steps - before_turn <= min_turn_tokens)
 
 
 @dataclass

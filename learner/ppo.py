@@ -171,7 +171,7 @@ class PPOTask:
 
     def _logprobs(self, model: Any, places: Places) -> tuple[Tensor, Tensor]:
         sampling = self.config.ppo.sampling
-        early = places.early(sampling.min_completion_tokens)
+        early = places.early(sampling.min_completion_tokens, self.config.environment.min_turn_tokens)
         banned = None if early is None else self.eos
         logprobs, entropy = model(places.packed, places.select, places.targets, sampling.temperature, banned, early)
         return places.spread(logprobs), places.spread(entropy)

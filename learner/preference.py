@@ -48,9 +48,10 @@ class PreferenceTask:
         examples: Sequence[RatedExample | ExamplePair],
     ):
         self.ranks, self.config, self.stage, self.examples = ranks, config, stage, examples
-        assert stage.loss is not None  # `contracts.methods.chosen_preference` has filled both in
+        assert stage.loss is not None  # `contracts.methods.chosen_preference` has filled them in
         assert stage.beta is not None
-        self.loss, self.beta = stage.loss, stage.beta
+        assert stage.nll_coef is not None
+        self.loss, self.beta, self.nll_coef = stage.loss, stage.beta, stage.nll_coef
         self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
         self.model: PolicyModel = load_policy(policy, config.model, config.learner, ranks.on_cpu)
         freeze_below(self.model.lm, stage.trainable_layers, freeze_embeddings=False)
@@ -86,7 +87,7 @@ class PreferenceTask:
             reference = torch.tensor([value for i in rows for value in self._reference[i]], device=device)
         tokens = torch.tensor([loss_tokens([text]) for text in texts], device=device).clamp(min=1)
         loss, scores, coefficients = preference_loss(
-            logprobs, reference, tokens, preferences, known, self.loss, self.beta
+            logprobs, reference, tokens, preferences, known, self.loss, self.beta, self.nll_coef
         )
         for i, (part, first) in enumerate(parts):
             mine = first if first.requires_grad else self._sums([texts[r] for r in part])

@@ -85,10 +85,15 @@ def preference_loss(
     known: Tensor,
     loss: str,
     beta: float,
+    nll_coef: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over the known pairs of the cross-entropy of sigmoid(s_i - s_j) against P(i beats j), where s are
     `implicit_scores`. With P = 1 it is -log sigmoid(s_w - s_l); with P = 1 - epsilon it is conservative DPO (Mitchell 2023,
     "A note on DPO with noisy preferences").
+
+    With `nll_coef` that much of the preferred text's -log pi(y|x) / |y| is added to each pair, in expectation over who
+    prefers which: P of the first text's and 1 - P of the second's. Of stored pairs it is the loss of Pang et al. 2024 (arXiv
+    2404.19733), equation 1; RRHF has such a term of the best of several texts alone (equation 3).
 
     Args:
         preferences, known: [N, N], read above the diagonal.
@@ -100,6 +105,10 @@ def preference_loss(
         leaf = logprobs.detach().requires_grad_()
         scores = implicit_scores(leaf, reference, tokens, loss, beta)
         total, pairs = soft_pairwise_loss(scores, preferences, known)
+        if nll_coef:
+            counted = torch.where(known.triu(1), preferences, 0.0)
+            wins = counted.sum(1) + (known.triu(1).sum(0) - counted.sum(0))  # of each text, over its pairs
+            total = total + nll_coef * (wins * -leaf / tokens).sum()
         mean = total / pairs.clamp(min=1)
         [coefficients] = torch.autograd.grad(mean, leaf)
     return mean.detach(), scores.detach(), coefficients

@@ -22,7 +22,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m controller.study", description="Verdicts and page of a study.")
     parser.add_argument("directory", type=Path, metavar="RUNDIR", help="of a sweep over `arm`, finished or not")
     parser.add_argument(
-        "--tuning", type=Path, metavar="DIR", help="of the tuning sweep; default: five_reasons_tuning beside it"
+        "--tuning",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="directory of a tuning sweep, or an earlier study.json; of an arm the first that has it counts (default: "
+        "five_reasons_tuning beside RUNDIR)",
     )
     given = parser.parse_args(arguments)
     try:

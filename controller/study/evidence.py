@@ -99,8 +99,8 @@ def negation_section(study: Study) -> str:
         return section("negation", "The negation test", absent(text))
     rows = []
     for name, title in MEASURES:
-        if name.removesuffix("_signed") in found["scored"]:
-            area = negation.auc(found["scored"], {name: 1.0}, study.plan.bootstrap)
+        area = study.areas[name]
+        if not area.missing:
             negated, control = negation.changes(found["scored"], name)
             rows.append(
                 [title, interval(area.as_dict(), 3), num(negated.mean(), 3), num(control.mean(), 3)]
@@ -190,6 +190,7 @@ def tuning(study: Study) -> str:
                 num(row.drift, 1),
                 num(row.objective, 2, signed=True),
                 used,
+                esc(row.source),
             ]
         )
     arms = list(dict.fromkeys(row.arm for row in study.tuning))
@@ -200,9 +201,10 @@ def tuning(study: Study) -> str:
     intro = (
         f"{said}; another seed, and the training prompts, which no result is judged on. ✦ the best of an arm: gold gain "
         "less 0.1 for each nat of drift beyond evaluate.max_kl, of the settings that have not missed a check. Drift is "
-        "counted from where the arm’s training starts. Used: the study ran with this value."
+        "counted from where the arm’s training starts. Used: the study ran with this value. From: the sweep that tried it, "
+        "or an earlier study by its pre-registration."
     )
-    head = ("Arm", "What was tried", "Value", "State", "Gold gain", "Drift", "Objective", "Used")
+    head = ("Arm", "What was tried", "Value", "State", "Gold gain", "Drift", "Objective", "Used", "From")
     return section("tuning", "The same tuning for every arm", table(head, rows, text_columns=4), intro)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 
-from controller.objective import PENALTY
 from controller.report.compare import flattened
 from controller.report.data import number
 from controller.study import negation, two_turn_mdp
@@ -18,9 +17,9 @@ from controller.study.contrasts import Estimate, absent, estimate, holm_levels, 
 from controller.study.frontier import Matched, matched_kl
 from controller.study.members import Member, members_of_study
 from controller.study.registration import (
+    MEASURES,
     PREREGISTRATION,
     RECORD,
-    Check,
     Claim,
     Contrast,
     Preregistration,
@@ -29,18 +28,11 @@ from controller.study.registration import (
     recorded,
     sha256,
 )
+from controller.study.tuning import Tried, tuned
 
 NAME = "study.json"
 OF_A_MEMBER = ("ppo.seed", "run_dir")  # settings in which the seeds of an arm differ
 TUNING = "five_reasons_tuning"  # beside the study's directory
-# What the tuning sets of what an arm reads, by method.
-TUNED = {
-    "ppo": "ppo.optimizer.learning_rate",
-    "dpo": "preference.optimizer.learning_rate",
-    "rank": "preference.optimizer.learning_rate",
-    "filtered_sft": "sft.top_fraction",
-    "best_of_n": "evaluate.best_of_n",
-}
 
 
 @dataclass
@@ -86,23 +78,6 @@ class Arm:
 
 
 @dataclass
-class Tried:
-    """One run of the tuning."""
-
-    arm: str
-    setting: str
-    key: str
-    value: Any
-    state: str
-    gain: float | None
-    drift: float | None  # `Member.drift`
-    objective: float | None
-    missed: list[str] = field(default_factory=list)  # checks of its arm: such a setting is not chosen
-    is_best: bool = False
-    is_used: bool | None = None  # whether the study ran with this value; None where the arm is not in it
-
-
-@dataclass
 class Study:
     directory: Path
     plan: Preregistration
@@ -114,18 +89,19 @@ class Study:
     arms: list[Arm]
     matched: list[Matched]
     negation: dict[str, Any] | None
+    areas: dict[str, Estimate]  # under the curve, of each measure of the negation test; empty where it has not run
     tuning: list[Tried]
     mdp: dict[str, Any]
 
 
-def study_of(directory: str | Path, tuning: str | Path | None = None) -> Study:
+def study_of(directory: str | Path, tuning: Sequence[Path] = ()) -> Study:
     """Everything that the directory of a sweep says about the claims.
 
     Args:
-        tuning: directory of the tuning sweep; by default the one beside the study's.
+        tuning: where the tuning is (`tuned`); by default in the directory beside the study's.
 
     Raises:
-        StudyError: no member of a study is there, one is there twice, or its registration cannot be read.
+        StudyError: no member of a study is there, one is there twice, or its registration or tuning cannot be read.
     """
     root = Path(directory)
     members = members_of_study(root)
@@ -135,9 +111,10 @@ def study_of(directory: str | Path, tuning: str | Path | None = None) -> Study:
     found = _negation(root, sha, problems)
     claims = judge_claims(members, found, plan)
     arms = [_arm(name, members, plan) for name in dict.fromkeys(m.arm for m in members)]
-    tried = tuned(Path(tuning) if tuning else root.resolve().parent / TUNING, members, plan.checks)
+    tried = tuned(tuning or [root.resolve().parent / TUNING], members, plan.checks)
+    areas = {name: negation.auc(found["scored"], {name: 1.0}, plan.bootstrap) for name in MEASURES} if found else {}
     path, mdp = matched_kl(members), two_turn_mdp.results()
-    return Study(root, plan, sha, registered_at, problems, members, claims, arms, path, found, tried, mdp)
+    return Study(root, plan, sha, registered_at, problems, members, claims, arms, path, found, areas, tried, mdp)
 
 
 def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: Preregistration) -> list[Judged]:
@@ -245,36 +222,6 @@ def _negation(root: Path, sha: str, problems: list[str]) -> dict[str, Any] | Non
     return found
 
 
-def tuned(directory: Path, members: Sequence[Member], checks: Sequence[Check]) -> list[Tried]:
-    """Every run of the tuning, with the best of each arm; empty where there is none.
-
-    The best has the largest gold gain over SFT less the penalty for drift (`controller.objective`, with the KL from where
-    its training started), of those that have not missed a check of their arm.
-    """
-    try:
-        runs = members_of_study(directory)
-    except StudyError:
-        return []
-    rows = []
-    for member in runs:
-        setting = next((o.split("=", 1)[1] for o in member.run.overrides or [] if o.startswith("tuning=")), "")
-        own, sft, drift = member.mean("own", "gold"), member.mean("sft", "gold"), member.drift
-        gain = own - sft if own is not None and sft is not None else None
-        bound = number(member.run.setting("evaluate.max_kl")) or math.inf
-        value = None if gain is None else gain - PENALTY * max(0.0, (drift or 0.0) - bound)
-        key = TUNED.get(str(member.run.setting("method") or "ppo"), "")
-        missed = member.missed_checks(checks)
-        rows.append(Tried(member.arm, setting, key, member.run.setting(key), member.state, gain, drift, value, missed))
-    for arm in {row.arm for row in rows}:
-        fit = [row for row in rows if row.arm == arm and row.objective is not None and not row.missed]
-        if fit:
-            max(fit, key=lambda row: row.objective or 0.0).is_best = True
-    for row in rows:
-        used = [m.run.setting(row.key) for m in members if m.arm == row.arm]
-        row.is_used = row.value in used if used else None
-    return rows
-
-
 def as_json(study: Study) -> dict[str, Any]:
     """What is committed of a study: small, and every number of the page's tables."""
     return {
@@ -319,6 +266,7 @@ def as_json(study: Study) -> dict[str, Any]:
             for member in study.members
         ],
         "matched_kl": [{k: _finite(v) for k, v in asdict(row).items()} for row in study.matched],
+        "negation_auc": {name: area.as_dict() for name, area in study.areas.items()},
         "tuning": [asdict(row) for row in study.tuning],
         "two_turn_mdp": study.mdp,
     }

@@ -163,6 +163,22 @@ def test_the_fewest_tokens_count_from_the_start_of_the_completion() -> None:
     assert [sampling.min_completion_tokens for _, sampling, _ in engine.asked] == [2, 1, 0]
 
 
+def test_the_fewest_tokens_of_a_turn_count_from_its_start() -> None:
+    engine = FakeEngine([10, 11, 12, EOS], [20, 21, 22, EOS], [30, 31])
+    steps = Step([40], 0.0, False), Step([41] * 7, 0.0, False), Step([], 0.0, True)
+    sampling = SamplingConfig(max_completion_tokens=18, min_completion_tokens=5)
+    play(engine, Scripted(*steps), Limits(512, 64, max_turn_tokens=6, min_turn_tokens=3), sampling)
+    # The first turn is bound by the completion's least, the second by its own, the third by the two tokens that are left.
+    assert [sampling.min_completion_tokens for _, sampling, _ in engine.asked] == [5, 3, 2]
+
+
+def test_the_fewest_tokens_of_a_turn_need_an_observation_to_count_from() -> None:
+    limits = Limits(512, 64, max_turn_tokens=4, min_turn_tokens=1)
+    rollout = play(FakeEngine([10, EOS], [20, EOS]), Scripted(Step([], 0.0, False), Step([], 1.0, True)), limits)
+    assert rollout.fault is not None
+    assert "with environment.min_turn_tokens step() must observe something between two turns" in rollout.fault
+
+
 def test_an_observation_may_be_empty() -> None:
     rollout = play(FakeEngine([10, EOS], [20, EOS]), Scripted(Step([], 0.0, False), Step([], 1.0, True)))
     assert rollout.completion.token_ids.tolist() == [10, EOS, 20, EOS]

@@ -162,6 +162,15 @@ def test_both_configurations_of_the_group_are_valid() -> None:
             ["environment=two_turn", "environment.options.chat=true"],
             "environment.options.chat must be data.chat (False)",
         ),
+        (["environment.min_turn_tokens=-1"], "environment.min_turn_tokens must be 0 or more; found -1"),
+        (
+            ["environment=two_turn", "environment.min_turn_tokens=24"],
+            "environment.min_turn_tokens must be below the longest turn (24); found 24; write 23 or less",
+        ),
+        (
+            ["environment.min_turn_tokens=48", "evaluate.sampling.max_completion_tokens=32"],
+            "environment.min_turn_tokens must be below the longest turn (32); found 48; write 31 or less",
+        ),
         (["environment.max_turn_tokens=0"], "environment.max_turn_tokens must be null or at least 1; found 0"),
         (
             ["environment.reward=separate", "ppo.estimator=grpo", "ppo.samples_per_prompt=4"],
@@ -169,7 +178,8 @@ def test_both_configurations_of_the_group_are_valid() -> None:
         ),
         (
             ["environment.reward=separate", "ppo.sampling.min_completion_tokens=4"],
-            "ppo.sampling.min_completion_tokens must be 0 with environment.reward separate",
+            "ppo.sampling.min_completion_tokens must be 0 with environment.reward separate: it counts from the start of a "
+            "conversation; found 4; write environment.min_turn_tokens, which counts from the start of every turn",
         ),
         (["environment.reward=sum"], "environment.reward must be one of cumulative, per_turn, separate; found sum"),
     ],

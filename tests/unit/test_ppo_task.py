@@ -17,6 +17,7 @@ from contracts.interfaces import NonFiniteError
 from contracts.records import Completion, Example, Prompt, Rollout, TrainingBatch
 from controller.batcher import make_batches
 from learner.engine import Ranks
+from learner.passes import Places
 from learner.ppo import PPOTask
 from tests.conftest import make_config
 
@@ -439,6 +440,32 @@ def test_eos_is_banned_in_learner_and_reference(config: TandemConfig, make_task:
 
     assert kl(3) == pytest.approx(0, abs=1e-9)  # every token is early
     assert kl(0) > 1e-7
+
+
+def test_early_tokens_count_from_the_completion_and_from_every_turn() -> None:
+    """Against a walk over the tokens, one at a time."""
+    masks = ["11111", "110001111", "1", "1110111011", ""]
+    rollouts = []
+    for number, mask in enumerate(masks):
+        row = rollout(number, [5, 6], [10] * len(mask))
+        row.completion.loss_mask = np.array([c == "1" for c in mask], dtype=bool)
+        rollouts.append(row)
+    batch = batch_of(rollouts, scores=[np.zeros(len(mask), dtype=np.float32) for mask in masks])
+    for least, of_turn in ((0, 0), (3, 0), (0, 2), (0, 1), (7, 2), (1, 4)):
+        expected = []
+        for mb in batch.minibatches[0]:
+            for row in mb.loss_mask:
+                in_turn = 0
+                for t, trains in enumerate(row):
+                    in_turn = in_turn + 1 if trains else 0
+                    if trains:
+                        expected.append(t < least or 0 < in_turn <= of_turn)
+        found = [Places(mb, torch.device("cpu")).early(least, of_turn) for mb in batch.minibatches[0]]
+        if least == of_turn == 0:
+            assert found == [None] * len(found)
+        else:
+            assert torch.cat([row for row in found if row is not None]).tolist() == expected
+            assert 0 < sum(expected) < len(expected) or least == 7
 
 
 def test_a_score_that_is_not_a_number_stops_before_the_step(

@@ -57,8 +57,20 @@ def test_the_reference_cancels_what_is_not_learnt() -> None:
     assert loss.item() == pytest.approx(math.log(2))
 
 
+def test_likelihood_of_the_preferred_text_by_hand() -> None:
+    """As above, and 0.5 of 0.75 x 2 nats a token of the first text and 0.25 x 3 of the second."""
+    preferences, known = pair_preferences([0.75])
+    given = torch.tensor([-8.0, -3.0]), torch.zeros(2), torch.tensor([4, 1]), preferences, known, "rank", 2.0
+    without, _, slopes = preference_loss(*given)
+    loss, scores, coefficients = preference_loss(*given, nll_coef=0.5)
+    assert scores.tolist() == [-4.0, -6.0]
+    assert loss.item() - without.item() == pytest.approx(0.5 * (0.75 * 2 + 0.25 * 3), rel=1e-6)
+    assert (coefficients - slopes).tolist() == pytest.approx([-0.5 * 0.75 / 4, -0.5 * 0.25 / 1], rel=1e-5)
+
+
+@pytest.mark.parametrize("nll_coef", [0.0, 0.3])
 @pytest.mark.parametrize("loss", ["dpo", "rank"])
-def test_against_loops_in_float64(loss: str) -> None:
+def test_against_loops_in_float64(loss: str, nll_coef: float) -> None:
     rng = np.random.default_rng(0)
     count, beta = 7, 0.7
     logprobs, reference, tokens = -rng.uniform(1, 9, count), -rng.uniform(1, 9, count), rng.integers(1, 9, count)
@@ -66,17 +78,21 @@ def test_against_loops_in_float64(loss: str) -> None:
     scores = [
         beta * (a - b) if loss == "dpo" else beta * a / t for a, b, t in zip(logprobs, reference, tokens, strict=True)
     ]
-    losses, slopes = [], np.zeros(count)
+    losses, slopes, likelihood = [], np.zeros(count), np.zeros(count)
     for i, j in combinations(range(count), 2):
         if known[i, j]:
             p, q = preferences[i, j], sigmoid(scores[i] - scores[j])
-            losses.append(-p * math.log(q) - (1 - p) * math.log(1 - q))
+            nll = -p * logprobs[i] / tokens[i] - (1 - p) * logprobs[j] / tokens[j]
+            losses.append(-p * math.log(q) - (1 - p) * math.log(1 - q) + nll_coef * nll)
             slopes[i] += q - p
             slopes[j] -= q - p
+            likelihood[i] -= nll_coef * p / tokens[i]
+            likelihood[j] -= nll_coef * (1 - p) / tokens[j]
     slopes *= beta / len(losses) / (1 if loss == "dpo" else tokens)
+    slopes += likelihood / len(losses)
     found = preference_loss(
         *(torch.tensor(x, dtype=torch.float64) for x in (logprobs, reference, tokens, preferences)),
-        torch.tensor(known), loss, beta,
+        torch.tensor(known), loss, beta, nll_coef,
     )  # fmt: skip
     assert found[0].item() == pytest.approx(np.mean(losses), rel=1e-6)
     assert found[2].tolist() == pytest.approx(slopes.tolist(), rel=1e-5)

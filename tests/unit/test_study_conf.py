@@ -16,7 +16,7 @@ from contracts.config import TandemConfig, to_config
 from contracts.validation import validate
 from controller.study.members import planned_episodes
 from controller.study.registration import PREREGISTRATION, Contrast, parse
-from controller.study.results import TUNED
+from controller.study.tuning import TUNED
 
 CONF = train.CONF
 ARMS = sorted(path.stem for path in (CONF / "arm").glob("*.yaml"))

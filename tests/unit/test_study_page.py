@@ -16,7 +16,8 @@ from controller.study.frontier import Path as Way
 from controller.study.frontier import path_of
 from controller.study.members import members_of_study, planned_episodes
 from controller.study.registration import PREREGISTRATION, RECORD, StudyError, parse, record
-from controller.study.results import study_of, tuned
+from controller.study.results import study_of
+from controller.study.tuning import tuned
 from tests.unit.test_report import jsonl, parsed
 
 PROMPTS = 40
@@ -294,7 +295,8 @@ def test_the_best_setting_counts_drift_from_where_training_started_and_must_have
     path = next(tuning.glob("*rank*upper"))
     stage = {"name": "preference", "metrics": {"accuracy": 0.52, "accuracy_low": 0.5, "sft_accuracy": 0.5}}
     (path / "stages.json").write_text(json.dumps([stage]))
-    rows = tuned(tuning, [], parse(PREREGISTRATION.read_text()).checks)
+    checks = parse(PREREGISTRATION.read_text()).checks
+    rows = tuned([tuning], [], checks)
     assert [(row.arm, row.setting, row.is_best) for row in rows] == [
         ("ppo_from_base", "lower", False),
         ("ppo_from_base", "upper", True),
@@ -305,6 +307,34 @@ def test_the_best_setting_counts_drift_from_where_training_started_and_must_have
     assert rows[2].drift == 9.0
     assert rows[2].objective < rows[3].objective
     assert rows[3].missed[0].startswith("rank, seed 100, orders 52.0%")
+    assert {row.source for row in rows} == {"tuning"}
+
+
+def test_tuning_that_an_earlier_study_has_written_down(tmp_path: Path) -> None:
+    """Of arms that were tuned anew the new rows alone count; the best is found again among what is there."""
+    for number, (arm, setting) in enumerate((a, s) for a in ("ppo", "raft") for s in ("upper", "lower")):
+        make_member(tmp_path / "five_reasons_tuning", number, arm, 100, setting=setting)
+    main([str(make_study(tmp_path / "earlier", seeds=(1,)))])
+    (earlier,) = tmp_path.glob("earlier/study.json")
+    written = json.loads(earlier.read_text())
+    assert [row["value"] for row in written["tuning"]] == [1e-4, 4e-4, 1e-4, 4e-4]  # by arm, then by value
+    make_member(tmp_path / "anew", 0, "raft", 100, setting="middle")
+    folder = make_study(tmp_path / "elsewhere" / "study", seeds=(1,))
+    rows = study_of(folder, [tmp_path / "missing", tmp_path / "anew", earlier]).tuning
+    assert [(row.arm, row.value, row.source, row.is_best, row.is_used) for row in rows] == [
+        ("raft", 2e-4, "anew", True, True),
+        ("ppo", 1e-4, "five_reasons_tuning", False, False),
+        ("ppo", 4e-4, "five_reasons_tuning", True, False),
+    ]
+    # A file from before the rows had a source.
+    for row in written["tuning"]:
+        del row["source"]
+    earlier.write_text(json.dumps(written))
+    rows = study_of(folder, [earlier]).tuning
+    assert {row.source for row in rows} == {f"study {written['preregistration'][:12]}"}
+    earlier.write_text("{}")
+    with pytest.raises(StudyError, match=r"study\.json has no tuning: write a study\.json, or the directory"):
+        study_of(folder, [earlier])
 
 
 def test_no_study_at_all(tmp_path: Path) -> None:
