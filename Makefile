@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 # Overrides for the runs: make study-quick ARGS="hydra/launcher=joblib hydra.launcher.n_jobs=2"
 ARGS ?=
+# Where conf/arm comes from: a tuning that was run here, and for arms that it has not the one of the study in docs.
+TUNING := --tuning runs/five_reasons_tuning docs/results/study.json
 
 .PHONY: help setup demo demo-long study-quick study study-tuning test test-unit test-full test-chaos lint bench lock clean
 help: ## list the targets
@@ -21,12 +23,12 @@ demo-long: setup ## the same road with a larger budget
 study-quick: setup ## the study of docs/study.md with one seed: 12 arms
 	-$(PY) train.py -m +experiment=five_reasons_quick $(ARGS)
 	$(PY) -m controller.study.negation runs/five_reasons_quick
-	$(PY) -m controller.study runs/five_reasons_quick
+	$(PY) -m controller.study runs/five_reasons_quick $(TUNING)
 
 study: setup ## the whole study: 15 arms, 3 seeds, some hours; started again it goes on
 	-$(PY) train.py -m +experiment=five_reasons $(ARGS)
 	$(PY) -m controller.study.negation runs/five_reasons
-	$(PY) -m controller.study runs/five_reasons
+	$(PY) -m controller.study runs/five_reasons $(TUNING)
 
 study-tuning: setup ## before it: the same four settings for every arm
 	$(PY) train.py -m +experiment=five_reasons_tuning $(ARGS)
