@@ -246,7 +246,8 @@ def test_methods_without_a_reward_in_training(finished: Any, folder: Path, tiny_
 
 def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Path) -> None:
     """Rehearsal, sampling ahead of the learner, scores of turns by the reward service, training and evaluation."""
-    overrides = ["environment=two_turn", "environment.max_turn_tokens=6", "environment.options.score_first=true"]
+    overrides = ["environment=two_turn", "environment.max_turn_tokens=6", "environment.min_turn_tokens=4"]
+    overrides += ["environment.options.score_first=true"]
     lengths = ["ppo.sampling.max_completion_tokens=24", "evaluate.sampling.max_completion_tokens=24"]
     overrides += ["environment.reward=per_turn", "ppo.max_staleness=1", "ppo.score_batch=2"]
     done = run(folder, tiny_model, f"run_dir={folder}/two", *overrides, *lengths)
@@ -256,7 +257,7 @@ def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Pat
     assert len(rows) == 3
     for row in rows:
         assert row["completion/turns_mean"] == 2
-        assert 2 <= row["completion/len_mean"] <= 12  # sampled tokens alone
+        assert 10 <= row["completion/len_mean"] <= 12  # sampled tokens alone, an EOS behind the fewest included
         assert row.get("kl/mismatch_k3", 0) < 0.02
         assert row["fault/unscored"] == 0
         assert row["staleness/max"] <= 1
