@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.environment import environment_maker
 from actors.rollout_actor import start_actors
@@ -26,6 +26,7 @@ ENVIRONMENT = EnvironmentConfig(
     name="two_turn",
     reward="per_turn",
     max_turn_tokens=6,
+    min_turn_tokens=2,
     options={"follow_up": "And now shorter.", "score_first": True},
 )
 
@@ -44,6 +45,13 @@ def sampled(rows: list[Any], rollouts: list[Rollout]) -> np.ndarray:
     return np.concatenate([np.array(row)[r.completion.loss_mask] for row, r in zip(rows, rollouts, strict=True)])
 
 
+def places_in_turn(rollout: Rollout) -> np.ndarray:
+    """Of each sampled token, how many of its turn came before it."""
+    first = rollout.turns[0]
+    count = len(rollout.completion.sampled_ids)
+    return np.concatenate([np.arange(first.end), np.arange(count - first.end)])
+
+
 def check_form(rollouts: list[Rollout], told: list[int], version: int) -> None:
     for request, rollout in zip(REQUESTS, rollouts, strict=True):
         completion, (first, second) = rollout.completion, rollout.turns
@@ -53,15 +61,25 @@ def check_form(rollouts: list[Rollout], told: list[int], version: int) -> None:
         mask = [True] * end + [False] * len(told) + [True] * (second.end - end - len(told))
         assert completion.loss_mask.tolist() == mask
         assert len(ids) == len(mask) == len(completion.behavior_logprobs) == len(completion.policy_versions)
-        assert 1 <= end <= 6
-        assert 1 <= second.end - end - len(told) <= 6
+        assert 3 <= end <= 6  # the EOS is not counted
+        assert 3 <= second.end - end - len(told) <= 6
         assert not completion.behavior_logprobs[~completion.loss_mask].any()
-        assert (completion.behavior_logprobs[completion.loss_mask] < 0).all()
+        assert (completion.behavior_logprobs[completion.loss_mask] <= 0).all()
         assert set(completion.policy_versions.tolist()) == {version}
 
 
-def test_two_turns_through_engine_and_learner(tiny_float32: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_float32, tmp_path, dtype="float32")
+@pytest.fixture
+def eager(tiny_float32: Path, tmp_path: Path) -> Path:
+    """A model that likes to end: at a fifth or so of the positions EOS is nearly certain."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_float32)
+    model.lm_head.weight.data[EOS] *= 12
+    model.save_pretrained(tmp_path / "eager")
+    AutoTokenizer.from_pretrained(tiny_float32).save_pretrained(tmp_path / "eager")
+    return tmp_path / "eager"
+
+
+def test_two_turns_through_engine_and_learner(eager: Path, tmp_path: Path) -> None:
+    config = make_config(eager, tmp_path, dtype="float32")
     config.environment, config.ppo.optimizer.learning_rate = ENVIRONMENT, 1e-3
     envs = environments(config.cluster)
     anywhere = [{"num_cpus": config.cluster.cpus_per_process}]
@@ -83,12 +101,18 @@ def test_two_turns_through_engine_and_learner(tiny_float32: Path, tmp_path: Path
         # The turns of a rollout are sampled with different seeds, and from different contexts.
         assert len({tuple(r.completion.sampled_ids.tolist()) for r in rollouts}) > 1
 
-        # Every sampled token has the log-probability that engine and learner give it in the whole sequence.
+        assert {"stop", "length"} == {turn.finish_reason for r in rollouts for turn in r.turns}
+
+        # Every sampled token has the log-probability that engine and learner give it in the whole sequence, but where EOS
+        # was masked: there what is recorded is larger, and the learner's update has to know (kl/mismatch below).
         recorded = sampled([r.completion.behavior_logprobs for r in rollouts], rollouts)
         learner = sampled(group.call("token_logprobs", sequences(rollouts))[0], rollouts)
         engine = sampled(ray.get(actors[0].token_logprobs.remote(sequences(rollouts)), timeout=120), rollouts)
-        assert np.abs(recorded - learner).max() < 1e-3
-        assert np.abs(recorded - engine).max() < 1e-3
+        free = np.concatenate([place >= ENVIRONMENT.min_turn_tokens for place in map(places_in_turn, rollouts)])
+        assert np.abs(recorded - learner)[free].max() < 1e-3
+        assert np.abs(engine - learner).max() < 1e-3
+        assert (recorded - learner)[~free].min() > -1e-3
+        assert (recorded - learner)[~free].max() > 1
 
         for rollout in rollouts:
             for turn in rollout.turns:
