@@ -32,6 +32,7 @@ study: setup ## the whole study: 15 arms, 3 seeds, some hours; started again it 
 
 study-tuning: setup ## before it: the same four settings for every arm
 	$(PY) train.py -m +experiment=five_reasons_tuning $(ARGS)
+	$(PY) train.py -m +experiment=five_reasons_tuning_rank $(ARGS)
 
 lint: setup ## style, format, types, import direction
 	.venv/bin/ruff check .

@@ -16,7 +16,7 @@ from controller.study.registration import Check, StudyError
 TUNED = {
     "ppo": "ppo.optimizer.learning_rate",
     "dpo": "preference.optimizer.learning_rate",
-    "rank": "preference.optimizer.learning_rate",
+    "rank": "preference.nll_coef",
     "filtered_sft": "sft.top_fraction",
     "best_of_n": "evaluate.best_of_n",
 }

@@ -21,7 +21,7 @@ from controller.study.tuning import TUNED
 CONF = train.CONF
 ARMS = sorted(path.stem for path in (CONF / "arm").glob("*.yaml"))
 SETTINGS = sorted(path.stem for path in (CONF / "tuning").glob("*.yaml"))
-STUDIES = ("five_reasons", "five_reasons_quick", "five_reasons_tuning")
+STUDIES = ("five_reasons", "five_reasons_quick", "five_reasons_tuning", "five_reasons_tuning_rank")
 PLAN = parse(PREREGISTRATION.read_text())
 
 
@@ -69,7 +69,7 @@ def test_a_study_is_well_formed_on_the_command_line(study: str) -> None:
 
 def test_the_full_study_has_every_arm_and_the_tuning_too() -> None:
     assert sorted(swept("five_reasons")["arm"]) == ARMS
-    assert swept("five_reasons_tuning")["arm"] == swept("five_reasons")["arm"]
+    assert sorted([*swept("five_reasons_tuning")["arm"], *swept("five_reasons_tuning_rank")["arm"]]) == ARMS
     assert len(swept("five_reasons")["ppo.seed"]) == PLAN.seeds
     assert len(members("five_reasons_quick")) == 12
 
@@ -86,7 +86,7 @@ def test_the_tuning_tries_other_values_of_what_each_arm_reads_and_nothing_else()
     assert params["ppo.seed"] == ["100"]
     assert sorted(params["tuning"]) == SETTINGS
     assert not set(params["ppo.seed"]) & set(swept("five_reasons")["ppo.seed"])
-    for arm in ("ppo", "filtered_sft", "rank", "dpo", "best_of_n"):
+    for arm in ("ppo", "filtered_sft", "dpo", "best_of_n"):
         rows = [
             composed(["+experiment=five_reasons_tuning", f"arm={arm}", f"tuning={setting}"])
             for setting in params["tuning"]
@@ -97,6 +97,19 @@ def test_the_tuning_tries_other_values_of_what_each_arm_reads_and_nothing_else()
         assert OmegaConf.select(composed(["+experiment=five_reasons", f"arm={arm}"]), key) in tried, arm
         # Prompts that the study does not judge on.
         assert rows[0].data.eval_prompts.path == rows[0].data.prompts.path
+
+
+def test_ranking_is_tried_with_as_many_weights_of_its_text_loss() -> None:
+    params = swept("five_reasons_tuning_rank")
+    tried = [float(weight) for weight in params.pop("preference.nll_coef")]
+    assert len(set(tried)) == len(SETTINGS)
+    assert params == {"ppo.seed": ["100"], "arm": ["rank"], "tuning": ["middle"]}
+    tuning = composed(["+experiment=five_reasons_tuning_rank", "arm=rank"])
+    used = composed(["+experiment=five_reasons", "arm=rank"])
+    assert TUNED["rank"] == "preference.nll_coef"
+    assert used.preference.nll_coef in tried
+    assert tuning.preference.optimizer == used.preference.optimizer
+    assert tuning.name == composed(["+experiment=five_reasons_tuning"]).name
 
 
 def test_every_arm_states_its_own_knob() -> None:
