@@ -64,10 +64,9 @@ def judge_models(
     from learner.weight_sources import CheckpointSource
 
     sampling, timeout_s = config.evaluate.sampling, config.cluster.step_timeout_s
-    is_cut = bool(
-        sampling.min_completion_tokens or config.environment.min_turn_tokens
-    )  # EOS could not be sampled everywhere
-    is_plain = sampling.temperature == 1 and sampling.top_p == 1 and not is_cut
+    # Else what was recorded is log p of another distribution than the model's own.
+    is_own = sampling.temperature == sampling.top_p == 1
+    is_own &= sampling.min_completion_tokens == config.environment.min_turn_tokens == 0
 
     def sample(epoch: int, index: int) -> list[Rollout]:
         """One scored completion of every prompt."""
@@ -93,9 +92,9 @@ def judge_models(
                 report.require_all()
                 publisher.shutdown()
             rollouts[name] = sample(0, 0)
-            if is_plain:
+            if is_own:
                 own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
-            else:  # what was recorded is log p of another distribution than the model's own
+            else:
                 own[name] = _token_logprobs(actors, rollouts[name], timeout_s)
     judged = {}
     with progress.phase("KL against SFT"):

@@ -93,7 +93,7 @@ def preference_loss(
 
     With `nll_coef` that much of the preferred text's -log pi(y|x) / |y| is added to each pair, in expectation over who
     prefers which: P of the first text's and 1 - P of the second's. Of stored pairs it is the loss of Pang et al. 2024 (arXiv
-    2404.19733), equation 1; RRHF has such a term of the best of several texts alone (equation 3).
+    2404.19733); RRHF has such a term of the best of several texts alone.
 
     Args:
         preferences, known: [N, N], read above the diagonal.
