@@ -48,6 +48,15 @@ class Limits:
     max_turn_tokens: int | None
     min_turn_tokens: int = 0
 
+    @classmethod
+    def of(cls, model: ModelConfig, environment: EnvironmentConfig, max_model_len: int) -> "Limits":
+        """Those of a configuration; reads the model's."""
+        from transformers import AutoConfig
+
+        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        vocab_size = AutoConfig.from_pretrained(model.path, **options).get_text_config().vocab_size
+        return cls(vocab_size, max_model_len, environment.max_turn_tokens, environment.min_turn_tokens)
+
 
 def turn_seed(rollout_seed: int, turn: int) -> int:
     """Seed in [0, 2**31) of turn 0, 1, ... of a rollout. The first is the rollout's own, which follows from its key."""
@@ -230,11 +239,10 @@ def start_conversations(
     Raises:
         EnvironmentFault: where the environment cannot be imported.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    vocab_size = AutoConfig.from_pretrained(model.path, **options).get_text_config().vocab_size
-    limits = Limits(vocab_size, config.max_model_len, environment.max_turn_tokens, environment.min_turn_tokens)
+    limits = Limits.of(model, environment, config.max_model_len)
     tokenizer = lru_cache(1)(lambda: AutoTokenizer.from_pretrained(model.path, **options))
     return Conversations(
         engine,

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from actors.conversation import Ask, Conversation, Limits
 from actors.environment import environment_maker
@@ -69,12 +68,7 @@ def rehearse(
 
 
 def _play(config: TandemConfig, tokenizer: Any, prompts: dict[str, list[Prompt]]) -> None:
-    model = config.model
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    vocab_size = AutoConfig.from_pretrained(model.path, **options).get_text_config().vocab_size
-    limits = Limits(
-        vocab_size, config.engine.max_model_len, config.environment.max_turn_tokens, config.environment.min_turn_tokens
-    )
+    limits = Limits.of(config.model, config.environment, config.engine.max_model_len)
     make = environment_maker(config.environment, lambda: tokenizer)
     draw = random.Random(config.seed)
     eos = int(tokenizer.eos_token_id)
