@@ -14,6 +14,7 @@ the t interval does. With one seed there is the bootstrap over prompts, and the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -85,13 +86,20 @@ def absent(why: str) -> Estimate:
     return Estimate(math.nan, np.empty(0), missing=why)
 
 
+@lru_cache(maxsize=8)
+def _draws(seeds: int, prompts: int, samples: int, seed: int) -> tuple[FloatArray, FloatArray]:
+    """How often each seed [samples, seeds] and each prompt [samples, prompts] is drawn; the same in every contrast."""
+    rng = np.random.default_rng(seed)
+    return (
+        rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=samples).astype(float),
+        rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=samples).astype(float),
+    )
+
+
 def resample(table: FloatArray, bootstrap: Bootstrap) -> FloatArray:
     """Means of `table` [seeds, prompts] over draws of seeds and prompts: [samples]. NaN cells do not count; a draw without
     any other is NaN."""
-    seeds, prompts = table.shape
-    rng = np.random.default_rng(bootstrap.seed)
-    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=bootstrap.samples).astype(float)
-    of_prompts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=bootstrap.samples).astype(float)
+    of_seeds, of_prompts = _draws(*table.shape, bootstrap.samples, bootstrap.seed)
     known = np.isfinite(table)
     total = ((of_seeds @ np.where(known, table, 0.0)) * of_prompts).sum(axis=1)
     count = ((of_seeds @ known.astype(float)) * of_prompts).sum(axis=1)
