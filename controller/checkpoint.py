@@ -18,11 +18,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayActorError
+
 from contracts.config import CheckpointConfig
 from contracts.durable import FileRecord
 from controller import commits
 from controller.commits import CheckpointError, Commit, State
 from controller.dispatch import Dispatcher
+from controller.fleet import LearnerLostError
 from learner.learner_actor import LearnerGroup
 
 SPARE = 1.2  # free space that a commit needs, over the size of the last one
@@ -89,6 +92,8 @@ class Committer:
         folder = path.with_name(path.name + ".partial")
         try:
             self._require_space()
+            if path.exists():  # the run went back past it, so it is none: kept for who may repair it
+                path.rename(path.with_name(f"invalid_{path.name}_{time.time_ns()}"))
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700)
         except OSError as error:  # a full disk: no commit
@@ -176,8 +181,12 @@ def load_learner(learner: LearnerGroup, commit: Commit) -> None:
 
     Raises:
         CheckpointError: a rank refuses it; nothing has been touched.
+        LearnerLostError: a rank is gone.
     """
     votes = learner.votes("state.check", str(commit.path), commit.records)
+    lost = [f"rank {rank}: {_reason(vote)}" for rank, vote in enumerate(votes) if isinstance(vote, RayActorError)]
+    if lost:
+        raise LearnerLostError(f"lost before it took {commit.path}: {'; '.join(lost)}")
     refusals = [f"rank {rank}: {_reason(vote)}" for rank, vote in enumerate(votes) if vote is not None]
     if refusals:
         raise CheckpointError(f"the learner cannot take {commit.path}: {'; '.join(refusals)}")

@@ -35,7 +35,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
-from contracts.interfaces import NonFiniteError
+from contracts.interfaces import CollectiveError, NonFiniteError
 from contracts.randomness import random_state, set_random_state
 from contracts.records import Rollout
 from controller.batcher import make_batches, with_siblings
@@ -93,7 +93,9 @@ class PPOController:
         self.dispatcher = Dispatcher(fleet, self.ledger, stream, ppo, scorers, config.cluster)
         self.quality_metric = "reward/gold_mean" if "gold" in scorers else "reward/score_mean"
         self.stop = stop or Stop(config.checkpoint.grace_s)
-        self.recovery = Recovery(learner, log.run_dir, config.cluster.max_learner_restarts, progress)
+        self.recovery = Recovery(
+            learner, log.run_dir, config.checkpoint.every > 0, config.cluster.max_learner_restarts, progress
+        )
         self.commits: Committer | None = None
         self._boundary: State | None = None  # after the last update, with no rollout open
         if about is not None and config.checkpoint.every:
@@ -161,7 +163,7 @@ class PPOController:
         """Go back to the last commit with new learner ranks; again, where one of these is lost meanwhile."""
         try:
             self.restore(self.recovery.restart(error))
-        except (LearnerLostError, RayActorError) as again:
+        except (LearnerLostError, RayActorError, CollectiveError) as again:
             if self.recovery.is_spent:
                 raise
             self._recover(again)

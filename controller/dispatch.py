@@ -191,7 +191,8 @@ class Dispatcher:
         for number, reason in report.missing.items():
             if lives.get(number) == self._life[number]:  # the others have been lost before
                 self._lose(number, f"it did not take version {version}: {reason}")
-        for number in self._behind & set(lives):
+        # An actor that took another's place meanwhile has the weights that it started with.
+        for number in [n for n in self._behind if lives.get(n) == self._life[n]]:
             self._behind.discard(number)
             self._serving.add(number)
             self._supply(number)

@@ -39,9 +39,9 @@ def once_more(work: Callable[[], Result], stage: str, log: RunLog, say: Callable
 
 
 class Recovery:
-    def __init__(self, learner: LearnerGroup, run_dir: Path, max_restarts: int, progress: Progress):
-        self._learner, self._run_dir, self._max_restarts = learner, run_dir, max_restarts
-        self._progress = progress
+    def __init__(self, learner: LearnerGroup, run_dir: Path, has_commits: bool, max_restarts: int, progress: Progress):
+        self._learner, self._run_dir, self._has_commits = learner, run_dir, has_commits
+        self._max_restarts, self._progress = max_restarts, progress
         self.num_restarts = 0
 
     @property
@@ -50,7 +50,8 @@ class Recovery:
 
     def restart(self, error: BaseException) -> Commit | None:
         """End all ranks, for a collective cannot go on without one of them, and start them anew with the weights of their
-        checkpoint. Returns the commit to restore; None where there is none yet.
+        checkpoint. Returns the commit to restore; None where there is none yet, or where the run makes none: what lies in
+        its directory is then of another.
 
         Raises:
             LearnerLostError: `cluster.max_learner_restarts` is reached.
@@ -61,7 +62,7 @@ class Recovery:
                 f"{error}, after {self.num_restarts} restarts: cluster.max_learner_restarts is {self._max_restarts}"
             )
         self.num_restarts += 1
-        commit = newest_valid(self._run_dir, self._progress.line)
+        commit = newest_valid(self._run_dir, self._progress.line) if self._has_commits else None
         stacks = self._run_dir / f"learner_stacks_{self.num_restarts}.txt"
         self._progress.line(f"{error}; all ranks start again and go back to update {commit.step if commit else 0}")
         stacks.write_text(self._learner.stacks())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from contracts import durable
 from contracts.config import CheckpointConfig
@@ -16,6 +17,7 @@ from contracts.durable import RawTensor
 from controller import commits
 from controller.checkpoint import About, Committer, load_learner
 from controller.commits import CheckpointError
+from controller.fleet import LearnerLostError
 from tests.conftest import ROOT
 from tests.unit.test_dispatch import Actor, Call, start
 
@@ -154,6 +156,22 @@ def test_old_commits_go(tmp_path: Path) -> None:
     assert commits.steps(tmp_path) == [3, 4]  # of equals the newer is the best
 
 
+def test_what_is_no_commit_any_more_is_not_in_the_way_of_one(tmp_path: Path) -> None:
+    run = Fixture(tmp_path)
+    run.commit(1)
+    run.commit(2)
+    (tmp_path / "checkpoints" / "step_2" / "driver.json").write_text("{}")
+    found = commits.newest_valid(tmp_path, run.said.append)
+    assert found is not None
+    run.committer.resumed(found)
+    run.commit(2)
+    assert commits.verified(tmp_path, 2).step == 2
+    assert run.committer.metrics()["fault/commits_failed"] == 0
+    (kept,) = (tmp_path / "checkpoints").glob("invalid_step_2_*")
+    assert (kept / "driver.json").read_text() == "{}"
+    assert commits.steps(tmp_path) == [1, 2]
+
+
 def test_one_rank_that_refuses_keeps_all_untouched(tmp_path: Path) -> None:
     run = Fixture(tmp_path)
     run.commit(1)
@@ -164,6 +182,9 @@ def test_one_rank_that_refuses_keeps_all_untouched(tmp_path: Path) -> None:
         load_learner(group, found)
     learner.votes_to_load = [RuntimeError("the actor died"), None]
     with pytest.raises(CheckpointError, match=r"rank 0: RuntimeError: the actor died"):
+        load_learner(group, found)
+    learner.votes_to_load = [None, RayActorError()]
+    with pytest.raises(LearnerLostError, match=r"lost before it took .*step_1: rank 1"):
         load_learner(group, found)
     assert learner.loaded == []
     learner.votes_to_load = [None, None]

@@ -416,6 +416,38 @@ def test_an_actor_that_vllms_own_transport_left_out_joins_with_the_next_group() 
     assert len(actors[1].work) == 2
 
 
+def test_an_actor_that_joins_within_a_publish_waits_for_the_next() -> None:
+    kept, lost = Actor(), Actor()
+    actors = [kept, lost]
+    fleet, learner, _ = crew(actors)
+    dispatcher, ledger = start(actors, fleet=fleet)
+    dispatcher.feed(updates_left=2)
+    kept.finish(0, 1)
+    lost.finish(0, 1)
+    dispatcher.next_batch(0)
+    ledger.trained(1)
+    slow, publish = Future[Any](), learner.start("publish", 1)[0].future().result()
+    learner.start = lambda *_: [Call(slow)]  # type: ignore[assignment, method-assign, misc]
+
+    def comes_back() -> None:  # while version 1 is under way; it has loaded version 0
+        lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
+        while actors[1] is lost or 1 not in fleet.present():
+            time.sleep(0.01)
+        slow.set_result(publish)
+
+    thread = threading.Thread(target=comes_back)
+    thread.start()
+    dispatcher.publish(1)
+    thread.join()
+    del learner.start
+    dispatcher._supply(1)
+    assert actors[1].work == []
+    dispatcher.feed(updates_left=1)
+    dispatcher._catch_up()
+    assert learner.calls[-1] == ("connect", 1)
+    assert len(actors[1].work) == 2
+
+
 def test_actors_are_replaced_so_many_times_only() -> None:
     lost = Actor()
     actors = [lost]

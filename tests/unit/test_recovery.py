@@ -16,6 +16,7 @@ from controller.fleet import LearnerLostError
 from controller.metrics import RunLog
 from controller.progress import Progress
 from controller.recovery import Recovery, once_more
+from tests.unit.test_commits import commit
 
 
 class Learner:
@@ -37,7 +38,7 @@ def said() -> io.StringIO:
 def test_a_learner_is_started_again_so_many_times_only(tmp_path: Path, said: io.StringIO) -> None:
     learner: Any = Learner()
     with Progress(0, stream=said) as progress:
-        recovery = Recovery(learner, tmp_path, 2, progress)
+        recovery = Recovery(learner, tmp_path, True, 2, progress)
         for _ in range(2):
             assert not recovery.is_spent
             assert recovery.restart(LearnerLostError("a learner rank is lost: ActorDiedError")) is None  # no commit yet
@@ -48,6 +49,16 @@ def test_a_learner_is_started_again_so_many_times_only(tmp_path: Path, said: io.
     line = "a learner rank is lost: ActorDiedError; all ranks start again and go back to update 0"
     assert said.getvalue().count(line) == 2
     assert (tmp_path / "learner_stacks_2.txt").read_text() == learner.stacks()
+
+
+def test_a_run_without_commits_goes_back_to_none_of_another(tmp_path: Path, said: io.StringIO) -> None:
+    commit(tmp_path, 8)
+    learner: Any = Learner()
+    with Progress(0, stream=said) as progress:
+        found = [
+            Recovery(learner, tmp_path, has, 2, progress).restart(LearnerLostError("gone")) for has in (True, False)
+        ]
+    assert [each.step if each else None for each in found] == [8, None]
 
 
 # ---- stages without commits
