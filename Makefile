@@ -31,7 +31,7 @@ study: setup ## the whole study: 15 arms, 3 seeds, some hours; started again it 
 	$(PY) -m controller.study runs/five_reasons $(TUNING)
 
 study-tuning: setup ## before it: the same four settings for every arm
-	$(PY) train.py -m +experiment=five_reasons_tuning $(ARGS)
+	-$(PY) train.py -m +experiment=five_reasons_tuning $(ARGS)
 	$(PY) train.py -m +experiment=five_reasons_tuning_rank $(ARGS)
 
 lint: setup ## style, format, types, import direction

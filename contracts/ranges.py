@@ -69,6 +69,8 @@ RANGES = [
             *_under(["cluster"], "gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica"),
             *_under(["cluster"], "cpus_per_process", "min_memory_gib"),
             "logger.samples_per_update",
+            "seed",
+            "evaluate.seed",
         ),
     ),
     Range(
@@ -102,13 +104,14 @@ RANGES = [
     Range(
         "null or 0 or more",
         lambda value: value is None or value >= 0,
-        ("cluster.gpus_per_node", "preference.nll_coef"),
+        ("cluster.gpus_per_node", "preference.nll_coef", "ppo.seed"),
     ),
     Range(
         "null or at least 1",
         lambda value: value is None or value >= 1,
         (
             "data.prompt_words",
+            *_under([f"data.{name}" for name in SOURCES], "max_rows"),
             *_under(("sft", "preference", "ppo"), "trainable_layers"),
             "cluster.num_nodes",
             "environment.max_turn_tokens",

@@ -44,7 +44,7 @@ from controller.recovery import once_more
 from controller.redaction import redacted
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
 from controller.runtime import Runtime, embedded_nodes, ray_session
-from controller.stages import StageStore, checkpoint_fingerprint
+from controller.stages import UNSEEN, StageStore, checkpoint_fingerprint, unseen
 from controller.stop import Stop
 
 
@@ -131,18 +131,22 @@ class Pipeline:
             data = fingerprint(self.data.preferences[name.split("/")[1]])
             test = fingerprint(self.data.test)
             return common | {"reward_model": config.reward_model, "data": data, "test": test}
-        return common | {
-            "ppo": config.ppo,
-            "environment": redacted(asdict(config.environment)),
-            "engine": config.engine,
-            "actors": config.cluster.num_actors,
-            "prompts": fingerprint(self.data.prompts),
-            "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
-            "policy": checkpoint_fingerprint(self.checkpoint(config.ppo.init_from)),
-            "proxy": checkpoint_fingerprint(self.checkpoint("reward_model/proxy")),
-            "gold": checkpoint_fingerprint(self.checkpoint("reward_model/gold")) if has_gold(self.config) else None,
-            "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
-        }
+        return (
+            common
+            | {
+                "ppo": config.ppo,
+                "environment": redacted(asdict(config.environment)),
+                "engine": config.engine,
+                "actors": config.cluster.num_actors,
+                "prompts": fingerprint(self.data.prompts),
+                "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
+                "policy": checkpoint_fingerprint(self.checkpoint(config.ppo.init_from)),
+                "proxy": checkpoint_fingerprint(self.checkpoint("reward_model/proxy")),
+                "gold": checkpoint_fingerprint(self.checkpoint("reward_model/gold")) if has_gold(self.config) else None,
+                "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
+            }
+            | unseen(config)
+        )
 
     def checkpoint(self, name: str) -> str:
         """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`."""
@@ -195,7 +199,9 @@ class Pipeline:
 
         config = offline.method_config(self.config)
         title = method_title("ppo", config.ppo.estimator)
-        identity = flat(self._inputs_of("ppo"))
+        inputs = self._inputs_of("ppo")
+        # Of a commit `require_scorers` compares what scored, and a run with a new key for the same service is the same run.
+        identity = flat({name: value for name, value in inputs.items() if name not in UNSEEN})
         commit = self._find_commit(identity)
         policy, proxy = self.checkpoint(config.ppo.init_from), self.checkpoint("reward_model/proxy")
         scorers = {"proxy": proxy}

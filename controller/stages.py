@@ -17,8 +17,12 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from contracts.config import TandemConfig
 from contracts.records import StageResult
+from contracts.validation import ConfigError
+from reward_service.versions import function_version
 
+UNSEEN = ("scoring", "hidden")  # the keys of `unseen`
 LOGS = ("metrics.jsonl", "samples.jsonl", "phases.jsonl")
 
 
@@ -39,6 +43,27 @@ def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
                 content.seek(-(1 << 20), 2)
                 digest.update(content.read())
     return digest.hexdigest()
+
+
+def unseen(config: TandemConfig) -> dict[str, Any]:
+    """What decides a reward and what the configuration without secrets does not show: how and with what each configured
+    scorer scores, and a hash of the values that `redacted` may have blanked.
+
+    Raises:
+        ConfigError: a function's source is not there.
+    """
+    service, contents = config.reward_service, dict[str, str]()
+    for name, scorer in service.scorers.items():
+        try:
+            if scorer.function:
+                contents[name] = function_version(scorer.function)
+            elif scorer.path:
+                contents[name] = checkpoint_fingerprint(scorer.path)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"reward_service.scorers.{name}: {error}") from None
+    values = [asdict(config.environment), {name: asdict(scorer) for name, scorer in service.scorers.items()}]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return {"scoring": [service.dtype, service.max_tokens, contents], "hidden": digest}
 
 
 @dataclass

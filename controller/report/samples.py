@@ -20,7 +20,7 @@ def chosen(run: Run) -> tuple[list[tuple[str, float, dict[str, dict[str, Any]]]]
     by_prompt: dict[Any, dict[str, dict[str, Any]]] = {}
     for row in run.samples:
         if row.get("stage") == "evaluate" and row.get("model"):
-            by_prompt.setdefault(str(row.get("prompt_id")), {}).setdefault(str(row["model"]), row)
+            by_prompt.setdefault(str(row.get("prompt_id")), {})[str(row["model"])] = row  # of two evaluations the later
     ranked = []
     for models in by_prompt.values():
         mine, sft = number(models.get(third, {}).get("gold")), number(models.get("sft", {}).get("gold"))

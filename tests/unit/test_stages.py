@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from contracts.config import LoggerConfig, SFTConfig
+from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
+from contracts.validation import ConfigError
 from controller.metrics import RunLog
-from controller.stages import LOGS, StageStore, checkpoint_fingerprint
+from controller.stages import LOGS, UNSEEN, StageStore, checkpoint_fingerprint, unseen
 
 INPUTS: dict[str, Any] = {"seed": 1, "sft": SFTConfig(), "data": "abc"}
 
@@ -212,3 +213,33 @@ def test_a_resumed_stage_keeps_the_lines_of_its_first_attempt(tmp_path: Path) ->
 
     made = store.run("sft", INPUTS, work)
     assert [row["step"] for row in lines(Path(made.path).parent / "log/metrics.jsonl")] == [1, 2]
+
+
+def test_what_a_scorer_is_made_of_and_what_is_blanked_are_inputs(tmp_path: Path) -> None:
+    rules, model = tmp_path / "rules.py", tmp_path / "model"
+    rules.write_text("def brevity(prompt, completion):\n    return 1.0\n")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    config = TandemConfig()
+    config.environment.options = {"keyword": "film"}
+    config.reward_service.scorers = {
+        "token_count": ScorerConfig(kind="function", function=f"{rules}:brevity"),
+        "second": ScorerConfig(path=str(model)),
+    }
+    seen = [unseen(config)]
+    rules.write_text("def brevity(prompt, completion):\n    return -1.0\n")
+    seen.append(unseen(config))
+    (model / "config.json").write_text('{"trained": "again"}')
+    seen.append(unseen(config))
+    config.environment.options = {"keyword": "movie"}
+    seen.append(unseen(config))
+    config.reward_service.scorers["token_count"].std_coef = 2.0
+    seen.append(unseen(config))
+    config.reward_service.max_tokens = 64
+    seen.append(unseen(config))
+    assert len({json.dumps(each) for each in seen}) == len(seen)
+    assert all(tuple(each) == UNSEEN for each in seen)
+    assert "film" not in json.dumps(seen)
+    rules.unlink()
+    with pytest.raises(ConfigError, match=r"reward_service\.scorers\.token_count: "):
+        unseen(config)

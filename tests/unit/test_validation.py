@@ -485,6 +485,16 @@ def test_all_conflicts_are_listed_at_once(config):
     ]
 
 
+def test_seeds_and_numbers_of_rows_are_not_negative(config):
+    broken = put(config, seed=-1, ppo__seed=-1, evaluate__seed=-1, data__sft__max_rows=-5)
+    assert sorted(line.split()[0] for line in conflicts(broken)) == [
+        "data.sft.max_rows",
+        "evaluate.seed",
+        "ppo.seed",
+        "seed",
+    ]
+
+
 def test_machine_with_room_is_silent(config):
     assert check_machine(config, free_memory_gib=6.0, cpu_count=2) == []
 
