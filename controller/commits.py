@@ -7,6 +7,7 @@
             driver.safetensors      the ledger's arrays: rollouts that are sampled but not trained
             rank_R.safetensors      what learner rank R needs to go on
             policy/                 the policy as a plain Hugging Face checkpoint
+        invalid_step_8_T/           was no commit any more when update 8 came again: for who may repair it
         step_16.partial/            being written, or left by a crash: nobody reads it
 
 No pointer file names the newest: discovery looks for the newest manifest that verifies.

@@ -17,6 +17,7 @@ from contracts.methods import method_title
 from contracts.records import Prompt, Rollout, RolloutRequest
 from controller import best_of_n, statistics
 from controller.judged import against_sft, judged_model
+from controller.offline import method_config
 from controller.progress import Progress
 from controller.prompts import sampling_seed
 from controller.verdict import verdict
@@ -121,7 +122,7 @@ def _token_logprobs(actors: list[Any], rollouts: list[Rollout], timeout_s: float
 
 def _best_of_n(config: TandemConfig, sample: Callable[[int, int], list[Rollout]], progress: Progress) -> Judged:
     """Of completions that SFT, which the actors serve, samples anew: the one that it is compared with is none of them."""
-    n, epoch = config.evaluate.best_of_n, config.seed if config.ppo.seed is None else config.ppo.seed
+    n, epoch = config.evaluate.best_of_n, method_config(config).seed
     with progress.phase(f"sampling {n} completions a prompt from SFT, for the best of them"):
         rounds = [sample(epoch, index) for index in range(1, n + 1)]
     candidates = [list(group) for group in zip(*rounds, strict=True)]

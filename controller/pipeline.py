@@ -131,22 +131,19 @@ class Pipeline:
             data = fingerprint(self.data.preferences[name.split("/")[1]])
             test = fingerprint(self.data.test)
             return common | {"reward_model": config.reward_model, "data": data, "test": test}
-        return (
-            common
-            | {
-                "ppo": config.ppo,
-                "environment": redacted(asdict(config.environment)),
-                "engine": config.engine,
-                "actors": config.cluster.num_actors,
-                "prompts": fingerprint(self.data.prompts),
-                "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
-                "policy": checkpoint_fingerprint(self.checkpoint(config.ppo.init_from)),
-                "proxy": checkpoint_fingerprint(self.checkpoint("reward_model/proxy")),
-                "gold": checkpoint_fingerprint(self.checkpoint("reward_model/gold")) if has_gold(self.config) else None,
-                "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
-            }
-            | unseen(config)
-        )
+        return common | {
+            "ppo": config.ppo,
+            "environment": redacted(asdict(config.environment)),
+            "engine": config.engine,
+            "actors": config.cluster.num_actors,
+            "prompts": fingerprint(self.data.prompts),
+            "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
+            "policy": checkpoint_fingerprint(self.checkpoint(config.ppo.init_from)),
+            "proxy": checkpoint_fingerprint(self.checkpoint("reward_model/proxy")),
+            "gold": checkpoint_fingerprint(self.checkpoint("reward_model/gold")) if has_gold(self.config) else None,
+            "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
+            **unseen(config),
+        }
 
     def checkpoint(self, name: str) -> str:
         """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`."""
