@@ -47,14 +47,14 @@ class NoTwin(ValueError):
     """No small model could be made of the configuration."""
 
 
-def twin_config(config: Any, narrow: bool, short: bool) -> Any:
+def twin_config(config: Any, narrow: bool, short: bool, head_width: int = HEAD) -> Any:
     """A copy with few layers and short windows, with narrow layers, and with a short vocabulary."""
     twin = copy.deepcopy(config)
     text = twin.get_text_config()
     _fewer_layers(text)
     _short_windows(text)
     if narrow:
-        _narrow(text)
+        _narrow(text, head_width)
     if short:
         _short_vocabulary(twin, text)
     return twin
@@ -155,7 +155,7 @@ def _short_windows(text: Any) -> None:
             setattr(text, name, WINDOW)
 
 
-def _narrow(text: Any) -> None:
+def _narrow(text: Any, width: int) -> None:
     """Few narrow heads, few experts; the ratios of heads to key-value heads and of widths stay, as far as they matter."""
     was = {name: value for name, value in vars(text).items() if _is_count(value)}
     heads = getattr(text, "num_attention_heads", None) or 2
@@ -163,7 +163,7 @@ def _narrow(text: Any) -> None:
     kv = was[kv_names[0]] if kv_names else heads
     ratio, groups = min(max(1, heads // kv), 3), min(kv, 2)
     hidden = text.hidden_size
-    narrow = max(32, ratio * groups * HEAD)
+    narrow = max(32, ratio * groups * width)
     for name, value in was.items():
         if name in CAPS:
             setattr(text, name, min(value, CAPS[name]))
@@ -179,7 +179,7 @@ def _narrow(text: Any) -> None:
         new["attention_head_dim"] = getattr(text, "attention_hidden_size", narrow) // (ratio * groups)
     for heads_name, width_name, expand in SSM_HEADS:
         if was.get(heads_name) and was.get(expand):
-            new |= {heads_name: was[expand] * narrow // HEAD, width_name: HEAD, "mamba_d_ssm": was[expand] * narrow}
+            new |= {heads_name: was[expand] * narrow // width, width_name: width, "mamba_d_ssm": was[expand] * narrow}
     for name, value in new.items():
         with suppress(AttributeError):  # derived from the others
             if getattr(text, name, None) is not None:
