@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from contracts.config import TandemConfig
+from contracts.error_text import error_lines
 from contracts.methods import GIVEN, results_needed, runs
 from contracts.placement import needs
 from contracts.validation import ConfigError
@@ -31,7 +32,7 @@ def check_model(config: TandemConfig) -> None:
                 problems += _too_many_layers(config, getattr(found, "num_hidden_layers", None))
                 problems += _undivided_heads(config, found.get_text_config())
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = error_lines(error)[0][:200]
             exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
             problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
     if problems:
