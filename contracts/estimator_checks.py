@@ -42,6 +42,13 @@ def estimator_checks(ppo: PPOConfig) -> list[Check]:
             ppo.kl.controller,
             "ppo.kl.controller=fixed" + ("" if ppo.estimator == "online_dpo" else " or ppo.kl.place=reward"),
         ),
+        Check(
+            ppo.kl.controller != "adaptive" or ppo.kl.coef > 0,
+            "ppo.kl.coef",
+            "above 0 with ppo.kl.controller adaptive, which multiplies it",
+            ppo.kl.coef,
+            f"for example {PPOConfig().kl.coef} (the default), or ppo.kl.controller=fixed",
+        ),
         *(_pair_checks(ppo, estimator, steps) if ppo.estimator == "online_dpo" else []),
         *combined_checks(ppo),
     ]

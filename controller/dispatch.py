@@ -366,4 +366,3 @@ def _is_loss(error: BaseException) -> bool:
     if isinstance(error, RayTaskError):
         error = error.cause
     return isinstance(error, (RayActorError, EngineLostError))
-

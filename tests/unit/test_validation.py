@@ -276,6 +276,10 @@ def test_a_choice_suggests_the_closest_name(config):
             ["ppo.kl.controller must be fixed where there is no KL penalty", "found adaptive", "ppo.kl.place=reward"],
         ),
         (
+            {"ppo__kl__controller": "adaptive", "ppo__kl__coef": 0.0},
+            ["ppo.kl.coef must be above 0 with ppo.kl.controller adaptive", "found 0.0", "ppo.kl.controller=fixed"],
+        ),
+        (
             {"ppo__combined__target": 0.5},
             ["ppo.ptx_coef must be above 0 with ppo.combined.target (0.5)", "found 0.0", "write ppo.ptx_coef=1"],
         ),
