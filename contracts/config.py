@@ -198,7 +198,9 @@ class PPOConfig:
     gold_rollouts: int = 32  # rollouts an update that the gold judge scores too; 0 switches it off
     max_failed_scores: float = 0.01  # share of rollouts without a score above which the run stops
     init_from: str = "sft"  # sft | base: what policy and reference start from
-    init_value_from: str = "reward_model"  # reward_model | policy
+    # What the value model starts from: reward_model (of the scorer proxy) | policy; null: a reward model that scores the
+    # rollouts, where there is one.
+    init_value_from: str | None = None
 
 
 @dataclass
