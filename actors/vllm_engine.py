@@ -113,8 +113,8 @@ class VLLMEngine:
             submitted.set()
 
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
-        """The last token is asked for as one that could follow the others: vLLM samples a token after every prompt, for which
-        a prompt as long as the model allows leaves no room."""
+        """The last token is asked for as one that could follow the others: vLLM samples a token after every prompt, for
+        which a sequence of `max_model_len` leaves no room."""
 
         def ask(ids: list[int], start: int) -> Future:
             last = ids[-1]

@@ -265,9 +265,9 @@ class PPOController:
         return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
 
     def _scored(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Those with a score; the others are set aside. Raises ScoreError where they are too many."""
+        """Those with a score; the others are set aside. Raises ScoreError where they are too many, or all."""
         failed = [r for r in rollouts if r.scores["proxy"].value is None]
-        if len(failed) > self.config.ppo.max_failed_scores * len(rollouts):
+        if len(failed) > self.config.ppo.max_failed_scores * len(rollouts) or len(failed) == len(rollouts):
             reasons = sorted({str(r.scores["proxy"].error) for r in failed})
             raise ScoreError(
                 f"{len(failed)} of {len(rollouts)} rollouts of version {self.version} have no score "

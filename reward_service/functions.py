@@ -4,7 +4,7 @@ A function takes lists and returns one number an item, as TRL's reward functions
 
     def brevity(completions: list[str], **_) -> list[float]: ...
 
-It is given `prompts`, `completions` and `labels` as far as it names them.
+Not a generator, and not `async`: nobody awaits what it returns. It is given `prompts`, `completions` and `labels` as far as it names them.
 """
 
 import json
@@ -81,6 +81,8 @@ class FunctionProcess:
             raise
         if "error" in reply:
             raise Failed(f"poison: {reply['error']}")
+        if "refused" in reply:
+            raise Failed(reply["refused"])
         return reply["scores"]
 
     def _read(self, timeout_s: float) -> dict[str, Any]:

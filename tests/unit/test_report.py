@@ -350,6 +350,17 @@ def test_explained_variance_counts_only_after_20_updates():
     assert title in titles(ppo_run(value__explained_var=[0.5] * 20 + [-0.01]))
 
 
+def test_the_gain_at_matched_length_has_the_name_of_its_judge(tmp_path):
+    evaluation = invented_evaluation()
+    matched = {"pairs": 7, "proxy_gain": around(0.1234, 0.01), "win_rate": around(0.6, 0.1)}
+    evaluation["comparisons"]["ppo_vs_sft"] |= {"judge": "proxy", "gold_gain": None, "matched_length": matched}
+    run = write_run(tmp_path / "run")
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = " ".join(parsed(render(run)).texts)
+    assert re.search(r"Learned-score gain at matched length\s+\+0\.123", text)
+    assert "Gold gain at matched length" in text  # of base against SFT
+
+
 def test_alarms_relative_to_the_start():
     assert "Entropy collapsed" in titles(ppo_run(policy__entropy=[3.0, 0.59]))
     assert "Entropy collapsed" not in titles(ppo_run(policy__entropy=[3.0, 0.61]))
