@@ -4,7 +4,8 @@ A function takes lists and returns one number an item, as TRL's reward functions
 
     def brevity(completions: list[str], **_) -> list[float]: ...
 
-Not a generator, and not `async`: nobody awaits what it returns. It is given `prompts`, `completions` and `labels` as far as it names them.
+It is given `prompts`, `completions` and `labels` as far as it names them. It is neither a generator nor `async`: nobody
+awaits what it returns.
 """
 
 import json

@@ -46,9 +46,9 @@ class Judge:
 judge = Judge()
 async def soon(completion): return 1.0
 def items(completions):
-    answers = {"async": soon, "generator": lambda c: (x for x in c), "huge": lambda c: 10**400, "huger": lambda c: -10**5000,
-               "largest": lambda c: 10**308, "bool": lambda c: True, "array": lambda c: np.ones(2), "half": lambda c: np.half(2.0),
-               "set": lambda c: {1.0}}
+    answers = {"async": soon, "generator": lambda c: (x for x in c), "set": lambda c: {1.0}, "bool": lambda c: True,
+               "huge": lambda c: 10**400, "huger": lambda c: -10**5000, "largest": lambda c: 10**308,
+               "array": lambda c: np.ones(2), "half": lambda c: np.half(2.0)}
     return [answers[c](c) if c in answers else float(len(c)) for c in completions]
 """
 
