@@ -446,6 +446,11 @@ def test_a_stage_without_its_inputs_says_what_to_run(folder: Path, tiny_model: P
         (["ppo.clip=2", "ppo.epochs=few", "ppo.updats=3"], "3 conflicts in the configuration"),
         (["model.path=/no/such/model"], "model.path=/no/such/model: no model can be loaded"),
         (["sft.trainable_layers=3"], "sft.trainable_layers is 3, the model has 2 layers"),
+        (["engine.max_model_len=513"], "engine.max_model_len must be at most the 512 positions of"),
+        (
+            ["reward_service=rules", "reward_service.scorers.proxy.function=no_such.py:f"],
+            "reward_service.scorers.proxy: no_such.py:f: there is no source file",
+        ),
         (["data.sft.path=/no/such/file.jsonl"], "data.sft.path"),
         (["cluster.min_memory_gib=100000"], "free memory must be at least"),
         (
