@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from contracts.check import shown
 from contracts.config import TandemConfig, register_schema, to_config
+from contracts.error_text import error_lines
 from contracts.overrides import schema_section, unknown_overrides
 from contracts.validation import ConfigError, validate
 
@@ -51,7 +52,7 @@ def command_line_problems(arguments: list[str], conf: Path) -> list[str]:
     try:
         parsed = [o for o in OverridesParser.create().parse_overrides(written) if not unknown_overrides([_line(o)])]
     except HydraException as error:  # a comma or a bracket out of place: it names the argument
-        return [*problems, str(error).splitlines()[0]]
+        return [*problems, error_lines(error)[0]]
     wrong = {_line(override): text for override in parsed for text in _wrong_types(override)}
     problems += wrong.values()
     sweeps = is_multirun(arguments)
@@ -145,5 +146,5 @@ def _member_conflicts(overrides: list[str]) -> list[str]:
     except ConfigError as error:
         return error.conflicts
     except (HydraException, OmegaConfBaseException) as error:
-        return [str(error).splitlines()[0]]
+        return [error_lines(error)[0]]
     return []

@@ -163,7 +163,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ppo.kl.place": (None, *KL_PLACES),
     "checkpoint.resume": ("auto", "never"),
     "ppo.init_from": ("sft", "base"),
-    "ppo.init_value_from": ("reward_model", "policy"),
+    "ppo.init_value_from": (None, "reward_model", "policy"),
     "cluster.layout": ("disaggregated", "colocated"),
     "environment.reward": ("cumulative", "per_turn", "separate"),
     "learner.zero_stage": (0, 1, 2, 3),

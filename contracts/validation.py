@@ -23,7 +23,7 @@ from contracts.overrides import closest
 from contracts.placement import Resources
 from contracts.ranges import CHOICES, RANGES, SOURCES
 from contracts.scorer_checks import http_checks, scorer_checks
-from contracts.scorers import has_gold
+from contracts.scorers import has_gold, scoring_models
 
 
 class ConfigError(ValueError):
@@ -144,6 +144,13 @@ def _ppo_checks(config: TandemConfig) -> list[Check]:
             "0 without a gold judge (data.gold and gold_model are null)",
             ppo.gold_rollouts,
             "ppo.gold_rollouts=0, or set data.gold or gold_model",
+        ),
+        Check(
+            config.data.gold is not None or config.gold_model is not None or "gold" not in scoring_models(config),
+            "data.gold or gold_model",
+            "set where reward_service.scorers.gold has the part gold_model",
+            None,
+            "gold_model=CHECKPOINT, data.gold={path: FILE}, or other parts",
         ),
     ]
 

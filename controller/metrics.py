@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from contracts.config import LoggerConfig
+from contracts.error_text import typed_line
 from controller.redaction import redacted
 from controller.report.alarms import Alarm
 from controller.report.watch import AlarmWatch
@@ -134,9 +135,8 @@ class RunLog:
             row = {"stage": "faults", "step": self.wandb_faults, "wall_s": self._wall_s()}
             _write(self._metrics, row | {"fault/wandb": self.wandb_faults})
             if self.wandb_faults == 1:
-                reason = str(error).strip().splitlines() or [""]
                 print(
-                    f"wandb {action} failed ({type(error).__name__}: {reason[0][:200]}); the run goes on and "
+                    f"wandb {action} failed ({typed_line(error)[:200]}); the run goes on and "
                     f"{self.run_dir}/metrics.jsonl has everything",
                     file=sys.stderr,
                 )

@@ -28,7 +28,7 @@ from contracts.config import SFTConfig, TandemConfig
 from contracts.methods import GIVEN, chosen_preference, method_stage, method_title, stages_to_run
 from contracts.placement import weight_backend
 from contracts.records import StageResult
-from contracts.scorers import has_gold
+from contracts.scorers import ROLES, judges, scoring_models, starts_value_model
 from contracts.validation import ConfigError, check_machine
 from controller import offline
 from controller.checkpoint import About, package_versions
@@ -142,8 +142,7 @@ class Pipeline:
             "prompts": fingerprint(self.data.prompts),
             "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
             "policy": checkpoint_fingerprint(self.checkpoint(config.ppo.init_from)),
-            "proxy": checkpoint_fingerprint(self.checkpoint("reward_model/proxy")),
-            "gold": checkpoint_fingerprint(self.checkpoint("reward_model/gold")) if has_gold(self.config) else None,
+            **{role: self._judge_fingerprint(role) for role in ROLES},
             "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
             **unseen(config),
         }
@@ -166,6 +165,18 @@ class Pipeline:
             )
         self.results[name] = found
         return found.path
+
+    def _judges(self, roles: tuple[str, ...]) -> dict[str, str | None]:
+        """The reward model of each role; None where it is scored without one."""
+        scoring = scoring_models(self.config)
+        return {role: self.checkpoint(f"reward_model/{role}") if role in scoring else None for role in roles}
+
+    def _judge_fingerprint(self, role: str) -> str | None:
+        """Of the reward model of a role, where PPO has anything of it."""
+        is_value = role == "proxy" and starts_value_model(self.config)
+        if not is_value and role not in scoring_models(self.config):
+            return None
+        return checkpoint_fingerprint(self.checkpoint(f"reward_model/{role}"))
 
     # ---- stages
 
@@ -203,11 +214,9 @@ class Pipeline:
         # Of a commit `require_scorers` compares what scored, and a run with a new key for the same service is the same run.
         identity = flat({name: value for name, value in inputs.items() if name not in UNSEEN})
         commit = self._find_commit(identity)
-        policy, proxy = self.checkpoint(config.ppo.init_from), self.checkpoint("reward_model/proxy")
-        scorers = {"proxy": proxy}
-        if has_gold(self.config) and config.ppo.gold_rollouts:
-            scorers["gold"] = self.checkpoint("reward_model/gold")
-        value = proxy if config.ppo.init_value_from == "reward_model" else policy
+        policy = self.checkpoint(config.ppo.init_from)
+        scorers = self._judges(judges(config) if config.ppo.gold_rollouts else ROLES[:1])
+        value = self.checkpoint("reward_model/proxy") if starts_value_model(config) else policy
         backend, eos = weight_backend(config), self.tokenizer.eos_token_id
         ptx = self.data.sft if config.ppo.ptx_coef else []
         stream = PromptStream(self.data.prompts, config.ppo.samples_per_prompt, config.seed)
@@ -258,9 +267,7 @@ class Pipeline:
         trained = method_stage(config)
         models = {"base": config.model.path} | ({config.method: self.checkpoint(trained)} if trained else {})
         models[REFERENCE] = self.checkpoint("sft")
-        scorers = {"proxy": self.checkpoint("reward_model/proxy")}
-        if has_gold(self.config):
-            scorers["gold"] = self.checkpoint("reward_model/gold")
+        scorers = self._judges(judges(config))
         start = time.time()
         eos = self.tokenizer.eos_token_id
         self._start_ray("evaluate")

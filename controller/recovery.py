@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
 
+from contracts.error_text import typed_line
 from contracts.interfaces import CollectiveError, EngineLostError
 from contracts.weights import ActorsMissing
 from controller.commits import Commit, newest_valid
@@ -31,9 +32,7 @@ def once_more(work: Callable[[], Result], stage: str, log: RunLog, say: Callable
         cause = error.cause if isinstance(error, RayTaskError) else error
         if not isinstance(cause, (RayActorError, CollectiveError, EngineLostError, ActorsMissing)):
             raise
-        say(
-            f"{stage} has lost a process and begins again ({type(cause).__name__}: {str(cause).strip().splitlines()[0]})"
-        )
+        say(f"{stage} has lost a process and begins again ({typed_line(cause)})")
     log.cut(start)
     return work()
 

@@ -177,6 +177,11 @@ class TrainEngine:
             raise NonFiniteError(f"the gradient norm is {norm}")
         return norm
 
+    def skip(self, steps: int) -> None:
+        """Let the learning rate go on as after so many steps; nothing else changes."""
+        for _ in range(steps):
+            self._engine.lr_scheduler.step()
+
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full weights by their checkpoint names, in a fixed order. Under ZeRO-3 each decoder layer is gathered on all
         ranks, yielded and released again; a consumer copies before it asks for the next."""
