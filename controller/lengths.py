@@ -22,6 +22,8 @@ POSITIONS = (
 # Kinds of RoPE whose factor that number has in it already.
 SCALED = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 
+BY_LENGTH = ("dynamic", "longrope", "su")  # whose speed follows the length of what is computed together
+
 
 def positions(model: Any) -> tuple[int, str] | None:
     """How many tokens a sequence of a model may have, and where its configuration says so; None where it does not."""
@@ -39,15 +41,30 @@ def positions(model: Any) -> tuple[int, str] | None:
     return int(known[key] * factor), key
 
 
+def steady_positions(model: Any) -> tuple[int, str] | None:
+    """Up to where RoPE turns at the same speed in rows of any length; None where it always does.
+
+    Beyond, transformers turns a row by the longest of its batch, and vLLM every row as if it were a long one
+    (rotary_embedding/phi3_long_rope_scaled_rope.py): the two differ, and so does a row from itself in other company.
+    """
+    rope = getattr(model, "rope_parameters", None) or {}
+    for layers in [rope] if "rope_type" in rope else rope.values():
+        if isinstance(layers, dict) and layers.get("rope_type") in BY_LENGTH:
+            original = layers.get("original_max_position_embeddings") or model.max_position_embeddings
+            return int(original), f"original_max_position_embeddings of rope_type {layers['rope_type']}"
+    return None
+
+
 def too_long(config: TandemConfig, key: str, path: str, model: Any) -> list[str]:
     """What is longer than the model at `path` allows, which the configuration names at `key`; one text each.
 
     Args:
         model: its configuration, that of the text model.
     """
-    found = positions(model)
-    if found is None:
+    known = [found for found in (positions(model), steady_positions(model)) if found]
+    if not known:
         return []
+    found = min(known)
     rule = f"at most the {found[0]} positions of {path} ({found[1]})"
     return [
         Check(False, what, rule, length, f"{what}={found[0]} or less" if " " not in what else "less of them").message

@@ -665,6 +665,25 @@ def test_nothing_is_longer_than_the_models_positions(config: TandemConfig, tmp_p
     ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("longrope", 64), ("dynamic", 1024)], ids=["longrope of Phi-3", "dynamic NTK"]
+)
+def test_no_row_is_longer_than_where_rope_changes_its_speed(
+    config: TandemConfig, tmp_path: Path, kind: str, limit: int
+) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "factor": 4.0}
+    if kind == "longrope":
+        factors = [1.0] * 32  # of each of a head's pairs of dimensions
+        rope |= {"original_max_position_embeddings": 64, "short_factor": factors, "long_factor": factors}
+    model = {"model_type": "llama", "max_position_embeddings": 1024, "rope_scaling": rope, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    config = put(config, model__path=str(tmp_path), stage="sft")
+    check_model(put(config, sft__max_tokens=limit))
+    (line,) = refused(put(config, sft__max_tokens=limit + 1))
+    assert f"at most the {limit} positions" in line
+    assert f"of rope_type {kind}" in line
+
+
 def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemConfig, tmp_path: Path) -> None:
     paths = {}
     for name, count in (("policy", 1024), ("judge", 304)):
