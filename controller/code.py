@@ -1,14 +1,35 @@
-"""Which version of Tandem made a result: a digest of its sources, where no version number would tell two edits apart."""
+"""Which version of Tandem made a result: digests of its sources, where no version number would tell two edits apart."""
 
+import ast
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-MAKERS = ("train.py", "actors", "contracts", "controller", "learner", "reward_service")
+from contracts.sources import PACKAGES, TANDEM, imported_files
+
+MAKERS = ("train.py", *PACKAGES)
 READERS = ("controller/report", "controller/study")  # they look at results and make none
+# Beside them what shows a stage and what is in its inputs: the configuration's values, the examples that were read.
+NO_PART = (*READERS, "controller/evaluate", "controller/progress", "controller/wandb_sink", "contracts/config")
+# What a stage's result comes from, with all that these import. Rule functions are run by name.
+OFFLINE = "controller/offline.py"
+STAGES = {
+    "sft": ("learner/sft.py", OFFLINE),
+    "filtered_sft": ("learner/sft.py", OFFLINE),
+    "preference": ("learner/preference.py", OFFLINE),
+    "reward_model": ("learner/reward_model.py", OFFLINE),
+    "ppo": (
+        "controller/controller.py",
+        "actors/rollout_actor.py",
+        "learner/ppo.py",
+        "reward_service/app.py",
+        "reward_service/function_worker.py",
+    ),
+}
+WIRING = {"ppo": "controller/pipeline.py"}  # which puts its parts together, and those of all other stages too
 
 
-def code_digest(root: Path = ROOT) -> str:
+def code_digest(root: Path = TANDEM) -> str:
     """SHA-256 (hex) over names and bytes of the Python files that decide what a run does."""
     makers = [root / name for name in MAKERS]
     files = [path for maker in makers for path in ([maker] if maker.is_file() else maker.rglob("*.py"))]
@@ -18,3 +39,34 @@ def code_digest(root: Path = ROOT) -> str:
         if not name.startswith(READERS):
             digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def stage_code(stage: str, root: Path = TANDEM) -> dict[str, str]:
+    """What the result of a stage depends on in Tandem: a digest of each file, by its path below `root`. Comments,
+    docstrings and layout do not count.
+
+    Args:
+        stage: as `reward_model/proxy`.
+    """
+    kind = stage.split("/")[0]
+    files = imported_files([root / name for name in STAGES[kind]], [root], lambda file: not _is_no_part(file, root))
+    files |= {root / WIRING[kind]} if kind in WIRING else set()
+    return {file.relative_to(root).as_posix(): _meaning(file) for file in sorted(files)}
+
+
+def changed_files(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    return [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+
+
+def _is_no_part(file: Path, root: Path) -> bool:
+    name = file.relative_to(root).as_posix()
+    return not name.startswith(PACKAGES) or name.removesuffix(".py").startswith(NO_PART)
+
+
+def _meaning(file: Path) -> str:
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
