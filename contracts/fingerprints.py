@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 from contracts.durable import replace_text
@@ -101,6 +102,7 @@ def _read(memory: Path) -> dict[str, str]:
     return content if isinstance(content, dict) else {}
 
 
+@lru_cache  # of this process: asked offline, the hub's client tries for half a minute before it reads its cache
 def _hub_commit(path: str, revision: str | None) -> str:
     """The commit of a hub id's revision, of which the cache keeps `snapshots/COMMIT/config.json`."""
     from huggingface_hub import hf_hub_download

