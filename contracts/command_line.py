@@ -23,6 +23,11 @@ from contracts.validation import ConfigError, validate
 
 MOST_MEMBERS = 64  # of a sweep that are composed and checked beforehand, at about 0.1 s each
 HYDRA = ("hydra", "hydra/", "hydra.")
+# Flags of Hydra whose value is the next word.
+TAKE_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    "--experimental-rerun",
+)
 TYPES = {
     int: "a whole number",
     float: "a number",
@@ -30,6 +35,16 @@ TYPES = {
     str: "a text",
     list[float]: "a list of numbers",
 }
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """The same words with every override behind Hydra's flags: its parser takes overrides on one side of a flag alone."""
+    flags, overrides, takes_value = list[str](), list[str](), False
+    for word in arguments:
+        is_override = not takes_value and not word.startswith("-") and ("=" in word or word.startswith("~"))
+        (overrides if is_override else flags).append(word)
+        takes_value = word in TAKE_VALUE
+    return [*flags, *overrides]
 
 
 def is_multirun(arguments: Iterable[str]) -> bool:

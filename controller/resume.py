@@ -27,7 +27,7 @@ from controller import commits
 from controller.commits import CheckpointError, Commit
 from controller.metrics import LOGS, RunLog
 from controller.progress import Progress
-from controller.redaction import redact_hydra, redacted, redacted_override
+from controller.redaction import redacted, redacted_override
 
 LOCK, SESSION, CONFIG = "driver.lock", "ray_session", "config.yaml"
 SESSION_NAME = re.compile(r"session_\d[\w-]*")  # as Ray calls them: session_2026-11-28_16-02-11_123456_4711
@@ -128,7 +128,6 @@ class RunDirectory:
 def open_run(config: TandemConfig, directory: RunDirectory, progress: Progress) -> RunLog:
     """Write the resolved configuration into the run directory, open the log."""
     plain = redacted(asdict(config))
-    redact_hydra(directory.path / "hydra")
     directory.write_config(plain)
     return RunLog(
         directory.path,

@@ -17,16 +17,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from contracts.config import TandemConfig
 from contracts.environments import is_import_path
-from contracts.fingerprints import checkpoint_fingerprint
+from contracts.fingerprints import checkpoint_fingerprint, file_hashes
+from contracts.methods import GIVEN, sources_read
 from contracts.records import StageResult
 from contracts.sources import source_digest
 from contracts.validation import ConfigError
-from controller.code import changed_code, stage_code
+from controller.code import changed_code, code_digest, stage_code
 from controller.metrics import LOGS, RunLog
 
 UNSEEN = ("scoring", "hidden")  # the keys of `unseen`
@@ -56,6 +58,25 @@ def unseen(config: TandemConfig) -> dict[str, Any]:
     values = [asdict(environment), {name: asdict(scorer) for name, scorer in service.scorers.items()}]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
     return {"scoring": [service.dtype, service.max_tokens, contents], "hidden": digest}
+
+
+def made_of(config: TandemConfig) -> str:
+    """SHA-256 (hex) over the content of what a configuration names (data, checkpoints, functions) and over Tandem's code.
+
+    Raises:
+        OSError, ValueError: something is not there.
+    """
+    memory = Path(config.cache_dir) / MEMORY
+    paths = [Path(getattr(config.data, name).path) for name in sorted(sources_read(config))]
+    files = [
+        file
+        for path in paths
+        for file in sorted(path.rglob("*") if path.is_dir() else map(Path, glob(str(path))))
+        if file.is_file()
+    ]
+    models = [(config.model.path, config.model.revision), *((getattr(config, key), None) for key in GIVEN.values())]
+    checkpoints = [checkpoint_fingerprint(path, revision, memory) for path, revision in models if path]
+    return _hash([code_digest(), file_hashes(files, memory), checkpoints, unseen(config)])
 
 
 @dataclass
