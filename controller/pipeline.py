@@ -47,7 +47,7 @@ from controller.recovery import once_more
 from controller.redaction import redacted
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
 from controller.runtime import Runtime, embedded_nodes, ray_session
-from controller.stages import MEMORY, UNSEEN, StageStore, unseen
+from controller.stages import MEMORY, UNSEEN, StageStore, environment_source, unseen
 from controller.stop import Stop
 
 
@@ -137,6 +137,7 @@ class Pipeline:
         return common | {
             "ppo": config.ppo,
             "environment": redacted(asdict(config.environment)),
+            "environment_source": environment_source(config),
             "engine": config.engine,
             "actors": config.cluster.num_actors,
             "prompts": fingerprint(self.data.prompts),

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import lru_cache
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -34,30 +35,37 @@ from controller.metrics import LOGS, RunLog
 UNSEEN = ("scoring", "hidden")  # the keys of `unseen`
 MEMORY = "fingerprints.json"  # in cache_dir
 SHOWN = 4  # changed files that are named
+code_at_start = lru_cache(stage_code)  # a process goes on with the code that it began with
 
 
 def unseen(config: TandemConfig) -> dict[str, Any]:
     """What decides a reward and what the configuration without secrets does not show: how and with what each configured
-    scorer scores, what the environment is made of, and a hash of the values that `redacted` may have blanked.
+    scorer scores, and a hash of the values that `redacted` may have blanked.
 
     Raises:
-        ConfigError: a source or a checkpoint is not there.
+        ConfigError: a function's source or a checkpoint is not there.
     """
-    service, environment, contents = config.reward_service, config.environment, dict[str, str]()
-    memory = Path(config.cache_dir) / MEMORY
-    made_of = {f"reward_service.scorers.{name}": (s.function, s.path) for name, s in service.scorers.items()}
-    made_of["environment"] = (environment.name if is_import_path(environment.name) else None, None)
-    for name, (code, path) in made_of.items():
+    service, memory, contents = config.reward_service, Path(config.cache_dir) / MEMORY, dict[str, str]()
+    for name, scorer in service.scorers.items():
         try:
-            if code:
-                contents[name] = source_digest(code)
-            elif path:
-                contents[name] = checkpoint_fingerprint(path, memory=memory)
+            if scorer.function:
+                contents[name] = source_digest(scorer.function)
+            elif scorer.path:
+                contents[name] = checkpoint_fingerprint(scorer.path, memory=memory)
         except (ValueError, OSError) as error:
-            raise ConfigError(f"{name}: {error}") from None
-    values = [asdict(environment), {name: asdict(scorer) for name, scorer in service.scorers.items()}]
+            raise ConfigError(f"reward_service.scorers.{name}: {error}") from None
+    values = [asdict(config.environment), {name: asdict(scorer) for name, scorer in service.scorers.items()}]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
     return {"scoring": [service.dtype, service.max_tokens, contents], "hidden": digest}
+
+
+def environment_source(config: TandemConfig) -> str | None:
+    """A digest of an environment's own source; None for those of Tandem. Raises ConfigError where it is not there."""
+    name = config.environment.name
+    try:
+        return source_digest(name) if is_import_path(name) else None
+    except ValueError as error:
+        raise ConfigError(f"environment.name: {error}") from None
 
 
 def made_of(config: TandemConfig) -> str:
@@ -76,7 +84,7 @@ def made_of(config: TandemConfig) -> str:
     ]
     models = [(config.model.path, config.model.revision), *((getattr(config, key), None) for key in GIVEN.values())]
     checkpoints = [checkpoint_fingerprint(path, revision, memory) for path, revision in models if path]
-    return _hash([code_digest(), file_hashes(files, memory), checkpoints, unseen(config)])
+    return _hash([code_digest(), file_hashes(files, memory), checkpoints, unseen(config), environment_source(config)])
 
 
 @dataclass
@@ -87,7 +95,7 @@ class StageStore:
     log: RunLog
     reuse: Any  # as the key reuse_stages
     say: Callable[[str], None]
-    code: Callable[[str], dict[str, str]] = stage_code  # of a stage: digests by file
+    code: Callable[[str], dict[str, str]] = code_at_start  # of a stage
     _said: set[str] = field(default_factory=set)
 
     def directory(self, name: str, inputs: dict[str, Any]) -> Path:

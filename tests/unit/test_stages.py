@@ -15,7 +15,7 @@ import pytest
 from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
 from contracts.validation import ConfigError
 from controller.metrics import LOGS, RunLog
-from controller.stages import UNSEEN, StageStore, unseen
+from controller.stages import UNSEEN, StageStore, environment_source, unseen
 
 INPUTS: dict[str, Any] = {"seed": 1, "sft": SFTConfig(), "data": "abc"}
 
@@ -319,3 +319,18 @@ def test_what_a_scorer_is_made_of_and_what_is_blanked_are_inputs(tmp_path: Path)
     rules.unlink()
     with pytest.raises(ConfigError, match=r"reward_service\.scorers\.token_count: "):
         unseen(config)
+
+
+def test_an_environment_is_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "games_of_mine.py").write_text("from rules_of_mine import x\nclass Guess: ...\n")
+    (tmp_path / "rules_of_mine.py").write_text("x = 1\n")
+    config = TandemConfig()
+    assert environment_source(config) is None
+    config.environment.name = "games_of_mine:Guess"
+    before = environment_source(config)
+    (tmp_path / "rules_of_mine.py").write_text("x = 2\n")
+    assert environment_source(config) != before
+    config.environment.name = "games_of_nobody:Guess"
+    with pytest.raises(ConfigError, match=r"environment\.name: games_of_nobody:Guess: there is no source file"):
+        environment_source(config)
