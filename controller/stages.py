@@ -75,13 +75,7 @@ def made_of(config: TandemConfig) -> str:
         OSError, ValueError: something is not there.
     """
     memory = Path(config.cache_dir) / MEMORY
-    paths = [Path(getattr(config.data, name).path) for name in sorted(sources_read(config))]
-    files = [
-        file
-        for path in paths
-        for file in sorted(path.rglob("*") if path.is_dir() else map(Path, glob(str(path))))
-        if file.is_file()
-    ]
+    files = [file for name in sorted(sources_read(config)) for file in _files(getattr(config.data, name).path)]
     models = [(config.model.path, config.model.revision), *((getattr(config, key), None) for key in GIVEN.values())]
     checkpoints = [checkpoint_fingerprint(path, revision, memory) for path, revision in models if path]
     return _hash([code_digest(), file_hashes(files, memory), checkpoints, unseen(config), environment_source(config)])
@@ -204,6 +198,13 @@ class StageStore:
             shutil.rmtree(replaced, ignore_errors=True)
         partial.rename(directory)
         return StageResult(name, str(directory / "model"), cached=False, metrics=metrics)
+
+
+def _files(source: str) -> list[Path]:
+    """Of a file, a directory or a pattern; none of a hub id."""
+    path = Path(source)
+    found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob(source, recursive=True))
+    return sorted(file for file in found if file.is_file())
 
 
 def _plain(inputs: dict[str, Any]) -> Any:
