@@ -111,6 +111,16 @@ def _wrong_types(override: Override) -> list[str]:
         value = OverridesParser.create().parse_override(setting).value()
         if schema_section(annotation) and isinstance(value, str):
             continue  # a choice of a config group
+        written = setting.split("=", 1)[1]
+        # As 12e4567, a revision, is infinity, and the tag 1.10 is 1.1.
+        if (
+            str in (annotation, *get_args(annotation))
+            and isinstance(value, bool | int | float)
+            and str(value) != written
+        ):
+            found.append(
+                f"{key} must be a text; found {written}, which is read as {value}; write {key}='\"{written}\"'"
+            )
         try:
             OmegaConf.update(OmegaConf.structured(section), name, value, merge=True)
         except ValidationError:

@@ -48,7 +48,7 @@ class Job:
         return {"overrides": json.dumps(self.overrides), "run_dir": self.run_dir}
 
     def record(self) -> None:
-        RECORDS.mkdir(parents=True, exist_ok=True)
+        RECORDS.mkdir(mode=0o700, parents=True, exist_ok=True)  # overrides may hold secrets
         kind = next(name for name, kind in TARGETS.items() if isinstance(self.target, kind))
         (RECORDS / f"{self.id}.json").write_text(json.dumps(asdict(self) | {"kind": kind}, indent=1) + "\n")
 

@@ -50,6 +50,21 @@ def test_each_type_in_words(override: str, kind: str) -> None:
     assert text.startswith(kind)
 
 
+@pytest.mark.parametrize(
+    ("written", "read"), [("12e4567", "inf"), ("1.10", "1.1"), ("1_000", "1000"), ("true", "True"), ("1e5", "100000.0")]
+)
+def test_a_text_that_is_read_as_something_else_is_refused(written: str, read: str) -> None:
+    instead = f"write model.revision='\"{written}\"'"
+    assert problems(f"model.revision={written}") == [
+        f"model.revision must be a text; found {written}, which is read as {read}; {instead}"
+    ]
+    assert problems(f'model.revision="{written}"') == []
+
+
+def test_a_text_that_reads_as_it_is_written_needs_no_quotes() -> None:
+    assert problems("model.revision=1234567", "model.revision=0123456", "name=7", "sft_model=null") == []
+
+
 def test_a_torn_override_is_named() -> None:
     [text] = problems("ppo.optimizer.betas=[0.9")
     assert "ppo.optimizer.betas" in text or "[0.9" in text
