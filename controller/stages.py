@@ -25,7 +25,7 @@ from typing import Any
 from contracts.config import TandemConfig
 from contracts.environments import is_import_path
 from contracts.fingerprints import checkpoint_fingerprint, file_hashes
-from contracts.methods import GIVEN, sources_read
+from contracts.methods import GIVEN, sources_read, stages_to_run
 from contracts.records import StageResult
 from contracts.sources import source_digest
 from contracts.validation import ConfigError
@@ -69,16 +69,20 @@ def environment_source(config: TandemConfig) -> str | None:
 
 
 def made_of(config: TandemConfig) -> str:
-    """SHA-256 (hex) over the content of what a configuration names (data, checkpoints, functions) and over Tandem's code.
+    """SHA-256 (hex) over the content of what a run reads (data, checkpoints, functions) and over Tandem's code.
 
     Raises:
         OSError, ValueError: something is not there.
     """
     memory = Path(config.cache_dir) / MEMORY
     files = [file for name in sorted(sources_read(config)) for file in _files(getattr(config.data, name).path)]
-    models = [(config.model.path, config.model.revision), *((getattr(config, key), None) for key in GIVEN.values())]
-    checkpoints = [checkpoint_fingerprint(path, revision, memory) for path, revision in models if path]
-    return _hash([code_digest(), file_hashes(files, memory), checkpoints, unseen(config), environment_source(config)])
+    # A given checkpoint may be of a stage that this run has no part of, and not be there.
+    given = [path for key in GIVEN.values() if (path := getattr(config, key)) and Path(path).is_dir()]
+    checkpoints = [checkpoint_fingerprint(path, memory=memory) for path in given]
+    checkpoints.append(checkpoint_fingerprint(config.model.path, config.model.revision, memory))
+    samples = not {"ppo", "evaluate"}.isdisjoint(stages_to_run(config))
+    scoring = [unseen(config), environment_source(config)] if samples else []
+    return _hash([code_digest(), file_hashes(files, memory), checkpoints, scoring])
 
 
 @dataclass
