@@ -12,7 +12,10 @@ from contracts.sources import PACKAGES, TANDEM, imported_files
 MAKERS = ("train.py", *PACKAGES)
 READERS = ("controller/report", "controller/study")  # they look at results and make none
 # Beside them what shows a stage and what is in its inputs: the configuration's values, the examples that were read.
-NO_PART = (*READERS, "controller/evaluate", "controller/progress", "controller/wandb_sink", "contracts/config")
+NO_PART = (
+    *(*READERS, "controller/evaluate", "controller/metrics", "controller/progress", "controller/redaction"),
+    *("controller/wandb_sink", "contracts/config"),
+)
 # What a stage's result comes from, with all that these import. Rule functions are run by name.
 OFFLINE = "controller/offline.py"
 STAGES = {
