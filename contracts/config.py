@@ -363,7 +363,8 @@ class TandemConfig:
     seed: int = 1
     run_dir: str = MISSING
     cache_dir: str = MISSING
-    reuse_stages: bool = True  # take a finished stage from the cache when its inputs have not changed
+    # Finished stages with the same inputs: auto: those that today's code has made | true: whatever code has | false: none
+    reuse_stages: Any = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)

@@ -162,6 +162,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ppo.kl.controller": ("fixed", "adaptive"),
     "ppo.kl.place": (None, *KL_PLACES),
     "checkpoint.resume": ("auto", "never"),
+    "reuse_stages": ("auto", True, False),
     "ppo.init_from": ("sft", "base"),
     "ppo.init_value_from": (None, "reward_model", "policy"),
     "cluster.layout": ("disaggregated", "colocated"),

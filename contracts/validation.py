@@ -207,7 +207,7 @@ def _environment_checks(config: TandemConfig) -> list[Check]:
             environment.name != "single_turn" or not environment.options,
             "environment.options",
             "empty with environment.name single_turn, which has none",
-            environment.options,
+            ", ".join(environment.options),  # by name: a value may be a secret
             "environment.name as well, for example environment.name=two_turn",
         ),
         Check(

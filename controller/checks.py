@@ -9,10 +9,10 @@ from contracts.config import TandemConfig
 from contracts.error_text import error_lines
 from contracts.methods import GIVEN, results_needed, runs
 from contracts.placement import needs
+from contracts.sources import function_source
 from contracts.validation import ConfigError
 from controller.inputs import Inputs
 from controller.lengths import too_long
-from reward_service.versions import function_source
 
 
 def check_model(config: TandemConfig) -> None:

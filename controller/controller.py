@@ -203,7 +203,7 @@ class PPOController:
             "updates": self.updates,
             "durations": self.durations,
             "qualities": self.qualities,
-            "logs": self.log.mark(),
+            "logs": self.log.mark("ppo"),
             "wandb_id": self.log.wandb_id,
         }
         return state, arrays
@@ -232,7 +232,7 @@ class PPOController:
         self.first_score, self.version, self.updates = state["first_score"], state["version"], state["updates"]
         self.durations, self.qualities = state["durations"], state["qualities"]
         # Not the phases: what this driver was busy with stays true.
-        self.log.cut({name: size for name, size in state["logs"].items() if name != "phases.jsonl"})
+        self.log.cut("ppo", {name: count for name, count in state["logs"].items() if name != "phases.jsonl"})
         self._boundary = state, arrays
         if self.commits is not None:
             self.commits.resumed(commit)

@@ -25,14 +25,17 @@ import ray
 from transformers import AutoTokenizer
 
 from contracts.config import SFTConfig, TandemConfig
+from contracts.durable import replace_text
+from contracts.fingerprints import checkpoint_fingerprint
 from contracts.methods import GIVEN, chosen_preference, method_stage, method_title, stages_to_run
 from contracts.placement import weight_backend
 from contracts.records import StageResult
 from contracts.scorers import ROLES, judges, scoring_models, starts_value_model
 from contracts.validation import ConfigError, check_machine
 from controller import offline
-from controller.checkpoint import About, package_versions
+from controller.checkpoint import About
 from controller.checks import check_amounts, check_model
+from controller.code import package_versions
 from controller.commits import Commit
 from controller.data import fingerprint
 from controller.inputs import load_inputs
@@ -45,7 +48,7 @@ from controller.recovery import once_more
 from controller.redaction import redacted
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
 from controller.runtime import Runtime, embedded_nodes, ray_session
-from controller.stages import UNSEEN, StageStore, checkpoint_fingerprint, unseen
+from controller.stages import MEMORY, UNSEEN, StageStore, environment_source, unseen
 from controller.stop import Stop
 
 
@@ -53,7 +56,7 @@ class Pipeline:
     def __init__(self, config: TandemConfig, log: RunLog, progress: Progress, directory: RunDirectory, stop: Stop):
         self.config, self.log, self.progress, self.directory, self.stop = config, log, progress, directory, stop
         self.run_dir = Path(config.run_dir)
-        self.store = StageStore(Path(config.cache_dir), self.run_dir, config.reuse_stages)
+        self.store = StageStore(Path(config.cache_dir), log, config.reuse_stages, progress.line)
         self.results: dict[str, StageResult] = {}
         self.seconds: dict[str, float] = {}
         check_model(config)
@@ -112,9 +115,9 @@ class Pipeline:
         """What decides the result of a stage, without secrets: its hash names the directory of the result."""
         config = self.config
         common: dict[str, Any] = {
-            "format": 1,
+            "format": 2,
             "seed": config.seed,
-            "model": checkpoint_fingerprint(config.model.path, config.model.revision),
+            "model": self._fingerprint(config.model.path, config.model.revision),
             "dtype": config.model.dtype,
             "learner": config.learner,
             "ranks": config.cluster.num_learner_ranks,
@@ -124,7 +127,7 @@ class Pipeline:
         if name in ("filtered_sft", "preference"):
             after = {
                 "seed": offline.method_config(config).seed,
-                "policy": checkpoint_fingerprint(self.checkpoint("sft")),
+                "policy": self._fingerprint(self.checkpoint("sft")),
             }
             if name == "filtered_sft":
                 return common | after | {"sft": _plain_sft(config.sft), "data": fingerprint(self.data.best_sft)}
@@ -137,15 +140,23 @@ class Pipeline:
         return common | {
             "ppo": config.ppo,
             "environment": redacted(asdict(config.environment)),
+            "environment_source": environment_source(config),
             "engine": config.engine,
             "actors": config.cluster.num_actors,
             "prompts": fingerprint(self.data.prompts),
             "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
-            "policy": checkpoint_fingerprint(self.checkpoint(config.ppo.init_from)),
+            "policy": self._fingerprint(self.checkpoint(config.ppo.init_from)),
             **{role: self._judge_fingerprint(role) for role in ROLES},
             "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
             **unseen(config),
         }
+
+    def _fingerprint(self, path: str, revision: str | None = None) -> str:
+        """Raises ConfigError where there is no such checkpoint."""
+        try:
+            return checkpoint_fingerprint(path, revision, Path(self.config.cache_dir) / MEMORY)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is no checkpoint that can be read: {error}") from error
 
     def checkpoint(self, name: str) -> str:
         """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`."""
@@ -160,7 +171,7 @@ class Pipeline:
         if found is None:
             stage = name.split("/")[0]
             raise ConfigError(
-                f"stage={self.config.stage} needs the result of {name}, which has not run with this configuration: "
+                f"stage={self.config.stage} needs the result of {name}, which has not run with this configuration and code: "
                 f"run stage={stage} or stage=pipeline first, or set {key}=PATH"
             )
         self.results[name] = found
@@ -176,7 +187,7 @@ class Pipeline:
         is_value = role == "proxy" and starts_value_model(self.config)
         if not is_value and role not in scoring_models(self.config):
             return None
-        return checkpoint_fingerprint(self.checkpoint(f"reward_model/{role}"))
+        return self._fingerprint(self.checkpoint(f"reward_model/{role}"))
 
     # ---- stages
 
@@ -202,7 +213,7 @@ class Pipeline:
 
     def _write_stages(self) -> None:
         rows = [asdict(result) | {"seconds": self.seconds.get(name, 0.0)} for name, result in self.results.items()]
-        (self.run_dir / "stages.json").write_text(json.dumps(rows, indent=1) + "\n")
+        replace_text(self.run_dir / "stages.json", json.dumps(rows, indent=1) + "\n")
 
     def _ppo(self, path: Path) -> dict[str, Any]:
         from controller.controller import PPOController
@@ -249,13 +260,14 @@ class Pipeline:
 
     def _find_commit(self, identity: dict[str, Any]) -> Commit | None:
         """Where stage ppo goes on; what an earlier attempt has logged and not committed goes."""
-        if not self.config.checkpoint.every:
-            return None
-        with self.progress.phase("looking for commits"):
-            commit = self.directory.find(self.config.checkpoint.resume, identity)
-        self.store.starts = self.directory.start_log(self.log.mark())
-        self.log.cut(self.store.starts if commit is None else commit.driver_state()[0]["logs"])
-        if commit:
+        commit = None
+        if self.config.checkpoint.every:
+            with self.progress.phase("looking for commits"):
+                commit = self.directory.find(self.config.checkpoint.resume, identity)
+        if commit is None:
+            self.log.forget("ppo")
+        else:
+            self.log.cut("ppo", commit.driver_state()[0]["logs"])
             other_versions(commit, package_versions(), self.progress.line)
         return commit
 
@@ -282,7 +294,7 @@ class Pipeline:
         known = evaluation_metrics(result, config.evaluate.max_kl)
         self.log.log("evaluate", 0, {f"evaluate/{name}": value for name, value in known.items()})
         self.log.samples(sample_rows(judged, list(scorers)))
-        (self.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        replace_text(self.run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
         self.results["evaluate"] = StageResult("evaluate", str(self.run_dir / "evaluation.json"), False, result)
         self.seconds["evaluate"] = time.time() - start
         self._write_stages()

@@ -20,12 +20,13 @@ Result = TypeVar("Result")
 
 
 def once_more(work: Callable[[], Result], stage: str, log: RunLog, say: Callable[[str], None]) -> Result:
-    """`work`, of a stage without commits; from its beginning, and once, where it loses a process. What it had logged goes.
+    """`work`, of a stage without commits; from its beginning, and once more where it loses a process. What it has logged
+    before goes, of earlier attempts too.
 
     Raises:
         Exception: of `work`, the loss of a second process among them.
     """
-    start = {name: size for name, size in log.mark().items() if name != "phases.jsonl"}
+    log.forget(stage)
     try:
         return work()
     except (RayActorError, RayTaskError, ActorsMissing) as error:
@@ -33,7 +34,7 @@ def once_more(work: Callable[[], Result], stage: str, log: RunLog, say: Callable
         if not isinstance(cause, (RayActorError, CollectiveError, EngineLostError, ActorsMissing)):
             raise
         say(f"{stage} has lost a process and begins again ({typed_line(cause)})")
-    log.cut(start)
+    log.cut(stage, {"metrics.jsonl": 0, "samples.jsonl": 0})  # what the driver was busy with stays true
     return work()
 
 

@@ -25,6 +25,7 @@ class Ranks:
     world_size: int
     on_cpu: bool
     passes: int = 0  # forward, backward and optimizer steps so far: a rank that hangs counts no further
+    is_writing: bool = False  # an optimizer step waits for the writer of a commit, which may take long and is no hang
     bad_loss: float | None = None  # since the last step
 
     @property

@@ -83,7 +83,9 @@ class RankState:
     def wait(self) -> None:
         """Return when nothing is being written. An error of the writer stays for `result`: it costs a commit, no step."""
         if self._writing is not None:
+            self._ranks.is_writing = True
             self._writing.exception()
+            self._ranks.is_writing = False
 
     def result(self) -> dict[str, FileRecord]:
         """This rank's vote: what it wrote, when it has.
