@@ -1,6 +1,6 @@
 """Tiny random models of many architectures: two or three layers of each kind, and weights that tell them apart.
 
-`TINY[name]()` is a configuration, `make(name, seed)` a model of it. A name with a suffix is a variant of the architecture before it:
+`TINY[name]()` is a configuration, `make(name, seed)` a model of it. A name with a suffix is a variant of an architecture:
 `-window` has a sliding window of 8 tokens, `-tied` shares the head with the embeddings.
 """
 
@@ -47,6 +47,10 @@ SHORT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128, "truncate": False,
+    "beta_fast": 32.0, "beta_slow": 1.0,
+}  # fmt: skip
 SLIDING_FULL = ["sliding_attention", "full_attention"]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -242,7 +246,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         LOCAL_EXPERTS,
         sliding_window=64,
         layer_types=SLIDING_FULL,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=YARN,
     ),
     "gpt_oss-window": of(
         "GptOss",
@@ -251,7 +255,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         LOCAL_EXPERTS,
         sliding_window=WINDOW,
         layer_types=SLIDING_FULL,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=YARN,
     ),
     "minimax_m2": of("MiniMaxM2", SIZES, HEADS, LOCAL_EXPERTS),
     # ---- state spaces, convolutions, linear attention, and hybrids
@@ -364,8 +368,8 @@ def make(name: str, seed: int, dtype: torch.dtype = torch.float32) -> PreTrained
 
 @torch.no_grad()
 def tell_apart(model: PreTrainedModel) -> None:
-    """Add noise to what every new model has the same: norms, biases, router corrections. A layer that ignored them, or kept another
-    model's, would else not show."""
+    """Add noise to what every new model has the same: norms, biases, router corrections. A layer that ignored them, or kept
+    another model's, would else not show."""
     buffers = [(n, b) for n, b in model.named_buffers() if n in model.state_dict() and b.is_floating_point()]
     for _, tensor in [*model.named_parameters(), *buffers]:
         if tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
