@@ -363,7 +363,11 @@ def make(name: str, seed: int, dtype: torch.dtype = torch.float32) -> PreTrained
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(TINY[name]())
     tell_apart(model)
-    return model.to(dtype).eval()
+    precise = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())  # what the class loads in float32 alone
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and name in model.state_dict() and not any(part in name for part in precise):
+            tensor.data = tensor.data.to(dtype)
+    return model.eval()
 
 
 @torch.no_grad()
