@@ -15,6 +15,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _get_original_loader,
+    _layerwise_process,
+    get_layerwise_info,
+)
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
 
 from contracts.packing import layout, view
 from contracts.weights import Parameters
@@ -34,7 +41,16 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 
 
 class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """Loads weights in checkpoint format; on CPU vLLM has prepacked its linear layers and must repack them.
+    """Loads weights in checkpoint format; on CPU vLLM has packed its layers for the kernels and must pack them again, which it
+    does layer by layer (`vllm.model_executor.model_loader.reload`) with three gaps that are closed here:
+
+    - Experts are packed where their kernel is made, and a kernel that is there is kept: it would read unpacked weights.
+    - A layer that shares a parameter with another, as a tied head does, keeps a packed copy of its own.
+    - Until a layer has all of its elements its parameters have no memory. Where a model copies into one by itself, past the
+      parameter's loader (GPT-OSS: sinks and experts), the values go nowhere and the old ones come back.
+
+    So no parameter counts as sent because of what vLLM's `load_weights` reports: a layer that is not complete by vLLM's count
+    is filled with NaN, given its weights again, and must have lost every NaN.
 
     A layer keeps references to incoming tensors until its last one is there, so the buffer must stay as it is until
     `finish_weight_update` has returned.
@@ -45,47 +61,87 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # A prepacked layer leaves an empty `weight` behind, which a plain load_weights cannot fill.
-        self.prepacked = any(p.numel() == 0 for p in self.model.parameters())
-        self._tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
-        self._expected: set[str] = set()  # vLLM's names of the parameters that the update under way has not filled
+        self._names = {layer: f"{name}." if name else "" for name, layer in self.model.named_modules()}
+        owners: dict[int, torch.nn.Module] = {}
+        self._shared = [
+            (layer, name)
+            for layer in self._names
+            for name, parameter in _own_parameters(layer)
+            if owners.setdefault(id(parameter), layer) is not layer
+        ]
+        self._past_loaders: list[torch.nn.Module] = []  # layers that the model fills by itself
+        self._missing: list[str] = []
 
     def init_transfer_engine(self, init_info: HostInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
-        if self.prepacked:
-            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-            initialize_layerwise_reload(self.model)
-        self._expected = {name for name, _ in self.model.named_parameters()}
-        if self._tied:
-            self._expected.discard("lm_head.weight")
+        for layer in self._names:
+            method = getattr(layer, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None
+        initialize_layerwise_reload(self.model)
+        for layer, name in self._shared:
+            setattr(layer, name, get_layerwise_info(layer).kernel_tensors[0][name])
+        for layer in self._past_loaders:
+            _give_memory(layer)
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
         slots, _ = layout(update_info.parameters)
         with torch.no_grad():
-            loaded = self.model.load_weights((slot.name, view(update_info.buffer, slot)) for slot in slots)
-        self._expected -= loaded if loaded is not None else self._expected
+            for _ in range(2):
+                self.model.load_weights((slot.name, view(update_info.buffer, slot)) for slot in slots)
+                for layer in self._incomplete():
+                    _give_memory(layer)
+                    _load_again(layer)
+                empty = {layer: _unfilled(layer) for layer in self._incomplete()}
+                self._missing = [self._names[layer] + name for layer, names in empty.items() for name in names]
+                if not self._missing:
+                    return
+                self._past_loaders = [layer for layer, names in empty.items() if names]
 
     def finish_weight_update(self) -> None:
-        if self._expected:
+        if self._missing:
             # vLLM would only warn, and sample from a mixture of old and new layers.
-            names = sorted(self._expected)
+            names = sorted(self._missing)
             raise RuntimeError(f"{len(names)} parameters of the engine were not sent, the first is {names[0]}")
-        if not self.prepacked:
-            return
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
+        borrowers = [layer for layer, _ in self._shared]
+        for layer in sorted(self._incomplete(), key=borrowers.__contains__):  # after those that they share with
+            _layerwise_process(layer, get_layerwise_info(layer))
         finalize_layerwise_reload(self.model, self.model_config)
-        head = getattr(self.model, "lm_head", None)
-        if head is not None and self._tied:
-            # A tied head keeps a packed copy of its own, which the reload does not know: without this the
-            # embeddings are new and the head is old.
-            head.quant_method.process_weights_after_loading(head)
+
+    def _incomplete(self) -> list[torch.nn.Module]:
+        """Layers with parameters that vLLM has not packed, because it has not counted all of their elements."""
+        return [layer for layer in self._names if _own_parameters(layer) and get_layerwise_info(layer).can_load()]
 
     def shutdown(self) -> None:
         pass
+
+
+def _own_parameters(layer: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(layer.named_parameters(recurse=False))
+
+
+def _give_memory(layer: torch.nn.Module) -> None:
+    """Parameters that have none get memory, full of NaN, and their own loaders."""
+    waiting = [name for name, parameter in _own_parameters(layer) if parameter.is_meta]
+    materialize_layer(layer, get_layerwise_info(layer))
+    for name in waiting:
+        parameter = getattr(layer, name)
+        parameter.data.fill_(float("nan"))
+        parameter.weight_loader = _get_original_loader(parameter)
+
+
+def _load_again(layer: torch.nn.Module) -> None:
+    """Load what vLLM has kept for this layer until it would be complete."""
+    for name, arguments in get_layerwise_info(layer).loaded_weights:
+        parameter = getattr(layer, name)
+        arguments.arguments["param"] = parameter
+        _get_original_loader(parameter)(*arguments.args, **arguments.kwargs)
+
+
+def _unfilled(layer: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in _own_parameters(layer) if bool(parameter.isnan().any())]
 
 
 def register() -> None:
