@@ -41,16 +41,16 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 
 
 class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """Loads weights in checkpoint format; on CPU vLLM has packed its layers for the kernels and must pack them again, which it
-    does layer by layer (`vllm.model_executor.model_loader.reload`) with three gaps that are closed here:
+    """Loads weights in checkpoint format. On CPU vLLM has packed its layers for the kernels and must pack them again, which
+    it does layer by layer (`vllm.model_executor.model_loader.reload`) with three gaps that are closed here:
 
     - Experts are packed where their kernel is made, and a kernel that is there is kept: it would read unpacked weights.
     - A layer that shares a parameter with another, as a tied head does, keeps a packed copy of its own.
     - Until a layer has all of its elements its parameters have no memory. Where a model copies into one by itself, past the
       parameter's loader (GPT-OSS: sinks and experts), the values go nowhere and the old ones come back.
 
-    So no parameter counts as sent because of what vLLM's `load_weights` reports: a layer that is not complete by vLLM's count
-    is filled with NaN, given its weights again, and must have lost every NaN.
+    So no parameter counts as sent because `load_weights` says so: a layer that is not complete by vLLM's count is filled
+    with NaN, given its weights again, and must have lost every NaN.
 
     A layer keeps references to incoming tensors until its last one is there, so the buffer must stay as it is until
     `finish_weight_update` has returned.
