@@ -104,10 +104,8 @@ def prove_engine(model: ModelConfig, max_model_len: int, memory: Path | None = N
         if remembered and "error" not in answer:
             remembered.parent.mkdir(parents=True, exist_ok=True)
             write_json(remembered, answer)
-    formats = {name: Differences(**numbers) for name, numbers in answer.get("formats", {}).items()}
-    problem = answer.get("error") or next(
-        (f"in {n}, {fault}" for n, d in formats.items() if (fault := d.fault())), None
-    )
+    formats = {name: Differences(**numbers) for name, numbers in answer["formats"].items()}
+    problem = verdict(answer)
     if problem:
         name = (config.architectures or [type(config).__name__])[0]
         raise EngineUnproven(
@@ -115,6 +113,14 @@ def prove_engine(model: ModelConfig, max_model_len: int, memory: Path | None = N
             "Use a model that docs/models.md lists as exact"
         )
     return EngineProof(formats, answer["seconds"])
+
+
+def verdict(answer: dict[str, Any]) -> str | None:
+    """Why an engine with this answer is refused, or None."""
+    if "error" in answer:
+        return str(answer["error"])
+    faults = {name: Differences(**numbers).fault() for name, numbers in answer["formats"].items()}
+    return next((f"in {name}, {fault}" for name, fault in faults.items() if fault), None)
 
 
 def _key(config: Any, dtype: str, max_model_len: int) -> str:
@@ -145,29 +151,28 @@ def _ask(model: ModelConfig, max_model_len: int) -> dict[str, Any]:
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            return {"error": f"the proof took more than {TIMEOUT_S:.0f} s"}
+            return {"formats": {}, "error": f"the proof took more than {TIMEOUT_S:.0f} s"}
         answer = Path(folder, "answer.json")
         if answer.exists():
             return json.loads(answer.read_text())
         said = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"error": f"the proof ended with {done.returncode}: {said[-1][:300] if said else 'it said nothing'}"}
+        return {
+            "formats": {},
+            "error": f"the proof ended with {done.returncode}: {said[-1][:300] if said else 'it said nothing'}",
+        }
 
 
 # ---- in the process of the proof
 
 
-def main(model: ModelConfig, max_model_len: int, folder: Path) -> None:
-    """Write the answer: of every number format the numbers of the smallest twin that vLLM starts with."""
-    from transformers import AutoConfig
-
-    import actors.vllm_engine  # noqa: F401  # once, for all forks
-
+def prove_here(config: Any, model: ModelConfig, max_model_len: int) -> dict[str, Any]:
+    """Of every number format the differences of the smallest twin that vLLM starts with. The caller has imported vLLM, once
+    for all forks, and has computed nothing in more than one thread."""
     start = time.perf_counter()
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(model.path, **options)
     formats: dict[str, Any] = {}
-    problems: list[str] = []
+    errors: dict[str, str] = {}
     for dtype in dict.fromkeys(("float32", model.dtype)):
+        problems: list[str] = []
         for narrow, short in ((True, True), (False, True), (False, False)):
 
             def attempt(result: Path, dtype: str = dtype, narrow: bool = narrow, short: bool = short) -> None:
@@ -181,10 +186,11 @@ def main(model: ModelConfig, max_model_len: int, folder: Path) -> None:
                 formats[dtype] = said
                 break
             problems.append(said["error"])
+        else:
+            errors[dtype] = "; ".join(dict.fromkeys(problems))
     # Some architectures vLLM computes in 16 bits alone; what the run uses decides.
-    error = {} if model.dtype in formats else {"error": "; ".join(dict.fromkeys(problems))}
-    answer = {"formats": formats, "seconds": time.perf_counter() - start} | error
-    (folder / "answer.json").write_text(json.dumps(answer))
+    error = {"error": errors[model.dtype]} if model.dtype in errors else {}
+    return {"formats": formats, "errors": errors, "seconds": time.perf_counter() - start} | error
 
 
 def in_fork(work: Callable[[Path], None]) -> dict[str, Any]:
@@ -280,7 +286,7 @@ def _twin(config: Any, narrow: bool, short: bool, max_model_len: int) -> Any:
     text = twin.get_text_config()
     for name, value in vars(config.get_text_config()).items():
         if "window" in name and isinstance(value, int) and value >= max_model_len:
-            setattr(text, name, value)
+            setattr(text, name, max(value, max(LENGTHS) + 1))
     return twin
 
 
@@ -311,7 +317,17 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
-if __name__ == "__main__":
+def main(model: ModelConfig, max_model_len: int, folder: Path) -> None:
+    from transformers import AutoConfig
+
+    import actors.vllm_engine  # noqa: F401
+
     signal.alarm(int(TIMEOUT_S))  # whatever becomes of who asked
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    answer = prove_here(AutoConfig.from_pretrained(model.path, **options), model, max_model_len)
+    (folder / "answer.json").write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     main(ModelConfig(**asked["model"]), asked["max_model_len"], Path(asked["folder"]))

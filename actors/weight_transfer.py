@@ -22,8 +22,9 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     get_layerwise_info,
 )
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
+from vllm.platforms import current_platform
 
-from contracts.packing import layout, view
+from contracts.packing import Slot, layout, view
 from contracts.weights import Parameters
 
 BACKENDS = ("shared_memory", "ray_object")  # where the bytes come from makes no difference here
@@ -78,8 +79,8 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
     def start_weight_update(self) -> None:
         for layer in self._names:
             method = getattr(layer, "quant_method", None)
-            if getattr(method, "moe_kernel", None) is not None:
-                method.moe_kernel = None
+            if getattr(method, "moe_kernel", None) is not None and current_platform.is_cpu():
+                method.moe_kernel = None  # on GPUs it is in captured graphs, and packs nothing
         initialize_layerwise_reload(self.model)
         for layer, name in self._shared:
             setattr(layer, name, get_layerwise_info(layer).kernel_tensors[0][name])
@@ -89,16 +90,20 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
         slots, _ = layout(update_info.parameters)
         with torch.no_grad():
-            for _ in range(2):
-                self.model.load_weights((slot.name, view(update_info.buffer, slot)) for slot in slots)
-                for layer in self._incomplete():
-                    _give_memory(layer)
-                    _load_again(layer)
-                empty = {layer: _unfilled(layer) for layer in self._incomplete()}
-                self._missing = [self._names[layer] + name for layer, names in empty.items() for name in names]
-                if not self._missing:
-                    return
-                self._past_loaders = [layer for layer, names in empty.items() if names]
+            self._load(slots, update_info.buffer)
+            if self._missing:
+                # Once more, now that the layers that the model fills by itself have memory.
+                self.start_weight_update()
+                self._load(slots, update_info.buffer)
+
+    def _load(self, slots: list[Slot], buffer: torch.Tensor) -> None:
+        self.model.load_weights((slot.name, view(buffer, slot)) for slot in slots)
+        for layer in self._incomplete():
+            _give_memory(layer)
+            _load_again(layer)
+        empty = {layer: names for layer in self._incomplete() if (names := _unfilled(layer))}
+        self._missing = [self._names[layer] + name for layer, names in empty.items() for name in names]
+        self._past_loaders += list(empty)
 
     def finish_weight_update(self) -> None:
         if self._missing:

@@ -226,7 +226,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
     "glm4_moe": of("Glm4Moe", SIZES, HEADS, ROUTED, use_qk_norm=True),
     "dots1": of("Dots1", SIZES, HEADS, ROUTED),
     "deepseek_v2": of("DeepseekV2", SIZES, ROUTED, MLA),
-    "deepseek_v3": of("DeepseekV3", SIZES, ROUTED, MLA),
+    "deepseek_v3": of("DeepseekV3", SIZES, ROUTED, MLA, topk_method="noaux_tc", scoring_func="sigmoid"),
     "ernie4_5_moe": of(
         "Ernie4_5_Moe",
         SIZES,
@@ -257,7 +257,16 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         layer_types=SLIDING_FULL,
         rope_parameters=YARN,
     ),
-    "minimax_m2": of("MiniMaxM2", SIZES, HEADS, LOCAL_EXPERTS),
+    "minimax_m2": of(
+        "MiniMaxM2",
+        SIZES,
+        HEADS,
+        LOCAL_EXPERTS,
+        rotary_dim=32,
+        scoring_func="sigmoid",
+        use_routing_bias=True,
+        use_qk_norm=True,
+    ),
     # ---- state spaces, convolutions, linear attention, and hybrids
     "mamba": of("Mamba", SHORT, num_hidden_layers=2, state_size=16),
     "falcon_mamba": of("FalconMamba", SHORT, num_hidden_layers=2, state_size=16),
