@@ -285,8 +285,12 @@ def _twin(config: Any, narrow: bool, short: bool, max_model_len: int) -> Any:
     twin = twin_config(config, narrow, short, HEAD_WIDTH)
     text = twin.get_text_config()
     for name, value in vars(config.get_text_config()).items():
-        if "window" in name and isinstance(value, int) and value >= max_model_len:
+        if not isinstance(value, int):
+            continue
+        if "window" in name and "layers" not in name and value >= max_model_len:
             setattr(text, name, max(value, max(LENGTHS) + 1))
+        if narrow and name.endswith("intermediate_size"):  # kernels pad what is no multiple of 32, and so must a twin's
+            setattr(text, name, max(32, getattr(text, name) // 32 * 32) + value % 32)
     return twin
 
 

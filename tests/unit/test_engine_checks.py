@@ -50,6 +50,11 @@ def test_a_window_that_the_engine_never_passes_is_none_of_the_proof() -> None:
     assert _twin(config, True, True, max_model_len=100).sliding_window == 100
 
 
+def test_a_twin_is_padded_where_its_model_is() -> None:
+    for name, rest in (("qwen3_moe", 0), ("qwen3_moe-padded", 16)):
+        assert _twin(TINY[name](), True, True, 64).moe_intermediate_size % 32 == rest
+
+
 @pytest.mark.parametrize(("stage", "gpus"), [("sft", 0.0), ("reward_model", 0.0), ("preference", 0.0), ("ppo", 1.0)])
 def test_nothing_is_proved_where_no_engine_on_cpu_samples(stage: str, gpus: float, tmp_path: Path) -> None:
     config = TandemConfig(stage=stage, cache_dir=str(tmp_path))
