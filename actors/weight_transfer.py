@@ -43,10 +43,11 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 
 class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
     """Loads weights in checkpoint format. On CPU vLLM has packed its layers for the kernels and must pack them again, which
-    it does layer by layer (`vllm.model_executor.model_loader.reload`) with three gaps that are closed here:
+    it does layer by layer (`vllm.model_executor.model_loader.reload`) with four gaps that are closed here:
 
     - Experts are packed where their kernel is made, and a kernel that is there is kept: it would read unpacked weights.
     - A layer that shares a parameter with another, as a tied head does, keeps a packed copy of its own.
+    - In bfloat16 a convolution is packed, and Mamba 2 goes on with what its weight was before.
     - Until a layer has all of its elements its parameters have no memory. Where a model copies into one by itself, past the
       parameter's loader (GPT-OSS: sinks and experts), the values go nowhere and the old ones come back.
 
@@ -114,6 +115,10 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
         for layer in sorted(self._incomplete(), key=borrowers.__contains__):  # after those that they share with
             _layerwise_process(layer, get_layerwise_info(layer))
         finalize_layerwise_reload(self.model, self.model_config)
+        for layer in self._names:
+            convolution = getattr(layer, "conv1d", None)
+            if "conv_weights" in layer._buffers and hasattr(convolution, "_cpu_unpacked_conv_weight"):
+                layer.conv_weights.copy_(convolution._cpu_unpacked_conv_weight)
 
     def _incomplete(self) -> list[torch.nn.Module]:
         """Layers with parameters that vLLM has not packed, because it has not counted all of their elements."""

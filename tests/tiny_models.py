@@ -58,8 +58,8 @@ ROUTED = {
     "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 2,
     "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0,
 }  # fmt: skip
-MLA = {
-    "num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+MLA = {  # latents as long as the real ones, which alone have a kernel in vLLM
+    "num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64,
     "v_head_dim": 32,
 }  # fmt: skip
 MAMBA = {
@@ -262,7 +262,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         SIZES,
         HEADS,
         LOCAL_EXPERTS,
-        rotary_dim=32,
+        rotary_dim=16,
         scoring_func="sigmoid",
         use_routing_bias=True,
         use_qk_norm=True,
@@ -279,6 +279,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         GROUPED,
         layer_types=["conv", "full_attention", "conv"],
         block_auto_adjust_ff_dim=False,
+        conv_dim=128,
     ),
     "jamba": of(
         "Jamba",
