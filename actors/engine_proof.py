@@ -37,9 +37,8 @@ LENGTHS = (40, 7, 23)  # tokens of the rows: longer than the window of a twin, a
 # Nats. Rounding is 1e-5, and 1e-3 where vLLM computes an activation in 16 bits (Apertus); a layer that keeps its old weights
 # makes 0.01 and more.
 FLOAT32_TOLERANCE = 2e-3
-HALF_TOLERANCE = (
-    0.25  # of what other weights make, for 16 bits: a mean, as one rounding may change the choice of an expert
-)
+# Of what other weights make, for 16 bits: a mean, as one rounding may change the choice of an expert. Measured: 0.01 to 0.03.
+HALF_TOLERANCE = 0.1
 TIMEOUT_S = 300.0
 SOURCES = ("actors/engine_proof.py", "actors/vllm_engine.py", "actors/weight_transfer.py", "contracts/packing.py")
 SOURCES += ("contracts/twin.py",)
@@ -97,9 +96,8 @@ def prove_engine(model: ModelConfig, max_model_len: int, memory: Path | None = N
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config = AutoConfig.from_pretrained(model.path, **options)
     remembered = memory / f"{_key(config, model.dtype, max_model_len)}.json" if memory else None
-    if remembered and remembered.exists():
-        answer = json.loads(remembered.read_text())
-    else:
+    answer = _recall(remembered) if remembered else None
+    if answer is None:
         answer = _ask(model, max_model_len)
         if remembered and "error" not in answer:
             remembered.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +111,13 @@ def prove_engine(model: ModelConfig, max_model_len: int, memory: Path | None = N
             "Use a model that docs/models.md lists as exact"
         )
     return EngineProof(formats, answer["seconds"])
+
+
+def _recall(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # never made, or torn where the machine went down: it is made again
+        return None
 
 
 def verdict(answer: dict[str, Any]) -> str | None:
