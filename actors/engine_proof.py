@@ -37,7 +37,7 @@ LENGTHS = (40, 7, 23)  # tokens of the rows: longer than the window of a twin, a
 # Nats. Rounding is 1e-5, and 1e-3 where vLLM computes an activation in 16 bits (Apertus); a layer that keeps its old weights
 # makes 0.01 and more.
 FLOAT32_TOLERANCE = 2e-3
-# Of what other weights make, for 16 bits: a mean, as one rounding may change the choice of an expert. Measured: 0.01 to 0.03.
+# Of what other weights make, for 16 bits: a mean, as one rounding may change the choice of an expert. It is 0.01 to 0.03.
 HALF_TOLERANCE = 0.1
 TIMEOUT_S = 300.0
 SOURCES = ("actors/engine_proof.py", "actors/vllm_engine.py", "actors/weight_transfer.py", "contracts/packing.py")
