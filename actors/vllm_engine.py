@@ -84,7 +84,7 @@ class VLLMEngine:
         self._updating = False
         self._steps = 0
         self._lost: BaseException | None = None
-        self._weights = WeightReceiver(self._swap)
+        self._weights = WeightReceiver(self.exchange)
 
     # ---- any thread
 
@@ -176,7 +176,7 @@ class VLLMEngine:
     def load_weights(self, update: WeightUpdate) -> LoadReport:
         return self._weights.load(update)
 
-    def _swap(self, parameters: Parameters, buffer: torch.Tensor, version: int) -> float:
+    def exchange(self, parameters: Parameters, buffer: torch.Tensor, version: int) -> float:
         """All of one update between two decoding steps. Returns the seconds that it took."""
 
         def run() -> float:

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from controller.checks import check_amounts, check_model
 from controller.code import package_versions
 from controller.commits import Commit
 from controller.data import fingerprint
+from controller.engine_checks import begin_proofs, first_publish
 from controller.inputs import load_inputs
 from controller.metrics import RunLog
 from controller.model_checks import check_weights_and_code
@@ -62,6 +63,7 @@ class Pipeline:
         check_model(config)
         with progress.phase("proving the models"):
             check_weights_and_code(config)
+        self._engine_proofs = begin_proofs(config)
         options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, **options)
         if self.tokenizer.eos_token_id is None:
@@ -240,7 +242,9 @@ class Pipeline:
                 actors = engines.enter_context(self.runtime.actors(policy, backend, eos, client))
                 self.runtime.wait_for_service()
                 learner.wait_ready()
-                learner.call("connect", backend, actors)[0].require_all()
+                self._prove_engines()
+                prompts, timeout_s = self.data.prompts, config.cluster.start_timeout_s
+                first_publish(learner, backend, actors, replace(config.model, path=policy), prompts, timeout_s)
             restarts, say = config.cluster.max_actor_restarts, self.progress.line
             fleet = Fleet(actors, learner, backend, self.runtime.replace_actor, restarts, say)
             about = About(identity, redacted(asdict(config)), client.versions)
@@ -288,6 +292,7 @@ class Pipeline:
                 client = self.runtime.service(scorers)
                 actors = engines.enter_context(self.runtime.actors(models["base"], BACKEND, eos, client))
                 self.runtime.wait_for_service()
+                self._prove_engines()
             with self.log.phase("evaluate", "evaluation"):
                 judged = judge_models(config, models, self.data.eval_prompts, actors, list(scorers), self.progress)
         result = summarize(judged, list(scorers), config)
@@ -300,6 +305,14 @@ class Pipeline:
         self._write_stages()
 
     # ---- engines and phases
+
+    def _prove_engines(self) -> None:
+        """Wait for the proofs, which were begun with the run: the processes of the first stage start meanwhile."""
+        proofs, self._engine_proofs = self._engine_proofs(), list
+        for proof in proofs:
+            worst = {name: max(d.loaded, d.published) for name, d in proof.formats.items()}
+            numbers = ", ".join(f"{error:.1g} nats in {name}" for name, error in worst.items())
+            self.progress.line(f"✓ vLLM computes what transformers does, with other weights too: to {numbers}")
 
     def _start_ray(self, stage: str) -> None:
         if not ray.is_initialized():
@@ -314,6 +327,7 @@ class Pipeline:
         with self.runtime.learner(task, *arguments) as group:
             with self.phase(stage, f"starting the learner for {stage}"):
                 group.wait_ready()
+                self._prove_engines()
             yield group
 
     @contextmanager
