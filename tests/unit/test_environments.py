@@ -119,10 +119,14 @@ def test_two_turn_speaks_in_the_chat_template(tokenizer: Any) -> None:
     whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     answer = tokenizer("Hi.", add_special_tokens=False)["input_ids"]
     for said in ([*answer, EOS], answer):  # an answer that was cut off is ended for it
-        environment = TwoTurn(tokenizer, "Shorter, please.", chat=True)
+        environment = TwoTurn(tokenizer, "Shorter, please.", chat=True, end_ids=(EOS, 0))
         environment.reset(PROMPTS[0])
         told = list(environment.step(said).observation)
         assert prompt + tokenizer.decode([*said, *told]) == whole
+    environment.reset(PROMPTS[0])
+    assert (
+        list(environment.step([*answer, 0]).observation) == told
+    )  # as one that ended otherwise, told of the cut-off one
 
 
 def test_an_import_path_leads_to_a_class(tokenizer: Any) -> None:

@@ -63,7 +63,7 @@ def make_task(ranks: Ranks) -> Callable[..., PPOTask]:
 
     def make(config: TandemConfig, noise: float = 0.02, ptx: list[Example] | None = None) -> PPOTask:
         path = config.model.path
-        task = PPOTask(ranks, config, path, path, EOS, ptx or [])
+        task = PPOTask(ranks, config, path, path, (EOS,), ptx or [])
         generator = torch.Generator().manual_seed(7)
         for parameter in task.reference.parameters():
             parameter.data += noise * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
