@@ -25,8 +25,9 @@ from tests.conftest import kill, make_config
 EOS, OTHER = 2, 0
 PROMPTS = [Prompt(i, "", (504, 4771, 314, 253, 100 + i, 7 * i + 3)) for i in range(16)]
 REQUESTS = [RolloutRequest(0, 0, prompt, seed=1000 + prompt.prompt_id) for prompt in PROMPTS]
-SAMPLING = SamplingConfig(max_completion_tokens=24, min_completion_tokens=8)
-TURNS = EnvironmentConfig(name="two_turn", max_turn_tokens=8, min_turn_tokens=3, options={"chat": True})
+ONCE = SamplingConfig(max_completion_tokens=24, min_completion_tokens=8)
+TWICE = SamplingConfig(max_completion_tokens=64)
+TURNS = EnvironmentConfig(name="two_turn", max_turn_tokens=16, min_turn_tokens=3, options={"chat": True})
 
 pytestmark = pytest.mark.usefixtures("ray_runtime")
 
@@ -44,16 +45,16 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def config(tiny_float32: Path, tmp_path_factory: pytest.TempPathFactory) -> TandemConfig:
-    """A model that likes to end, now in this way and now in that."""
+    """A model that likes to end, by either token alike."""
     folder = tmp_path_factory.mktemp("ends")
     model = AutoModelForCausalLM.from_pretrained(tiny_float32)
-    for token in (EOS, OTHER):
-        model.lm_head.weight.data[token] *= 8
+    model.lm_head.weight.data[EOS] *= 12
+    model.lm_head.weight.data[OTHER] = model.lm_head.weight.data[EOS]
     model.generation_config = GenerationConfig(eos_token_id=[EOS, OTHER])
     model.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(tiny_float32).save_pretrained(folder / "model")
     config = make_config(folder / "model", folder, dtype="float32")
-    config.ppo.sampling, config.ppo.optimizer.learning_rate = SAMPLING, 1e-3
+    config.ppo.optimizer.learning_rate = 1e-3
     return config
 
 
@@ -62,13 +63,13 @@ def ends(config: TandemConfig) -> tuple[int, ...]:
     return end_ids(AutoTokenizer.from_pretrained(config.model.path), config.model)
 
 
-@pytest.fixture(params=[EnvironmentConfig(), TURNS], ids=["single", "two_turn"])
+@pytest.fixture(params=[(EnvironmentConfig(), ONCE), (TURNS, TWICE)], ids=["single", "two_turn"])
 def engines(config: TandemConfig, ends: tuple[int, ...], request: Any) -> Iterator[tuple[Any, LearnerGroup]]:
-    config.environment = request.param
+    config.environment, config.ppo.sampling = request.param
     envs, path = environments(config.cluster), config.model.path
     anywhere = [{"num_cpus": config.cluster.cpus_per_process}]
     actors = start_actors(
-        anywhere, config.cluster, config.model, config.engine, "ray_object", ends, None, envs["actor"], request.param
+        anywhere, config.cluster, config.model, config.engine, "ray_object", ends, None, envs["actor"], request.param[0]
     )
     group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, ends, []), envs["learner"])
     try:
@@ -87,11 +88,11 @@ def test_both_end_a_turn_and_neither_comes_early(
     engines: tuple[Any, LearnerGroup], config: TandemConfig, ends: tuple[int, ...]
 ) -> None:
     assert ends == (EOS, OTHER)
-    (actor, group), environment = engines, config.environment
-    at_once = sampled(actor, replace(SAMPLING, min_completion_tokens=0))
+    (actor, group), environment, sampling = engines, config.environment, config.ppo.sampling
+    at_once = sampled(actor, replace(sampling, min_completion_tokens=0))
     if environment.name == "single_turn":  # without a least length this model ends within a few tokens
         assert min(len(r.completion.token_ids) for r in at_once) <= 3
-    rollouts = sampled(actor, SAMPLING)
+    rollouts = sampled(actor, sampling)
     last = []
     for rollout in rollouts:
         ids, start = rollout.completion.token_ids.tolist(), 0
@@ -101,14 +102,12 @@ def test_both_end_a_turn_and_neither_comes_early(
             start += mask[start:].index(True)
             assert (ids[end - 1] in ends) == (reason == "stop")
             assert not set(ids[start : end - 1]) & set(ends)
-            least = max(environment.min_turn_tokens, SAMPLING.min_completion_tokens - start)
+            least = max(environment.min_turn_tokens, sampling.min_completion_tokens - start)
             assert end - start >= min(least, environment.max_turn_tokens or least)
             last += [ids[end - 1]] if reason == "stop" else []
             start = end
         assert "<|" not in rollout.completion.text
     assert {EOS, OTHER} == set(last)
-    ended = np.mean([r.completion.finish_reason == "stop" for r in rollouts])
-    assert describe(rollouts)["completion/eos_frac"] == pytest.approx(ended)
 
     # Exactly one end, that which reward models know.
     service = Recorder()
@@ -123,6 +122,9 @@ def test_both_end_a_turn_and_neither_comes_early(
         if not rollout.turns:
             penalty = config.ppo.missing_eos_penalty * (rollout.completion.token_ids[-1] not in ends)
             assert paid == pytest.approx(1.0 - penalty)
+
+    ended = np.mean([r.completion.finish_reason == "stop" for r in rollouts])
+    assert describe(rollouts)["completion/eos_frac"] == pytest.approx(ended)
 
     # The learner's and the reference's log-probabilities are those of the engine.
     rows = [shaped(r, ScoreNormalizer(), config.ppo, environment) for r in rollouts]
