@@ -1,7 +1,8 @@
 """The version of a scorer: a hash of everything that decides its values.
 
-A model's version covers weights, configuration (the normaliser is part of it), tokenizer, chat template and the precision it
-is served in; a function's its source file and name; a composite's its formula and the versions of its parts.
+A model's version covers weights, configuration (the normaliser is part of it), tokenizer, chat template, the precision it
+is served in and where its score is read; a function's its source file and name; a composite's its formula and the
+versions of its parts.
 """
 
 import hashlib
@@ -51,11 +52,17 @@ def load_decoder(path: str) -> Callable[[Sequence[int]], str]:
     return lambda ids: slow.decode(list(ids), skip_special_tokens=False)
 
 
-def model_version(path: str, dtype: str) -> str:
-    """Raises OSError or a hub error where there is no such checkpoint."""
+def model_version(path: str, dtype: str, reading: str = "") -> str:
+    """Raises OSError or a hub error where there is no such checkpoint.
+
+    Args:
+        reading: how its scores are read, where that is not at the EOS.
+    """
     root = local_checkpoint(path)
     files = sorted(p for p in root.rglob("*") if p.suffix in SUFFIXES and p.name != GOLDEN_FILE and p.is_file())
-    return _hash(dtype, *(f"{file.relative_to(root)} {_file_hash(file, file.stat().st_mtime_ns)}" for file in files))
+    return _hash(
+        dtype + reading, *(f"{file.relative_to(root)} {_file_hash(file, file.stat().st_mtime_ns)}" for file in files)
+    )
 
 
 @lru_cache(maxsize=4096)
