@@ -5,21 +5,20 @@ Scores are (raw - mean) / std with the normaliser that `stage=reward_model` wrot
 where there is one.
 """
 
+import copy
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from contracts import attention
 from contracts.attention import Packed
 from contracts.batching import cut_padded
+from contracts.forward import Form, hidden_states
 from contracts.loading import LoadingError, loading_report, refuse_unloaded
+from contracts.proof import SCALAR, Proof, prove
 from contracts.records import Score
 from reward_service.isolate import isolate
 from reward_service.reading import Reading, at_eos
-
-# One label whatever the configuration says: a head of another shape is then refused with its shape.
-LOADING: dict[str, Any] = {"num_labels": 1, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def check_reward_model(path: str, key: str) -> None:
@@ -32,10 +31,8 @@ def check_reward_model(path: str, key: str) -> None:
         LoadingError: naming what is missing and what to write instead.
         OSError, ValueError: where no model can be loaded from there.
     """
-    _check(*loading_report(AutoModelForSequenceClassification, path, num_labels=1), path, key)
-
-
-def _check(model: Any, info: dict[str, Any], path: str, key: str) -> None:
+    # One label whatever the configuration says: a head of another shape is refused with its shape.
+    model, info = loading_report(AutoModelForSequenceClassification, path, num_labels=1)
     refuse_unloaded(info, path, key, model=model)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise LoadingError(
@@ -60,15 +57,15 @@ class RewardModel:
         reading: Reading = at_eos,
     ):
         on_cpu = not torch.cuda.is_available()
-        options = {"dtype": getattr(torch, dtype), "attn_implementation": attention.resolve("auto", on_cpu)}
-        self.model, info = AutoModelForSequenceClassification.from_pretrained(path, **options, **LOADING)
-        _check(self.model.eval(), info, path, "path")
+        check_reward_model(path, "path")
+        proof = prove_scores(AutoConfig.from_pretrained(path), on_cpu)
+        self.layout = proof.layout
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=getattr(torch, dtype), attn_implementation=proof.attention
+        ).eval()
         if not on_cpu:
             self.model.cuda()
-        self.backbone = getattr(self.model, self.model.base_model_prefix)
-        self.head = (
-            self.model.score.float()
-        )  # one dot product; in bfloat16 its rounding would be the score's resolution
+        self.head = self.model.score.float()  # in bfloat16 the rounding of this product would be the score's resolution
         config = self.model.config
         self.mean = float(getattr(config, "score_mean", None) or 0.0)
         self.std = float(getattr(config, "score_std", None) or 1.0)
@@ -114,5 +111,21 @@ class RewardModel:
         seen = [self.reading(token_ids) for token_ids in batch]
         packed = Packed.of([token_ids for token_ids, _ in seen], device)
         places = [start + place for start, (_, place) in zip(packed.starts, seen, strict=True)]
-        hidden = packed.hidden(self.backbone).index_select(0, torch.tensor(places, device=device))
+        hidden = hidden_states(self.model, packed, self.layout).index_select(0, torch.tensor(places, device=device))
         return self.head(hidden.float()).squeeze(-1).tolist()
+
+
+def prove_scores(config: Any, on_cpu: bool) -> Proof:
+    """How a checkpoint with this configuration is scored as its own class scores.
+
+    Raises:
+        Unproven: there is no such way.
+    """
+
+    def scores(classifier: PreTrainedModel, form: Form, rows: list[list[int]]) -> torch.Tensor:
+        packed = Packed.of(rows, classifier.device)
+        return classifier.score(hidden_states(classifier, packed, form.layout).index_select(0, packed.last))[:, 0]
+
+    plain = copy.deepcopy(config)
+    plain.num_labels = 1
+    return prove(SCALAR, plain, scores, "auto", on_cpu, trains=False)
