@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from contracts.attention import NAME, Packed
 
@@ -27,9 +28,19 @@ def candidates(attention: str, on_cpu: bool) -> list[Form]:
     return forms + [Form(name, "padded") for name in named if name in ("sdpa", "eager")]
 
 
+def backbone_name(lm: Any) -> str:
+    """The name of the module below the head; Llama 4 names another in `base_model_prefix` than it has."""
+    if lm.base_model_prefix in lm._modules:
+        return lm.base_model_prefix
+    names = [name for name, module in lm.named_children() if isinstance(module, PreTrainedModel)]
+    if len(names) != 1:
+        raise TypeError(f"{type(lm).__name__} has no module {lm.base_model_prefix!r} below its head")
+    return names[0]
+
+
 def hidden_states(lm: Any, packed: Packed, layout: str) -> Tensor:
     """[N, width], what the backbone of `lm` computes last, each sequence for itself."""
-    backbone = getattr(lm, lm.base_model_prefix)
+    backbone = getattr(lm, backbone_name(lm))
     if layout == "padded":
         rows = packed.input_ids[0].index_select(0, packed.slots).view(len(packed.lengths), -1)
         out = backbone(input_ids=rows, use_cache=False)[0]
@@ -73,8 +84,8 @@ def head_logits(lm: Any, hidden: Tensor) -> Tensor:
     Between the output embeddings and the logits many classes scale or cap (Granite, Cohere, Gemma 2), so the class's own
     forward pass runs, with the backbone's place taken by the hidden states.
     """
-    view = object.__new__(type(lm))
-    stand_in = _HandsOn(getattr(lm, lm.base_model_prefix), hidden[None])
-    view.__dict__ = lm.__dict__ | {"_modules": lm._modules | {lm.base_model_prefix: stand_in}}
+    view, name = object.__new__(type(lm)), backbone_name(lm)
+    stand_in = _HandsOn(getattr(lm, name), hidden[None])
+    view.__dict__ = lm.__dict__ | {"_modules": lm._modules | {name: stand_in}}
     ids = torch.zeros((1, hidden.shape[0]), dtype=torch.int64, device=hidden.device)
     return type(lm).forward(view, input_ids=ids, use_cache=False, return_dict=True).logits[0]

@@ -6,6 +6,7 @@ for a model of any size.
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,22 +15,46 @@ from transformers import PreTrainedModel
 VOCABULARY = 384
 WINDOW = 8  # tokens, of whatever has a window: rows must be longer
 EXPERTS = 8
-# Of a configuration: how many layers, and what says after how many of them a kind of layer comes again.
-RHYTHM = ("period", "pattern", "offset", "first_k_dense", "interval", "num_hidden_layers_to_skip", "every_n")
+HEAD = 16  # width of a head
+LARGEST = 250_000_000  # parameters of a twin: a gigabyte in float32
+CAPS = {
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2, "moe_topk": 2,
+    "top_k_experts": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "state_size": 16,
+    "mamba_d_state": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "n_groups": 1, "mamba_n_groups": 1, "mamba_ngroups": 1, "time_step_rank": 4,
+    "mamba_dt_rank": 4, "chunk_size": 16, "mamba_chunk_size": 16,
+}  # fmt: skip
+WIDTHS: tuple[str, ...] = (
+    "intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+    "shared_intermediate_size",
+    "lru_width",
+)
+WIDTHS += ("moe_shared_expert_intermediate_size", "intermediate_size_mlp", "attention_hidden_size")
+# Of state-space layers: heads x width = expansion x hidden_size.
+SSM_HEADS: tuple[tuple[str, str, str], ...] = (
+    ("num_heads", "head_dim", "expand"),
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+)
+SSM_HEADS += (("n_mamba_heads", "mamba_headdim", "mamba_expand"),)
+# What says after how many layers a kind of layer comes again.
+RHYTHM = ("period", "pattern", "offset", "first_k_dense", "interval", "every_n", "step")
 
 
 class NoTwin(ValueError):
     """No small model could be made of the configuration."""
 
 
-def twin_config(config: Any, narrow: bool, short: bool) -> Any:
+def twin_config(config: Any, narrow: bool, short: bool, head_width: int = HEAD) -> Any:
     """A copy with few layers and short windows, with narrow layers, and with a short vocabulary."""
     twin = copy.deepcopy(config)
     text = twin.get_text_config()
     _fewer_layers(text)
     _short_windows(text)
     if narrow:
-        _narrow(text)
+        _narrow(text, head_width)
     if short:
         _short_vocabulary(twin, text)
     return twin
@@ -45,7 +70,12 @@ def make_twin(config: Any, build: Callable[[Any], PreTrainedModel], try_it: Call
     for narrow, short in ((True, True), (False, True), (False, False)):
         torch.manual_seed(0)
         try:
-            model = build(twin_config(config, narrow, short)).eval()
+            twin = twin_config(config, narrow, short)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in build(twin).parameters())
+            if size > LARGEST:
+                raise NoTwin(f"it would have {size} parameters")
+            model = build(twin).eval()
             telling_weights(model)
             return model, try_it(model)
         except Exception as error:  # a configuration that does not fit its narrower self, in its class's own words
@@ -79,20 +109,43 @@ def telling_weights(model: PreTrainedModel, seed: int = 0) -> None:
 
 
 def _fewer_layers(text: Any) -> None:
-    layers = text.num_hidden_layers
-    lists = [value for value in vars(text).values() if isinstance(value, list | tuple) and len(value) == layers]
-    kinds = [tuple(str(values[i]) for values in lists) for i in range(layers)]
+    """Keep the first layers, up to one of every kind."""
+    layers, settings = text.num_hidden_layers, list(vars(text).items())
+    by_layer = {name: values for name, values in settings if isinstance(values, list | tuple) and len(values) == layers}
+    indices = {name: values for name, values in settings if _are_indices(values, layers)}
+    kinds = [
+        (*(str(values[i]) for n, values in by_layer.items() if n not in indices), *(i in v for v in indices.values()))
+        for i in range(layers)
+    ]
     needed = max((kinds.index(kind) + 1 for kind in set(kinds)), default=1)
-    for name, value in vars(text).items():
-        if isinstance(value, int) and not isinstance(value, bool) and any(word in name for word in RHYTHM):
+    for name, value in settings:
+        if _is_count(value) and any(word in name for word in RHYTHM):
             needed = max(needed, value + 1)
+        if (
+            isinstance(value, list | tuple)
+            and len(value) < layers
+            and any(word in name for word in ("types", "pattern"))
+        ):
+            needed = max(needed, len(value))
     keep = min(layers, max(2, needed))
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == layers:
-            setattr(text, name, value[:keep])
+    for name, values in by_layer.items():
+        setattr(text, name, values[:keep])
+    for name, values in indices.items():
+        setattr(text, name, [i for i in values if i < keep])
     text.num_hidden_layers = keep
     if getattr(text, "max_window_layers", None) is not None:
         text.max_window_layers = min(text.max_window_layers, keep - 1)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_indices(values: Any, layers: int) -> bool:
+    """Of layers, as of those with full attention or with experts."""
+    if not isinstance(values, list | tuple) or not values or not all(map(_is_count, values)):
+        return False
+    return list(values) == sorted(set(values)) and values[-1] < layers
 
 
 def _short_windows(text: Any) -> None:
@@ -102,33 +155,35 @@ def _short_windows(text: Any) -> None:
             setattr(text, name, WINDOW)
 
 
-def _narrow(text: Any) -> None:
-    heads = text.num_attention_heads
-    kv = getattr(text, "num_key_value_heads", None) or heads
-    hidden = text.hidden_size
+def _narrow(text: Any, width: int) -> None:
+    """Few narrow heads, few experts; the ratios of heads to key-value heads and of widths stay, as far as they matter."""
+    was = {name: value for name, value in vars(text).items() if _is_count(value)}
+    heads = getattr(text, "num_attention_heads", None) or 2
+    kv_names = [name for name in ("num_key_value_heads", "num_kv_heads") if was.get(name)]
+    kv = was[kv_names[0]] if kv_names else heads
     ratio, groups = min(max(1, heads // kv), 3), min(kv, 2)
-    width = 16
-    narrow = ratio * groups * width
-    was = {name: value for name, value in vars(text).items() if isinstance(value, int) and not isinstance(value, bool)}
+    hidden = text.hidden_size
+    narrow = max(32, ratio * groups * width)
     for name, value in was.items():
-        if name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
-            setattr(text, name, 32)
-        elif "expert" in name and "per_tok" not in name and name.startswith(("num_", "n_")) and value > EXPERTS:
+        if name in CAPS:
+            setattr(text, name, min(value, CAPS[name]))
+        elif "expert" in name and name.startswith(("num_", "n_")) and value > EXPERTS:
             setattr(text, name, EXPERTS)
-        elif name in ("num_experts_per_tok", "moe_topk", "top_k_experts"):
-            setattr(text, name, min(value, 2))
-        elif name in ("n_group", "topk_group"):
-            setattr(text, name, 1)
+        elif name in WIDTHS:
+            setattr(text, name, max(32, round(min(value / hidden, 4) * narrow / 8) * 8))
         elif value == hidden:
             setattr(text, name, narrow)
-    for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"):
-        if was.get(name) is not None:
-            setattr(text, name, max(32, round(min(was[name] / hidden, 4) * narrow / 8) * 8))
-    text.hidden_size, text.num_attention_heads = narrow, ratio * groups
-    if getattr(text, "num_key_value_heads", None) is not None:
-        text.num_key_value_heads = groups
-    if getattr(text, "head_dim", None) is not None:
-        text.head_dim = width
+    new = {"hidden_size": narrow, "num_attention_heads": ratio * groups} | dict.fromkeys(kv_names, groups)
+    if "qk_rope_head_dim" not in was:  # latent attention has head widths of its own
+        new["head_dim"] = narrow // (ratio * groups)
+        new["attention_head_dim"] = getattr(text, "attention_hidden_size", narrow) // (ratio * groups)
+    for heads_name, width_name, expand in SSM_HEADS:
+        if was.get(heads_name) and was.get(expand):
+            new |= {heads_name: was[expand] * narrow // width, width_name: width, "mamba_d_ssm": was[expand] * narrow}
+    for name, value in new.items():
+        with suppress(AttributeError):  # derived from the others
+            if getattr(text, name, None) is not None:
+                setattr(text, name, value)
 
 
 def _short_vocabulary(config: Any, text: Any) -> None:

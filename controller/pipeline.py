@@ -38,6 +38,7 @@ from controller.commits import Commit
 from controller.data import fingerprint
 from controller.inputs import load_inputs
 from controller.metrics import RunLog
+from controller.model_checks import check_weights_and_code
 from controller.objective import evaluation_metrics
 from controller.progress import Progress
 from controller.prompts import PromptStream
@@ -57,6 +58,8 @@ class Pipeline:
         self.results: dict[str, StageResult] = {}
         self.seconds: dict[str, float] = {}
         check_model(config)
+        with progress.phase("proving the models"):
+            check_weights_and_code(config)
         options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, **options)
         if self.tokenizer.eos_token_id is None:

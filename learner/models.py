@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from contracts.attention import Packed
 from contracts.config import LearnerConfig, ModelConfig
-from contracts.forward import Form, head_logits, hidden_states
+from contracts.forward import Form, backbone_name, head_logits, hidden_states
 from contracts.loading import refuse_unloaded
 from contracts.proof import POLICY, SCALAR, Proof, prove
 from learner.lean import make_lean
@@ -175,7 +175,7 @@ def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTr
 
 def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
     """The stack of decoder layers: the longest ModuleList of the backbone."""
-    lists = [m for m in getattr(lm, lm.base_model_prefix).modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for m in getattr(lm, backbone_name(lm)).modules() if isinstance(m, nn.ModuleList)]
     return max(lists, key=len)
 
 
