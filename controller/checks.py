@@ -36,31 +36,28 @@ def check_model(config: TandemConfig) -> None:
             reason = str(error).strip().splitlines()[0][:200]
             exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
             problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
-    if not problems:
-        problems = _not_served(config)
+    problems += _not_served(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def _not_served(config: TandemConfig) -> list[str]:
-    """What is wrong with the reward models that are given and that this run serves."""
+    """What is wrong with the checkpoints of `reward_service.scorers` that this run serves."""
     from reward_service.model import check_reward_model
 
     if not (runs(config, "ppo") or runs(config, "evaluate")):
         return []
     scorers, problems = config.reward_service.scorers, []
-    given = {role: getattr(config, f"{role}_model") or "" for role in ROLES}
-    chosen = chosen_scorers(scorers, given)
-    keys = {f"{role}_model": path for role, path in given.items() if path}
-    keys |= {f"reward_service.scorers.{name}.path": entry.path for name, entry in scorers.items() if name in chosen}
-    for key, path in keys.items():
+    chosen = chosen_scorers(scorers, dict.fromkeys(ROLES, ""))
+    for name, entry in scorers.items():
+        key = f"reward_service.scorers.{name}.path"
         try:
-            if path:
-                check_reward_model(path, key)
+            if name in chosen and entry.kind == "model":
+                check_reward_model(str(entry.path), key)
         except LoadingError as error:
             problems.append(str(error))
         except (OSError, ValueError) as error:
-            problems.append(f"{key}={path}: no reward model can be loaded from there: {str(error)[:300]}")
+            problems.append(f"{key}={entry.path}: no reward model can be loaded from there: {error}")
     return problems
 
 
