@@ -232,11 +232,7 @@ class Conversations:
 
 
 def start_conversations(
-    engine: Engine,
-    environment: EnvironmentConfig,
-    model: ModelConfig,
-    config: EngineConfig,
-    end_ids: tuple[int, ...],
+    engine: Engine, environment: EnvironmentConfig, model: ModelConfig, config: EngineConfig
 ) -> Conversations:
     """Conversations with the configured environment on an engine that serves `model`.
 
@@ -250,7 +246,7 @@ def start_conversations(
     tokenizer = lru_cache(1)(lambda: AutoTokenizer.from_pretrained(model.path, **options))
     return Conversations(
         engine,
-        environment_maker(environment, tokenizer, end_ids),
+        environment_maker(environment, tokenizer),
         limits,
         lambda ids: tokenizer().decode(ids, skip_special_tokens=True),
     )

@@ -1,7 +1,6 @@
 """The environments that come with Tandem, and the way to those that do not."""
 
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -29,23 +28,16 @@ class TwoTurn:
     Args:
         follow_up: what the policy is told.
         chat: tell it as the user's turn of the tokenizer's chat template; else as plain text on a line of its own.
-        end_ids: the tokens that end an answer; none: the tokenizer's EOS. The first of them is the template's own.
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        follow_up: str = "Say it again, better.",
-        chat: bool = False,
-        score_first: bool = False,
-        end_ids: tuple[int, ...] = (),
+        self, tokenizer: Any, follow_up: str = "Say it again, better.", chat: bool = False, score_first: bool = False
     ):
-        self._end_id = end_ids[0] if end_ids else int(tokenizer.eos_token_id)
-        told = _users_turn(tokenizer, follow_up, self._end_id) if chat else f"\n{follow_up}\n"
+        self._eos = int(tokenizer.eos_token_id)
+        told = _users_turn(tokenizer, follow_up) if chat else f"\n{follow_up}\n"
         self._told = tokenizer(told, add_special_tokens=False)["input_ids"]
-        # An answer that was cut off, or ended otherwise than the template ends it, is ended for the policy, so that the
-        # user does not speak in the middle of it.
-        self._end = [self._end_id] if chat else []
+        # An answer that was cut off is ended for the policy, so that the user does not speak in the middle of it.
+        self._end = [self._eos] if chat else []
         self._score_first = score_first
         self._turns = 0
 
@@ -57,12 +49,12 @@ class TwoTurn:
         self._turns += 1
         if self._turns == 2:
             return Step((), None, True)
-        end = [] if token_ids[-1] == self._end_id else self._end
+        end = [] if token_ids[-1] == self._eos else self._end
         return Step([*end, *self._told], None if self._score_first else 0.0, False)
 
 
-def _users_turn(tokenizer: Any, content: str, end_id: int) -> str:
-    """What a chat template writes between an assistant's answer, the token that ends it included, and its next one."""
+def _users_turn(tokenizer: Any, content: str) -> str:
+    """What a chat template writes between an assistant's answer, its EOS included, and the assistant's next one."""
     answer = "\ue000"  # stands for the first answer: a character that no template writes
     turns = [
         {"role": "user", "content": "-"},
@@ -70,24 +62,21 @@ def _users_turn(tokenizer: Any, content: str, end_id: int) -> str:
         {"role": "user", "content": content},
     ]
     rendered = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    return rendered.split(answer)[-1].removeprefix(tokenizer.convert_ids_to_tokens(end_id))
+    return rendered.split(answer)[-1].removeprefix(str(tokenizer.eos_token))
 
 
-def environment_maker(
-    config: EnvironmentConfig, load_tokenizer: Callable[[], Any], end_ids: tuple[int, ...] = ()
-) -> Callable[[], Environment]:
+def environment_maker(config: EnvironmentConfig, load_tokenizer: Callable[[], Any]) -> Callable[[], Environment]:
     """A function that makes one environment, for one conversation.
 
     Args:
         load_tokenizer: called once, and only for an environment that needs it.
-        end_ids: the tokens that end a turn; none: the tokenizer's EOS.
 
     Raises:
         EnvironmentFault: where the import path leads nowhere.
     """
     if config.name == "single_turn":
         return SingleTurn
-    kind = partial(TwoTurn, end_ids=end_ids) if config.name == "two_turn" else _imported(config.name)
+    kind = TwoTurn if config.name == "two_turn" else _imported(config.name)
     tokenizer, options = load_tokenizer(), dict(config.options)
     return lambda: kind(tokenizer, **options)
 

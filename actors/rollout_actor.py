@@ -49,10 +49,10 @@ class RolloutActor:
         from actors.conversation import start_conversations
         from actors.vllm_engine import VLLMEngine
 
-        model, config, *_, end_ids = self._arguments
+        model, config, *_ = self._arguments
         try:
             engine = VLLMEngine(*self._arguments)
-            self._conversations = start_conversations(engine, self._environment, model, config, end_ids)
+            self._conversations = start_conversations(engine, self._environment, model, config)
         except BaseException as error:
             self._started.set_exception(error)
             raise

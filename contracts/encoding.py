@@ -164,38 +164,31 @@ def item_of_text(tokenizer: "Tokenizer", text: str, label: str | None = None) ->
 
 
 def item_of_rendered(
-    tokenizer: "Tokenizer",
-    text: str,
-    prompt: str | None = None,
-    label: str | None = None,
-    with_bos: bool = False,
-    end_ids: tuple[int, ...] = (),
+    tokenizer: "Tokenizer", text: str, prompt: str | None = None, label: str | None = None, with_bos: bool = False
 ) -> ScoringItem:
     """A text that a chat template has rendered already, as `/classify`, `/pooling` and `/get_reward` get it: its control
-    tokens count, and space after what ends it is the template's layout.
+    tokens count, and space after a final EOS is the template's layout.
 
     Where the `prompt` is known, none that follows it does, as a completion cannot open new turns.
 
     Args:
         with_bos: as the tokenizer adds it to a text, unless the text has it.
-        end_ids: the tokens that end a completion; none: the tokenizer's EOS.
     """
-    end_ids = end_ids or (int(tokenizer.eos_token_id),)
-    ends = tuple(str(tokenizer.decode([end])) for end in end_ids)
-    text = text.rstrip() if text.rstrip().endswith(ends) else text
+    eos, eos_id = str(tokenizer.eos_token), int(tokenizer.eos_token_id)
+    text = text.rstrip() if text.rstrip().endswith(eos) else text
     head, tail = (prompt, text[len(prompt) :]) if prompt and text.startswith(prompt) else ("", text)
     start = _encode_rendered(tokenizer, head) if head else []
     if head:
         end = tail
-        while found := [token for token in ends if end.endswith(token)]:
-            end = end.removesuffix(found[0])
+        while end.endswith(eos):
+            end = end.removesuffix(eos)
         ids = start + _encode_text(tokenizer, end)
     else:
         ids = _encode_rendered(tokenizer, text)
     bos = tokenizer.bos_token_id
     if with_bos and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
         ids, start = [bos, *ids], [bos, *start] if start else start
-    return ScoringItem(tuple(scoring_ids(ids, *end_ids)), len(start), label)
+    return ScoringItem(tuple(scoring_ids(ids, eos_id)), len(start), label)
 
 
 def _encode_rendered(tokenizer: "Tokenizer", text: str) -> list[int]:

@@ -24,6 +24,7 @@ class Encoder:
         self.tokenizer = AutoTokenizer.from_pretrained(root)
         self.hash = tokenizer_hash(self.tokenizer)
         self.end_ids = end_ids(self.tokenizer, ModelConfig(path=root))
+        self._ends = tuple(str(self.tokenizer.decode([end])) for end in self.end_ids)
 
     def messages(self, turns: Turns, label: str | None = None) -> ScoringItem | Score:
         try:
@@ -41,7 +42,16 @@ class Encoder:
     ) -> ScoringItem | Score:
         if not text.strip():
             return Score(None, "empty")
-        return item_of_rendered(self.tokenizer, text, prompt, label, with_bos, self.end_ids)
+        return item_of_rendered(self.tokenizer, self._without_end(text), prompt, label, with_bos)
+
+    def _without_end(self, text: str) -> str:
+        """A rendered text without what ends it and the layout behind that; one that is not ended as it is."""
+        body = text.rstrip()
+        if not body.endswith(self._ends):
+            return text
+        while end := next((end for end in self._ends if body.endswith(end)), None):
+            body = body.removesuffix(end)
+        return body
 
     def token_ids(self, ids: list[int], ids_hash: str | None, label: str | None = None) -> ScoringItem | Score:
         if ids_hash != self.hash:

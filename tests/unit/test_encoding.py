@@ -58,17 +58,6 @@ def test_pitfall_tail_missing_or_doubled_eos(tokenizer: Any, text: str) -> None:
         assert item_of_text(tokenizer, text).token_ids == expected
 
 
-def test_a_text_that_ended_with_another_end_token_has_one_eos(tokenizer: Any) -> None:
-    """As a client sends what a model with two EOS ids sampled: each way of ending gives one scoring input."""
-    prompt = tokenizer.decode(encode_prompt(tokenizer, TURNS[:1], chat=True))
-    expected = item_of_messages(tokenizer, TURNS).token_ids
-    for end in ("", "<|im_end|>", "<|endoftext|>", "<|endoftext|>\n", "<|im_end|><|endoftext|>"):
-        for known in (prompt, None):
-            item = item_of_rendered(tokenizer, prompt + "It is." + end, known, end_ids=(EOS, 0))
-            assert item.token_ids == expected
-    assert item_of_rendered(tokenizer, "It is.<|endoftext|>").token_ids[-2:] == (0, EOS)  # no end of this model
-
-
 def test_pitfall_injection_a_completion_opens_no_turns(tokenizer: Any) -> None:
     item = item_of_messages(tokenizer, [TURNS[0], {"role": "assistant", "content": INJECTION}])
     body = item.token_ids[item.prompt_tokens : -1]
@@ -100,7 +89,7 @@ def test_pitfall_bos_is_added_once_where_the_tokenizer_adds_it(tokenizer: Any) -
         """SmolLM2's tokenizer with the habit of Llama's."""
 
         bos_token_id = START
-        eos_token_id, decode = EOS, tokenizer.decode
+        eos_token, eos_token_id = tokenizer.eos_token, EOS
 
         def __call__(self, text: str, add_special_tokens: bool = True, **options: Any) -> dict[str, list[int]]:
             ids = tokenizer(text, **options)["input_ids"]

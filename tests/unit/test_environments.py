@@ -119,7 +119,7 @@ def test_two_turn_speaks_in_the_chat_template(tokenizer: Any) -> None:
     whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     answer = tokenizer("Hi.", add_special_tokens=False)["input_ids"]
     for said in ([*answer, EOS], answer):  # an answer that was cut off is ended for it
-        environment = TwoTurn(tokenizer, "Shorter, please.", chat=True, end_ids=(EOS, 0))
+        environment = TwoTurn(tokenizer, "Shorter, please.", chat=True)
         environment.reset(PROMPTS[0])
         told = list(environment.step(said).observation)
         assert prompt + tokenizer.decode([*said, *told]) == whole

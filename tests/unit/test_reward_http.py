@@ -141,6 +141,12 @@ def test_every_end_token_of_the_model_is_one_eos(tmp_path: Path) -> None:
     encoder = Encoder(str(tmp_path))
     server = Server(encoder)
     said = encoder.tokenizer("A fine film")["input_ids"]
+    prompt, query = "<|im_start|>assistant\n", "<|im_start|>assistant\nIt is.{}"
+    asked = {"query": [query.format(end) for end in ("", "<|im_end|>", "<|endoftext|>\n")], "prompts": [prompt] * 3}
+    server.post("/get_reward", asked)
+    (item,) = {item.token_ids for item in server.items}  # a client that decoded what it sampled, with its prompt
+    assert encoder.tokenizer.decode(item) == query.format("<|im_end|>")
+    server.items.clear()
     for end in ([], [EOS], [0], [0, EOS]):
         server.post("/v1/rewards", items({"token_ids": [*said, *end], "tokenizer_hash": encoder.hash}))
         server.post("/classify", {"input": encoder.tokenizer.decode([*said, *end])})
