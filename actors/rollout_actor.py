@@ -30,13 +30,12 @@ class RolloutActor:
         engine: EngineConfig,
         weight_transfer: str,
         on_cpu: bool,
-        eos_token_id: int,
+        end_ids: tuple[int, ...],
         reward_client: RewardClient | None,
         environment: EnvironmentConfig,
     ):
-        self._arguments = (model, engine, weight_transfer, on_cpu)
+        self._arguments = (model, engine, weight_transfer, on_cpu, end_ids)
         self._rewards, self._environment = reward_client, environment
-        self._eos = eos_token_id
         self._started: Future[Engine] = Future()
         # Guards everything below: requests come and completions end in several threads.
         self._changed = threading.Condition()
@@ -129,7 +128,7 @@ class RolloutActor:
         for scorer in dict.fromkeys(name for a, _ in rollouts for name in a.scorers):
             if self._rewards is None:
                 raise RuntimeError("this actor was started without a reward service")
-            score_rollouts(self._rewards, scorer, [r for a, r in rollouts if scorer in a.scorers], self._eos)
+            score_rollouts(self._rewards, scorer, [r for a, r in rollouts if scorer in a.scorers], self._arguments[-1])
         return Delivery([(a.lease, rollout) for a, rollout in rollouts], generate_s, time.perf_counter() - now)
 
     def _can_score(self, score_batch: int) -> bool:
@@ -200,12 +199,15 @@ def start_actors(
     model: ModelConfig,
     engine: EngineConfig,
     weight_transfer: str,
-    eos_token_id: int,
+    end_ids: tuple[int, ...],
     reward_client: RewardClient | None,
     env: dict[str, str],
     environment: EnvironmentConfig | None = None,
 ) -> list[ray.actor.ActorHandle]:
     """Start an actor for each of `placement`, the Ray options of one; returns when all of them can serve.
+
+    Args:
+        end_ids: the tokens that end a completion (`contracts.end_tokens`).
 
     Raises:
         ray.exceptions.RayTaskError: where an engine cannot start, with the engine's own error.
@@ -213,7 +215,7 @@ def start_actors(
     """
     on_cpu = cluster.gpus_per_actor == 0
     remote = ray.remote(concurrency_groups={"control": 4})(RolloutActor)
-    arguments = (model, engine, weight_transfer, on_cpu, eos_token_id, reward_client)
+    arguments = (model, engine, weight_transfer, on_cpu, end_ids, reward_client)
     actors = [
         remote.options(**options, runtime_env={"env_vars": env}).remote(*arguments, environment or EnvironmentConfig())
         for options in placement

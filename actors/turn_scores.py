@@ -5,7 +5,7 @@ from contracts.records import Rollout, Score
 from contracts.scoring import scoring_ids
 
 
-def score_rollouts(client: RewardClient, scorer: str, rollouts: list[Rollout], eos_token_id: int) -> None:
+def score_rollouts(client: RewardClient, scorer: str, rollouts: list[Rollout], end_ids: tuple[int, ...]) -> None:
     """Set `scores[scorer]` of each rollout, and for the scorer that trains (proxy) the scores of turns.
 
     A scorer sees a conversation up to each turn that has no reward of the environment, and there is no score of a rollout
@@ -16,10 +16,13 @@ def score_rollouts(client: RewardClient, scorer: str, rollouts: list[Rollout], e
                       where the environment rewards every turn, its score of the whole conversation
 
     A rollout with a fault is not scored.
+
+    Args:
+        end_ids: the tokens that end a completion; a scoring input ends with the first of them.
     """
     wanted = [(rollout, end) for rollout in rollouts for end in _ends(rollout, scorer)]
     sequences = [
-        scoring_ids([*rollout.prompt.token_ids, *rollout.completion.token_ids[:end].tolist()], eos_token_id)
+        scoring_ids([*rollout.prompt.token_ids, *rollout.completion.token_ids[:end].tolist()], *end_ids)
         for rollout, end in wanted
     ]
     prompt_tokens = [len(rollout.prompt.token_ids) for rollout, _ in wanted]

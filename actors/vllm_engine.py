@@ -41,7 +41,16 @@ SUBMIT_S = 1.0  # for which the engine stands still at most, while requests are 
 class VLLMEngine:
     """Raises what vLLM raises when the model cannot be loaded. One instance a process, `run` by the thread that made it."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, weight_transfer: str, on_cpu: bool, seed: int = 0):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        weight_transfer: str,
+        on_cpu: bool,
+        end_ids: tuple[int, ...],
+        seed: int = 0,
+    ):
+        self._end_ids = list(end_ids)
         arguments: dict[str, Any] = {
             "model": model.path,
             "revision": model.revision,
@@ -93,7 +102,8 @@ class VLLMEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_completion_tokens,
-            min_tokens=sampling.min_completion_tokens,
+            min_tokens=sampling.min_completion_tokens,  # before which it bans what stops it
+            stop_token_ids=self._end_ids,
             seed=seed,
             logprobs=0,  # of the sampled token alone
             detokenize=True,

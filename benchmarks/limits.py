@@ -133,7 +133,7 @@ def generation(job: dict[str, Any]) -> dict[str, float]:
 
     # The engine inside has Tandem's arguments and is driven directly from here.
     engine = VLLMEngine(
-        ModelConfig(path=job["model"], dtype=job["dtype"]), EngineConfig(), "shared_memory", on_cpu=True
+        ModelConfig(path=job["model"], dtype=job["dtype"]), EngineConfig(), "shared_memory", on_cpu=True, end_ids=()
     )._engine
     prompts, tokens = job["prompts"][: job["rollouts"]], job["completion_tokens"]
     common: dict[str, Any] = {

@@ -26,6 +26,7 @@ from contracts.config import (
     SourceConfig,
     TandemConfig,
 )
+from contracts.end_tokens import end_ids
 from contracts.placement import weight_backend
 from contracts.records import Prompt
 from contracts.validation import validate
@@ -79,7 +80,8 @@ def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     prompts = [Prompt(i, tokenizer.decode(ids), tuple(ids)) for i, ids in enumerate(job["prompts"])]
     stream = PromptStream(prompts, samples_per_prompt=1, seed=config.seed)
-    policy, reward, eos = job["model"], job["reward_model"], tokenizer.eos_token_id
+    policy, reward = job["model"], job["reward_model"]
+    ends = end_ids(tokenizer, config.model)
     backend = weight_backend(config)
     with (
         Progress(config.logger.heartbeat_s) as progress,
@@ -88,9 +90,9 @@ def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
         ExitStack() as engines,
     ):
         # In the order of `Pipeline._ppo`: the learner starts while the others do.
-        learner = engines.enter_context(runtime.learner("ppo", config, policy, reward, eos, []))
+        learner = engines.enter_context(runtime.learner("ppo", config, policy, reward, ends, []))
         client = runtime.service({"proxy": reward})
-        actors = engines.enter_context(runtime.actors(policy, backend, eos, client))
+        actors = engines.enter_context(runtime.actors(policy, backend, ends, client))
         learner.wait_ready()
         learner.call("connect", backend, actors)
         start_s = time.time() - psutil.Process().create_time()

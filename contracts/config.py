@@ -259,6 +259,12 @@ class ScorerConfig:
 
     kind: str = "model"  # model | function | weighted_sum | ensemble
     path: str | None = None  # model: directory of a checkpoint with one label, or a hub id
+    # model: where the score is read. eos | last (as transformers' own class does, of what the chat template writes); null:
+    # eos where the checkpoint says so, else last: docs/reward_service.md.
+    read_at: str | None = None
+    append: str | None = (
+        None  # model: text in place of a completion's EOS, read at last; null: what the template writes
+    )
     function: str | None = None  # function: package.module:name or path/file.py:name
     timeout_s: float = 5.0  # function: for one call, after which its process is ended
     processes: int = 1  # function: calls at a time

@@ -60,7 +60,8 @@ def refuse_unloaded(
     found = [f"no {_listed(missing, shapes)}"] if missing else []
     found += [f"{_listed(unknown)}, which the model does not know"] if unknown else []
     rule = "a checkpoint with every weight of its model and none beyond"
-    raise LoadingError(Check(False, f"{key}={path}", rule, " and ".join(found), _instead(missing, unknown)).message)
+    instead = _instead(missing, unknown, bool(shapes))
+    raise LoadingError(Check(False, f"{key}={path}", rule, " and ".join(found), instead).message)
 
 
 def _is_inside(model: Any, name: str) -> bool:
@@ -80,7 +81,7 @@ def _listed(names: list[str], shapes: dict[str, tuple[list[int], list[int]]] | N
     return ", ".join(map(one, names[:SHOWN])) + more
 
 
-def _instead(missing: list[str], unknown: list[str]) -> str:
+def _instead(missing: list[str], unknown: list[str], has_shapes: bool) -> str:
     """What may have happened, from the names alone."""
     prefixes = {name.removesuffix(key) for key in missing for name in unknown if name.endswith(f".{key}")}
     if len(prefixes) == 1 and len(missing) > 1:
@@ -88,6 +89,8 @@ def _instead(missing: list[str], unknown: list[str]) -> str:
             f"a checkpoint whose names do not begin with {prefixes.pop()} (of PEFT: save the model after "
             "merge_and_unload(); else rename the weights and save them again)"
         )
+    if missing == ["score.weight"] and has_shapes:
+        return "a reward model with one label"
     if missing == ["score.weight"]:
         heads = [name for name in unknown if "head" in name and not name.startswith("lm_head")]
         if heads:

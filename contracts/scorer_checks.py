@@ -4,10 +4,11 @@ import ipaddress
 import re
 from pathlib import Path
 
-from contracts.check import Check
+from contracts.check import Check, shown
 from contracts.config import HttpConfig, RewardServiceConfig, ScorerConfig
 from contracts.scorers import CHECKPOINTS, ROLES
 
+READ_AT = (None, "eos", "last")
 KINDS = ("model", "function", "weighted_sum", "ensemble")
 COMPOSITES = KINDS[2:]
 MIN_TOKEN_LENGTH = 16
@@ -54,7 +55,19 @@ def _below(name: str, scorers: dict[str, ScorerConfig]) -> set[str]:
 
 def _leaf_checks(key: str, entry: ScorerConfig, deadline_s: float) -> list[Check]:
     if entry.kind == "model":
-        return [Check(bool(entry.path), f"{key}.path", "a checkpoint's directory or a hub id", entry.path, "its path")]
+        return [
+            Check(bool(entry.path), f"{key}.path", "a checkpoint's directory or a hub id", entry.path, "its path"),
+            Check(
+                entry.read_at in READ_AT, f"{key}.read_at", "one of null, eos, last", entry.read_at, "for example eos"
+            ),
+            Check(
+                entry.append is None or (entry.append != "" and entry.read_at != "eos"),
+                f"{key}.append",
+                f"null, or a text where {key}.read_at is last",
+                f"{entry.append!r} with read_at={shown(entry.read_at)}",
+                f"{key}.read_at=last, or append: null",
+            ),
+        ]
     if entry.kind != "function":
         return []
     form = "package.module:name or path/file.py:name"

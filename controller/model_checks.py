@@ -1,19 +1,20 @@
 """Whether the models of a run are computed here as their classes compute them, before an engine starts: docs/models.md."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from contracts.config import TandemConfig
+from contracts.error_text import error_lines
 from contracts.estimators import chosen_estimator
 from contracts.loading import LoadingError, loading_report, refuse_unloaded
 from contracts.methods import GIVEN, results_needed, runs
 from contracts.proof import NoClass, Proof, Unproven
-from contracts.scorers import starts_value_model
+from contracts.scorers import ROLES, chosen_scorers, starts_value_model
 from contracts.validation import ConfigError
 
-SCORES = ("proxy_model", "gold_model")
 TRAINING = ("sft", "filtered_sft", "preference", "ppo")
 
 
@@ -25,9 +26,16 @@ def check_weights_and_code(config: TandemConfig) -> None:
     Raises:
         ConfigError: naming key and model, what differs and what to write instead.
     """
-    problems = [problem for key, path in _named(config) if (problem := _unloaded(config, key, path))]
+    policies, scorers = dict(_policies(config)), dict(_scorers(config))
+    paths = policies | scorers
+    problems = [
+        text for key, path in policies.items() if (text := _unloaded(partial(_check_policy, config), key, path))
+    ]
+    problems += [text for key, path in scorers.items() if (text := _unloaded(_check_scorer, key, path))]
+    if problems:
+        raise ConfigError("\n".join(problems))
     for key, use in _uses(config):
-        path = config.model.path if key == "model.path" else getattr(config, key)
+        path = paths[key]
         found = _read(config, key, path)
         try:
             _prove(config, use, found)
@@ -46,11 +54,24 @@ def _instead(use: str) -> str:
     return "another model" + (", or ppo.estimator=grpo, which has none" if use == "the value model" else "")
 
 
-def _named(config: TandemConfig) -> Iterator[tuple[str, str]]:
+def _policies(config: TandemConfig) -> Iterator[tuple[str, str]]:
     yield "model.path", config.model.path
-    for key in GIVEN.values():
-        if path := getattr(config, key):
+    for name, key in GIVEN.items():
+        if (path := getattr(config, key)) and not name.startswith("reward_model/"):
             yield key, path
+
+
+def _scorers(config: TandemConfig) -> Iterator[tuple[str, str]]:
+    """The reward models that are not made here, where any scores."""
+    if not (runs(config, "ppo") or runs(config, "evaluate")):
+        return
+    for role in ROLES:
+        if path := getattr(config, f"{role}_model"):
+            yield f"{role}_model", path
+    chosen = chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES, ""))
+    for name, entry in config.reward_service.scorers.items():
+        if name in chosen and entry.kind == "model":
+            yield f"reward_service.scorers.{name}.path", str(entry.path)
 
 
 def _uses(config: TandemConfig) -> Iterator[tuple[str, str]]:
@@ -58,12 +79,10 @@ def _uses(config: TandemConfig) -> Iterator[tuple[str, str]]:
     policy = "sft_model" if config.sft_model else "model.path"
     if any(runs(config, stage) for stage in TRAINING):
         yield policy, "the policy"
-    makes_scores = {f"reward_model/{name}" for name in ("proxy", "gold")} & results_needed(config)
-    if runs(config, "reward_model") and makes_scores:
+    if runs(config, "reward_model") and {f"reward_model/{role}" for role in ROLES} & results_needed(config):
         yield "model.path", "a reward model"
-    for key in SCORES:
-        if getattr(config, key):
-            yield key, "a scorer"
+    for key, _ in _scorers(config):
+        yield key, "a scorer"
     if runs(config, "ppo") and chosen_estimator(config.ppo).has_value_model:
         scores = "proxy_model" if config.proxy_model else "model.path"
         yield scores if starts_value_model(config) else policy, "the value model"
@@ -81,21 +100,27 @@ def _prove(config: TandemConfig, use: str, found: Any) -> Proof:
     return prove_scalar(scalar_config(found), config.model, config.learner, on_cpu)
 
 
-def _unloaded(config: TandemConfig, key: str, path: str) -> str | None:
-    kind = AutoModelForSequenceClassification if key in SCORES else AutoModelForCausalLM
-    found = _read(config, key, path)
-    if key in SCORES:
-        found.num_labels = 1
-    if type(found) not in kind._model_mapping:  # remote code, or a class that is not there: told where it is used
-        return None
+def _unloaded(check: Callable[[str, str], None], key: str, path: str) -> str | None:
     try:
-        model, report = loading_report(kind, path, config=found, revision=_revision(config, key))
-        refuse_unloaded(report, path, key, model=model)
+        check(path, key)
     except LoadingError as error:
         return str(error)
     except (OSError, ValueError) as error:
-        return f"{key}={path}: its weights cannot be read: {error}"
+        return f"{key}={path}: no model can be loaded from there: {error_lines(error)[0]}"
     return None
+
+
+def _check_policy(config: TandemConfig, path: str, key: str) -> None:
+    found = _read(config, key, path)
+    if type(found) in AutoModelForCausalLM._model_mapping:  # else remote code, which runs where the model is proved
+        model, report = loading_report(AutoModelForCausalLM, path, config=found, revision=_revision(config, key))
+        refuse_unloaded(report, path, key, model=model)
+
+
+def _check_scorer(path: str, key: str) -> None:
+    from reward_service.model import check_reward_model
+
+    check_reward_model(path, key)
 
 
 def _read(config: TandemConfig, key: str, path: str) -> Any:

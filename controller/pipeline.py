@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 from contracts.config import SFTConfig, TandemConfig
 from contracts.durable import replace_text
+from contracts.end_tokens import end_ids
 from contracts.fingerprints import checkpoint_fingerprint
 from contracts.methods import GIVEN, chosen_preference, method_stage, method_title, stages_to_run
 from contracts.placement import weight_backend
@@ -68,6 +69,10 @@ class Pipeline:
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, **options)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
+        ends = self._end_ids(config.model.path)
+        if len(ends) > 1:
+            names = [f"{self.tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends]
+            progress.line(f"completions end with any of {', '.join(names)}")
         with progress.phase("reading the data"):
             self.data = load_inputs(config, self.tokenizer, progress.line)
         check_amounts(config, self.data)
@@ -76,6 +81,10 @@ class Pipeline:
         free_gib = psutil.virtual_memory().available / 2**30
         for warning in check_machine(config, free_gib, psutil.cpu_count() or 1, nodes):
             progress.line(warning)
+
+    def _end_ids(self, path: str) -> tuple[int, ...]:
+        """What ends a completion of an engine that serves the checkpoint at `path`."""
+        return end_ids(self.tokenizer, replace(self.config.model, path=path))
 
     def _rehearse(self) -> None:
         sampled = {"ppo.sampling": self.data.prompts, "evaluate.sampling": self.data.eval_prompts}
@@ -230,16 +239,16 @@ class Pipeline:
         policy = self.checkpoint(config.ppo.init_from)
         scorers = self._judges(judges(config) if config.ppo.gold_rollouts else ROLES[:1])
         value = self.checkpoint("reward_model/proxy") if starts_value_model(config) else policy
-        backend, eos = weight_backend(config), self.tokenizer.eos_token_id
+        backend, ends = weight_backend(config), self._end_ids(policy)
         ptx = self.data.sft if config.ppo.ptx_coef else []
         stream = PromptStream(self.data.prompts, config.ppo.samples_per_prompt, config.seed)
         self._start_ray("ppo")
         with ExitStack() as engines:
-            learner = engines.enter_context(self.runtime.learner("ppo", config, policy, value, eos, ptx))
+            learner = engines.enter_context(self.runtime.learner("ppo", config, policy, value, ends, ptx))
             # Side by side: each spends most of its start importing and reading.
             with self.phase("ppo", "starting reward service, vLLM and learner"):
                 client = self.runtime.service(scorers)
-                actors = engines.enter_context(self.runtime.actors(policy, backend, eos, client))
+                actors = engines.enter_context(self.runtime.actors(policy, backend, ends, client))
                 self.runtime.wait_for_service()
                 learner.wait_ready()
                 self._prove_engines()
@@ -285,12 +294,12 @@ class Pipeline:
         models[REFERENCE] = self.checkpoint("sft")
         scorers = self._judges(judges(config))
         start = time.time()
-        eos = self.tokenizer.eos_token_id
+        ends = self._end_ids(models["base"])
         self._start_ray("evaluate")
         with ExitStack() as engines:
             with self.phase("evaluate", "starting the reward service and vLLM"):
                 client = self.runtime.service(scorers)
-                actors = engines.enter_context(self.runtime.actors(models["base"], BACKEND, eos, client))
+                actors = engines.enter_context(self.runtime.actors(models["base"], BACKEND, ends, client))
                 self.runtime.wait_for_service()
                 self._prove_engines()
             with self.log.phase("evaluate", "evaluation"):

@@ -15,6 +15,7 @@ import numpy as np
 from actors.conversation import Ask, Conversation, Limits
 from actors.environment import environment_maker
 from contracts.config import SamplingConfig, TandemConfig
+from contracts.end_tokens import end_ids
 from contracts.environments import Environment, EnvironmentFault
 from contracts.records import Completion, Prompt, RolloutRequest
 from contracts.validation import ConfigError
@@ -69,15 +70,15 @@ def rehearse(
 
 def _play(config: TandemConfig, tokenizer: Any, prompts: dict[str, list[Prompt]]) -> None:
     limits = Limits.of(config.model, config.environment, config.engine.max_model_len)
+    ends = end_ids(tokenizer, config.model)
     make = environment_maker(config.environment, lambda: tokenizer)
     draw = random.Random(config.seed)
-    eos = int(tokenizer.eos_token_id)
     for key, chosen in prompts.items():
         sampling = config.ppo.sampling if key == "ppo.sampling" else config.evaluate.sampling
         longest = sorted(chosen, key=lambda prompt: -len(prompt.token_ids))[:1]
         for prompt in longest + draw.sample(chosen, min(PROMPTS - 1, len(chosen))):
             for length in LENGTHS:
-                conversation = _converse(prompt, sampling, make, limits, length, draw, eos)
+                conversation = _converse(prompt, sampling, make, limits, length, draw, ends)
                 _check(conversation, config, key)
 
 
@@ -88,9 +89,9 @@ def _converse(
     limits: Limits,
     length: Callable[[int, int, random.Random], int],
     draw: random.Random,
-    eos: int,
+    ends: tuple[int, ...],
 ) -> Conversation:
-    """One conversation in which the policy says random tokens, and EOS at the end of a turn with room for it."""
+    """One conversation in which the policy says random tokens, and one of `ends` behind a turn with room for it."""
     request = RolloutRequest(0, 0, prompt, seed=0)
     conversation = Conversation(request, sampling, make, limits, decode=lambda ids: "")
     ask: Ask | None = conversation.begin()
@@ -98,7 +99,7 @@ def _converse(
         most = ask.sampling.max_completion_tokens
         said = length(max(1, ask.sampling.min_completion_tokens), most, draw)
         tokens = [draw.randrange(limits.vocab_size) for _ in range(said)]
-        tokens += [eos] if said < most else []
+        tokens += [draw.choice(ends)] if said < most else []
         ids = np.array(tokens, dtype=np.int32)
         zeros = np.zeros(len(tokens), dtype=np.int32)
         reason = "stop" if said < most else "length"

@@ -105,7 +105,9 @@ class Runtime:
         self._service.wait(self.config.cluster.start_timeout_s)
 
     @contextmanager
-    def actors(self, model_path: str, backend: str, eos_token_id: int, reward_client: Any) -> Iterator[list[Any]]:
+    def actors(
+        self, model_path: str, backend: str, end_ids: tuple[int, ...], reward_client: Any
+    ) -> Iterator[list[Any]]:
         """Rollout actors that serve the checkpoint at `model_path`."""
         from actors.rollout_actor import start_actors
 
@@ -119,7 +121,7 @@ class Runtime:
             model=model,
             engine=config.engine,
             weight_transfer=backend,
-            eos_token_id=eos_token_id,
+            end_ids=end_ids,
             reward_client=reward_client,
             env=env,
             environment=config.environment,

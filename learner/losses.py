@@ -287,11 +287,14 @@ class SelectedLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def _scaled(logits: Tensor, temperature: float, banned_token: int | None, banned_mask: Tensor | None) -> Tensor:
+    def _scaled(
+        logits: Tensor, temperature: float, banned_tokens: tuple[int, ...] | None, banned_mask: Tensor | None
+    ) -> Tensor:
         """A chunk [n, V] of logits / temperature in float32 (float64 stays), banned tokens at -inf."""
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
-        if banned_token is not None and banned_mask is not None:
-            scaled[:, banned_token].masked_fill_(banned_mask, -torch.inf)
+        if banned_tokens is not None and banned_mask is not None:
+            for token in banned_tokens:
+                scaled[:, token].masked_fill_(banned_mask, -torch.inf)
         return scaled
 
     @staticmethod
@@ -300,7 +303,7 @@ class SelectedLogprobs(torch.autograd.Function):
         logits: Tensor,
         targets: Tensor,
         temperature: float,
-        banned_token: int | None,
+        banned_tokens: tuple[int, ...] | None,
         banned_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         compute_dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -311,7 +314,7 @@ class SelectedLogprobs(torch.autograd.Function):
         for start in range(0, num_rows, ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
             banned_rows = None if banned_mask is None else banned_mask[rows]
-            scaled = SelectedLogprobs._scaled(logits[rows], temperature, banned_token, banned_rows)
+            scaled = SelectedLogprobs._scaled(logits[rows], temperature, banned_tokens, banned_rows)
             log_normalizer = scaled.logsumexp(dim=-1)
             log_normalizers[rows] = log_normalizer
             logprobs[rows] = scaled.gather(1, targets[rows, None]).squeeze(1) - log_normalizer
@@ -321,7 +324,7 @@ class SelectedLogprobs(torch.autograd.Function):
             entropy[rows] = -torch.linalg.vecdot(probabilities, all_logprobs.clamp_(min=-1e4))
         ctx.save_for_backward(logits, targets, log_normalizers, banned_mask)
         ctx.temperature = temperature
-        ctx.banned_token = banned_token
+        ctx.banned_tokens = banned_tokens
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -333,7 +336,7 @@ class SelectedLogprobs(torch.autograd.Function):
         for start in range(0, logits.shape[0], ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
             banned_rows = None if banned_mask is None else banned_mask[rows]
-            scaled = SelectedLogprobs._scaled(logits[rows], ctx.temperature, ctx.banned_token, banned_rows)
+            scaled = SelectedLogprobs._scaled(logits[rows], ctx.temperature, ctx.banned_tokens, banned_rows)
             probabilities = scaled.sub_(log_normalizers[rows, None]).exp_()
             weights = (grad_logprobs[rows] / ctx.temperature)[:, None]
             grad = probabilities.mul_(-weights).scatter_add_(1, targets[rows, None], weights)
@@ -346,7 +349,7 @@ def selected_logprobs(
     logits: Tensor,
     targets: Tensor,
     temperature: float = 1.0,
-    banned_token: int | None = None,
+    banned_tokens: tuple[int, ...] | None = None,
     banned_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p of the target tokens at the sampling temperature, and the entropy of their distributions.
@@ -357,16 +360,17 @@ def selected_logprobs(
         logits: [N, V], bfloat16 or float32 (float64 is computed in float64); carries the gradient.
         targets: int64 [N], in [0, V) on every row, padding included.
         temperature: greater than 0.
-        banned_token: a token that some rows could not sample (EOS before `min_completion_tokens` or `min_turn_tokens`).
-        banned_mask: bool [N], the rows where `banned_token` has logit -inf; given together with it or not at all.
+        banned_tokens: what some rows could not sample (what ends a turn, before `min_completion_tokens` or
+            `min_turn_tokens`).
+        banned_mask: bool [N], the rows where `banned_tokens` have logit -inf; given together with them or not at all.
 
     Returns:
         logprobs, float32 [N], -inf where the target is banned; entropy, float32 [N], nats, always without gradient.
 
     Raises:
-        ValueError: if only one of `banned_token` and `banned_mask` is given.
+        ValueError: if only one of `banned_tokens` and `banned_mask` is given.
     """
-    if (banned_token is None) != (banned_mask is None):
-        raise ValueError("banned_token and banned_mask go together: give both, or neither")
-    logprobs, entropy = SelectedLogprobs.apply(logits, targets, temperature, banned_token, banned_mask)
+    if (banned_tokens is None) != (banned_mask is None):
+        raise ValueError("banned_tokens and banned_mask go together: give both, or neither")
+    logprobs, entropy = SelectedLogprobs.apply(logits, targets, temperature, banned_tokens, banned_mask)
     return logprobs, entropy

@@ -31,7 +31,7 @@ class PolicyModel(nn.Module):
         select: torch.Tensor,
         targets: torch.Tensor,
         temperature: float = 1.0,
-        banned_token: int | None = None,
+        banned_tokens: tuple[int, ...] | None = None,
         banned_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of `targets` [M] at the positions `select` [M] of the packed row.
@@ -44,7 +44,7 @@ class PolicyModel(nn.Module):
         """
         hidden = hidden_states(self.lm, packed, self.layout)
         logits = head_logits(self.lm, hidden.index_select(0, select))
-        return selected_logprobs(logits, targets, temperature, banned_token, banned_mask)
+        return selected_logprobs(logits, targets, temperature, banned_tokens, banned_mask)
 
 
 class FloatLinear(nn.Linear):

@@ -31,8 +31,8 @@ class Places:
         )
 
     def early(self, min_completion_tokens: int, min_turn_tokens: int) -> Tensor | None:
-        """Which of the M tokens were sampled while EOS was masked (None: never): the first of a completion, and the first of
-        every turn, which begins with the completion or behind an observation."""
+        """Which of the M tokens were sampled while no turn could end (None: never): the first of a completion, and the
+        first of every turn, which begins with the completion or behind an observation."""
         if not (min_completion_tokens or min_turn_tokens):
             return None
         every = torch.arange(self.mask.shape[1], device=self.mask.device)

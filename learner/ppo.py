@@ -39,10 +39,10 @@ class PPOTask:
     """Policy, value (where the estimator has one) and reference model of one rank."""
 
     def __init__(
-        self, ranks: Ranks, config: TandemConfig, policy: str, value: str, eos_token_id: int, ptx: list[Example]
+        self, ranks: Ranks, config: TandemConfig, policy: str, value: str, end_ids: tuple[int, ...], ptx: list[Example]
     ):
         ppo, learner = config.ppo, config.learner
-        self.ranks, self.config, self.eos, self.ptx = ranks, config, eos_token_id, ptx
+        self.ranks, self.config, self.end_ids, self.ptx = ranks, config, end_ids, ptx
         self.policy_path, self.estimator = policy, chosen_estimator(ppo)
         steps = ppo.epochs * ppo.minibatches
         model = load_policy(policy, config.model, learner, ranks.on_cpu)
@@ -179,7 +179,7 @@ class PPOTask:
     def _logprobs(self, model: Any, places: Places) -> tuple[Tensor, Tensor]:
         sampling = self.config.ppo.sampling
         early = places.early(sampling.min_completion_tokens, self.config.environment.min_turn_tokens)
-        banned = None if early is None else self.eos
+        banned = None if early is None else self.end_ids
         logprobs, entropy = model(places.packed, places.select, places.targets, sampling.temperature, banned, early)
         return places.spread(logprobs), places.spread(entropy)
 

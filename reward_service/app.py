@@ -39,14 +39,17 @@ PING_S = 5.0
 class ModelReplica:
     """One process with one reward model."""
 
-    def __init__(self, path: str, config: RewardServiceConfig):
+    def __init__(self, entry: ScorerConfig, config: RewardServiceConfig, tokenizer: str):
         from reward_service.golden import check_golden
         from reward_service.model import RewardModel
+        from reward_service.reading import make_reading
 
         # One thread loads the model and runs every forward pass: a second pass would only contend for the same cores, and a
         # second thread would bring an OpenMP team of its own. The replica answers health checks meanwhile.
         self._thread = ThreadPoolExecutor(1)
-        arguments = (path, config.dtype, config.batch_tokens, config.max_tokens)
+        path = str(entry.path)
+        reading = make_reading(path, entry.read_at, entry.append, tokenizer)
+        arguments = (path, config.dtype, config.batch_tokens, config.max_tokens, reading)
         model = self._thread.submit(RewardModel, *arguments).result()
         self._thread.submit(check_golden, path, model.score, config.golden_tolerance).result()
         self._batcher = Batcher(model.score, self._thread, config.batch_tokens)
@@ -254,7 +257,7 @@ class RewardService:
             max_constructor_retry_count=STARTS,
             ray_actor_options=options,
         )
-        arguments = (entry.path, self.config) if entry.kind == "model" else (entry, self.tokenizer)
+        arguments = (entry, self.config, self.tokenizer) if entry.kind == "model" else (entry, self.tokenizer)
         return serve.RunTarget(target=deployment.bind(*arguments), name=spec.application, route_prefix=None)
 
     def _front(self) -> serve.RunTarget:

@@ -1,5 +1,6 @@
 """From the contents of requests to items, by the service's tokenizer. What cannot be read is an error of its item."""
 
+from contracts.config import ModelConfig
 from contracts.encoding import (
     DataError,
     LeftOut,
@@ -9,6 +10,7 @@ from contracts.encoding import (
     item_of_text,
     tokenizer_hash,
 )
+from contracts.end_tokens import end_ids
 from contracts.records import Score, ScoringItem
 from contracts.scoring import scoring_ids
 from reward_service.versions import local_checkpoint
@@ -18,8 +20,11 @@ class Encoder:
     def __init__(self, tokenizer_path: str):
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(tokenizer_path))
+        root = str(local_checkpoint(tokenizer_path))
+        self.tokenizer = AutoTokenizer.from_pretrained(root)
         self.hash = tokenizer_hash(self.tokenizer)
+        self.end_ids = end_ids(self.tokenizer, ModelConfig(path=root))
+        self._ends = tuple(str(self.tokenizer.decode([end])) for end in self.end_ids)
 
     def messages(self, turns: Turns, label: str | None = None) -> ScoringItem | Score:
         try:
@@ -35,11 +40,22 @@ class Encoder:
     def rendered(
         self, text: str, prompt: str | None = None, label: str | None = None, with_bos: bool = False
     ) -> ScoringItem | Score:
-        return item_of_rendered(self.tokenizer, text, prompt, label, with_bos) if text.strip() else Score(None, "empty")
+        if not text.strip():
+            return Score(None, "empty")
+        return item_of_rendered(self.tokenizer, self._without_end(text), prompt, label, with_bos)
+
+    def _without_end(self, text: str) -> str:
+        """A rendered text without what ends it and the layout behind that; one that is not ended as it is."""
+        body = text.rstrip()
+        if not body.endswith(self._ends):
+            return text
+        while end := next((end for end in self._ends if body.endswith(end)), None):
+            body = body.removesuffix(end)
+        return body
 
     def token_ids(self, ids: list[int], ids_hash: str | None, label: str | None = None) -> ScoringItem | Score:
         if ids_hash != self.hash:
             return Score(None, f"unreadable: token_ids need tokenizer_hash={self.hash}; use text for another tokenizer")
         if not ids:
             return Score(None, "empty")
-        return ScoringItem(tuple(scoring_ids(ids, int(self.tokenizer.eos_token_id))), 0, label)
+        return ScoringItem(tuple(scoring_ids(ids, *self.end_ids)), 0, label)

@@ -52,6 +52,7 @@ class ScorerSpec:
     weights: tuple[float, ...] = ()
     std_coef: float = 0.0
     source: str | None = None  # checkpoint or function: another name under which clients may ask for it
+    read_at: str | None = None  # of a model: eos or last
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,7 @@ class HttpService:
                 "version": spec.version,
                 "tokenizer_hash": self.encoder.hash,
                 "max_tokens": spec.max_tokens,
+                "read_at": spec.read_at,
                 "parts": list(spec.parts),
             }
             for spec in self.front.scorers.values()

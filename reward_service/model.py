@@ -1,7 +1,8 @@
 """A reward model: token ids in, one score a sequence out.
 
-Works with any `AutoModelForSequenceClassification` of one label over a causal backbone. Scores are (raw - mean) / std with
-the normaliser that `stage=reward_model` wrote into the configuration of the checkpoint, where there is one.
+Works with any `AutoModelForSequenceClassification` of one label whose head is a linear layer `score` over a causal backbone.
+Scores are (raw - mean) / std with the normaliser that `stage=reward_model` wrote into the configuration of the checkpoint,
+where there is one.
 """
 
 import copy
@@ -13,36 +14,63 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from contracts.attention import Packed
 from contracts.batching import cut_padded
 from contracts.forward import Form, hidden_states
+from contracts.loading import LoadingError, loading_report, refuse_unloaded
 from contracts.proof import SCALAR, Proof, prove
 from contracts.records import Score
 from reward_service.isolate import isolate
+from reward_service.reading import Reading, at_eos
 
 
-class ModelError(ValueError):
-    """The checkpoint cannot serve as a reward model."""
+def check_reward_model(path: str, key: str) -> None:
+    """Refuse a checkpoint that cannot serve as a reward model, by its names and shapes alone.
+
+    Args:
+        key: of the configuration that names it.
+
+    Raises:
+        LoadingError: naming what is missing and what to write instead.
+        OSError, ValueError: where no model can be loaded from there.
+    """
+    # One label whatever the configuration says: a head of another shape is refused with its shape.
+    model, info = loading_report(AutoModelForSequenceClassification, path, num_labels=1)
+    refuse_unloaded(info, path, key, model=model)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise LoadingError(
+            f"{key}={path} must be a reward model with a linear layer `score` over a causal backbone; found "
+            f"{type(model).__name__}; write a checkpoint of another class, or give its scores by a rule function"
+        )
 
 
 class RewardModel:
-    """Raises ModelError where the checkpoint has no single-label `score` head over a causal backbone."""
+    """Raises as `check_reward_model`.
 
-    def __init__(self, path: str, dtype: str = "bfloat16", batch_tokens: int = 1024, max_tokens: int = 1024):
+    Args:
+        reading: where the score of a sequence is read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str = "bfloat16",
+        batch_tokens: int = 1024,
+        max_tokens: int = 1024,
+        reading: Reading = at_eos,
+    ):
         on_cpu = not torch.cuda.is_available()
+        check_reward_model(path, "path")
         proof = prove_scores(AutoConfig.from_pretrained(path), on_cpu)
         self.layout = proof.layout
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation=proof.attention
+            path, num_labels=1, dtype=getattr(torch, dtype), attn_implementation=proof.attention
         ).eval()
         if not on_cpu:
             self.model.cuda()
-        head = getattr(self.model, "score", None)
-        if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
-            raise ModelError(f"{path}: a reward model needs a linear `score` head with one label")
-        self.head = head.float()  # one dot product; in bfloat16 its rounding would be the score's resolution
+        self.head = self.model.score.float()  # in bfloat16 the rounding of this product would be the score's resolution
         config = self.model.config
         self.mean = float(getattr(config, "score_mean", None) or 0.0)
         self.std = float(getattr(config, "score_std", None) or 1.0)
         self.vocab_size = config.vocab_size
-        self.batch_tokens, self.max_tokens = batch_tokens, max_tokens
+        self.batch_tokens, self.max_tokens, self.reading = batch_tokens, max_tokens, reading
 
     def score(self, sequences: list[list[int]]) -> list[Score]:
         """Scores in the order given. An item that cannot be scored gets its reason; the others are unharmed.
@@ -80,8 +108,10 @@ class RewardModel:
     @torch.inference_mode()
     def _forward(self, batch: list[tuple[int, ...]]) -> list[float]:
         device = self.head.weight.device
-        packed = Packed.of(batch, device)
-        hidden = hidden_states(self.model, packed, self.layout).index_select(0, packed.last)
+        seen = [self.reading(token_ids) for token_ids in batch]
+        packed = Packed.of([token_ids for token_ids, _ in seen], device)
+        places = [start + place for start, (_, place) in zip(packed.starts, seen, strict=True)]
+        hidden = hidden_states(self.model, packed, self.layout).index_select(0, torch.tensor(places, device=device))
         return self.head(hidden.float()).squeeze(-1).tolist()
 
 

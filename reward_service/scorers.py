@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.error_text import error_lines
 from reward_service.front import ScorerSpec
+from reward_service.reading import EOS, chosen_read_at
 from reward_service.versions import composite_version, function_version, model_version, vocabulary
 
 MODEL_CALLS, MODEL_CALL_ITEMS = (
@@ -69,8 +70,13 @@ def resolve(
 
 def _leaf(name: str, entry: ScorerConfig, config: RewardServiceConfig) -> ScorerSpec:
     if entry.kind == "model":
+        from reward_service.model import check_reward_model
+
         source = entry.path or ""
-        version, calls = model_version(source, config.dtype), MODEL_CALLS * config.replicas
+        check_reward_model(source, "path")
+        read_at = chosen_read_at(source, entry.read_at, entry.append)
+        reading = "" if read_at == EOS else f"{read_at} {entry.append}"
+        version, calls = model_version(source, config.dtype, reading), MODEL_CALLS * config.replicas
         return ScorerSpec(
             name,
             entry.kind,
@@ -80,6 +86,7 @@ def _leaf(name: str, entry: ScorerConfig, config: RewardServiceConfig) -> Scorer
             calls,
             MODEL_CALL_ITEMS,
             source=source,
+            read_at=read_at,
         )
     # What is in one call waits for the slowest of it: a function that may hang is called as the pool calls it.
     source = entry.function or ""

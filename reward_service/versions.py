@@ -1,8 +1,8 @@
 """The version of a scorer: a hash of everything that decides its values.
 
-A model's version covers weights, configuration (the normaliser is part of it), tokenizer, chat template and the precision it
-is served in; a function's its name, its source file and what that imports from beside it; a composite's its formula and the
-versions of its parts.
+A model's version covers weights, configuration (the normaliser is part of it), tokenizer, chat template, the precision it
+is served in and where its score is read; a function's its name, its source file and what that imports from beside it; a
+composite's its formula and the versions of its parts.
 """
 
 import hashlib
@@ -49,9 +49,13 @@ def load_decoder(path: str) -> Callable[[Sequence[int]], str]:
     return lambda ids: slow.decode(list(ids), skip_special_tokens=False)
 
 
-def model_version(path: str, dtype: str) -> str:
-    """Raises OSError or a hub error where there is no such checkpoint."""
-    return _hash(dtype, checkpoint_fingerprint(str(local_checkpoint(path))))
+def model_version(path: str, dtype: str, reading: str = "") -> str:
+    """Raises OSError or a hub error where there is no such checkpoint.
+
+    Args:
+        reading: how its scores are read, where that is not at the EOS.
+    """
+    return _hash(dtype + reading, checkpoint_fingerprint(str(local_checkpoint(path))))
 
 
 def function_version(function: str) -> str:

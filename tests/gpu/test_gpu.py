@@ -24,8 +24,8 @@ def started(config: TandemConfig) -> Iterator[tuple[Any, list[Any], str]]:
     runtime, path, backend = Runtime(config), config.model.path, weight_backend(config)
     try:
         with (
-            runtime.learner("ppo", config, path, path, EOS, []) as group,
-            runtime.actors(path, backend, EOS, None) as actors,
+            runtime.learner("ppo", config, path, path, (EOS,), []) as group,
+            runtime.actors(path, backend, (EOS,), None) as actors,
         ):
             group.wait_ready()
             yield group, actors, backend

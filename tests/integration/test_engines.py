@@ -33,7 +33,7 @@ def start_learner(config: TandemConfig, ranks: int, zero_stage: int) -> LearnerG
     config.cluster.threads_per_learner_rank = 1
     path = config.model.path
     env = environments(config.cluster)["learner"]
-    group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, EOS, []), env)
+    group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, (EOS,), []), env)
     group.wait_ready()
     return group
 
@@ -75,7 +75,7 @@ def runtime(config_bf16: TandemConfig, ray_runtime: None) -> Iterator[Runtime]:
 
 @pytest.fixture(scope="module")
 def engines(config_bf16: TandemConfig, runtime: Runtime) -> Iterator[list[Any]]:
-    with runtime.actors(config_bf16.model.path, BACKEND, EOS, None) as actors:
+    with runtime.actors(config_bf16.model.path, BACKEND, (EOS,), None) as actors:
         yield actors
 
 
@@ -263,7 +263,7 @@ def test_agreement_to_rounding(tmp_path: Path, dtype: torch.dtype, tied: bool, l
     config.ppo.optimizer.learning_rate = 1e-3
     group, runtime = start_learner(config, 1, 0), Runtime(config)
     try:
-        with runtime.actors(config.model.path, BACKEND, EOS, None) as actors:
+        with runtime.actors(config.model.path, BACKEND, (EOS,), None) as actors:
             group.call("connect", BACKEND, actors)
             samples = rollouts(actors[0])
             before = logprobs(actors[0], samples)

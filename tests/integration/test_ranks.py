@@ -76,7 +76,7 @@ def test_two_ranks_make_the_update_of_one(
     for ranks in (1, 2):
         cluster = replace(config.cluster, num_learner_ranks=ranks, threads_per_learner_rank=1)
         env = environments(cluster)["learner"]
-        group = LearnerGroup(cluster, "ppo", 1, (config, path, path, EOS, []), env)
+        group = LearnerGroup(cluster, "ppo", 1, (config, path, path, (EOS,), []), env)
         try:
             group.wait_ready()
             batches = make_batches(samples, scores, ranks, 1, 20, np.random.default_rng(0))

@@ -84,10 +84,10 @@ def test_two_turns_through_engine_and_learner(eager: Path, tmp_path: Path) -> No
     envs = environments(config.cluster)
     anywhere = [{"num_cpus": config.cluster.cpus_per_process}]
     actors = start_actors(
-        anywhere, config.cluster, config.model, config.engine, "ray_object", EOS, None, envs["actor"], ENVIRONMENT
+        anywhere, config.cluster, config.model, config.engine, "ray_object", (EOS,), None, envs["actor"], ENVIRONMENT
     )
     path = config.model.path
-    group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, EOS, []), envs["learner"])
+    group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, (EOS,), []), envs["learner"])
     try:
         group.wait_ready()
         group.call("connect", "ray_object", actors)

@@ -216,7 +216,7 @@ def test_a_fault_costs_its_own_rollout(
     lengths = {len(a) for a in (rollout.completion.behavior_logprobs, rollout.completion.policy_versions)}
     assert lengths == {len(tokens)}
     client = FakeClient([])
-    score_rollouts(client, "proxy", [rollout], EOS)
+    score_rollouts(client, "proxy", [rollout], (EOS,))
     assert rollout.scores == {"proxy": Score(None, rollout.fault)}
     assert client.asked == []
     # It goes the way of any rollout without a score.
@@ -281,7 +281,7 @@ def test_the_service_scores_what_the_environment_leaves_open() -> None:
     single = play(FakeEngine([30, EOS]), SingleTurn())
     both, first, none = conversation(None, None), conversation(None, 0.5), conversation(0.25, 0.5)
     client = FakeClient([Score(1.0), Score(2.0), Score(4.0), Score(8.0)])
-    score_rollouts(client, "proxy", [single, both, first, none], EOS)
+    score_rollouts(client, "proxy", [single, both, first, none], (EOS,))
     up_to_first, whole = [5, 6, 7, 10, EOS], [5, 6, 7, 10, EOS, 40, 20, 21, EOS]
     assert client.asked == [("proxy", [[5, 6, 7, 30, EOS], up_to_first, whole, up_to_first])]
     assert [turn.score for turn in both.turns] == [Score(2.0), Score(4.0)]
@@ -293,7 +293,7 @@ def test_another_scorer_judges_the_same_turns_and_its_score_is_their_mean() -> N
     single = play(FakeEngine([30, EOS]), SingleTurn())
     rollouts = [single, conversation(None, None), conversation(None, 0.5), conversation(0.25, 0.5)]
     client = FakeClient([Score(v) for v in (1.0, 2.0, 4.0, 3.0, 5.0)])
-    score_rollouts(client, "gold", rollouts, EOS)
+    score_rollouts(client, "gold", rollouts, (EOS,))
     up_to_first, whole = [5, 6, 7, 10, EOS], [5, 6, 7, 10, EOS, 40, 20, 21, EOS]
     assert client.asked == [("gold", [[5, 6, 7, 30, EOS], up_to_first, whole, up_to_first, whole])]
     assert [r.scores["gold"].value for r in rollouts] == [1.0, (2.0 + 4.0) / 2, 3.0, 5.0]
@@ -303,11 +303,11 @@ def test_another_scorer_judges_the_same_turns_and_its_score_is_their_mean() -> N
 def test_a_score_that_failed_leaves_the_rollout_without_one() -> None:
     rollout = conversation(None, None)
     for scorer in ("proxy", "gold"):
-        score_rollouts(FakeClient([Score(1.0), Score(None, "deadline")]), scorer, [rollout], EOS)
+        score_rollouts(FakeClient([Score(1.0), Score(None, "deadline")]), scorer, [rollout], (EOS,))
         assert rollout.scores[scorer] == Score(None, "deadline")
 
 
 def test_without_anything_to_score_the_service_is_not_asked() -> None:
     client, rollout = FakeClient([]), conversation(1.0, 0.5)
-    score_rollouts(client, "proxy", [rollout], EOS)
+    score_rollouts(client, "proxy", [rollout], (EOS,))
     assert (client.asked, rollout.scores["proxy"]) == ([], Score(1.5))

@@ -123,6 +123,10 @@ def test_two_turn_speaks_in_the_chat_template(tokenizer: Any) -> None:
         environment.reset(PROMPTS[0])
         told = list(environment.step(said).observation)
         assert prompt + tokenizer.decode([*said, *told]) == whole
+    environment.reset(PROMPTS[0])
+    assert (
+        list(environment.step([*answer, 0]).observation) == told
+    )  # as one that ended otherwise, told of the cut-off one
 
 
 def test_an_import_path_leads_to_a_class(tokenizer: Any) -> None:

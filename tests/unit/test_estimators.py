@@ -178,7 +178,7 @@ def make_task(ranks: Ranks) -> Callable[[TandemConfig], PPOTask]:
     """A fresh task whose reference differs from its policy. The value checkpoint does not exist: nothing may read it."""
 
     def make(config: TandemConfig) -> PPOTask:
-        task = PPOTask(ranks, config, config.model.path, "no/such/value/model", EOS, [])
+        task = PPOTask(ranks, config, config.model.path, "no/such/value/model", (EOS,), [])
         generator = torch.Generator().manual_seed(7)
         for parameter in task.reference.parameters():
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
@@ -371,7 +371,7 @@ def test_a_correction_of_gae_leaves_the_value_model_alone(config: TandemConfig, 
     for correction in ("none", "masked"):
         config.ppo.off_policy.correction, config.ppo.off_policy.low = correction, 0.0
         config.ppo.off_policy.high = 1e-9 if correction == "masked" else 5.0  # every token masked
-        task = PPOTask(ranks, config, config.model.path, config.model.path, EOS, [])
+        task = PPOTask(ranks, config, config.model.path, config.model.path, (EOS,), [])
         before = weights_of(task.policy.model)
         metrics = task.update(batch_of(1000), BETA, train_policy=True)
         assert task.value is not None

@@ -72,7 +72,7 @@ def test_a_complete_checkpoint_is_taken(classifier: Path, small_vocab: Path) -> 
         (lambda w: w | {"score.bias": torch.zeros(1)}, ["found score.bias, which the model does not know"]),
         (
             lambda w: w | {"score.weight": torch.zeros(3, 128)},
-            ["score.weight of shape [1, 128] (it has [3, 128])"],
+            ["score.weight of shape [1, 128] (it has [3, 128])", "one label"],
         ),
     ],
 )

@@ -343,7 +343,7 @@ def test_temperature_divides_logits_not_logprobs():
 def test_gradcheck(banned):
     logits, targets = random_logits(NUM_ROWS, 3, torch.float64)
     targets = targets % 2
-    ban = {"banned_token": 2, "banned_mask": torch.arange(NUM_ROWS) % 3 == 0} if banned else {}
+    ban = {"banned_tokens": (2,), "banned_mask": torch.arange(NUM_ROWS) % 3 == 0} if banned else {}
 
     def logprobs_only(x: torch.Tensor) -> torch.Tensor:
         return selected_logprobs(x, targets, 0.7, **ban)[0]
@@ -391,11 +391,11 @@ def test_no_float32_copy_of_all_logits_exists():
     assert 0 < largest.numel <= ROWS_PER_CHUNK * 50
 
 
-def test_banned_token_by_hand():
+def test_banned_tokens_by_hand():
     # p = (1, 2, 5) / 8; without token 2: (1, 2) / 3, entropy log 3 - 2/3 log 2 = 0.636514
     logits = torch.tensor([1.0, 2.0, 5.0]).log().repeat(2, 1).requires_grad_()
     targets = torch.tensor([1, 1])
-    logprobs, entropy = selected_logprobs(logits, targets, banned_token=2, banned_mask=torch.tensor([True, False]))
+    logprobs, entropy = selected_logprobs(logits, targets, banned_tokens=(2,), banned_mask=torch.tensor([True, False]))
     logprobs.sum().backward()
     assert logprobs.tolist() == pytest.approx([math.log(2 / 3), math.log(2 / 8)], abs=1e-6)
     # entropy of the free row: log 8 - 2/8 log 2 - 5/8 log 5 = 0.900256
@@ -405,16 +405,28 @@ def test_banned_token_by_hand():
     torch.testing.assert_close(logits.grad, expected, rtol=0, atol=1e-6)
 
 
+def test_several_banned_tokens_by_hand():
+    # p = (1, 2, 5, 8) / 16; without tokens 0 and 3: (2, 5) / 7; the gradient is onehot - p.
+    logits = torch.tensor([[1.0, 2.0, 5.0, 8.0]]).log().requires_grad_()
+    logprobs, entropy = selected_logprobs(
+        logits, torch.tensor([2]), banned_tokens=(3, 0), banned_mask=torch.tensor([True])
+    )
+    logprobs.sum().backward()
+    assert logprobs.item() == pytest.approx(math.log(5 / 7), abs=1e-6)
+    assert entropy.item() == pytest.approx(math.log(7) - 2 / 7 * math.log(2) - 5 / 7 * math.log(5), abs=1e-5)
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.0, -2 / 7, 2 / 7, 0.0]]), rtol=0, atol=1e-6)
+
+
 def test_sampling_a_banned_token_is_impossible_not_hidden():
     mask = torch.tensor([True])
-    logprobs, entropy = selected_logprobs(torch.zeros(1, 3), torch.tensor([2]), banned_token=2, banned_mask=mask)
+    logprobs, entropy = selected_logprobs(torch.zeros(1, 3), torch.tensor([2]), banned_tokens=(2,), banned_mask=mask)
     assert logprobs.item() == -INF
     assert entropy.item() == pytest.approx(math.log(2))
 
 
-def test_banned_token_and_mask_go_together():
+def test_banned_tokens_and_mask_go_together():
     with pytest.raises(ValueError, match="together"):
-        selected_logprobs(torch.zeros(1, 3), torch.tensor([0]), banned_token=2)
+        selected_logprobs(torch.zeros(1, 3), torch.tensor([0]), banned_tokens=(2,))
     with pytest.raises(ValueError, match="together"):
         selected_logprobs(torch.zeros(1, 3), torch.tensor([0]), banned_mask=torch.tensor([True]))
 

@@ -46,12 +46,12 @@ def test_policy_logprobs_equal_log_softmax_one_by_one(attention: str, small_voca
         assert entropy[i].item() == pytest.approx(-(expected.exp() * expected).sum().item(), abs=1e-5)
 
 
-def test_a_banned_token_leaves_its_probability_to_the_others(small_vocab: Path) -> None:
+def test_banned_tokens_leave_their_probability_to_the_others(small_vocab: Path) -> None:
     model, plain = policy(small_vocab), AutoModelForCausalLM.from_pretrained(small_vocab, dtype=torch.float64)
     packed = Packed.of([SEQUENCES[0]], CPU)
-    found, _ = model(packed, torch.tensor([1, 1]), torch.tensor([7, 7]), 1.0, EOS, torch.tensor([True, False]))
+    found, _ = model(packed, torch.tensor([1, 1]), torch.tensor([7, 7]), 1.0, (EOS, 0), torch.tensor([True, False]))
     p = torch.softmax(plain(torch.tensor([SEQUENCES[0]])).logits[0, 1], 0)
-    assert found.exp().tolist() == pytest.approx([(p[7] / (1 - p[EOS])).item(), p[7].item()], rel=1e-4)
+    assert found.exp().tolist() == pytest.approx([(p[7] / (1 - p[EOS] - p[0])).item(), p[7].item()], rel=1e-4)
 
 
 def test_scores_equal_transformers_on_the_true_last_token(classifier: Path) -> None:

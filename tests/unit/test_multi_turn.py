@@ -231,7 +231,7 @@ PAID = {
 def test_an_update_equals_a_plain_loop(placing: str, budget: int, config: TandemConfig, ranks: Ranks) -> None:
     """Partitions included: all conversations in one microbatch, or each in its own."""
     config.environment.reward = placing
-    task = PPOTask(ranks, config, config.model.path, config.model.path, EOS, [])
+    task = PPOTask(ranks, config, config.model.path, config.model.path, (EOS,), [])
     generator = torch.Generator().manual_seed(7)
     for parameter in task.reference.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)

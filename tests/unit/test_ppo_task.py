@@ -22,6 +22,7 @@ from learner.ppo import PPOTask
 from tests.conftest import make_config
 
 EOS = 2  # the pad token too
+ENDS = (EOS, 1)  # what ends a completion, and may not be sampled early
 KL_COEF = 0.1
 Weights = dict[str, torch.Tensor]
 
@@ -63,7 +64,7 @@ def make_task(ranks: Ranks) -> Callable[..., PPOTask]:
 
     def make(config: TandemConfig, noise: float = 0.02, ptx: list[Example] | None = None) -> PPOTask:
         path = config.model.path
-        task = PPOTask(ranks, config, path, path, EOS, ptx or [])
+        task = PPOTask(ranks, config, path, path, ENDS, ptx or [])
         generator = torch.Generator().manual_seed(7)
         for parameter in task.reference.parameters():
             parameter.data += noise * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
@@ -128,7 +129,7 @@ class PlainPPO:
         for t in range(start, len(ids)):
             row = logits[t - 1].clone()
             if t - start < self.config.ppo.sampling.min_completion_tokens:
-                row[EOS] = -math.inf
+                row[list(ENDS)] = -math.inf
             p = torch.softmax(row, 0)
             result.append(torch.log(p[ids[t]]))
             entropies.append(float(-(p[p > 0] * p[p > 0].log()).sum()))
@@ -430,13 +431,16 @@ def test_token_logprobs_equal_a_plain_forward_pass(config: TandemConfig, make_ta
         assert found == pytest.approx([logprobs[t - 1, ids[t]].item() for t in range(start, len(ids))], abs=1e-5)
 
 
-def test_eos_is_banned_in_learner_and_reference(config: TandemConfig, make_task: Callable[..., PPOTask]) -> None:
+@pytest.mark.parametrize("end", ENDS)
+def test_what_ends_is_banned_in_learner_and_reference(
+    end: int, config: TandemConfig, make_task: Callable[..., PPOTask]
+) -> None:
     rollouts = [rollout(0, [5, 6], [10, 11, 12]), rollout(1, [7], [13, 14])]
 
     def kl(min_completion_tokens: int) -> float:
         config.ppo.sampling.min_completion_tokens = min_completion_tokens
         task = make_task(config, noise=0.0)
-        task.reference.lm.lm_head.weight.data[EOS] *= -8  # reference and policy differ in EOS alone
+        task.reference.lm.lm_head.weight.data[end] *= -8  # reference and policy differ in it alone
         return task.update(batch_of(rollouts, scores=[0.0, 1.0]), KL_COEF, train_policy=False)["kl/ref_k3"]
 
     assert kl(3) == pytest.approx(0, abs=1e-9)  # every token is early

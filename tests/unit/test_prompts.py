@@ -31,6 +31,9 @@ def test_scoring_ids_end_with_exactly_one_eos():
     assert scoring_ids([5, EOS, 6, EOS, EOS], EOS) == [5, EOS, 6, EOS]
     assert scoring_ids([EOS, EOS], EOS) == [EOS]
     assert scoring_ids([], EOS) == [EOS]
+    assert scoring_ids([5, 6, 0], EOS, 0) == [5, 6, EOS]  # ended with another of the model's end tokens
+    assert scoring_ids([5, 0, 6, 0, EOS, 0], EOS, 0) == [5, 0, 6, EOS]
+    assert scoring_ids([5, 6, 0], EOS) == [5, 6, 0, EOS]  # which is a token like any other elsewhere
 
 
 def test_scoring_ids_leaves_its_argument_alone():

@@ -35,7 +35,7 @@ def make(small_vocab: Path, tiny_model: Path, tmp_path: Path, ranks: Ranks) -> C
         if change:
             change(config)
         ptx: list[Example] = PTX if config.ppo.ptx_coef else []
-        return PPOTask(ranks, config, config.model.path, config.model.path, EOS, ptx)
+        return PPOTask(ranks, config, config.model.path, config.model.path, (EOS,), ptx)
 
     return make
 

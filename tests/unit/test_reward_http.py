@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 import math
+import shutil
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -128,6 +129,30 @@ def test_native_answers_item_by_item(encoder: Encoder) -> None:
         ("alien", "error", "unreadable", False),
     ]
     assert server.items == [ScoringItem(tuple(ids)), chat]  # each content once, in the one form
+
+
+def test_every_end_token_of_the_model_is_one_eos(tmp_path: Path) -> None:
+    """Of a checkpoint whose generation_config.json names two."""
+    source = ROOT / ".cache/models/smollm2-135m-instruct"
+    for file in source.iterdir():
+        if file.suffix in (".json", ".txt", ".jinja"):
+            shutil.copy(file, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    encoder = Encoder(str(tmp_path))
+    server = Server(encoder)
+    said = encoder.tokenizer("A fine film")["input_ids"]
+    prompt, query = "<|im_start|>assistant\n", "<|im_start|>assistant\nIt is.{}"
+    asked = {"query": [query.format(end) for end in ("", "<|im_end|>", "<|endoftext|>\n")], "prompts": [prompt] * 3}
+    server.post("/get_reward", asked)
+    (item,) = {item.token_ids for item in server.items}  # a client that decoded what it sampled, with its prompt
+    assert encoder.tokenizer.decode(item) == query.format("<|im_end|>")
+    server.items.clear()
+    for end in ([], [EOS], [0], [0, EOS]):
+        server.post("/v1/rewards", items({"token_ids": [*said, *end], "tokenizer_hash": encoder.hash}))
+        server.post("/classify", {"input": encoder.tokenizer.decode([*said, *end])})
+        server.post("/get_reward", {"query": [encoder.tokenizer.decode([*said, *end])]})
+    assert {item.token_ids for item in server.items} == {(*said, EOS)}
+    assert len(server.items) == 12
 
 
 def test_native_options(encoder: Encoder) -> None:

@@ -10,15 +10,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from contracts.config import TandemConfig
+from contracts.loading import LoadingError
 from contracts.records import Example, PreferencePair, RatedText
 from contracts.scoring import scoring_ids
 from learner.engine import Ranks
 from learner.reward_model import RewardModelTask
 from learner.sft import SFTTask, epoch_batches
-from reward_service.model import ModelError, RewardModel
+from reward_service.model import RewardModel, check_reward_model
 from tests.conftest import make_config
 
 EOS = 2  # the pad token too
@@ -98,13 +105,33 @@ def test_a_score_that_is_not_a_number_is_an_error(classifier: Path, tmp_path: Pa
 
 
 def test_a_model_without_a_single_label_is_refused(small_vocab: Path, classifier: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="one label"):  # a language model
+    with pytest.raises(
+        LoadingError, match=r"found no score\.weight .*stage=reward_model leaves one"
+    ):  # a language model
         RewardModel(str(small_vocab))
     two = AutoModelForSequenceClassification.from_pretrained(small_vocab, num_labels=2)
     two.save_pretrained(tmp_path / "two")
-    with pytest.raises(ModelError, match="one label"):
+    with pytest.raises(LoadingError, match=r"\(it has \[2, 128\]\); write a reward model with one label"):
         RewardModel(str(tmp_path / "two"))
     RewardModel(str(classifier))
+
+
+def test_a_head_of_another_name_or_class_is_refused(classifier: Path, tmp_path: Path) -> None:
+    """Today's transformers would fill the head with random numbers, or the class has no such head."""
+    shutil.copytree(classifier, tmp_path / "renamed")
+    weights = load_file(classifier / "model.safetensors")
+    weights["value_head.weight"] = weights.pop("score.weight")
+    save_file(weights, tmp_path / "renamed" / "model.safetensors", {"format": "pt"})
+    bert = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1)
+    BertForSequenceClassification(bert).save_pretrained(tmp_path / "bert")
+    for name, message in (
+        ("renamed", r"value_head\.weight renamed to score\.weight"),
+        ("bert", "with a linear layer `score` over a causal backbone; found BertForSequenceClassification"),
+    ):
+        with pytest.raises(LoadingError, match=message):
+            RewardModel(str(tmp_path / name))
+        with pytest.raises(LoadingError, match=rf"^proxy_model=.*{message}"):
+            check_reward_model(str(tmp_path / name), "proxy_model")
 
 
 # ---- training a reward model

@@ -11,10 +11,13 @@ from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score
 from contracts.scorers import chosen_scorers
 from contracts.scoring import write_golden
+from contracts.validation import ConfigError
+from controller.model_checks import check_weights_and_code
 from reward_service import composite
 from reward_service.golden import check_golden
 from reward_service.scorers import ScorerError, resolve
 from reward_service.versions import function_version, model_version
+from tests.conftest import make_config
 
 CONFIG = RewardServiceConfig()
 
@@ -148,6 +151,26 @@ def test_a_model_with_another_vocabulary_is_refused(classifier: Path, tmp_path: 
     resolve({"proxy": ScorerConfig(path=str(classifier))}, CONFIG, str(classifier))
     with pytest.raises(ScorerError, match=r"proxy: .*other has another vocabulary than .*classifier, whose token ids"):
         resolve({"proxy": ScorerConfig(path=str(other))}, CONFIG, str(classifier))
+
+
+def test_a_model_without_its_weights_is_refused_before_anything_starts(
+    classifier: Path, small_vocab: Path, tmp_path: Path
+) -> None:
+    """By the service, and by a run, which checks the scorers that it serves."""
+    config = make_config(small_vocab, tmp_path)
+    ensemble = ScorerConfig(kind="ensemble", parts=["proxy_model", "second"])
+    config.reward_service.scorers = {"proxy": ensemble, "second": ScorerConfig(path=str(small_vocab))}
+    expected = rf"path={small_vocab} must be a checkpoint with every weight of its model .*; found no score\.weight"
+    with pytest.raises(ScorerError, match=f"^second: {expected}"):
+        resolve({"second": config.reward_service.scorers["second"]}, CONFIG)
+    with pytest.raises(ConfigError, match=rf"^reward_service\.scorers\.second\.{expected}"):
+        check_weights_and_code(config)
+    config.stage = "sft"  # starts no service
+    check_weights_and_code(config)
+    config.stage, config.reward_service.scorers = "pipeline", {"unused": ScorerConfig(path=str(small_vocab))}
+    check_weights_and_code(config)
+    config.reward_service.scorers = {"proxy": ScorerConfig(path=str(classifier))}
+    check_weights_and_code(config)
 
 
 def test_a_scorer_that_is_a_part_of_itself_or_has_a_part_that_is_none() -> None:

@@ -540,6 +540,7 @@ def test_scorers_that_can_be_served(config: TandemConfig) -> None:
     rule = {"kind": "function", "function": "rules.py:f"}
     both = {"kind": "weighted_sum", "parts": ["proxy_model", "rule"], "weights": [1.0, -0.5]}
     validate(with_scorers(config, proxy=both, rule=rule, other={"path": "model"}))
+    validate(with_scorers(config, other={"path": "model", "append": "<|reward|>"}))
     validate(with_scorers(config, proxy={"kind": "ensemble", "parts": ["proxy_model", "other"]}, other={"path": "m"}))
 
 
@@ -550,6 +551,9 @@ def test_scorers_that_can_be_served(config: TandemConfig) -> None:
         ({"proxy_model": {"path": "m"}}, "other than proxy_model and gold_model; found proxy_model"),
         ({"a": {"kind": "modle", "path": "m"}}, "scorers.a.kind must be one of model, function"),
         ({"a": {}}, "scorers.a.path must be a checkpoint's directory or a hub id; found null"),
+        ({"a": {"path": "m", "read_at": "bos"}}, "scorers.a.read_at must be one of null, eos, last; found bos"),
+        ({"a": {"path": "m", "append": ""}}, "scorers.a.append must be null, or a text where"),
+        ({"a": {"path": "m", "append": "x", "read_at": "eos"}}, "scorers.a.append must be null, or a text where"),
         ({"a": {"kind": "function"}}, "scorers.a.function must be package.module:name or path/file.py:name; found null"),
         ({"a": {"kind": "function", "function": "rules.py"}}, "scorers.a.function must be"),
         ({"a": {"kind": "function", "function": "r.py:f", "timeout_s": 500.0}}, "below reward_service.deadline_s (120.0)"),

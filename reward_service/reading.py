@@ -1,0 +1,105 @@
+"""Where a reward model's score is read: the last step from a scoring input to what the model sees.
+
+A scoring input is prompt, completion and one EOS. A reward model of `stage=reward_model` was trained on that, and one of
+OpenRLHF on nearly that: their score is at the EOS. Every other checkpoint has its score where its own class in
+transformers takes it: at the last token that is not the pad token, of what the chat template writes for a conversation
+(TRL's RewardTrainer trains on that; ChatML ends in a newline behind the EOS), or of a text with its EOS.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from reward_service.versions import local_checkpoint
+
+EOS, LAST = "eos", "last"
+# In the config.json of a checkpoint that was trained with its score at the EOS: Tandem's normaliser, OpenRLHF's.
+TRAINED_AT_EOS = ("score_mean", "normalize_reward")
+
+Reading = Callable[[tuple[int, ...]], tuple[tuple[int, ...], int]]  # scoring input -> what the model sees, read where
+
+
+def chosen_read_at(path: str, read_at: str | None, append: str | None = None) -> str:
+    """eos or last: as configured, or as the checkpoint at `path` was trained."""
+    if read_at or append is not None:
+        return read_at or LAST
+    config = json.loads((local_checkpoint(path) / "config.json").read_text())
+    return EOS if any(config.get(field) is not None for field in TRAINED_AT_EOS) else LAST
+
+
+def at_eos(token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    # The last token is found by length, never by its id: with pad = eos a search for padding finds the EOS.
+    return token_ids, len(token_ids) - 1
+
+
+class AtLast:
+    """Reads where transformers' own classes pool (`GenericForSequenceClassification`).
+
+    Args:
+        tokenizer: of the checkpoint; one without a chat template leaves every input as it is.
+        pad_token_id: of the checkpoint's configuration.
+        append: what follows a completion instead of its EOS; None: in a conversation what the chat template writes.
+    """
+
+    def __init__(self, tokenizer: Any, pad_token_id: int | None, append: str | None = None):
+        self._pad = pad_token_id
+        self._header: tuple[int, ...] = ()  # what every conversation contains, and every input where `append` is given
+        self._tail: tuple[int, ...] | None = None
+        header, tail = ("", append) if append is not None else _around_an_answer(tokenizer)
+        if tail is not None:
+            self._header, self._tail = _ids(tokenizer, header), _ids(tokenizer, tail)
+
+    def __call__(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        if self._tail is not None and self._is_conversation(token_ids):
+            token_ids = (*token_ids[:-1], *self._tail)
+        last = len(token_ids) - 1
+        while last > 0 and token_ids[last] == self._pad:
+            last -= 1
+        return token_ids, last
+
+    def _is_conversation(self, token_ids: tuple[int, ...]) -> bool:
+        size = len(self._header)
+        return any(token_ids[i : i + size] == self._header for i in range(len(token_ids) - size + 1))
+
+
+def _around_an_answer(tokenizer: Any) -> tuple[str, str | None]:
+    """What a chat template writes right before an assistant's answer, without space around it, and behind the last one; the
+    second is None where it cannot show one."""
+    if not tokenizer.chat_template:
+        return "", None
+    import jinja2
+
+    asked, answer = "\ue000", "\ue001"  # characters that no template writes
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    try:
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        prompt = str(tokenizer.apply_chat_template(turns[:1], tokenize=False))
+        opened = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+    except jinja2.exceptions.TemplateError:
+        return "", None
+    before, _, behind = whole.partition(answer)
+    header = opened.removeprefix(prompt) if opened.startswith(prompt) and opened != prompt else before.split(asked)[-1]
+    return header.strip(), behind
+
+
+def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def make_reading(path: str, read_at: str | None, append: str | None, tokenizer_path: str) -> Reading:
+    """How the scores of a checkpoint are read, as configured or else found.
+
+    Args:
+        tokenizer_path: whose tokenizer the scoring inputs are made with, for a checkpoint that has none of its own.
+
+    Raises:
+        OSError: where there is no such checkpoint.
+    """
+    if chosen_read_at(path, read_at, append) == EOS:
+        return at_eos
+    from transformers import AutoConfig, AutoTokenizer
+
+    root = local_checkpoint(path)
+    has_own = any((root / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    tokenizer = AutoTokenizer.from_pretrained(root if has_own else local_checkpoint(tokenizer_path))
+    return AtLast(tokenizer, AutoConfig.from_pretrained(root).get_text_config().pad_token_id, append)

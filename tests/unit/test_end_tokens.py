@@ -1,0 +1,63 @@
+"""Which tokens end a completion, read off a checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from contracts.config import ModelConfig
+from contracts.encoding import DataError
+from contracts.end_tokens import end_ids
+
+
+@pytest.fixture
+def named(small_vocab: Path, tmp_path: Path) -> Any:
+    """End tokens of the tiny model (tokenizer: 2), with other files: a value for `eos_token_id`, "none" for no such file."""
+
+    def ends(generation: Any, config: Any = 2) -> tuple[int, ...]:
+        path = tmp_path / "model"
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(small_vocab, path)
+        if generation == "none":
+            (path / "generation_config.json").unlink()
+        else:
+            (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+        text = json.loads((path / "config.json").read_text()) | {"eos_token_id": config}
+        (path / "config.json").write_text(json.dumps(text))
+        return end_ids(AutoTokenizer.from_pretrained(path), ModelConfig(path=str(path)))
+
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (2, 2, (2,)),
+        ([2, 0], 2, (2, 0)),
+        ([0, 7, 2, 0], 2, (2, 0, 7)),  # the tokenizer's comes first: texts end with it
+        (0, 2, (2, 0)),
+        (None, 7, (2,)),  # a file that names none; transformers and vLLM then read no other
+        ("none", [7, 0], (2, 7, 0)),  # no file: config.json
+        ("none", None, (2,)),
+    ],
+)
+def test_all_that_a_checkpoint_names(named: Any, generation: Any, config: Any, expected: tuple[int, ...]) -> None:
+    assert named(generation, config) == expected
+
+
+def test_a_token_beyond_the_embeddings_is_refused(named: Any) -> None:
+    with pytest.raises(DataError, match=r"below its vocab_size \(512\); found \[600\]; write another eos_token_id"):
+        named([2, 600])
+
+
+def test_a_stage_keeps_them(small_vocab: Path, tmp_path: Path) -> None:
+    """What is saved of a model that trained names the same tokens as the model it began with."""
+    model = AutoModelForCausalLM.from_pretrained(small_vocab)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 0])
+    model.save_pretrained(tmp_path / "first")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    tokenizer = AutoTokenizer.from_pretrained(small_vocab)
+    assert end_ids(tokenizer, ModelConfig(path=str(tmp_path / "second"))) == (2, 0)
