@@ -52,7 +52,7 @@ def template_name(tokenizer: "Tokenizer") -> str:
 def with_date(tokenizer: "Tokenizer", day: str) -> "Tokenizer":
     """Let the tokenizer's chat template write `day` (ISO 8601) where it asks for today's date."""
     date.fromisoformat(day)
-    setattr(tokenizer, "template_date", day)  # noqa: B010: no attribute of the class
+    tokenizer.template_date = day  # type: ignore[attr-defined]  # an attribute of ours, which travels with it
     return tokenizer
 
 
@@ -100,8 +100,8 @@ def _form(tokenizer: "Tokenizer", template: str, eos: str) -> Form:
     end = _first(tail, _controls(tokenizer))
     if not answer or end is None:
         raise DataError(
-            f"data.chat: {template_name(tokenizer)} must write an answer and end it with a token of its own, so that sampling "
-            f"can stop; it writes {whole.replace(said, 'ANSWER')!r}. Give another template, or write data.chat: false"
+            f"data.chat: {template_name(tokenizer)} must end an answer with a token of its own, so that sampling can stop; "
+            f"it writes {whole.replace(said, 'ANSWER')!r}. Give another template, or write data.chat: false"
         )
     plain, prompt = render(tokenizer, ask), render(tokenizer, ask, ask=True)
     # Spaces before an answer are a part of its first token, as "▁Seven" or "ĠSeven".
@@ -167,8 +167,8 @@ def show(tokenizer: "Tokenizer", turns: Turns, tools: list | None, learnt: list[
         start = max(0, shared - 40)
         raise LeftOut(
             f"{template_name(tokenizer)} prompts for an answer otherwise than it writes it",
-            f"the prompt is ...{asked[start:]!r}, with the answer it is ...{whole[start:]!r}; give answers the form that the "
-            "prompt opens, or another template",
+            f"the prompt is ...{asked[start:]!r}, with the answer it is ...{whole[start:]!r}; give answers the form that "
+            "the prompt opens, or another template",
         )
     answers, rewritten = [], 0
     for index in range(last):
@@ -226,7 +226,7 @@ def prepared(turn: Turn, ends: list[str]) -> Turn:
 
 
 def _with_object(call: Any) -> Any:
-    """OpenAI's arguments are JSON in a text; templates write an object as JSON, and would write the text as a JSON string."""
+    """OpenAI's arguments are JSON in a text. Templates write an object as JSON, and would write the text as a string."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call

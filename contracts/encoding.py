@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from contracts.chat import (
     DataError,
@@ -49,7 +49,7 @@ def turn_end_ids(tokenizer: "Tokenizer", chat: bool) -> tuple[int, ...]:
     """
     if not chat or not tokenizer.chat_template:
         return (int(tokenizer.eos_token_id),)
-    return tuple(int(tokenizer.convert_tokens_to_ids(end)) for end in template_form(tokenizer).ends)
+    return tuple(_encode_rendered(tokenizer, end)[0] for end in template_form(tokenizer).ends)
 
 
 def _encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
@@ -94,7 +94,8 @@ def _shield(tokenizer: "Tokenizer", turns: Turns, tools: list | None) -> tuple[T
     """
     # Derived from the contents, so that no content can spell its neighbour's placeholder.
     nonce = hashlib.sha256(json.dumps(turns, default=str).encode()).hexdigest()[:16]
-    safe, hidden = [], {}
+    safe: Turns = []
+    hidden: dict[str, str] = {}
     for turn in turns:
         kept = dict(turn)
         for key, value in turn.items():
@@ -178,7 +179,7 @@ def encode_conversation(
 def _earlier(
     encode: Encode, text: str, answers: list[tuple[int, int]], ends: list[str], history: list[int]
 ) -> list[bool] | None:
-    """The loss mask of `history`, the tokens before the last answer; None where its answers are other tokens by themselves."""
+    """The loss mask of `history`, the tokens before the last answer; None where its answers alone are other tokens."""
     ids: list[int] = []
     mask: list[bool] = []
     before, begin = "", 0  # the end token of the answer before, with which the next piece is encoded as it stands
@@ -235,7 +236,7 @@ def encode_example(
     tools: list | None = None,
     notes: Notes | None = None,
 ) -> Example:
-    """The prompt masked; the completion and the token that ends it train. Without a prompt, all of a text or every answer."""
+    """The prompt masked; the completion and the token that ends it train. Without a prompt a text or every answer trains."""
     if isinstance(prompt, str) and isinstance(completion, str) and not (chat and prompt):
         encode = partial(_encode_text, tokenizer)
         eos, start = int(tokenizer.eos_token_id), list(plain_start(tokenizer))
@@ -259,8 +260,8 @@ def encode_example(
 
 
 def told_ids(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:
-    """What stands between the end of an answer and the next one when the policy is told `text`: with `chat` as the user's turn
-    of the template, from behind the answer's end token; else as it is.
+    """What stands between an answer and the next one when the policy is told `text`: with `chat` as the user's turn of the
+    template, from behind the answer's end token; else as it is.
 
     Raises:
         DataError: where the template rewrites earlier answers, so that tokens cannot go on from what was sampled.
@@ -279,8 +280,8 @@ def told_ids(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:
     alone = show(tokenizer, turns[:2], None, [False, True]).text
     if not rendered.startswith(alone):
         raise DataError(
-            f"{template_name(tokenizer)} rewrites earlier answers, so a conversation cannot go on behind one: with the answer it "
-            f"is {alone!r}, later {rendered!r}"
+            f"{template_name(tokenizer)} rewrites earlier answers, so a conversation cannot go on behind one: "
+            f"with the answer it is {alone!r}, later {rendered!r}"
         )
     end = next(end for end in ends if alone.endswith(end))
     safe, hidden = _shield(tokenizer, turns, None)
@@ -333,8 +334,8 @@ def item_of_rendered(
     Where the `prompt` is known, none that follows it does, as a completion cannot open new turns.
 
     Args:
-        with_bos: as the tokenizer adds it to a text, unless the text has it; None: to a text in which no template has written
-            control tokens.
+        with_bos: as the tokenizer adds it to a text, unless the text has it; None: to a text without control tokens, which
+            no template has written.
     """
     ends = [str(tokenizer.eos_token), *map(str, tokenizer.convert_ids_to_tokens(list(_end_ids(tokenizer))))]
     text = text.rstrip() if text.rstrip().endswith(tuple(ends)) else text
@@ -342,7 +343,8 @@ def item_of_rendered(
     while end := next((end for end in ends if body.endswith(end)), None):
         body = body.removesuffix(end)
     head = prompt if prompt and body.startswith(prompt) else ""
-    tail, hidden = body[len(head) :], {}
+    tail = body[len(head) :]
+    hidden: dict[str, str] = {}
     if head and _has_control(tokenizer, tail):
         hidden = {"\ue000completion\ue001": tail}
         tail = "\ue000completion\ue001"
