@@ -15,7 +15,7 @@ from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from contracts.config import DataConfig
+from contracts.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -50,10 +50,18 @@ def template_name(tokenizer: "Tokenizer") -> str:
 
 
 def with_date(tokenizer: "Tokenizer", day: str) -> "Tokenizer":
-    """Let the tokenizer's chat template write `day` (ISO 8601) where it asks for today's date."""
+    """Let the tokenizer's chat template write `day` (ISO 8601) for today, also once it has been saved and loaded again."""
     date.fromisoformat(day)
-    tokenizer.template_date = day  # type: ignore[attr-defined]  # an attribute of ours, which travels with it
+    tokenizer.init_kwargs["template_date"] = day
     return tokenizer
+
+
+def load_tokenizer(path: str, model: ModelConfig) -> "Tokenizer":
+    """The tokenizer of a checkpoint as the configuration of its model has it loaded."""
+    from transformers import AutoTokenizer
+
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return with_date(AutoTokenizer.from_pretrained(path, **options), model.template_date)
 
 
 def render(tokenizer: "Tokenizer", turns: Turns, tools: list | None = None, ask: bool = False) -> str:
@@ -67,7 +75,7 @@ def render(tokenizer: "Tokenizer", turns: Turns, tools: list | None = None, ask:
         raise DataError("data.chat: the tokenizer has no chat template; write data.chat: false and plain text columns")
     import jinja2
 
-    day = date.fromisoformat(getattr(tokenizer, "template_date", DataConfig.template_date))
+    day = date.fromisoformat(tokenizer.init_kwargs.get("template_date", ModelConfig.template_date))
     try:
         shown = tokenizer.apply_chat_template(
             turns, tools=tools, tokenize=False, add_generation_prompt=ask, strftime_now=lambda form: day.strftime(form)

@@ -18,6 +18,8 @@ class ModelConfig:
     # hardware multiplies it, float32 on other CPUs.
     dtype: str = "auto"
     trust_remote_code: bool = False
+    # The day (ISO 8601) that a chat template writes as today's: the same rows give the same tokens tomorrow.
+    template_date: str = "2026-01-01"
 
 
 @dataclass
@@ -50,8 +52,6 @@ class DataConfig:
     # Turn a text into a prompt of its first words and a completion of the rest; null takes prompts as they are.
     prompt_words: int | None = None
     chat: bool = False  # wrap prompts in the tokenizer's chat template
-    # The day (ISO 8601) that chat templates write as today's: the same rows give the same tokens on any day.
-    template_date: str = "2026-01-01"
     max_prompt_tokens: int = 256
     max_bad_rows: float = 0.001  # share of unusable rows above which a run refuses to start
 

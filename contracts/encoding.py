@@ -26,7 +26,6 @@ from contracts.chat import (
     show,
     template_form,
     template_name,
-    with_date,
 )
 from contracts.records import Example, ScoringItem
 from contracts.scoring import scoring_ids
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 Encode = Callable[[str], list[int]]
 ANCHORS = ("\n", "a", ".")  # of which one merges with nothing that begins a text
 
-__all__ = ["DataError", "LeftOut", "Notes", "Turn", "Turns", "with_date"]  # of contracts.chat, for those who encode
+__all__ = ["DataError", "LeftOut", "Notes", "Turn", "Turns"]  # of contracts.chat, for those who encode
 
 
 def turn_end_ids(tokenizer: "Tokenizer", chat: bool) -> tuple[int, ...]:
@@ -74,7 +73,8 @@ def _after(encode: Encode, before: str, before_ids: list[int], text: str) -> lis
     They are those of both together where no token spans the seam. Else they are found behind a text that `text` does not
     merge with: alone, a sentencepiece tokenizer would begin it with a space.
     """
-    for context, ids in ((before, before_ids), *((anchor, encode(anchor)) for anchor in ANCHORS)):
+    for context in (before, *ANCHORS):
+        ids = before_ids if context == before else encode(context)
         both = encode(context + text)
         if both[: len(ids)] == ids:
             return both[len(ids) :]
@@ -83,8 +83,12 @@ def _after(encode: Encode, before: str, before_ids: list[int], text: str) -> lis
 
 def _has_control(tokenizer: "Tokenizer", text: str) -> bool:
     """Whether `text` yields a control token. The tokenizer itself is asked, so that no spelling is missed."""
-    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return not control.isdisjoint(_encode_rendered(tokenizer, text))
+    return not _control_ids(tokenizer).isdisjoint(_encode_rendered(tokenizer, text))
+
+
+@lru_cache(8)
+def _control_ids(tokenizer: "Tokenizer") -> frozenset[int]:
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def _shield(tokenizer: "Tokenizer", turns: Turns, tools: list | None) -> tuple[Turns, dict[str, str]]:
@@ -171,7 +175,8 @@ def encode_conversation(
     start = shown.answers[-1][0]
     history = encode(shown.text[:start])
     said = _after(encode, shown.text[:start], history, shown.text[start:])
-    mask = _earlier(encode, shown.text, shown.answers, ends, history)
+    alone = len(shown.answers) == 1
+    mask = [False] * len(history) if alone else _earlier(encode, shown.text, shown.answers, ends, history)
     notes.rewritten += shown.rewritten + (len(shown.answers) - 1 if mask is None else 0)
     return Conversation([*history, *said], [*(mask or [False] * len(history)), *[learnt[-1]] * len(said)], len(history))
 

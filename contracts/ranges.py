@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from datetime import date
 from typing import Any, NamedTuple
 
 from contracts.estimators import AGGREGATIONS, ESTIMATORS, KL_PLACES
@@ -10,6 +11,14 @@ from contracts.methods import METHODS, PREFERENCE_LOSSES, STAGES
 
 def _under(parents: Iterable[str], *names: str) -> tuple[str, ...]:
     return tuple(f"{parent}.{name}" for parent in parents for name in names)
+
+
+def _is_day(value: str) -> bool:
+    try:
+        date.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
 
 
 SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
@@ -141,6 +150,7 @@ RANGES = [
         lambda value: value == 1,
         ("ppo.sampling.top_p",),
     ),
+    Range("a day as 2026-01-31", _is_day, ("model.template_date",)),
     Range(
         "two numbers in [0, 1)",
         lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),

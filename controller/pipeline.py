@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 import ray
-from transformers import AutoTokenizer
 
+from contracts.chat import load_tokenizer
 from contracts.config import SFTConfig, TandemConfig
 from contracts.methods import GIVEN, chosen_preference, method_stage, method_title, stages_to_run
 from contracts.placement import weight_backend
@@ -56,8 +56,7 @@ class Pipeline:
         self.results: dict[str, StageResult] = {}
         self.seconds: dict[str, float] = {}
         check_model(config)
-        options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, **options)
+        self.tokenizer = load_tokenizer(config.model.path, config.model)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
         with progress.phase("reading the data"):
