@@ -264,6 +264,18 @@ def encode_example(
     return Example(found.token_ids, found.loss_mask)
 
 
+def scored_ids(
+    tokenizer: "Tokenizer",
+    prompt: str | Turns,
+    completion: str | Turns,
+    chat: bool,
+    tools: list | None = None,
+    notes: Notes | None = None,
+) -> list[int]:
+    """The scoring input of `encode_example`: with one EOS in place of what ends it, as that of a rollout."""
+    return list(_scored(tokenizer, encode_example(tokenizer, prompt, completion, chat, tools, notes).token_ids))
+
+
 def told_ids(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:
     """What stands between an answer and the next one when the policy is told `text`: with `chat` as the user's turn of the
     template, from behind the answer's end token; else as it is.
