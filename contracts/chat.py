@@ -229,6 +229,8 @@ def prepared(turn: Turn, ends: list[str]) -> Turn:
     if turn["role"] == "assistant":
         kept["content"] = next((content.removesuffix(end) for end in ends if content.endswith(end)), content)
     if turn.get("tool_calls"):
+        if not isinstance(turn["tool_calls"], list):
+            raise LeftOut("tool_calls is no list", f"found {type(turn['tool_calls']).__name__}")
         kept["tool_calls"] = [_with_object(call) for call in turn["tool_calls"]]
     return kept
 
@@ -244,11 +246,18 @@ def _with_object(call: Any) -> Any:
         raise LeftOut("the arguments of a tool call are not JSON", f"found {function['arguments'][:40]!r}") from None
 
 
-def note_unshown(tokenizer: "Tokenizer", turns: Turns, tools: list | None, notes: Notes) -> None:
-    """Raises LeftOut where the template leaves out a call, which may be all that an answer is."""
-    keys = {key for turn in turns for key, value in turn.items() if value} - {"role", "content"} - notes.shown
-    if not keys and (not tools or "tools" in notes.shown):
+def note_unshown(tokenizer: "Tokenizer", turns: Turns, tools: list | None, notes: Notes | None) -> None:
+    """Note the keys of these messages that the template does not show; one rendering each, until it has been seen.
+
+    Raises:
+        LeftOut: where it leaves out a call, which may be all that an answer is; the one check without `notes`.
+    """
+    keys = {key for turn in turns for key, value in turn.items() if value} - {"role", "content"}
+    keys = keys & {"tool_calls"} if notes is None else keys - notes.shown
+    is_new = bool(tools) and notes is not None and "tools" not in notes.shown
+    if not keys and not is_new:
         return
+    notes = notes or Notes()
     whole = render(tokenizer, turns, tools)
     for key in sorted(keys):
         if render(tokenizer, [{k: v for k, v in turn.items() if k != key} for turn in turns], tools) != whole:
@@ -259,7 +268,7 @@ def note_unshown(tokenizer: "Tokenizer", turns: Turns, tools: list | None, notes
             )
         else:
             notes.hidden[f"{key} of messages"] += 1
-    if tools and "tools" not in notes.shown:
+    if is_new:
         if render(tokenizer, turns) != whole:
             notes.shown.add("tools")
         else:

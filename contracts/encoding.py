@@ -154,19 +154,19 @@ def encode_conversation(
     Args:
         tools: JSON schemas that the template may show.
         learnt: of each turn, whether it may train; None: every answer whose `weight` is not 0.
-        notes: gathers what the template does not show.
+        notes: gathers what the template does not show; None looks for calls alone.
 
     Raises:
         DataError: without a chat template, or where it ends no answer.
         LeftOut: where the template cannot show this conversation, or prompts for its answer otherwise than it writes it.
     """
-    notes = notes if notes is not None else Notes()
-    notes.template = template_name(tokenizer)
     learnt = learnt or [turn["role"] == "assistant" for turn in turns]
     learnt = [learns and turn.get("weight") != 0 for learns, turn in zip(learnt, turns, strict=True)]
     ends = [*template_form(tokenizer).ends, str(tokenizer.eos_token)] if tokenizer.chat_template else []
     safe, hidden = _shield(tokenizer, [prepared(turn, ends) for turn in turns], tools)
     note_unshown(tokenizer, safe, tools, notes)
+    if notes is not None:
+        notes.template = template_name(tokenizer)
     shown = show(tokenizer, safe, tools, learnt)
     encode = _encoder(tokenizer, hidden)
     if not shown.answers:
@@ -177,7 +177,8 @@ def encode_conversation(
     said = _after(encode, shown.text[:start], history, shown.text[start:])
     alone = len(shown.answers) == 1
     mask = [False] * len(history) if alone else _earlier(encode, shown.text, shown.answers, ends, history)
-    notes.rewritten += shown.rewritten + (len(shown.answers) - 1 if mask is None else 0)
+    if notes is not None:
+        notes.rewritten += shown.rewritten + (len(shown.answers) - 1 if mask is None else 0)
     return Conversation([*history, *said], [*(mask or [False] * len(history)), *[learnt[-1]] * len(said)], len(history))
 
 

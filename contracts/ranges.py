@@ -6,7 +6,7 @@ from datetime import date
 from typing import Any, NamedTuple
 
 from contracts.estimators import AGGREGATIONS, ESTIMATORS, KL_PLACES
-from contracts.methods import METHODS, PREFERENCE_LOSSES, STAGES
+from contracts.methods import METHODS, PREFERENCE_LOSSES, SOURCES, STAGES
 
 
 def _under(parents: Iterable[str], *names: str) -> tuple[str, ...]:
@@ -21,7 +21,6 @@ def _is_day(value: str) -> bool:
     return True
 
 
-SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
 OPTIMIZERS = (*_under(("sft", "reward_model", "preference", "ppo"), "optimizer"), "ppo.value_optimizer")
 SAMPLINGS = ("ppo.sampling", "evaluate.sampling")
 

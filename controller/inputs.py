@@ -48,10 +48,10 @@ def check_vocabulary(items: Sequence[Any], tokenizer: "Tokenizer", vocab_size: i
         for ids in _ids_of(item):
             if (largest := max(ids, default=0)) >= vocab_size:
                 raise DataError(
-                    f"{base}: item {number}, {tokenizer.decode(ids[:12])!r}..., has the token {largest} "
-                    f"({tokenizer.convert_ids_to_tokens(largest)!r}), but model.path={model} has embeddings for tokens below "
-                    f"{vocab_size}: resize them to its tokenizer and save, or give the checkpoint the tokenizer it was "
-                    "trained with"
+                    f"{base}: item {number}, {tokenizer.decode(list(ids[:12]))!r}..., has the token {largest} "
+                    f"({tokenizer.convert_ids_to_tokens(largest)!r}), but model.path={model} has embeddings for the tokens "
+                    f"below {vocab_size} alone: resize them to its tokenizer and save it, or give the checkpoint the "
+                    "tokenizer that it was trained with"
                 )
 
 

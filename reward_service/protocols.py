@@ -53,6 +53,8 @@ class NativeItem(BaseModel):
     def has_one_content(self) -> "NativeItem":
         if sum(value is not None for value in (self.messages, self.text, self.token_ids)) != 1:
             raise ValueError("an item has one of messages, text and token_ids")
+        if self.tools and self.messages is None:
+            raise ValueError("tools stand beside messages")
         return self
 
 

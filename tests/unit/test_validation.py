@@ -38,6 +38,7 @@ OUTSIDE = {
     "in (0, 1]": 0.0,
     "null or above 1": 1.0,
     "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio": 0.9,
+    "a day as 2026-01-31": "today",
     "two numbers in [0, 1)": [0.9, 1.0],
 }
 
