@@ -105,7 +105,7 @@ def _form(tokenizer: "Tokenizer", template: str, eos: str) -> Form:
         ask = [{"role": "system", "content": "-"}, *ask]
         whole = render(tokenizer, [*ask, {"role": "assistant", "content": said}])
     head, answer, tail = whole.partition(said)
-    end = _first(tail, _controls(tokenizer))
+    end = first_of(tail, _controls(tokenizer))
     if not answer or end is None:
         raise DataError(
             f"data.chat: {template_name(tokenizer)} must end an answer with a token of its own, so that sampling can stop; "
@@ -125,7 +125,7 @@ def _end_of_call(tokenizer: "Tokenizer", ask: Turns, name: str) -> str | None:
         whole = render(tokenizer, [*ask, {"role": "assistant", "content": "", "tool_calls": [call]}])
     except LeftOut:
         return None
-    return _first(whole.partition(name)[2], _controls(tokenizer))
+    return first_of(whole.partition(name)[2], _controls(tokenizer))
 
 
 def _controls(tokenizer: "Tokenizer") -> list[str]:
@@ -133,7 +133,7 @@ def _controls(tokenizer: "Tokenizer") -> list[str]:
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
-def _first(text: str, tokens: list[str]) -> str | None:
+def first_of(text: str, tokens: list[str]) -> str | None:
     """The one of `tokens` that stands first in `text`; of several in one place the longest."""
     found = [(text.find(token), -len(token), token) for token in tokens if token and token in text]
     return min(found)[2] if found else None
@@ -197,7 +197,7 @@ def _kept(history: str, prompt: str, alone: Callable[[], str], ends: tuple[str, 
 
 
 def _end_of(text: str, start: int, ends: tuple[str, ...]) -> int | None:
-    end = _first(text[start:], list(ends))
+    end = first_of(text[start:], list(ends))
     return None if end is None else text.index(end, start) + len(end)
 
 

@@ -20,6 +20,7 @@ from contracts.chat import (
     Notes,
     Turn,
     Turns,
+    first_of,
     note_unshown,
     prepared,
     render,
@@ -52,7 +53,16 @@ def turn_end_ids(tokenizer: "Tokenizer", chat: bool) -> tuple[int, ...]:
 
 
 def _encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    """The tokens of a text, none of them a control token."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if _control_ids(tokenizer).isdisjoint(ids):
+        return ids
+    # A unigram model has its control tokens among its pieces, and finds them in any text: it gets them in two parts.
+    token = first_of(text, [str(tokenizer.decode([i])) for i in _control_ids(tokenizer).intersection(ids)])
+    if token is None:  # the one for unknown characters
+        return ids
+    encode, at = partial(_encode_text, tokenizer), text.index(token) + 1
+    return [*encode(text[:at]), *_after(encode, ANCHORS[0], encode(ANCHORS[0]), text[at:])]
 
 
 def _encode_rendered(tokenizer: "Tokenizer", text: str) -> list[int]:
@@ -83,7 +93,9 @@ def _after(encode: Encode, before: str, before_ids: list[int], text: str) -> lis
 
 def _has_control(tokenizer: "Tokenizer", text: str) -> bool:
     """Whether `text` yields a control token. The tokenizer itself is asked, so that no spelling is missed."""
-    return not _control_ids(tokenizer).isdisjoint(_encode_rendered(tokenizer, text))
+    found = _control_ids(tokenizer).intersection(_encode_rendered(tokenizer, text))
+    # The token for unknown characters is one where it is spelled: SmolLM2's is <|endoftext|>.
+    return bool(found - {tokenizer.unk_token_id}) or (bool(found) and str(tokenizer.unk_token) in text)
 
 
 @lru_cache(8)
@@ -312,7 +324,7 @@ def told_ids(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:
 
 def _scored(tokenizer: "Tokenizer", ids: list[int]) -> tuple[int, ...]:
     """`ids` with one EOS in place of whatever ends them."""
-    return tuple(scoring_ids(ids, int(tokenizer.eos_token_id), _end_ids(tokenizer)))
+    return tuple(scoring_ids(ids, int(tokenizer.eos_token_id), *_end_ids(tokenizer)))
 
 
 def _end_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:

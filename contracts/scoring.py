@@ -10,14 +10,14 @@ RETRYABLE = frozenset({"timeout", "overloaded", "unavailable"})
 GOLDEN_FILE = "golden.json"  # beside a reward model's weights: texts, and what its training run scored them
 
 
-def scoring_ids(token_ids: list[int], eos_token_id: int, end_ids: tuple[int, ...] = ()) -> list[int]:
+def scoring_ids(token_ids: list[int], eos_token_id: int, *other_ends: int) -> list[int]:
     """`token_ids` with exactly one EOS at the end, whether the sampled completion ended with none, one or several, or with
     another of the tokens that end a turn.
 
     The EOS is for scoring only: it is never appended to what trains the policy. An EOS further inside stays.
     """
     end = len(token_ids)
-    while end and (token_ids[end - 1] == eos_token_id or token_ids[end - 1] in end_ids):
+    while end and (token_ids[end - 1] in (eos_token_id, *other_ends)):
         end -= 1
     return [*token_ids[:end], eos_token_id]
 

@@ -35,7 +35,6 @@ class Inputs:
     completions: Sequence[RatedExample | ExamplePair] = ()  # of stage preference: data.preferences
     test_completions: Sequence[RatedExample | ExamplePair] = ()
     eval_prompts: list[Prompt] = field(default_factory=list)
-    in_chat: bool = False  # whether a chat template wrote any of it: with data.chat, and for messages in any case
 
 
 def check_vocabulary(items: Sequence[Any], tokenizer: "Tokenizer", vocab_size: int, base: str, model: str) -> None:
@@ -87,7 +86,6 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
         for line in report.notes.lines():
             say(f"  data.{name}: {line}")
         check_vocabulary(items, tokenizer, vocab_size, f"data.{name}", config.model.path)
-        inputs.in_chat |= report.notes.template != ""
         return items
 
     if "sft" in needed or ("ppo" in needed and config.ppo.ptx_coef > 0):
