@@ -24,7 +24,7 @@ class ModelConfig:
 
 @dataclass
 class SourceConfig:
-    """One data set: local files (.jsonl, .json, .csv, .parquet), a directory saved by `datasets`, or a hub id."""
+    """One data set: a local file, a glob or a directory of them, one saved by `datasets`, or a hub id: docs/data.md."""
 
     path: str = MISSING
     split: str = "train"
