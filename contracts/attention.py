@@ -48,11 +48,11 @@ class Packed:
         ids, positions, slot, place, real = (torch.from_numpy(a).to(device) for a in (*arrays, slots, places, is_real))
         return Packed(ids, positions, starts.tolist(), lengths, slot, place, real)
 
-    def hidden(self, backbone: Any) -> Tensor:
-        """[N, width] last hidden state, each sequence attending to itself alone."""
-        extra = {"packed": self} if backbone.config._attn_implementation == NAME else {}
-        out = backbone(input_ids=self.input_ids, position_ids=self.position_ids, use_cache=False, **extra)
-        return out.last_hidden_state[0]
+    @property
+    def last(self) -> Tensor:
+        """int64 [B], the last token of each sequence, by its length: its id may be that of the padding."""
+        ends = [start + length - 1 for start, length in zip(self.starts, self.lengths, strict=True)]
+        return torch.tensor(ends, device=self.input_ids.device)
 
 
 class _Pad(torch.autograd.Function):
@@ -81,56 +81,88 @@ class _Unpad(torch.autograd.Function):
         return grad.index_select(0, ctx.packed.slots) * ctx.packed.is_real, None
 
 
+# What models hand on to their attention that changes nothing here: a training pass has no cache, and positions are in the
+# queries and keys already. Whatever else is set is refused, as it would be lost in silence.
+HARMLESS = ("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal")
+
+
 def short_causal_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float,
+    scaling: float | None = None,
     packed: Packed | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence.
 
     Args:
-        query: [1, H, N, D]; key, value: [1, K, N, D] with H a multiple of K.
+        query: [1, H, N, D]; key: [1, K, N, D] and value: [1, K, N, E], with H a multiple of K.
+        scaling: of the scores; None for 1/sqrt(D).
+        sliding_window: a token sees itself and the window - 1 before it (Beltagy et al. 2020, arXiv 2004.05150).
+        softcap: c in c tanh(score / c) (Gemma 2, arXiv 2408.00118).
+        s_aux: [H] logits of attention sinks, which take a part of each softmax (Xiao et al. 2023, arXiv 2309.17453).
 
     Returns:
-        [1, N, H, D] and no weights.
+        [1, N, H, E] and no weights.
 
     Raises:
-        RuntimeError: where the architecture does not hand the layout on; attending across sequences would be silent.
+        RuntimeError: where the architecture does not hand the layout on (attending across sequences would be silent), or
+            hands on what would change the result and is not known here.
     """
-    if packed is None:
-        raise RuntimeError(
-            f"{type(module).__name__} does not pass keyword arguments on to its attention: set learner.attention=sdpa"
+    unknown = [
+        name for name, given in kwargs.items() if name not in HARMLESS and given is not None and given is not False
+    ]
+    unknown += ["attention_mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
+    unknown += ["is_causal=False"] * (kwargs.get("is_causal") is False)
+    if packed is None or unknown:
+        problem = (
+            f"hands {unknown[0]} to its attention" if unknown else "does not pass keyword arguments on to its attention"
         )
-    heads, groups, width = query.shape[1], key.shape[1], query.shape[3]
+        raise RuntimeError(f"{type(module).__name__} {problem}: set learner.attention=sdpa")
+    heads, groups = query.shape[1], key.shape[1]
     batch, tokens = len(packed.lengths), packed.slots.numel() // len(packed.lengths)
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
 
     def padded(x: Tensor) -> Tensor:  # [1, X, N, D] -> [B, X, T, D]
         flat = x[0].transpose(0, 1).flatten(1)
-        return _Pad.apply(flat, packed).view(batch, tokens, -1, width).transpose(1, 2)
+        return _Pad.apply(flat, packed).view(batch, tokens, -1, x.shape[3]).transpose(1, 2)
 
-    if tokens > MAX_TOKENS:
+    hidden_from = None if sliding_window is None or sliding_window >= tokens else sliding_window
+    if tokens > MAX_TOKENS and softcap is None and s_aux is None:
+        seen = None if hidden_from is None else ~_unseen(tokens, hidden_from, query.device)
+        q, k, v = (padded(x) for x in (query, key, value))
         rows = F.scaled_dot_product_attention(
-            padded(query), padded(key), padded(value), is_causal=True, scale=scaling, enable_gqa=True
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
         )
     else:
-        queries = padded(query * scaling).reshape(batch * groups, -1, width)
-        keys, values = (padded(x).reshape(batch * groups, tokens, width) for x in (key, value))
+        queries = padded(query * scaling).reshape(batch * groups, -1, query.shape[3])
+        keys, values = (padded(x).reshape(batch * groups, tokens, -1) for x in (key, value))
         scores = torch.bmm(queries, keys.transpose(1, 2)).view(batch * groups, -1, tokens, tokens)
-        future = torch.full((tokens, tokens), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
-        weights = torch.softmax(scores + future, dim=-1)
-        rows = torch.bmm(weights.view(batch * groups, -1, tokens), values).view(batch, heads, tokens, width)
-    out = _Unpad.apply(rows.transpose(1, 2).reshape(batch * tokens, heads * width), packed)
-    return out.view(1, -1, heads, width), None
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        future = torch.zeros((tokens, tokens), dtype=scores.dtype, device=scores.device)
+        scores = scores + future.masked_fill_(_unseen(tokens, hidden_from, scores.device), float("-inf"))
+        if s_aux is not None:
+            sinks = s_aux.to(scores.dtype).view(1, groups, -1, 1, 1).expand(batch, -1, -1, tokens, -1)
+            scores = torch.cat([scores, sinks.reshape(*scores.shape[:-1], 1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :tokens]
+        rows = torch.bmm(weights.reshape(batch * groups, -1, tokens), values).view(batch, heads, tokens, -1)
+    out = _Unpad.apply(rows.transpose(1, 2).reshape(batch * tokens, -1), packed)
+    return out.view(1, -1, heads, value.shape[3]), None
+
+
+def _unseen(tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [T, T], True where the query of a row must not see the key of a column."""
+    every = torch.ones((tokens, tokens), dtype=torch.bool, device=device)
+    future = every.triu(1)
+    return future if window is None else future | every.tril(-window)
 
 
 AttentionInterface.register(NAME, short_causal_attention)
-
-
-def resolve(attention: str, on_cpu: bool) -> str:
-    """The implementation that `auto` stands for on this device."""
-    return (NAME if on_cpu else "sdpa") if attention == "auto" else attention

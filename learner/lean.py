@@ -85,7 +85,7 @@ def make_lean(lm: nn.Module) -> int:
     changed = 0
     modules: list[Any] = list(lm.modules())
     for module in modules:
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight"):
+        if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter):
             forward, width = _norm, module.weight.shape[0]
         elif all(isinstance(getattr(module, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")):
             forward, width = _mlp, module.gate_proj.in_features

@@ -1,6 +1,7 @@
 """The networks that train: a causal language model that returns log-probabilities of given tokens, and a transformer with
 a scalar head (reward and value model). Both take packed sequences, so that no padding is computed."""
 
+import copy
 from typing import Any
 
 import torch
@@ -8,17 +9,21 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from contracts import attention
 from contracts.attention import Packed
 from contracts.config import LearnerConfig, ModelConfig
+from contracts.forward import Form, backbone_name, head_logits, hidden_states
+from contracts.loading import refuse_unloaded
+from contracts.proof import POLICY, SCALAR, Proof, prove
 from learner.lean import make_lean
 from learner.losses import selected_logprobs
 
 
 class PolicyModel(nn.Module):
-    def __init__(self, lm: PreTrainedModel):
+    """`layout` is that of a `Form` in which the model was proved to be computed right."""
+
+    def __init__(self, lm: PreTrainedModel, layout: str):
         super().__init__()
-        self.lm = lm
+        self.lm, self.layout = lm, layout
 
     def forward(
         self,
@@ -37,8 +42,8 @@ class PolicyModel(nn.Module):
         Returns:
             log p [M] float32, and the entropy [M] of the distributions, without gradient.
         """
-        hidden = packed.hidden(getattr(self.lm, self.lm.base_model_prefix))
-        logits = self.lm.get_output_embeddings()(hidden.index_select(0, select))
+        hidden = hidden_states(self.lm, packed, self.layout)
+        logits = head_logits(self.lm, hidden.index_select(0, select))
         return selected_logprobs(logits, targets, temperature, banned_token, banned_mask)
 
 
@@ -52,52 +57,105 @@ class FloatLinear(nn.Linear):
 class ScalarModel(nn.Module):
     """Scores or values: (head(hidden) - mean) / std, with the normaliser of the checkpoint it came from."""
 
-    def __init__(self, classifier: Any):
+    def __init__(self, classifier: Any, layout: str):
         super().__init__()
-        old = classifier.score
+        self.lm, self.layout = classifier, layout
+        old = getattr(classifier, "score", None)
+        if not isinstance(old, nn.Linear) or old.out_features != 1 or old.bias is not None:
+            raise TypeError(f"{type(classifier).__name__} has no linear `score` head of one label without a bias")
         head = FloatLinear(old.in_features, 1, bias=False, dtype=old.weight.dtype)
         head.weight = old.weight
         classifier.score = head
-        self.lm = classifier
-        self.mean = float(getattr(classifier.config, "score_mean", None) or 0.0)
-        self.std = float(getattr(classifier.config, "score_std", None) or 1.0)
+        self.mean: float = float(getattr(classifier.config, "score_mean", None) or 0.0)
+        self.std: float = float(getattr(classifier.config, "score_std", None) or 1.0)
 
     def forward(self, packed: Packed, select: torch.Tensor) -> torch.Tensor:
         """float32 [M] at the positions `select` [M] of the packed row."""
-        hidden = packed.hidden(getattr(self.lm, self.lm.base_model_prefix))
+        hidden = hidden_states(self.lm, packed, self.layout)
         return (self.lm.score(hidden.index_select(0, select)).squeeze(-1) - self.mean) / self.std
 
 
 def load_policy(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> PolicyModel:
-    lm = AutoModelForCausalLM.from_pretrained(path, **_load_options(model, learner, on_cpu))
-    return PolicyModel(_prepare(lm, learner, on_cpu))
+    """A causal language model, in the fastest form that was proved to be its class's own.
+    Raises:
+        Unproven: no form computes it right.
+        LoadingError: the checkpoint lacks weights of the model.
+    """
+    proof = prove_policy(_read_config(path, model), model, learner, on_cpu)
+    lm = _load(AutoModelForCausalLM, path, model, proof)
+    return PolicyModel(_prepare(lm, learner, on_cpu), proof.layout)
 
 
 def load_scalar(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool, seed: int) -> ScalarModel:
     """A reward or value model from a checkpoint of either kind. A language model gets a new head, drawn from
-    N(0, 1/sqrt(d + 1)) (Stiennon 2020), the same on every rank."""
-    config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    is_new = not any("SequenceClassification" in name for name in config.architectures or [])
-    config.num_labels = 1
-    config.problem_type = "regression"  # without it vLLM squashes the score with a sigmoid
-    config.pad_token_id = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
-    options = _load_options(model, learner, on_cpu)
-    classifier = AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
+    N(0, 1/sqrt(d + 1)) (Stiennon 2020), the same on every rank. Raises as `load_policy`."""
+    config = scalar_config(_read_config(path, model))
+    is_new = not is_classifier(config)
+    proof = prove_scalar(config, model, learner, on_cpu)
+    new = ("score.weight",) if is_new else ()
+    classifier = _load(AutoModelForSequenceClassification, path, model, proof, new, config=config)
     if is_new:
         generator = torch.Generator().manual_seed(seed)
         width = classifier.score.in_features
         weight = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
         classifier.score.weight.data.copy_(weight)
-    return ScalarModel(_prepare(classifier, learner, on_cpu))
+    return ScalarModel(_prepare(classifier, learner, on_cpu), proof.layout)
 
 
-def _load_options(model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> dict:
-    return {
-        "dtype": getattr(torch, model.dtype),
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-        "attn_implementation": attention.resolve(learner.attention, on_cpu),
-    }
+def prove_policy(config: Any, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> Proof:
+    def logprobs(lm: PreTrainedModel, form: Form, rows: list[list[int]]) -> torch.Tensor:
+        packed = Packed.of(rows, lm.device)
+        select = torch.arange(packed.input_ids.shape[1], device=lm.device)
+        select = select[~torch.isin(select, packed.last)]
+        network = PolicyModel(_prepare(lm, learner, on_cpu), form.layout)
+        return network(packed, select, packed.input_ids[0, select + 1])[0]
+
+    remote = {"trust_remote_code": model.trust_remote_code}
+    return prove(POLICY, config, logprobs, learner.attention, on_cpu, **remote)
+
+
+def prove_scalar(config: Any, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> Proof:
+    def scores(classifier: PreTrainedModel, form: Form, rows: list[list[int]]) -> torch.Tensor:
+        packed = Packed.of(rows, classifier.device)
+        return ScalarModel(_prepare(classifier, learner, on_cpu), form.layout)(packed, packed.last)
+
+    plain = copy.deepcopy(config)  # the class knows no normaliser
+    plain.score_mean, plain.score_std = 0.0, 1.0
+    remote = {"trust_remote_code": model.trust_remote_code}
+    return prove(SCALAR, plain, scores, learner.attention, on_cpu, **remote)
+
+
+def scalar_config(config: Any) -> Any:
+    """The configuration, changed in place, of a classifier with one label and without a squashing function."""
+    config.num_labels = 1
+    config.problem_type = "regression"  # without it vLLM squashes the score with a sigmoid
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = config.eos_token_id
+    return config
+
+
+def is_classifier(config: Any) -> bool:
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def _read_config(path: str, model: ModelConfig) -> Any:
+    return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def _load(
+    auto: Any, path: str, model: ModelConfig, proof: Proof, allowed_new: tuple[str, ...] = (), **options: Any
+) -> Any:
+    loaded, report = auto.from_pretrained(
+        path,
+        dtype=getattr(torch, model.dtype),
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=proof.attention,
+        output_loading_info=True,
+        **options,
+    )
+    refuse_unloaded(report, path, "model.path", allowed_new, loaded)
+    return loaded
 
 
 def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTrainedModel:
@@ -117,7 +175,7 @@ def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTr
 
 def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
     """The stack of decoder layers: the longest ModuleList of the backbone."""
-    lists = [m for m in getattr(lm, lm.base_model_prefix).modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for m in getattr(lm, backbone_name(lm)).modules() if isinstance(m, nn.ModuleList)]
     return max(lists, key=len)
 
 

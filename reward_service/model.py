@@ -4,12 +4,16 @@ Works with any `AutoModelForSequenceClassification` of one label over a causal b
 the normaliser that `stage=reward_model` wrote into the configuration of the checkpoint, where there is one.
 """
 
-import torch
-from transformers import AutoModelForSequenceClassification
+import copy
+from typing import Any
 
-from contracts import attention
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
 from contracts.attention import Packed
 from contracts.batching import cut_padded
+from contracts.forward import Form, hidden_states
+from contracts.proof import SCALAR, Proof, prove
 from contracts.records import Score
 from reward_service.isolate import isolate
 
@@ -23,15 +27,16 @@ class RewardModel:
 
     def __init__(self, path: str, dtype: str = "bfloat16", batch_tokens: int = 1024, max_tokens: int = 1024):
         on_cpu = not torch.cuda.is_available()
+        proof = prove_scores(AutoConfig.from_pretrained(path), on_cpu)
+        self.layout = proof.layout
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation=attention.resolve("auto", on_cpu)
+            path, dtype=getattr(torch, dtype), attn_implementation=proof.attention
         ).eval()
         if not on_cpu:
             self.model.cuda()
         head = getattr(self.model, "score", None)
         if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
             raise ModelError(f"{path}: a reward model needs a linear `score` head with one label")
-        self.backbone = getattr(self.model, self.model.base_model_prefix)
         self.head = head.float()  # one dot product; in bfloat16 its rounding would be the score's resolution
         config = self.model.config
         self.mean = float(getattr(config, "score_mean", None) or 0.0)
@@ -76,7 +81,21 @@ class RewardModel:
     def _forward(self, batch: list[tuple[int, ...]]) -> list[float]:
         device = self.head.weight.device
         packed = Packed.of(batch, device)
-        # The last token is found by length, never by its id: with pad = eos a search for padding finds the EOS.
-        last = [start + length - 1 for start, length in zip(packed.starts, packed.lengths, strict=True)]
-        hidden = packed.hidden(self.backbone).index_select(0, torch.tensor(last, device=device))
+        hidden = hidden_states(self.model, packed, self.layout).index_select(0, packed.last)
         return self.head(hidden.float()).squeeze(-1).tolist()
+
+
+def prove_scores(config: Any, on_cpu: bool) -> Proof:
+    """How a checkpoint with this configuration is scored as its own class scores.
+
+    Raises:
+        Unproven: there is no such way.
+    """
+
+    def scores(classifier: PreTrainedModel, form: Form, rows: list[list[int]]) -> torch.Tensor:
+        packed = Packed.of(rows, classifier.device)
+        return classifier.score(hidden_states(classifier, packed, form.layout).index_select(0, packed.last))[:, 0]
+
+    plain = copy.deepcopy(config)
+    plain.num_labels = 1
+    return prove(SCALAR, plain, scores, "auto", on_cpu, trains=False)

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from contracts import attention
 from contracts.attention import Packed
+from contracts.forward import hidden_states
 
 SEQUENCES = [[5, 9, 2, 7], [3], [8, 8, 1, 2, 2, 6, 4], [2, 2]]
 
@@ -38,7 +39,7 @@ def test_packed_equals_one_by_one(implementation: str, max_tokens: int, monkeypa
     monkeypatch.setattr(attention, "MAX_TOKENS", max_tokens)
     reference, model = build("eager"), build(implementation)
     packed = Packed.of(SEQUENCES, torch.device("cpu"))
-    hidden = packed.hidden(model.model)
+    hidden = hidden_states(model, packed, "packed")
     single = torch.cat([reference.model(input_ids=torch.tensor([s])).last_hidden_state[0] for s in SEQUENCES])
     torch.testing.assert_close(hidden, single, atol=1e-5, rtol=1e-4)
     weights = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
@@ -52,9 +53,9 @@ def test_packed_equals_one_by_one(implementation: str, max_tokens: int, monkeypa
 
 def test_a_sequence_does_not_see_its_neighbours() -> None:
     model = build(attention.NAME)
-    before = Packed.of(SEQUENCES, torch.device("cpu")).hidden(model.model)
+    before = hidden_states(model, Packed.of(SEQUENCES, torch.device("cpu")), "packed")
     changed = [SEQUENCES[0], [11], *SEQUENCES[2:]]
-    after = Packed.of(changed, torch.device("cpu")).hidden(model.model)
+    after = hidden_states(model, Packed.of(changed, torch.device("cpu")), "packed")
     same = [i for i in range(before.shape[0]) if i != 4]
     assert torch.equal(before[same], after[same])
     assert not torch.equal(before[4], after[4])
@@ -73,7 +74,8 @@ def test_starts_and_places() -> None:
 
 
 def test_real_model_loads_with_it(tiny_model: Path) -> None:
-    from transformers import AutoModel
+    from transformers import AutoModelForCausalLM
 
-    model = AutoModel.from_pretrained(tiny_model, attn_implementation=attention.NAME)
-    assert Packed.of([[1, 2, 3], [4]], torch.device("cpu")).hidden(model).shape == (4, 128)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME)
+    packed = Packed.of([[1, 2, 3], [4]], torch.device("cpu"))
+    assert hidden_states(model, packed, "packed").shape == (4, 128)

@@ -1,0 +1,121 @@
+"""A checkpoint without the weights of its model is refused, by names; what lies beside the model is not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from contracts.loading import LoadingError, loading_report, refuse_unloaded
+
+Weights = dict[str, torch.Tensor]
+
+
+def without(w: Weights, part: str) -> Weights:
+    return {name: tensor for name, tensor in w.items() if part not in name}
+
+
+def renamed(w: Weights, old: str, new: str) -> Weights:
+    return {name.replace(old, new): tensor for name, tensor in w.items()}
+
+
+@pytest.fixture
+def changed(classifier: Path, tmp_path: Path) -> Callable[[Callable[[Weights], Weights]], str]:
+    def make(change: Callable[[Weights], Weights]) -> str:
+        path = tmp_path / "changed"
+        shutil.copytree(classifier, path)
+        weights = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
+        save_file(change(weights), path / "model.safetensors", metadata={"format": "pt"})
+        return str(path)
+
+    return make
+
+
+def judge(path: str, kind: type = AutoModelForSequenceClassification, allowed_new: tuple[str, ...] = ()) -> None:
+    """By the report without weights, and by that of the real load: they must agree."""
+    results = []
+    for model, info in (
+        loading_report(kind, path),
+        kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True),  # type: ignore[attr-defined]
+    ):
+        try:
+            refuse_unloaded(info, path, "proxy_model", allowed_new, model)
+        except LoadingError as error:
+            results.append(error)
+    if results:
+        first, second = results
+        assert str(first) == str(second)
+        raise first
+
+
+def test_a_complete_checkpoint_is_taken(classifier: Path, small_vocab: Path) -> None:
+    judge(str(classifier))
+    judge(str(small_vocab), AutoModelForCausalLM)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: without(w, "score"), ["no score.weight;", "stage=reward_model"]),
+        (lambda w: renamed(w, "score.", "value_head."), ["value_head.weight renamed to score.weight"]),
+        (
+            lambda w: {f"base_model.model.{name}": tensor for name, tensor in w.items()},
+            ["do not begin with base_model.model. ", "merge_and_unload()", "more"],
+        ),
+        (lambda w: without(w, "layers.1.mlp"), ["no model.layers.1.mlp.down_proj.weight, ", "complete"]),
+        (lambda w: w | {"model.layers.2.mlp.up_proj.weight": torch.zeros(256, 128)}, ["model.layers.2.mlp", "layers"]),
+        (lambda w: w | {"model.layers.1.self_attn.q_proj.bias": torch.zeros(128)}, ["q_proj.bias, which the model"]),
+        (lambda w: w | {"score.bias": torch.zeros(1)}, ["found score.bias, which the model does not know"]),
+        (
+            lambda w: w | {"score.weight": torch.zeros(3, 128)},
+            ["score.weight of shape [1, 128] (it has [3, 128])"],
+        ),
+    ],
+)
+def test_weights_that_are_not_there_are_named(
+    changed: Callable[[Callable[[Weights], Weights]], str], change: Callable[[Weights], Weights], named: list[str]
+) -> None:
+    path = changed(change)
+    with pytest.raises(LoadingError) as refused:
+        judge(path)
+    assert all(text in str(refused.value) for text in [f"proxy_model={path} must be", *named])
+
+
+def test_parts_beside_the_model_are_left_alone(changed: Callable[[Callable[[Weights], Weights]], str]) -> None:
+    """Heads that nothing of this model reads, a vision tower, and a table that every model computes."""
+    beside = {
+        "lm_head.weight": torch.zeros(512, 128),
+        "v_head.summary.weight": torch.zeros(1, 128),
+        "model.vision_tower.layers.0.weight": torch.zeros(2, 2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(32),
+    }
+    judge(changed(lambda w: w | beside))
+
+
+def test_without_a_model_nothing_may_be_over(small_vocab: Path) -> None:
+    """A language model as a classifier: the head may be new if it is said; `lm_head` is told apart by the model alone."""
+    path = str(small_vocab)
+    judge(path, allowed_new=("score.weight",))
+    with pytest.raises(LoadingError, match=r"no score\.weight and lm_head\.weight, which"):
+        judge(path)
+    _, info = loading_report(AutoModelForSequenceClassification, path)
+    with pytest.raises(LoadingError, match=r"found lm_head\.weight, which"):
+        refuse_unloaded(info, path, "model.path", ("score.weight",))
+
+
+def test_names_without_the_prefix_of_the_backbone(tmp_path: Path) -> None:
+    """GPT-2's own checkpoint on the hub: no `transformer.` before a name, and causal masks on disk."""
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=16))
+    model.save_pretrained(tmp_path)
+    weights = renamed(load_file(tmp_path / "model.safetensors"), "transformer.", "")
+    weights["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    judge(str(tmp_path), AutoModelForCausalLM)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
+    with pytest.raises(LoadingError, match=r"h\.1\.attn\.c_attn\.weight, h"):
+        judge(str(tmp_path), AutoModelForCausalLM)

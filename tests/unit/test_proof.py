@@ -1,0 +1,282 @@
+"""What is trained and scored equals the model's own class, for every architecture: and the proof that says so can fail."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from contracts.attention import MAX_TOKENS, Packed, short_causal_attention
+from contracts.config import LearnerConfig, ModelConfig, TandemConfig
+from contracts.forward import Form, head_logits, hidden_states
+from contracts.loading import LoadingError
+from contracts.proof import POLICY, TOLERANCE, NoClass, Unproven, prove
+from contracts.twin import LARGEST, twin_config
+from contracts.validation import ConfigError
+from controller.model_checks import check_weights_and_code
+from learner.losses import selected_logprobs
+from learner.models import load_policy, load_scalar, prove_policy
+from reward_service.model import RewardModel
+from tests.tiny_models import TINY, make
+
+FLOAT = ModelConfig(dtype="float32")
+CPU = torch.device("cpu")
+# One of each kind that needs care; the others are in `make test-full` and in docs/models.md.
+KINDS = {
+    "granite", "cohere", "gemma2-window", "gemma3-window", "mistral-window", "phi3-window", "starcoder2-window", "gpt_oss",
+    "bloom", "falcon", "falcon-alibi", "opt", "gptj", "lfm2", "mamba", "qwen3_next", "deepseek_v3", "glm4_moe", "mixtral",
+    "qwen3_moe", "cohere2-window", "gpt_neo-window",
+}  # fmt: skip
+ALL = [name if name in KINDS else pytest.param(name, marks=pytest.mark.full) for name in TINY]
+
+
+def rows_of(vocabulary: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in (19, 4, 33, 1, 12)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logprobs_and_scores_are_those_of_the_class_row_by_row(name: str, tmp_path: Path) -> None:
+    plain = make(name, seed=1)
+    plain.save_pretrained(tmp_path / "lm")
+    rows = rows_of(plain.config.get_text_config().vocab_size)
+    policy = load_policy(str(tmp_path / "lm"), FLOAT, LearnerConfig(), on_cpu=True)
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "lm", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    packed = Packed.of(rows, CPU)
+    select = torch.arange(packed.input_ids.shape[1])
+    targets = select % 7
+    with torch.no_grad():
+        found = policy(packed, select, targets)[0]
+        logits = torch.cat([plain(torch.tensor([row]), use_cache=False).logits[0] for row in rows])
+    expected = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+    assert expected.std() > 0.1  # flat distributions would hide everything
+    assert (found - expected).abs().max() < TOLERANCE
+    if type(plain.config) not in AutoModelForSequenceClassification._model_mapping:
+        with pytest.raises(NoClass, match=f"no AutoModelForSequenceClassification of {plain.config.model_type}"):
+            load_scalar(str(tmp_path / "lm"), FLOAT, LearnerConfig(), on_cpu=True, seed=1)
+        return
+    scalar = load_scalar(str(tmp_path / "lm"), FLOAT, LearnerConfig(), on_cpu=True, seed=1)
+    scalar.lm.save_pretrained(tmp_path / "scorer")
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "scorer", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    classifier.config.get_text_config().pad_token_id = None
+    with torch.no_grad():
+        scores = [classifier(torch.tensor([row]), use_cache=False).logits.item() for row in rows]
+        values = scalar(packed, packed.last).tolist()
+    assert values == pytest.approx(scores, abs=TOLERANCE)
+    served = RewardModel(str(tmp_path / "scorer"), "float32").score(rows)
+    assert [score.raw for score in served] == pytest.approx(scores, abs=TOLERANCE)
+
+
+# ---- the proof can fail
+
+
+def faulty(change: Callable[[Any, Form, list[list[int]]], Any]) -> Callable[[Any, Form, list[list[int]]], torch.Tensor]:
+    """Log-probabilities as the learner has them, but for one fault: `change` returns (logits, packed)."""
+
+    def compute(lm: Any, form: Form, rows: list[list[int]]) -> torch.Tensor:
+        logits, packed = change(lm, form, rows)
+        select = torch.arange(packed.input_ids.shape[1])
+        select = select[~torch.isin(select, packed.last)]
+        return selected_logprobs(logits[select], packed.input_ids[0, select + 1])[0]
+
+    return compute
+
+
+def without_the_class_head(lm: Any, form: Form, rows: list[list[int]]) -> Any:
+    packed = Packed.of(rows, CPU)
+    return lm.get_output_embeddings()(hidden_states(lm, packed, form.layout)), packed
+
+
+def with_neighbours(lm: Any, form: Form, rows: list[list[int]]) -> Any:
+    """All rows as one sequence, but for their positions."""
+    packed = Packed.of(rows, CPU)
+    ids = packed.input_ids
+    mask = torch.full((1, 1, ids.shape[1], ids.shape[1]), -1e9).triu(1)
+    return lm(input_ids=ids, position_ids=packed.position_ids, attention_mask=mask, use_cache=False).logits[0], packed
+
+
+def without_a_window(lm: Any, form: Form, rows: list[list[int]]) -> Any:
+    packed = Packed.of(rows, CPU)
+    lm.config.sliding_window = None
+    for module in lm.modules():
+        if getattr(module, "sliding_window", None) is not None:
+            module.sliding_window = None
+    return head_logits(lm, hidden_states(lm, packed, form.layout)), packed
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("granite", without_the_class_head),
+        ("cohere", without_the_class_head),
+        ("gemma2", without_the_class_head),
+        ("llama", with_neighbours),
+        ("mistral-window", without_a_window),
+        ("gemma3-window", without_a_window),
+    ],
+)
+def test_a_fault_is_found(name: str, fault: Any) -> None:
+    with pytest.raises(Unproven, match=r"numbers differ by \d"):
+        prove(POLICY, TINY[name](), faulty(fault), "short_causal" if fault != with_neighbours else "eager", True)
+
+
+def test_a_gradient_that_is_wrong_is_found() -> None:
+    def detached(lm: Any, form: Form, rows: list[list[int]]) -> Any:
+        packed = Packed.of(rows, CPU)
+        hidden = hidden_states(lm, packed, form.layout)
+        return head_logits(lm, hidden.detach() + 0.5 * (hidden - hidden.detach())), packed
+
+    with pytest.raises(Unproven, match=r"gradients by 0\.5"):
+        prove(POLICY, TINY["llama"](), faulty(detached), "short_causal", True)
+
+
+def test_the_form_is_the_fastest_that_is_exact() -> None:
+    forms = {name: prove_policy(TINY[name](), FLOAT, LearnerConfig(), True).form for name in ("llama", "lfm2", "bloom")}
+    assert forms == {
+        "llama": Form("short_causal", "packed"),
+        "lfm2": Form("sdpa", "padded"),  # its convolutions reach into the neighbour of a packed row
+        "bloom": Form("eager", "padded"),  # transformers adds its biases by the place in the row
+    }
+    with pytest.raises(Unproven, match="short_causal, packed: numbers differ"):
+        prove_policy(TINY["lfm2"](), FLOAT, LearnerConfig(attention="short_causal"), True)
+
+
+@pytest.mark.parametrize(
+    "size", ["Llama", "Mixtral", "DeepseekV3", "GptOss", "Gemma3Text", "Lfm2", "FalconH1", "Llama4Text"]
+)
+def test_a_twin_is_small_whatever_the_model(size: str) -> None:
+    """The default configurations are those of the published models, up to 671 billion parameters."""
+    config = getattr(transformers, f"{size}Config")()
+    twin = twin_config(config, narrow=True, short=True)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(twin).parameters())
+    assert parameters < LARGEST / 50
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    assert set(kinds) == set(getattr(twin.get_text_config(), "layer_types", None) or [])
+
+
+# ---- the attention that is ours
+
+
+def scores_by_hand(
+    q: Any, k: Any, v: Any, scaling: float, window: int | None, softcap: float | None, sinks: Any
+) -> Any:
+    """[T, H, D] in float64, a token and a head at a time."""
+    out = torch.zeros(q.shape[2], q.shape[1], v.shape[3], dtype=torch.float64)
+    for head in range(q.shape[1]):
+        group = head * k.shape[1] // q.shape[1]
+        for t in range(q.shape[2]):
+            seen = range(max(0, t - window + 1) if window else 0, t + 1)
+            scores = [float(q[0, head, t].double() @ k[0, group, s].double()) * scaling for s in seen]
+            if softcap:
+                scores = [softcap * math.tanh(score / softcap) for score in scores]
+            weights = torch.softmax(
+                torch.tensor([*scores, *([sinks[head].item()] if sinks is not None else [])]).double(), 0
+            )
+            out[t, head] = sum(w * v[0, group, s].double() for w, s in zip(weights, seen, strict=False))
+    return out
+
+
+@pytest.mark.parametrize("max_tokens", [MAX_TOKENS, 3])  # 3: the way of long sequences
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_attention_by_hand(
+    max_tokens: int, window: int | None, softcap: float | None, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("contracts.attention.MAX_TOKENS", max_tokens)
+    generator = torch.Generator().manual_seed(0)
+    lengths, module = (7, 2, 5), torch.nn.Linear(1, 1)
+    q = torch.randn(1, 4, sum(lengths), 6, generator=generator)
+    k = torch.randn(1, 2, sum(lengths), 6, generator=generator)
+    v = torch.randn(1, 2, sum(lengths), 3, generator=generator)  # narrower than the keys, as in latent attention
+    sinks = torch.randn(4, generator=generator) if has_sinks else None
+    packed = Packed.of([[0] * n for n in lengths], CPU)
+    found, _ = short_causal_attention(
+        module, q, k, v, None, 0.7, packed, sliding_window=window, softcap=softcap, s_aux=sinks
+    )
+    start = 0
+    for n in lengths:
+        part = slice(start, start + n)
+        right = scores_by_hand(q[:, :, part], k[:, :, part], v[:, :, part], 0.7, window, softcap, sinks)
+        torch.testing.assert_close(found[0, part].double(), right, atol=1e-5, rtol=1e-5)
+        start += n
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"attention_mask": torch.zeros(1)}, "attention_mask"),
+    ],
+)
+def test_what_would_change_the_result_is_not_swallowed(given: dict[str, Any], named: str) -> None:
+    x = torch.zeros(1, 1, 2, 4)
+    mask = given.pop("attention_mask", None)
+    with pytest.raises(RuntimeError, match=f"hands {named} to its attention"):
+        short_causal_attention(torch.nn.Linear(1, 1), x, x, x, mask, 1.0, Packed.of([[0, 0]], CPU), **given)
+
+
+# ---- before anything starts
+
+
+def config_of(path: Path, **changes: Any) -> TandemConfig:
+    config = TandemConfig(model=ModelConfig(path=str(path), dtype="float32"), stage="ppo")
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+def test_a_value_model_without_a_class_is_refused_with_what_needs_none(tmp_path: Path, reward_model: Path) -> None:
+    make("granite", seed=0).save_pretrained(tmp_path)
+    config = config_of(tmp_path, proxy_model=str(reward_model))
+    config.ppo.init_value_from = "policy"
+    with pytest.raises(ConfigError) as raised:
+        check_weights_and_code(config)
+    assert str(raised.value) == (
+        f"model.path={tmp_path}: transformers has no AutoModelForSequenceClassification of granite, which the value model "
+        "needs; write another model, or ppo.estimator=grpo, which has none"
+    )
+    config.ppo.estimator = "grpo"
+    check_weights_and_code(config)
+
+
+def test_an_attention_that_is_not_exact_is_refused_by_key_and_number(tmp_path: Path) -> None:
+    make("lfm2", seed=0).save_pretrained(tmp_path)
+    config = config_of(tmp_path, stage="sft", learner=LearnerConfig(attention="short_causal"))
+    with pytest.raises(
+        ConfigError, match=r"the policy of lfm2 would not compute .*numbers differ by .*learner\.attention=auto"
+    ):
+        check_weights_and_code(config)
+    check_weights_and_code(replace(config, learner=LearnerConfig()))
+
+
+def test_weights_that_are_not_there_are_refused(small_vocab: Path, tmp_path: Path, classifier: Path) -> None:
+    state = AutoModelForCausalLM.from_pretrained(small_vocab).state_dict()
+    lm = AutoModelForCausalLM.from_pretrained(small_vocab)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    lm.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(LoadingError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_policy(str(tmp_path), FLOAT, LearnerConfig(), on_cpu=True)
+    with pytest.raises(ConfigError, match=r"sft_model=.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        check_weights_and_code(config_of(small_vocab, stage="preference", sft_model=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"proxy_model=.*score\.weight"):
+        check_weights_and_code(config_of(small_vocab, proxy_model=str(small_vocab)))
+    check_weights_and_code(config_of(small_vocab, proxy_model=str(classifier)))
+
+
+def test_a_driver_keeps_its_random_state(small_vocab: Path) -> None:
+    before = torch.get_rng_state()
+    prove_policy(LlamaConfig(hidden_size=64, num_attention_heads=2, vocab_size=99), FLOAT, LearnerConfig(), True)
+    assert torch.equal(before, torch.get_rng_state())
