@@ -24,6 +24,7 @@ from functools import lru_cache
 import numpy as np
 
 from actors.environment import environment_maker
+from contracts.chat import load_tokenizer
 from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.environments import Environment, EnvironmentFault, checked_ids, checked_step
 from contracts.interfaces import Engine
@@ -239,11 +240,8 @@ def start_conversations(
     Raises:
         EnvironmentFault: where the environment cannot be imported.
     """
-    from transformers import AutoTokenizer
-
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     limits = Limits.of(model, environment, config.max_model_len)
-    tokenizer = lru_cache(1)(lambda: AutoTokenizer.from_pretrained(model.path, **options))
+    tokenizer = lru_cache(1)(lambda: load_tokenizer(model.path, model))
     return Conversations(
         engine,
         environment_maker(environment, tokenizer),

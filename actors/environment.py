@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from contracts.config import EnvironmentConfig
+from contracts.encoding import DataError, told_ids, turn_end_ids
 from contracts.environments import Environment, EnvironmentFault, Step, is_import_path
 from contracts.records import Prompt
 
@@ -28,16 +29,21 @@ class TwoTurn:
     Args:
         follow_up: what the policy is told.
         chat: tell it as the user's turn of the tokenizer's chat template; else as plain text on a line of its own.
+
+    Raises:
+        EnvironmentFault: for a template that rewrites earlier answers, or ends them with no token of its own.
     """
 
     def __init__(
         self, tokenizer: Any, follow_up: str = "Say it again, better.", chat: bool = False, score_first: bool = False
     ):
-        self._eos = int(tokenizer.eos_token_id)
-        told = _users_turn(tokenizer, follow_up) if chat else f"\n{follow_up}\n"
-        self._told = tokenizer(told, add_special_tokens=False)["input_ids"]
+        try:
+            self._told = told_ids(tokenizer, follow_up if chat else f"\n{follow_up}\n", chat)
+        except DataError as error:
+            raise EnvironmentFault(str(error)) from error
+        self._ends = turn_end_ids(tokenizer, chat)
         # An answer that was cut off is ended for the policy, so that the user does not speak in the middle of it.
-        self._end = [self._eos] if chat else []
+        self._end = [self._ends[0]] if chat else []
         self._score_first = score_first
         self._turns = 0
 
@@ -49,20 +55,8 @@ class TwoTurn:
         self._turns += 1
         if self._turns == 2:
             return Step((), None, True)
-        end = [] if token_ids[-1] == self._eos else self._end
+        end = [] if token_ids[-1] in self._ends else self._end
         return Step([*end, *self._told], None if self._score_first else 0.0, False)
-
-
-def _users_turn(tokenizer: Any, content: str) -> str:
-    """What a chat template writes between an assistant's answer, its EOS included, and the assistant's next one."""
-    answer = "\ue000"  # stands for the first answer: a character that no template writes
-    turns = [
-        {"role": "user", "content": "-"},
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": content},
-    ]
-    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    return rendered.split(answer)[-1].removeprefix(str(tokenizer.eos_token))
 
 
 def environment_maker(config: EnvironmentConfig, load_tokenizer: Callable[[], Any]) -> Callable[[], Environment]:

@@ -18,11 +18,13 @@ class ModelConfig:
     # hardware multiplies it, float32 on other CPUs.
     dtype: str = "auto"
     trust_remote_code: bool = False
+    # The day (ISO 8601) that a chat template writes as today's: the same rows give the same tokens tomorrow.
+    template_date: str = "2026-01-01"
 
 
 @dataclass
 class SourceConfig:
-    """One data set: local files (.jsonl, .json, .csv, .parquet), a directory saved by `datasets`, or a hub id."""
+    """One data set: a local file, a glob or a directory of them, one saved by `datasets`, or a hub id: docs/data.md."""
 
     path: str = MISSING
     split: str = "train"

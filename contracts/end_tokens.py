@@ -1,22 +1,24 @@
 """Which tokens end a completion: what stops the engine, is banned before `min_completion_tokens`, and is no text.
 
-A model names several: its tokenizer's EOS and the `eos_token_id` of generation_config.json. vLLM stops at all of them and
-bans all of them; whoever knows of one alone computes other log-probabilities, and scores a text that ends twice.
+A model names several: its tokenizer's EOS, what its chat template ends an answer with, and the `eos_token_id` of
+generation_config.json. vLLM stops at all of them and bans all of them; whoever knows of one alone computes other
+log-probabilities, and scores a text that ends twice.
 """
 
 from typing import TYPE_CHECKING
 
 from contracts.config import ModelConfig
-from contracts.encoding import DataError
+from contracts.encoding import DataError, answer_end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def end_ids(tokenizer: "Tokenizer", model: ModelConfig) -> tuple[int, ...]:
+def end_ids(tokenizer: "Tokenizer", model: ModelConfig, chat: bool) -> tuple[int, ...]:
     """The tokens that end a completion, each once. The first ends texts in training and scoring inputs.
 
     Args:
+        chat: completions are answers in the form of the chat template.
         model: whose generation_config.json names the others; without that file config.json does.
 
     Raises:
@@ -32,7 +34,8 @@ def end_ids(tokenizer: "Tokenizer", model: ModelConfig) -> tuple[int, ...]:
         generation = GenerationConfig.from_model_config(config)
     named = generation.eos_token_id
     others = named if isinstance(named, list) else [named] if named is not None else []
-    ids = tuple(dict.fromkeys([int(tokenizer.eos_token_id), *map(int, others)]))
+    of_template = answer_end_ids(tokenizer) if chat else ()
+    ids = tuple(dict.fromkeys([int(tokenizer.eos_token_id), *of_template, *map(int, others)]))
     beyond = [i for i in ids if not 0 <= i < config.get_text_config().vocab_size]
     if beyond:
         raise DataError(

@@ -23,6 +23,7 @@ METHODS = {
 }
 PREFERENCE_LOSSES = {"dpo": (0.1, 0.0), "rank": (2.0, 1.0)}  # beta and nll_coef of each, as its paper has them
 STAGES = ("sft", "reward_model", "ppo", "preference", "filtered_sft", "evaluate")
+SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
 # Whose results a stage starts from; evaluation needs those of its method too.
 NEEDS = {
     "ppo": ("sft", "reward_model"),
@@ -64,12 +65,24 @@ def runs(config: TandemConfig, stage: str) -> bool:
     return stage in stages_to_run(config)
 
 
-def results_needed(config: TandemConfig) -> set[str]:
-    """Results (keys of GIVEN) that this run makes, or looks up in the cache by their inputs: none that is given."""
+def _stages_involved(config: TandemConfig) -> set[str]:
+    """The stages of this run and those whose results they start from."""
     stages = set(stages_to_run(config))
     if "evaluate" in stages and (trained := method_stage(config)):
         stages.add(trained)
-    stages = stages.union(*(NEEDS.get(stage, ()) for stage in stages))
+    return stages.union(*(NEEDS.get(stage, ()) for stage in stages))
+
+
+def checkpoints_read(config: TandemConfig) -> dict[str, str]:
+    """The checkpoints that are given and that this run reads, by the key that names them."""
+    stages = _stages_involved(config)
+    keys = [key for name, key in GIVEN.items() if (stage := name.split("/")[0]) in stages and stage != config.stage]
+    return {key: path for key in keys if (path := getattr(config, key))}
+
+
+def results_needed(config: TandemConfig) -> set[str]:
+    """Results (keys of GIVEN) that this run makes, or looks up in the cache by their inputs: none that is given."""
+    stages = _stages_involved(config)
 
     models = scoring_models(config) | ({"proxy"} if "ppo" in stages and starts_value_model(config) else set())
 
@@ -95,6 +108,34 @@ def sources_read(config: TandemConfig) -> set[str]:
     }
     read = {name for name, results in readers.items() if results & needed}
     return read | ({"eval_prompts"} if runs(config, "evaluate") else set())
+
+
+def reads(config: TandemConfig, key: str) -> bool:
+    """Whether the value of a key matters to this run. Those of a pipeline all do; a stage by itself reads what it uses, and
+    what the results that it starts from were made of."""
+    if config.stage not in STAGES:
+        return True
+    needed, stages = results_needed(config), stages_to_run(config)
+    samples, evaluates = "ppo" in stages or "evaluate" in stages, "evaluate" in stages
+    scores = any(name.startswith("reward_model") for name in needed)
+    read = {
+        "sft": bool({"sft", "filtered_sft"} & needed) or ("ppo" in needed and config.ppo.ptx_coef > 0),
+        "reward_model": scores,
+        "preference": "preference" in needed,
+        "ppo": "ppo" in needed,
+        "ppo.seed": True,  # of whatever the method trains or samples
+        "checkpoint": "ppo" in stages,
+        "environment": samples,
+        "evaluate": evaluates,
+        "evaluate.bootstrap_samples": evaluates or scores or "preference" in needed,
+        "engine": samples,
+        "reward_service": samples,
+        "data.max_prompt_tokens": samples,
+        **{f"data.{name}": name in sources_read(config) for name in SOURCES},
+    }
+    parts = key.split(".")
+    known = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((read[prefix] for prefix in known if prefix in read), True)
 
 
 def chosen_preference(config: TandemConfig) -> PreferenceConfig:

@@ -2,17 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterable
+from datetime import date
 from typing import Any, NamedTuple
 
 from contracts.estimators import AGGREGATIONS, ESTIMATORS, KL_PLACES
-from contracts.methods import METHODS, PREFERENCE_LOSSES, STAGES
+from contracts.methods import METHODS, PREFERENCE_LOSSES, SOURCES, STAGES
 
 
 def _under(parents: Iterable[str], *names: str) -> tuple[str, ...]:
     return tuple(f"{parent}.{name}" for parent in parents for name in names)
 
 
-SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
+def _is_day(value: str) -> bool:
+    try:
+        date.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
+
+
 OPTIMIZERS = (*_under(("sft", "reward_model", "preference", "ppo"), "optimizer"), "ppo.value_optimizer")
 SAMPLINGS = ("ppo.sampling", "evaluate.sampling")
 
@@ -141,6 +149,7 @@ RANGES = [
         lambda value: value == 1,
         ("ppo.sampling.top_p",),
     ),
+    Range("a day as 2026-01-31", _is_day, ("model.template_date",)),
     Range(
         "two numbers in [0, 1)",
         lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),

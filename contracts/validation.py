@@ -18,10 +18,10 @@ from contracts.config import SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
 from contracts.estimator_checks import estimator_checks
 from contracts.estimators import ESTIMATORS
-from contracts.methods import PREFERENCE_LOSSES, runs, sources_read
+from contracts.methods import PREFERENCE_LOSSES, SOURCES, reads, runs, sources_read
 from contracts.overrides import closest
 from contracts.placement import Resources
-from contracts.ranges import CHOICES, RANGES, SOURCES
+from contracts.ranges import CHOICES, RANGES
 from contracts.scorer_checks import http_checks, scorer_checks
 from contracts.scorers import has_gold, scoring_models
 
@@ -171,8 +171,10 @@ def _method_checks(config: TandemConfig) -> list[Check]:
 
 def _environment_checks(config: TandemConfig) -> list[Check]:
     environment, ppo = config.environment, config.ppo
-    estimator, apart = ESTIMATORS.get(ppo.estimator), environment.reward == "separate"
-    longest = min(ppo.sampling.max_completion_tokens, config.evaluate.sampling.max_completion_tokens)
+    trains = reads(config, "ppo")
+    estimator, apart = ESTIMATORS.get(ppo.estimator), environment.reward == "separate" and trains
+    samplings = ([ppo.sampling] if trains else []) + ([config.evaluate.sampling] if reads(config, "evaluate") else [])
+    longest = min(sampling.max_completion_tokens for sampling in samplings)
     longest = min(longest, environment.max_turn_tokens or longest)
     return [
         Check(
@@ -226,6 +228,7 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
     batches = [("sft.batch_size", config.sft.batch_size), ("reward_model.batch_size", config.reward_model.batch_size)]
     batches.append(("preference.batch_size", config.preference.batch_size))
     batches += [("ppo.ptx_batch_size", config.ppo.ptx_batch_size)] if config.ppo.ptx_coef > 0 else []
+    samples = reads(config, "ppo")
     longest = config.data.max_prompt_tokens + config.ppo.sampling.max_completion_tokens
     on_cpu = cluster.gpus_per_learner_rank == 0
     return [
@@ -234,7 +237,7 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
             for key, size in batches
         ),
         Check(
-            longest <= learner.microbatch_tokens,
+            not samples or longest <= learner.microbatch_tokens,
             "learner.microbatch_tokens",
             f"at least data.max_prompt_tokens + ppo.sampling.max_completion_tokens ({longest}): one sequence must fit",
             learner.microbatch_tokens,
@@ -279,8 +282,21 @@ def raise_conflicts(checks: list[Check], more: Sequence[str] = ()) -> None:
         raise ConfigError("\n  - ".join([f"{count} in the configuration:", *conflicts]), conflicts)
 
 
+def _stage_checks(config: TandemConfig) -> list[Check]:
+    """Relations that matter to some of the stages alone."""
+    checks: list[Check] = []
+    if reads(config, "ppo"):
+        checks += _sampling_checks(config, "ppo.sampling", config.ppo.sampling)
+        checks += [*_ppo_checks(config), *estimator_checks(config.ppo)]
+    if reads(config, "evaluate"):
+        checks += _sampling_checks(config, "evaluate.sampling", config.evaluate.sampling)
+    if reads(config, "environment"):
+        checks += _environment_checks(config)
+    return checks + (service_checks(config) if reads(config, "reward_service") else [])
+
+
 def validate(config: TandemConfig) -> None:
-    """Check the values of a configuration against each other.
+    """Check the values of a configuration that its stage reads, alone and against each other.
 
     Args:
         config: a `TandemConfig` object; paths that the stage does not read may still be `MISSING`.
@@ -288,19 +304,12 @@ def validate(config: TandemConfig) -> None:
     Raises:
         ConfigError: lists every conflict, one a line: the rule, the value found and what to write instead.
     """
+    single = [*choice_checks(config), *range_checks(config), *_method_checks(config), *_learner_checks(config)]
     raise_conflicts(
         [
             *_path_checks(config),
-            *choice_checks(config),
-            *range_checks(config),
-            *_sampling_checks(config, "ppo.sampling", config.ppo.sampling),
-            *_sampling_checks(config, "evaluate.sampling", config.evaluate.sampling),
-            *_ppo_checks(config),
-            *_method_checks(config),
-            *estimator_checks(config.ppo),
-            *_environment_checks(config),
-            *_learner_checks(config),
-            *service_checks(config),
+            *(check for check in single if reads(config, check.key)),
+            *_stage_checks(config),
             *cluster_checks(config),
         ],
         placement_conflicts(config, stated_nodes(config)),

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from contracts.config import TandemConfig
 from contracts.error_text import error_lines
-from contracts.methods import GIVEN, results_needed, runs
+from contracts.methods import checkpoints_read, reads, results_needed, runs
 from contracts.placement import needs
 from contracts.sources import function_source
 from contracts.validation import ConfigError
@@ -21,8 +21,7 @@ def check_model(config: TandemConfig) -> None:
     Raises:
         ConfigError: naming the key and what is wrong.
     """
-    keys = {"model.path": config.model.path}
-    keys |= {key: path for key in GIVEN.values() if (path := getattr(config, key))}
+    keys = {"model.path": config.model.path, **checkpoints_read(config)}
     problems = []
     for key, path in keys.items():
         try:
@@ -94,12 +93,11 @@ def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:
         "ppo.trainable_layers": config.ppo.trainable_layers,
         "ppo.value_trainable_layers": config.ppo.value_trainable_layers,
     }
-    if runs(config, "preference"):
-        wanted["preference.trainable_layers"] = config.preference.trainable_layers
+    wanted["preference.trainable_layers"] = config.preference.trainable_layers
     return [
         f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"
         for key, value in wanted.items()
-        if layers is not None and value is not None and value > layers
+        if reads(config, key) and layers is not None and value is not None and value > layers
     ]
 
 

@@ -1,37 +1,50 @@
 """Data sets to tokenised examples: read rows, check each one, encode it, and account for every row that is left out.
 
-    load_rows -> detect_format -> _split (prompt, completion) -> encode -> Prompt | Example | RatedText | PreferencePair
-                                                                           RatedExample | ExamplePair
+    load_rows -> detect_format -> parts -> encode -> Prompt | Example | RatedText | PreferencePair
+                                                     RatedExample | ExamplePair
 
-Prompt and completion are encoded separately (`contracts.encoding`). What was left out: no packing, no truncation; a row
-that is too long is left out and counted.
+What a row says is `controller.row_parts`, how it becomes tokens `contracts.encoding`. What was left out: no packing, no
+truncation; a row that is too long is left out and counted.
 """
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from contracts.config import DataConfig, SourceConfig
-from contracts.encoding import DataError, LeftOut, Turns, as_turns, encode_example, encode_prompt, readable
+from contracts.encoding import (
+    DataError,
+    LeftOut,
+    Notes,
+    as_turns,
+    encode_example,
+    encode_prompt,
+    readable,
+    scored_ids,
+)
 from contracts.records import Example, ExamplePair, PreferencePair, Prompt, RatedExample, RatedText
-from controller.prompts import first_words
+from controller.row_parts import (
+    Parts,
+    Shape,
+    columns_read,
+    is_refused_answer,
+    pair_parts,
+    parts,
+    preference,
+    ratings,
+    shape_of,
+)
 from controller.rows import detect_format, load_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 T = TypeVar("T")
-Side = TypeVar("Side")  # of a pair, encoded
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass
@@ -41,71 +54,8 @@ class LoadReport:
     rows: int = 0
     used: int = 0
     left_out: Counter[str] = field(default_factory=Counter)  # reason -> rows
-
-
-def _text(value: Any, what: str) -> str:
-    if value is None:
-        raise LeftOut(f"no {what}")
-    if not isinstance(value, str):
-        raise LeftOut(f"{what} is not a text", f"found {type(value).__name__}")
-    if not value.strip():
-        raise LeftOut(f"empty {what}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise LeftOut(f"{what} is not valid Unicode", "a lone surrogate")
-    return value
-
-
-def _content(row: dict, column: str) -> str | Turns:
-    """A text, or checked messages."""
-    value = row.get(column)
-    if not isinstance(value, list):
-        return _text(value, column)
-    if not value:
-        raise LeftOut(f"empty {column}")
-    for turn in value:
-        role = turn.get("role") if isinstance(turn, dict) else None
-        if role not in ROLES:
-            raise LeftOut(f"{column}: a message needs a role of {', '.join(ROLES)}", f"found {role!r}")
-        _text(turn.get("content"), f"content in {column}")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
-
-
-def _split(row: dict, form: str, source: SourceConfig, words: int | None, side: str = "") -> tuple[Any, Any]:
-    """(prompt, completion) of one row, each a text or messages; "" where there is none. `side`: column of a pair."""
-    if form == "text":
-        return first_words(_text(row.get(source.text_column), source.text_column), words)
-    if form == "prompt":
-        return _content(row, source.prompt_column), ""
-    if form == "prompt_completion":
-        return _content(row, source.prompt_column), _content(row, source.completion_column)
-    if form == "messages":
-        return "", _content(row, source.messages_column)
-    column = side or (source.text_column if form == "rated" else source.chosen_column)
-    completion = _content(row, column)
-    # UltraFeedback's form: chosen and rejected are whole conversations next to a prompt column that repeats the start.
-    if isinstance(completion, list) and completion[0]["role"] != "assistant":
-        return "", completion
-    if row.get(source.prompt_column) is not None:
-        return _content(row, source.prompt_column), completion
-    return first_words(completion, words) if isinstance(completion, str) else ("", completion)
-
-
-def _ratings(row: dict, source: SourceConfig) -> list[float]:
-    several = row.get(source.ratings_column) is not None
-    column = source.ratings_column if several else source.rating_column
-    values = row.get(column)
-    if isinstance(values, str):  # a CSV cell holds a list as JSON
-        with suppress(json.JSONDecodeError):  # then the check below names the text
-            values = json.loads(values)
-    values = values if several and isinstance(values, list) else [values]
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise LeftOut(f"{column} is not a number", f"found {value!r}")
-        if not math.isfinite(value):
-            raise LeftOut(f"{column} is not finite", f"found {value}")
-    if not values:
-        raise LeftOut(f"empty {column}")
-    return [float(value) for value in values]
+    unread: list[str] = field(default_factory=list)  # columns that nobody reads
+    notes: Notes = field(default_factory=Notes)  # of the chat template
 
 
 def _keep(
@@ -136,22 +86,71 @@ def _keep(
     return made
 
 
-def _open(source: SourceConfig, base: str, allowed: tuple[str, ...]) -> tuple[list[dict], str]:
+@dataclass
+class _Source:
+    """An opened source: its rows, and how they are read and encoded."""
+
+    source: SourceConfig
+    data: DataConfig
+    tokenizer: "Tokenizer"
+    rows: list[dict]
+    form: str
+    shape: Shape | None
+    base: str
+    report: LoadReport
+
+    def keep(self, build: Callable[[int, dict], T]) -> list[T]:
+        """`build` of every usable row, in our columns."""
+        convert = self.shape.convert if self.shape else lambda row, source: row
+        kept = _keep(self.rows, lambda n, row: build(n, convert(row, self.source)), self.data, self.base, self.report)
+        columns = dict.fromkeys(column for row in self.rows for column in row)
+        read = columns_read(self.form, self.source, self.shape, self.report.notes.template != "")
+        self.report.unread = [column for column in columns if column not in read]
+        return kept
+
+    def parts(self, row: dict, words: int | None) -> Parts:
+        return parts(row, self.form, self.source, self.data, words)
+
+    def example(self, found: Parts, max_tokens: int) -> Example:
+        example = encode_example(
+            self.tokenizer, found.prompt, found.completion, self.data.chat, found.tools, self.report.notes
+        )
+        if len(example.token_ids) > max_tokens:
+            raise LeftOut("over max_tokens", f"{len(example.token_ids)} > {max_tokens}", bad=False)
+        if not any(example.loss_mask):
+            raise LeftOut("every answer has weight 0", bad=False)
+        return example
+
+    def scored(self, found: Parts, max_tokens: int) -> list[int]:
+        """The scoring input: as a policy's completion of the same prompt."""
+        ids = scored_ids(self.tokenizer, found.prompt, found.completion, self.data.chat, found.tools, self.report.notes)
+        if len(ids) > max_tokens:
+            raise LeftOut("over max_tokens", f"{len(ids)} > {max_tokens}", bad=False)
+        return ids
+
+
+def _open(
+    source: SourceConfig,
+    data: DataConfig,
+    tokenizer: "Tokenizer",
+    report: LoadReport | None,
+    base: str,
+    allowed: tuple[str, ...],
+) -> _Source:
     rows = load_rows(source, base)
     columns = dict.fromkeys(column for row in rows for column in row)
-    form = detect_format(source, columns, base)
+    shape = shape_of(columns, source)
+    form = detect_format(source, [*columns, *(shape.ours(source) if shape else ())], base)
     if form not in allowed:
-        raise DataError(
-            f"{base}.format: one of {', '.join(allowed)} is needed here; found {form} (columns {', '.join(columns)})"
+        unpaired = form == "prompt_completion" and "label" in columns
+        hint = (
+            "; rows with a label say of one completion alone whether it is good, no method here learns from both"
+            * unpaired
         )
-    return rows, form
-
-
-def _example(tokenizer: "Tokenizer", parts: tuple[Any, Any], chat: bool, max_tokens: int) -> Example:
-    example = encode_example(tokenizer, *parts, chat)
-    if len(example.token_ids) > max_tokens:
-        raise LeftOut("over max_tokens", f"{len(example.token_ids)} > {max_tokens}", bad=False)
-    return example
+        raise DataError(
+            f"{base}.format: one of {', '.join(allowed)} is needed here; found {form} (columns {', '.join(columns)}){hint}"
+        )
+    return _Source(source, data, tokenizer, rows, form, shape, base, report or LoadReport())
 
 
 def load_prompts(
@@ -164,9 +163,12 @@ def load_prompts(
     base: str = "data.prompts",
 ) -> list[Prompt]:
     """Prompts with distinct tokens; `prompt_id` is the row number. A conversation's last answer is not part of it."""
-    rows, form = _open(source, base, ("prompt", "text", "rated", "prompt_completion", "messages", "pair"))
+    opened = _open(
+        source, data, tokenizer, report, base, ("prompt", "text", "rated", "prompt_completion", "messages", "pair")
+    )
+    form, rows = opened.form, opened.rows
     unprompted = form == "text" or (form == "rated" and not any(source.prompt_column in row for row in rows))
-    if unprompted and data.prompt_words is None:
+    if unprompted and data.prompt_words is None and not data.chat:
         raise DataError(
             f"{base}: a prompt is a column {source.prompt_column!r} or the first words of a text; found a text and "
             f"data.prompt_words: null. Write data.prompt_words: 4, or name {base}.prompt_column"
@@ -174,12 +176,12 @@ def load_prompts(
     seen: set[tuple[int, ...]] = set()
 
     def build(number: int, row: dict) -> Prompt:
-        prompt, completion = _split(row, form, source, data.prompt_words)
+        prompt, completion, tools = opened.parts(row, data.prompt_words)
         if not prompt and isinstance(completion, list):
             prompt = completion[:-1] if completion[-1]["role"] == "assistant" else completion
         if not prompt:
             raise LeftOut("no prompt")
-        ids = tuple(encode_prompt(tokenizer, prompt, data.chat))
+        ids = tuple(encode_prompt(tokenizer, prompt, data.chat, tools, opened.report.notes))
         if len(ids) > data.max_prompt_tokens:
             raise LeftOut("prompt over data.max_prompt_tokens", f"{len(ids)} > {data.max_prompt_tokens}")
         if len(ids) + max_completion_tokens > max_model_len:
@@ -190,7 +192,7 @@ def load_prompts(
         seen.add(ids)
         return Prompt(number, readable(prompt), ids)
 
-    return _keep(rows, build, data, base, report)
+    return opened.keep(build)
 
 
 def load_sft(
@@ -202,12 +204,14 @@ def load_sft(
     base: str = "data.sft",
 ) -> list[Example]:
     """Supervised examples of at most `max_tokens`; a pair gives its chosen side, a rated text the text."""
-    rows, form = _open(source, base, ("text", "rated", "prompt_completion", "messages", "pair"))
+    opened = _open(source, data, tokenizer, report, base, ("text", "rated", "prompt_completion", "messages", "pair"))
 
     def build(_: int, row: dict) -> Example:
-        return _example(tokenizer, _split(row, form, source, data.prompt_words), data.chat, max_tokens)
+        if opened.form == "prompt_completion" and is_refused_answer(row):
+            raise LeftOut("label is false: not to be imitated", bad=False)
+        return opened.example(opened.parts(row, data.prompt_words), max_tokens)
 
-    return _keep(rows, build, data, base, report)
+    return opened.keep(build)
 
 
 def load_preferences(
@@ -219,33 +223,23 @@ def load_preferences(
     base: str = "data.preferences",
 ) -> list[RatedText] | list[PreferencePair]:
     """Scoring inputs of at most `max_tokens`, encoded as a prompt and its completion are at rollout time."""
-    rows, form = _open(source, base, ("rated", "pair"))
+    opened = _open(source, data, tokenizer, report, base, ("rated", "pair"))
     # A text without a chat template reads the same in one piece, and short ones need not be cut to be rated.
     words = data.prompt_words if data.chat else None
 
     def rated(_: int, row: dict) -> RatedText:
-        prompt, completion = parts = _split(row, form, source, words)
-        both = isinstance(prompt, str) and isinstance(completion, str)
-        text = prompt + completion if both else readable(as_turns(prompt, "user") + as_turns(completion, "assistant"))
-        return RatedText(text, _example(tokenizer, parts, data.chat, max_tokens).token_ids, _ratings(row, source))
+        prompt, completion, _tools = found = opened.parts(row, words)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            text = prompt + completion
+        else:
+            text = readable([*(as_turns(prompt, "user") if prompt else []), *as_turns(completion, "assistant")])
+        return RatedText(text, opened.scored(found, max_tokens), ratings(row, source))
 
     def pair(_: int, row: dict) -> PreferencePair:
-        def encoded(side: str) -> list[int]:
-            return _example(tokenizer, _split(row, form, source, words, side), data.chat, max_tokens).token_ids
+        chosen, rejected = (opened.scored(side, max_tokens) for side in pair_parts(row, source, data, words))
+        return PreferencePair(chosen, rejected, preference(row, source))
 
-        return PreferencePair(*_sides(encoded, source))
-
-    if form == "rated":
-        return _keep(rows, rated, data, base, report)
-    return _keep(rows, pair, data, base, report)
-
-
-def _sides(encoded: Callable[[str], Side], source: SourceConfig) -> tuple[Side, Side]:
-    """Chosen and rejected of a pair. Raises LeftOut where they are the same."""
-    chosen, rejected = encoded(source.chosen_column), encoded(source.rejected_column)
-    if chosen == rejected:
-        raise LeftOut("chosen equals rejected", bad=False)
-    return chosen, rejected
+    return opened.keep(rated) if opened.form == "rated" else opened.keep(pair)
 
 
 def load_rated_examples(
@@ -257,20 +251,17 @@ def load_rated_examples(
     base: str = "data.preferences",
 ) -> list[RatedExample] | list[ExamplePair]:
     """Rated texts, or pairs, as a policy is trained on them: what it would not write itself is masked, as in `load_sft`."""
-    rows, form = _open(source, base, ("rated", "pair"))
-
-    def encoded(row: dict, side: str = "") -> Example:
-        return _example(tokenizer, _split(row, form, source, data.prompt_words, side), data.chat, max_tokens)
+    opened = _open(source, data, tokenizer, report, base, ("rated", "pair"))
 
     def rated(_: int, row: dict) -> RatedExample:
-        return RatedExample(encoded(row), _ratings(row, source))
+        return RatedExample(opened.example(opened.parts(row, data.prompt_words), max_tokens), ratings(row, source))
 
     def pair(_: int, row: dict) -> ExamplePair:
-        return ExamplePair(*_sides(partial(encoded, row), source))
+        sides = pair_parts(row, source, data, data.prompt_words)
+        chosen, rejected = (opened.example(side, max_tokens) for side in sides)
+        return ExamplePair(chosen, rejected, preference(row, source))
 
-    if form == "rated":
-        return _keep(rows, rated, data, base, report)
-    return _keep(rows, pair, data, base, report)
+    return opened.keep(rated) if opened.form == "rated" else opened.keep(pair)
 
 
 def load_best_rated(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from contracts.config import SourceConfig, TandemConfig
+from contracts.encoding import DataError
 from contracts.methods import results_needed, runs
 from contracts.records import Example, ExamplePair, PreferencePair, Prompt, RatedExample, RatedText
 from controller.data import (
@@ -36,13 +37,43 @@ class Inputs:
     eval_prompts: list[Prompt] = field(default_factory=list)
 
 
-def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str], None]) -> Inputs:
-    """Read every source that the run needs and say what was left out of it.
+def check_vocabulary(items: Sequence[Any], tokenizer: "Tokenizer", vocab_size: int, base: str, model: str) -> None:
+    """Refuse tokens that the model has no embedding for, as those that were added to a tokenizer without resizing its model.
 
     Raises:
-        DataError: a source cannot be read or has too many unusable rows.
+        DataError: naming the first such token.
     """
-    data, needed = config.data, results_needed(config)
+    for number, item in enumerate(items):
+        for ids in _ids_of(item):
+            if (largest := max(ids, default=0)) >= vocab_size:
+                raise DataError(
+                    f"{base}: item {number}, {tokenizer.decode(list(ids[:12]))!r}..., has the token {largest} "
+                    f"({tokenizer.convert_ids_to_tokens(largest)!r}), but model.path={model} has embeddings for the tokens "
+                    f"below {vocab_size} alone: resize them to its tokenizer and save it, or give the checkpoint the "
+                    "tokenizer that it was trained with"
+                )
+
+
+def _ids_of(item: Any) -> list[Sequence[int]]:
+    if isinstance(item, PreferencePair):
+        return [item.chosen_ids, item.rejected_ids]
+    if isinstance(item, ExamplePair | RatedExample):
+        return [text.token_ids for text in item.texts]
+    return [item.token_ids]
+
+
+def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str], None]) -> Inputs:
+    """Read every source that the run needs, and say what was left out of it, what nobody reads and what the chat template
+    does not show.
+
+    Raises:
+        DataError: a source cannot be read, has too many unusable rows or tokens without embeddings.
+    """
+    from transformers import AutoConfig
+
+    data, needed, inputs = config.data, results_needed(config), Inputs()
+    options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    vocab_size = AutoConfig.from_pretrained(config.model.path, **options).get_text_config().vocab_size
 
     def load(work: Callable[..., Any], name: str, source: SourceConfig, *arguments: Any) -> Any:
         report = LoadReport()
@@ -50,9 +81,13 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
         if report.left_out:
             left = ", ".join(f"{count} {reason}" for reason, count in report.left_out.most_common())
             say(f"  data.{name}: {report.used} of {report.rows} rows used; left out: {left}")
+        if report.unread:
+            say(f"  data.{name}: columns that nobody reads: {', '.join(report.unread)}")
+        for line in report.notes.lines():
+            say(f"  data.{name}: {line}")
+        check_vocabulary(items, tokenizer, vocab_size, f"data.{name}", config.model.path)
         return items
 
-    inputs = Inputs()
     if "sft" in needed or ("ppo" in needed and config.ppo.ptx_coef > 0):
         inputs.sft = load(load_sft, "sft", data.sft, config.sft.max_tokens)
     if "filtered_sft" in needed:

@@ -10,9 +10,9 @@ from contracts.config import TandemConfig
 from contracts.error_text import error_lines
 from contracts.estimators import chosen_estimator
 from contracts.loading import LoadingError, loading_report, refuse_unloaded
-from contracts.methods import GIVEN, results_needed, runs
+from contracts.methods import checkpoints_read, reads, results_needed, runs
 from contracts.proof import NoClass, Proof, Unproven
-from contracts.scorers import ROLES, chosen_scorers, starts_value_model
+from contracts.scorers import CHECKPOINTS, ROLES, chosen_scorers, starts_value_model
 from contracts.validation import ConfigError
 
 TRAINING = ("sft", "filtered_sft", "preference", "ppo")
@@ -56,18 +56,14 @@ def _instead(use: str) -> str:
 
 def _policies(config: TandemConfig) -> Iterator[tuple[str, str]]:
     yield "model.path", config.model.path
-    for name, key in GIVEN.items():
-        if (path := getattr(config, key)) and not name.startswith("reward_model/"):
-            yield key, path
+    yield from ((key, path) for key, path in checkpoints_read(config).items() if key not in CHECKPOINTS)
 
 
 def _scorers(config: TandemConfig) -> Iterator[tuple[str, str]]:
-    """The reward models that are not made here, where any scores."""
-    if not (runs(config, "ppo") or runs(config, "evaluate")):
+    """The reward models that are not made here."""
+    yield from ((key, path) for key, path in checkpoints_read(config).items() if key in CHECKPOINTS)
+    if not reads(config, "reward_service"):
         return
-    for role in ROLES:
-        if path := getattr(config, f"{role}_model"):
-            yield f"{role}_model", path
     chosen = chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES, ""))
     for name, entry in config.reward_service.scorers.items():
         if name in chosen and entry.kind == "model":

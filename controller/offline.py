@@ -145,7 +145,7 @@ def _accuracy_of_scores(run: "Pipeline", score: Callable[[list[list[int]]], list
     test, config = run.data.test, run.config
     rated = [item for item in test if isinstance(item, RatedText)]
     if not rated:
-        pairs = [item for item in test if isinstance(item, PreferencePair)]
+        pairs = [item for item in test if isinstance(item, PreferencePair) and item.preference != 0.5]
         return _pairs_right(config, score([p.chosen_ids for p in pairs]), score([p.rejected_ids for p in pairs]))
     from controller.evaluate import vader_scores
 
@@ -164,7 +164,8 @@ def _accuracy_of_likelihoods(
     scores = implicit_scores(torch.from_numpy(now), torch.from_numpy(before), tokens, str(loss), 1.0).tolist()
     rated = [item for item in run.data.test_completions if isinstance(item, RatedExample)]
     if not rated:
-        return _pairs_right(run.config, scores[::2], scores[1::2])
+        known = [2 * i for i, item in enumerate(run.data.test_completions) if item.preference != 0.5]  # type: ignore[union-attr]
+        return _pairs_right(run.config, [scores[i] for i in known], [scores[i + 1] for i in known])
     ratings = [float(np.mean(item.ratings)) for item in rated]
     return _ranked_right(run.config, scores, ratings, run.config.preference.eval_pairs)
 

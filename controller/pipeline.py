@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 import ray
-from transformers import AutoTokenizer
 
+from contracts.chat import load_tokenizer
 from contracts.config import SFTConfig, TandemConfig
 from contracts.durable import replace_text
 from contracts.end_tokens import end_ids
@@ -65,8 +65,7 @@ class Pipeline:
         with progress.phase("proving the models"):
             check_weights_and_code(config)
         self._engine_proofs = begin_proofs(config)
-        options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, **options)
+        self.tokenizer = load_tokenizer(config.model.path, config.model)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
         ends = self._end_ids(config.model.path)
@@ -84,7 +83,7 @@ class Pipeline:
 
     def _end_ids(self, path: str) -> tuple[int, ...]:
         """What ends a completion of an engine that serves the checkpoint at `path`."""
-        return end_ids(self.tokenizer, replace(self.config.model, path=path))
+        return end_ids(self.tokenizer, replace(self.config.model, path=path), self.config.data.chat)
 
     def _rehearse(self) -> None:
         sampled = {"ppo.sampling": self.data.prompts, "evaluate.sampling": self.data.eval_prompts}

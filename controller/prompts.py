@@ -12,7 +12,6 @@ MIN_REST_WORDS = 3  # of a text that `prompt_words` cuts: below it there is next
 
 def first_words(text: str, words: int | None) -> tuple[str, str]:
     """(first `words` words, the rest with its leading space); without `words` everything is the rest."""
-    text = text.strip()
     if words is None:
         return "", text
     ends = [match.end() for match in re.finditer(r"\S+", text)]

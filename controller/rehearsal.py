@@ -70,7 +70,7 @@ def rehearse(
 
 def _play(config: TandemConfig, tokenizer: Any, prompts: dict[str, list[Prompt]]) -> None:
     limits = Limits.of(config.model, config.environment, config.engine.max_model_len)
-    ends = end_ids(tokenizer, config.model)
+    ends = end_ids(tokenizer, config.model, config.data.chat)
     make = environment_maker(config.environment, lambda: tokenizer)
     draw = random.Random(config.seed)
     for key, chosen in prompts.items():

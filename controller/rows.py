@@ -1,16 +1,22 @@
 """Reading the rows of a data set, and which format they have."""
 
+import gzip
 import json
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from glob import glob
 from pathlib import Path
+from typing import Any
 
 from contracts.config import SourceConfig
 from contracts.encoding import DataError
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?=[-_.])")  # with which names of shards begin
 
 
 def _closest(word: str, known: Iterable[str]) -> str:
@@ -18,8 +24,24 @@ def _closest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+def _raw(path: Path, base: str) -> bytes:
+    """The bytes of a file, unpacked."""
+    raw, codec = path.read_bytes(), PACKED.get(path.suffix)
+    try:
+        if codec == "gzip":
+            return gzip.decompress(raw)
+        if codec:
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(pyarrow.BufferReader(raw), codec) as stream:
+                return stream.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{base}.path: {path} cannot be unpacked as {path.suffix}: {error}") from None
+    return raw
+
+
 def _read_text(path: Path, base: str) -> str:
-    raw = path.read_bytes()
+    raw = _raw(path, base)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -34,12 +56,14 @@ def _read_text(path: Path, base: str) -> str:
 
 
 def _read_json(path: Path, base: str) -> list[dict]:
-    text, whole = _read_text(path, base), path.suffix == ".json"
-    rule = f"{base}.path: a .jsonl file holds one object a line, a .json file one list of objects; {path}, line"
+    """One object a line; of a .json file also a list of objects, over as many lines as it likes."""
+    text = _read_text(path, base)
+    rule = f"{base}.path: a .jsonl file holds one object a line, a .json file that or one list of objects; {path}, line"
     # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-    parts = [text] if whole else text.split("\n")
+    lines = text.split("\n")
+    whole = _kind(path) == ".json" and not _is_object(next(line for line in lines if line.strip()))
     rows: list[dict] = []
-    for number, part in enumerate(parts, start=1):
+    for number, part in enumerate([text] if whole else lines, start=1):
         if not part.strip():
             continue
         try:
@@ -54,45 +78,94 @@ def _read_json(path: Path, base: str) -> list[dict]:
     return rows
 
 
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
 def _read_table(path: Path, base: str) -> list[dict]:
     import datasets
 
-    kind, options = path.suffix[1:], {}
-    if kind == "csv":
-        _read_text(path, base)
-        # "NA", "null" and "None" are words of a text; only an empty cell is a missing value.
-        options = {"keep_default_na": False, "na_values": [""]}
+    kind, options = _kind(path)[1:], {}
     with tempfile.TemporaryDirectory() as cache:
+        file = str(path)
+        if kind == "csv":
+            _read_text(path, base)
+            # "NA", "null" and "None" are words of a text; only an empty cell is a missing value.
+            options = {"keep_default_na": False, "na_values": [""]}
+        if path.suffix in PACKED:
+            file = str(Path(cache) / f"unpacked.{kind}")
+            Path(file).write_bytes(_raw(path, base))
         try:
             table = datasets.load_dataset(
-                kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
+                kind, data_files=file, split="train", cache_dir=cache, keep_in_memory=True, **options
             )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"{base}.path: {path} cannot be read as {kind}: {error.__cause__ or error}") from error
-        return table.to_list()
+        return _rows(table)
+
+
+def _rows(table: Any) -> list[dict]:
+    """Rows of a table, whose structures have every key that one of them has: below the columns a null is no key."""
+    return [{column: _pruned(value) for column, value in row.items()} for row in table.to_list()]
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_pruned(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _pruned(one) for key, one in value.items() if one is not None}
+    return value
 
 
 def _read_saved(path: Path, split: str, base: str) -> list[dict]:
     import datasets
 
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except FileNotFoundError:
-        raise DataError(
-            f"{base}.path: a directory must be one that datasets' save_to_disk wrote; {path} is not. Name one file instead"
-        ) from None
+    saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.Dataset):
-        return saved.to_list()
+        return _rows(saved)
     if split not in saved:
         raise DataError(f"{base}.split: {path} has {', '.join(saved)}; found {split!r}{_closest(split, saved)}")
-    return saved[split].to_list()
+    return _rows(saved[split])
+
+
+def _shards(path: Path, split: str, base: str) -> list[Path]:
+    """The files of a directory in the order of their names; those of `split` where names begin with one, as on the hub.
+
+    Raises:
+        DataError: where there are none, or none of this split.
+    """
+    files = _data_files(path.iterdir()) or _data_files(path.glob("data/*"))
+    if not files:
+        raise DataError(
+            f"{base}.path: a directory must hold files of {', '.join(EXTENSIONS)}, or be one that datasets' save_to_disk "
+            f"wrote; {path} is neither. Name one file instead"
+        )
+    splits = {file: found[1] for file in files if (found := SPLIT.match(file.name))}
+    if not splits and split == "train":
+        return files
+    if split not in splits.values():
+        names = sorted(set(splits.values())) or ["train"]
+        raise DataError(f"{base}.split: {path} has {', '.join(names)}; found {split!r}{_closest(split, names)}")
+    return [file for file in files if splits.get(file) == split]
+
+
+def _data_files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.is_file() and _kind(path) in EXTENSIONS and path.name[0] not in "._")
+
+
+def _kind(path: Path) -> str:
+    """What a file holds: the extension before that of a packed one."""
+    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def _read_hub(name: str, split: str, base: str) -> list[dict]:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split).to_list()
+        return _rows(datasets.load_dataset(name, split=split))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{base}.path: no local file or directory is named {name!r}, and the split {split!r} of that data set cannot "
@@ -100,22 +173,33 @@ def _read_hub(name: str, split: str, base: str) -> list[dict]:
         ) from error
 
 
+def _read_file(path: Path, base: str) -> list[dict]:
+    if _kind(path) not in EXTENSIONS:
+        raise DataError(
+            f"{base}.path: the extension says how to read a file; {path} has {path.suffix or 'none'!r}. "
+            f"Rename or convert it to one of {', '.join(EXTENSIONS)}; each may be packed ({', '.join(PACKED)})"
+        )
+    return (_read_json if _kind(path) in (".json", ".jsonl") else _read_table)(path, base)
+
+
+def _files(source: SourceConfig, path: Path, base: str) -> list[Path]:
+    """The file of this path, or those that match it."""
+    files = [path] if path.is_file() else [] if path.exists() else sorted(map(Path, glob(str(path))))
+    if files and source.split != "train":
+        raise DataError(f"{base}.split: a file has one split; found {source.split!r}. Write split: train")
+    return files
+
+
 def load_rows(source: SourceConfig, base: str = "data.x") -> list[dict]:
     """The rows of `source`, at most `max_rows`. Raises DataError; `base` is the name of the setting in its messages."""
     path = Path(source.path).expanduser()
-    is_file = path.is_file()
-    if is_file and path.suffix not in EXTENSIONS:
-        raise DataError(
-            f"{base}.path: the extension says how to read a file; {path} has {path.suffix or 'none'!r}. "
-            f"Rename or convert it to one of {', '.join(EXTENSIONS)}"
-        )
-    if is_file and source.split != "train":
-        raise DataError(f"{base}.split: a file has one split; found {source.split!r}. Write split: train")
-    if is_file:
-        rows = (_read_json if path.suffix in (".json", ".jsonl") else _read_table)(path, base)
-    elif path.is_dir():
+    if files := _files(source, path, base):
+        rows = [row for file in files for row in _read_file(file, base)]
+    elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         rows = _read_saved(path, source.split, base)
-    elif path.suffix in EXTENSIONS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
+    elif path.is_dir():
+        rows = [row for file in _shards(path, source.split, base) for row in _read_file(file, base)]
+    elif _kind(path) in EXTENSIONS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{base}.path: no such file: {path.absolute()}{_closest(path.name, siblings)}")
     else:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from contracts.chat import with_date
 from contracts.config import ModelConfig
 from learner.engine import Ranks, TrainEngine
 
@@ -54,12 +55,13 @@ def gather_checkpoint(
             setattr(lm.config, key, value)
         # Tied weights appear once in `weights`, as they do on disk.
         lm.save_pretrained(path, state_dict=weights, safe_serialization=True)
-        _tokenizer(tokenizer_from, model.revision, model.trust_remote_code).save_pretrained(path)
+        _tokenizer(tokenizer_from, model.revision, model.trust_remote_code, model.template_date).save_pretrained(path)
 
     return write
 
 
 @cache
-def _tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _tokenizer(path: str, revision: str | None, trust_remote_code: bool, template_date: str) -> Any:
     """Once a process: it takes a third of a second, in which nothing else of the process runs."""
-    return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    return with_date(tokenizer, template_date)

@@ -23,22 +23,22 @@ class Encoder:
         root = str(local_checkpoint(tokenizer_path))
         self.tokenizer = AutoTokenizer.from_pretrained(root)
         self.hash = tokenizer_hash(self.tokenizer)
-        self.end_ids = end_ids(self.tokenizer, ModelConfig(path=root))
+        self.end_ids = end_ids(self.tokenizer, ModelConfig(path=root), chat=True)
         self._ends = tuple(str(self.tokenizer.decode([end])) for end in self.end_ids)
 
-    def messages(self, turns: Turns, label: str | None = None) -> ScoringItem | Score:
+    def messages(self, turns: Turns, label: str | None = None, tools: list | None = None) -> ScoringItem | Score:
         try:
-            return item_of_messages(self.tokenizer, turns, label)
+            return item_of_messages(self.tokenizer, turns, label, tools)
         except LeftOut as fault:
             return Score(None, f"unreadable: {fault.reason}")
         except DataError:
-            return Score(None, "unreadable: the tokenizer has no chat template")
+            return Score(None, "unreadable: the tokenizer has no chat template that ends answers")
 
     def text(self, text: str, label: str | None = None) -> ScoringItem | Score:
         return item_of_text(self.tokenizer, text, label) if text.strip() else Score(None, "empty")
 
     def rendered(
-        self, text: str, prompt: str | None = None, label: str | None = None, with_bos: bool = False
+        self, text: str, prompt: str | None = None, label: str | None = None, with_bos: bool | None = None
     ) -> ScoringItem | Score:
         if not text.strip():
             return Score(None, "empty")

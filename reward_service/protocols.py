@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from contracts.encoding import Turns
 from contracts.records import Score, ScoringItem
 from contracts.scoring import RETRYABLE
 from reward_service.encoder import Encoder
@@ -24,15 +25,24 @@ class BadRequest(ValueError):
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    """With every key that a chat template may show: tool_calls, reasoning_content, ..."""
+
+    model_config = ConfigDict(extra="allow")
     role: str
-    content: str
+    content: str | None = None
+
+    @model_validator(mode="after")
+    def says_something(self) -> "Message":
+        if self.content is None and not (self.model_extra or {}).get("tool_calls"):
+            raise ValueError("a message has content or tool_calls")
+        return self
 
 
 class NativeItem(BaseModel):
     model_config = ConfigDict(extra="forbid")
     id: str | int | None = None
     messages: list[Message] | None = Field(default=None, min_length=1)
+    tools: list[dict[str, Any]] | None = None  # beside messages: what the chat template shows of them
     text: str | None = None
     token_ids: list[int] | None = None
     tokenizer_hash: str | None = None
@@ -43,6 +53,8 @@ class NativeItem(BaseModel):
     def has_one_content(self) -> "NativeItem":
         if sum(value is not None for value in (self.messages, self.text, self.token_ids)) != 1:
             raise ValueError("an item has one of messages, text and token_ids")
+        if self.tools and self.messages is None:
+            raise ValueError("tools stand beside messages")
         return self
 
 
@@ -115,12 +127,15 @@ def read(kind: type[BaseModel], body: Any) -> Any:
 # ---- items
 
 
+def _turns(messages: list[Message]) -> Turns:
+    return [message.model_dump(exclude_none=True) for message in messages]
+
+
 def native_entries(request: NativeRequest, encoder: Encoder) -> list[Entry]:
     entries: list[Entry] = []
     for item in request.items:
         if item.messages is not None:
-            turns = [{"role": m.role, "content": m.content} for m in item.messages]
-            entries.append(encoder.messages(turns, item.label))
+            entries.append(encoder.messages(_turns(item.messages), item.label, item.tools))
         elif item.text is not None:
             entries.append(encoder.text(item.text, item.label))
         else:
@@ -139,7 +154,7 @@ def openrlhf_entries(request: OpenRLHFRequest, encoder: Encoder) -> list[Entry]:
 
 def pooling_entries(request: PoolingRequest, encoder: Encoder) -> list[Entry]:
     if request.messages is not None:
-        return [encoder.messages([{"role": m.role, "content": m.content} for m in request.messages])]
+        return [encoder.messages(_turns(request.messages))]
     given: Any = request.input
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]

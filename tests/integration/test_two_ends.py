@@ -60,7 +60,7 @@ def config(tiny_float32: Path, tmp_path_factory: pytest.TempPathFactory) -> Tand
 
 @pytest.fixture(scope="module")
 def ends(config: TandemConfig) -> tuple[int, ...]:
-    return end_ids(AutoTokenizer.from_pretrained(config.model.path), config.model)
+    return end_ids(AutoTokenizer.from_pretrained(config.model.path), config.model, config.data.chat)
 
 
 @pytest.fixture(params=[(EnvironmentConfig(), ONCE), (TURNS, TWICE)], ids=["single", "two_turn"])

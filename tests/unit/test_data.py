@@ -101,9 +101,9 @@ def test_bytes_that_are_not_utf8_name_file_and_line(tmp_path, name):
     [
         ("a.jsonl", '{"text": "a"}\n\n{"text": \n', ["line 3, column 10, is not valid JSON", "one object a line"]),
         ("a.json", '[{"text": "a"},\n {"text" "b"}]', ["line 2, column 10, is not valid JSON", "one list of objects"]),
-        ("a.json", '{"text": "a"}\n{"text": "b"}', ["line 2, column 1, is not valid JSON (Extra data)"]),
+        ("a.json", '{"text": "a"}\n{"text" "b"}', ["line 2, column 9, is not valid JSON"]),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', ["line 2, holds something else: '[\"b\"]'", 'Write a row as {"text"']),
-        ("a.json", '{"rows": []}', ["one list of objects", "holds something else"]),
+        ("a.json", '{\n"rows": []}', ["one list of objects", "holds something else"]),
         ("a.json", '["b"]', ["holds something else"]),
         ("a.jsonl", " \n", ["a.jsonl is empty", "at least one row"]),
         ("a.csv", "", ["a.csv is empty"]),
@@ -232,7 +232,7 @@ def test_first_words_are_the_prompt_and_short_texts_are_counted(jsonl, tokenizer
     data, report = replace(DATA, prompt_words=4), LoadReport()
     rows = [{"text": "one two three four five six"}, {"text": " one  two three four five six seven "}]
     (prompt,) = load_prompts(jsonl(*rows), data, tokenizer, 8, 64, report)
-    assert (prompt.prompt_id, prompt.text) == (1, "one  two three four")
+    assert (prompt.prompt_id, prompt.text) == (1, " one  two three four")
     assert report == LoadReport(rows=2, used=1, left_out=Counter({"fewer than 7 words": 1}))
 
 
@@ -270,7 +270,7 @@ def test_over_long_prompts(jsonl, tokenizer):
 
 def test_text_trains_whole_and_ends_with_one_eos(jsonl, tokenizer):
     (example,) = load_sft(jsonl({"text": " A warm film. "}), DATA, tokenizer, 64)
-    assert example.token_ids == [*tokenizer("A warm film.")["input_ids"], EOS]
+    assert example.token_ids == [*tokenizer(" A warm film. ")["input_ids"], EOS]
     assert example.loss_mask == [True] * len(example.token_ids)
 
 
@@ -385,7 +385,6 @@ def test_scoring_input_of_training_is_that_of_a_rollout(jsonl, tokenizer, chat):
 BAD_TEXT = [
     ({"text": ""}, "empty text"),
     ({"text": " \n\t"}, "empty text"),
-    ({"text": None}, "no text"),
     ({}, "no text"),
     ({"text": 7}, "text is not a text (found int)"),
     ({"text": "\ud800"}, "text is not valid Unicode (a lone surrogate)"),
@@ -433,7 +432,7 @@ def test_bad_messages(jsonl, tokenizer, messages, reason):
 
 
 def test_too_many_bad_rows_are_listed(jsonl, tokenizer):
-    rows = [{"text": "fine"}] * 93 + [{"text": ""}] * 4 + [{"text": 1}, {"text": None}, {"text": 2}]
+    rows = [{"text": "fine"}] * 93 + [{"text": ""}] * 4 + [{"text": 1}, {}, {"text": 2}]
     message = refusal(load_sft, jsonl(*rows), replace(DATA, max_bad_rows=0.06), tokenizer, 64)
     assert message.splitlines() == [
         "data.sft: 7 of 100 rows are unusable (7.00%); data.max_bad_rows allows 6.00%. Left out: 4 x empty text, "

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from contracts.encoding import DataError, encode_prompt, item_of_messages, item_of_rendered, item_of_text
@@ -85,22 +86,21 @@ def test_a_prompt_that_does_not_begin_the_text_is_no_prompt(tokenizer: Any) -> N
 
 
 def test_pitfall_bos_is_added_once_where_the_tokenizer_adds_it(tokenizer: Any) -> None:
-    class WithBos:
-        """SmolLM2's tokenizer with the habit of Llama's."""
-
-        bos_token_id = START
-        eos_token, eos_token_id = tokenizer.eos_token, EOS
-
-        def __call__(self, text: str, add_special_tokens: bool = True, **options: Any) -> dict[str, list[int]]:
-            ids = tokenizer(text, **options)["input_ids"]
-            return {"input_ids": [START, *ids] if add_special_tokens else ids}
-
+    """SmolLM2's tokenizer with the habit of Llama's."""
+    with_bos = AutoTokenizer.from_pretrained(ROOT / ".cache/models/smollm2-135m-instruct")
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", START)]
+    )
     plain = item_of_rendered(tokenizer, "A film").token_ids
-    assert item_of_rendered(WithBos(), "A film", with_bos=True).token_ids == (START, *plain)  # type: ignore[arg-type]
-    assert item_of_rendered(WithBos(), "<|im_start|>A film", with_bos=True).token_ids == (START, *plain)  # type: ignore[arg-type]
-    assert item_of_rendered(WithBos(), "A film").token_ids == plain  # type: ignore[arg-type]
-    item = item_of_rendered(WithBos(), "A film", prompt="A", with_bos=True)  # type: ignore[arg-type]
+    assert item_of_rendered(with_bos, "A film").token_ids == (START, *plain)
+    assert item_of_rendered(with_bos, "A film", with_bos=True).token_ids == (START, *plain)
+    assert item_of_rendered(with_bos, "<|im_start|>A film", with_bos=True).token_ids == (START, *plain)
+    assert item_of_rendered(with_bos, "A film", with_bos=False).token_ids == plain
+    item = item_of_rendered(with_bos, "A film", prompt="A", with_bos=True)
     assert item.prompt_tokens == 2
+    # What a template has rendered has its BOS, or none: training inputs are the template's too.
+    text = rendered(tokenizer, TURNS).removeprefix("<|im_start|>")
+    assert item_of_rendered(with_bos, text).token_ids == item_of_rendered(tokenizer, text).token_ids
 
 
 def test_what_is_no_conversation_with_a_completion_is_refused(tokenizer: Any) -> None:

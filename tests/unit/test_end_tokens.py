@@ -27,7 +27,7 @@ def named(small_vocab: Path, tmp_path: Path) -> Any:
             (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
         text = json.loads((path / "config.json").read_text()) | {"eos_token_id": config}
         (path / "config.json").write_text(json.dumps(text))
-        return end_ids(AutoTokenizer.from_pretrained(path), ModelConfig(path=str(path)))
+        return end_ids(AutoTokenizer.from_pretrained(path), ModelConfig(path=str(path)), chat=False)
 
     return ends
 
@@ -60,4 +60,16 @@ def test_a_stage_keeps_them(small_vocab: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "first")
     AutoModelForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     tokenizer = AutoTokenizer.from_pretrained(small_vocab)
-    assert end_ids(tokenizer, ModelConfig(path=str(tmp_path / "second"))) == (2, 0)
+    assert end_ids(tokenizer, ModelConfig(path=str(tmp_path / "second")), chat=False) == (2, 0)
+
+
+def test_what_the_template_ends_an_answer_with_ends_a_completion(small_vocab: Path, tmp_path: Path) -> None:
+    """As of base Qwen: texts end with <|endoftext|>, turns with <|im_end|>, and no file says so."""
+    shutil.copytree(small_vocab, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.eos_token = "<|endoftext|>"
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]) == [0, 2]
+    model = ModelConfig(path=str(tmp_path / "model"))
+    assert end_ids(tokenizer, model, chat=True) == (0, 2)
+    assert end_ids(tokenizer, model, chat=False) == (0,)

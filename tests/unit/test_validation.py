@@ -42,6 +42,7 @@ OUTSIDE = {
     "in (0, 1]": 0.0,
     "null or above 1": 1.0,
     "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio": 0.9,
+    "a day as 2026-01-31": "today",
     "two numbers in [0, 1)": [0.9, 1.0],
 }
 
@@ -788,3 +789,49 @@ def test_tensor_parallel_workers_share_the_heads_evenly(
         f"heads or be a multiple of them; found {heads - 1}; write one of {listed}, with as many cluster.gpus_per_actor"
     )
     check_model(put(config, model__path=str(tmp_path), engine__tensor_parallel_size=heads - 1, stage="sft"))
+
+
+def test_a_stage_by_itself_is_refused_for_what_it_reads_alone(config):
+    """And a pipeline for everything."""
+    wrong = {
+        "ppo__rollouts_per_update": 3,
+        "ppo__minibatches": 8,
+        "ppo__estimator": "other",
+        "ppo__sampling__max_completion_tokens": 9000,
+        "evaluate__prompts": 1,
+        "engine__max_model_len": 0,
+        "environment__name": "none",
+        "reward_service__replicas": 0,
+        "preference__epochs": 0,
+        "reward_model__batch_size": 0,
+        "checkpoint__keep": 0,
+    }
+    broken = put(config, **wrong)
+    validate(put(broken, stage="sft"))
+    found = conflicts(broken)
+    for key in wrong:
+        assert any(key.replace("__", ".") in line for line in found), key
+    assert {line.split()[0] for line in conflicts(put(broken, stage="reward_model"))} == {"reward_model.batch_size"}
+    assert {line.split()[0] for line in conflicts(put(broken, stage="preference"))} == {"preference.epochs"}
+    lines = conflicts(
+        put(broken, stage="sft", sft__epochs=0, ppo__seed=-1, data__sft__max_rows=0, data__test__max_rows=0)
+    )
+    assert {line.split()[0] for line in lines} == {"sft.epochs", "ppo.seed", "data.sft.max_rows"}
+    alone = [
+        line.split()[0]
+        for line in conflicts(put(broken, stage="evaluate", ppo_model="x", sft_model="x", proxy_model="x"))
+    ]
+    assert {"evaluate.prompts", "engine.max_model_len", "environment.name", "reward_service.replicas"} <= set(alone)
+    assert not {"ppo.estimator", "checkpoint.keep", "preference.epochs"} & set(alone)
+
+
+def test_checkpoints_and_layers_of_other_stages_are_not_looked_at(config, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    given = put(config, model__path=str(tmp_path / "model"), proxy_model="nowhere", ppo__trainable_layers=9)
+    check_model(put(given, stage="sft"))
+    with pytest.raises(ConfigError) as raised:
+        check_model(put(given, stage="ppo"))
+    assert "proxy_model=nowhere: no model can be loaded from there" in str(raised.value)
+    assert "ppo.trainable_layers is 9, the model has 2 layers" in str(raised.value)

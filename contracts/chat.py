@@ -1,0 +1,275 @@
+"""What a chat template writes around an answer, found out from the template itself.
+
+    <|im_start|>user\\nName a prime.<|im_end|>\\n <|im_start|>assistant\\n   Seven.<|im_end|>   \\n
+    └──────────────── prompt: up to here the policy is shown ───────────┘ └─ sampled ─┘└ layout
+
+Nothing is assumed of it: not that turns end in the tokenizer's EOS (base Qwen, Gemma and Phi-3 have another token), not that
+it has a generation prompt, not that it shows earlier answers as they were given (Qwen3 and DeepSeek-R1 drop their thinking).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from contracts.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+Turn = dict[
+    str, Any
+]  # {"role": ..., "content": ...} and what else the template knows: tool_calls, reasoning_content, ...
+Turns = list[Turn]
+
+
+class DataError(ValueError):
+    """A message for the user: the rule, the value found and what to write instead."""
+
+
+class LeftOut(DataError):
+    """One row cannot be used. `bad` rows count against `data.max_bad_rows`; the others are merely unsuitable."""
+
+    def __init__(self, reason: str, detail: str = "", bad: bool = True) -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason, self.bad = reason, bad
+
+
+class Form(NamedTuple):
+    """How a template frames an answer."""
+
+    opening: str  # the answer's header, of a template that writes no generation prompt itself; else ""
+    ends: tuple[str, ...]  # tokens that end an answer, one with tool calls included
+
+
+def template_name(tokenizer: "Tokenizer") -> str:
+    return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+
+
+def with_date(tokenizer: "Tokenizer", day: str) -> "Tokenizer":
+    """Let the tokenizer's chat template write `day` (ISO 8601) for today, also once it has been saved and loaded again."""
+    date.fromisoformat(day)
+    tokenizer.init_kwargs["template_date"] = day
+    return tokenizer
+
+
+def load_tokenizer(path: str, model: ModelConfig) -> "Tokenizer":
+    """The tokenizer of a checkpoint as the configuration of its model has it loaded."""
+    from transformers import AutoTokenizer
+
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return with_date(AutoTokenizer.from_pretrained(path, **options), model.template_date)
+
+
+def render(tokenizer: "Tokenizer", turns: Turns, tools: list | None = None, ask: bool = False) -> str:
+    """What the template writes for `turns`; with `ask` and its generation prompt after them.
+
+    Raises:
+        DataError: without a chat template.
+        LeftOut: where the template refuses these turns.
+    """
+    if not tokenizer.chat_template:
+        raise DataError("data.chat: the tokenizer has no chat template; write data.chat: false and plain text columns")
+    import jinja2
+
+    day = date.fromisoformat(tokenizer.init_kwargs.get("template_date", ModelConfig.template_date))
+    try:
+        shown = tokenizer.apply_chat_template(
+            turns, tools=tools, tokenize=False, add_generation_prompt=ask, strftime_now=lambda form: day.strftime(form)
+        )
+    # A template reads what it likes of a row: what is of another type there fails as Python does.
+    except (jinja2.exceptions.TemplateError, TypeError, AttributeError, ValueError, KeyError) as error:
+        raise LeftOut("refused by the chat template", str(error)) from None
+    return str(shown)
+
+
+def template_form(tokenizer: "Tokenizer") -> Form:
+    """How the tokenizer's template frames an answer.
+
+    Raises:
+        DataError: where it ends an answer with no token of its own, so that sampling could not stop.
+    """
+    return _form(tokenizer, repr(tokenizer.chat_template), tokenizer.eos_token)
+
+
+@lru_cache(8)
+def _form(tokenizer: "Tokenizer", template: str, eos: str) -> Form:
+    said = "\ue000"  # a character that no template writes
+    ask: Turns = [{"role": "user", "content": "-"}]
+    try:
+        whole = render(tokenizer, [*ask, {"role": "assistant", "content": said}])
+    except LeftOut:  # some want a system's turn
+        ask = [{"role": "system", "content": "-"}, *ask]
+        whole = render(tokenizer, [*ask, {"role": "assistant", "content": said}])
+    head, answer, tail = whole.partition(said)
+    end = first_of(tail, _controls(tokenizer))
+    if not answer or end is None:
+        raise DataError(
+            f"data.chat: {template_name(tokenizer)} must end an answer with a token of its own, so that sampling can stop; "
+            f"it writes {whole.replace(said, 'ANSWER')!r}. Give another template, or write data.chat: false"
+        )
+    plain, prompt = render(tokenizer, ask), render(tokenizer, ask, ask=True)
+    # Spaces before an answer are a part of its first token, as "▁Seven" or "ĠSeven".
+    opening = head[len(prompt) :].rstrip(" ") if prompt == plain and head.startswith(prompt) else ""
+    called = _end_of_call(tokenizer, ask, said)
+    return Form(opening, (end,) if called in (None, end) else (end, str(called)))
+
+
+def _end_of_call(tokenizer: "Tokenizer", ask: Turns, name: str) -> str | None:
+    """The token that ends an answer which calls a tool (Llama 3.1: `<|eom_id|>`), where the template shows calls."""
+    call = {"id": "call00000", "type": "function", "function": {"name": name, "arguments": {}}}
+    try:
+        whole = render(tokenizer, [*ask, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    except LeftOut:
+        return None
+    return first_of(whole.partition(name)[2], _controls(tokenizer))
+
+
+def _controls(tokenizer: "Tokenizer") -> list[str]:
+    """The tokenizer's control tokens."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def first_of(text: str, tokens: list[str]) -> str | None:
+    """The one of `tokens` that stands first in `text`; of several in one place the longest."""
+    found = [(text.find(token), -len(token), token) for token in tokens if token and token in text]
+    return min(found)[2] if found else None
+
+
+class Shown(NamedTuple):
+    """A rendered conversation."""
+
+    text: str  # up to the end of the last answer, without the layout behind it; or up to where an answer is to begin
+    answers: list[tuple[int, int]]  # offsets of those that may train and of the last one, from prompt to end token
+    rewritten: int  # answers that may train but are shown otherwise than they were given
+
+
+def show(tokenizer: "Tokenizer", turns: Turns, tools: list | None, learnt: list[bool]) -> Shown:
+    """Render a conversation and find the answers in it.
+
+    An answer is where the template, asked for it, would let it begin, and ends with its end token. An earlier one counts
+    only if it is shown as it was given. Only for these, one rendering each is needed; all else is two, however many turns.
+
+    Args:
+        learnt: of each turn, whether it may train.
+
+    Raises:
+        LeftOut: where the template prompts for the last answer otherwise than it writes it.
+    """
+    opening, ends = template_form(tokenizer)
+
+    def prompt(count: int) -> str:
+        return render(tokenizer, turns[:count], tools, ask=True) + opening
+
+    last = len(turns) - 1
+    if turns[last]["role"] != "assistant":
+        return Shown(prompt(len(turns)), [], 0)
+    whole = render(tokenizer, turns, tools)
+    asked = prompt(last)
+    stop = _end_of(whole, len(asked), ends) if whole.startswith(asked) else None
+    if stop is None:
+        shared = next((i for i, (a, b) in enumerate(zip(whole, asked, strict=False)) if a != b), len(asked))
+        start = max(0, shared - 40)
+        raise LeftOut(
+            f"{template_name(tokenizer)} prompts for an answer otherwise than it writes it",
+            f"the prompt is ...{asked[start:]!r}, with the answer it is ...{whole[start:]!r}; give answers the form that "
+            "the prompt opens, or another template",
+        )
+    answers, rewritten = [], 0
+    for index in range(last):
+        if turns[index]["role"] == "assistant" and learnt[index]:
+            found = _kept(asked, prompt(index), lambda i=index: render(tokenizer, turns[: i + 1], tools), ends)  # type: ignore[misc]
+            answers += [found] if found else []
+            rewritten += found is None
+    return Shown(whole[:stop], [*answers, (len(asked), stop)], rewritten)
+
+
+def _kept(history: str, prompt: str, alone: Callable[[], str], ends: tuple[str, ...]) -> tuple[int, int] | None:
+    """Where an earlier answer stands in `history`, if it stands there as the template writes it when it is the last."""
+    if not history.startswith(prompt):
+        return None
+    given = alone()
+    stop = _end_of(given, len(prompt), ends) if given.startswith(prompt) else None
+    return (len(prompt), stop) if stop is not None and history.startswith(given[:stop]) else None
+
+
+def _end_of(text: str, start: int, ends: tuple[str, ...]) -> int | None:
+    end = first_of(text[start:], list(ends))
+    return None if end is None else text.index(end, start) + len(end)
+
+
+@dataclass
+class Notes:
+    """What the chat template does with the conversations of one source."""
+
+    template: str = ""
+    rewritten: int = 0  # earlier answers that it shows otherwise than they were given; they do not train
+    shown: set[str] = field(default_factory=set)  # keys that reach the tokens
+    hidden: Counter[str] = field(default_factory=Counter)  # keys that do not -> conversations that have them
+
+    def lines(self) -> list[str]:
+        """For the user; none where everything trains and is shown."""
+        found = []
+        if self.rewritten:
+            found.append(
+                f"{self.template} shows {self.rewritten} earlier answers otherwise than they were given; they do not train. "
+                "To train on them, give each a row of its own that ends with it"
+            )
+        unseen = [f"{key} ({count} rows)" for key, count in self.hidden.items() if key not in self.shown]
+        return [*found, f"{self.template} does not show {', '.join(unseen)}"] if unseen else found
+
+
+def prepared(turn: Turn, ends: list[str]) -> Turn:
+    """A turn as templates expect it. An answer's own end marker goes, as the template writes one."""
+    kept = {key: value for key, value in turn.items() if key != "weight"}
+    kept["content"] = content = turn.get("content") or ""  # Jinja would write null as "None"
+    if turn["role"] == "assistant":
+        kept["content"] = next((content.removesuffix(end) for end in ends if content.endswith(end)), content)
+    if turn.get("tool_calls"):
+        if not isinstance(turn["tool_calls"], list):
+            raise LeftOut("tool_calls is no list", f"found {type(turn['tool_calls']).__name__}")
+        kept["tool_calls"] = [_with_object(call) for call in turn["tool_calls"]]
+    return kept
+
+
+def _with_object(call: Any) -> Any:
+    """OpenAI's arguments are JSON in a text. Templates write an object as JSON, and would write the text as a string."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
+    except json.JSONDecodeError:
+        raise LeftOut("the arguments of a tool call are not JSON", f"found {function['arguments'][:40]!r}") from None
+
+
+def note_unshown(tokenizer: "Tokenizer", turns: Turns, tools: list | None, notes: Notes | None) -> None:
+    """Note the keys of these messages that the template does not show; one rendering each, until it has been seen.
+
+    Raises:
+        LeftOut: where it leaves out a call, which may be all that an answer is; the one check without `notes`.
+    """
+    keys = {key for turn in turns for key, value in turn.items() if value} - {"role", "content"}
+    keys = keys & {"tool_calls"} if notes is None else keys - notes.shown
+    is_new = bool(tools) and notes is not None and "tools" not in notes.shown
+    if not keys and not is_new:
+        return
+    notes = notes or Notes()
+    whole = render(tokenizer, turns, tools)
+    for key in sorted(keys):
+        if render(tokenizer, [{k: v for k, v in turn.items() if k != key} for turn in turns], tools) != whole:
+            notes.shown.add(key)
+        elif key == "tool_calls":
+            raise LeftOut(
+                f"{template_name(tokenizer)} does not show tool_calls", "give another template or leave them out"
+            )
+        else:
+            notes.hidden[f"{key} of messages"] += 1
+    if is_new:
+        if render(tokenizer, turns) != whole:
+            notes.shown.add("tools")
+        else:
+            notes.hidden["tools"] += 1

@@ -1,0 +1,438 @@
+"""Rows as people have them: other people's formats, packed and sharded files, and what is said once of what nobody reads."""
+
+import bz2
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from transformers import AutoTokenizer
+
+from contracts.config import DataConfig, SourceConfig
+from contracts.records import Example
+from controller.data import (
+    DataError,
+    LoadReport,
+    fingerprint,
+    load_preferences,
+    load_prompts,
+    load_rated_examples,
+    load_sft,
+)
+from controller.inputs import check_vocabulary
+from controller.rows import load_rows
+from tests.unit.test_data import DATA, jsonl, refusal, source, trained  # noqa: F401
+from tests.unit.test_joins import sentencepiece
+
+SMOLLM = Path(__file__).parents[2] / ".cache/models/smollm2-135m-instruct"
+EOS = 2
+CHAT = DataConfig(prompt_words=None, max_bad_rows=0.0, chat=True)
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+ASKED = "<|im_start|>user\nName a prime.<|im_end|>\n<|im_start|>assistant\n"
+ASK, SAID = {"role": "user", "content": "Name a prime."}, {"role": "assistant", "content": "Seven."}
+MORE, YES = {"role": "user", "content": "Another?"}, {"role": "assistant", "content": "Eleven."}
+NO = {"role": "assistant", "content": "Nine, I believe, if you allow."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(SMOLLM)
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def example(tokenizer: Any, prompt: str, completion: str) -> Example:
+    """The prompt masked; the completion, up to its end as written here, trains."""
+    start, rest = ids(tokenizer, prompt), ids(tokenizer, completion)
+    return Example(start + rest, [False] * len(start) + [True] * len(rest))
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "Name a prime."}, {"from": "gpt", "value": "Seven."}]},
+        {
+            "conversations": json.dumps(
+                [{"from": "human", "value": "Name a prime."}, {"from": "gpt", "value": "Seven."}]
+            )
+        },
+        {"messages": json.dumps([ASK, SAID])},
+        {"messages": [ASK, {**SAID, "tool_calls": None, "weight": None}]},
+        {"chosen": json.dumps([ASK, SAID]), "rejected": json.dumps([ASK, YES])},
+        {"text": "\n\nHuman: Name a prime.\n\nAssistant: Seven."},
+        {"prompt": "Name a prime.", "completion": "Seven.", "label": True},
+        {"instruction": "Name a prime.", "input": "", "output": "Seven."},
+        {"instruction": "Name a prime.", "output": "Seven."},
+    ],
+)
+def test_one_conversation_in_many_forms(jsonl: Any, tokenizer: Any, row: dict) -> None:  # noqa: F811
+    report = LoadReport()
+    assert load_sft(jsonl(row), CHAT, tokenizer, 99, report) == [example(tokenizer, SYSTEM + ASKED, "Seven.<|im_end|>")]
+    assert report.unread == []
+    [prompt] = load_prompts(jsonl(row), CHAT, tokenizer, 8, 99)
+    assert list(prompt.token_ids) == ids(tokenizer, SYSTEM + ASKED)
+
+
+def test_texts_that_are_no_messages_are_refused_by_row(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    fine = {"messages": json.dumps([ASK, SAID])}
+    for text, said in (
+        ("[{'role': 'user', 'content': 'Hi.'}]", "messages is a text but no JSON (Expecting property name"),
+        ("Hi.", "messages is a text but no JSON (Expecting value"),
+        ('"Hi."', "messages is no list of messages (found str)"),
+        ('{"role": "user"}', "messages is no list of messages (found dict)"),
+    ):
+        message = refusal(load_sft, jsonl(fine, {"messages": text}), DATA, tokenizer, 64)
+        assert f"row 1: {said}" in message
+    pair = {"chosen": "[{'role': 'user', 'content': 'Hi.'}]", "rejected": "[{'role': 'user', 'content': 'Ho.'}]"}
+    assert "row 0: chosen is a text but no JSON" in refusal(load_preferences, jsonl(pair), DATA, tokenizer, 64)
+    # A text that only looks a little like it stays one.
+    [text] = load_sft(jsonl({"prompt": "List: ", "completion": '[{"a": 1}]'}), DATA, tokenizer, 64)
+    assert trained(tokenizer, text) == '[{"a": 1}]<|im_end|>'
+
+
+def test_messages_of_a_csv_file(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(
+        'messages\n"[{""role"": ""user"", ""content"": ""Name a prime.""}, '
+        '{""role"": ""assistant"", ""content"": ""Seven.""}]"\n'
+    )
+    assert load_sft(source(tmp_path / "m.csv"), DATA, tokenizer, 99) == [
+        example(tokenizer, SYSTEM + ASKED, "Seven.<|im_end|>")
+    ]
+
+
+def test_alpaca_with_an_input(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    row = {"instruction": "Name a prime.", "input": "below 10", "output": "7"}
+    assert load_sft(jsonl(row), DATA, tokenizer, 99) == [example(tokenizer, "Name a prime.\nbelow 10", "7<|im_end|>")]
+    [chat] = load_sft(jsonl(row), CHAT, tokenizer, 99)
+    assert chat == example(tokenizer, SYSTEM + ASKED.replace("prime.", "prime.\nbelow 10"), "7<|im_end|>")
+
+
+def test_a_system_column_is_used_or_named(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    row = {"system": "Answer in French.", "prompt": "Name a prime.", "chosen": "Sept.", "rejected": "Seven.", "id": 3}
+    french = f"<|im_start|>system\nAnswer in French.<|im_end|>\n{ASKED}"
+    report = LoadReport()
+    [pair] = load_rated_examples(jsonl(row), CHAT, tokenizer, 99, report)
+    assert pair.chosen == example(tokenizer, french, "Sept.<|im_end|>")
+    assert pair.rejected == example(tokenizer, french, "Seven.<|im_end|>")
+    assert report.unread == ["id"]
+    [scored] = load_preferences(jsonl(row), CHAT, tokenizer, 99)
+    assert (scored.chosen_ids, scored.rejected_ids) == (pair.chosen.token_ids, pair.rejected.token_ids)
+    [prompt] = load_prompts(jsonl(row), CHAT, tokenizer, 8, 99)
+    assert list(prompt.token_ids) == ids(tokenizer, french)
+    [plain] = load_rated_examples(jsonl(row), DATA, tokenizer, 99, report := LoadReport())
+    assert plain.chosen == example(tokenizer, "Name a prime.", "Sept.<|im_end|>")
+    assert report.unread == ["system", "id"]
+    whole = {"system": "Answer in French.", "messages": [ASK, SAID]}
+    assert load_sft(jsonl(whole), DATA, tokenizer, 99) == [example(tokenizer, french, "Seven.<|im_end|>")]
+    own = {"system": "Be brief.", "messages": [{"role": "system", "content": "Answer in French."}, ASK, SAID]}
+    assert load_sft(jsonl(own), DATA, tokenizer, 99) == [example(tokenizer, french, "Seven.<|im_end|>")]
+
+
+def test_tools_of_a_row_reach_the_template(jsonl: Any) -> None:  # noqa: F811
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM)
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for t in m.tool_calls or [] %}{{ t.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tool = {"name": "weather"}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]}
+    expected = example(
+        tokenizer, f'[{{"name": "weather"}}]\n{ASKED}', '{"name": "weather", "arguments": {"city": "Oslo"}}<|im_end|>'
+    )
+    for tools in ([tool], json.dumps([tool]), [json.dumps(tool)]):
+        assert load_sft(jsonl({"messages": [ASK, call], "tools": tools}), DATA, tokenizer, 99) == [expected]
+    shared = {"conversations": [{"from": "human", "value": "Name a prime."}], "tools": json.dumps([tool])}
+    shared["conversations"].append(  # type: ignore[union-attr]
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'}
+    )
+    assert load_sft(jsonl(shared), DATA, tokenizer, 99) == [expected]
+    for value in ("no JSON", '"text"', [1]):
+        assert "row 0: " in refusal(load_sft, jsonl({"messages": [ASK, SAID], "tools": value}), DATA, tokenizer, 99)
+
+
+def test_tables_fill_structures_with_nulls_that_are_no_keys(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"messages": [ASK, {**SAID, "weight": 1}]}, {"messages": [ASK, {**SAID, "name": "a"}]}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert load_rows(source(tmp_path / "a.parquet")) == rows
+
+
+def test_weights_of_messages(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    turns = [ASK, {**SAID, "weight": 0}, MORE, {**YES, "weight": 1}]
+    [found] = load_sft(jsonl({"messages": turns}), DATA, tokenizer, 99)
+    history = f"{SYSTEM}{ASKED}Seven.<|im_end|>\n<|im_start|>user\nAnother?<|im_end|>\n<|im_start|>assistant\n"
+    assert found == example(tokenizer, history, "Eleven.<|im_end|>")
+    report = LoadReport()
+    nothing = {"messages": [ASK, {**SAID, "weight": 0}]}
+    assert len(load_sft(jsonl(nothing, {"messages": turns}), DATA, tokenizer, 99, report)) == 1
+    assert report.left_out == {"every answer has weight 0": 1}
+    half = {"messages": [ASK, {**SAID, "weight": 0.5}]}
+    assert "row 0: messages: the weight of a message must be 0 or 1 (found 0.5)" in refusal(
+        load_sft, jsonl(half), DATA, tokenizer, 99
+    )
+
+
+# ---- pairs
+
+
+def test_whole_conversations_and_a_prompt_with_answers_are_one_pair(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    """What both sides share does not train: under rank and nll_coef it would count, and flip the sign of margins."""
+    whole = {"chosen": [ASK, SAID, MORE, YES], "rejected": [ASK, SAID, MORE, NO]}
+    apart = {"prompt": [ASK, SAID, MORE], "chosen": [YES], "rejected": [NO]}
+    history = f"{SYSTEM}{ASKED}Seven.<|im_end|>\n<|im_start|>user\nAnother?<|im_end|>\n<|im_start|>assistant\n"
+    for row in (whole, apart, {key: json.dumps(value) for key, value in whole.items()}, {**whole, "prompt": "unread"}):
+        [pair] = load_rated_examples(jsonl(row), CHAT, tokenizer, 99)
+        assert pair.chosen == example(tokenizer, history, "Eleven.<|im_end|>")
+        assert pair.rejected == example(tokenizer, history, "Nine, I believe, if you allow.<|im_end|>")
+        [scored] = load_preferences(jsonl(row), CHAT, tokenizer, 99)
+        assert scored.chosen_ids == pair.chosen.token_ids
+        assert scored.rejected_ids == pair.rejected.token_ids
+    # As data.sft the chosen conversation teaches every answer.
+    [taught] = load_sft(jsonl(whole), CHAT, tokenizer, 99)
+    assert trained(tokenizer, taught) == "Seven.<|im_end|>Eleven.<|im_end|>"
+
+
+def test_conversations_that_part_at_an_earlier_answer(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    row = {"chosen": [ASK, SAID, MORE, YES], "rejected": [ASK, NO]}
+    [pair] = load_rated_examples(jsonl(row), CHAT, tokenizer, 99)
+    assert trained(tokenizer, pair.chosen) == "Seven.<|im_end|>Eleven.<|im_end|>"
+    assert trained(tokenizer, pair.rejected) == "Nine, I believe, if you allow.<|im_end|>"
+
+
+OTHER = {"role": "user", "content": "Name a colour."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [ASK, SAID], "rejected": [OTHER, YES]},
+        {"chosen": [ASK, SAID, MORE, YES], "rejected": [ASK, SAID, OTHER, NO]},
+        {"chosen": [ASK, SAID, MORE, YES], "rejected": [ASK, SAID]},
+        {"chosen": [ASK, SAID], "rejected": "Seven."},
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+    ],
+)
+def test_sides_with_different_prompts_are_refused_by_row(jsonl: Any, tokenizer: Any, row: dict) -> None:  # noqa: F811
+    for load in (load_preferences, load_rated_examples):
+        for data in (DATA, CHAT):
+            message = refusal(load, jsonl({"prompt": "p", "chosen": "a", "rejected": "b"}, row), data, tokenizer, 99)
+            assert "row 1: chosen and rejected answer different prompts\n" in message
+
+
+@pytest.mark.parametrize(("scores", "expected"), [((5.0, 5.0), 0.5), ((5, 4.5), 1.0), ((None, None), 1.0)])
+def test_equal_scores_are_a_tie(jsonl: Any, tokenizer: Any, scores: tuple, expected: float) -> None:  # noqa: F811
+    row = {
+        "prompt": "Name a prime.",
+        "chosen": [ASK, SAID],
+        "rejected": [ASK, NO],
+        "score_chosen": scores[0],
+        "score_rejected": scores[1],
+    }
+    report = LoadReport()
+    [pair] = load_preferences(jsonl(row), DATA, tokenizer, 99, report)
+    [texts] = load_rated_examples(jsonl(row), DATA, tokenizer, 99)
+    assert (pair.preference, texts.preference, report.unread) == (expected, expected, [])
+
+
+def test_scores_against_the_pair_are_refused(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2}
+    assert "row 0: score_chosen is below score_rejected (1 < 2)" in refusal(
+        load_preferences, jsonl(row), DATA, tokenizer, 99
+    )
+
+
+def test_transcripts_are_turns_in_chat_and_texts_else(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    start = "\n\nHuman: Name a prime.\n\nAssistant: Seven.\n\nHuman: Another?\n\nAssistant:"
+    row = {"chosen": f"{start} Eleven.", "rejected": f"{start} Nine."}
+    history = f"{SYSTEM}{ASKED}Seven.<|im_end|>\n<|im_start|>user\nAnother?<|im_end|>\n<|im_start|>assistant\n"
+    apart = {"prompt": start, "chosen": " Eleven.", "rejected": " Nine."}
+    for given in (row, apart):
+        [pair] = load_rated_examples(jsonl(given), CHAT, tokenizer, 99)
+        assert pair.chosen == example(tokenizer, history, "Eleven.<|im_end|>")
+        assert pair.rejected == example(tokenizer, history, "Nine.<|im_end|>")
+        [prompt] = load_prompts(jsonl(given), CHAT, tokenizer, 8, 99)
+        assert list(prompt.token_ids) == ids(tokenizer, history)
+        [text] = load_rated_examples(jsonl(given), DATA, tokenizer, 99)
+        assert text.chosen == example(tokenizer, start, " Eleven.<|im_end|>")
+        assert text.chosen.token_ids == [*ids(tokenizer, row["chosen"]), EOS]
+        [plain] = load_prompts(jsonl(given), DATA, tokenizer, 8, 99)
+        assert list(plain.token_ids) == ids(tokenizer, start)
+    open_end = {"chosen": f"{start} Eleven.", "rejected": start}
+    assert "row 0: " in refusal(load_preferences, jsonl(open_end), CHAT, tokenizer, 99)
+
+
+def test_comparisons_of_summaries(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    row = {"info": {"post": "Long."}, "summaries": [{"text": " a"}, {"text": " b"}], "choice": 1, "worker": "x"}
+    report = LoadReport()
+    [pair] = load_rated_examples(jsonl(row), DATA, tokenizer, 99, report)
+    assert pair.chosen == example(tokenizer, "Long.", " b<|im_end|>")
+    assert pair.rejected == example(tokenizer, "Long.", " a<|im_end|>")
+    assert report.unread == ["worker"]
+    columns = {"info": {"article": "Long."}, "summaries": {"text": [" a", " b"]}, "choice": 0}
+    [other] = load_rated_examples(jsonl(columns), DATA, tokenizer, 99)
+    assert (other.chosen, other.rejected) == (pair.rejected, pair.chosen)
+    message = refusal(load_preferences, jsonl(row, {**row, "choice": 2}), DATA, tokenizer, 99)
+    assert "row 1: a comparison needs info, two summaries and the choice 0 or 1 (found choice 2)" in message
+
+
+def test_a_completion_that_is_labelled_bad_is_never_imitated(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    rows = [
+        {"prompt": "Name a prime.", "completion": "Seven.", "label": True},
+        {"prompt": "Name a prime.", "completion": "Nine.", "label": False},
+        {"prompt": "Name a prime.", "completion": "Ten.", "label": 0},
+    ]
+    report = LoadReport()
+    [only] = load_sft(jsonl(*rows), DATA, tokenizer, 99, report)
+    assert trained(tokenizer, only) == "Seven.<|im_end|>"
+    assert report.left_out == {"label is false: not to be imitated": 2}
+    message = refusal(load_preferences, jsonl(*rows), DATA, tokenizer, 99)
+    assert "one of rated, pair is needed here; found prompt_completion (columns prompt, completion, label)" in message
+    assert "say of one completion alone whether it is good" in message
+
+
+def test_nulls_are_left_out_and_counted(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    rows = [{"prompt": "p", "chosen": "a", "rejected": None}, {"prompt": "p", "chosen": "a", "rejected": "b"}]
+    for load in (load_preferences, load_rated_examples):
+        report = LoadReport()
+        assert len(load(jsonl(*rows), DATA, tokenizer, 64, report)) == 1
+        assert report.left_out == Counter({"no rejected": 1})
+    report = LoadReport()
+    assert len(load_sft(jsonl({"text": None}, {"text": "a"}), DATA, tokenizer, 64, report)) == 1
+    assert report.left_out == {"no text": 1}
+    assert "row 1: no rejected" in refusal(
+        load_preferences, jsonl(rows[1], {"prompt": "p", "chosen": "a"}), DATA, tokenizer, 64
+    )
+
+
+def test_texts_keep_their_spaces(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    text = "\n\nHuman: Hi\n\nAssistant: Hello \n"
+    assert load_sft(jsonl({"text": text}), DATA, tokenizer, 64) == [example(tokenizer, "", f"{text}<|im_end|>")]
+    [pair] = load_rated_examples(jsonl({"chosen": "  indented\n", "rejected": "x"}), DATA, tokenizer, 64)
+    assert pair.chosen == example(tokenizer, "", "  indented\n<|im_end|>")
+    row = {"prompt": "def f(x):\n", "completion": "    return x\n"}
+    [code] = load_sft(jsonl(row), CHAT, tokenizer, 99)
+    assert trained(tokenizer, code) == "    return x\n<|im_end|>"
+
+
+# ---- what is said once
+
+
+def test_what_the_template_does_not_show_is_said_once(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    report = LoadReport()
+    rows = [{"messages": [ASK, {**SAID, "reasoning_content": "Small."}], "source": "x"}] * 3
+    assert len(load_sft(jsonl(*rows), DATA, tokenizer, 99, report)) == 3
+    assert report.unread == ["source"]
+    assert report.notes.lines() == [
+        f"the chat template of {SMOLLM} does not show reasoning_content of messages (3 rows)"
+    ]
+
+
+def test_tokens_without_embeddings_are_refused_by_name(jsonl: Any) -> None:  # noqa: F811
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM)
+    tokenizer.add_tokens(["<new>"])
+    assert tokenizer.convert_tokens_to_ids("<new>") == 49152
+    examples = load_sft(jsonl({"text": "fine"}, {"text": "a <new> b"}), DATA, tokenizer, 64)
+    check_vocabulary(examples[:1], tokenizer, 49152, "data.sft", "somewhere")
+    check_vocabulary(examples, tokenizer, 49153, "data.sft", "somewhere")
+    with pytest.raises(DataError, match=r"^data.sft: item 1, 'a <new> b.*, has the token 49152 \('<new>'\)") as refused:
+        check_vocabulary(examples, tokenizer, 49152, "data.sft", "somewhere")
+    assert "model.path=somewhere has embeddings for the tokens below 49152 alone" in str(refused.value)
+    pairs = load_preferences(jsonl({"chosen": "fine", "rejected": "a <new>"}), DATA, tokenizer, 64)
+    with pytest.raises(DataError, match=r"^data.test: item 0"):
+        check_vocabulary(pairs, tokenizer, 49152, "data.test", "somewhere")
+
+
+def test_a_date_in_the_template_does_not_change_fingerprints(jsonl: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}" + tokenizer.chat_template
+    [found] = load_sft(jsonl({"messages": [ASK, SAID]}), DATA, tokenizer, 99)
+    assert tokenizer.decode(found.token_ids).startswith("01 Jan 2026 00:00:00.000000")
+    again = load_sft(jsonl({"messages": [ASK, SAID]}), DATA, tokenizer, 99)
+    assert fingerprint([found]) == fingerprint(again)
+
+
+# ---- files
+
+
+def test_packed_files_and_lines_in_json(tmp_path: Path) -> None:
+    rows = [{"text": "größer", "n": 1}, {"text": "two\u2028lines", "n": 2}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    listed = json.dumps(rows).encode()
+    csv = "text,n\ngrößer,1\ntwo\u2028lines,2\n".encode()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    zst = pyarrow.compress(lines, codec="zstd", asbytes=True)
+    for name, content in {
+        "a.jsonl.gz": gzip.compress(lines),
+        "a.jsonl.zst": zst,
+        "a.jsonl.bz2": bz2.compress(lines),
+        "a.json": lines,
+        "one.json": lines.splitlines()[0],
+        "b.json.gz": gzip.compress(listed),
+        "c.json.zst": pyarrow.compress(lines, codec="zstd", asbytes=True),
+        "a.csv.gz": gzip.compress(csv),
+        "a.parquet.zst": pyarrow.compress((tmp_path / "a.parquet").read_bytes(), codec="zstd", asbytes=True),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert load_rows(source(tmp_path / name)) == rows[: 1 if name == "one.json" else 2], name
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
+    assert "torn.jsonl.gz cannot be unpacked as .gz" in refusal(load_rows, source(tmp_path / "torn.jsonl.gz"))
+    (tmp_path / "no.jsonl.zst").write_bytes(b"no")
+    assert "no.jsonl.zst cannot be unpacked as .zst" in refusal(load_rows, source(tmp_path / "no.jsonl.zst"))
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"x"))
+    assert "a.tar.gz has '.gz'" in refusal(load_rows, source(tmp_path / "a.tar.gz"))
+
+
+def test_directories_of_shards_and_globs(tmp_path: Path) -> None:
+    def shard(name: str, *values: int) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps({"n": value}) + "\n" for value in values))
+
+    shard("plain/part-1.jsonl", 1, 2)
+    shard("plain/part-0.jsonl", 0)
+    shard("plain/.part-9.jsonl", 9)
+    (tmp_path / "plain/README.md").write_text("no rows")
+    shard("hub/data/train-00001-of-00002.jsonl", 3)
+    shard("hub/data/train-00000-of-00002.jsonl", 2)
+    shard("hub/data/test-00000-of-00001.jsonl", 4)
+
+    def numbers(path: str, **options: Any) -> list[int]:
+        return [row["n"] for row in load_rows(source(tmp_path / path, **options))]
+
+    assert numbers("plain") == [0, 1, 2]
+    assert numbers("plain", max_rows=2) == [0, 1]
+    assert numbers("hub") == [2, 3]
+    assert numbers("hub", split="test") == [4]
+    assert numbers("hub/data/t*.jsonl") == [4, 2, 3]
+    assert numbers("plain/part-[0-1].jsonl") == [0, 1, 2]
+    message = refusal(load_rows, source(tmp_path / "hub", split="tst"), "data.test")
+    assert message == f"data.test.split: {tmp_path / 'hub'} has test, train; found 'tst'; did you mean 'test'?"
+    assert "has train; found 'test'" in refusal(load_rows, source(tmp_path / "plain", split="test"))
+    assert "no such file" in refusal(load_rows, source(tmp_path / "plain/x*.jsonl"))
+    assert "a file has one split" in refusal(load_rows, source(tmp_path / "plain/p*.jsonl", split="test"))
+    assert "README.md has '.md'" in refusal(load_rows, source(tmp_path / "plain/*"))
+
+
+def test_a_source_is_read_by_a_tokenizer_of_any_kind(jsonl: Any) -> None:  # noqa: F811
+    """The whole way with a sentencepiece tokenizer: prompts begin supervised examples, and preferences are scored alike."""
+    made = sentencepiece("legacy")
+    row = {"prompt": "Name a prime.", "chosen": " Seven.", "rejected": " a"}
+    [prompt] = load_prompts(jsonl(row), DATA, made, 8, 99)
+    [pair] = load_preferences(jsonl(row), DATA, made, 99)
+    [found] = load_sft(jsonl(row), DATA, made, 99)
+    assert found.token_ids[: len(prompt.token_ids)] == list(prompt.token_ids)
+    assert pair.chosen_ids == found.token_ids == [*made("Name a prime. Seven.")["input_ids"], EOS]
+
+
+def test_sources_without_a_format(jsonl: Any) -> None:  # noqa: F811
+    message = refusal(load_sft, jsonl({"info": {}, "choice": 1}), DATA, sentencepiece("legacy"), 9)
+    assert "fit none: info, choice" in message
+    assert SourceConfig(path="x").format == "auto"
