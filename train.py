@@ -17,13 +17,20 @@ os.environ.update({key: value for key, value in driver_env().items() if key not 
 import hydra
 from omegaconf import DictConfig
 
-from contracts.command_line import command_line_problems
+from contracts.command_line import command_line_problems, flags_first
 from contracts.config import TandemConfig, register_schema, to_config
 from contracts.outcome import write_outcome
 from contracts.precision import choose_dtypes
 from contracts.validation import ConfigError, raise_conflicts, validate
 from controller.stop import INTERRUPTED, Interrupted, Stop
-from controller.sweep import RunFailed, finished_objective, is_member, place_member, register_resolvers
+from controller.sweep import (
+    RunFailed,
+    finished_objective,
+    hide_secrets,
+    is_member,
+    place_member,
+    register_resolvers,
+)
 
 register_schema()
 register_resolvers()
@@ -39,6 +46,7 @@ def main(composed: DictConfig) -> float | None:
     """
     from controller.data import DataError
 
+    hide_secrets()
     try:
         if is_member():
             place_member(composed)
@@ -74,6 +82,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
     from controller.progress import Progress
     from controller.report import render
     from controller.resume import RunDirectory, open_run
+    from controller.stages import made_of
     from controller.status import StatusFile
     from controller.summary import summary_rows
 
@@ -85,7 +94,9 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
         with StatusFile(config.run_dir, progress.waiting) as status:
             with open_run(config, directory, progress) as log:
                 try:
-                    results = Pipeline(config, log, progress, directory, stop).run()
+                    pipeline = Pipeline(config, log, progress, directory, stop)
+                    ingredients = made_of(config)
+                    results = pipeline.run()
                 except (ConfigError, DataError) as error:
                     directory.refused()
                     status.end("refused", error=str(error))
@@ -102,7 +113,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
                 report = render(Path(config.run_dir))
             value = objective(results.get("evaluate", {}), config.evaluate.max_kl)
             write_outcome(Path(config.run_dir), value)
-            status.end("done")
+            status.end("done", made_of=ingredients)
             progress.summary(summary_rows(config, results, report), "Tandem")
     return value
 
@@ -136,6 +147,7 @@ def refuse(error: Exception) -> int:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = flags_first(sys.argv[1:])
     try:
         raise_conflicts([], command_line_problems(sys.argv[1:], CONF))
     except ConfigError as error:

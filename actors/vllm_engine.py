@@ -93,7 +93,7 @@ class VLLMEngine:
         self._updating = False
         self._steps = 0
         self._lost: BaseException | None = None
-        self._weights = WeightReceiver(self._swap)
+        self._weights = WeightReceiver(self.exchange)
 
     # ---- any thread
 
@@ -123,19 +123,25 @@ class VLLMEngine:
             submitted.set()
 
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0, detokenize=False)
+        """The last token is asked for as one that could follow the others: vLLM samples a token after every prompt, for
+        which a sequence of `max_model_len` leaves no room."""
 
-        def read(start: int) -> Callable[[RequestOutput], list[float]]:
-            return (
-                lambda out: [
-                    next(iter(entry.values())).logprob  # the first entry is the prompt's own token
-                    for entry in (out.prompt_logprobs or [])[start:]
-                    if entry
-                ]
+        def ask(ids: list[int], start: int) -> Future:
+            last = ids[-1]
+            params = SamplingParams(
+                max_tokens=1, prompt_logprobs=0, logprob_token_ids=[last], temperature=1.0, detokenize=False
             )
 
-        waiting = [self._request(ids, params, read(start)) for ids, start in sequences]
-        return [future.result() for future in waiting]
+            def read(out: RequestOutput) -> list[float]:
+                # The first entry is the prompt's own token.
+                before = [next(iter(e.values())).logprob for e in (out.prompt_logprobs or [])[start:] if e]
+                assert out.outputs[0].logprobs
+                return [*before, out.outputs[0].logprobs[0][last].logprob]
+
+            return self._request(ids[:-1], params, read)
+
+        waiting = [ask(ids, start) if start < len(ids) else None for ids, start in sequences]
+        return [future.result() if future else [] for future in waiting]
 
     def pulse(self) -> int:
         """Decoding steps so far. An idle engine makes one for a canary, which nothing else shares a step with: the batch
@@ -180,7 +186,7 @@ class VLLMEngine:
     def load_weights(self, update: WeightUpdate) -> LoadReport:
         return self._weights.load(update)
 
-    def _swap(self, parameters: Parameters, buffer: torch.Tensor, version: int) -> float:
+    def exchange(self, parameters: Parameters, buffer: torch.Tensor, version: int) -> float:
         """All of one update between two decoding steps. Returns the seconds that it took."""
 
         def run() -> float:

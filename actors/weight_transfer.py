@@ -15,8 +15,16 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _get_original_loader,
+    _layerwise_process,
+    get_layerwise_info,
+)
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
+from vllm.platforms import current_platform
 
-from contracts.packing import layout, view
+from contracts.packing import Slot, layout, view
 from contracts.weights import Parameters
 
 BACKENDS = ("shared_memory", "ray_object")  # where the bytes come from makes no difference here
@@ -34,7 +42,17 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 
 
 class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """Loads weights in checkpoint format; on CPU vLLM has prepacked its linear layers and must repack them.
+    """Loads weights in checkpoint format. On CPU vLLM has packed its layers for the kernels and must pack them again, which
+    it does layer by layer (`vllm.model_executor.model_loader.reload`) with four gaps that are closed here:
+
+    - Experts are packed where their kernel is made, and a kernel that is there is kept: it would read unpacked weights.
+    - A layer that shares a parameter with another, as a tied head does, keeps a packed copy of its own.
+    - In bfloat16 a convolution is packed, and Mamba 2 goes on with what its weight was before.
+    - Until a layer has all of its elements its parameters have no memory. Where a model copies into one by itself, past the
+      parameter's loader (GPT-OSS: sinks and experts), the values go nowhere and the old ones come back.
+
+    So no parameter counts as sent because `load_weights` says so: a layer that is not complete by vLLM's count is filled
+    with NaN, given its weights again, and must have lost every NaN.
 
     A layer keeps references to incoming tensors until its last one is there, so the buffer must stay as it is until
     `finish_weight_update` has returned.
@@ -45,47 +63,95 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # A prepacked layer leaves an empty `weight` behind, which a plain load_weights cannot fill.
-        self.prepacked = any(p.numel() == 0 for p in self.model.parameters())
-        self._tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
-        self._expected: set[str] = set()  # vLLM's names of the parameters that the update under way has not filled
+        self._names = {layer: f"{name}." if name else "" for name, layer in self.model.named_modules()}
+        owners: dict[int, torch.nn.Module] = {}
+        self._shared = [
+            (layer, name)
+            for layer in self._names
+            for name, parameter in _own_parameters(layer)
+            if owners.setdefault(id(parameter), layer) is not layer
+        ]
+        self._past_loaders: list[torch.nn.Module] = []  # layers that the model fills by itself
+        self._missing: list[str] = []
 
     def init_transfer_engine(self, init_info: HostInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
-        if self.prepacked:
-            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-            initialize_layerwise_reload(self.model)
-        self._expected = {name for name, _ in self.model.named_parameters()}
-        if self._tied:
-            self._expected.discard("lm_head.weight")
+        for layer in self._names:
+            method = getattr(layer, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None and current_platform.is_cpu():
+                method.moe_kernel = None  # on GPUs it is in captured graphs, and packs nothing
+        initialize_layerwise_reload(self.model)
+        for layer, name in self._shared:
+            setattr(layer, name, get_layerwise_info(layer).kernel_tensors[0][name])
+        for layer in self._past_loaders:
+            _give_memory(layer)
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
         slots, _ = layout(update_info.parameters)
         with torch.no_grad():
-            loaded = self.model.load_weights((slot.name, view(update_info.buffer, slot)) for slot in slots)
-        self._expected -= loaded if loaded is not None else self._expected
+            self._load(slots, update_info.buffer)
+            if self._missing:
+                # Once more, now that the layers that the model fills by itself have memory.
+                self.start_weight_update()
+                self._load(slots, update_info.buffer)
+
+    def _load(self, slots: list[Slot], buffer: torch.Tensor) -> None:
+        self.model.load_weights((slot.name, view(buffer, slot)) for slot in slots)
+        for layer in self._incomplete():
+            _give_memory(layer)
+            _load_again(layer)
+        empty = {layer: names for layer in self._incomplete() if (names := _unfilled(layer))}
+        self._missing = [self._names[layer] + name for layer, names in empty.items() for name in names]
+        self._past_loaders += list(empty)
 
     def finish_weight_update(self) -> None:
-        if self._expected:
+        if self._missing:
             # vLLM would only warn, and sample from a mixture of old and new layers.
-            names = sorted(self._expected)
+            names = sorted(self._missing)
             raise RuntimeError(f"{len(names)} parameters of the engine were not sent, the first is {names[0]}")
-        if not self.prepacked:
-            return
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
+        borrowers = [layer for layer, _ in self._shared]
+        for layer in sorted(self._incomplete(), key=borrowers.__contains__):  # after those that they share with
+            _layerwise_process(layer, get_layerwise_info(layer))
         finalize_layerwise_reload(self.model, self.model_config)
-        head = getattr(self.model, "lm_head", None)
-        if head is not None and self._tied:
-            # A tied head keeps a packed copy of its own, which the reload does not know: without this the
-            # embeddings are new and the head is old.
-            head.quant_method.process_weights_after_loading(head)
+        for layer in self._names:
+            convolution = getattr(layer, "conv1d", None)
+            if "conv_weights" in layer._buffers and hasattr(convolution, "_cpu_unpacked_conv_weight"):
+                layer.conv_weights.copy_(convolution._cpu_unpacked_conv_weight)
+
+    def _incomplete(self) -> list[torch.nn.Module]:
+        """Layers with parameters that vLLM has not packed, because it has not counted all of their elements."""
+        return [layer for layer in self._names if _own_parameters(layer) and get_layerwise_info(layer).can_load()]
 
     def shutdown(self) -> None:
         pass
+
+
+def _own_parameters(layer: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(layer.named_parameters(recurse=False))
+
+
+def _give_memory(layer: torch.nn.Module) -> None:
+    """Parameters that have none get memory, full of NaN, and their own loaders."""
+    waiting = [name for name, parameter in _own_parameters(layer) if parameter.is_meta]
+    materialize_layer(layer, get_layerwise_info(layer))
+    for name in waiting:
+        parameter = getattr(layer, name)
+        parameter.data.fill_(float("nan"))
+        parameter.weight_loader = _get_original_loader(parameter)
+
+
+def _load_again(layer: torch.nn.Module) -> None:
+    """Load what vLLM has kept for this layer until it would be complete."""
+    for name, arguments in get_layerwise_info(layer).loaded_weights:
+        parameter = getattr(layer, name)
+        arguments.arguments["param"] = parameter
+        _get_original_loader(parameter)(*arguments.args, **arguments.kwargs)
+
+
+def _unfilled(layer: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in _own_parameters(layer) if bool(parameter.isnan().any())]
 
 
 def register() -> None:

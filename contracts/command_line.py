@@ -18,11 +18,17 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from contracts.check import shown
 from contracts.config import TandemConfig, register_schema, to_config
+from contracts.error_text import error_lines
 from contracts.overrides import schema_section, unknown_overrides
 from contracts.validation import ConfigError, validate
 
 MOST_MEMBERS = 64  # of a sweep that are composed and checked beforehand, at about 0.1 s each
 HYDRA = ("hydra", "hydra/", "hydra.")
+# Flags of Hydra whose value is the next word.
+TAKE_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    "--experimental-rerun",
+)
 TYPES = {
     int: "a whole number",
     float: "a number",
@@ -30,6 +36,16 @@ TYPES = {
     str: "a text",
     list[float]: "a list of numbers",
 }
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """The same words with every override behind Hydra's flags: its parser takes overrides on one side of a flag alone."""
+    flags, overrides, takes_value = list[str](), list[str](), False
+    for word in arguments:
+        is_override = not takes_value and not word.startswith("-") and ("=" in word or word.startswith("~"))
+        (overrides if is_override else flags).append(word)
+        takes_value = word in TAKE_VALUE
+    return [*flags, *overrides]
 
 
 def is_multirun(arguments: Iterable[str]) -> bool:
@@ -51,7 +67,7 @@ def command_line_problems(arguments: list[str], conf: Path) -> list[str]:
     try:
         parsed = [o for o in OverridesParser.create().parse_overrides(written) if not unknown_overrides([_line(o)])]
     except HydraException as error:  # a comma or a bracket out of place: it names the argument
-        return [*problems, str(error).splitlines()[0]]
+        return [*problems, error_lines(error)[0]]
     wrong = {_line(override): text for override in parsed for text in _wrong_types(override)}
     problems += wrong.values()
     sweeps = is_multirun(arguments)
@@ -96,6 +112,16 @@ def _wrong_types(override: Override) -> list[str]:
         value = OverridesParser.create().parse_override(setting).value()
         if schema_section(annotation) and isinstance(value, str):
             continue  # a choice of a config group
+        written = setting.split("=", 1)[1]
+        # As 12e4567, a revision, is infinity, and the tag 1.10 is 1.1.
+        if (
+            str in (annotation, *get_args(annotation))
+            and isinstance(value, bool | int | float)
+            and str(value) != written
+        ):
+            found.append(
+                f"{key} must be a text; found {written}, which is read as {value}; write {key}='\"{written}\"'"
+            )
         try:
             OmegaConf.update(OmegaConf.structured(section), name, value, merge=True)
         except ValidationError:
@@ -145,5 +171,5 @@ def _member_conflicts(overrides: list[str]) -> list[str]:
     except ConfigError as error:
         return error.conflicts
     except (HydraException, OmegaConfBaseException) as error:
-        return [str(error).splitlines()[0]]
+        return [error_lines(error)[0]]
     return []

@@ -62,7 +62,7 @@ class OptimizerConfig:
     eps: float = 1e-5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # of the steps that are planned, as `schedule`: PPO may leave some out (ppo.target_approx_kl)
     schedule: str = "constant"  # constant | linear (to zero over the run)
 
 
@@ -167,7 +167,9 @@ class PPOConfig:
     clip: float = 0.2
     dual_clip: float | None = 3.0
     value_clip: float | None = 0.2
-    target_approx_kl: float | None = 0.02  # ends the remaining epochs of an update
+    # KL of the policy from before an update, nats a token, beyond which no further epoch of the update begins. The first
+    # one is always whole: every rollout trains.
+    target_approx_kl: float | None = 0.02
     whiten_advantages: bool | None = None  # null: as the estimator's paper has it
     # Mean over tokens, over means or sums of sequences, or over the token budget: tokens | sequences | sequence_sums |
     # budget; null: as the estimator's paper has it.
@@ -196,7 +198,9 @@ class PPOConfig:
     gold_rollouts: int = 32  # rollouts an update that the gold judge scores too; 0 switches it off
     max_failed_scores: float = 0.01  # share of rollouts without a score above which the run stops
     init_from: str = "sft"  # sft | base: what policy and reference start from
-    init_value_from: str = "reward_model"  # reward_model | policy
+    # What the value model starts from: reward_model (of the scorer proxy) | policy; null: a reward model that scores the
+    # rollouts, where there is one.
+    init_value_from: str | None = None
 
 
 @dataclass
@@ -365,7 +369,8 @@ class TandemConfig:
     seed: int = 1
     run_dir: str = MISSING
     cache_dir: str = MISSING
-    reuse_stages: bool = True  # take a finished stage from the cache when its inputs have not changed
+    # Finished stages with the same inputs: auto: those that today's code has made | true: whatever code has | false: none
+    reuse_stages: Any = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)

@@ -20,11 +20,11 @@ def estimator_checks(ppo: PPOConfig) -> list[Check]:
             f"ppo.samples_per_prompt=4 or ppo.estimator={'rwr' if by_likelihood else 'reinforce_plus_plus'}",
         ),
         Check(
-            estimator.has_value_model or ppo.init_value_from == "reward_model",
+            estimator.has_value_model or ppo.init_value_from != "policy",
             "ppo.init_value_from",
-            f"left at reward_model with ppo.estimator {ppo.estimator}, which has no value model to start",
+            f"null or reward_model with ppo.estimator {ppo.estimator}, which has no value model to start",
             ppo.init_value_from,
-            "ppo.init_value_from=reward_model or ppo.estimator=gae",
+            "ppo.init_value_from=null or ppo.estimator=gae",
         ),
         Check(
             not (by_likelihood and ppo.whiten_advantages),
@@ -41,6 +41,13 @@ def estimator_checks(ppo: PPOConfig) -> list[Check]:
             f"{ppo.kl.place or 'null'}): it would steer nothing",
             ppo.kl.controller,
             "ppo.kl.controller=fixed" + ("" if ppo.estimator == "online_dpo" else " or ppo.kl.place=reward"),
+        ),
+        Check(
+            ppo.kl.controller != "adaptive" or ppo.kl.coef > 0,
+            "ppo.kl.coef",
+            "above 0 with ppo.kl.controller adaptive, which multiplies it",
+            ppo.kl.coef,
+            f"for example {PPOConfig().kl.coef} (the default), or ppo.kl.controller=fixed",
         ),
         *(_pair_checks(ppo, estimator, steps) if ppo.estimator == "online_dpo" else []),
         *combined_checks(ppo),

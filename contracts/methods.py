@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from contracts.config import PreferenceConfig, TandemConfig
 from contracts.estimators import ESTIMATORS
+from contracts.scorers import scoring_models, starts_value_model
 
 
 class Method(NamedTuple):
@@ -70,9 +71,13 @@ def results_needed(config: TandemConfig) -> set[str]:
         stages.add(trained)
     stages = stages.union(*(NEEDS.get(stage, ()) for stage in stages))
 
+    models = scoring_models(config) | ({"proxy"} if "ppo" in stages and starts_value_model(config) else set())
+
     def is_needed(name: str) -> bool:
-        stage = name.split("/")[0]
-        return stage in stages and (config.stage == stage or getattr(config, GIVEN[name]) is None)
+        stage, _, role = name.partition("/")
+        if config.stage == stage:
+            return True
+        return stage in stages and getattr(config, GIVEN[name]) is None and (not role or role in models)
 
     needed = {name for name in GIVEN if is_needed(name)}
     return needed if config.data.gold is not None else needed - {"reward_model/gold"}

@@ -1,14 +1,20 @@
-"""Which scorers a run starts."""
+"""Which scorers a run starts, and which reward models it needs for them."""
+
+from collections.abc import Mapping
 
 from contracts.config import ScorerConfig, TandemConfig
+from contracts.estimators import ESTIMATORS
 
 ROLES = ("proxy", "gold")  # what a run asks for: PPO trains on the first and is measured by the second
 CHECKPOINTS = ("proxy_model", "gold_model")  # their reward models, as composites name them
 
 
-def chosen_scorers(configured: dict[str, ScorerConfig], checkpoints: dict[str, str]) -> dict[str, ScorerConfig]:
+def chosen_scorers(
+    configured: dict[str, ScorerConfig], checkpoints: Mapping[str, str | None]
+) -> dict[str, ScorerConfig]:
     """What the service runs for the roles of `checkpoints`: each is its reward model unless it is configured otherwise; a
-    composite names the reward models of the roles `proxy_model` and `gold_model`. Nothing else is started."""
+    composite names the reward models of the roles `proxy_model` and `gold_model`. Nothing else is started, so a role whose
+    reward model does not score (`scoring_models`) may have None for it."""
     models = {role: ScorerConfig(path=path) for role, path in checkpoints.items()}
     known = {**models, **{f"{role}_model": model for role, model in models.items()}, **configured}
     chosen: dict[str, ScorerConfig] = {}
@@ -23,11 +29,37 @@ def chosen_scorers(configured: dict[str, ScorerConfig], checkpoints: dict[str, s
 
 def has_gold(config: TandemConfig) -> bool:
     """Whether there is a judge that PPO never sees."""
-    return config.data.gold is not None or config.gold_model is not None
+    return config.data.gold is not None or config.gold_model is not None or "gold" in config.reward_service.scorers
+
+
+def judges(config: TandemConfig) -> tuple[str, ...]:
+    """The roles that this run asks for scores."""
+    return ROLES if has_gold(config) else ROLES[:1]
+
+
+def _chosen(config: TandemConfig) -> tuple[dict[str, ScorerConfig], dict[str, str]]:
+    """The scorers of a run, with a stand-in for the path of each role's reward model."""
+    stand_ins = {role: f"the reward model of {role}" for role in judges(config)}
+    return chosen_scorers(config.reward_service.scorers, stand_ins), stand_ins
+
+
+def scoring_models(config: TandemConfig) -> set[str]:
+    """The roles whose reward models score, alone or in a composite. The other roles are configured without: a rule function
+    needs neither a reward model nor preferences to train one on."""
+    chosen, stand_ins = _chosen(config)
+    paths = {entry.path for entry in chosen.values()}
+    return {role for role, path in stand_ins.items() if path in paths}
+
+
+def starts_value_model(config: TandemConfig) -> bool:
+    """Whether PPO's value model starts from the reward model of the role proxy; else from the policy, where there is one."""
+    estimator, chosen = ESTIMATORS.get(config.ppo.estimator), config.ppo.init_value_from
+    if estimator is None or not estimator.has_value_model:
+        return False
+    return "proxy" in scoring_models(config) if chosen is None else chosen == "reward_model"
 
 
 def num_models(config: TandemConfig) -> int:
     """How many reward models PPO and evaluation start."""
-    checkpoints = {role: role for role in ROLES if role == "proxy" or has_gold(config)}
-    chosen = chosen_scorers(config.reward_service.scorers, checkpoints)
+    chosen, _ = _chosen(config)
     return len({entry.path for entry in chosen.values() if entry.kind == "model"})

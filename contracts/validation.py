@@ -23,7 +23,7 @@ from contracts.overrides import closest
 from contracts.placement import Resources
 from contracts.ranges import CHOICES, RANGES, SOURCES
 from contracts.scorer_checks import http_checks, scorer_checks
-from contracts.scorers import has_gold
+from contracts.scorers import has_gold, scoring_models
 
 
 class ConfigError(ValueError):
@@ -145,6 +145,13 @@ def _ppo_checks(config: TandemConfig) -> list[Check]:
             ppo.gold_rollouts,
             "ppo.gold_rollouts=0, or set data.gold or gold_model",
         ),
+        Check(
+            config.data.gold is not None or config.gold_model is not None or "gold" not in scoring_models(config),
+            "data.gold or gold_model",
+            "set where reward_service.scorers.gold has the part gold_model",
+            None,
+            "gold_model=CHECKPOINT, data.gold={path: FILE}, or other parts",
+        ),
     ]
 
 
@@ -200,7 +207,7 @@ def _environment_checks(config: TandemConfig) -> list[Check]:
             environment.name != "single_turn" or not environment.options,
             "environment.options",
             "empty with environment.name single_turn, which has none",
-            environment.options,
+            ", ".join(environment.options),  # by name: a value may be a secret
             "environment.name as well, for example environment.name=two_turn",
         ),
         Check(

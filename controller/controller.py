@@ -51,7 +51,7 @@ from controller.progress import Progress, format_update
 from controller.prompts import PromptStream
 from controller.recovery import Recovery
 from controller.scores import describe, sample_row
-from controller.shaping import ScoreNormalizer, episodes, service_scores, shaped, turn_metrics
+from controller.shaping import ScoreNormalizer, episodes, paid_metrics, service_scores, shaped, turn_metrics
 from controller.stop import Interrupted, Stop
 from learner.kl import make_kl_controller
 from learner.learner_actor import LearnerGroup
@@ -203,7 +203,7 @@ class PPOController:
             "updates": self.updates,
             "durations": self.durations,
             "qualities": self.qualities,
-            "logs": self.log.mark(),
+            "logs": self.log.mark("ppo"),
             "wandb_id": self.log.wandb_id,
         }
         return state, arrays
@@ -232,7 +232,7 @@ class PPOController:
         self.first_score, self.version, self.updates = state["first_score"], state["version"], state["updates"]
         self.durations, self.qualities = state["durations"], state["qualities"]
         # Not the phases: what this driver was busy with stays true.
-        self.log.cut({name: size for name, size in state["logs"].items() if name != "phases.jsonl"})
+        self.log.cut("ppo", {name: count for name, count in state["logs"].items() if name != "phases.jsonl"})
         self._boundary = state, arrays
         if self.commits is not None:
             self.commits.resumed(commit)
@@ -265,9 +265,9 @@ class PPOController:
         return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
 
     def _scored(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Those with a score; the others are set aside. Raises ScoreError where they are too many."""
+        """Those with a score; the others are set aside. Raises ScoreError where they are too many, or all."""
         failed = [r for r in rollouts if r.scores["proxy"].value is None]
-        if len(failed) > self.config.ppo.max_failed_scores * len(rollouts):
+        if len(failed) > self.config.ppo.max_failed_scores * len(rollouts) or len(failed) == len(rollouts):
             reasons = sorted({str(r.scores["proxy"].error) for r in failed})
             raise ScoreError(
                 f"{len(failed)} of {len(rollouts)} rollouts of version {self.version} have no score "
@@ -290,13 +290,14 @@ class PPOController:
             self.rng,
             self.version,
         )
+        metrics = paid_metrics(worth)
         start = time.perf_counter()
         references = [ray.put(batch) for batch in batches]
         update = self.learner.start_each("update", references, self.kl.coef, train_policy, multiplier)
         if self.commits is not None:
             self.commits.ask()  # behind the update, whose optimizer step waits for the writer
         try:
-            metrics = self._wait(update, f"the learner's update {self.version + 1}")[0]
+            metrics |= self._wait(update, f"the learner's update {self.version + 1}")[0]
         except NonFiniteError as error:
             path = save_rollouts(self.log.run_dir / "non_finite.jsonl", rollouts)
             cause = error.cause if isinstance(error, RayTaskError) else error
@@ -328,11 +329,14 @@ class PPOController:
 
     def _publish(self) -> dict[str, float]:
         """Give every engine the weights of the next version."""
-        start = time.perf_counter()
+        metrics = {}
         if self.config.ppo.weight_update == "drain":
+            start = time.perf_counter()
             self.progress.waiting_for("the actors to finish what they hold")
             self.dispatcher.drain()
+            metrics["perf/drain_s"] = time.perf_counter() - start
+        start = time.perf_counter()
         self.progress.waiting_for(f"the engines to load version {self.version + 1}")
-        metrics = self.dispatcher.publish(self.version + 1)
+        metrics |= self.dispatcher.publish(self.version + 1)
         self.version += 1
         return metrics | {"perf/sync_s": time.perf_counter() - start}

@@ -10,6 +10,8 @@ import argparse
 import sys
 from typing import Any
 
+from contracts.error_text import typed_line
+
 VERSION, ROLLOUTS, WALL = "progress/version", "ledger/trained", "progress/wall_s"
 
 # (section, x axis, [(title, metrics)]); the first two are open.
@@ -152,8 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         view.save()
     except Exception as error:  # wandb raises many kinds: no key, no network, no such project
-        reason = (str(error).strip().splitlines() or [""])[0]
-        print(f"dashboard: wandb did not take it ({type(error).__name__}: {reason})", file=sys.stderr)
+        print(f"dashboard: wandb did not take it ({typed_line(error)})", file=sys.stderr)
         return 1
     print(f"workspace: {view.url}")
     return 0

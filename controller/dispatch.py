@@ -23,6 +23,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 
 from contracts.config import ClusterConfig, PPOConfig
+from contracts.error_text import typed_line
 from contracts.interfaces import CollectiveError, EngineLostError
 from contracts.records import Assignment, Delivery, Rollout
 from contracts.weights import WeightUpdate
@@ -293,7 +294,7 @@ class Dispatcher:
             return
         if not _is_loss(error):
             raise error  # of one rollout: a prompt that cannot be sampled
-        self._lose(number, _reason(error))
+        self._lose(number, typed_line(error))
 
     def _lose(self, number: int, reason: str) -> None:
         """What the actor held is handed out again, and another starts in its place."""
@@ -337,7 +338,7 @@ class Dispatcher:
             return  # of a call that nobody waits for any more
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, (RayActorError, CollectiveError)):
-            raise LearnerLostError(f"a learner rank is lost: {_reason(cause)}") from error
+            raise LearnerLostError(f"a learner rank is lost: {typed_line(cause)}") from error
         raise error
 
     def rolled_back(self) -> None:
@@ -365,7 +366,3 @@ def _is_loss(error: BaseException) -> bool:
     if isinstance(error, RayTaskError):
         error = error.cause
     return isinstance(error, (RayActorError, EngineLostError))
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

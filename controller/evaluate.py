@@ -180,7 +180,7 @@ def _compare(
     same = statistics.matched_length(x, y, a.lengths[valid], b.lengths[valid])
     matched: dict[str, Any] = {"pairs": len(same)}
     if len(same) >= 2:
-        matched["gold_gain"] = statistics.paired_gain(x[same], y[same], **options).as_dict()
+        matched[f"{judge}_gain"] = statistics.paired_gain(x[same], y[same], **options).as_dict()
         matched["win_rate"] = statistics.win_rate(x[same], y[same], **options).as_dict()
     return gain | {
         "judge": judge,

@@ -6,23 +6,37 @@
                      -> wandb               metrics only, from a thread of its own (controller.wandb_sink)
 
 Only the driver writes. Actors and learner ranks hand their numbers to it, so that no file ever has two writers.
+
+Every line belongs to a stage, which it names. A stage that begins again takes its lines back, one that goes on from a commit
+those that came after it; the lines of other stages stay where they are.
 """
 
+import io
 import json
 import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from contracts.config import LoggerConfig
+from contracts.durable import replace_text
+from contracts.error_text import typed_line
 from controller.redaction import redacted
 from controller.report.alarms import Alarm
 from controller.report.watch import AlarmWatch
 from controller.wandb_sink import WandbSink
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "phases.jsonl")
+
+
+def names_in_logs(stage: str) -> tuple[str, ...]:
+    """What the lines of a stage call it: those of ppo that only fit the value model have a name of their own."""
+    return ("ppo", "value_warmup") if stage == "ppo" else (stage,)
 
 
 class RunLog:
@@ -49,9 +63,8 @@ class RunLog:
         self.wandb_faults = 0
         self.wandb_id: str | None = None
         self._clock, self._created = clock, clock()
-        self._metrics = _open(self.run_dir / "metrics.jsonl")
-        self._samples = _open(self.run_dir / "samples.jsonl")
-        self._phases = _open(self.run_dir / "phases.jsonl")
+        self._files = {name: _open(self.run_dir / name) for name in LOGS}
+        self._counts = {name: Counter(map(_stage_of, self._lines(name))) for name in LOGS}  # lines by stage
         self._watch, self._on_alarm = AlarmWatch(config), on_alarm
         plain = redacted(config)
         self._wandb: WandbSink | None = None
@@ -63,7 +76,7 @@ class RunLog:
         """Append one line. What is not finite is written as null: the line stays JSON and the gap stays visible."""
         values = {name: _finite(value) for name, value in metrics.items()}
         row = {"stage": stage, "step": step, "wall_s": self._wall_s(), **values}
-        _write(self._metrics, row)
+        self._write("metrics.jsonl", row)
         if self._wandb:
             self._wandb.log(row)
         for alarm in self._watch.new_alarms(row):
@@ -75,7 +88,7 @@ class RunLog:
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Append prompts and completions with their scores. The text reaches wandb only with `logger.wandb_text`."""
         for row in rows:
-            _write(self._samples, {k: _finite(v) if isinstance(v, float) else v for k, v in row.items()})
+            self._write("samples.jsonl", {k: _finite(v) if isinstance(v, float) else v for k, v in row.items()})
         if self._wandb:
             self._wandb.samples(rows)
 
@@ -84,21 +97,57 @@ class RunLog:
         if self._wandb:
             self._wandb.artifact(name, kind, path)
 
-    def mark(self) -> dict[str, int]:
-        """Sizes of the files in bytes, durable: what a commit says of the logs."""
+    def mark(self, stage: str) -> dict[str, int]:
+        """How many lines a stage has in each file, which are durable: what a commit says of the logs."""
         for file in self._files.values():
             os.fsync(file.fileno())
-        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+        return {name: sum(self._counts[name][own] for own in names_in_logs(stage)) for name in LOGS}
 
-    def cut(self, sizes: Mapping[str, int]) -> None:
-        """Take the files that `sizes` names back to a `mark`: what came later is written again."""
-        for name, size in sizes.items():
-            file = self._files[name]
-            os.truncate(file.fileno(), min(size, os.fstat(file.fileno()).st_size))
+    def cut(self, stage: str, counts: Mapping[str, int]) -> None:
+        """Take a stage's lines in the files that `counts` names back to a `mark`: what came later is written again."""
+        for name, count in counts.items():
+            own, kept = 0, list[str]()
+            for line in self._lines(name):
+                is_own = _stage_of(line) in names_in_logs(stage)
+                own += is_own
+                if not is_own or own <= count:
+                    kept.append(line)
+            if own > count:
+                self._files[name].close()
+                replace_text(self.run_dir / name, "".join(kept))
+                self._files[name] = _open(self.run_dir / name)
+                self._counts[name] = Counter(map(_stage_of, kept))
 
-    @property
-    def _files(self) -> dict[str, IO[str]]:
-        return {"metrics.jsonl": self._metrics, "samples.jsonl": self._samples, "phases.jsonl": self._phases}
+    def forget(self, stage: str) -> None:
+        """A stage begins anew: an earlier attempt may have gone further, or had other settings."""
+        self.cut(stage, dict.fromkeys(LOGS, 0))
+
+    def lines_of(self, stage: str) -> dict[str, str]:
+        """The lines of a stage, by file."""
+        own = names_in_logs(stage)
+        return {name: "".join(line for line in self._lines(name) if _stage_of(line) in own) for name in LOGS}
+
+    def take(self, stage: str, texts: Mapping[str, str]) -> None:
+        """Let the lines of a stage be those of another run, as `lines_of` gave them."""
+        if self.lines_of(stage) != {name: texts.get(name, "") for name in LOGS}:
+            self.forget(stage)
+            for name, text in texts.items():
+                for line in io.StringIO(text, newline="\n"):
+                    self._append(name, line, _stage_of(line))
+
+    def _lines(self, name: str) -> list[str]:
+        # A text may hold other line ends than the one that ends a line here.
+        with (self.run_dir / name).open(encoding="utf-8", newline="\n") as file:
+            return list(file)
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        self._append(name, line, str(row.get("stage", "")))
+
+    def _append(self, name: str, line: str, stage: str) -> None:
+        self._files[name].write(line)
+        self._files[name].flush()
+        self._counts[name][stage] += 1
 
     @contextmanager
     def phase(self, stage: str, phase: str) -> Iterator[None]:
@@ -107,11 +156,11 @@ class RunLog:
         try:
             yield
         finally:
-            _write(self._phases, {"stage": stage, "phase": phase, "start_s": start_s, "end_s": self._wall_s()})
+            self._write("phases.jsonl", {"stage": stage, "phase": phase, "start_s": start_s, "end_s": self._wall_s()})
 
     def close(self) -> None:
         """End the wandb run and close the files. Closing twice does nothing."""
-        if not self._metrics.closed:
+        if not self._files["metrics.jsonl"].closed:
             if self._wandb:
                 self._wandb.close()
                 self._flush_faults()
@@ -132,11 +181,10 @@ class RunLog:
         for action, error in self._wandb.new_faults() if self._wandb else ():
             self.wandb_faults += 1
             row = {"stage": "faults", "step": self.wandb_faults, "wall_s": self._wall_s()}
-            _write(self._metrics, row | {"fault/wandb": self.wandb_faults})
+            self._write("metrics.jsonl", row | {"fault/wandb": self.wandb_faults})
             if self.wandb_faults == 1:
-                reason = str(error).strip().splitlines() or [""]
                 print(
-                    f"wandb {action} failed ({type(error).__name__}: {reason[0][:200]}); the run goes on and "
+                    f"wandb {action} failed ({typed_line(error)[:200]}); the run goes on and "
                     f"{self.run_dir}/metrics.jsonl has everything",
                     file=sys.stderr,
                 )
@@ -151,9 +199,12 @@ def _open(path: Path) -> IO[str]:
     return file
 
 
-def _write(file: IO[str], row: dict[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-    file.flush()
+def _stage_of(line: str) -> str:
+    """Empty for what is no line of ours, as one that a killed process left half-written."""
+    try:
+        return str(json.loads(line)["stage"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _finite(value: float | None) -> float | None:

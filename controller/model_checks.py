@@ -10,6 +10,7 @@ from contracts.estimators import chosen_estimator
 from contracts.loading import LoadingError, loading_report, refuse_unloaded
 from contracts.methods import GIVEN, results_needed, runs
 from contracts.proof import NoClass, Proof, Unproven
+from contracts.scorers import starts_value_model
 from contracts.validation import ConfigError
 
 SCORES = ("proxy_model", "gold_model")
@@ -65,7 +66,7 @@ def _uses(config: TandemConfig) -> Iterator[tuple[str, str]]:
             yield key, "a scorer"
     if runs(config, "ppo") and chosen_estimator(config.ppo).has_value_model:
         scores = "proxy_model" if config.proxy_model else "model.path"
-        yield scores if config.ppo.init_value_from == "reward_model" else policy, "the value model"
+        yield scores if starts_value_model(config) else policy, "the value model"
 
 
 def _prove(config: TandemConfig, use: str, found: Any) -> Proof:

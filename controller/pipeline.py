@@ -25,17 +25,21 @@ import ray
 from transformers import AutoTokenizer
 
 from contracts.config import SFTConfig, TandemConfig
+from contracts.durable import replace_text
 from contracts.end_tokens import end_ids
+from contracts.fingerprints import checkpoint_fingerprint
 from contracts.methods import GIVEN, chosen_preference, method_stage, method_title, stages_to_run
 from contracts.placement import weight_backend
 from contracts.records import StageResult
-from contracts.scorers import has_gold
+from contracts.scorers import ROLES, judges, scoring_models, starts_value_model
 from contracts.validation import ConfigError, check_machine
 from controller import offline
-from controller.checkpoint import About, package_versions
+from controller.checkpoint import About
 from controller.checks import check_amounts, check_model
+from controller.code import package_versions
 from controller.commits import Commit
 from controller.data import fingerprint
+from controller.engine_checks import begin_proofs, first_publish
 from controller.inputs import load_inputs
 from controller.metrics import RunLog
 from controller.model_checks import check_weights_and_code
@@ -46,7 +50,7 @@ from controller.recovery import once_more
 from controller.redaction import redacted
 from controller.resume import RunDirectory, flat, other_versions, require_scorers
 from controller.runtime import Runtime, embedded_nodes, ray_session
-from controller.stages import UNSEEN, StageStore, checkpoint_fingerprint, unseen
+from controller.stages import MEMORY, UNSEEN, StageStore, environment_source, unseen
 from controller.stop import Stop
 
 
@@ -54,12 +58,13 @@ class Pipeline:
     def __init__(self, config: TandemConfig, log: RunLog, progress: Progress, directory: RunDirectory, stop: Stop):
         self.config, self.log, self.progress, self.directory, self.stop = config, log, progress, directory, stop
         self.run_dir = Path(config.run_dir)
-        self.store = StageStore(Path(config.cache_dir), self.run_dir, config.reuse_stages)
+        self.store = StageStore(Path(config.cache_dir), log, config.reuse_stages, progress.line)
         self.results: dict[str, StageResult] = {}
         self.seconds: dict[str, float] = {}
         check_model(config)
         with progress.phase("proving the models"):
             check_weights_and_code(config)
+        self._engine_proofs = begin_proofs(config)
         options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, **options)
         if self.tokenizer.eos_token_id is None:
@@ -121,9 +126,9 @@ class Pipeline:
         """What decides the result of a stage, without secrets: its hash names the directory of the result."""
         config = self.config
         common: dict[str, Any] = {
-            "format": 1,
+            "format": 2,
             "seed": config.seed,
-            "model": checkpoint_fingerprint(config.model.path, config.model.revision),
+            "model": self._fingerprint(config.model.path, config.model.revision),
             "dtype": config.model.dtype,
             "learner": config.learner,
             "ranks": config.cluster.num_learner_ranks,
@@ -133,7 +138,7 @@ class Pipeline:
         if name in ("filtered_sft", "preference"):
             after = {
                 "seed": offline.method_config(config).seed,
-                "policy": checkpoint_fingerprint(self.checkpoint("sft")),
+                "policy": self._fingerprint(self.checkpoint("sft")),
             }
             if name == "filtered_sft":
                 return common | after | {"sft": _plain_sft(config.sft), "data": fingerprint(self.data.best_sft)}
@@ -146,16 +151,23 @@ class Pipeline:
         return common | {
             "ppo": config.ppo,
             "environment": redacted(asdict(config.environment)),
+            "environment_source": environment_source(config),
             "engine": config.engine,
             "actors": config.cluster.num_actors,
             "prompts": fingerprint(self.data.prompts),
             "ptx": fingerprint(self.data.sft) if config.ppo.ptx_coef else None,
-            "policy": checkpoint_fingerprint(self.checkpoint(config.ppo.init_from)),
-            "proxy": checkpoint_fingerprint(self.checkpoint("reward_model/proxy")),
-            "gold": checkpoint_fingerprint(self.checkpoint("reward_model/gold")) if has_gold(self.config) else None,
+            "policy": self._fingerprint(self.checkpoint(config.ppo.init_from)),
+            **{role: self._judge_fingerprint(role) for role in ROLES},
             "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
             **unseen(config),
         }
+
+    def _fingerprint(self, path: str, revision: str | None = None) -> str:
+        """Raises ConfigError where there is no such checkpoint."""
+        try:
+            return checkpoint_fingerprint(path, revision, Path(self.config.cache_dir) / MEMORY)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is no checkpoint that can be read: {error}") from error
 
     def checkpoint(self, name: str) -> str:
         """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`."""
@@ -170,11 +182,23 @@ class Pipeline:
         if found is None:
             stage = name.split("/")[0]
             raise ConfigError(
-                f"stage={self.config.stage} needs the result of {name}, which has not run with this configuration: "
+                f"stage={self.config.stage} needs the result of {name}, which has not run with this configuration and code: "
                 f"run stage={stage} or stage=pipeline first, or set {key}=PATH"
             )
         self.results[name] = found
         return found.path
+
+    def _judges(self, roles: tuple[str, ...]) -> dict[str, str | None]:
+        """The reward model of each role; None where it is scored without one."""
+        scoring = scoring_models(self.config)
+        return {role: self.checkpoint(f"reward_model/{role}") if role in scoring else None for role in roles}
+
+    def _judge_fingerprint(self, role: str) -> str | None:
+        """Of the reward model of a role, where PPO has anything of it."""
+        is_value = role == "proxy" and starts_value_model(self.config)
+        if not is_value and role not in scoring_models(self.config):
+            return None
+        return self._fingerprint(self.checkpoint(f"reward_model/{role}"))
 
     # ---- stages
 
@@ -200,7 +224,7 @@ class Pipeline:
 
     def _write_stages(self) -> None:
         rows = [asdict(result) | {"seconds": self.seconds.get(name, 0.0)} for name, result in self.results.items()]
-        (self.run_dir / "stages.json").write_text(json.dumps(rows, indent=1) + "\n")
+        replace_text(self.run_dir / "stages.json", json.dumps(rows, indent=1) + "\n")
 
     def _ppo(self, path: Path) -> dict[str, Any]:
         from controller.controller import PPOController
@@ -212,11 +236,9 @@ class Pipeline:
         # Of a commit `require_scorers` compares what scored, and a run with a new key for the same service is the same run.
         identity = flat({name: value for name, value in inputs.items() if name not in UNSEEN})
         commit = self._find_commit(identity)
-        policy, proxy = self.checkpoint(config.ppo.init_from), self.checkpoint("reward_model/proxy")
-        scorers = {"proxy": proxy}
-        if has_gold(self.config) and config.ppo.gold_rollouts:
-            scorers["gold"] = self.checkpoint("reward_model/gold")
-        value = proxy if config.ppo.init_value_from == "reward_model" else policy
+        policy = self.checkpoint(config.ppo.init_from)
+        scorers = self._judges(judges(config) if config.ppo.gold_rollouts else ROLES[:1])
+        value = self.checkpoint("reward_model/proxy") if starts_value_model(config) else policy
         backend, ends = weight_backend(config), self._end_ids(policy)
         ptx = self.data.sft if config.ppo.ptx_coef else []
         stream = PromptStream(self.data.prompts, config.ppo.samples_per_prompt, config.seed)
@@ -229,7 +251,9 @@ class Pipeline:
                 actors = engines.enter_context(self.runtime.actors(policy, backend, ends, client))
                 self.runtime.wait_for_service()
                 learner.wait_ready()
-                learner.call("connect", backend, actors)[0].require_all()
+                self._prove_engines()
+                prompts, timeout_s = self.data.prompts, config.cluster.start_timeout_s
+                first_publish(learner, backend, actors, replace(config.model, path=policy), prompts, timeout_s)
             restarts, say = config.cluster.max_actor_restarts, self.progress.line
             fleet = Fleet(actors, learner, backend, self.runtime.replace_actor, restarts, say)
             about = About(identity, redacted(asdict(config)), client.versions)
@@ -249,13 +273,14 @@ class Pipeline:
 
     def _find_commit(self, identity: dict[str, Any]) -> Commit | None:
         """Where stage ppo goes on; what an earlier attempt has logged and not committed goes."""
-        if not self.config.checkpoint.every:
-            return None
-        with self.progress.phase("looking for commits"):
-            commit = self.directory.find(self.config.checkpoint.resume, identity)
-        self.store.starts = self.directory.start_log(self.log.mark())
-        self.log.cut(self.store.starts if commit is None else commit.driver_state()[0]["logs"])
-        if commit:
+        commit = None
+        if self.config.checkpoint.every:
+            with self.progress.phase("looking for commits"):
+                commit = self.directory.find(self.config.checkpoint.resume, identity)
+        if commit is None:
+            self.log.forget("ppo")
+        else:
+            self.log.cut("ppo", commit.driver_state()[0]["logs"])
             other_versions(commit, package_versions(), self.progress.line)
         return commit
 
@@ -267,9 +292,7 @@ class Pipeline:
         trained = method_stage(config)
         models = {"base": config.model.path} | ({config.method: self.checkpoint(trained)} if trained else {})
         models[REFERENCE] = self.checkpoint("sft")
-        scorers = {"proxy": self.checkpoint("reward_model/proxy")}
-        if has_gold(self.config):
-            scorers["gold"] = self.checkpoint("reward_model/gold")
+        scorers = self._judges(judges(config))
         start = time.time()
         ends = self._end_ids(models["base"])
         self._start_ray("evaluate")
@@ -278,18 +301,27 @@ class Pipeline:
                 client = self.runtime.service(scorers)
                 actors = engines.enter_context(self.runtime.actors(models["base"], BACKEND, ends, client))
                 self.runtime.wait_for_service()
+                self._prove_engines()
             with self.log.phase("evaluate", "evaluation"):
                 judged = judge_models(config, models, self.data.eval_prompts, actors, list(scorers), self.progress)
         result = summarize(judged, list(scorers), config)
         known = evaluation_metrics(result, config.evaluate.max_kl)
         self.log.log("evaluate", 0, {f"evaluate/{name}": value for name, value in known.items()})
         self.log.samples(sample_rows(judged, list(scorers)))
-        (self.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        replace_text(self.run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
         self.results["evaluate"] = StageResult("evaluate", str(self.run_dir / "evaluation.json"), False, result)
         self.seconds["evaluate"] = time.time() - start
         self._write_stages()
 
     # ---- engines and phases
+
+    def _prove_engines(self) -> None:
+        """Wait for the proofs, which were begun with the run: the processes of the first stage start meanwhile."""
+        proofs, self._engine_proofs = self._engine_proofs(), list
+        for proof in proofs:
+            worst = {name: max(d.loaded, d.published) for name, d in proof.formats.items()}
+            numbers = ", ".join(f"{error:.1g} nats in {name}" for name, error in worst.items())
+            self.progress.line(f"✓ vLLM computes what transformers does, with other weights too: to {numbers}")
 
     def _start_ray(self, stage: str) -> None:
         if not ray.is_initialized():
@@ -304,6 +336,7 @@ class Pipeline:
         with self.runtime.learner(task, *arguments) as group:
             with self.phase(stage, f"starting the learner for {stage}"):
                 group.wait_ready()
+                self._prove_engines()
             yield group
 
     @contextmanager

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
 
+from contracts.error_text import typed_line
 from contracts.interfaces import CollectiveError, EngineLostError
 from contracts.weights import ActorsMissing
 from controller.commits import Commit, newest_valid
@@ -19,22 +20,21 @@ Result = TypeVar("Result")
 
 
 def once_more(work: Callable[[], Result], stage: str, log: RunLog, say: Callable[[str], None]) -> Result:
-    """`work`, of a stage without commits; from its beginning, and once, where it loses a process. What it had logged goes.
+    """`work`, of a stage without commits; from its beginning, and once more where it loses a process. What it has logged
+    before goes, of earlier attempts too.
 
     Raises:
         Exception: of `work`, the loss of a second process among them.
     """
-    start = {name: size for name, size in log.mark().items() if name != "phases.jsonl"}
+    log.forget(stage)
     try:
         return work()
     except (RayActorError, RayTaskError, ActorsMissing) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if not isinstance(cause, (RayActorError, CollectiveError, EngineLostError, ActorsMissing)):
             raise
-        say(
-            f"{stage} has lost a process and begins again ({type(cause).__name__}: {str(cause).strip().splitlines()[0]})"
-        )
-    log.cut(start)
+        say(f"{stage} has lost a process and begins again ({typed_line(cause)})")
+    log.cut(stage, {"metrics.jsonl": 0, "samples.jsonl": 0})  # what the driver was busy with stays true
     return work()
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from contracts.durable import replace_text
+
 REDACTED = "[redacted]"
 SECRET_WORDS = frozenset({"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"})
 SECRET_PART = re.compile("key|token|secret|password", re.IGNORECASE)
@@ -49,10 +51,22 @@ def redacted_override(override: str) -> str:
 
 
 def redact_hydra(folder: Path) -> None:
-    """Hydra has written configuration and command line as they came. The command line is kept, for the report."""
+    """Hydra has written configuration and command line of a run as they came, also of one that is refused or done already.
+    The command line is kept, for the report."""
     overrides = folder / "overrides.yaml"
     if overrides.exists():
-        kept = [redacted_override(str(item)) for item in yaml.safe_load(overrides.read_text()) or []]
-        overrides.write_text(yaml.safe_dump(kept))
+        _write_overrides(overrides, yaml.safe_load(overrides.read_text()) or [])
     for name in ("config.yaml", "hydra.yaml"):
         (folder / name).unlink(missing_ok=True)
+
+
+def redact_sweep(folder: Path) -> None:
+    """As `redact_hydra`, of a sweep: multirun.yaml then holds its command line alone. The first member to come does it."""
+    file = folder / "multirun.yaml"
+    content = yaml.safe_load(file.read_text()) if file.exists() else None
+    if isinstance(content, Mapping):
+        _write_overrides(file, content["hydra"]["overrides"]["task"])
+
+
+def _write_overrides(file: Path, overrides: list[Any]) -> None:
+    replace_text(file, yaml.safe_dump([redacted_override(str(item)) for item in overrides]))

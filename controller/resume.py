@@ -7,6 +7,7 @@ one start of a driver there. A resumed run is the same run: where anything that 
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -20,14 +21,16 @@ import ray
 import yaml
 
 from contracts.config import TandemConfig
+from contracts.durable import replace_text
 from contracts.validation import ConfigError
 from controller import commits
 from controller.commits import CheckpointError, Commit
-from controller.metrics import RunLog
+from controller.metrics import LOGS, RunLog
 from controller.progress import Progress
-from controller.redaction import redact_hydra, redacted, redacted_override
+from controller.redaction import redacted, redacted_override
 
-LOCK, START, SESSION, CONFIG = "driver.lock", "start.json", "ray_session", "config.yaml"
+LOCK, SESSION, CONFIG = "driver.lock", "ray_session", "config.yaml"
+SESSION_NAME = re.compile(r"session_\d[\w-]*")  # as Ray calls them: session_2026-11-28_16-02-11_123456_4711
 ORPHANS_END_S = 10.0
 SHOWN = 12  # characters of a fingerprint, for people
 
@@ -49,41 +52,40 @@ class RunDirectory:
         except BlockingIOError:
             raise ConfigError(f"run_dir={path}: another driver is working there; write another run_dir") from None
         self._lock.seek(0)
-        self.attempt = int(self._lock.read() or 0) + 1
+        earlier = self._lock.read()
+        self.attempt = int(earlier) + 1 if earlier.isdecimal() else 1
         self._lock.truncate(0)
         self._lock.write(str(self.attempt))
         self._lock.flush()
         self._earlier_config: str | None = None
         session = path / SESSION
         if session.exists():
-            if ended := end_orphans(session.read_text()):
-                say(f"{ended} processes of an earlier attempt were still there and have been ended")
+            self._end_orphans(session.read_text(errors="replace"))
             session.unlink()
+
+    def _end_orphans(self, session: str) -> None:
+        if not is_ray_session(session):
+            self._say(
+                f"{self.path / SESSION} names no Ray session of this user that is there: ignored ({session[:80]!r})"
+            )
+        elif ended := end_orphans(session):
+            self._say(f"{ended} processes of an earlier attempt were still there and have been ended")
 
     def started_ray(self, session: str | None) -> None:
         """Remember the session directory of an embedded Ray, for whoever comes after this driver; None: it is not ours."""
         if session:
-            (self.path / SESSION).write_text(session)
+            replace_text(self.path / SESSION, session)
 
     def write_config(self, plain: dict[str, Any]) -> None:
         """The resolved configuration, for people and reports."""
         file = self.path / CONFIG
         self._earlier_config = file.read_text() if file.exists() else None
-        file.write_text(yaml.safe_dump(plain, sort_keys=False))
+        replace_text(file, yaml.safe_dump(plain, sort_keys=False))
 
     def refused(self) -> None:
         """This start changes nothing: what is in the directory is still of the earlier attempt's configuration."""
         if self._earlier_config is not None:
-            (self.path / CONFIG).write_text(self._earlier_config)
-
-    def start_log(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Where the logs of stage ppo begin, in bytes: `sizes` at its first attempt, and the same at every later one."""
-        file = self.path / commits.FOLDER / START
-        if file.exists():
-            return json.loads(file.read_text())
-        file.parent.mkdir(mode=0o700, exist_ok=True)
-        file.write_text(json.dumps(dict(sizes)))
-        return dict(sizes)
+            replace_text(self.path / CONFIG, self._earlier_config)
 
     def find(self, resume: str, identity: dict[str, Any]) -> Commit | None:
         """The commit to go on from; None for a fresh start.
@@ -105,7 +107,8 @@ class RunDirectory:
                     [
                         f"{commit.path} is of another run than this configuration describes:",
                         *found,
-                        "write the values of the commit, another run_dir, or checkpoint.resume=never to start afresh",
+                        "write the values of the commit, another run_dir, or checkpoint.resume=never to start afresh; where "
+                        "checkpoints alone differ, other code has made their stages anew: reuse_stages=true takes the old",
                     ]
                 )
             )
@@ -116,17 +119,15 @@ class RunDirectory:
         if commits.steps(self.path):
             aside = self.path / f"{commits.FOLDER}.before-attempt-{self.attempt}"
             folder.rename(aside)
-            start = json.loads((aside / START).read_text())
-            for log in start:  # they are cut back to where the first attempt began
-                shutil.copy2(self.path / log, aside / log)
-            self.start_log(start)
+            for log in LOGS:  # the stage begins again, and takes its lines back
+                if (self.path / log).exists():
+                    shutil.copy2(self.path / log, aside / log)
             self._say(f"checkpoint.resume=never: starting afresh; the earlier commits and logs are in {aside}")
 
 
 def open_run(config: TandemConfig, directory: RunDirectory, progress: Progress) -> RunLog:
     """Write the resolved configuration into the run directory, open the log."""
     plain = redacted(asdict(config))
-    redact_hydra(directory.path / "hydra")
     directory.write_config(plain)
     return RunLog(
         directory.path,
@@ -184,14 +185,35 @@ def resume_command(overrides: list[str], run_dir: str) -> str:
     return shlex.join(["python", "train.py", *kept, f"run_dir={run_dir}"])
 
 
+def is_ray_session(session: str) -> bool:
+    """Whether this is the directory of a Ray session of this user. What a full disk has left empty, a relative path or `/`
+    would match processes of anybody."""
+    path = Path(session)
+    try:
+        return (
+            path.is_absolute() and SESSION_NAME.fullmatch(path.name) is not None and path.stat().st_uid == os.getuid()
+        )
+    except (OSError, ValueError):  # it is gone, and so is who wrote there; or no path at all
+        return False
+
+
 def end_orphans(session: str) -> int:
     """End what an earlier driver has left: Ray's programs and this Python's processes that write into its Ray session, as
-    all of them do their logs; who only reads there, or with another program, is somebody else. Embedded Ray's workers die
-    with the driver, its agents within a minute; an engine's own children may stay. (A mark in the environment would not
-    do: Ray's workers overwrite theirs with their title.)"""
+    all of them do their logs; who only reads there, or with another program, is somebody else. Never this process or one
+    that it descends from. Embedded Ray's workers die with the driver, its agents within a minute; an engine's own children
+    may stay. (A mark in the environment would not do: Ray's workers overwrite theirs with their title.)
+
+    Args:
+        session: a directory for which `is_ray_session` holds.
+    """
+    if not is_ray_session(session):
+        raise ValueError(f"{session!r} is no Ray session of this user")
     python, programs = os.path.realpath(sys.executable), f"{os.path.realpath(os.path.dirname(ray.__file__))}/"
+    own = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     left = []
     for process in psutil.process_iter():
+        if process.pid in own:
+            continue
         try:
             files = [file for file in process.open_files() if file.path.startswith(f"{session}/") and file.mode != "r"]
             if files and (process.exe() == python or process.exe().startswith(programs)):

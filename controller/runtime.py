@@ -1,6 +1,6 @@
 """Ray and the engines of a run: started when first needed, stopped whatever happens."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -79,7 +79,7 @@ class Runtime:
             self._placement.release()
             self._placement = None
 
-    def service(self, checkpoints: dict[str, str]) -> Any:
+    def service(self, checkpoints: Mapping[str, str | None]) -> Any:
         """The client of a reward service that scores as {"proxy": checkpoint, ...}, and as `reward_service.scorers` has it.
         It may still be starting: `wait_for_service`. The service lives as long as this runtime; stages share it.
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from contracts.records import Rollout
+from contracts.spread import spread
 from controller.statistics import distinct_n, repeat_fraction
 
 
@@ -16,7 +17,7 @@ def describe(rollouts: list[Rollout]) -> dict[str, float]:
     lengths = [len(ids) for ids in tokens]
     metrics = {
         "reward/score_mean": float(np.mean(values)),
-        "reward/score_std": float(np.std(values)),
+        "reward/score_std": spread(values),
         "completion/len_mean": float(np.mean(lengths)),
         "completion/len_p95": float(np.percentile(lengths, 95)),
         "completion/eos_frac": float(np.mean([r.completion.finish_reason == "stop" for r in rollouts])),

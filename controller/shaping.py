@@ -11,8 +11,9 @@ Turn k of a conversation ends at token e_k and is worth
     separate:    token e_k is paid u_k, and every turn trains as an episode of its own whose prompt is all that came before
 
 A completion without turns is a conversation of one turn, for which the two are the same. m and d are mean and standard
-deviation of the service's scores in the first batch, which is the reference policy's. The environment's rewards are left
-alone: their author chose the unit, and a shift would pay for the number of turns.
+deviation of the service's scores in the first batch, which is the reference policy's; d is 1 where these are all equal but
+for rounding. The environment's rewards are left alone: their author chose the unit, and a shift would pay for the number of
+turns.
 """
 
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import numpy as np
 
 from contracts.config import EnvironmentConfig, PPOConfig
 from contracts.records import Rollout, Turn
+from contracts.spread import spread
 
 
 @dataclass
@@ -32,9 +34,10 @@ class ScoreNormalizer:
     is_fitted: bool = False
 
     def fit(self, scores: list[float]) -> None:
-        """Take mean and deviation of `scores`; where there are none, wait for the next batch."""
+        """Take mean and deviation of `scores`; where there are none, wait for the next batch. Equal ones have no deviation:
+        the scorer's own unit stays."""
         if scores:
-            self.mean, self.std, self.is_fitted = float(np.mean(scores)), float(np.std(scores)) or 1.0, True
+            self.mean, self.std, self.is_fitted = float(np.mean(scores)), spread(scores) or 1.0, True
 
     def __call__(self, score: float) -> float:
         return (score - self.mean) / self.std
@@ -112,6 +115,12 @@ def _worth(turn: Turn, normalizer: ScoreNormalizer) -> float:
     if turn.score is None or turn.score.value is None:
         raise ValueError("a turn without a reward or a score cannot be shaped: its rollout leaves the batch before")
     return normalizer(turn.score.value)
+
+
+def paid_metrics(paid: list[np.ndarray]) -> dict[str, float]:
+    """The largest amount that a token is paid, in either direction: what the value model, the clip of its loss and the KL
+    penalty see."""
+    return {"reward/paid_abs_max": max((float(np.abs(row).max()) for row in paid if row.size), default=0.0)}
 
 
 def turn_metrics(rollouts: list[Rollout]) -> dict[str, float]:

@@ -90,6 +90,8 @@ def read_status(run_dir: str | Path) -> Status:
     try:
         facts = json.loads((Path(run_dir) / NAME).read_text())
     except (FileNotFoundError, ValueError):
+        facts = {}
+    if not isinstance(facts, dict):
         return Status("", {})
     state = str(facts.get("state", ""))
     if state == "running":

@@ -25,9 +25,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from contracts.config import TandemConfig
-from contracts.outcome import FILE, read_outcome
-from contracts.precision import choose_dtypes
-from controller.redaction import redacted
+from contracts.outcome import read_outcome
+from controller.redaction import redact_hydra, redact_sweep, redacted
 from controller.status import read_status
 
 MOST_CHARACTERS = 120  # of a directory's name; file systems allow 255 bytes
@@ -48,6 +47,15 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("member_name", member_name, replace=True)
 
 
+def hide_secrets() -> None:
+    """In what Hydra has written of this run and of its sweep, before anything can end the run."""
+    hydra = HydraConfig.get()
+    if hydra.output_subdir is not None:
+        redact_hydra(Path(hydra.runtime.output_dir) / hydra.output_subdir)
+    if is_member():
+        redact_sweep(Path(hydra.sweep.dir))
+
+
 def is_member() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
@@ -56,20 +64,38 @@ def place_member(composed: DictConfig) -> None:
     """Let the member's `run_dir` be the directory that Hydra has given it, and its sweep its group in wandb."""
     hydra = HydraConfig.get()
     composed.run_dir = hydra.runtime.output_dir
-    if composed.logger.group is None:
-        composed.logger.group = Path(hydra.sweep.dir).name
+    composed.logger.group = group_of(composed, hydra.sweep.dir)
+
+
+def group_of(composed: DictConfig, sweep_dir: str) -> str:
+    """A member's group in wandb: its sweep, where it has none of its own."""
+    return str(Path(sweep_dir).name if composed.logger.group is None else composed.logger.group)
 
 
 def finished_objective(config: TandemConfig) -> tuple[bool, float | None]:
-    """(whether this member is done already with the same configuration, its objective)."""
-    kept = Path(config.run_dir) / "config.yaml"
-    if read_status(config.run_dir).state != "done" or not (kept.exists() and (kept.parent / FILE).exists()):
+    """(whether this member is done already with the same configuration, files and code, its objective)."""
+    from controller.stages import made_of
+
+    kept, status = Path(config.run_dir) / "config.yaml", read_status(config.run_dir)
+    if status.state != "done":
         return False, None
-    started = copy.deepcopy(config)
-    choose_dtypes(started)  # as a run does before it writes its configuration
-    if yaml.safe_load(kept.read_text()) != redacted(asdict(started)):
+    try:
+        theirs, value = yaml.safe_load(kept.read_text()), read_outcome(kept.parent)
+        started = copy.deepcopy(config)
+        # A run writes the format that it has chosen, perhaps on another machine.
+        for section, settings in (("model", started.model), ("reward_service", started.reward_service)):
+            settings.dtype = theirs[section]["dtype"] if settings.dtype == "auto" else settings.dtype
+        if theirs != redacted(asdict(started)):
+            return False, None
+        if config.reuse_stages is not True and status.facts.get("made_of") != made_of(started):
+            print(
+                f"Tandem: {config.run_dir} was done with other data, checkpoints, functions or code: it runs again, but for "
+                "stages that this does not reach (reuse_stages=true leaves it as it is)"
+            )
+            return False, None
+        return True, value
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # not all there, or torn: it runs again
         return False, None
-    return True, read_outcome(kept.parent)
 
 
 def keep_in_names_what_is_swept(config: DictConfig) -> None:
@@ -101,6 +127,7 @@ def report_sweep(directory: Path) -> None:
     from controller.report.compare import best_of, members_of, render_comparison
     from controller.report.data import ReportError
 
+    redact_sweep(directory)  # of one whose members could not even be composed
     try:
         members = members_of([directory])
         target = render_comparison(members, directory / "report.html")

@@ -1,6 +1,7 @@
 """Who gives no sign of life, and who takes too long: what Ray cannot see of a process that is there.
 
-A stopped process answers nothing, a stuck one answers with the number of before; both are silent. Healthy is who got on.
+A stopped process answers nothing, a stuck one answers with the number of before; both are silent. Healthy is who got on. A
+learner rank that waits for a slow disk says so, and meanwhile the others that wait for it are not silent either.
 """
 
 import math
@@ -20,7 +21,7 @@ class _Pulse:
     count: int = -1  # of the last answer
     asked_s: float = -math.inf  # the last question
     waiting_s: float | None = None  # the first question since the count grew last
-    answer: "Future[int] | None" = None
+    answer: "Future[int | None] | None" = None
 
 
 class Watch:
@@ -30,26 +31,31 @@ class Watch:
     """
 
     def __init__(self, ask: Callable[[int], Any], silence_s: float, clock: Callable[[], float] = time.monotonic):
-        """`ask(number)` is a remote call that counts on, or tries to, at each question."""
+        """`ask(number)` is a remote call that counts on, or tries to, at each question; None: all of them may wait."""
         self._ask, self._silence_s, self._clock = ask, silence_s, clock
         self._pulses: dict[int, _Pulse] = {}
 
     def silent(self, numbers: Iterable[int]) -> dict[int, float]:
         """Who of them has not got on for too long, and for how many seconds. Asks whose turn has come."""
-        now, silent = self._clock(), {}
+        now, silent, numbers = self._clock(), {}, list(numbers)
         for number in numbers:
             pulse = self._pulses.setdefault(number, _Pulse())
             if pulse.answer is not None and pulse.answer.done():
                 # One that cannot answer gets its chance again; one that is lost is reported by its other calls.
                 count = pulse.count if pulse.answer.exception() else pulse.answer.result()
-                if count > pulse.count:
+                if count is None:
+                    for other in self._pulses.values():
+                        other.waiting_s = None if other.waiting_s is None else now
+                elif count > pulse.count:
                     pulse.count, pulse.waiting_s = count, None
                 pulse.answer = None
             if pulse.answer is None and now - pulse.asked_s >= self._silence_s / 4:
                 pulse.answer, pulse.asked_s = self._ask(number).future(), now
                 pulse.waiting_s = now if pulse.waiting_s is None else pulse.waiting_s
-            if pulse.waiting_s is not None and now - pulse.waiting_s > self._silence_s:
-                silent[number] = now - pulse.waiting_s
+        for number in numbers:
+            since = self._pulses[number].waiting_s
+            if since is not None and now - since > self._silence_s:
+                silent[number] = now - since
         return silent
 
     def forget(self, number: int) -> None:

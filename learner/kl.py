@@ -49,10 +49,14 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 class AdaptiveKLController:
-    """Proportional control of the KL coefficient: Ziegler et al. 2019 (arXiv 1909.08593); horizon as in their code.
+    """Proportional control of the KL coefficient: Ziegler et al. 2019 (arXiv 1909.08593), bounded.
 
-    coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * episodes / horizon. The coefficient is state: it belongs in the
-    checkpoint.
+        coef *= 1 + K clip(KL / target - 1, -0.2, 0.2),   K = min(1, episodes / horizon)
+
+    The paper has K = 0.1, its code (openai/lm-human-preferences, train_policy.py) K = episodes / horizon. The KL is
+    measured once an update, so an update of more than a horizon corrects no more than one of a whole horizon: a fifth.
+    Unbounded, K above 5 makes the factor negative, and a bonus for KL of the penalty. The coefficient is state: it belongs
+    in the checkpoint.
     """
 
     def __init__(self, coef: float, target: float, horizon: int) -> None:
@@ -70,7 +74,7 @@ class AdaptiveKLController:
         if not math.isfinite(kl_per_sequence):
             raise ValueError(f"the KL of a sequence must be finite, found {kl_per_sequence}")
         error = min(max(kl_per_sequence / self.target - 1.0, -0.2), 0.2)
-        self.coef *= 1.0 + error * episodes / self.horizon
+        self.coef *= 1.0 + error * min(1.0, episodes / self.horizon)
 
     def state_dict(self) -> dict[str, float]:
         return {"coef": self.coef}

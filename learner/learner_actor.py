@@ -60,8 +60,11 @@ class LearnerActor:
             self._is_updating = False
 
     @ray.method(concurrency_group="control")
-    def pulse(self) -> int:
-        """Grows in an update with every pass, else with every question: all other waits of a rank end by themselves."""
+    def pulse(self) -> int | None:
+        """Grows in an update with every pass, else with every question: all other waits of a rank end by themselves. None
+        where an update waits for the writer of a commit, and with this rank those that it trains with."""
+        if self._ranks and self._ranks.is_writing:
+            return None
         if not self._is_updating:
             self._pulses += 1
         return self._pulses + (self._ranks.passes if self._ranks else 0)
@@ -116,7 +119,7 @@ class LearnerGroup:
         self.wait_ready()
 
     def pulse(self, rank: int) -> Any:
-        """Reference of a number that grows as long as the rank gets on."""
+        """Reference of a number that grows as long as the rank gets on, or of None where it writes."""
         return self.actors[rank].pulse.remote()
 
     def stacks(self) -> str:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from contracts.spread import ROUNDING
+
 
 @torch.no_grad()
 def best_of_groups(outcomes: Tensor, groups: Tensor, trains: Tensor) -> Tensor:
@@ -88,12 +90,12 @@ def preference_pairs(outcomes: Tensor, log_ratios: Tensor, groups: Tensor, train
         log_ratios: float64 [N], l of each rollout, summed over the tokens that train.
 
     Returns:
-        A group whose outcomes are all equal makes no pair; among equals the first counts.
+        A group whose outcomes are all equal but for rounding makes no pair; among equals the first counts.
     """
     best, worst = [], []
     for members in _members(groups, trains):
         of_group = outcomes[members]
-        if of_group.max() > of_group.min():
+        if of_group.max() - of_group.min() > ROUNDING * of_group.abs().max():
             best.append(members[of_group.argmax()])
             worst.append(members[of_group.argmin()])
     coefficients = torch.zeros_like(outcomes)

@@ -59,6 +59,12 @@ class Pass:
     returns: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of an update from those of its optimizer steps: the largest of maxima (`..._max`), the mean of all else."""
+    columns = {name: [step[name] for step in steps] for name in steps[0]}
+    return {name: max(row) if name.endswith("_max") else sum(row) / len(row) for name, row in columns.items()}
+
+
 class Timer:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

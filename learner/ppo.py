@@ -28,7 +28,7 @@ from learner.engine import Ranks, TrainEngine, frozen
 from learner.global_batch import describe, set_advantages, set_weights
 from learner.losses import kl_loss, likelihood_loss, policy_loss, value_loss
 from learner.models import freeze_below, load_policy, load_scalar
-from learner.passes import Pass, Places, Timer
+from learner.passes import Pass, Places, Timer, over_steps
 from learner.rank_state import RankState
 from learner.sft import example_nll, loss_tokens
 from learner.weight_publisher import WeightPublisher
@@ -136,17 +136,24 @@ class PPOTask:
         off_policy = set_weights(passes, batch, self.ranks, ppo, self.estimator)
 
         steps: list[dict[str, float]] = []
-        stopped = False
-        for _ in range(ppo.epochs):
+        for epoch in range(ppo.epochs):
             for minibatch, tokens in zip(passes, batch.global_loss_tokens, strict=True):
-                if not stopped:
-                    steps.append(self._step(minibatch, tokens, kl_coef, policy_coef, train_policy, timer))
-                    approx_kl = steps[-1].get("policy/approx_kl", 0.0)
-                    stopped = ppo.target_approx_kl is not None and approx_kl > ppo.target_approx_kl
-        metrics = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-        metrics["policy/optimizer_steps"] = float(len(steps))
+                steps.append(self._step(minibatch, tokens, kl_coef, policy_coef, train_policy, timer))
+            # Of the epoch's last minibatch, before its step. An epoch is never left half-way: every rollout trains.
+            approx_kl = steps[-1].get("policy/approx_kl", 0.0)
+            if ppo.target_approx_kl is not None and approx_kl > ppo.target_approx_kl:
+                self._skip((ppo.epochs - epoch - 1) * len(passes), train_policy)
+                break
+        metrics = over_steps(steps) | {"policy/optimizer_steps": float(len(steps))}
         described = describe(everything, batch, self.ranks, self.value is not None)
         return metrics | compared | off_policy | described | timer.seconds
+
+    def _skip(self, steps: int, train_policy: bool) -> None:
+        """Steps that an early end leaves out: the schedules go on as if they had been taken, and end with the run."""
+        if train_policy:
+            self.policy.skip(steps)
+        if self.value:
+            self.value.skip(steps)
 
     def _first_pass(self, mb: Microbatch, hold: bool, train_policy: bool, timer: Timer) -> Pass:
         places = Places(mb, self.ranks.device)

@@ -53,8 +53,8 @@ class RankState:
     def num_bytes(self) -> int:
         """About what this rank writes, for the free-space check before the first commit."""
         mine = sum(t.nbytes for engine in self._engines.values() for t in engine.state()[0].values())
-        weights = self._engines[POLICY].weight_shapes() if self._ranks.rank == 0 else []
-        return mine + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in weights)
+        groups = self._engines[POLICY].weight_shapes() if self._ranks.rank == 0 else []
+        return mine + sum(math.prod(shape) * dtype.itemsize for group in groups for _, dtype, shape in group)
 
     def begin(self, directory: str, extra: dict[str, Any]) -> None:
         """Start to write. `extra` are the task's own plain values; weights must not change but by `TrainEngine.step`."""
@@ -83,7 +83,9 @@ class RankState:
     def wait(self) -> None:
         """Return when nothing is being written. An error of the writer stays for `result`: it costs a commit, no step."""
         if self._writing is not None:
+            self._ranks.is_writing = True
             self._writing.exception()
+            self._ranks.is_writing = False
 
     def result(self) -> dict[str, FileRecord]:
         """This rank's vote: what it wrote, when it has.

@@ -11,6 +11,8 @@ from typing import Any
 import ray
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
+from contracts.error_text import typed_line
+
 
 class ReceiversLost(RuntimeError):
     """Actors were lost within a transfer that needs all of them; the others have half of it, so no run goes on from here."""
@@ -57,7 +59,7 @@ class Receivers:
             except ray.exceptions.RayTaskError as error:
                 missing[i] = f"{type(error.cause).__name__}: {error.cause}"
             except ray.exceptions.RayError as error:  # the process or its node is gone
-                missing[i] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                missing[i] = typed_line(error)
         return answers, missing
 
     # ---- vLLM's VLLMWeightSyncClient

@@ -13,6 +13,7 @@ from contracts.batching import cut_microbatches
 from contracts.config import TandemConfig
 from contracts.records import PreferencePair, RatedText
 from contracts.scoring import write_golden
+from contracts.spread import spread
 from learner.checkpoint import save_checkpoint
 from learner.engine import Ranks, TrainEngine
 from learner.losses import soft_pairwise_loss
@@ -110,7 +111,7 @@ class RewardModelTask:
             item = self.examples[i]
             texts += [item.token_ids] if isinstance(item, RatedText) else [item.chosen_ids, item.rejected_ids]
         raw = np.asarray(self.score(texts)) * self.model.std + self.model.mean
-        fields = {"score_mean": float(raw.mean()), "score_std": float(raw.std() or 1.0)}
+        fields = {"score_mean": float(raw.mean()), "score_std": spread(raw) or 1.0}
         save_checkpoint(self.engine, path, self.config.model.path, self.config.model, self.ranks, fields)
         if self.ranks.rank == 0:
             write_golden(path, texts[:16], ((raw[:16] - fields["score_mean"]) / fields["score_std"]).tolist())

@@ -5,23 +5,36 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from learner.engine import TrainEngine
 
 
 class EngineSource(WeightSource):
-    """The weights of a `TrainEngine`. Iteration is a collective under ZeRO-3: all ranks iterate together."""
+    """The weights of a `TrainEngine`. Iteration is a collective under ZeRO-3: all ranks iterate together.
+
+    Names and layout are those of a checkpoint on disk, which engines read: transformers holds all experts of a layer in one
+    tensor, and a checkpoint has each by itself.
+    """
 
     def __init__(self, engine: TrainEngine):
         self._engine = engine
 
     def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, dtype, shape) for name, dtype, shape in self._engine.weight_shapes()]
+        stored = []
+        for group in self._engine.weight_shapes():
+            on_meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in group}
+            stored += self._as_stored(on_meta)
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._engine.named_weights():
-            yield name, parameter.detach()
+        for group in self._engine.gathered():
+            yield from self._as_stored({name: tensor.detach() for name, tensor in group})
+
+    def _as_stored(self, weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """As `save_pretrained` writes them. What it takes apart lies within one layer, and so within one group."""
+        return list(revert_weight_conversion(self._engine.model.lm, weights).items())
 
 
 class CheckpointSource(WeightSource):

@@ -45,7 +45,12 @@ def _combined(scores: dict[str, Score], formula: Callable[[list[float]], float])
         name, score = min(failed, key=lambda entry: entry[1].code in RETRYABLE)
         code, _, detail = (score.error or "unavailable").partition(": ")
         return Score(None, f"{code}: {name}: {detail}" if detail else f"{code}: {name}")
-    value = formula([s.value for s in scores.values() if s.value is not None])
+    try:
+        value = formula([s.value for s in scores.values() if s.value is not None])
+    except OverflowError:  # of a square, or within a sum
+        value = math.inf
+    if not math.isfinite(value):  # though every part is
+        return Score(None, "non_finite")
     return Score(
         value,
         raw=value,

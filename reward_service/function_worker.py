@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 PR_SET_PDEATHSIG = 1  # Linux: end with the replica, even one that was killed
@@ -40,11 +40,40 @@ def arguments_for(function: Callable[..., Any], request: dict[str, list]) -> dic
     return {name: request[name] for name in (p.name for p in parameters) if name in request}
 
 
-def plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's; anything else stays what it is, for the reader to refuse."""
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value.tolist() if hasattr(value, "tolist") else value
+class Refused(ValueError):
+    """What a function returned is no list of numbers; the text is an item's error, "code: detail"."""
+
+
+def plain_scores(value: Any) -> list[int | float]:
+    """What a function returned as numbers that JSON can carry, those of numpy and torch as Python's.
+
+    Raises:
+        Refused: where it is something else.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, list | tuple):
+        raise Refused(_wrong_type(value, "a list"))
+    return [_number(item) for item in value]
+
+
+def _number(value: Any) -> int | float:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Refused(_wrong_type(value, "a number"))
+    try:
+        float(value)
+    except OverflowError:
+        raise Refused("non_finite: an integer beyond the range of float") from None
+    return value
+
+
+def _wrong_type(value: Any, wanted: str) -> str:
+    hint = ""
+    if inspect.isawaitable(value) or inspect.isasyncgen(value):
+        hint = ": nobody awaits it, write the function without async"
+    elif isinstance(value, Iterator):
+        hint = ": nobody runs through it, return list(...) of it"
+    return f"wrong_type: {type(value).__name__} instead of {wanted}{hint}"
 
 
 def limit_memory(gib: float) -> None:
@@ -71,14 +100,15 @@ def main(function_name: str, memory_gib: float) -> None:
     answer(replies, {"ready": True})
     for line in sys.stdin:
         try:
-            reply = {"scores": plain(function(**arguments_for(function, json.loads(line))))}
-            answer(replies, reply)
+            answer(replies, {"scores": plain_scores(function(**arguments_for(function, json.loads(line))))})
+        except Refused as refused:
+            answer(replies, {"refused": str(refused)})
         except Exception as error:  # the item's error; its type alone, since its text may quote the completion
             answer(replies, {"error": type(error).__name__})
 
 
 def answer(replies: IO[str], reply: dict[str, Any]) -> None:
-    replies.write(json.dumps(reply, default=lambda value: {"type": type(value).__name__}) + "\n")
+    replies.write(json.dumps(reply) + "\n")
     replies.flush()
 
 

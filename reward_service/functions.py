@@ -4,7 +4,8 @@ A function takes lists and returns one number an item, as TRL's reward functions
 
     def brevity(completions: list[str], **_) -> list[float]: ...
 
-It is given `prompts`, `completions` and `labels` as far as it names them.
+It is given `prompts`, `completions` and `labels` as far as it names them. It is neither a generator nor `async`: nobody
+awaits what it returns.
 """
 
 import json
@@ -81,6 +82,8 @@ class FunctionProcess:
             raise
         if "error" in reply:
             raise Failed(f"poison: {reply['error']}")
+        if "refused" in reply:
+            raise Failed(reply["refused"])
         return reply["scores"]
 
     def _read(self, timeout_s: float) -> dict[str, Any]:

@@ -51,6 +51,9 @@ def _problem(values: object, count: int) -> str | None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"wrong_type: {type(value).__name__} instead of a number"
-        if not math.isfinite(value):
-            return "non_finite"
+        try:
+            if not math.isfinite(value):
+                return "non_finite"
+        except OverflowError:
+            return "non_finite: an integer beyond the range of float"
     return None

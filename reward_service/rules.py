@@ -2,6 +2,7 @@
 
 import math
 import re
+from decimal import Decimal
 
 
 def brevity(completions: list[str], **_: object) -> list[float]:
@@ -10,13 +11,15 @@ def brevity(completions: list[str], **_: object) -> list[float]:
 
 
 def exact_answer(completions: list[str], labels: list[str | None]) -> list[float | None]:
-    """1 where the last number of the completion is the label's, 0 where it is not. Without a label there is no score."""
+    """1 where the last number of the completion is the label's, 0 where it is not or there is none. Without a number in the
+    label there is no score."""
 
-    def last_number(text: str) -> float | None:
+    def last_number(text: str) -> Decimal | None:
         found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-        return float(found[-1]) if found else None
+        return Decimal(found[-1]) if found else None  # exact: as float, all numbers of over 308 digits are one
 
+    answers = [None if label is None else last_number(label) for label in labels]
     return [
-        None if label is None else float(last_number(text) == last_number(label))
-        for text, label in zip(completions, labels, strict=True)
+        None if answer is None else float(last_number(text) == answer)
+        for text, answer in zip(completions, answers, strict=True)
     ]

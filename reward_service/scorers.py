@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 
 from contracts.config import RewardServiceConfig, ScorerConfig
+from contracts.error_text import error_lines
 from reward_service.front import ScorerSpec
 from reward_service.reading import EOS, chosen_read_at
 from reward_service.versions import composite_version, function_version, model_version, vocabulary
@@ -55,7 +56,7 @@ def resolve(
         except (OSError, ValueError) as error:
             if isinstance(error, ScorerError):
                 raise
-            problems.append(f"{name}: {str(error).strip().splitlines()[0]}")
+            problems.append(f"{name}: {error_lines(error)[0]}")
             return None
         specs[name] = found
         return found

@@ -19,7 +19,7 @@ from contracts.config import TandemConfig, to_config
 from contracts.methods import GIVEN
 from contracts.overrides import unknown_overrides
 from contracts.validation import ConfigError, raise_conflicts, validate
-from submission.targets import ROOT, TARGETS, RayJobs, Target, composed, is_target, to_target
+from submission.targets import ROOT, TARGETS, RayJobs, Slurm, Target, composed, form_checks, is_target, to_target
 
 RECORDS = ROOT / ".cache/jobs"  # what this machine has submitted, so that a job's name is enough to reach it
 LEAVE_S = 15  # for the engines to end, once the state is saved
@@ -48,7 +48,7 @@ class Job:
         return {"overrides": json.dumps(self.overrides), "run_dir": self.run_dir}
 
     def record(self) -> None:
-        RECORDS.mkdir(parents=True, exist_ok=True)
+        RECORDS.mkdir(mode=0o700, parents=True, exist_ok=True)  # overrides may hold secrets
         kind = next(name for name, kind in TARGETS.items() if isinstance(self.target, kind))
         (RECORDS / f"{self.id}.json").write_text(json.dumps(asdict(self) | {"kind": kind}, indent=1) + "\n")
 
@@ -130,6 +130,8 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
             f"target.stop_wait_s={math.ceil(grace_s) + LEAVE_S}, or a smaller checkpoint.grace_s",
         )
     )
+    if isinstance(target, Slurm):
+        checks += form_checks(target)
     if isinstance(target, RayJobs):
         checks += [
             Check(

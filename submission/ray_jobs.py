@@ -15,6 +15,7 @@ import requests
 
 from contracts.cluster_checks import placement_conflicts, stated_nodes
 from contracts.config import TandemConfig
+from contracts.error_text import error_lines
 from contracts.placement import Resources
 from contracts.validation import raise_conflicts
 from submission.job import Job, next_id
@@ -65,7 +66,7 @@ class Cluster:
             self.client = JobSubmissionClient(target.address)
         except AuthenticationError as error:
             raise ClusterError(
-                f"the cluster at {target.address} wants a token: {str(error).splitlines()[0]}\nwrite the cluster's token "
+                f"the cluster at {target.address} wants a token: {error_lines(error)[0]}\nwrite the cluster's token "
                 "(`ray get-auth-token` on its head node) to ~/.ray/auth_token, or its path to RAY_AUTH_TOKEN_PATH"
             ) from error
         except (ConnectionError, RuntimeError) as error:
@@ -101,7 +102,7 @@ class Cluster:
                 runtime_env={**files, "env_vars": environment},
             )
         except RuntimeError as error:
-            raise ClusterError(f"the cluster refuses {job.id}: {str(error).strip().splitlines()[-1]}") from error
+            raise ClusterError(f"the cluster refuses {job.id}: {error_lines(error)[-1]}") from error
         job.record()
 
     def info(self, job_id: str) -> Any:
@@ -109,7 +110,7 @@ class Cluster:
         try:
             return self.client.get_job_info(job_id)
         except RuntimeError as error:
-            raise ClusterError(f"{self.target.address}: {str(error).splitlines()[0]}") from error
+            raise ClusterError(f"{self.target.address}: {error_lines(error)[0]}") from error
 
     def job(self, job_id: str) -> Job:
         """Any job that was submitted with `submit.py`, by whomever."""

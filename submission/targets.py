@@ -3,6 +3,7 @@
 None of these is a key of the job: `train.py` does not know them.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from contracts.check import Check
 from contracts.overrides import closest
 from contracts.validation import ConfigError
 
@@ -63,6 +65,38 @@ class Slurm:
     port: int = 6379  # of the Ray head
     node_wait_s: int = 300  # longest wait for the nodes
     stop_wait_s: int = 120  # the warning before the time limit
+
+
+# sbatch takes a bare number too, as minutes and as megabytes. Where YAML made it of 4:00:00 (14400 seconds) or of a size
+# without its unit, it means something else than what was written, and nothing says so.
+DURATION = re.compile(r"\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+MOMENT = re.compile(r"(?!\d+$).+")
+SIZE = re.compile(r"\d+[KMGT]B?|0", re.IGNORECASE)
+FORMS = {
+    "time": (DURATION, "minutes:seconds, hours:minutes:seconds or days-hours:minutes:seconds", "24:00:00"),
+    "begin": (MOMENT, "a time of day, a date or now+count", "16:00"),
+    "mem": (SIZE, "a number with its unit", "64G"),
+}
+FORMS |= {
+    "time-min": FORMS["time"],
+    "deadline": FORMS["begin"],
+    "mem-per-cpu": FORMS["mem"],
+    "mem-per-gpu": FORMS["mem"],
+}
+
+
+def form_checks(target: Slurm) -> list[Check]:
+    """Whether texts that sbatch takes for times and sizes have the form of one."""
+    written = {"target.time": ("time", target.time)}
+    written |= {f"target.options.{name}": (name, value) for name, value in target.options.items() if name in FORMS}
+    checks = []
+    for key, (name, value) in written.items():
+        form, rule, example = FORMS[name]
+        instead = f"for example {key}={example}, in a YAML file '{example}' with its quotes"
+        checks.append(Check(form.fullmatch(value) is not None, key, rule, value, instead))
+    twice = "time" in target.options
+    checks.append(Check(not twice, "target.options.time", "absent", target.options.get("time"), "target.time"))
+    return checks
 
 
 Target = RayJobs | KubeRay | Slurm

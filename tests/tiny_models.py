@@ -1,6 +1,6 @@
 """Tiny random models of many architectures: two or three layers of each kind, and weights that tell them apart.
 
-`TINY[name]()` is a configuration, `make(name, seed)` a model of it. A name with a suffix is a variant of the architecture before it:
+`TINY[name]()` is a configuration, `make(name, seed)` a model of it. A name with a suffix is a variant of an architecture:
 `-window` has a sliding window of 8 tokens, `-tied` shares the head with the embeddings.
 """
 
@@ -47,6 +47,10 @@ SHORT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128, "truncate": False,
+    "beta_fast": 32.0, "beta_slow": 1.0,
+}  # fmt: skip
 SLIDING_FULL = ["sliding_attention", "full_attention"]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -54,8 +58,8 @@ ROUTED = {
     "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 2,
     "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0,
 }  # fmt: skip
-MLA = {
-    "num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+MLA = {  # latents as long as the real ones, which alone have a kernel in vLLM
+    "num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64,
     "v_head_dim": 32,
 }  # fmt: skip
 MAMBA = {
@@ -222,7 +226,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
     "glm4_moe": of("Glm4Moe", SIZES, HEADS, ROUTED, use_qk_norm=True),
     "dots1": of("Dots1", SIZES, HEADS, ROUTED),
     "deepseek_v2": of("DeepseekV2", SIZES, ROUTED, MLA),
-    "deepseek_v3": of("DeepseekV3", SIZES, ROUTED, MLA),
+    "deepseek_v3": of("DeepseekV3", SIZES, ROUTED, MLA, topk_method="noaux_tc", scoring_func="sigmoid"),
     "ernie4_5_moe": of(
         "Ernie4_5_Moe",
         SIZES,
@@ -242,7 +246,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         LOCAL_EXPERTS,
         sliding_window=64,
         layer_types=SLIDING_FULL,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=YARN,
     ),
     "gpt_oss-window": of(
         "GptOss",
@@ -251,9 +255,18 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         LOCAL_EXPERTS,
         sliding_window=WINDOW,
         layer_types=SLIDING_FULL,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=YARN,
     ),
-    "minimax_m2": of("MiniMaxM2", SIZES, HEADS, LOCAL_EXPERTS),
+    "minimax_m2": of(
+        "MiniMaxM2",
+        SIZES,
+        HEADS,
+        LOCAL_EXPERTS,
+        rotary_dim=16,
+        scoring_func="sigmoid",
+        use_routing_bias=True,
+        use_qk_norm=True,
+    ),
     # ---- state spaces, convolutions, linear attention, and hybrids
     "mamba": of("Mamba", SHORT, num_hidden_layers=2, state_size=16),
     "falcon_mamba": of("FalconMamba", SHORT, num_hidden_layers=2, state_size=16),
@@ -266,6 +279,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         GROUPED,
         layer_types=["conv", "full_attention", "conv"],
         block_auto_adjust_ff_dim=False,
+        conv_dim=128,
     ),
     "jamba": of(
         "Jamba",
@@ -359,13 +373,17 @@ def make(name: str, seed: int, dtype: torch.dtype = torch.float32) -> PreTrained
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(TINY[name]())
     tell_apart(model)
-    return model.to(dtype).eval()
+    precise = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())  # what the class loads in float32 alone
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and name in model.state_dict() and not any(part in name for part in precise):
+            tensor.data = tensor.data.to(dtype)
+    return model.eval()
 
 
 @torch.no_grad()
 def tell_apart(model: PreTrainedModel) -> None:
-    """Add noise to what every new model has the same: norms, biases, router corrections. A layer that ignored them, or kept another
-    model's, would else not show."""
+    """Add noise to what every new model has the same: norms, biases, router corrections. A layer that ignored them, or kept
+    another model's, would else not show."""
     buffers = [(n, b) for n, b in model.named_buffers() if n in model.state_dict() and b.is_floating_point()]
     for _, tensor in [*model.named_parameters(), *buffers]:
         if tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):

@@ -42,6 +42,13 @@ LIMITS = (
         "Usually a masking or truncation fault, or weights that did not arrive.",
     ),
     Limit(
+        "reward/paid_abs_max", "above", 100.0, "A token is paid out of all proportion",
+        "Scores are paid in standard deviations of the first batch's, so a hundred is another unit: the first scores were "
+        "nearly equal, or an environment pays in large numbers. The KL penalty counts for nothing beside it, and the "
+        "clipped value loss follows slowly.",
+        "Look at the first scores (reward/score_std); scale what a rule function or an environment returns to about 1.",
+    ),
+    Limit(
         "value/explained_var", "below", 0.0, "The value model explains nothing",
         "After 20 updates it predicts returns worse than their mean does, so advantages are mostly noise.",
         "Raise ppo.value_optimizer.learning_rate or ppo.value_warmup_updates; start it from the reward model.",
@@ -131,8 +138,17 @@ def spread_collapses(run: Run) -> list[Alarm] | None:
     values = known_values(run, "reward/score_std")
     if len(values) < 2:
         return None
-    if values[-1] >= 0.05 * values[0]:
+    if values[-1] > 0.05 * values[0]:
         return []
+    if not any(values):
+        return [
+            Alarm(
+                "alarm", "All completions score the same",
+                f"reward/score_std has been 0 in all {len(values)} versions.",
+                "Without differences between completions there is nothing to learn from: the scorer says one thing of all.",
+                "Read the samples; look at the scorer, or give it prompts of which some succeed.",
+            )
+        ]  # fmt: skip
     return [
         Alarm(
             "alarm", "All completions score the same",

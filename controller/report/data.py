@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from contracts.error_text import error_lines
 from contracts.methods import method_title
 from controller.objective import objective
 from controller.redaction import redacted, redacted_override
@@ -181,7 +182,7 @@ def _yaml(run: Run) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         # Not shown as it is: what cannot be parsed cannot be cleared of secrets either.
-        run.problems.append(f"config.yaml or hydra/overrides.yaml is not valid YAML ({str(error).splitlines()[0]})")
+        run.problems.append(f"config.yaml or hydra/overrides.yaml is not valid YAML ({error_lines(error)[0]})")
         return {}
     return redacted(config) if isinstance(config, dict) else {}
 

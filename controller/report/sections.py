@@ -176,8 +176,8 @@ def _comparisons(run: Run) -> str:
         matched = values.get("matched_length") or {}
         gains = [("Gold gain", values.get("gold_gain")), ("Learned-score gain", values.get("proxy_gain"))]
         gains.append(("VADER gain", values.get("vader_gain")))
-        judge = "Learned-score" if values.get("judge") == "proxy" else "Gold"
-        gains.append((f"{judge} gain at matched length", matched.get("gold_gain")))
+        key, judge = ("proxy", "Learned-score") if values.get("judge") == "proxy" else ("gold", "Gold")
+        gains.append((f"{judge} gain at matched length", matched.get(f"{key}_gain")))
         gains.append((f"{judge} gain, length regressed out", values.get("length_adjusted_gain")))
         rates = [("Win rate", values.get("win_rate")), ("Win rate at matched length", matched.get("win_rate"))]
         low, high = svg.shared_range([value for _, value in gains], 0.0)

@@ -7,6 +7,7 @@ UPDATE_PARTS = (
     ("perf/generate_s", "generate"),
     ("perf/score_s", "score"),
     ("perf/train_s", "train"),
+    ("perf/drain_s", "wait for the actors"),
     ("perf/sync_s", "send weights"),
 )
 

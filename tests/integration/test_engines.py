@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from transformers import AutoModelForCausalLM
 
 from contracts.config import SamplingConfig, TandemConfig
 from contracts.records import Assignment, Prompt, Rollout, RolloutRequest
@@ -103,6 +104,17 @@ def test_completion_ends_at_eos_or_at_the_limit(engine: Any) -> None:
             assert completion.token_ids[-1] == EOS
         else:
             assert len(completion.token_ids) == SAMPLING.max_completion_tokens
+
+
+def test_logprobs_of_a_sequence_that_fills_the_engine(engine: Any, tiny_model: Path) -> None:
+    """`engine.max_model_len` (512) tokens, as a completion of the longest prompt may have; against a plain forward pass."""
+    rows = [([(7 * i) % 4000 + 3 for i in range(512)], 500), ([5, 6], 1), ([5, 6, 7], 3), ([9] * 511, 510)]
+    found = ray.get(engine.token_logprobs.remote(rows), timeout=120)
+    assert [len(row) for row in found] == [12, 1, 0, 1]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for (ids, start), row in zip(rows, found, strict=True):
+        expected = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+        assert row == pytest.approx([expected[t - 1, ids[t]].item() for t in range(start, len(ids))], abs=0.15)
 
 
 def test_temperature_divides_the_logits(engine: Any) -> None:

@@ -181,6 +181,44 @@ def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) ->
     assert "<svg" in (folder / "grpo/report.html").read_text()
 
 
+def test_rules_alone_and_completions_that_fill_the_engine(folder: Path, tiny_model: Path) -> None:
+    """No reward model is trained, none is asked for, and neither are preferences. Prompt and completion are as long as
+    `engine.max_model_len`, which the checks recommend."""
+    prompts = folder / "prompts.jsonl"
+    nouns = ["film", "movie", "story", "plot", "end", "music", "cast", "work", "book", "show", "start", "world"]
+    prompts.write_text("".join(json.dumps({"prompt": f"The {noun} is"}) + "\n" for noun in nouns))
+    overrides = [
+        f"data.{name}.{key}" for name in ("prompts", "eval_prompts") for key in (f"path={prompts}", "format=auto")
+    ]
+    overrides += ["data.max_prompt_tokens=3", "data.max_bad_rows=0", f"sft_model={tiny_model}", "data.gold=null"]
+    overrides += [f"data.{name}.path=/no/such.jsonl" for name in ("sft", "preferences", "test")]
+    overrides += ["reward_service=rules", "reward_service.scorers.proxy.function=reward_service.rules:brevity"]
+    overrides += [f"{stage}.sampling.max_completion_tokens=16" for stage in ("ppo", "evaluate")]
+    overrides += ["engine.max_model_len=19", "ppo.gold_rollouts=0", "ppo.updates=2", "ppo.value_warmup_updates=1"]
+    words = command(folder, tiny_model, f"run_dir={folder}/rules", *overrides)
+    words = [word for word in words if not word.startswith("data.gold.")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    stages = {row["name"]: row for row in json.loads((folder / "rules/stages.json").read_text())}
+    assert set(stages) == {"ppo", "evaluate"}
+    assert set(stages["ppo"]["metrics"]["scorers"]) == {"proxy"}
+    rows = [row for row in lines(folder / "rules/metrics.jsonl") if row["stage"] in ("ppo", "value_warmup")]
+    assert [row["stage"] for row in rows] == ["value_warmup", "ppo", "ppo"]
+    for row in rows:
+        assert row["fault/unscored"] == 0
+        assert abs(row["reward/paid_abs_max"]) < 100
+    result = json.loads((folder / "rules/evaluation.json").read_text())
+    assert set(result["models"]) == {"base", "sft", "ppo"}
+    assert result["models"]["ppo"]["length"]["high"] == 16  # some fill it
+    assert "proxy_gain" in result["comparisons"]["ppo_vs_sft"]
+    assert "verdict" not in result
+    assert "Learned-score" in (folder / "rules/report.html").read_text()
+    words += [f"run_dir={folder}/rules-again", "stage=ppo"]
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    assert "ppo: nothing has changed" in again.stdout
+
+
 def test_raft_under_a_combined_loss_from_the_base_model(finished: Any, folder: Path, tiny_model: Path) -> None:
     overrides = ["ppo.estimator=raft", "ppo.samples_per_prompt=4", "ppo.init_from=base", "ppo.max_staleness=1"]
     overrides += ["ppo.ptx_coef=1", "ppo.ptx_batch_size=4", "ppo.combined.target=0.5", "ppo.combined.learning_rate=2"]
@@ -408,6 +446,11 @@ def test_a_stage_without_its_inputs_says_what_to_run(folder: Path, tiny_model: P
         (["ppo.clip=2", "ppo.epochs=few", "ppo.updats=3"], "3 conflicts in the configuration"),
         (["model.path=/no/such/model"], "model.path=/no/such/model: no model can be loaded"),
         (["sft.trainable_layers=3"], "sft.trainable_layers is 3, the model has 2 layers"),
+        (["engine.max_model_len=513"], "engine.max_model_len must be at most the 512 positions of"),
+        (
+            ["reward_service=rules", "reward_service.scorers.proxy.function=no_such.py:f"],
+            "reward_service.scorers.proxy: no_such.py:f: there is no source file",
+        ),
         (["data.sft.path=/no/such/file.jsonl"], "data.sft.path"),
         (["cluster.min_memory_gib=100000"], "free memory must be at least"),
         (

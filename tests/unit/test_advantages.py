@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from learner.advantages import explained_variance, gae, token_rewards, whiten, whitening_moments
@@ -185,7 +185,10 @@ def test_whitening_across_two_ranks_is_that_of_the_concatenation(first, second):
     else:
         mean = sum(valid.tolist()) / valid.numel()
         variance = sum((x - mean) ** 2 for x in valid.tolist()) / (valid.numel() - 1)
-        expected = (valid - mean) / math.sqrt(variance + 1e-8)
+        rms = math.sqrt(sum(x * x for x in valid.tolist()) / valid.numel())
+        assume(not 0.99e-5 * rms < math.sqrt(variance) < 1.01e-5 * rms)
+        is_rounding = math.sqrt(variance) <= 1e-5 * rms
+        expected = torch.zeros_like(valid) if is_rounding else (valid - mean) / math.sqrt(variance + 1e-8)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -227,6 +230,15 @@ def test_whitening_of_equal_advantages_is_zero():
         torch.testing.assert_close(whiten(advantages, mask, rounded), torch.zeros(1, 3), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("level", [0.3, -0.7, 5.0, 1e4, 1e8])
+def test_whitening_of_advantages_that_differ_by_rounding_is_zero(level):
+    """Two units in the last place of float32: divided by their own deviation they would be +-1."""
+    step = torch.finfo(torch.float32).eps * abs(level)
+    advantages = torch.tensor([[level, level + step, level - step, level]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    torch.testing.assert_close(whiten(advantages, mask, whitening_moments(advantages, mask)), torch.zeros(1, 4))
+
+
 def explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
     return explained_variance(whitening_moments(returns, mask), whitening_moments(returns - values, mask))
 
@@ -245,3 +257,5 @@ def test_explained_variance_is_nan_where_undefined():
     one, constant = torch.tensor([[True, False]]), torch.tensor([[True, True]])
     assert math.isnan(explained(torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]), one))
     assert math.isnan(explained(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), constant))
+    nearly = torch.tensor([[1.0, 1.0 + torch.finfo(torch.float32).eps]])
+    assert math.isnan(explained(torch.tensor([[1.0, 2.0]]), nearly, constant))

@@ -1,10 +1,13 @@
 """All that is wrong with a command line is said at once: unknown keys, wrong types, conflicts, also of a sweep's members."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
-from contracts.command_line import command_line_problems
+from contracts.command_line import TAKE_VALUE, command_line_problems, flags_first
 
 CONF = Path(__file__).parents[2] / "conf"
 UNKNOWN = "ppo.updats is not a key of the configuration; write ppo.updates"
@@ -47,6 +50,21 @@ def test_each_type_in_words(override: str, kind: str) -> None:
     assert text.startswith(kind)
 
 
+@pytest.mark.parametrize(
+    ("written", "read"), [("12e4567", "inf"), ("1.10", "1.1"), ("1_000", "1000"), ("true", "True"), ("1e5", "100000.0")]
+)
+def test_a_text_that_is_read_as_something_else_is_refused(written: str, read: str) -> None:
+    instead = f"write model.revision='\"{written}\"'"
+    assert problems(f"model.revision={written}") == [
+        f"model.revision must be a text; found {written}, which is read as {read}; {instead}"
+    ]
+    assert problems(f'model.revision="{written}"') == []
+
+
+def test_a_text_that_reads_as_it_is_written_needs_no_quotes() -> None:
+    assert problems("model.revision=1234567", "model.revision=0123456", "name=7", "sft_model=null") == []
+
+
 def test_a_torn_override_is_named() -> None:
     [text] = problems("ppo.optimizer.betas=[0.9")
     assert "ppo.optimizer.betas" in text or "[0.9" in text
@@ -63,6 +81,41 @@ def test_every_member_of_a_sweep_is_checked_before_the_first_runs() -> None:
         "ppo.gold_rollouts must be at most ppo.rollouts_per_update (64); found 65; write 64 or less "
         "(in member 0: ppo.updates=1 ppo.gold_rollouts=65)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "sorted_words"),
+    [
+        ("stage=ppo -m ppo.seed=1,2 name=x", "-m stage=ppo ppo.seed=1,2 name=x"),
+        ("a=1 --cfg job ~data --resolve +b=2", "--cfg job --resolve a=1 ~data +b=2"),
+        ("a=1 --config-dir x=y b=2 -cn name c=3", "--config-dir x=y -cn name a=1 b=2 c=3"),
+        ("a=1 --config-dir=x b=2", "--config-dir=x a=1 b=2"),
+        ("--info a=1 -p model", "--info -p model a=1"),
+        ("a=1 --info defaults b=2", "--info defaults a=1 b=2"),
+        ("a=-1 b=~c", "a=-1 b=~c"),
+        ("misspelt -m a=1", "misspelt -m a=1"),
+        ("", ""),
+    ],
+)
+def test_flags_come_first_wherever_they_are_written(words: str, sorted_words: str) -> None:
+    assert flags_first(words.split()) == sorted_words.split()
+
+
+def test_every_flag_of_hydra_that_takes_a_value_is_known() -> None:
+    takes = [a for a in get_args_parser()._actions if a.nargs is None and a.option_strings]
+    assert {word for action in takes for word in action.option_strings} == set(TAKE_VALUE)
+
+
+@pytest.mark.parametrize("flag", [["--cfg", "job"], ["-m"]])
+def test_overrides_on_both_sides_of_a_flag_reach_hydra(flag: list[str], tmp_path: Path) -> None:
+    words = ["cache_dir=c", *flag, "seed=7", f"hydra.sweep.dir={tmp_path}", "ppo.clip=3"]
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=CONF.parent, capture_output=True, text=True)
+    if flag == ["-m"]:
+        assert done.returncode == 2
+        assert "ppo.clip must be in (0, 1); found 3.0" in done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ("seed: 7" in done.stdout, "cache_dir: c" in done.stdout) == (True, True)
 
 
 def test_run_dir_is_no_directory_for_many() -> None:

@@ -56,6 +56,14 @@ def test_groups_by_hand(estimator: str, expected: list[float]) -> None:
     torch.testing.assert_close(found, torch.where(mask, torch.tensor(rows)[:, None], 0.0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("level", [0.7, 1e3, 1e6])
+def test_outcomes_that_differ_by_rounding_are_equal(level: float) -> None:
+    """One unit in the last place of float32: divided by its own deviation it would be 0.7, at any level above 1."""
+    outcomes = torch.tensor([[level], [level * (1 + torch.finfo(torch.float32).eps)], [level]])
+    assert outcomes[0] != outcomes[1]
+    assert not compared("grpo", outcomes, torch.ones(3, 1, dtype=torch.bool), [0, 0, 0]).any()
+
+
 def test_alone_in_a_group_is_no_better_than_expected() -> None:
     for estimator in GROUPED:
         # Row 1 has no token that trains: nothing that the policy did there can be compared.

@@ -99,6 +99,25 @@ def test_adaptive_update_by_hand(kl_per_sequence, expected):
     assert controller.coef == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("episodes", "horizon", "kls", "expected"),
+    [
+        # Far below the target at every update: a fifth less each time, as at one horizon. Unbounded: -0.03, 0.018.
+        (1024, 128, [0.0, 0.0, 0.0], [0.04, 0.032, 0.0256]),
+        (1024, 128, [60.0, 60.0], [0.06, 0.072]),
+        (1024, 128, [6.6], [0.055]),  # error 0.1
+        (128, 128, [0.0], [0.04]),
+        (64, 128, [0.0], [0.045]),  # half a horizon: half the step
+        (10**9, 1, [0.0], [0.04]),
+    ],
+)
+def test_the_adaptive_coefficient_keeps_its_sign(episodes, horizon, kls, expected):
+    controller = AdaptiveKLController(coef=0.05, target=6.0, horizon=horizon)
+    for kl, coef in zip(kls, expected, strict=True):
+        controller.update(kl, episodes)
+        assert controller.coef == pytest.approx(coef, rel=1e-12)
+
+
 def test_adaptive_coefficient_survives_a_resume():
     controller = AdaptiveKLController(coef=0.1, target=6.0, horizon=100)
     controller.update(20.0, episodes=50)

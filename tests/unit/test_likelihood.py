@@ -118,6 +118,9 @@ def test_without_a_difference_there_is_no_pair() -> None:
     nothing = preference_pairs(vector(1, 2, 1, 1, 2), vector(0, 1, 2, 3, 4), GROUPS, EVERY, 0.1)
     assert not nothing.coefficients.any()
     assert pair_metrics(nothing.margins) == {"online_dpo/pairs": 0}
+    # The rewards of two turns in either order: 0.1 + 0.2 and 0.3 as float32 sums.
+    rounded = vector(0.3, 2, 0.30000001192092896, 0.29999998211860657, 2)
+    assert not preference_pairs(rounded, vector(0, 1, 2, 3, 4), GROUPS, EVERY, 0.1).coefficients.any()
 
 
 def test_the_coefficients_give_the_gradient_of_dpo() -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from contracts.config import SourceConfig, TandemConfig
+from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.methods import METHODS, chosen_preference, results_needed, sources_read, stages_to_run
+from contracts.scorers import judges, num_models, starts_value_model
 
 JUDGES = {"reward_model/proxy", "reward_model/gold"}
 
@@ -62,6 +63,96 @@ def test_every_method_is_tested() -> None:
 )
 def test_sources_that_are_read(values: dict[str, str], read: set[str]) -> None:
     assert sources_read(config_of(**values)) == read
+
+
+RULE = ScorerConfig(kind="function", function="rules.py:brevity")
+PARTS = ScorerConfig(kind="weighted_sum", parts=["proxy_model", "brevity"], weights=[1.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("values", "scorers", "needed", "read"),
+    [
+        ({}, {"proxy": RULE}, {"sft", "ppo"}, {"sft", "prompts", "eval_prompts"}),
+        ({"stage": "ppo", "sft_model": "s"}, {"proxy": RULE}, {"ppo"}, {"prompts"}),
+        ({"stage": "evaluate"}, {"proxy": RULE}, {"sft", "ppo"}, {"sft", "prompts", "eval_prompts"}),
+        ({"method": "best_of_n"}, {"proxy": RULE}, {"sft"}, {"sft", "eval_prompts"}),
+        # What is asked for is made all the same, and so is what another method learns from.
+        ({"stage": "reward_model"}, {"proxy": RULE}, {"reward_model/proxy"}, {"preferences", "test"}),
+        (
+            {"method": "dpo"},
+            {"proxy": RULE},
+            {"sft", "preference"},
+            {"sft", "preferences", "test", "eval_prompts"},
+        ),
+        # Beside a reward model, or with a value model that starts from one.
+        (
+            {"stage": "ppo"},
+            {"proxy": PARTS, "brevity": RULE},
+            {"sft", "reward_model/proxy", "ppo"},
+            {"sft", "prompts", "preferences", "test"},
+        ),
+        (
+            {"stage": "ppo", "init_value_from": "reward_model"},
+            {"proxy": RULE},
+            {"sft", "reward_model/proxy", "ppo"},
+            {"sft", "prompts", "preferences", "test"},
+        ),
+        (
+            {"stage": "ppo", "init_value_from": "reward_model", "estimator": "grpo"},
+            {"proxy": RULE},
+            {"sft", "ppo"},
+            {"sft", "prompts"},
+        ),
+        # The judge of a run may be a rule too; `gold` then trains nothing.
+        ({"gold": "g.jsonl"}, {"proxy": RULE, "gold": RULE}, {"sft", "ppo"}, {"sft", "prompts", "eval_prompts"}),
+        (
+            {"gold": "g.jsonl"},
+            {"proxy": RULE},
+            {"sft", "reward_model/gold", "ppo"},
+            {"sft", "prompts", "gold", "test", "eval_prompts"},
+        ),
+    ],
+)
+def test_rules_need_no_reward_model(
+    values: dict[str, str], scorers: dict[str, ScorerConfig], needed: set[str], read: set[str]
+) -> None:
+    ppo = {key: values[key] for key in ("init_value_from", "estimator") if key in values}
+    config = config_of(**{key: value for key, value in values.items() if key not in (*ppo, "gold")})
+    config.data.gold = SourceConfig(path=values["gold"]) if "gold" in values else None
+    for key, value in ppo.items():
+        setattr(config.ppo, key, value)
+    config.reward_service.scorers = scorers
+    assert results_needed(config) == needed
+    assert sources_read(config) == read
+
+
+def test_reward_models_that_are_placed() -> None:
+    config = config_of()
+    assert (judges(config), num_models(config)) == (("proxy", "gold"), 2)
+    config.reward_service.scorers = {"proxy": RULE}
+    assert (judges(config), num_models(config)) == (("proxy", "gold"), 1)
+    config.data.gold = None
+    assert (judges(config), num_models(config)) == (("proxy",), 0)
+    config.reward_service.scorers["gold"] = RULE
+    assert (judges(config), num_models(config)) == (("proxy", "gold"), 0)
+
+
+@pytest.mark.parametrize(
+    ("scorers", "chosen", "starts"),
+    [
+        ({}, None, True),
+        ({}, "policy", False),
+        ({"proxy": RULE}, None, False),
+        ({"proxy": RULE}, "reward_model", True),
+        ({"proxy": PARTS, "brevity": RULE}, None, True),
+    ],
+)
+def test_what_the_value_model_starts_from(scorers: dict[str, ScorerConfig], chosen: str | None, starts: bool) -> None:
+    config = config_of()
+    config.reward_service.scorers, config.ppo.init_value_from = scorers, chosen
+    assert starts_value_model(config) is starts
+    config.ppo.estimator = "rloo"
+    assert not starts_value_model(config)
 
 
 def test_ptx_reads_the_texts_of_sft() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from contracts.config import LoggerConfig
 from controller.metrics import RunLog
+from controller.recovery import once_more
 from controller.redaction import REDACTED, redacted
 
 CANARY = "canary-3f9c1d77"
@@ -156,18 +157,50 @@ def test_an_unknown_wandb_mode_does_not_stop_the_run(tmp_path, capsys):
 
 def test_back_to_a_mark(tmp_path, disabled):
     with RunLog(tmp_path, {}, disabled, "ppo") as log:
+        log.log("value_warmup", 0, {"x": 0.0})
         log.log("ppo", 1, {"x": 1.0})
-        log.samples([{"text": "kept"}])
-        mark = log.mark()
+        log.samples([{"stage": "ppo", "text": "kept\u2028\x85 in one line"}])
+        mark = log.mark("ppo")
         log.log("ppo", 2, {"x": 2.0})
-        log.samples([{"text": "gone"}])
+        log.samples([{"stage": "ppo", "text": "gone"}])
         with log.phase("ppo", "gone"):
             pass
-        log.cut(mark)
+        log.cut("ppo", mark)
         log.log("ppo", 2, {"x": 3.0})
-    assert [row["x"] for row in lines(tmp_path / "metrics.jsonl")] == [1.0, 3.0]
-    assert [row["text"] for row in lines(tmp_path / "samples.jsonl")] == ["kept"]
-    assert lines(tmp_path / "phases.jsonl") == []
+    assert mark == {"metrics.jsonl": 2, "samples.jsonl": 1, "phases.jsonl": 0}
+    assert [row["x"] for row in lines(tmp_path / "metrics.jsonl")] == [0.0, 1.0, 3.0]
+    [kept] = (tmp_path / "samples.jsonl").read_text().rstrip("\n").split("\n")
+    assert json.loads(kept)["text"] == "kept\u2028\x85 in one line"
+    assert (tmp_path / "phases.jsonl").read_text() == ""
+
+
+def test_a_mark_holds_whatever_becomes_of_the_lines_of_other_stages(tmp_path, disabled):
+    """SFT was made again with other settings after PPO's commit: its lines move behind PPO's, and none is lost."""
+    with RunLog(tmp_path, {}, disabled, "ppo") as log:
+        for step in (1, 2, 3):
+            log.log("sft", step, {"x": 1.0})
+        log.log("ppo", 1, {"x": 1.0})
+        mark = log.mark("ppo")
+        log.log("ppo", 2, {"x": 1.0})
+        log.log("evaluate", 0, {"x": 1.0})
+    with RunLog(tmp_path, {}, disabled, "ppo", attempt=2) as log:
+        log.forget("sft")
+        log.log("sft", 1, {"x": 2.0})
+        log.cut("ppo", mark)
+        assert log.mark("ppo") == mark
+    rows = [(row["stage"], row["step"], row["x"]) for row in lines(tmp_path / "metrics.jsonl")]
+    assert rows == [("ppo", 1, 1.0), ("evaluate", 0, 1.0), ("sft", 1, 2.0)]
+
+
+def test_a_stage_that_begins_anew_has_no_lines_of_a_longer_attempt(tmp_path, disabled):
+    with RunLog(tmp_path, {}, disabled, "preference") as log:
+        for step in range(1, 6):
+            log.log("preference", step, {"x": 1.0})
+    (tmp_path / "metrics.jsonl").open("a").write('{"stage": "preference", "st')  # killed
+    with RunLog(tmp_path, {}, disabled, "preference", attempt=2) as log:
+        once_more(lambda: log.log("preference", 1, {"x": 2.0}), "preference", log, print)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+    assert [row["x"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()[1:])] == [2.0]
 
 
 def test_attempts_of_a_run_are_wandb_runs_of_one_group(tmp_path):

@@ -17,7 +17,7 @@ from contracts.interfaces import NonFiniteError
 from contracts.records import Completion, Example, Prompt, Rollout, TrainingBatch
 from controller.batcher import make_batches
 from learner.engine import Ranks
-from learner.passes import Places
+from learner.passes import Places, over_steps
 from learner.ppo import PPOTask
 from tests.conftest import make_config
 
@@ -222,6 +222,7 @@ class PlainPPO:
                 adam.step()
             steps.append(step)
         metrics = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
+        metrics["policy/ratio_max"] = max(s["policy/ratio_max"] for s in steps)
         return metrics | self.describe(rollouts, known, tokens)
 
     def describe(self, rollouts: list[Rollout], known: dict[str, Any], tokens: int) -> dict[str, float]:
@@ -503,15 +504,78 @@ def test_a_gradient_that_is_not_a_number_is_not_taken(
     assert all(torch.equal(policy[name], w) for name, w in weights_of(task.policy).items())
 
 
-def test_an_epoch_stops_where_the_policy_has_moved_enough(
+@pytest.mark.parametrize(
+    ("minibatches", "target", "steps"),
+    [
+        (1, 1e-6, 2),  # the first epoch starts at ratio 1, the second sees the move
+        (1, 1e6, 4),
+        (1, None, 4),
+        (5, 1e-6, 5),  # the second minibatch has seen it: the first epoch is whole all the same
+        (5, 1e6, 20),
+    ],
+)
+def test_no_epoch_begins_where_the_policy_has_moved_enough(
+    minibatches: int, target: float | None, steps: int, config: TandemConfig, make_task: Callable[..., PPOTask]
+) -> None:
+    config.ppo.epochs, config.ppo.minibatches, config.ppo.target_approx_kl = 4, minibatches, target
+    metrics = make_task(config).update(batch_of(ROLLOUTS, minibatches=minibatches), KL_COEF, train_policy=True)
+    assert metrics["policy/optimizer_steps"] == steps
+
+
+def test_every_rollout_trains_however_early_an_update_ends(
     config: TandemConfig, make_task: Callable[..., PPOTask]
 ) -> None:
-    config.ppo.epochs, config.ppo.target_approx_kl = 4, 1e-6
-    metrics = make_task(config).update(batch_of(ROLLOUTS), KL_COEF, train_policy=True)
-    assert metrics["policy/optimizer_steps"] == 2  # the first starts at ratio 1, the second sees the move
-    config.ppo.target_approx_kl = 1e6
-    metrics = make_task(config).update(batch_of(ROLLOUTS), KL_COEF, train_policy=True)
-    assert metrics["policy/optimizer_steps"] == 4
+    """The ledger calls them all trained. A token that no other rollout has moves with it: its row of the embeddings."""
+    config.ppo.epochs, config.ppo.minibatches, config.ppo.target_approx_kl = 3, 5, 1e-9
+    task = make_task(config)
+    before = weights_of(task.policy)["model.embed_tokens.weight"]
+    task.update(batch_of(ROLLOUTS, minibatches=5), KL_COEF, train_policy=True)
+    moved = (weights_of(task.policy)["model.embed_tokens.weight"] - before).abs().sum(dim=1) > 0
+    assert moved[[61, 444, 18, 44, 460]].all()  # of the rollouts 0 to 4
+    assert not moved[500]
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_linear_schedule_ends_with_the_run_however_few_steps_an_update_takes(
+    warmup: int, config: TandemConfig, make_task: Callable[..., PPOTask]
+) -> None:
+    ppo = config.ppo
+    ppo.updates, ppo.value_warmup_updates, ppo.epochs, ppo.minibatches = 2, warmup, 4, 2
+    ppo.optimizer.schedule = ppo.value_optimizer.schedule = "linear"
+
+    def rates(task: PPOTask) -> tuple[float, float]:
+        """Of the next step, as shares of the configured ones."""
+        assert task.value is not None
+        policy, value = (engine.state()[1]["rates"][0] for engine in (task.policy, task.value))
+        return policy / ppo.optimizer.learning_rate, value / ppo.value_optimizer.learning_rate
+
+    found: dict[float, list[tuple[float, float]]] = {}
+    taken: dict[float, float] = {}
+    for target in (1e-9, 1e6):
+        ppo.target_approx_kl = target
+        task = make_task(config)
+        batch = batch_of(ROLLOUTS, minibatches=2)
+        found[target], taken[target] = [rates(task)], 0.0
+        for index in range(warmup + ppo.updates):
+            metrics = task.update(batch, KL_COEF, train_policy=index >= warmup)
+            taken[target] += metrics["policy/optimizer_steps"]
+            found[target].append(rates(task))
+    assert taken[1e-9] == warmup * 8 + 2 * 2 < taken[1e6] == (warmup + 2) * 8
+    assert found[1e-9] == found[1e6]
+    if warmup:
+        policy, value = [1.0, 1.0, 0.5, 0.0], [1.0, 2 / 3, 1 / 3, 0.0]
+    else:
+        policy = value = [1.0, 0.5, 0.0]
+    assert [row[0] for row in found[1e-9]] == pytest.approx(policy)
+    assert [row[1] for row in found[1e-9]] == pytest.approx(value, abs=1e-12)
+
+
+def test_metrics_of_several_steps() -> None:
+    steps = [{"policy/ratio_max": 1.0, "policy/loss": 1.0}, {"policy/ratio_max": 12.0, "policy/loss": 2.0}]
+    assert over_steps([*steps, {"policy/ratio_max": 2.0, "policy/loss": 6.0}]) == {
+        "policy/ratio_max": 12.0,
+        "policy/loss": 3.0,
+    }
 
 
 def test_a_microbatch_without_a_training_token(config: TandemConfig, make_task: Callable[..., PPOTask]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from contracts.config import TandemConfig
 from contracts.records import Example, TrainingBatch
 from controller.batcher import make_batches
 from learner.engine import Ranks
+from learner.learner_actor import LearnerActor
 from learner.ppo import PPOTask
 from tests.conftest import make_config
 from tests.unit.test_ppo_task import EOS, PTX, ROLLOUTS, SCORES
@@ -136,12 +138,16 @@ def test_the_policy_is_a_plain_checkpoint(make: Callable[..., PPOTask], tmp_path
     assert all(torch.equal(p, mine[name]) for name, p in loaded.named_parameters())
 
 
-def test_a_step_waits_for_the_writer(make: Callable[..., PPOTask], tmp_path: Path) -> None:
-    task = make()
-    written = threading.Event()
+def test_a_step_waits_for_the_writer_and_says_so(make: Callable[..., PPOTask], tmp_path: Path, ranks: Ranks) -> None:
+    task, actor = make(), LearnerActor(0, 1, on_cpu=True)
+    actor._task, actor._ranks = task, ranks
+    written, pulses = threading.Event(), list[int | None]()
 
     def slow_disk(path: str) -> None:
         written.wait(30)
+        while not ranks.is_writing:  # the backward pass goes on meanwhile
+            time.sleep(0.01)
+        pulses.append(actor.pulse())
 
     task.state._gather = lambda: slow_disk
     (tmp_path / "step_0").mkdir()
@@ -149,9 +155,14 @@ def test_a_step_waits_for_the_writer(make: Callable[..., PPOTask], tmp_path: Pat
     assert task.state._writing is not None
     assert not task.state._writing.done()
     threading.Timer(1.0, written.set).start()
-    before = weights(task)
+    before, counted = weights(task), actor.pulse()
     update(task, 0)
     assert written.is_set()
+    after = actor.pulse()
+    assert pulses == [None]
+    assert after is not None
+    assert counted is not None
+    assert after > counted
     loaded = make()
     loaded.load_commit(str(tmp_path / "step_0"))
     assert all(torch.equal(weight, before[name]) for name, weight in weights(loaded).items())

@@ -325,6 +325,7 @@ def test_null_nan_and_wrong_types_are_tolerated(tmp_path):
         ("policy__approx_kl", 0.05, 0.051, "Policy updates are large"),
         ("policy__clipfrac", 0.3, 0.301, "Much of every batch is clipped"),
         ("policy__ratio_max", 10.0, 10.1, "A probability ratio exploded"),
+        ("reward__paid_abs_max", 100.0, 100.1, "A token is paid out of all proportion"),
         ("kl__mismatch_k3", 0.01, 0.0101, "Sampler and learner disagree"),
         ("kl__mismatch_logp_max", 5.0, 5.1, "Single tokens with a very different log-probability"),
         ("kl__ref_seq", 18.0, 18.1, "The policy left its reference far behind"),
@@ -349,11 +350,25 @@ def test_explained_variance_counts_only_after_20_updates():
     assert title in titles(ppo_run(value__explained_var=[0.5] * 20 + [-0.01]))
 
 
+def test_the_gain_at_matched_length_has_the_name_of_its_judge(tmp_path):
+    evaluation = invented_evaluation()
+    matched = {"pairs": 7, "proxy_gain": around(0.1234, 0.01), "win_rate": around(0.6, 0.1)}
+    evaluation["comparisons"]["ppo_vs_sft"] |= {"judge": "proxy", "gold_gain": None, "matched_length": matched}
+    run = write_run(tmp_path / "run")
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = " ".join(parsed(render(run)).texts)
+    assert re.search(r"Learned-score gain at matched length\s+\+0\.123", text)
+    assert "Gold gain at matched length" in text  # of base against SFT
+
+
 def test_alarms_relative_to_the_start():
     assert "Entropy collapsed" in titles(ppo_run(policy__entropy=[3.0, 0.59]))
     assert "Entropy collapsed" not in titles(ppo_run(policy__entropy=[3.0, 0.61]))
     assert "All completions score the same" in titles(ppo_run(reward__score_std=[1.0, 0.049]))
     assert "All completions score the same" not in titles(ppo_run(reward__score_std=[1.0, 0.051]))
+    assert "All completions score the same" in titles(ppo_run(reward__score_std=[0.0, 0.0]))
+    assert "All completions score the same" in titles(ppo_run(reward__score_std=[0.0, 0.5, 0.0]))
+    assert "All completions score the same" not in titles(ppo_run(reward__score_std=[0.0, 0.5]))
     assert "Completions got much longer" in titles(ppo_run(completion__len_mean=[20.0, 30.1]))
     assert "Completions got much shorter" in titles(ppo_run(completion__len_mean=[20.0, 9.9]))
     assert titles(ppo_run(completion__len_mean=[20.0, 30.0])) == []

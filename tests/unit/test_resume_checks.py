@@ -1,9 +1,11 @@
 """What a driver finds in its run directory: a lock, an earlier attempt, commits of another run."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +18,7 @@ from controller.resume import (
     differences,
     end_orphans,
     flat,
+    is_ray_session,
     other_versions,
     require_scorers,
     resume_command,
@@ -55,11 +58,9 @@ def test_never_sets_the_commits_aside(tmp_path: Path) -> None:
     said: list[str] = []
     directory = RunDirectory(tmp_path, said.append)
     (tmp_path / "metrics.jsonl").write_text("before\nppo\n")
-    directory.start_log({"metrics.jsonl": 7})
     assert directory.find("never", {"seed": 2}) is None
     assert (tmp_path / "checkpoints.before-attempt-1/step_2/MANIFEST.json").exists()
     assert (tmp_path / "checkpoints.before-attempt-1/metrics.jsonl").read_text() == "before\nppo\n"
-    assert directory.start_log({"metrics.jsonl": 11}) == {"metrics.jsonl": 7}
     assert "starting afresh" in said[0]
     assert commits.steps(tmp_path) == []
 
@@ -71,12 +72,6 @@ def test_a_second_driver_is_refused(tmp_path: Path) -> None:
     assert first.attempt == 1
     del first  # as when a process ends
     assert RunDirectory(tmp_path, print).attempt == 2
-
-
-def test_the_log_begins_where_the_first_attempt_began(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path, print)
-    assert directory.start_log({"metrics.jsonl": 70}) == {"metrics.jsonl": 70}
-    assert directory.start_log({"metrics.jsonl": 900}) == {"metrics.jsonl": 70}
 
 
 def test_processes_of_an_earlier_attempt_are_ended(tmp_path: Path) -> None:
@@ -98,7 +93,9 @@ def test_processes_of_an_earlier_attempt_are_ended(tmp_path: Path) -> None:
 
 
 def test_who_reads_the_logs_of_an_earlier_attempt_or_is_another_program_is_left_alone(tmp_path: Path) -> None:
-    log = tmp_path / "worker.out"
+    session = tmp_path / "session_1"
+    session.mkdir()
+    log = session / "worker.out"
     log.write_text("a line\n")
     reads = [
         sys.executable,
@@ -117,11 +114,60 @@ def test_who_reads_the_logs_of_an_earlier_attempt_or_is_another_program_is_left_
         assert pipe is not None
         pipe.readline()  # it has the file open
     assert all(str(log) in {f.path for f in psutil.Process(p.pid).open_files()} for p in somebody)
-    assert end_orphans(str(tmp_path)) == 0
+    assert end_orphans(str(session)) == 0
     for process in somebody:
         assert process.poll() is None
         process.kill()
         process.wait(10)
+
+
+@pytest.mark.parametrize(
+    "written", ["", "/", "session_1", "/tmp", "\0", "/nowhere/session_1", "/session_1/../..", "/proc/1/session_"]
+)
+def test_what_is_no_ray_session_of_ours_ends_nobody(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty file, left by a full disk, would match the files of every process: nobody is even looked at."""
+
+    def nobody() -> Any:
+        raise AssertionError("processes were looked at")
+
+    monkeypatch.setattr(psutil, "process_iter", nobody)
+    tmp_path.joinpath("ray_session").write_text(written)
+    said: list[str] = []
+    RunDirectory(tmp_path, said.append)
+    [line] = said
+    assert line.startswith(f"{tmp_path}/ray_session names no Ray session of this user that is there: ignored (")
+    assert not (tmp_path / "ray_session").exists()
+    with pytest.raises(ValueError, match="no Ray session"):
+        end_orphans(written)
+
+
+def test_another_users_session_is_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "session_1").mkdir()
+    assert is_ray_session(str(tmp_path / "session_1"))
+    if os.getuid() == 0:
+        os.chown(tmp_path / "session_1", 12345, -1)
+        assert not is_ray_session(str(tmp_path / "session_1"))
+
+
+def test_nobody_ends_itself_or_its_parents(tmp_path: Path) -> None:
+    """A driver that writes into the session, and so does the process that started it."""
+    session = tmp_path / "session_1"
+    session.mkdir()
+    code = "import sys\nfrom controller.resume import end_orphans\nprint(end_orphans(sys.argv[1]))"
+    child = f"import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', {code!r}, sys.argv[1]], text=True, "
+    child += "stdout=subprocess.PIPE, stderr=open(sys.argv[1] + '/child.err', 'w')).stdout, end='')"
+    with (session / "parent.err").open("w") as errors:
+        done = subprocess.run(
+            [sys.executable, "-c", child, session], stdout=subprocess.PIPE, stderr=errors, text=True, timeout=60
+        )
+    assert (done.returncode, done.stdout) == (0, "0\n"), (session / "child.err").read_text()
+
+
+def test_a_torn_lock_file_counts_from_one(tmp_path: Path) -> None:
+    (tmp_path / "driver.lock").write_text("\0\0 7")
+    assert RunDirectory(tmp_path, print).attempt == 1
 
 
 def test_a_refused_start_leaves_the_configuration_of_the_attempt_before(tmp_path: Path) -> None:

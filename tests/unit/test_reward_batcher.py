@@ -56,6 +56,7 @@ def test_one_nan_does_not_reach_its_neighbours() -> None:
         (["1.0"], "wrong_type: str instead of a number"),
         ([True], "wrong_type: bool instead of a number"),
         ([math.inf], "non_finite"),
+        ([10**400], "non_finite: an integer beyond the range of float"),
     ],
 )
 def test_what_is_not_a_score_is_an_error(answer: object, error: str) -> None:

@@ -32,6 +32,24 @@ def odd(completions):
                "none": lambda: None, "text": lambda: "1", "grow": lambda: float(len(bytearray(3 << 30)))}
     return [answers[c]() if c in answers else float(len(c)) for c in completions]
 def few(completions): return [1.0]
+
+async def asynchronous(completions): return [1.0] * len(completions)
+async def asynchronous_generator(completions): yield 1.0
+def generator(completions):
+    for c in completions: yield float(len(c))
+def mapped(completions): return map(len, completions)
+def by_key(completions): return {c: 1.0 for c in completions}
+def matrix(completions): return np.ones((len(completions), 2))
+def one(completions): return 1.0
+class Judge:
+    async def __call__(self, completions): return [1.0] * len(completions)
+judge = Judge()
+async def soon(completion): return 1.0
+def items(completions):
+    answers = {"async": soon, "generator": lambda c: (x for x in c), "set": lambda c: {1.0}, "bool": lambda c: True,
+               "huge": lambda c: 10**400, "huger": lambda c: -10**5000, "largest": lambda c: 10**308,
+               "array": lambda c: np.ones(2), "half": lambda c: np.half(2.0)}
+    return [answers[c](c) if c in answers else float(len(c)) for c in completions]
 """
 
 
@@ -92,6 +110,48 @@ def test_each_failure_costs_its_own_item(pool: Callable[..., FunctionPool], batc
         "wrong_type: str instead of a number",
         "poison: MemoryError",
     ]
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("asynchronous", "coroutine instead of a list: nobody awaits it, write the function without async"),
+        ("judge", "coroutine instead of a list: nobody awaits it, write the function without async"),
+        (
+            "asynchronous_generator",
+            "async_generator instead of a list: nobody awaits it, write the function without async",
+        ),
+        ("generator", "generator instead of a list: nobody runs through it, return list(...) of it"),
+        ("mapped", "map instead of a list: nobody runs through it, return list(...) of it"),
+        ("by_key", "dict instead of a list"),
+        ("one", "float instead of a list"),
+        ("matrix", "list instead of a number"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_called_by_its_name(
+    function: str, error: str, pool: Callable[..., FunctionPool]
+) -> None:
+    scores = run(pool(function, batch_size=2), "a", "bc")
+    assert [(s.value, s.error) for s in scores] == [(None, f"wrong_type: {error}")] * 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_each_answer_that_is_no_number_costs_its_own_item(pool: Callable[..., FunctionPool], batch_size: int) -> None:
+    items = pool("items", batch_size=batch_size)
+    pid = {p.pid for p in children()}
+    texts = ["ab", "async", "generator", "huge", "huger", "bool", "array", "set", "largest", "half", "abc"]
+    scores = run(items, *texts)
+    assert [s.value for s in scores] == [2.0, *[None] * 7, 1e308, 2.0, 3.0]
+    assert [s.error for s in scores if s.error] == [
+        "wrong_type: coroutine instead of a number: nobody awaits it, write the function without async",
+        "wrong_type: generator instead of a number: nobody runs through it, return list(...) of it",
+        "non_finite: an integer beyond the range of float",
+        "non_finite: an integer beyond the range of float",
+        "wrong_type: bool instead of a number",
+        "wrong_type: list instead of a number",
+        "wrong_type: set instead of a number",
+    ]
+    assert {p.pid for p in children()} == pid  # no process had to be ended
 
 
 def test_a_function_that_hangs_is_ended_and_tried_twice(pool: Callable[..., FunctionPool]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -248,6 +249,20 @@ def test_training_goes_on_from_a_saved_reward_model(
     served = [s.value for s in RewardModel(str(tmp_path / "saved"), "float32").score(sequences)]
     assert np.mean(served) == pytest.approx(0, abs=1e-4)
     assert np.std(served) == pytest.approx(1, abs=1e-4)
+
+
+def test_equal_scores_leave_the_normaliser_without_a_scale(
+    make_task: Callable[..., RewardModelTask], tmp_path: Path
+) -> None:
+    """Of 33 equal numbers numpy's deviation is rounding, which a served score would be divided by."""
+    [text] = texts(1)
+    task = make_task(rated([text] * 33, [[1.0]] * 33))
+    task.save(str(tmp_path / "saved"))
+    assert AutoConfig.from_pretrained(tmp_path / "saved").score_std == 1.0
+    other = texts(2, seed=3)
+    raw = task.score([text, *other])
+    served = [s.value for s in RewardModel(str(tmp_path / "saved"), "float32").score([text, *other])]
+    assert served == pytest.approx([value - raw[0] for value in raw], abs=1e-4)
 
 
 # ---- supervised fine-tuning

@@ -12,3 +12,16 @@ def test_brevity_falls_by_one_for_every_doubling_beyond_20_words() -> None:
 def test_exact_answer_compares_the_last_number() -> None:
     completions = ["It is 3, so 1,234.5", "7", "none", "5"]
     assert exact_answer(completions, ["1234.50", "8", "1", None]) == [1.0, 0.0, 0.0, None]
+
+
+def test_exact_answer_is_exact() -> None:
+    """As float, 2^53 + 1 is 2^53, and all numbers of over 308 digits are one."""
+    large = "9" * 400
+    completions = ["9007199254740993", large, large, "-0.10"]
+    labels = ["9007199254740992", "8" * 400, large, "-0.1"]
+    assert exact_answer(completions, labels) == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_label_without_a_number_gives_no_score() -> None:
+    """Nothing equals nothing, but that is no right answer."""
+    assert exact_answer(["no idea", "4"], ["yes", ""]) == [None, None]

@@ -51,6 +51,18 @@ def test_a_final_error_of_a_part_comes_before_one_that_a_retry_may_heal() -> Non
     assert composite.weighted_sum({"a": parts["a"], "c": parts["c"]}, [1, 1])[0].error == "timeout: a: late"
 
 
+@pytest.mark.parametrize("values", [(1e200, -1e200), (1.7e308, 1.7e308), (1e160, 3.0)])
+def test_parts_too_large_to_combine_cost_their_own_item(values: tuple[float, float]) -> None:
+    """Squares and sums overflow: as an error of Python's, or as infinity."""
+    parts = {"a": scored(values[0], 1), "b": scored(values[1], 3)}
+    found = composite.ensemble(parts, 1.0)
+    assert [(s.value, s.error) for s in found] == [(None, "non_finite"), (1.0, None)]
+    assert found[0].spread is None
+    found = composite.weighted_sum(parts, [1e200, 1e200])
+    assert (found[0].value, found[0].error) == (None, "non_finite")
+    assert found[1].value == pytest.approx(4e200)
+
+
 # ---- versions
 
 

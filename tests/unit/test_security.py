@@ -5,6 +5,8 @@ import json
 import math
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +150,49 @@ def test_the_rollouts_of_a_fault_are_kept_for_their_owner(tmp_path: Path) -> Non
         "scores": {"proxy": {"value": "nan", "error": None}, "gold": {"value": None, "error": "timeout"}},
         "fault": None,
     }
+
+
+HYDRA_FILES = ("hydra/config.yaml", "hydra/hydra.yaml", "hydra/overrides.yaml", "multirun.yaml")
+UNCHECKED = """
+import runpy, contracts.command_line
+contracts.command_line.command_line_problems = lambda arguments, conf: []
+runpy.run_path("train.py", run_name="__main__")
+"""
+SECRET = f"+environment.options.api_key={CANARY}"
+
+
+def started(tmp_path: Path, *words: str, checked: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python train.py` as a user types it; or without the check of its words, which an experiment's own sweep passes."""
+    places = ["model.path=nowhere", f"cache_dir={tmp_path}/c", "environment=two_turn", SECRET]
+    program = ["train.py"] if checked else ["-c", UNCHECKED]
+    command = [sys.executable, *program, *words, *places]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def files_with(secret: str, folder: Path) -> list[str]:
+    return [str(file) for file in folder.rglob("*") if file.is_file() and secret in file.read_text(errors="replace")]
+
+
+def test_a_refused_start_leaves_no_secret(tmp_path: Path) -> None:
+    refused = started(tmp_path, f"run_dir={tmp_path}/run", "ppo.clip=7")
+    assert (refused.returncode, "ppo.clip must be" in refused.stderr) == (2, True)
+    assert SECRET.replace(CANARY, "[redacted]") in yaml.safe_load((tmp_path / "run/hydra/overrides.yaml").read_text())
+    assert files_with(CANARY, tmp_path) == []
+    alone = started(tmp_path, f"run_dir={tmp_path}/run", "environment.name=single_turn")
+    assert "environment.options must be empty" in alone.stderr
+    assert CANARY not in alone.stderr
+
+
+def test_a_sweep_that_is_refused_leaves_no_secret(tmp_path: Path) -> None:
+    refused = started(tmp_path, "-m", f"hydra.sweep.dir={tmp_path}/sweep", "ppo.clip=7,8", checked=False)
+    assert refused.returncode == 1
+    assert refused.stderr.count("ppo.clip must be in (0, 1)") == 2
+    assert SECRET.replace(CANARY, "[redacted]") in yaml.safe_load((tmp_path / "sweep/multirun.yaml").read_text())
+    assert files_with(CANARY, tmp_path) == []
+
+
+def test_a_sweep_whose_members_cannot_be_composed_leaves_no_secret(tmp_path: Path) -> None:
+    refused = started(tmp_path, "-m", f"hydra.sweep.dir={tmp_path}/sweep", "cluster=nowhere,laptop", checked=False)
+    assert refused.returncode == 1
+    assert (tmp_path / "sweep/multirun.yaml").exists()
+    assert files_with(CANARY, tmp_path) == []

@@ -1,5 +1,6 @@
 """What each token is paid, worked out by hand; single turns get bitwise what they got as one number a rollout."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 
 from contracts.config import EnvironmentConfig, PPOConfig
 from contracts.records import Completion, Prompt, Rollout, Score, Turn
-from controller.shaping import ScoreNormalizer, episodes, service_scores, shaped, turn_metrics, turns_of
+from controller.shaping import (
+    ScoreNormalizer,
+    episodes,
+    paid_metrics,
+    service_scores,
+    shaped,
+    turn_metrics,
+    turns_of,
+)
 
 EOS = 2
 PPO = PPOConfig(missing_eos_penalty=0.25)
@@ -94,6 +103,49 @@ def test_the_normalizer_is_fitted_on_what_the_service_said() -> None:
     assert normalizer(2.5) == 2.5
     normalizer.fit([1.0, 5.0])
     assert (normalizer.mean, normalizer.std, normalizer.is_fitted) == (3.0, 2.0, True)
+
+
+NOISE = 2.0**-23  # of float32 at 1
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [-0.7] * 64,  # np.std: 1.1e-16
+        [0.1 + 0.2, 0.3] * 32,
+        [-0.7, -0.7 * (1 + NOISE)] * 32,
+        [1e6 + 0.1] * 33,
+        [-3.2e-9] * 10,
+        [0.0] * 8,
+        [4.0],
+    ],
+)
+def test_equal_first_scores_leave_the_unit_of_the_scorer(scores: list[float]) -> None:
+    normalizer = ScoreNormalizer()
+    normalizer.fit(scores)
+    assert normalizer.std == 1.0
+    assert normalizer.is_fitted
+    # -0.7 first and 0.3 now is one more, not 9e15.
+    assert normalizer(scores[0] + 1.0) == pytest.approx(1.0, abs=1e-6)
+    assert shaped(single(scores[0] + 1.0), normalizer, PPO, CUMULATIVE)[-1] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_small_differences_that_are_no_rounding_count() -> None:
+    # Population: mean 1000, deviation 0.5; 1 of 64 answers right: mean 1/64, deviation sqrt(63)/64.
+    for scores, deviation in (([999.5, 1000.5] * 4, 0.5), ([0.0] * 63 + [1.0], math.sqrt(63) / 64)):
+        normalizer = ScoreNormalizer()
+        normalizer.fit(scores)
+        assert normalizer.std == pytest.approx(deviation, rel=1e-9)
+
+
+def test_the_largest_amount_that_a_token_is_paid() -> None:
+    rows = [
+        np.array([0, 0.5, -2.5], dtype=np.float32),
+        np.zeros(0, dtype=np.float32),
+        np.array([2.0], dtype=np.float32),
+    ]
+    assert paid_metrics(rows) == {"reward/paid_abs_max": 2.5}
+    assert paid_metrics([rows[1]]) == {"reward/paid_abs_max": 0.0}
 
 
 def test_what_has_no_score_cannot_be_shaped() -> None:

@@ -1,6 +1,7 @@
 """Stages are reused while nothing that went in has changed, and never half done."""
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,15 +14,20 @@ import pytest
 
 from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
 from contracts.validation import ConfigError
-from controller.metrics import RunLog
-from controller.stages import LOGS, UNSEEN, StageStore, checkpoint_fingerprint, unseen
+from controller.metrics import LOGS, RunLog
+from controller.stages import UNSEEN, StageStore, environment_source, unseen
 
 INPUTS: dict[str, Any] = {"seed": 1, "sft": SFTConfig(), "data": "abc"}
 
 
-def run_of(tmp_path: Path, name: str, reuse: bool = True) -> tuple[StageStore, RunLog]:
+CODE = {"learner/sft.py": "1", "learner/engine.py": "2", "torch": "2.13.0"}
+
+
+def run_of(
+    tmp_path: Path, name: str, reuse: Any = "auto", code: dict[str, str] = CODE, say: Any = print
+) -> tuple[StageStore, RunLog]:
     log = RunLog(tmp_path / name, {}, LoggerConfig(wandb="disabled"), "test")
-    return StageStore(tmp_path / "cache", tmp_path / name, reuse), log
+    return StageStore(tmp_path / "cache", log, reuse, say, lambda stage: code), log
 
 
 def work_with(log: RunLog, loss: float, stage: str = "sft") -> Any:
@@ -162,31 +168,6 @@ def test_stage_json_says_what_went_in(tmp_path: Path) -> None:
     assert content["seconds"] >= 0
 
 
-def test_checkpoint_fingerprint(tmp_path: Path) -> None:
-    def checkpoint(name: str, files: dict[str, bytes]) -> str:
-        for file, content in files.items():
-            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name / file).write_bytes(content)
-        return str(tmp_path / name)
-
-    big = bytes(3 << 20)
-    base = {"config.json": b"{}", "sub/model.safetensors": big}
-    same = checkpoint_fingerprint(checkpoint("a", base))
-    assert checkpoint_fingerprint(checkpoint("b", base)) == same
-    changes: list[dict[str, bytes]] = [
-        {"config.json": b"[]"},
-        {"sub/model.safetensors": b"x" + big[1:]},
-        {"sub/model.safetensors": big[:-1] + b"x"},  # the end of a large file
-        {"sub/model.safetensors": big + b"\0"},
-        {"more": b""},
-    ]
-    for i, change in enumerate(changes):
-        assert checkpoint_fingerprint(checkpoint(f"changed{i}", base | change)) != same
-    hub = checkpoint_fingerprint("owner/model")
-    assert hub != checkpoint_fingerprint("owner/other")
-    assert hub != checkpoint_fingerprint("owner/model", "v1.0")
-
-
 def test_lines_that_a_run_has_are_not_added_again(tmp_path: Path) -> None:
     """A second attempt in the same run directory finds the stage, and its lines in the log."""
     store, log = run_of(tmp_path, "first")
@@ -199,20 +180,115 @@ def test_lines_that_a_run_has_are_not_added_again(tmp_path: Path) -> None:
     assert {name: (tmp_path / "second" / name).read_text() for name in LOGS} == before
 
 
+def test_lines_of_an_earlier_attempt_with_other_settings_give_way_to_those_of_the_stage(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+    store.run("sft", INPUTS, work_with(log, 2.5))
+    later, log = run_of(tmp_path, "second")
+    for step in range(1, 4):
+        log.log("sft", step, {"loss": 7.0})  # of other settings, and interrupted
+    log.log("ppo", 1, {"loss": 1.0})
+    assert later.find("sft", INPUTS) is not None
+    found = [(row["stage"], row["step"], row["loss"]) for row in lines(tmp_path / "second/metrics.jsonl")]
+    assert found == [("ppo", 1, 1.0), ("sft", 1, 2.5)]
+
+
 def test_a_resumed_stage_keeps_the_lines_of_its_first_attempt(tmp_path: Path) -> None:
     store, log = run_of(tmp_path, "first")
-    log.log("before", 1, {})
-    began = log.mark()
-    log.log("sft", 1, {"loss": 3.0})  # the first attempt, up to its commit
+    log.log("sft", 1, {})
+    log.log("value_warmup", 0, {"loss": 4.0})
+    log.log("ppo", 1, {"loss": 3.0})  # the first attempt, up to its commit
 
     def work(path: Path) -> dict[str, Any]:
-        store.starts = began
-        log.log("sft", 2, {"loss": 2.0})
+        log.log("ppo", 2, {"loss": 2.0})
         path.mkdir()
         return {}
 
-    made = store.run("sft", INPUTS, work)
-    assert [row["step"] for row in lines(Path(made.path).parent / "log/metrics.jsonl")] == [1, 2]
+    made = store.run("ppo", INPUTS, work)
+    assert [row["step"] for row in lines(Path(made.path).parent / "log/metrics.jsonl")] == [0, 1, 2]
+
+
+# ---- what cannot be believed
+
+
+def other_code(**changed: str) -> dict[str, str]:
+    return CODE | {name.replace("__", "/") + ".py": digest for name, digest in changed.items()}
+
+
+def test_a_stage_that_other_code_made_is_named_and_made_anew(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+    old = store.run("sft", INPUTS, work_with(log, 2.5))
+    said: list[str] = []
+    fixed = other_code(learner__sft="9", learner__new="1") | {"torch": "2.14.0"}
+    store, log = run_of(tmp_path, "second", code=fixed, say=said.append)
+    assert store.find("sft", INPUTS) is None
+    assert store.find("sft", INPUTS) is None
+    assert said == [
+        f"{Path(old.path).parent} was made by other code (learner/new.py, learner/sft.py, torch): sft has to be made "
+        "anew, or reuse_stages=true takes it"
+    ]
+    new = store.run("sft", INPUTS, work_with(log, 1.5))
+    assert store.find("sft", INPUTS) == replace(new, cached=True)
+    # Who goes back to the old code finds the old result: neither has replaced the other.
+    store, _ = run_of(tmp_path, "third")
+    assert store.find("sft", INPUTS) == replace(old, cached=True)
+
+
+def test_whatever_code_made_it_is_taken_where_that_is_asked_for(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+    old = store.run("sft", INPUTS, work_with(log, 2.5))
+    said: list[str] = []
+    store, _ = run_of(tmp_path, "second", reuse=True, code=other_code(learner__sft="9"), say=said.append)
+    assert store.find("sft", INPUTS) == replace(old, cached=True)
+    assert said == [f"WARNING: reuse_stages=true: {Path(old.path).parent} was made by other code (learner/sft.py)"]
+
+
+def _torn_json(stage: Path) -> None:
+    content = (stage / "stage.json").read_bytes()
+    (stage / "stage.json").write_bytes(content[: len(content) // 2])
+
+
+def _foreign(stage: Path) -> None:
+    content = json.loads((stage / "stage.json").read_text())
+    content["inputs"]["seed"] = 7
+    (stage / "stage.json").write_text(json.dumps(content))
+
+
+DAMAGES: dict[str, Any] = {
+    "torn": (_torn_json, "JSONDecodeError"),
+    "empty": (lambda stage: (stage / "stage.json").write_text(""), "JSONDecodeError"),
+    "binary": (lambda stage: (stage / "stage.json").write_bytes(b"\xff\x00"), "UnicodeDecodeError"),
+    "no stage.json": (lambda stage: (stage / "stage.json").unlink(), "FileNotFoundError"),
+    "a list": (lambda stage: (stage / "stage.json").write_text("[]"), "TypeError"),
+    "foreign": (_foreign, "stage.json is of another stage"),
+    "no model": (lambda stage: shutil.rmtree(stage / "model"), "model"),
+    "a weight": (lambda stage: (stage / "model/weights").write_text("2.6"), "not those that were written"),
+    "a file less": (lambda stage: (stage / "model/weights").unlink(), "not those that were written"),
+    "a file more": (lambda stage: (stage / "model/more.bin").write_text(""), "not those that were written"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda name: name.replace(" ", "-"))
+def test_a_torn_or_foreign_stage_is_named_and_made_anew(damage: str, tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+    stage = Path(store.run("sft", INPUTS, work_with(log, 2.5)).path).parent
+    harm, reason = DAMAGES[damage]
+    harm(stage)
+    said: list[str] = []
+    store, log = run_of(tmp_path, "second", say=said.append)
+    assert store.find("sft", INPUTS) is None
+    [line] = said
+    assert line.startswith(f"WARNING: {stage} cannot be used (")
+    assert reason in line
+    assert line.endswith("): sft has to be made anew")
+    assert (tmp_path / "second/metrics.jsonl").read_text() == ""  # nothing of it is in the log
+    store.run("sft", INPUTS, work_with(log, 1.5))
+    found = store.find("sft", INPUTS)
+    assert found is not None
+    assert found.metrics == {"eval_loss": 1.5}
+    assert sorted(p.name for p in stage.iterdir()) == ["log", "model", "stage.json"]
+
+
+# ---- inputs of ppo
 
 
 def test_what_a_scorer_is_made_of_and_what_is_blanked_are_inputs(tmp_path: Path) -> None:
@@ -243,3 +319,18 @@ def test_what_a_scorer_is_made_of_and_what_is_blanked_are_inputs(tmp_path: Path)
     rules.unlink()
     with pytest.raises(ConfigError, match=r"reward_service\.scorers\.token_count: "):
         unseen(config)
+
+
+def test_an_environment_is_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "games_of_mine.py").write_text("from rules_of_mine import x\nclass Guess: ...\n")
+    (tmp_path / "rules_of_mine.py").write_text("x = 1\n")
+    config = TandemConfig()
+    assert environment_source(config) is None
+    config.environment.name = "games_of_mine:Guess"
+    before = environment_source(config)
+    (tmp_path / "rules_of_mine.py").write_text("x = 2\n")
+    assert environment_source(config) != before
+    config.environment.name = "games_of_nobody:Guess"
+    with pytest.raises(ConfigError, match=r"environment\.name: games_of_nobody:Guess: there is no source file"):
+        environment_source(config)

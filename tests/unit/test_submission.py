@@ -1,31 +1,38 @@
 """What submit.py composes, checks and writes, without a cluster."""
 
+import copy
 import json
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import requests
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import submission.job
 import submit
+from contracts.config import TandemConfig, to_config
 from contracts.outcome import read_outcome, write_outcome
 from contracts.overrides import unknown_overrides
+from contracts.precision import choose_dtypes
 from contracts.validation import ConfigError
-from hydra_plugins.tandem_ray_jobs import RayJobsLauncherConf
+from controller.redaction import redacted
+from controller.stages import made_of
+from controller.sweep import group_of
+from hydra_plugins.tandem_ray_jobs import RayJobsLauncher, RayJobsLauncherConf
 from submission.job import Job, next_id, quoted, recorded, to_job
 from submission.ray_jobs import Cluster
-from submission.targets import KubeRay, RayJobs, Slurm, to_target
+from submission.targets import KubeRay, RayJobs, Slurm, composed, to_target
 from tests.conftest import ROOT
 
 PLACES = ["run_dir=/shared/runs/a", "cache_dir=/shared/cache"]
@@ -212,6 +219,57 @@ def test_the_launcher_gets_plain_values() -> None:
     assert launcher.target == RayJobs(address="http://head:8265")
     assert type(launcher.target.excludes) is list
     assert launcher.max_parallel == 4
+
+
+class NoCluster:
+    """Stands for a cluster: takes every job and ends it well."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def check_capacity(self, config: TandemConfig) -> None: ...
+
+    def submit(self, job: Job) -> None:
+        self.jobs.append(job)
+        write_outcome(Path(job.run_dir), 0.5)
+
+    def wait(self, job_id: str) -> int:
+        return 0
+
+
+def test_a_member_that_is_done_is_not_sent_again_and_the_others_share_a_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher: RayJobsLauncher = instantiate(OmegaConf.structured(RayJobsLauncherConf(python=sys.executable)))
+    launcher.running = set()
+    model, cluster = tmp_path / "model", NoCluster()
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    words = ["stage=evaluate", "method=none", "data=files", "data.eval_prompts.path=p.jsonl", f"model.path={model}"]
+    words += [f"cache_dir={tmp_path}/c", f"sft_model={model}", f"proxy_model={model}", f"gold_model={model}"]
+    results = []
+    for number in (0, 1):
+        run_dir = tmp_path / f"my sweep/{number}"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        task = composed(
+            "config", [*words, f"ppo.seed={number}", f"run_dir={quoted(str(run_dir))}", "cluster.address=auto"]
+        )
+        task.logger.group = group_of(task, str(run_dir.parent))
+        if number == 0:  # as its run has left it
+            config = to_config(copy.deepcopy(task))
+            choose_dtypes(config)
+            (run_dir / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(config))))
+            (run_dir / "status.json").write_text(json.dumps({"state": "done", "made_of": made_of(config)}))
+            write_outcome(run_dir, 0.25)
+        whole = OmegaConf.create(
+            {"hydra": {"overrides": {"task": [*words, f"ppo.seed={number}"]}, "job": {"name": "train"}}}
+        )
+        results.append(launcher._run(cluster, number, task, whole))  # type: ignore[arg-type]
+    assert [result.return_value for result in results] == [0.25, 0.5], capsys.readouterr()
+    [job] = cluster.jobs
+    assert job.run_dir == f"{tmp_path}/my sweep/1"
+    assert "logger.group='my sweep'" in job.overrides
+    assert f"#0: {tmp_path}/my sweep/0 is done already" in capsys.readouterr().out
 
 
 # ---- Ray Jobs

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from contracts.validation import ConfigError
 from submission import kuberay, slurm
 from submission.job import Job, quoted, to_job
 from submission.targets import KubeRay, Slurm
@@ -59,6 +60,51 @@ def test_the_options_of_sbatch() -> None:
         "--qos=high",
     ]
     assert "--num-cpus=32 --num-gpus=8" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("option", "written"),
+    [
+        ("target.time", "4:00:00"),
+        ("+target.options.time-min", "1:30:00"),
+        ("target.time", "30:00"),
+        ("+target.options.begin", "16:00"),
+    ],
+)
+def test_a_time_that_yaml_has_read_as_a_number_is_refused(option: str, written: str) -> None:
+    number = yaml.safe_load(f"time: {written}")["time"]
+    assert isinstance(number, int)  # of seconds, as YAML 1.1 has it; sbatch would read minutes
+    with pytest.raises(
+        ConfigError, match=rf"{option.lstrip('+')} must be .*; found {number}; write for example .* with its quotes"
+    ):
+        to_job(["target=slurm", f"{option}={number}", *TWO_NODES])
+    to_job(["target=slurm", f"{option}={written}", *TWO_NODES])
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [
+        (
+            "target.time",
+            ["90:00", "0:30:00", "1-0", "2-12:30", "7-00:00:00", "UNLIMITED"],
+            ["240", "4h", "1:2", "now", "4:00:00:00"],
+        ),
+        ("+target.options.mem", ["64G", "512000M", "64GB", "0"], ["64", "64000", "64 G", "1.5"]),
+        ("+target.options.mem-per-cpu", ["4G"], ["4096"]),
+        ("+target.options.deadline", ["2026-12-01T16:00:00"], ["57600"]),
+    ],
+)
+def test_the_form_of_times_and_sizes(option: str, good: list[str], bad: list[str]) -> None:
+    for value in good:
+        to_job(["target=slurm", hydra_word(f"{option}={value}"), *TWO_NODES])
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"{option.lstrip('+')} must be"):
+            to_job(["target=slurm", hydra_word(f"{option}={value}"), *TWO_NODES])
+
+
+def test_the_time_is_said_once() -> None:
+    with pytest.raises(ConfigError, match=r"target\.options\.time must be absent; found 1:00:00; write target\.time"):
+        to_job(["target=slurm", "+target.options.time=1:00:00", *TWO_NODES])
 
 
 def test_the_script_is_valid_shell(tmp_path: Path) -> None:

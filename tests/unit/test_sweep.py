@@ -10,7 +10,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from contracts.config import TandemConfig
+from contracts.config import ScorerConfig, TandemConfig
 from contracts.outcome import write_outcome
 from contracts.precision import choose_dtypes
 from controller.objective import evaluation_metrics, objective
@@ -19,6 +19,7 @@ from controller.report.__main__ import main
 from controller.report.compare import best_of, flattened, members_of, page
 from controller.report.compare_charts import unbeaten
 from controller.report.data import ReportError
+from controller.stages import made_of
 from controller.status import main as status
 from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
 from tests.unit.test_report import around, jsonl, parsed
@@ -187,17 +188,70 @@ def test_what_an_experiment_sweeps_is_in_the_names_with_one_value_too() -> None:
     assert config.hydra.overrides.hydra == ["hydra.job.config.override_dirname.exclude_keys=[experiment,name]"]
 
 
-def test_a_member_that_is_done_is_known_by_its_configuration(tmp_path: Path) -> None:
-    config = TandemConfig(run_dir=str(tmp_path), cache_dir="c")
-    config.model.path = "m"
+@pytest.fixture
+def done(tmp_path: Path) -> TandemConfig:
+    """The configuration of a member that is done, as it is composed again."""
+    model, prompts, rules = tmp_path / "model", tmp_path / "prompts.jsonl", tmp_path / "rules.py"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    prompts.write_text('{"prompt": "a"}\n')
+    rules.write_text("def brevity(**_): return []\n")
+    config = TandemConfig(stage="evaluate", method="none", run_dir=str(tmp_path / "run"), cache_dir=str(tmp_path / "c"))
+    config.model.path = str(model)
+    config.data.eval_prompts.path = str(prompts)
+    config.reward_service.scorers = {"rule": ScorerConfig(kind="function", function=f"{rules}:brevity")}
     written = copy.deepcopy(config)
     choose_dtypes(written)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(written)), sort_keys=False))
-    (tmp_path / "status.json").write_text(json.dumps({"state": "done"}))
-    write_outcome(tmp_path, 0.25)
-    assert finished_objective(config) == (True, 0.25)
-    config.ppo.kl.coef = 0.1
-    assert finished_objective(config) == (False, None)
-    config.ppo.kl.coef = written.ppo.kl.coef
-    (tmp_path / "status.json").write_text(json.dumps({"state": "failed"}))
-    assert finished_objective(config) == (False, None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(redacted(asdict(written)), sort_keys=False))
+    (tmp_path / "run/status.json").write_text(json.dumps({"state": "done", "made_of": made_of(written)}))
+    write_outcome(tmp_path / "run", 0.25)
+    return config
+
+
+def test_a_member_that_is_done_is_known_by_its_configuration(done: TandemConfig) -> None:
+    assert finished_objective(done) == (True, 0.25)
+    coef, done.ppo.kl.coef = done.ppo.kl.coef, 0.1
+    assert finished_objective(done) == (False, None)
+    done.ppo.kl.coef = coef
+    assert finished_objective(done) == (True, 0.25)
+    status = Path(done.run_dir) / "status.json"
+    status.write_text(status.read_text().replace("done", "failed"))
+    assert finished_objective(done) == (False, None)
+
+
+def test_a_member_that_was_done_elsewhere_has_the_number_format_of_that_machine(done: TandemConfig) -> None:
+    written = copy.deepcopy(done)
+    written.model.dtype, written.reward_service.dtype = "bfloat16", "bfloat16"
+    config, status = Path(done.run_dir) / "config.yaml", Path(done.run_dir) / "status.json"
+    config.write_text(yaml.safe_dump(redacted(asdict(written))))
+    status.write_text(json.dumps({"state": "done", "made_of": made_of(written)}))
+    assert finished_objective(done) == (True, 0.25)
+    done.model.dtype = "float32"
+    assert finished_objective(done) == (False, None)
+
+
+@pytest.mark.parametrize("file", ["prompts.jsonl", "model/config.json", "rules.py"])
+def test_a_member_whose_files_have_changed_runs_again_and_says_so(
+    file: str, done: TandemConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / file).write_text((tmp_path / file).read_text() + "\n")
+    assert finished_objective(done) == (False, None)
+    assert "run was done with other data, checkpoints, functions or code: it runs again" in capsys.readouterr().out
+    config = Path(done.run_dir) / "config.yaml"
+    done.reuse_stages = True
+    config.write_text(config.read_text().replace("reuse_stages: auto", "reuse_stages: true"))
+    assert finished_objective(done) == (True, 0.25)
+
+
+@pytest.mark.parametrize(
+    "file", ["run/config.yaml", "run/result.json", "run/status.json", "rules.py", "model/config.json"]
+)
+@pytest.mark.parametrize("content", [None, "", "{", "- 1\n", "[]"])
+def test_a_member_whose_files_are_torn_runs_again(
+    file: str, content: str | None, done: TandemConfig, tmp_path: Path
+) -> None:
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    assert finished_objective(done) == (False, None)

@@ -4,9 +4,12 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
+from vllm.config.model import _get_and_verify_max_len as vllm_length
 
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.methods import METHODS
@@ -17,6 +20,7 @@ from contracts.service_validation import validate_service
 from contracts.validation import ConfigError, check_machine, validate
 from controller.checks import check_amounts, check_model
 from controller.inputs import Inputs
+from controller.lengths import positions
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {
@@ -238,9 +242,9 @@ def test_a_choice_suggests_the_closest_name(config):
         (
             {"ppo__estimator": "reinforce_plus_plus", "ppo__init_value_from": "policy"},
             [
-                "ppo.init_value_from must be left at reward_model",
+                "ppo.init_value_from must be null or reward_model",
                 "found policy",
-                "write ppo.init_value_from=reward_model",
+                "write ppo.init_value_from=null",
             ],
         ),
         (
@@ -274,6 +278,10 @@ def test_a_choice_suggests_the_closest_name(config):
         (
             {"ppo__estimator": "rwr", "ppo__kl__controller": "adaptive"},
             ["ppo.kl.controller must be fixed where there is no KL penalty", "found adaptive", "ppo.kl.place=reward"],
+        ),
+        (
+            {"ppo__kl__controller": "adaptive", "ppo__kl__coef": 0.0},
+            ["ppo.kl.coef must be above 0 with ppo.kl.controller adaptive", "found 0.0", "ppo.kl.controller=fixed"],
         ),
         (
             {"ppo__combined__target": 0.5},
@@ -606,6 +614,155 @@ def test_the_service_alone_needs_something_to_serve_and_a_port(config: TandemCon
         validate_service(
             put(TandemConfig(), proxy_model="m", reward_service__http__port=8000, reward_service__replicas=0)
         )
+
+
+def test_rules_alone_want_neither_preferences_nor_a_reward_model(config: TandemConfig) -> None:
+    rule = {"kind": "function", "function": "rules.py:f"}
+    config = with_scorers(put(config, data__gold=None, ppo__gold_rollouts=0), proxy=rule)
+    config.data.preferences.path = config.data.test.path = ""
+    for stage in ("pipeline", "ppo", "evaluate"):
+        validate(put(config, stage=stage))
+    for values in ({"stage": "reward_model"}, {"ppo__init_value_from": "reward_model"}, {"method": "dpo"}):
+        lines = conflicts(put(config, **values))
+        assert [line.split(" must be set")[0] for line in lines] == ["data.preferences.path", "data.test.path"]
+
+
+def test_a_gold_judge_made_of_rules(config: TandemConfig) -> None:
+    rule = {"kind": "function", "function": "rules.py:f"}
+    config = put(config, data__gold=None)
+    validate(with_scorers(config, gold=rule))  # ppo.gold_rollouts is 32
+    both = {"kind": "weighted_sum", "parts": ["gold_model", "rule"], "weights": [1.0, 1.0]}
+    (line,) = conflicts(with_scorers(config, gold=both, rule=rule))
+    assert line.startswith(
+        "data.gold or gold_model must be set where reward_service.scorers.gold has the part gold_model"
+    )
+    validate(put(with_scorers(config, gold=both, rule=rule), gold_model="m"))
+
+
+def refused(config: TandemConfig) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        check_model(config)
+    return str(raised.value).split("\n")
+
+
+def test_nothing_is_longer_than_the_models_positions(config: TandemConfig, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 305}))
+    config = put(config, model__path=str(tmp_path), data__max_prompt_tokens=256, reward_model__max_tokens=305)
+    model = f"305 positions of {tmp_path} (max_position_embeddings)"
+    assert refused(put(config, sft__max_tokens=305)) == [
+        f"engine.max_model_len must be at most the {model}; found 512; write engine.max_model_len=305 or less"
+    ]
+    config = put(config, engine__max_model_len=305)
+    assert refused(config) == [
+        f"sft.max_tokens must be at most the {model}; found 512; write sft.max_tokens=305 or less"
+    ]
+    config = put(config, sft__max_tokens=305)
+    check_model(config)  # 256 + 48 + 1
+    assert refused(put(config, evaluate__sampling__max_completion_tokens=49)) == [
+        f"data.max_prompt_tokens + max_completion_tokens + 1 (scoring appends an EOS) must be at most the {model}; found "
+        "306; write less of them"
+    ]
+    # Nothing samples, nothing is trained on preferences.
+    check_model(put(config, stage="sft", engine__max_model_len=512))
+    assert refused(put(config, method="dpo")) == [
+        f"preference.max_tokens must be at most the {model}; found 512; write preference.max_tokens=305 or less"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("longrope", 64), ("dynamic", 1024)], ids=["longrope of Phi-3", "dynamic NTK"]
+)
+def test_no_row_is_longer_than_where_rope_changes_its_speed(
+    config: TandemConfig, tmp_path: Path, kind: str, limit: int
+) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "factor": 4.0}
+    if kind == "longrope":
+        factors = [1.0] * 32  # of each of a head's pairs of dimensions
+        rope |= {"original_max_position_embeddings": 64, "short_factor": factors, "long_factor": factors}
+    model = {"model_type": "llama", "max_position_embeddings": 1024, "rope_scaling": rope, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    config = put(config, model__path=str(tmp_path), stage="sft")
+    check_model(put(config, sft__max_tokens=limit))
+    (line,) = refused(put(config, sft__max_tokens=limit + 1))
+    assert f"at most the {limit} positions" in line
+    assert f"of rope_type {kind}" in line
+
+
+def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemConfig, tmp_path: Path) -> None:
+    paths = {}
+    for name, count in (("policy", 1024), ("judge", 304)):
+        paths[name] = str(tmp_path / name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": count}))
+    config = put(config, model__path=paths["policy"], proxy_model=paths["judge"], data__gold=None)
+    (line,) = refused(config)
+    assert f"must be at most the 304 positions of {paths['judge']} (max_position_embeddings); found 305" in line
+    # A rule needs no model, and this one is not asked.
+    rules = tmp_path / "rules.py"
+    rules.write_text("def f(completions): return [0.0]")
+    rule = {"kind": "function", "function": f"{rules}:f"}
+    check_model(with_scorers(config, proxy=rule))
+    assert refused(with_scorers(config, proxy={**rule, "function": f"{tmp_path}/rulse.py:f"})) == [
+        f"reward_service.scorers.proxy: {tmp_path}/rulse.py:f: there is no source file {tmp_path}/rulse.py"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"model_type": "llama", "max_position_embeddings": 128}, 128),
+        ({"model_type": "gpt2", "n_positions": 64}, 64),
+        ({"model_type": "mpt", "max_seq_len": 96}, 96),
+        ({"model_type": "opt", "max_position_embeddings": 48}, 48),
+        ({"model_type": "mamba"}, None),
+        (
+            {
+                "model_type": "llama",
+                "max_position_embeddings": 128,
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            512,
+        ),
+        (
+            {
+                "model_type": "llama",
+                "max_position_embeddings": 128,
+                "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+            },
+            256,
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "max_position_embeddings": 512,
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+            },
+            512,
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "max_position_embeddings": 256,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            256,
+        ),
+    ],
+)
+def test_positions_are_those_that_vllm_finds(tmp_path: Path, model: dict[str, Any], expected: int | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    found = AutoConfig.from_pretrained(tmp_path).get_text_config()
+    assert (count := positions(found)) == (None if expected is None else (expected, count[1] if count else ""))
+    name = next((key for key in ("max_position_embeddings", "max_seq_len") if getattr(found, key, None)), None)
+    architecture = SimpleNamespace(
+        derived_max_model_len_and_key=(getattr(found, name) if name else math.inf, name)  # of the convertor
+    )
+    arguments = (found, architecture, None)
+    options = {"disable_sliding_window": False, "sliding_window": None}
+    if expected is not None:
+        assert vllm_length(*arguments, expected, **options) == expected
+        with pytest.raises(ValueError, match="is greater than the derived max_model_len"):
+            vllm_length(*arguments, expected + 1, **options)
 
 
 @pytest.mark.parametrize(

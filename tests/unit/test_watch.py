@@ -12,16 +12,16 @@ class Process:
     """Answers with what it has done, unless it is stopped."""
 
     def __init__(self) -> None:
-        self.count, self.asked = 0, list[Future[int]]()
+        self.count, self.asked = 0, list[Future[int | None]]()
 
     def ask(self) -> Any:
         self.asked.append(Future())
         return self
 
-    def future(self) -> Future[int]:
+    def future(self) -> Future[int | None]:
         return self.asked[-1]
 
-    def answer(self, count: int) -> None:
+    def answer(self, count: int | None) -> None:
         self.asked[-1].set_result(count)
 
 
@@ -118,3 +118,34 @@ def test_the_deadline_of_a_rollout() -> None:
     for _ in range(512):
         stragglers.took(1)
     assert stragglers.deadline_s() == 10
+
+
+def test_a_rank_that_writes_excuses_those_that_wait_for_it(clock: Clock) -> None:
+    """Rank 0 writes a commit for 400 s, while rank 1 waits for it in a collective; then both hang."""
+    ranks = [Process(), Process()]
+    watch = Watch(lambda number: ranks[number].ask(), 60, clock)
+    silent_at: list[int] = []
+    for second in range(520):
+        clock.now = 100.0 + second
+        if watch.silent([0, 1]):
+            silent_at.append(second)
+        for number, rank in enumerate(ranks):
+            if not rank.asked[-1].done():
+                rank.answer(None if number == 0 and second < 400 else 7)
+    assert silent_at[0] > 400
+    assert silent_at[0] <= 400 + 15 + 60 + 15
+
+
+def test_a_stopped_rank_is_silent_although_another_has_written(clock: Clock) -> None:
+    writes, stopped = Process(), Process()
+    watch = Watch(lambda number: (writes, stopped)[number].ask(), 60, clock)
+    silent: dict[int, float] = {}
+    for second in range(200):
+        clock.now = 100.0 + second
+        silent = watch.silent([0, 1])
+        if silent:
+            break
+        if not writes.asked[-1].done():
+            writes.answer(None if second < 30 else second)
+    assert set(silent) == {1}
+    assert second <= 30 + 15 + 60 + 15

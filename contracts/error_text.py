@@ -1,0 +1,12 @@
+"""Errors in one line, for people. Many have several lines, and some have no text at all."""
+
+
+def error_lines(error: BaseException) -> list[str]:
+    """The lines of its text; its type alone where it has none."""
+    return [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+
+
+def typed_line(error: BaseException) -> str:
+    """Its type and the first line of its text, as far as there is one."""
+    name, line = type(error).__name__, error_lines(error)[0]
+    return name if line == name else f"{name}: {line}"

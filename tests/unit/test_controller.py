@@ -1,0 +1,57 @@
+"""Steps of the PPO loop that need no engine."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from contracts.config import TandemConfig
+from contracts.records import Completion, Prompt, Rollout, Score
+from controller.controller import PPOController, ScoreError
+
+
+def controller(tmp_path: Path, **values: Any) -> PPOController:
+    """One whose collaborators are `values`."""
+    made = object.__new__(PPOController)
+    progress = SimpleNamespace(waiting_for=lambda text: None)
+    vars(made).update(config=TandemConfig(), progress=progress, log=SimpleNamespace(run_dir=tmp_path), version=3)
+    vars(made).update(values)
+    return made
+
+
+@pytest.mark.parametrize("weight_update", ["drain", "in_flight"])
+def test_the_wait_for_the_actors_is_no_transfer(weight_update: str, tmp_path: Path) -> None:
+    """The drain takes 0.3 s here and the transfer 0.05 s."""
+
+    def publish(version: int) -> dict[str, float]:
+        time.sleep(0.05)
+        return {"perf/sync_s": 0.01, "perf/sync_pack_s": 0.02}
+
+    loop = controller(tmp_path, dispatcher=SimpleNamespace(drain=lambda: time.sleep(0.3), publish=publish))
+    loop.config.ppo.weight_update = weight_update
+    metrics = loop._publish()
+    assert loop.version == 4
+    assert 0.05 <= metrics["perf/sync_s"] < 0.25
+    assert metrics["perf/sync_pack_s"] == 0.02
+    if weight_update == "drain":
+        assert metrics["perf/drain_s"] >= 0.3
+    else:
+        assert "perf/drain_s" not in metrics
+
+
+def test_an_update_without_any_score_ends_the_run_with_the_reasons(tmp_path: Path) -> None:
+    """Also where ppo.max_failed_scores allows for all: of nothing there is no mean."""
+    one = np.ones(1, dtype=np.int32)
+    completion = Completion(one, one.astype(np.float32), one, "stop", "x")
+    rollouts = [
+        Rollout((0, i, 0), Prompt(i, "", (5,)), completion, {"proxy": Score(None, "wrong_type: coroutine")})
+        for i in range(2)
+    ]
+    loop = controller(tmp_path)
+    loop.config.ppo.max_failed_scores = 1.0
+    with pytest.raises(ScoreError, match=r"2 of 2 rollouts of version 3 have no score .* reasons: \['wrong_type"):
+        loop._scored(rollouts)
+    assert len((tmp_path / "unscored.jsonl").read_text().splitlines()) == 2

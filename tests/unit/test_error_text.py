@@ -1,0 +1,55 @@
+"""Errors in one line, also those without any text."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from ray.exceptions import RayActorError
+
+from contracts.error_text import error_lines, typed_line
+from controller.recovery import once_more
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    ("error", "lines", "typed"),
+    [
+        (TimeoutError(), ["TimeoutError"], "TimeoutError"),
+        (ValueError("  \n\n "), ["ValueError"], "ValueError"),
+        (ValueError("\none\n\n two\n"), ["one", " two"], "ValueError: one"),
+        (KeyError("x"), ["'x'"], "KeyError: 'x'"),
+    ],
+)
+def test_an_error_in_one_line(error: Exception, lines: list[str], typed: str) -> None:
+    assert error_lines(error) == lines
+    assert typed_line(error) == typed
+
+
+def test_a_lost_process_without_a_message_is_told(tmp_path: Path) -> None:
+    class Silent(RayActorError):
+        def __str__(self) -> str:
+            return ""
+
+    class Log:
+        def forget(self, stage: str) -> None: ...
+
+        def cut(self, stage: str, sizes: dict[str, int]) -> None: ...
+
+    said: list[str] = []
+    errors = [Silent()]
+
+    def work() -> str:
+        if errors:
+            raise errors.pop()
+        return "done"
+
+    assert once_more(work, "sft", Log(), said.append) == "done"  # type: ignore[arg-type]
+    assert said == ["sft has lost a process and begins again (Silent)"]
+
+
+def test_nobody_takes_the_first_line_of_an_error_that_may_have_none() -> None:
+    """`"".splitlines()[0]` raises IndexError in place of the error that it was to show."""
+    folders = ["actors", "contracts", "controller", "learner", "reward_service", "submission", "hydra_plugins"]
+    command = ["grep", "-rnE", r"splitlines\(\)\[", "--include=*.py", *folders, "train.py", "submit.py"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert [line for line in found.stdout.splitlines() if "__doc__" not in line] == []
