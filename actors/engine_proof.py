@@ -228,7 +228,7 @@ def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None
     of_first, of_second = (class_logprobs(path, rows, model.trust_remote_code) for path in (first, second))
     options = EngineConfig(max_num_seqs=len(rows), max_model_len=max(LENGTHS) + 8, kv_cache_gib=1 / 16)
     mine = ModelConfig(path=str(first), dtype=model.dtype, trust_remote_code=model.trust_remote_code)
-    engine = VLLMEngine(mine, options, "shared_memory", on_cpu=True)
+    engine = VLLMEngine(mine, options, "shared_memory", on_cpu=True, end_ids=())
     is_exact = model.dtype == "float32"
 
     def logprobs() -> torch.Tensor:
