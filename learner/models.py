@@ -82,7 +82,7 @@ def load_policy(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: b
         LoadingError: the checkpoint lacks weights of the model.
     """
     proof = prove_policy(_read_config(path, model), model, learner, on_cpu)
-    lm = _load(AutoModelForCausalLM, path, model, proof)
+    lm, _ = _load(AutoModelForCausalLM, path, model, proof)
     return PolicyModel(_prepare(lm, learner, on_cpu), proof.layout)
 
 
@@ -90,11 +90,10 @@ def load_scalar(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: b
     """A reward or value model from a checkpoint of either kind. A language model gets a new head, drawn from
     N(0, 1/sqrt(d + 1)) (Stiennon 2020), the same on every rank. Raises as `load_policy`."""
     config = scalar_config(_read_config(path, model))
-    is_new = not is_classifier(config)
     proof = prove_scalar(config, model, learner, on_cpu)
-    new = ("score.weight",) if is_new else ()
-    classifier = _load(AutoModelForSequenceClassification, path, model, proof, new, config=config)
-    if is_new:
+    new = () if is_classifier(config) else ("score.weight",)
+    classifier, lacks = _load(AutoModelForSequenceClassification, path, model, proof, new, config=config)
+    if lacks:  # the head; a checkpoint of a class that transformers does not know may have one
         generator = torch.Generator().manual_seed(seed)
         width = classifier.score.in_features
         weight = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
@@ -144,7 +143,8 @@ def _read_config(path: str, model: ModelConfig) -> Any:
 
 def _load(
     auto: Any, path: str, model: ModelConfig, proof: Proof, allowed_new: tuple[str, ...] = (), **options: Any
-) -> Any:
+) -> tuple[Any, list[str]]:
+    """The model, and which of `allowed_new` the checkpoint lacks."""
     loaded, report = auto.from_pretrained(
         path,
         dtype=getattr(torch, model.dtype),
@@ -155,7 +155,7 @@ def _load(
         **options,
     )
     refuse_unloaded(report, path, "model.path", allowed_new, loaded)
-    return loaded
+    return loaded, sorted(report["missing_keys"])
 
 
 def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTrainedModel:

@@ -1,5 +1,7 @@
 """The trained networks against transformers' own, one sequence at a time, and the names of their weights."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,14 @@ def test_a_trained_head_and_its_normaliser_are_kept(classifier: Path) -> None:
     assert torch.equal(model.lm.score.weight, plain.score.weight)
     assert (model.mean, model.std) == (0.75, 0.5)
     assert model.lm.config.problem_type == "regression"
+
+
+def test_a_head_is_kept_whatever_the_class_is_called(classifier: Path, tmp_path: Path) -> None:
+    """OpenRLHF's checkpoints name a class of its own; a new head in place of theirs would be noise."""
+    shutil.copytree(classifier, tmp_path / "theirs")
+    file = tmp_path / "theirs/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["RewardModel"]}))
+    assert torch.equal(scalar(tmp_path / "theirs").lm.score.weight, scalar(classifier).lm.score.weight)
 
 
 def test_a_head_computes_in_float32_whatever_its_dtype() -> None:
