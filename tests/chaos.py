@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from controller.ledger_log import NAME, Audit, audit
-from tests.conftest import ROOT, VADER
+from tests.conftest import ROOT, VADER, cache_in
 
 # What the heartbeat says the run waits for, at the moments at which harm is done.
 MOMENTS = {
@@ -32,7 +32,7 @@ def overrides(folder: Path, policy: Path, reward: Path, *more: str) -> list[str]
         "stage=ppo",
         "name=chaos",
         f"run_dir={folder}/run",
-        f"cache_dir={folder}/cache",
+        f"cache_dir={cache_in(folder)}",
         f"model.path={policy}",
         f"sft_model={policy}",
         f"proxy_model={reward}",

@@ -1,7 +1,10 @@
 """Fixtures that start an engine do so once per session. The tiny model has SmolLM2's tokenizer and random weights."""
 
+import atexit
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,21 @@ from contracts.config import ModelConfig, RewardServiceConfig, SourceConfig, Tan
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
 VADER = ROOT / ".cache/data/vader"
+
+
+# One for all runs of a session: each test's cache is its own, and the proof of vLLM for its model would be made for each.
+PROOFS = Path(tempfile.gettempdir()) / f"tandem-test-proofs-{os.getpid()}"
+atexit.register(shutil.rmtree, PROOFS, ignore_errors=True)
+
+
+def cache_in(folder: Path) -> Path:
+    """A cache of its own below `folder`, which knows the proofs of this session."""
+    cache = folder / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    PROOFS.mkdir(exist_ok=True)
+    if not (cache / "proofs").exists():
+        (cache / "proofs").symlink_to(PROOFS)
+    return cache
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -118,7 +136,7 @@ def make_config(model: Path, folder: Path, dtype: str = "bfloat16") -> TandemCon
     config = TandemConfig(
         name="tiny",
         run_dir=str(folder / "run"),
-        cache_dir=str(folder / "cache"),
+        cache_dir=str(cache_in(folder)),
         model=ModelConfig(path=str(model), dtype=dtype),
         reward_service=RewardServiceConfig(dtype="bfloat16"),
     )

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from contracts.outcome import read_outcome
-from tests.conftest import ROOT, VADER
+from tests.conftest import ROOT, VADER, cache_in
 
 
 def command(folder: Path, model: Path, *overrides: str) -> list[str]:
@@ -21,7 +21,7 @@ def command(folder: Path, model: Path, *overrides: str) -> list[str]:
         sys.executable,
         "train.py",
         f"run_dir={folder}/run",
-        f"cache_dir={folder}/cache",
+        f"cache_dir={cache_in(folder)}",
         f"model.path={model}",
         "name=tiny",
         *(f"data.{name}.path={VADER}/{part}.jsonl" for name, part in PARTS.items()),

@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from contracts.outcome import read_outcome
-from tests.conftest import ROOT, VADER
+from tests.conftest import ROOT, VADER, cache_in
 from tests.integration.conftest import free_port
 
 TOKEN = "a-token-of-the-test-cluster-0123456789abcdef"
@@ -95,7 +95,7 @@ def sft(folder: Path, model: Path, *overrides: str) -> list[str]:
         "stage=sft",
         "name=tiny",
         f"model.path={model}",
-        f"cache_dir={folder}/cache",
+        f"cache_dir={cache_in(folder)}",
         f"data.sft.path={VADER}/sft.jsonl",
         "data.sft.max_rows=96",
         "sft.epochs=1",

@@ -14,7 +14,7 @@ import pytest
 
 from controller import commits
 from controller.ledger_log import audit
-from tests.conftest import ROOT, VADER
+from tests.conftest import ROOT, VADER, cache_in
 
 TIMES = ("perf/", "progress/eta_s", "wall_s")
 UPDATES = 5  # one of them fits the value model alone
@@ -31,7 +31,7 @@ class Run:
             "train.py",
             "stage=ppo",
             f"run_dir={self.dir}",
-            f"cache_dir={folder}/cache",
+            f"cache_dir={cache_in(folder)}",
             *(f"{key}={model}" for key in ("model.path", "sft_model")),
             f"proxy_model={judge}",
             "data.gold=null",

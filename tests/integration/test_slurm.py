@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT, VADER
+from tests.conftest import ROOT, VADER, cache_in
 
 MISSING = [
     name for name in ("sbatch", "slurmctld", "slurmd", "munged", "unshare", "nsenter", "ip") if not shutil.which(name)
@@ -86,7 +86,7 @@ def sft(folder: Path, model: Path, *overrides: str) -> list[str]:
         "cluster.min_memory_gib=1",
         "sft.epochs=1",
     ]
-    places = [f"cache_dir={folder}/cache", f"run_dir={folder}/run", "logger.wandb=disabled"]
+    places = [f"cache_dir={cache_in(folder)}", f"run_dir={folder}/run", "logger.wandb=disabled"]
     return ["target=slurm", *NODE, *short, *places, *overrides]
 
 
