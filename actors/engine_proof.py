@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 from contracts.config import EngineConfig, ModelConfig
 from contracts.durable import write_json
+from contracts.interfaces import EngineLostError
 from contracts.packing import layout, view
 from contracts.precision import cpu_flags
 from contracts.process_env import worker_env
@@ -252,8 +253,12 @@ def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None
         result.write_text(json.dumps(answer))
         os._exit(0)
 
-    threading.Thread(target=work).start()
-    engine.run()
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        engine.run()
+    except EngineLostError:
+        worker.join()  # what ended the engine is an answer too
 
 
 @torch.no_grad()
