@@ -184,10 +184,9 @@ def encode_conversation(
     if not shown.answers:
         ids = encode(shown.text)
         return Conversation(ids, [False] * len(ids), len(ids))
-    start = shown.answers[-1][0]
+    start, alone = shown.answers[-1][0], len(shown.answers) == 1
     history = encode(shown.text[:start])
     said = _after(encode, shown.text[:start], history, shown.text[start:])
-    alone = len(shown.answers) == 1
     mask = [False] * len(history) if alone else _earlier(encode, shown.text, shown.answers, ends, history)
     if notes is not None:
         notes.rewritten += shown.rewritten + (len(shown.answers) - 1 if mask is None else 0)

@@ -68,12 +68,12 @@ class Pipeline:
         self.tokenizer = load_tokenizer(config.model.path, config.model)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
+        with progress.phase("reading the data"):
+            self.data = load_inputs(config, self.tokenizer, progress.line)
         ends = self._end_ids(config.model.path)
         if len(ends) > 1:
             names = [f"{self.tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends]
             progress.line(f"completions end with any of {', '.join(names)}")
-        with progress.phase("reading the data"):
-            self.data = load_inputs(config, self.tokenizer, progress.line)
         check_amounts(config, self.data)
         self._rehearse()
         nodes = embedded_nodes() if config.cluster.address == "local" else None
@@ -83,7 +83,8 @@ class Pipeline:
 
     def _end_ids(self, path: str) -> tuple[int, ...]:
         """What ends a completion of an engine that serves the checkpoint at `path`."""
-        return end_ids(self.tokenizer, replace(self.config.model, path=path), self.config.data.chat)
+        in_chat = self.config.data.chat or self.data.in_chat
+        return end_ids(self.tokenizer, replace(self.config.model, path=path), in_chat)
 
     def _rehearse(self) -> None:
         sampled = {"ppo.sampling": self.data.prompts, "evaluate.sampling": self.data.eval_prompts}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from contracts.config import DataConfig
 from contracts.encoding import (
@@ -126,6 +126,7 @@ def test_every_way_of_a_plain_text_begins_with_the_tokenizers_bos(tokenizer: Any
     assert example.loss_mask == [False] + [True] * len(ids)  # no policy samples a BOS
     assert pair.rejected_ids[0] == BOS
     tokenizer.save_pretrained(tmp_path)
+    LlamaConfig(eos_token_id=EOS).save_pretrained(tmp_path)
     encoder = Encoder(str(tmp_path))
     for item in (encoder.text(text), encoder.rendered(text), encoder.rendered(text, with_bos=True)):
         assert list(item.token_ids) == [*ids, EOS]  # type: ignore[union-attr]

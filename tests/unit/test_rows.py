@@ -1,14 +1,11 @@
-"""Rows as people have them: other people's formats, packed and sharded files, and what is said once of what nobody reads."""
+"""Rows as people have them: other people's formats, and what is said once of what nobody reads."""
 
-import bz2
-import gzip
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
 import pytest
 from transformers import AutoTokenizer
 
@@ -23,7 +20,7 @@ from controller.data import (
     load_rated_examples,
     load_sft,
 )
-from controller.inputs import check_vocabulary
+from controller.inputs import check_vocabulary, load_inputs
 from controller.rows import load_rows
 from tests.unit.test_data import DATA, jsonl, refusal, source, trained  # noqa: F401
 from tests.unit.test_joins import sentencepiece
@@ -360,65 +357,7 @@ def test_a_date_in_the_template_does_not_change_fingerprints(jsonl: Any, monkeyp
     assert fingerprint([found]) == fingerprint(again)
 
 
-# ---- files
-
-
-def test_packed_files_and_lines_in_json(tmp_path: Path) -> None:
-    rows = [{"text": "größer", "n": 1}, {"text": "two\u2028lines", "n": 2}]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    listed = json.dumps(rows).encode()
-    csv = "text,n\ngrößer,1\ntwo\u2028lines,2\n".encode()
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    zst = pyarrow.compress(lines, codec="zstd", asbytes=True)
-    for name, content in {
-        "a.jsonl.gz": gzip.compress(lines),
-        "a.jsonl.zst": zst,
-        "a.jsonl.bz2": bz2.compress(lines),
-        "a.json": lines,
-        "one.json": lines.splitlines()[0],
-        "b.json.gz": gzip.compress(listed),
-        "c.json.zst": pyarrow.compress(lines, codec="zstd", asbytes=True),
-        "a.csv.gz": gzip.compress(csv),
-        "a.parquet.zst": pyarrow.compress((tmp_path / "a.parquet").read_bytes(), codec="zstd", asbytes=True),
-    }.items():
-        (tmp_path / name).write_bytes(content)
-        assert load_rows(source(tmp_path / name)) == rows[: 1 if name == "one.json" else 2], name
-    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
-    assert "torn.jsonl.gz cannot be unpacked as .gz" in refusal(load_rows, source(tmp_path / "torn.jsonl.gz"))
-    (tmp_path / "no.jsonl.zst").write_bytes(b"no")
-    assert "no.jsonl.zst cannot be unpacked as .zst" in refusal(load_rows, source(tmp_path / "no.jsonl.zst"))
-    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"x"))
-    assert "a.tar.gz has '.gz'" in refusal(load_rows, source(tmp_path / "a.tar.gz"))
-
-
-def test_directories_of_shards_and_globs(tmp_path: Path) -> None:
-    def shard(name: str, *values: int) -> None:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("".join(json.dumps({"n": value}) + "\n" for value in values))
-
-    shard("plain/part-1.jsonl", 1, 2)
-    shard("plain/part-0.jsonl", 0)
-    shard("plain/.part-9.jsonl", 9)
-    (tmp_path / "plain/README.md").write_text("no rows")
-    shard("hub/data/train-00001-of-00002.jsonl", 3)
-    shard("hub/data/train-00000-of-00002.jsonl", 2)
-    shard("hub/data/test-00000-of-00001.jsonl", 4)
-
-    def numbers(path: str, **options: Any) -> list[int]:
-        return [row["n"] for row in load_rows(source(tmp_path / path, **options))]
-
-    assert numbers("plain") == [0, 1, 2]
-    assert numbers("plain", max_rows=2) == [0, 1]
-    assert numbers("hub") == [2, 3]
-    assert numbers("hub", split="test") == [4]
-    assert numbers("hub/data/t*.jsonl") == [4, 2, 3]
-    assert numbers("plain/part-[0-1].jsonl") == [0, 1, 2]
-    message = refusal(load_rows, source(tmp_path / "hub", split="tst"), "data.test")
-    assert message == f"data.test.split: {tmp_path / 'hub'} has test, train; found 'tst'; did you mean 'test'?"
-    assert "has train; found 'test'" in refusal(load_rows, source(tmp_path / "plain", split="test"))
-    assert "no such file" in refusal(load_rows, source(tmp_path / "plain/x*.jsonl"))
-    assert "a file has one split" in refusal(load_rows, source(tmp_path / "plain/p*.jsonl", split="test"))
-    assert "README.md has '.md'" in refusal(load_rows, source(tmp_path / "plain/*"))
+# ---- the whole way
 
 
 def test_a_source_is_read_by_a_tokenizer_of_any_kind(jsonl: Any) -> None:  # noqa: F811
@@ -436,3 +375,19 @@ def test_sources_without_a_format(jsonl: Any) -> None:  # noqa: F811
     message = refusal(load_sft, jsonl({"info": {}, "choice": 1}), DATA, sentencepiece("legacy"), 9)
     assert "fit none: info, choice" in message
     assert SourceConfig(path="x").format == "auto"
+
+
+@pytest.mark.parametrize(("row", "in_chat"), [({"prompt": "Name a prime."}, False), ({"prompt": [ASK]}, True)])
+def test_prompts_of_messages_are_in_chat_whatever_data_chat_says(
+    jsonl: Any,  # noqa: F811
+    tiny_config: Any,
+    tokenizer: Any,
+    row: dict,
+    in_chat: bool,
+) -> None:
+    """So sampling stops at the token that ends an answer."""
+    tiny_config.data.prompts, tiny_config.stage, tiny_config.data.chat = jsonl(row), "ppo", False
+    tiny_config.sft_model = tiny_config.proxy_model = tiny_config.gold_model = tiny_config.model.path
+    said: list[str] = []
+    assert load_inputs(tiny_config, tokenizer, said.append).in_chat == in_chat
+    assert said == []

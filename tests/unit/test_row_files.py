@@ -1,0 +1,71 @@
+"""Files as people have them: packed, in shards, behind globs, and `.json` with an object a line."""
+
+import bz2
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+
+from controller.rows import load_rows
+from tests.unit.test_data import refusal, source
+
+
+def test_packed_files_and_lines_in_json(tmp_path: Path) -> None:
+    rows = [{"text": "größer", "n": 1}, {"text": "two\u2028lines", "n": 2}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    listed = json.dumps(rows).encode()
+    csv = "text,n\ngrößer,1\ntwo\u2028lines,2\n".encode()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    zst = pyarrow.compress(lines, codec="zstd", asbytes=True)
+    for name, content in {
+        "a.jsonl.gz": gzip.compress(lines),
+        "a.jsonl.zst": zst,
+        "a.jsonl.bz2": bz2.compress(lines),
+        "a.json": lines,
+        "one.json": lines.splitlines()[0],
+        "b.json.gz": gzip.compress(listed),
+        "c.json.zst": pyarrow.compress(lines, codec="zstd", asbytes=True),
+        "a.csv.gz": gzip.compress(csv),
+        "a.parquet.zst": pyarrow.compress((tmp_path / "a.parquet").read_bytes(), codec="zstd", asbytes=True),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert load_rows(source(tmp_path / name)) == rows[: 1 if name == "one.json" else 2], name
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
+    assert "torn.jsonl.gz cannot be unpacked as .gz" in refusal(load_rows, source(tmp_path / "torn.jsonl.gz"))
+    (tmp_path / "no.jsonl.zst").write_bytes(b"no")
+    assert "no.jsonl.zst cannot be unpacked as .zst" in refusal(load_rows, source(tmp_path / "no.jsonl.zst"))
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"x"))
+    assert "a.tar.gz has '.gz'" in refusal(load_rows, source(tmp_path / "a.tar.gz"))
+
+
+def test_directories_of_shards_and_globs(tmp_path: Path) -> None:
+    def shard(name: str, *values: int) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps({"n": value}) + "\n" for value in values))
+
+    shard("plain/part-1.jsonl", 1, 2)
+    shard("plain/part-0.jsonl", 0)
+    shard("plain/.part-9.jsonl", 9)
+    (tmp_path / "plain/README.md").write_text("no rows")
+    shard("hub/data/train-00001-of-00002.jsonl", 3)
+    shard("hub/data/train-00000-of-00002.jsonl", 2)
+    shard("hub/data/test-00000-of-00001.jsonl", 4)
+
+    def numbers(path: str, **options: Any) -> list[int]:
+        return [row["n"] for row in load_rows(source(tmp_path / path, **options))]
+
+    assert numbers("plain") == [0, 1, 2]
+    assert numbers("plain", max_rows=2) == [0, 1]
+    assert numbers("hub") == [2, 3]
+    assert numbers("hub", split="test") == [4]
+    assert numbers("hub/data/t*.jsonl") == [4, 2, 3]
+    assert numbers("plain/part-[0-1].jsonl") == [0, 1, 2]
+    message = refusal(load_rows, source(tmp_path / "hub", split="tst"), "data.test")
+    assert message == f"data.test.split: {tmp_path / 'hub'} has test, train; found 'tst'; did you mean 'test'?"
+    assert "has train; found 'test'" in refusal(load_rows, source(tmp_path / "plain", split="test"))
+    assert "no such file" in refusal(load_rows, source(tmp_path / "plain/x*.jsonl"))
+    assert "a file has one split" in refusal(load_rows, source(tmp_path / "plain/p*.jsonl", split="test"))
+    assert "README.md has '.md'" in refusal(load_rows, source(tmp_path / "plain/*"))
