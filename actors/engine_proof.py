@@ -30,10 +30,18 @@ from contracts.interfaces import EngineLostError
 from contracts.packing import layout, view
 from contracts.precision import cpu_flags
 from contracts.process_env import worker_env
-from contracts.twin import telling_weights, twin_config
+from contracts.twin import LARGEST, NoTwin, telling_weights, twin_config
 from contracts.weights import Parameters
 
-HEAD_WIDTH = 32  # the narrowest that vLLM computes on CPU
+HEAD_WIDTHS = (32, 64, 128, 256)  # of those that vLLM computes on CPU
+LATENT = (
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "qk_head_dim",
+    "head_dim",
+)  # kernels fit few
 LENGTHS = (40, 7, 23)  # tokens of the rows: longer than the window of a twin, and one that is shorter
 # Nats. Rounding is 1e-5, and 1e-3 where vLLM computes an activation in 16 bits (Apertus); a layer that keeps its old weights
 # makes 0.01 and more.
@@ -292,7 +300,8 @@ def packed(path: Path) -> tuple[Parameters, torch.Tensor]:
 
 
 def _twin(config: Any, narrow: bool, short: bool, max_model_len: int) -> Any:
-    twin = twin_config(config, narrow, short, HEAD_WIDTH)
+    rotary = getattr(config.get_text_config(), "rotary_dim", None) or 0  # GPT-J's is a number of its own
+    twin = twin_config(config, narrow, short, next(width for width in HEAD_WIDTHS if width >= rotary))
     text = twin.get_text_config()
     for name, value in vars(config.get_text_config()).items():
         if not isinstance(value, int):
@@ -301,6 +310,8 @@ def _twin(config: Any, narrow: bool, short: bool, max_model_len: int) -> Any:
             setattr(text, name, max(value, max(LENGTHS) + 1))
         if narrow and name.endswith("intermediate_size"):  # kernels pad what is no multiple of 32, and so must a twin's
             setattr(text, name, max(32, getattr(text, name) // 32 * 32) + value % 32)
+        if "kv_lora_rank" in vars(text) and name in LATENT:
+            setattr(text, name, value)
     return twin
 
 
@@ -310,6 +321,10 @@ def _checkpoint(twin: Any, model: ModelConfig, path: Path, seed: int) -> Path:
 
     torch.manual_seed(seed)
     remote = {"trust_remote_code": model.trust_remote_code}
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(twin, **remote).parameters())
+    if size > LARGEST:
+        raise NoTwin(f"a twin has {size:,} parameters")
     lm = AutoModelForCausalLM.from_config(twin, dtype=getattr(torch, model.dtype), **remote)
     telling_weights(lm, seed)
     lm.save_pretrained(path)

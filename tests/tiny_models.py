@@ -280,6 +280,8 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         layer_types=["conv", "full_attention", "conv"],
         block_auto_adjust_ff_dim=False,
         conv_dim=128,
+        block_dim=128,
+        block_ff_dim=192,
     ),
     "jamba": of(
         "Jamba",
