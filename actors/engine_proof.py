@@ -5,6 +5,7 @@ again, each time through the loading code of a real publish. What it says of a f
 forward pass in float32. Weights that do not change prove nothing: a layer that keeps its old ones would look right.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -215,6 +216,7 @@ def in_fork(work: Callable[[Path], None]) -> dict[str, Any]:
         result = Path(folder, "result.json")
         child = os.fork()
         if child == 0:
+            end_with_parent()
             signal.alarm(int(TIMEOUT_S))
             try:
                 work(result)
@@ -346,12 +348,18 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
+def end_with_parent() -> None:
+    """A run that is refused, or killed, leaves no proof behind."""
+    pr_set_pdeathsig = 1  # of linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def main(model: ModelConfig, max_model_len: int, folder: Path) -> None:
     from transformers import AutoConfig
 
     import actors.vllm_engine  # noqa: F401
 
-    signal.alarm(int(TIMEOUT_S))  # whatever becomes of who asked
+    end_with_parent()
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     answer = prove_here(AutoConfig.from_pretrained(model.path, **options), model, max_model_len)
     (folder / "answer.json").write_text(json.dumps(answer))

@@ -93,7 +93,8 @@ def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:
         "ppo.trainable_layers": config.ppo.trainable_layers,
         "ppo.value_trainable_layers": config.ppo.value_trainable_layers,
     }
-    wanted["preference.trainable_layers"] = config.preference.trainable_layers
+    if runs(config, "preference"):
+        wanted["preference.trainable_layers"] = config.preference.trainable_layers
     return [
         f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"
         for key, value in wanted.items()

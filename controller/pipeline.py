@@ -64,7 +64,6 @@ class Pipeline:
         check_model(config)
         with progress.phase("proving the models"):
             check_weights_and_code(config)
-        self._engine_proofs = begin_proofs(config)
         self.tokenizer = load_tokenizer(config.model.path, config.model)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
@@ -80,6 +79,7 @@ class Pipeline:
         free_gib = psutil.virtual_memory().available / 2**30
         for warning in check_machine(config, free_gib, psutil.cpu_count() or 1, nodes):
             progress.line(warning)
+        self._engine_proofs = begin_proofs(config)
 
     def _end_ids(self, path: str) -> tuple[int, ...]:
         """What ends a completion of an engine that serves the checkpoint at `path`."""
