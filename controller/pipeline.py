@@ -13,7 +13,7 @@ Whatever can be known beforehand is checked before an engine starts: configurati
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -68,12 +68,12 @@ class Pipeline:
         self.tokenizer = load_tokenizer(config.model.path, config.model)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
-        ends = self._end_ids(config.model.path)
+        with progress.phase("reading the data"):
+            self.data = load_inputs(config, self.tokenizer, progress.line)
+        ends = self._end_ids([config.model.path], "prompts", "eval_prompts")
         if len(ends) > 1:
             names = [f"{self.tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends]
             progress.line(f"completions end with any of {', '.join(names)}")
-        with progress.phase("reading the data"):
-            self.data = load_inputs(config, self.tokenizer, progress.line)
         check_amounts(config, self.data)
         self._rehearse()
         nodes = embedded_nodes() if config.cluster.address == "local" else None
@@ -81,9 +81,12 @@ class Pipeline:
         for warning in check_machine(config, free_gib, psutil.cpu_count() or 1, nodes):
             progress.line(warning)
 
-    def _end_ids(self, path: str) -> tuple[int, ...]:
-        """What ends a completion of an engine that serves the checkpoint at `path`."""
-        return end_ids(self.tokenizer, replace(self.config.model, path=path), self.config.data.chat)
+    def _end_ids(self, paths: Iterable[str], *sources: str) -> tuple[int, ...]:
+        """What ends a completion of an engine that serves the checkpoints at `paths`, one after another, and is asked the
+        prompts of `sources`."""
+        base, in_chat = self.config.model, not self.data.in_chat.isdisjoint(sources)
+        models = [base if path == base.path else replace(base, path=path, revision=None) for path in paths]
+        return tuple(dict.fromkeys(end for model in models for end in end_ids(self.tokenizer, model, in_chat)))
 
     def _rehearse(self) -> None:
         sampled = {"ppo.sampling": self.data.prompts, "evaluate.sampling": self.data.eval_prompts}
@@ -128,6 +131,7 @@ class Pipeline:
             "format": 2,
             "seed": config.seed,
             "model": self._fingerprint(config.model.path, config.model.revision),
+            "remote_code": config.model.trust_remote_code,  # transformers may have a class of its own for it
             "dtype": config.model.dtype,
             "learner": config.learner,
             "ranks": config.cluster.num_learner_ranks,
@@ -238,7 +242,7 @@ class Pipeline:
         policy = self.checkpoint(config.ppo.init_from)
         scorers = self._judges(judges(config) if config.ppo.gold_rollouts else ROLES[:1])
         value = self.checkpoint("reward_model/proxy") if starts_value_model(config) else policy
-        backend, ends = weight_backend(config), self._end_ids(policy)
+        backend, ends = weight_backend(config), self._end_ids([policy], "prompts")
         ptx = self.data.sft if config.ppo.ptx_coef else []
         stream = PromptStream(self.data.prompts, config.ppo.samples_per_prompt, config.seed)
         self._start_ray("ppo")
@@ -293,7 +297,7 @@ class Pipeline:
         models[REFERENCE] = self.checkpoint("sft")
         scorers = self._judges(judges(config))
         start = time.time()
-        ends = self._end_ids(models["base"])
+        ends = self._end_ids(models.values(), "eval_prompts")
         self._start_ray("evaluate")
         with ExitStack() as engines:
             with self.phase("evaluate", "starting the reward service and vLLM"):
