@@ -21,6 +21,7 @@ DEPENDS = {
     "ppo": [
         "actors/vllm_engine.py",
         "actors/weight_receiver.py",
+        "actors/weight_transfer.py",
         "controller/pipeline.py",
         "controller/shaping.py",
         "learner/advantages.py",
