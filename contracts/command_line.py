@@ -45,6 +45,8 @@ def flags_first(arguments: list[str]) -> list[str]:
         is_override = not takes_value and not word.startswith("-") and ("=" in word or word.startswith("~"))
         (overrides if is_override else flags).append(word)
         takes_value = word in TAKE_VALUE
+    if flags and flags[-1] in ("--info", "-i"):  # whose value may be left out: an override would be read as it
+        flags.append("all")
     return [*flags, *overrides]
 
 

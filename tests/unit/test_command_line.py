@@ -92,6 +92,7 @@ def test_every_member_of_a_sweep_is_checked_before_the_first_runs() -> None:
         ("a=1 --config-dir=x b=2", "--config-dir=x a=1 b=2"),
         ("--info a=1 -p model", "--info -p model a=1"),
         ("a=1 --info defaults b=2", "--info defaults a=1 b=2"),
+        ("a=1 --info", "--info all a=1"),
         ("a=-1 b=~c", "a=-1 b=~c"),
         ("misspelt -m a=1", "misspelt -m a=1"),
         ("", ""),
