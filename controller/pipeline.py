@@ -90,6 +90,12 @@ class Pipeline:
 
     def _rehearse(self) -> None:
         sampled = {"ppo.sampling": self.data.prompts, "evaluate.sampling": self.data.eval_prompts}
+        chat, in_chat = self.config.data.chat, sorted(self.data.in_chat & {"prompts", "eval_prompts"})
+        if in_chat and not chat and self.config.environment.name == "two_turn":
+            raise ConfigError(
+                f"data.chat must be True with environment.name two_turn and messages in data.{in_chat[0]}, which the chat "
+                f"template writes: what the policy is told then would be plain text; found {chat}; write data.chat=true"
+            )
         if any(sampled.values()) and self.config.environment.name != "single_turn":
             from controller.rehearsal import rehearse
 

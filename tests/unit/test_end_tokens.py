@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from contracts.config import DataConfig, ModelConfig, SourceConfig, TandemConfig
 from contracts.encoding import DataError
 from contracts.end_tokens import end_ids
+from contracts.validation import ConfigError
 from controller.inputs import load_inputs
 from controller.pipeline import Pipeline
 
@@ -105,6 +106,10 @@ def test_completions_of_messages_end_as_turns_do_without_data_chat_too(
     pipeline.data = load_inputs(config, tokenizer, print)
     assert pipeline._end_ids([config.model.path], "prompts") == expected
     assert pipeline._end_ids([config.model.path], "eval_prompts") == (0,)  # nothing has been read of them
+    config.environment.name = "two_turn"  # tells by the template with data.chat alone
+    if expected == (0, 2) and not chat:
+        with pytest.raises(ConfigError, match=r"messages in data\.prompts, .* write data\.chat=true"):
+            pipeline._rehearse()
     shutil.copytree(tmp_path / "model", tmp_path / "given")
     (tmp_path / "given/generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0]}))
     both = [config.model.path, str(tmp_path / "given")]
