@@ -45,6 +45,8 @@ def flags_first(arguments: list[str]) -> list[str]:
         is_override = not takes_value and not word.startswith("-") and ("=" in word or word.startswith("~"))
         (overrides if is_override else flags).append(word)
         takes_value = word in TAKE_VALUE
+    if flags and flags[-1] in ("--info", "-i"):  # whose value may be left out: an override would be read as it
+        flags.append("all")
     return [*flags, *overrides]
 
 
@@ -64,10 +66,10 @@ def command_line_problems(arguments: list[str], conf: Path) -> list[str]:
     """
     written = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     problems = unknown_overrides(written)
-    try:
-        parsed = [o for o in OverridesParser.create().parse_overrides(written) if not unknown_overrides([_line(o)])]
-    except HydraException as error:  # a comma or a bracket out of place: it names the argument
-        return [*problems, error_lines(error)[0]]
+    torn = _torn(written)
+    if torn:
+        return [*problems, *torn]
+    parsed = [o for o in OverridesParser.create().parse_overrides(written) if not unknown_overrides([_line(o)])]
     wrong = {_line(override): text for override in parsed for text in _wrong_types(override)}
     problems += wrong.values()
     sweeps = is_multirun(arguments)
@@ -79,6 +81,19 @@ def command_line_problems(arguments: list[str], conf: Path) -> list[str]:
         kept = [o for o in parsed if _line(o) not in wrong and not _line(o).startswith(HYDRA)]
         problems += _conflicts(_members(kept), conf)
     return problems
+
+
+def _torn(arguments: list[str]) -> list[str]:
+    """What Hydra's grammar does not take, as a comma or a bracket out of place, or a path with an equals sign."""
+    found = []
+    for argument in arguments:
+        key, value = argument.split("=", 1)
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            quotes = f"; write {key}='\"{value}\"'" if "=" in value else ""
+            found.append(f"{key}: {error_lines(error)[0]}{quotes}")
+    return found
 
 
 def _line(override: Override) -> str:

@@ -18,7 +18,7 @@ def end_ids(tokenizer: "Tokenizer", model: ModelConfig, chat: bool) -> tuple[int
     """The tokens that end a completion, each once. The first ends texts in training and scoring inputs.
 
     Args:
-        chat: completions are answers in the form of the chat template.
+        chat: completions are answers in the form of the chat template, which has written the prompts.
         model: whose generation_config.json names the others; without that file config.json does.
 
     Raises:

@@ -63,3 +63,10 @@ def unknown_overrides(arguments: list[str]) -> list[str]:
             instead = closest(_generic(key, known), known)
             messages.append(f"{key} is not a key of the configuration" + (f"; write {instead}" if instead else ""))
     return messages
+
+
+def quoted(value: str) -> str:
+    """A value for Hydra's override grammar, in which a backslash is one unless a quote follows it."""
+    if re.fullmatch(r"[\w./+:-]+", value):
+        return value
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"

@@ -7,6 +7,7 @@ together at run time, and files that code reads, are not seen.
 import ast
 import hashlib
 import importlib.util
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -50,12 +51,15 @@ def function_source(function: str) -> Path:
 
 def source_digest(function: str) -> str:
     """SHA-256 (hex) over the source of a function or class, "module:name", and of all that it imports from beside it: from
-    the directory of its file, and from where its package lies. Raises as `function_source`."""
+    the directory of its file, from where its package lies, and from the places on Python's path that the file lies below.
+    Raises as `function_source`."""
     entry = function_source(function)
     module, name = split_function(function)
     depth = 0 if module.endswith(".py") else module.count(".") + (entry.name == "__init__.py")
     root = entry.parents[depth]
     package = root / module.split(".")[0]
+    # A file that is named by its path may be of a package all the same, and import from it by its name.
+    above = {Path(place).resolve() for place in sys.path if entry.is_relative_to(Path(place).resolve())} - INSTALLED
 
     def follows(file: Path) -> bool:
         if root in INSTALLED:  # every package lies beside every other there
@@ -64,7 +68,7 @@ def source_digest(function: str) -> str:
         return not _is_tandem(file) or _is_tandem(entry)
 
     digest = hashlib.sha256(name.encode())
-    for file in sorted(imported_files([entry], {entry.parent, root}, follows)):
+    for file in sorted(imported_files([entry], {entry.parent, root, *above}, follows)):
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -16,7 +16,8 @@ NO_PART = (
     *(*READERS, "controller/evaluate", "controller/metrics", "controller/progress", "controller/redaction"),
     *("controller/wandb_sink", "contracts/config"),
 )
-# What a stage's result comes from, with all that these import. Rule functions are run by name.
+# What a stage's result comes from, with all that these import. Rule functions are run by name; vLLM finds the weight
+# transfer by an entry point.
 OFFLINE = "controller/offline.py"
 STAGES = {
     "sft": ("learner/sft.py", OFFLINE),
@@ -26,6 +27,7 @@ STAGES = {
     "ppo": (
         "controller/controller.py",
         "actors/rollout_actor.py",
+        "actors/weight_transfer.py",
         "learner/ppo.py",
         "reward_service/app.py",
         "reward_service/function_worker.py",

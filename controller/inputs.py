@@ -35,7 +35,7 @@ class Inputs:
     completions: Sequence[RatedExample | ExamplePair] = ()  # of stage preference: data.preferences
     test_completions: Sequence[RatedExample | ExamplePair] = ()
     eval_prompts: list[Prompt] = field(default_factory=list)
-    in_chat: bool = False  # whether a chat template wrote prompts: with data.chat, and of messages in any case
+    in_chat: set[str] = field(default_factory=set)  # sources with rows that the chat template writes
 
 
 def check_vocabulary(items: Sequence[Any], tokenizer: "Tokenizer", vocab_size: int, base: str, model: str) -> None:
@@ -86,7 +86,7 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
             say(f"  data.{name}: columns that nobody reads: {', '.join(report.unread)}")
         for line in report.notes.lines():
             say(f"  data.{name}: {line}")
-        inputs.in_chat |= name.endswith("prompts") and report.notes.template != ""
+        inputs.in_chat |= {name} if report.notes.template else set()
         check_vocabulary(items, tokenizer, vocab_size, f"data.{name}", config.model.path)
         return items
 

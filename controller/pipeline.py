@@ -13,7 +13,7 @@ Whatever can be known beforehand is checked before an engine starts: configurati
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -69,7 +69,7 @@ class Pipeline:
             raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
         with progress.phase("reading the data"):
             self.data = load_inputs(config, self.tokenizer, progress.line)
-        ends = self._end_ids(config.model.path)
+        ends = self._end_ids([config.model.path], "prompts", "eval_prompts")
         if len(ends) > 1:
             names = [f"{self.tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends]
             progress.line(f"completions end with any of {', '.join(names)}")
@@ -81,13 +81,21 @@ class Pipeline:
             progress.line(warning)
         self._engine_proofs = begin_proofs(config)
 
-    def _end_ids(self, path: str) -> tuple[int, ...]:
-        """What ends a completion of an engine that serves the checkpoint at `path`."""
-        in_chat = self.config.data.chat or self.data.in_chat
-        return end_ids(self.tokenizer, replace(self.config.model, path=path), in_chat)
+    def _end_ids(self, paths: Iterable[str], *sources: str) -> tuple[int, ...]:
+        """What ends a completion of an engine that serves the checkpoints at `paths`, one after another, and is asked the
+        prompts of `sources`."""
+        base, in_chat = self.config.model, not self.data.in_chat.isdisjoint(sources)
+        models = [base if path == base.path else replace(base, path=path, revision=None) for path in paths]
+        return tuple(dict.fromkeys(end for model in models for end in end_ids(self.tokenizer, model, in_chat)))
 
     def _rehearse(self) -> None:
         sampled = {"ppo.sampling": self.data.prompts, "evaluate.sampling": self.data.eval_prompts}
+        chat, in_chat = self.config.data.chat, sorted(self.data.in_chat & {"prompts", "eval_prompts"})
+        if in_chat and not chat and self.config.environment.name == "two_turn":
+            raise ConfigError(
+                f"data.chat must be True with environment.name two_turn and messages in data.{in_chat[0]}, which the chat "
+                f"template writes: what the policy is told then would be plain text; found {chat}; write data.chat=true"
+            )
         if any(sampled.values()) and self.config.environment.name != "single_turn":
             from controller.rehearsal import rehearse
 
@@ -129,6 +137,7 @@ class Pipeline:
             "format": 2,
             "seed": config.seed,
             "model": self._fingerprint(config.model.path, config.model.revision),
+            "remote_code": config.model.trust_remote_code,  # transformers may have a class of its own for it
             "dtype": config.model.dtype,
             "learner": config.learner,
             "ranks": config.cluster.num_learner_ranks,
@@ -239,7 +248,7 @@ class Pipeline:
         policy = self.checkpoint(config.ppo.init_from)
         scorers = self._judges(judges(config) if config.ppo.gold_rollouts else ROLES[:1])
         value = self.checkpoint("reward_model/proxy") if starts_value_model(config) else policy
-        backend, ends = weight_backend(config), self._end_ids(policy)
+        backend, ends = weight_backend(config), self._end_ids([policy], "prompts")
         ptx = self.data.sft if config.ppo.ptx_coef else []
         stream = PromptStream(self.data.prompts, config.ppo.samples_per_prompt, config.seed)
         self._start_ray("ppo")
@@ -294,7 +303,7 @@ class Pipeline:
         models[REFERENCE] = self.checkpoint("sft")
         scorers = self._judges(judges(config))
         start = time.time()
-        ends = self._end_ids(models["base"])
+        ends = self._end_ids(models.values(), "eval_prompts")
         self._start_ray("evaluate")
         with ExitStack() as engines:
             with self.phase("evaluate", "starting the reward service and vLLM"):

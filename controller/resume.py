@@ -22,6 +22,7 @@ import yaml
 
 from contracts.config import TandemConfig
 from contracts.durable import replace_text
+from contracts.overrides import quoted
 from contracts.validation import ConfigError
 from controller import commits
 from controller.commits import CheckpointError, Commit
@@ -182,7 +183,7 @@ def require_scorers(commit: Commit, scorers: Mapping[str, str | None]) -> None:
 def resume_command(overrides: list[str], run_dir: str) -> str:
     """What a user types to go on; secrets of the command line are for the user to fill in."""
     kept = [redacted_override(o) for o in overrides if not o.startswith(("run_dir=", "checkpoint.resume="))]
-    return shlex.join(["python", "train.py", *kept, f"run_dir={run_dir}"])
+    return shlex.join(["python", "train.py", *kept, f"run_dir={quoted(run_dir)}"])
 
 
 def is_ray_session(session: str) -> bool:

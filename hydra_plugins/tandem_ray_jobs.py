@@ -21,10 +21,11 @@ from omegaconf import DictConfig, open_dict
 
 from contracts.config import to_config
 from contracts.outcome import read_outcome
+from contracts.overrides import quoted
 from contracts.validation import ConfigError
 from controller.redaction import redact_sweep
 from controller.sweep import finished_objective, group_of
-from submission.job import Job, checked_job, quoted
+from submission.job import Job, checked_job
 from submission.ray_jobs import Cluster, ClusterError
 from submission.targets import RayJobs
 

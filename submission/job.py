@@ -17,7 +17,7 @@ from contracts.check import Check
 from contracts.cluster_checks import stated_nodes
 from contracts.config import TandemConfig, to_config
 from contracts.methods import GIVEN
-from contracts.overrides import unknown_overrides
+from contracts.overrides import quoted, unknown_overrides
 from contracts.validation import ConfigError, raise_conflicts, validate
 from submission.targets import ROOT, TARGETS, RayJobs, Slurm, Target, composed, form_checks, is_target, to_target
 
@@ -170,13 +170,6 @@ def _paths(config: TandemConfig) -> dict[str, str]:
     found |= {f"reward_service.scorers.{name}.path": scorer.path for name, scorer in scorers.items()}
     found["reward_service.http.token_file"] = config.reward_service.http.token_file
     return {key: path for key, path in found.items() if path and path != "???"}
-
-
-def quoted(value: str) -> str:
-    """A value for Hydra's override grammar, in which a backslash is one unless a quote follows it."""
-    if re.fullmatch(r"[\w./+:-]+", value):
-        return value
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 
 
 def new_id(config: TandemConfig) -> str:

@@ -21,6 +21,7 @@ DEPENDS = {
     "ppo": [
         "actors/vllm_engine.py",
         "actors/weight_receiver.py",
+        "actors/weight_transfer.py",
         "controller/pipeline.py",
         "controller/shaping.py",
         "learner/advantages.py",
@@ -120,6 +121,19 @@ def test_a_function_is_its_source_and_what_that_imports_from_beside_it(name: str
     after = function_version(function), source_digest(function)
     assert [a != b for a, b in zip(before, after, strict=True)] == [name in PARTS] * 2
     assert source_digest(f"{tmp_path}/rules.py:other") != after[1]
+
+
+def test_a_function_that_is_named_by_its_file_may_import_its_package_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        tmp_path,
+        {"mine/rules.py": "from mine.words import good\ndef f(completions): ...\n", "mine/words.py": "good = 1\n"},
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before = source_digest(f"{tmp_path}/mine/rules.py:f")
+    (tmp_path / "mine/words.py").write_text("good = 2\n")
+    assert source_digest(f"{tmp_path}/mine/rules.py:f") != before
 
 
 PACKAGE = {

@@ -68,6 +68,10 @@ def test_a_text_that_reads_as_it_is_written_needs_no_quotes() -> None:
 def test_a_torn_override_is_named() -> None:
     [text] = problems("ppo.optimizer.betas=[0.9")
     assert "ppo.optimizer.betas" in text or "[0.9" in text
+    member = "runs/x/0-ppo.kl.coef=0.02,ppo.seed=1"
+    [text] = problems("seed=2", f"run_dir={member}")
+    assert text == f"run_dir: mismatched input '=' expecting <EOF>; write run_dir='\"{member}\"'"
+    assert problems("seed=2", f'run_dir="{member}"') == []
 
 
 def test_every_member_of_a_sweep_is_checked_before_the_first_runs() -> None:
@@ -92,6 +96,7 @@ def test_every_member_of_a_sweep_is_checked_before_the_first_runs() -> None:
         ("a=1 --config-dir=x b=2", "--config-dir=x a=1 b=2"),
         ("--info a=1 -p model", "--info -p model a=1"),
         ("a=1 --info defaults b=2", "--info defaults a=1 b=2"),
+        ("a=1 --info", "--info all a=1"),
         ("a=-1 b=~c", "a=-1 b=~c"),
         ("misspelt -m a=1", "misspelt -m a=1"),
         ("", ""),

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from contracts.config import ModelConfig
+from contracts.config import DataConfig, ModelConfig, SourceConfig, TandemConfig
 from contracts.encoding import DataError
 from contracts.end_tokens import end_ids
+from contracts.validation import ConfigError
+from controller.inputs import load_inputs
+from controller.pipeline import Pipeline
 
 
 @pytest.fixture
@@ -73,3 +76,41 @@ def test_what_the_template_ends_an_answer_with_ends_a_completion(small_vocab: Pa
     model = ModelConfig(path=str(tmp_path / "model"))
     assert end_ids(tokenizer, model, chat=True) == (0, 2)
     assert end_ids(tokenizer, model, chat=False) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("row", "chat", "expected"),
+    [
+        ({"messages": [{"role": "user", "content": "Hi"}]}, False, (0, 2)),  # rendered by the template all the same
+        ({"prompt": "Hi"}, True, (0, 2)),
+        ({"prompt": "Hi"}, False, (0,)),
+    ],
+)
+def test_completions_of_messages_end_as_turns_do_without_data_chat_too(
+    row: dict[str, Any], chat: bool, expected: tuple[int, ...], tiny_float32: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_float32, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.eos_token = "<|endoftext|>"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    config = TandemConfig(
+        stage="ppo",
+        proxy_model="given",
+        sft_model="given",
+        model=ModelConfig(path=str(tmp_path / "model")),
+        data=DataConfig(prompts=SourceConfig(path=str(tmp_path / "prompts.jsonl")), chat=chat),
+    )
+    pipeline = object.__new__(Pipeline)  # without its proofs and checks
+    pipeline.config, pipeline.tokenizer = config, tokenizer
+    pipeline.data = load_inputs(config, tokenizer, print)
+    assert pipeline._end_ids([config.model.path], "prompts") == expected
+    assert pipeline._end_ids([config.model.path], "eval_prompts") == (0,)  # nothing has been read of them
+    config.environment.name = "two_turn"  # tells by the template with data.chat alone
+    if expected == (0, 2) and not chat:
+        with pytest.raises(ConfigError, match=r"messages in data\.prompts, .* write data\.chat=true"):
+            pipeline._rehearse()
+    shutil.copytree(tmp_path / "model", tmp_path / "given")
+    (tmp_path / "given/generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0]}))
+    both = [config.model.path, str(tmp_path / "given")]
+    assert pipeline._end_ids(both, "prompts") == (*expected, 7)  # one engine serves both in the evaluation

@@ -1,6 +1,7 @@
 """What a driver finds in its run directory: a lock, an earlier attempt, commits of another run."""
 
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from contracts.validation import ConfigError
 from controller import commits
@@ -202,3 +204,7 @@ def test_the_command_to_go_on() -> None:
     )
     overrides = ["stage=ppo", "run_dir=elsewhere", "name=my run", "checkpoint.resume=never"]
     assert resume_command(overrides, "runs/x") == "python train.py stage=ppo 'name=my run' run_dir=runs/x"
+    # As the directory of a sweep's member, which Hydra takes in quotes alone.
+    member = "runs/x/0-ppo.kl.coef=0.02,ppo.seed=1"
+    *_, last = shlex.split(resume_command([], member))
+    assert OverridesParser.create().parse_override(last).value() == member

@@ -23,14 +23,14 @@ import submission.job
 import submit
 from contracts.config import TandemConfig, to_config
 from contracts.outcome import read_outcome, write_outcome
-from contracts.overrides import unknown_overrides
+from contracts.overrides import quoted, unknown_overrides
 from contracts.precision import choose_dtypes
 from contracts.validation import ConfigError
 from controller.redaction import redacted
 from controller.stages import made_of
 from controller.sweep import group_of
 from hydra_plugins.tandem_ray_jobs import RayJobsLauncher, RayJobsLauncherConf
-from submission.job import Job, next_id, quoted, recorded, to_job
+from submission.job import Job, next_id, recorded, to_job
 from submission.ray_jobs import Cluster
 from submission.targets import KubeRay, RayJobs, Slurm, composed, to_target
 from tests.conftest import ROOT

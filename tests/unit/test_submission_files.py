@@ -12,9 +12,10 @@ import psutil
 import pytest
 import yaml
 
+from contracts.overrides import quoted
 from contracts.validation import ConfigError
 from submission import kuberay, slurm
-from submission.job import Job, quoted, to_job
+from submission.job import Job, to_job
 from submission.targets import KubeRay, Slurm
 
 PLACES = ["run_dir=/shared/runs/a", "cache_dir=/shared/cache"]

@@ -1,0 +1,88 @@
+"""Which keys of the configuration decide the result of a stage: all of them name its directory."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contracts.config import ScorerConfig, TandemConfig
+from controller.inputs import Inputs
+from controller.pipeline import Pipeline
+from controller.stages import _plain
+
+EVERY = ("sft", "filtered_sft", "preference", "reward_model/proxy", "ppo")
+# By hand: the sections and keys that each stage computes with. Of data and checkpoints the content counts, not the path.
+DECIDES = {
+    "seed": EVERY,
+    "model.dtype": EVERY,
+    "model.trust_remote_code": EVERY,
+    "learner": EVERY,
+    "cluster.num_learner_ranks": EVERY,
+    "sft": ("sft", "filtered_sft"),
+    "sft.top_fraction": (),  # of what is in the data then
+    "preference": ("preference",),
+    "reward_model": ("reward_model/proxy",),
+    "ppo": ("ppo",),
+    "ppo.seed": ("filtered_sft", "preference", "ppo"),
+    "environment": ("ppo",),
+    "engine": ("ppo",),
+    "cluster.num_actors": ("ppo",),
+    "reward_service.scorers": ("ppo",),
+    "reward_service.dtype": ("ppo",),
+    "reward_service.max_tokens": ("ppo",),
+}
+OTHER = {"preference.loss": "rank", "ppo.init_from": "base", "reward_service.scorers": {"x": ScorerConfig()}}
+OTHER |= {"environment.options": {"x": 1}}
+APART = ("data", "model.path", "model.revision")
+
+
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for f in fields(section):
+        value = getattr(section, f.name)
+        yield from leaves(value, f"{prefix}{f.name}.") if is_dataclass(value) else [(prefix + f.name, value)]
+
+
+def changed(section: Any, key: str, value: Any) -> Any:
+    name, _, rest = key.partition(".")
+    return replace(section, **{name: changed(getattr(section, name), rest, value) if rest else value})
+
+
+def another(key: str, value: Any) -> Any:
+    if key in OTHER or value is None:
+        return OTHER.get(key, 7)
+    if isinstance(value, bool):
+        return not value
+    return [0.5, 0.5] if isinstance(value, list) else f"{value}x" if isinstance(value, str) else value + 1
+
+
+@pytest.fixture
+def inputs(small_vocab: Path, tmp_path: Path) -> Any:
+    config = TandemConfig(run_dir=str(tmp_path), cache_dir=str(tmp_path))
+    config.model.path = config.sft_model = config.proxy_model = config.gold_model = str(small_vocab)
+
+    def of(key: str, value: Any) -> dict[str, Any]:
+        pipeline = object.__new__(Pipeline)  # without its proofs and checks
+        pipeline.config = changed(config, key, value) if key else config
+        pipeline.results = {}
+        pipeline.data = Inputs(preferences={"proxy": []})
+        return {stage: _plain(pipeline._inputs_of(stage)) for stage in EVERY}
+
+    of.config = config  # type: ignore[attr-defined]
+    return of
+
+
+def test_every_key_that_decides_a_result_names_its_directory(inputs: Any) -> None:
+    before, wrong = inputs("", None), {}
+    for key, value in leaves(inputs.config):
+        if key.startswith(APART) or key.endswith(("_model", "_dir")):
+            continue
+        parts = key.split(".")
+        prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        expected = next((DECIDES[prefix] for prefix in prefixes if prefix in DECIDES), ())
+        after = inputs(key, another(key, value))
+        found = tuple(stage for stage in EVERY if after[stage] != before[stage])
+        if found != expected:
+            wrong[key] = found
+    assert wrong == {}
