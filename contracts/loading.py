@@ -5,6 +5,7 @@ on. Its report on both (`from_pretrained(..., output_loading_info=True)`) is jud
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 from contracts.check import Check
@@ -16,6 +17,34 @@ COMPUTED = re.compile(r"(^|\.)(inv_freq|(cos|sin)_cached|(attn|attention)\.(mask
 
 class LoadingError(ValueError):
     """A checkpoint does not have the weights of the model that is made from it."""
+
+
+def refuse_adapter(path: str, key: str) -> None:
+    """Refuse a directory with an adapter of PEFT, beside a whole model too: transformers would load it where PEFT is
+    installed and else the model without it, and vLLM never loads it.
+
+    Raises:
+        LoadingError: with what to write instead.
+    """
+    if Path(path, "adapter_config.json").exists():
+        instead = "the directory of the whole model, saved after merge_and_unload() of PEFT"
+        raise LoadingError(Check(False, f"{key}={path}", "a whole model", "an adapter of PEFT", instead).message)
+
+
+def refuse_quantised(config: Any, path: str, key: str) -> None:
+    """Refuse weights of few bits: they do not train, and what is published has other shapes.
+
+    Raises:
+        LoadingError: with what to write instead.
+    """
+    for part in (config, config.get_text_config()):
+        said = getattr(part, "quantization_config", None)
+        if said:
+            method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+            found = f"quantization_config of {getattr(method, 'value', method)}"
+            instead = "the checkpoint that it was quantised from, or one that is dequantised"
+            rule = "a model in float32, bfloat16 or float16"
+            raise LoadingError(Check(False, f"{key}={path}", rule, found, instead).message)
 
 
 def loading_report(kind: Any, path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -56,12 +85,24 @@ def refuse_unloaded(
     if model is not None and not missing:
         unknown = [name for name in unknown if not COMPUTED.search(name) and _is_inside(model, name)]
     if not missing and not unknown:
+        _refuse_untied(model, path, key)
         return
     found = [f"no {_listed(missing, shapes)}"] if missing else []
     found += [f"{_listed(unknown)}, which the model does not know"] if unknown else []
     rule = "a checkpoint with every weight of its model and none beyond"
     instead = _instead(missing, unknown, bool(shapes))
     raise LoadingError(Check(False, f"{key}={path}", rule, " and ".join(found), instead).message)
+
+
+def _refuse_untied(model: Any, path: str, key: str) -> None:
+    """transformers keeps two different matrices that the configuration ties, with a warning; vLLM takes one for both."""
+    if model is None or model.device.type == "meta":  # without values they cannot be told from equal ones
+        return
+    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(source):
+            rule, found = "a checkpoint that fits tie_word_embeddings=true", f"a {name} other than {source}"
+            instead = "tie_word_embeddings=false into its config.json"
+            raise LoadingError(Check(False, f"{key}={path}", rule, found, instead).message)
 
 
 def _is_inside(model: Any, name: str) -> bool:

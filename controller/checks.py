@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from contracts.config import TandemConfig
 from contracts.error_text import error_lines
+from contracts.loading import LoadingError, refuse_adapter, refuse_quantised
 from contracts.methods import checkpoints_read, reads, results_needed, runs
 from contracts.placement import needs
 from contracts.sources import function_source
@@ -25,14 +26,18 @@ def check_model(config: TandemConfig) -> None:
     problems = []
     for key, path in keys.items():
         try:
+            refuse_adapter(path, key)
             revision = config.model.revision if key == "model.path" else None
             found = AutoConfig.from_pretrained(
                 path, revision=revision, trust_remote_code=config.model.trust_remote_code
             )
+            refuse_quantised(found, path, key)
             if key == "model.path":
-                problems += _too_many_layers(config, getattr(found, "num_hidden_layers", None))
+                problems += _too_many_layers(config, getattr(found.get_text_config(), "num_hidden_layers", None))
                 problems += _undivided_heads(config, found.get_text_config())
             problems += too_long(config, key, path, found.get_text_config())
+        except LoadingError as error:
+            problems.append(str(error))
         except (OSError, ValueError, KeyError) as error:
             reason = error_lines(error)[0][:200]
             exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"

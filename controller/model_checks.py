@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from contracts.config import TandemConfig
@@ -101,7 +102,7 @@ def _unloaded(check: Callable[[str, str], None], key: str, path: str) -> str | N
         check(path, key)
     except LoadingError as error:
         return str(error)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # torn files, packages not there
         return f"{key}={path}: no model can be loaded from there: {error_lines(error)[0]}"
     return None
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from contracts.chat import with_date
 from contracts.config import ModelConfig
@@ -54,7 +55,15 @@ def gather_checkpoint(
         for key, value in (config_fields or {}).items():
             setattr(lm.config, key, value)
         # Tied weights appear once in `weights`, as they do on disk.
-        lm.save_pretrained(path, state_dict=weights, safe_serialization=True)
+        generation = lm.generation_config if lm.can_generate() else None
+        try:
+            # Many published ones are not what transformers saves, as a temperature without do_sample.
+            lm.generation_config = GenerationConfig()
+            lm.save_pretrained(path, state_dict=weights, safe_serialization=True)
+        finally:
+            lm.generation_config = generation
+        if generation is not None:
+            generation.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
         _tokenizer(tokenizer_from, model.revision, model.trust_remote_code, model.template_date).save_pretrained(path)
 
     return write

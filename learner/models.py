@@ -128,8 +128,10 @@ def scalar_config(config: Any) -> Any:
     """The configuration, changed in place, of a classifier with one label and without a squashing function."""
     config.num_labels = 1
     config.problem_type = "regression"  # without it vLLM squashes the score with a sigmoid
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = config.eos_token_id
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        eos = getattr(text, "eos_token_id", None)
+        text.pad_token_id = eos[0] if isinstance(eos, list) else eos  # Llama 3 names several, and no padding
     return config
 
 
@@ -163,20 +165,26 @@ def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTr
     for module in modules:
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # a ratio of two forward passes under different dropout masks is not a policy ratio
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # attention functions take it as an argument
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):  # of layers too
+                setattr(module, name, 0.0)  # functions take it as an argument
     if learner.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-        lm.train()  # transformers loads models in evaluation mode, in which it recomputes nothing
+        for module in modules:
+            # transformers loads models in evaluation mode, in which nothing is recomputed; what else training mode turns on,
+            # as a router's jitter, would make a second pass another one.
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
     if on_cpu:
         make_lean(lm)
     return lm
 
 
 def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
-    """The stack of decoder layers: the longest ModuleList of the backbone."""
+    """The stack of decoder layers: the ModuleList of the backbone with as many as the configuration says. A vision tower's
+    may be longer."""
     lists = [m for m in getattr(lm, backbone_name(lm)).modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len)
+    layers = lm.config.get_text_config().num_hidden_layers
+    return next((m for m in lists if len(m) == layers), None) or max(lists, key=len)
 
 
 def freeze_below(lm: PreTrainedModel, trainable_layers: int | None, freeze_embeddings: bool) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from contracts.attention import Packed
 from contracts.batching import cut_padded
 from contracts.forward import Form, hidden_states
-from contracts.loading import LoadingError, loading_report, refuse_unloaded
+from contracts.loading import LoadingError, loading_report, refuse_adapter, refuse_quantised, refuse_unloaded
 from contracts.proof import SCALAR, Proof, prove
 from contracts.records import Score
 from reward_service.isolate import isolate
@@ -31,6 +31,8 @@ def check_reward_model(path: str, key: str) -> None:
         LoadingError: naming what is missing and what to write instead.
         OSError, ValueError: where no model can be loaded from there.
     """
+    refuse_adapter(path, key)
+    refuse_quantised(AutoConfig.from_pretrained(path), path, key)
     # One label whatever the configuration says: a head of another shape is refused with its shape.
     model, info = loading_report(AutoModelForSequenceClassification, path, num_labels=1)
     refuse_unloaded(info, path, key, model=model)
@@ -69,7 +71,7 @@ class RewardModel:
         config = self.model.config
         self.mean = float(getattr(config, "score_mean", None) or 0.0)
         self.std = float(getattr(config, "score_std", None) or 1.0)
-        self.vocab_size = config.vocab_size
+        self.vocab_size = config.get_text_config().vocab_size
         self.batch_tokens, self.max_tokens, self.reading = batch_tokens, max_tokens, reading
 
     def score(self, sequences: list[list[int]]) -> list[Score]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers import GemmaConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from learner.lean import ROWS, RMSNorm, SwiGLU, make_lean
@@ -100,3 +100,12 @@ def test_a_stack_keeps_less(tiny_model: Path) -> None:
     before = kept()
     assert make_lean(lm) == 2 * 3 + 1
     assert kept() < 0.7 * before
+
+
+def test_zeros_that_wait_to_be_trained_hide_no_other_activation() -> None:
+    """A layer that was put in between others begins with down_proj = 0, whatever its activation computes."""
+    config = GemmaConfig(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=4, hidden_act="gelu_pytorch_tanh")
+    gelu, silu = GemmaMLP(config), LlamaMLP(LlamaConfig(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=4))
+    for mlp in (gelu, silu):
+        nn.init.zeros_(mlp.down_proj.weight)
+    assert (make_lean(nn.ModuleList([gelu])), make_lean(nn.ModuleList([silu]))) == (0, 1)

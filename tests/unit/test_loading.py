@@ -10,7 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from contracts.loading import LoadingError, loading_report, refuse_unloaded
+from contracts.config import ModelConfig, TandemConfig
+from contracts.loading import LoadingError, loading_report, refuse_adapter, refuse_unloaded
+from contracts.validation import ConfigError
+from controller.checks import check_model
+from controller.model_checks import check_weights_and_code
+from reward_service.model import check_reward_model
 
 Weights = dict[str, torch.Tensor]
 
@@ -119,3 +124,54 @@ def test_names_without_the_prefix_of_the_backbone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
     with pytest.raises(LoadingError, match=r"h\.1\.attn\.c_attn\.weight, h"):
         judge(str(tmp_path), AutoModelForCausalLM)
+
+
+def test_an_adapter_is_refused_also_beside_a_whole_model(classifier: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    shutil.copytree(classifier, path)
+    refuse_adapter(str(path), "model.path")
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "base"}))
+    with pytest.raises(LoadingError, match=r"model\.path=.* found an adapter of PEFT; write .*merge_and_unload\(\)"):
+        refuse_adapter(str(path), "model.path")
+    with pytest.raises(LoadingError, match="adapter of PEFT"):
+        check_reward_model(str(path), "proxy_model")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "mxfp4", "a_new_one"])
+def test_a_quantised_model_is_refused_by_its_method(method: str, small_vocab: Path, tmp_path: Path) -> None:
+    path = tmp_path / "quantised"
+    shutil.copytree(small_vocab, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method, "bits": 4}}))
+    with pytest.raises(ConfigError, match=f"model.path=.*found quantization_config of {method}; write the checkpoint"):
+        check_model(TandemConfig(model=ModelConfig(path=str(path)), stage="sft"))
+    with pytest.raises(LoadingError, match=f"path=.*quantization_config of {method}"):
+        check_reward_model(str(path), "path")
+
+
+def test_a_torn_file_is_refused_by_name(small_vocab: Path, tmp_path: Path) -> None:
+    path = tmp_path / "torn"
+    shutil.copytree(small_vocab, path)
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"model\.path=.*torn: no model can be loaded from there: .*incomplete"):
+        check_weights_and_code(TandemConfig(model=ModelConfig(path=str(path)), stage="sft"))
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_a_head_that_only_the_configuration_ties(differ: bool, small_vocab: Path, tmp_path: Path) -> None:
+    """transformers computes with both matrices where they differ, vLLM with that of the embeddings."""
+    path = tmp_path / "tied"
+    shutil.copytree(small_vocab, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = load_file(path / "model.safetensors")
+    if not differ:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    if not differ:
+        refuse_unloaded(info, str(path), "model.path", model=model)
+        return
+    with pytest.raises(LoadingError, match=r"a lm_head\.weight other than model\.embed.*tie_word_embeddings=false"):
+        refuse_unloaded(info, str(path), "model.path", model=model)

@@ -8,13 +8,29 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from contracts.attention import Packed
 from contracts.config import LearnerConfig, ModelConfig, OptimizerConfig
 from learner.checkpoint import save_checkpoint
 from learner.engine import Ranks, TrainEngine, weight_groups
-from learner.models import FloatLinear, PolicyModel, ScalarModel, freeze_below, load_policy, load_scalar
+from learner.models import (
+    FloatLinear,
+    PolicyModel,
+    ScalarModel,
+    freeze_below,
+    load_policy,
+    load_scalar,
+    prove_policy,
+    scalar_config,
+)
+from tests.tiny_models import TINY
 
 EOS = 2  # the pad token too
 SEQUENCES = [[5, 9, 2, 7, 11], [3, EOS], [8, 300, 1, 2, 2, 6, 4, EOS]]
@@ -223,3 +239,63 @@ def test_a_tied_model_is_saved_as_it_was(tiny_model: Path, ranks: Ranks, tmp_pat
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert policy(tmp_path / "saved", dtype="bfloat16").lm.config.score_mean == 0.5
+
+
+@pytest.mark.parametrize(
+    "published",
+    [{"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 7]}, {"eos_token_id": [2, 7], "pad_token_id": -1}],
+)
+def test_a_generation_config_is_saved_as_it_was_published(
+    published: dict[str, Any], small_vocab: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """transformers loads these, and refuses to save them: a temperature without do_sample, padding of -1."""
+    shutil.copytree(small_vocab, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(published))
+    engine = TrainEngine(policy(tmp_path / "model"), OptimizerConfig(), LearnerConfig(), ranks, 1)
+    save_checkpoint(engine, str(tmp_path / "saved"), str(small_vocab), ModelConfig(), ranks)
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert {key: value for key, value in saved.items() if key != "transformers_version"} == published
+
+
+@pytest.mark.parametrize(("eos", "pad"), [([5, 6, 7], 5), (6, 6), (None, None)])
+def test_padding_of_a_classifier_is_one_token(eos: Any, pad: int | None) -> None:
+    """Llama 3's instruction models name three ends and no padding."""
+    assert scalar_config(LlamaConfig(eos_token_id=eos)).pad_token_id == pad
+    nested = Gemma3Config(text_config={"eos_token_id": eos, "pad_token_id": None})
+    assert scalar_config(nested).get_text_config().pad_token_id == pad
+
+
+def test_decoder_layers_are_not_those_of_a_longer_vision_tower() -> None:
+    text = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+        "num_attention_heads": 2,
+    }
+    vision = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision))
+    freeze_below(lm, 1, False)
+    trained = trainable(lm)
+    assert not any("language_model.layers.0." in name for name in trained)
+    assert any("language_model.layers.1." in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "noise"),
+    [
+        ("opt", {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.5}),
+        ("starcoder2", {"residual_dropout": 0.1}),
+        ("gpt_bigcode", {"attn_pdrop": 0.1, "resid_pdrop": 0.1}),
+        ("bloom", {"hidden_dropout": 0.1}),
+        ("mixtral", {"router_jitter_noise": 0.1}),
+    ],
+)
+def test_gradient_checkpointing_turns_on_no_noise_of_training(name: str, noise: dict[str, float]) -> None:
+    config = TINY[name]()
+    for key, value in noise.items():
+        setattr(config, key, value)
+    learner = LearnerConfig(gradient_checkpointing=True)
+    proof = prove_policy(config, ModelConfig(dtype="float32"), learner, on_cpu=True)
+    assert max(proof.error, proof.gradient_error or 0.0) < 1e-4
