@@ -337,6 +337,11 @@ def test_scoring_inputs_end_with_one_eos_whatever_ended_the_turn(make: Make) -> 
     assert list(item.token_ids) == [*example.token_ids[:-1], EOT]
     assert item.prompt_tokens == len(encode_prompt(tokenizer, FOUR[:3], chat=True))
     assert item_of_rendered(tokenizer, render(tokenizer, FOUR)).token_ids == item.token_ids
+    # And where the template writes layout and the EOS behind that. The completion's own spaces stay.
+    tokenizer, conversation = make("phi", "<|endoftext|>"), turns("Name a prime.", "Seven. \n")
+    item = item_of_messages(tokenizer, conversation)
+    assert tokenizer.decode(item.token_ids).endswith("<|assistant|>\nSeven. \n<|endoftext|>")
+    assert item_of_rendered(tokenizer, render(tokenizer, conversation)).token_ids == item.token_ids
 
 
 def test_a_long_conversation_is_scored_with_a_fixed_number_of_renderings(make: Make) -> None:
