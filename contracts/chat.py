@@ -114,18 +114,23 @@ def _form(tokenizer: "Tokenizer", template: str, eos: str) -> Form:
     plain, prompt = render(tokenizer, ask), render(tokenizer, ask, ask=True)
     # Spaces before an answer are a part of its first token, as "▁Seven" or "ĠSeven".
     opening = head[len(prompt) :].rstrip(" ") if prompt == plain and head.startswith(prompt) else ""
-    called = _end_of_call(tokenizer, ask, said)
+    called = _end_of_call(tokenizer, ask, said, end)
     return Form(opening, (end,) if called in (None, end) else (end, str(called)))
 
 
-def _end_of_call(tokenizer: "Tokenizer", ask: Turns, name: str) -> str | None:
-    """The token that ends an answer which calls a tool (Llama 3.1: `<|eom_id|>`), where the template shows calls."""
-    call = {"id": "call00000", "type": "function", "function": {"name": name, "arguments": {}}}
+def _end_of_call(tokenizer: "Tokenizer", ask: Turns, said: str, end: str) -> str | None:
+    """The token that ends an answer which calls a tool (gpt-oss: `<|call|>`), where the template shows calls.
+
+    Control tokens may stand between the parts of a call and behind it (Ministral 3: `[ARGS]`): where the `end` of other
+    answers follows, that ends it.
+    """
+    call = {"id": "call00000", "type": "function", "function": {"name": said, "arguments": {"a": said}}}
     try:
         whole = render(tokenizer, [*ask, {"role": "assistant", "content": "", "tool_calls": [call]}])
     except LeftOut:
         return None
-    return first_of(whole.partition(name)[2], _controls(tokenizer))
+    _, shown, tail = whole.rpartition(said)
+    return end if end in tail else first_of(tail, _controls(tokenizer)) if shown else None
 
 
 def _controls(tokenizer: "Tokenizer") -> list[str]:
@@ -260,7 +265,7 @@ def note_unshown(tokenizer: "Tokenizer", turns: Turns, tools: list | None, notes
     notes = notes or Notes()
     whole = render(tokenizer, turns, tools)
     for key in sorted(keys):
-        if render(tokenizer, [{k: v for k, v in turn.items() if k != key} for turn in turns], tools) != whole:
+        if _needs(tokenizer, whole, [{k: v for k, v in turn.items() if k != key} for turn in turns], tools):
             notes.shown.add(key)
         elif key == "tool_calls":
             raise LeftOut(
@@ -269,7 +274,15 @@ def note_unshown(tokenizer: "Tokenizer", turns: Turns, tools: list | None, notes
         else:
             notes.hidden[f"{key} of messages"] += 1
     if is_new:
-        if render(tokenizer, turns) != whole:
+        if _needs(tokenizer, whole, turns):
             notes.shown.add("tools")
         else:
             notes.hidden["tools"] += 1
+
+
+def _needs(tokenizer: "Tokenizer", whole: str, turns: Turns, tools: list | None = None) -> bool:
+    """Whether the template writes something else than `whole` for turns that lack something, or refuses them."""
+    try:
+        return render(tokenizer, turns, tools) != whole
+    except LeftOut:
+        return True

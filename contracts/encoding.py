@@ -368,10 +368,9 @@ def item_of_rendered(
             no template has written.
     """
     ends = [str(tokenizer.eos_token), *map(str, tokenizer.convert_ids_to_tokens(list(answer_end_ids(tokenizer))))]
-    text = text.rstrip() if text.rstrip().endswith(tuple(ends)) else text
     body = text
-    while end := next((end for end in ends if body.endswith(end)), None):
-        body = body.removesuffix(end)
+    while end := next((end for end in ends if body.rstrip().endswith(end)), None):
+        body = body.rstrip().removesuffix(end)  # layout may stand between two: Phi-3's <|end|>, newline, <|endoftext|>
     head = prompt if prompt and body.startswith(prompt) else ""
     tail = body[len(head) :]
     hidden: dict[str, str] = {}

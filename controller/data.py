@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 T = TypeVar("T")
+LABELLED = ("prompt_completion", "messages")  # formats whose rows may have KTO's label
 
 
 @dataclass
@@ -142,7 +143,7 @@ def _open(
     shape = shape_of(columns, source)
     form = detect_format(source, [*columns, *(shape.ours(source) if shape else ())], base)
     if form not in allowed:
-        unpaired = form == "prompt_completion" and "label" in columns
+        unpaired = form in LABELLED and "label" in columns
         hint = (
             "; rows with a label say of one completion alone whether it is good, no method here learns from both"
             * unpaired
@@ -207,7 +208,7 @@ def load_sft(
     opened = _open(source, data, tokenizer, report, base, ("text", "rated", "prompt_completion", "messages", "pair"))
 
     def build(_: int, row: dict) -> Example:
-        if opened.form == "prompt_completion" and is_refused_answer(row):
+        if opened.form in LABELLED and is_refused_answer(row):
             raise LeftOut("label is false: not to be imitated", bad=False)
         return opened.example(opened.parts(row, data.prompt_words), max_tokens)
 

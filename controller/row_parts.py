@@ -89,7 +89,7 @@ def columns_read(form: str, source: SourceConfig, shape: Shape | None, in_chat: 
         "text": (source.text_column,),
         "prompt": (source.prompt_column,),
         "prompt_completion": (source.prompt_column, source.completion_column, "label"),
-        "messages": (source.messages_column,),
+        "messages": (source.messages_column, "label"),
         "pair": (*pair, source.prompt_column, *(f"score_{column}" for column in pair)),
         "rated": (source.text_column, source.prompt_column, source.ratings_column, source.rating_column),
     }[form]
@@ -273,7 +273,7 @@ def preference(row: dict, source: SourceConfig) -> float:
 
 def is_refused_answer(row: dict) -> bool:
     """Whether KTO's `label` says that the completion is a bad one."""
-    return row.get("label") in (False, 0, "false", "False")
+    return str(row.get("label")).lower() in ("false", "0", "0.0")
 
 
 def _said(row: dict, column: str, data: DataConfig, is_text: bool = False) -> str | Turns:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from glob import glob
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from contracts.encoding import DataError
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?=[-_.])")  # with which names of shards begin
+SPLIT = re.compile(r"(?:^|(?<=[-_.]))(train|validation|valid|val|dev|test|eval)(?=[-_.])")  # in names of shards
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # beside shards; they hold no rows
 
 
 def _closest(word: str, known: Iterable[str]) -> str:
@@ -85,25 +87,39 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _read_table(path: Path, base: str) -> list[dict]:
+def _read_csv(path: Path, base: str) -> list[dict]:
+    import datasets
+    import pandas
+
+    text = _read_text(path, base)
+    try:
+        # "NA", "null" and "None" are words of a text; only an empty cell is a missing value. Read in one piece: of a piece
+        # whose cells all look like numbers, the texts would be written anew ("007" as "7").
+        table = pandas.read_csv(StringIO(text), keep_default_na=False, na_values=[""], low_memory=False)
+    except ValueError as error:
+        raise DataError(f"{base}.path: {path} cannot be read as csv: {error}") from error
+    if not isinstance(table.index, pandas.RangeIndex):  # pandas took the first cells for names of the rows
+        raise DataError(
+            f"{base}.path: the first line of a .csv file names every column; {path} has rows with more cells. Write texts "
+            "with commas in quotes"
+        )
+    return _rows(datasets.Dataset.from_pandas(table, preserve_index=False))
+
+
+def _read_parquet(path: Path, base: str) -> list[dict]:
     import datasets
 
-    kind, options = _kind(path)[1:], {}
     with tempfile.TemporaryDirectory() as cache:
         file = str(path)
-        if kind == "csv":
-            _read_text(path, base)
-            # "NA", "null" and "None" are words of a text; only an empty cell is a missing value.
-            options = {"keep_default_na": False, "na_values": [""]}
         if path.suffix in PACKED:
-            file = str(Path(cache) / f"unpacked.{kind}")
+            file = str(Path(cache) / "unpacked.parquet")
             Path(file).write_bytes(_raw(path, base))
         try:
             table = datasets.load_dataset(
-                kind, data_files=file, split="train", cache_dir=cache, keep_in_memory=True, **options
+                "parquet", data_files=file, split="train", cache_dir=cache, keep_in_memory=True
             )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"{base}.path: {path} cannot be read as {kind}: {error.__cause__ or error}") from error
+            raise DataError(f"{base}.path: {path} cannot be read as parquet: {error.__cause__ or error}") from error
         return _rows(table)
 
 
@@ -132,7 +148,7 @@ def _read_saved(path: Path, split: str, base: str) -> list[dict]:
 
 
 def _shards(path: Path, split: str, base: str) -> list[Path]:
-    """The files of a directory in the order of their names; those of `split` where names begin with one, as on the hub.
+    """The files of a directory in the order of their names; those of `split` where names have one, as on the hub.
 
     Raises:
         DataError: where there are none, or none of this split.
@@ -143,7 +159,7 @@ def _shards(path: Path, split: str, base: str) -> list[Path]:
             f"{base}.path: a directory must hold files of {', '.join(EXTENSIONS)}, or be one that datasets' save_to_disk "
             f"wrote; {path} is neither. Name one file instead"
         )
-    splits = {file: found[1] for file in files if (found := SPLIT.match(file.name))}
+    splits = {file: found[1] for file in files if (found := SPLIT.search(file.name))}
     if not splits and split == "train":
         return files
     if split not in splits.values():
@@ -153,7 +169,8 @@ def _shards(path: Path, split: str, base: str) -> list[Path]:
 
 
 def _data_files(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.is_file() and _kind(path) in EXTENSIONS and path.name[0] not in "._")
+    files = (path for path in paths if path.is_file() and path.name[0] not in "._" and path.name not in DESCRIPTIONS)
+    return sorted(path for path in files if _kind(path) in EXTENSIONS)
 
 
 def _kind(path: Path) -> str:
@@ -179,12 +196,13 @@ def _read_file(path: Path, base: str) -> list[dict]:
             f"{base}.path: the extension says how to read a file; {path} has {path.suffix or 'none'!r}. "
             f"Rename or convert it to one of {', '.join(EXTENSIONS)}; each may be packed ({', '.join(PACKED)})"
         )
-    return (_read_json if _kind(path) in (".json", ".jsonl") else _read_table)(path, base)
+    readers = {".csv": _read_csv, ".parquet": _read_parquet}
+    return readers.get(_kind(path), _read_json)(path, base)
 
 
 def _files(source: SourceConfig, path: Path, base: str) -> list[Path]:
     """The file of this path, or those that match it."""
-    files = [path] if path.is_file() else [] if path.exists() else sorted(map(Path, glob(str(path))))
+    files = [path] if path.is_file() else [] if path.exists() else sorted(map(Path, glob(str(path), recursive=True)))
     if files and source.split != "train":
         raise DataError(f"{base}.split: a file has one split; found {source.split!r}. Write split: train")
     return files

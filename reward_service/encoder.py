@@ -46,12 +46,9 @@ class Encoder:
 
     def _without_end(self, text: str) -> str:
         """A rendered text without what ends it and the layout behind that; one that is not ended as it is."""
-        body = text.rstrip()
-        if not body.endswith(self._ends):
-            return text
-        while end := next((end for end in self._ends if body.endswith(end)), None):
-            body = body.removesuffix(end)
-        return body
+        while end := next((end for end in self._ends if text.rstrip().endswith(end)), None):
+            text = text.rstrip().removesuffix(end)
+        return text
 
     def token_ids(self, ids: list[int], ids_hash: str | None, label: str | None = None) -> ScoringItem | Score:
         if ids_hash != self.hash:

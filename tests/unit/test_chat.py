@@ -253,6 +253,40 @@ def test_a_call_may_end_with_a_token_of_its_own(make: Make, plain: Any) -> None:
     check(tokenizer, plain, [*FOUR[:1], asked], pieces)
 
 
+# With control tokens between its parts, as Ministral 3's [ARGS] and gpt-oss's <|channel|>.
+PARTS = "{% for m in messages %}<|im_start|>{{ m.role }}<gh_stars>final\n{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}<jupyter_code>{{ f.name }}<file_sep>{{ f.arguments | tojson }}CALLED{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<jupyter_output><|im_end|>", "<jupyter_output>"])
+def test_control_tokens_inside_a_call_do_not_end_it(make: Make, plain: Any, end: str) -> None:
+    tokenizer = make(PARTS.replace("CALLED", end))
+    ends = ["<|im_end|>"] if "<|im_end|>" in end else ["<|im_end|>", end]
+    assert turn_end_ids(tokenizer, chat=True) == tuple(plain.convert_tokens_to_ids(ends))
+    asked = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    pieces = [
+        ("<|im_start|>user<gh_stars>final\nName a prime.<|im_end|><|im_start|>assistant", False),
+        ('<gh_stars>final\n<jupyter_code>weather<file_sep>{"city": "Oslo"}' + end, True),
+        ("<|im_start|>user<gh_stars>final\nAnother?<|im_end|><|im_start|>assistant", False),
+        ("<gh_stars>final\nEleven.<|im_end|>", True),
+    ]
+    check(tokenizer, plain, [FOUR[0], asked, *FOUR[2:]], pieces)
+
+
+def test_what_a_template_cannot_do_without_is_shown(make: Make, plain: Any) -> None:
+    """Mistral's fails on a result without the call's id."""
+    template = TEMPLATES["tools"].replace("{{ m['content'] or", "{% if m.role == 'tool' %}{{ m.tool_call_id + ': ' }}{% endif %}{{ m['content'] or")  # fmt: skip
+    conversation = [
+        {"role": "user", "content": "Weather in Oslo?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "4 degrees", "tool_call_id": "1", "name": "weather"},
+        {"role": "assistant", "content": "Four degrees."},
+    ]
+    notes, tokenizer = Notes(), make(template)
+    example = encode_example(tokenizer, "", conversation, chat=True, notes=notes)
+    assert "<|im_start|>tool\n1: 4 degrees<|im_end|>\n" in plain.decode(example.token_ids)
+    assert (notes.shown, dict(notes.hidden)) == ({"tool_calls", "tool_call_id"}, {"name of messages": 1})
+
+
 def test_a_template_without_an_end_is_refused(make: Make) -> None:
     tokenizer = make("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     with pytest.raises(DataError, match=r"smollm2-135m-instruct must end an answer .*'user: -\\nassistant: ANSWER\\n'"):
@@ -303,6 +337,11 @@ def test_scoring_inputs_end_with_one_eos_whatever_ended_the_turn(make: Make) -> 
     assert list(item.token_ids) == [*example.token_ids[:-1], EOT]
     assert item.prompt_tokens == len(encode_prompt(tokenizer, FOUR[:3], chat=True))
     assert item_of_rendered(tokenizer, render(tokenizer, FOUR)).token_ids == item.token_ids
+    # And where the template writes layout and the EOS behind that. The completion's own spaces stay.
+    tokenizer, conversation = make("phi", "<|endoftext|>"), turns("Name a prime.", "Seven. \n")
+    item = item_of_messages(tokenizer, conversation)
+    assert tokenizer.decode(item.token_ids).endswith("<|assistant|>\nSeven. \n<|endoftext|>")
+    assert item_of_rendered(tokenizer, render(tokenizer, conversation)).token_ids == item.token_ids
 
 
 def test_a_long_conversation_is_scored_with_a_fixed_number_of_renderings(make: Make) -> None:

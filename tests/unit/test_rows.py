@@ -286,14 +286,24 @@ def test_a_completion_that_is_labelled_bad_is_never_imitated(jsonl: Any, tokeniz
         {"prompt": "Name a prime.", "completion": "Seven.", "label": True},
         {"prompt": "Name a prime.", "completion": "Nine.", "label": False},
         {"prompt": "Name a prime.", "completion": "Ten.", "label": 0},
+        {"prompt": "Name a prime.", "completion": "Twelve.", "label": "FALSE"},
     ]
     report = LoadReport()
     [only] = load_sft(jsonl(*rows), DATA, tokenizer, 99, report)
     assert trained(tokenizer, only) == "Seven.<|im_end|>"
-    assert report.left_out == {"label is false: not to be imitated": 2}
+    assert report.left_out == {"label is false: not to be imitated": 3}
     message = refusal(load_preferences, jsonl(*rows), DATA, tokenizer, 99)
     assert "one of rated, pair is needed here; found prompt_completion (columns prompt, completion, label)" in message
     assert "say of one completion alone whether it is good" in message
+    # LLaMA-Factory's form: conversations with a label.
+    for column in ("messages", "conversations"):
+        rows = [{column: [ASK, SAID], "label": True}, {column: [ASK, NO], "label": False}]
+        report = LoadReport()
+        [only] = load_sft(jsonl(*rows), CHAT, tokenizer, 99, report)
+        assert trained(tokenizer, only) == "Seven.<|im_end|>"
+        assert (report.left_out, report.unread) == ({"label is false: not to be imitated": 1}, [])
+        message = refusal(load_preferences, jsonl(*rows), CHAT, tokenizer, 99)
+        assert "say of one completion alone whether it is good" in message
 
 
 def test_nulls_are_left_out_and_counted(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
@@ -358,6 +368,21 @@ def test_a_date_in_the_template_does_not_change_fingerprints(jsonl: Any, monkeyp
 
 
 # ---- the whole way
+
+    shard("named/sums_train.jsonl", 1)
+    shard("named/sums_test.jsonl", 2)
+    shard("hub/sub/deep/a.jsonl", 5)
+    (tmp_path / "hub/dataset_infos.json").write_text('{"default": {}}')
+    assert (numbers("named"), numbers("named", split="test")) == ([1], [2])
+    assert numbers("hub") == [2, 3]
+    assert numbers("hub/**/*.jsonl") == [4, 2, 3, 5]
+
+
+def test_a_csv_file_keeps_its_texts_however_long_it_is(tmp_path: Path) -> None:
+    """Its end alone looks like numbers."""
+    texts = ["word"] * 12_000 + ["007", "1.50", "True"] * 8_000
+    (tmp_path / "a.csv").write_text("text,n\n" + "".join(f"{text},{i}\n" for i, text in enumerate(texts)))
+    assert load_rows(source(tmp_path / "a.csv")) == [{"text": text, "n": i} for i, text in enumerate(texts)]
 
 
 def test_a_source_is_read_by_a_tokenizer_of_any_kind(jsonl: Any) -> None:  # noqa: F811
