@@ -69,3 +69,10 @@ def test_directories_of_shards_and_globs(tmp_path: Path) -> None:
     assert "no such file" in refusal(load_rows, source(tmp_path / "plain/x*.jsonl"))
     assert "a file has one split" in refusal(load_rows, source(tmp_path / "plain/p*.jsonl", split="test"))
     assert "README.md has '.md'" in refusal(load_rows, source(tmp_path / "plain/*"))
+    shard("named/sums_train.jsonl", 1)
+    shard("named/sums_test.jsonl", 2)
+    shard("hub/sub/deep/a.jsonl", 5)
+    (tmp_path / "hub/dataset_infos.json").write_text('{"default": {}}')
+    assert (numbers("named"), numbers("named", split="test")) == ([1], [2])
+    assert numbers("hub") == [2, 3]
+    assert numbers("hub/**/*.jsonl") == [4, 2, 3, 5]

@@ -367,17 +367,6 @@ def test_a_date_in_the_template_does_not_change_fingerprints(jsonl: Any, monkeyp
     assert fingerprint([found]) == fingerprint(again)
 
 
-# ---- the whole way
-
-    shard("named/sums_train.jsonl", 1)
-    shard("named/sums_test.jsonl", 2)
-    shard("hub/sub/deep/a.jsonl", 5)
-    (tmp_path / "hub/dataset_infos.json").write_text('{"default": {}}')
-    assert (numbers("named"), numbers("named", split="test")) == ([1], [2])
-    assert numbers("hub") == [2, 3]
-    assert numbers("hub/**/*.jsonl") == [4, 2, 3, 5]
-
-
 def test_a_csv_file_keeps_its_texts_however_long_it_is(tmp_path: Path) -> None:
     """Its end alone looks like numbers."""
     texts = ["word"] * 12_000 + ["007", "1.50", "True"] * 8_000
@@ -402,13 +391,13 @@ def test_sources_without_a_format(jsonl: Any) -> None:  # noqa: F811
     assert SourceConfig(path="x").format == "auto"
 
 
-@pytest.mark.parametrize(("row", "in_chat"), [({"prompt": "Name a prime."}, False), ({"prompt": [ASK]}, True)])
+@pytest.mark.parametrize(("row", "in_chat"), [({"prompt": "Name a prime."}, set()), ({"prompt": [ASK]}, {"prompts"})])
 def test_prompts_of_messages_are_in_chat_whatever_data_chat_says(
     jsonl: Any,  # noqa: F811
     tiny_config: Any,
     tokenizer: Any,
     row: dict,
-    in_chat: bool,
+    in_chat: set[str],
 ) -> None:
     """So sampling stops at the token that ends an answer."""
     tiny_config.data.prompts, tiny_config.stage, tiny_config.data.chat = jsonl(row), "ppo", False
