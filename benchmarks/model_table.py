@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,15 @@ def table(rows: dict[str, Any], dtypes: list[str]) -> str:
     for name in TINY:
         if found := rows.get(name):
             cells = [learner_cell(found["learner"][use]) for use in uses]
-            lines.append(" | ".join([name, *cells, *(cell(found["engine"], dtype) for dtype in dtypes)]))
+            lines.append(
+                " | ".join(
+                    [
+                        name,
+                        *cells,
+                        *(cell(found["engine"], dtype) if "engine" in found else "not run" for dtype in dtypes),
+                    ]
+                )
+            )
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
@@ -148,14 +157,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for name in arguments.names or TINY:
+    names = arguments.names or list(TINY)
+
+    def measure(part: str, name: str, work: Callable[[], dict[str, Any]]) -> None:
         row = rows.setdefault(name, {})
-        if arguments.names or not {"learner", "engine"} <= row.keys():
-            row["engine"] = engine(name, arguments.dtypes)  # first: its processes are forked
-            row["learner"] = in_fork(partial(write_learner, name))
+        if arguments.names or part not in row:
+            row[part] = work()
             arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
-            print(name, *map(learner_cell, row["learner"].values()), file=sys.stderr, sep="; ")
-            print(name, *(cell(row["engine"], dtype) for dtype in arguments.dtypes), sep="; ", file=sys.stderr)
+            print(f"{name}: {part}", file=sys.stderr)
+
+    for name in names:  # first what takes seconds
+        measure("learner", name, partial(in_fork, partial(write_learner, name)))
+    for name in names:
+        measure("engine", name, partial(engine, name, arguments.dtypes))
     if arguments.names:
         print(table({name: rows[name] for name in arguments.names}, arguments.dtypes))
     else:
