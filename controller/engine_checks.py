@@ -64,7 +64,13 @@ def begin_proofs(config: TandemConfig) -> Callable[[], list[EngineProof]]:
 
 
 def first_publish(
-    learner: LearnerGroup, backend: str, actors: list[Any], model: ModelConfig, prompts: list[Prompt], timeout_s: float
+    learner: LearnerGroup,
+    backend: str,
+    actors: list[Any],
+    model: ModelConfig,
+    prompts: list[Prompt],
+    max_model_len: int,
+    timeout_s: float,
 ) -> None:
     """Connect the learner to the actors, which sends them the weights that they have loaded from disk.
 
@@ -72,7 +78,8 @@ def first_publish(
         ActorsMissing: an actor did not get them.
         WeightsChanged: with the numbers, where an actor computes something else from them.
     """
-    ids = [token for prompt in prompts[:TOKENS] for token in prompt.token_ids][:TOKENS]
+    ids = [token for prompt in prompts[:TOKENS] for token in prompt.token_ids]
+    ids = ids[: min(TOKENS, max_model_len)]
     before = _logprobs(actors, [ids, ids[::-1]], timeout_s)
     learner.call("connect", backend, actors)[0].require_all()
     after = _logprobs(actors, [ids, ids[::-1]], timeout_s)

@@ -261,8 +261,15 @@ class Pipeline:
                 self.runtime.wait_for_service()
                 learner.wait_ready()
                 self._prove_engines()
-                prompts, timeout_s = self.data.prompts, config.cluster.start_timeout_s
-                first_publish(learner, backend, actors, replace(config.model, path=policy), prompts, timeout_s)
+                first_publish(
+                    learner,
+                    backend,
+                    actors,
+                    model=replace(config.model, path=policy),
+                    prompts=self.data.prompts,
+                    max_model_len=config.engine.max_model_len,
+                    timeout_s=config.cluster.start_timeout_s,
+                )
             restarts, say = config.cluster.max_actor_restarts, self.progress.line
             fleet = Fleet(actors, learner, backend, self.runtime.replace_actor, restarts, say)
             about = About(identity, redacted(asdict(config)), client.versions)
