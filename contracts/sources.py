@@ -10,6 +10,7 @@ import importlib.util
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TANDEM = Path(__file__).resolve().parent.parent
@@ -92,10 +93,20 @@ def imported_files(entries: Iterable[Path], roots: Iterable[Path], follows: Call
     return seen
 
 
+def parsed(file: Path) -> ast.Module:
+    """The syntax tree of a file.
+
+    Made in a thread, as signals are handled in the main one: Python 3.11 turns an exception that a handler raises while a tree
+    is made, such as the one that ends a run by SIGTERM, into a SystemError.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(ast.parse, file.read_bytes()).result()
+
+
 def _imports(file: Path) -> Iterator[tuple[str, Path | None]]:
     """(dotted name, the directory that it is relative to) of everything that a file may import; None for absolute names."""
     try:
-        nodes: list[ast.AST] = [ast.parse(file.read_bytes())]
+        nodes: list[ast.AST] = [parsed(file)]
     except SyntaxError:  # for whoever runs it to say
         return
     while nodes:

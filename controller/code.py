@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from contracts.sources import PACKAGES, TANDEM, imported_files
+from contracts.sources import PACKAGES, TANDEM, imported_files, parsed
 
 MAKERS = ("train.py", *PACKAGES)
 READERS = ("controller/report", "controller/study")  # they look at results and make none
@@ -90,7 +90,7 @@ def _is_no_part(file: Path, root: Path) -> bool:
 
 
 def _meaning(file: Path) -> str:
-    tree = ast.parse(file.read_bytes())
+    tree = parsed(file)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
