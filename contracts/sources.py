@@ -96,8 +96,8 @@ def imported_files(entries: Iterable[Path], roots: Iterable[Path], follows: Call
 def parsed(file: Path) -> ast.Module:
     """The syntax tree of a file.
 
-    Made in a thread, as signals are handled in the main one: Python 3.11 turns an exception that a handler raises while a tree
-    is made, such as the one that ends a run by SIGTERM, into a SystemError.
+    Made in a thread, as signals are handled in the main one: Python 3.11 turns an exception that a handler raises while a
+    tree is made, such as the one that ends a run by SIGTERM, into a SystemError.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(ast.parse, file.read_bytes()).result()
