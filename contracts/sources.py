@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 TANDEM = Path(__file__).resolve().parent.parent
@@ -96,11 +97,18 @@ def imported_files(entries: Iterable[Path], roots: Iterable[Path], follows: Call
 def parsed(file: Path) -> ast.Module:
     """The syntax tree of a file.
 
-    Made in a thread, as signals are handled in the main one: Python 3.11 turns an exception that a handler raises while a
-    tree is made, such as the one that ends a run by SIGTERM, into a SystemError.
+    Where a run ends by a signal, Python 3.11.7 was seen to make this a SystemError ("recursion depth mismatch": it counts
+    the depth of all trees that are being made in one place). So it is made again, and in a thread, which handles no signal.
     """
+
+    def parse() -> ast.Module:
+        for _ in range(100):
+            with suppress(SystemError):
+                return ast.parse(file.read_bytes())
+        return ast.parse(file.read_bytes())
+
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(ast.parse, file.read_bytes()).result()
+        return thread.submit(parse).result()
 
 
 def _imports(file: Path) -> Iterator[tuple[str, Path | None]]:

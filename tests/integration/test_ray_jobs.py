@@ -124,10 +124,10 @@ def test_what_cannot_run_is_not_sent(cluster: RayCluster, tiny_model: Path, tmp_
 
 def test_a_job_that_fails_ends_with_its_own_exit_code(cluster: RayCluster, tiny_model: Path, tmp_path: Path) -> None:
     """Nobody can know on this machine how many layers a model on the cluster has."""
-    sent = cluster.submit(*sft(tmp_path, tiny_model, f"run_dir={tmp_path}/run", "ppo.trainable_layers=9"))
+    sent = cluster.submit(*sft(tmp_path, tiny_model, f"run_dir={tmp_path}/run", "sft.trainable_layers=9"))
     assert sent.returncode == 2, sent.stdout + sent.stderr
     assert "Tandem: stage=sft, run directory" in sent.stdout
-    assert "ppo.trainable_layers is 9, the model has 2 layers" in sent.stdout
+    assert "sft.trainable_layers is 9, the model has 2 layers" in sent.stdout
     name = job_id(sent.stdout)
     assert name.startswith("tiny-sft-")
     status = cluster.submit("status", name)
