@@ -199,7 +199,7 @@ def test_a_sweep_of_jobs(cluster: RayCluster, tiny_model: Path, tmp_path: Path) 
     options = ["hydra/launcher=ray_jobs", f"hydra.launcher.address={cluster.address}", "hydra.launcher.max_parallel=2"]
     options += [f"hydra.launcher.python={sys.executable}", f"hydra.sweep.dir={tmp_path}/sweep"]
     options.append("hydra.sweep.subdir=${hydra.job.num}")
-    sweep = cluster.call("train.py", "-m", *options, *sft(tmp_path, tiny_model, "ppo.trainable_layers=9,1,2"))
+    sweep = cluster.call("train.py", "-m", *options, *sft(tmp_path, tiny_model, "sft.trainable_layers=9,1,2"))
     assert sweep.returncode == 1, sweep.stdout + sweep.stderr
     assert "#0 failed: member 0 ended with exit code 2: python submit.py logs tiny-sft-" in sweep.stderr
     assert sorted(re.findall(r"#(\d) \S+ has ended with exit code (\d)", sweep.stdout)) == [

@@ -110,9 +110,9 @@ def test_a_job_runs_to_its_end(node: Node, tiny_model: Path, tmp_path: Path) -> 
 
 
 def test_a_refused_configuration_fails_the_job(node: Node, tiny_model: Path, tmp_path: Path) -> None:
-    name = sent(node.submit(*sft(tmp_path, tiny_model, "ppo.trainable_layers=9")))
+    name = sent(node.submit(*sft(tmp_path, tiny_model, "sft.trainable_layers=9")))
     assert node.wait(name, "COMPLETED", "FAILED") == "FAILED"
-    assert "ppo.trainable_layers is 9, the model has 2 layers" in (tmp_path / "run/slurm.log").read_text()
+    assert "sft.trainable_layers is 9, the model has 2 layers" in (tmp_path / "run/slurm.log").read_text()
     assert "ExitCode=2:0" in node.call("scontrol", "show", "jobs").stdout
 
 
