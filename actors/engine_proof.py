@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,12 @@ from safetensors import safe_open
 
 from contracts.config import EngineConfig, ModelConfig
 from contracts.durable import write_json
+from contracts.error_text import typed_line
 from contracts.interfaces import EngineLostError
 from contracts.packing import layout, view
 from contracts.precision import cpu_flags
 from contracts.process_env import worker_env
+from contracts.sources import installed_versions
 from contracts.twin import LARGEST, NoTwin, telling_weights, twin_config
 from contracts.weights import Parameters
 
@@ -143,18 +144,10 @@ def _key(config: Any, dtype: str, max_model_len: int) -> str:
     root = Path(__file__).parent.parent
     code = [hashlib.sha256((root / name).read_bytes()).hexdigest() for name in SOURCES]
     cpu = [platform.machine(), *sorted(cpu_flags())]  # they choose the kernels
-    whole = json.dumps([plain, dtype, max_model_len, code, _versions(), cpu], sort_keys=True, default=str)
+    whole = json.dumps(
+        [plain, dtype, max_model_len, code, installed_versions(PACKAGES), cpu], sort_keys=True, default=str
+    )
     return "engine-" + hashlib.sha256(whole.encode()).hexdigest()[:32]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # vllm has another name on CPU
-            continue
-    return found
 
 
 def _ask(model: ModelConfig, max_model_len: int) -> dict[str, Any]:
@@ -221,7 +214,7 @@ def in_fork(work: Callable[[Path], None]) -> dict[str, Any]:
             try:
                 work(result)
             except BaseException as error:
-                result.write_text(json.dumps({"error": _one_line(error)}))
+                result.write_text(json.dumps({"error": typed_line(error)[:300]}))
             os._exit(0)
         _, status = os.waitpid(child, 0)
         return json.loads(result.read_text()) if result.exists() else {"error": f"vLLM ended the process: {status}"}
@@ -259,7 +252,7 @@ def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None
             found = (difference(loaded, of_first), difference(sent, of_second), difference(logprobs(), loaded))
             answer = asdict(Differences(*found, moved=moved, limit=limit))
         except BaseException as error:
-            answer = {"error": _one_line(error)}
+            answer = {"error": typed_line(error)[:300]}
         result.write_text(json.dumps(answer))
         os._exit(0)
 
@@ -341,11 +334,6 @@ def save_tokenizer(path: Path, vocab_size: int) -> None:
 
     words = models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w2").save_pretrained(path)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
 def end_with_parent() -> None:

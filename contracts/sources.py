@@ -12,11 +12,21 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 TANDEM = Path(__file__).resolve().parent.parent
 PACKAGES = ("actors", "contracts", "controller", "learner", "reward_service")
 INSTALLED = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib")}
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed: vllm, for one, has another name on CPU."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def split_function(function: str) -> tuple[str, str]:

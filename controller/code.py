@@ -4,10 +4,9 @@ two edits apart."""
 import ast
 import hashlib
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from contracts.sources import PACKAGES, TANDEM, imported_files, parsed
+from contracts.sources import PACKAGES, TANDEM, imported_files, installed_versions, parsed
 
 MAKERS = ("train.py", *PACKAGES)
 READERS = ("controller/report", "controller/study")  # they look at results and make none
@@ -61,22 +60,12 @@ def stage_code(stage: str, root: Path = TANDEM) -> dict[str, str]:
     files = imported_files([root / name for name in STAGES[kind]], [root], lambda file: not _is_no_part(file, root))
     files |= {root / WIRING[kind]} if kind in WIRING else set()
     found = {file.relative_to(root).as_posix(): _meaning(file) for file in sorted(files)}
-    return found | _versions((*LIBRARIES, *ENGINES) if kind == "ppo" else LIBRARIES)
+    return found | installed_versions((*LIBRARIES, *ENGINES) if kind == "ppo" else LIBRARIES)
 
 
 def package_versions() -> dict[str, str]:
     """Of what computes a run, Tandem among it."""
-    return {"tandem": code_digest()[:12]} | _versions((*LIBRARIES, *ENGINES))
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # vllm has another name on CPU
-            continue
-    return found
+    return {"tandem": code_digest()[:12]} | installed_versions((*LIBRARIES, *ENGINES))
 
 
 def changed_code(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
