@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 # Overrides for the runs: make study-quick ARGS="hydra/launcher=joblib hydra.launcher.n_jobs=2"
 ARGS ?=
-# Where conf/arm comes from: a tuning that was run here, and for arms that it has not the one of the study in docs.
+# Where studies/five_reasons/conf/arm comes from: a tuning that was run here, and for arms that it has not the one of the study in docs.
 TUNING := --tuning runs/five_reasons_tuning docs/results/study.json
 
 .PHONY: help setup demo demo-long study-quick study study-tuning test test-unit test-full test-chaos lint bench lock clean
@@ -11,7 +11,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
 setup: .venv/.ready ## create .venv and fetch the model and the ratings (done by the other targets when needed)
-.venv/.ready: pyproject.toml deploy/setup_env.py controller/assets.py
+.venv/.ready: pyproject.toml deploy/setup_env.py controller/data/demo_assets.py
 	$(PYTHON) deploy/setup_env.py
 
 demo: setup ## SFT, reward models, PPO and evaluation on real data, on two cores

@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
-from contracts.validation import ConfigError
 from submission import kuberay, slurm
 from submission.job import RECORDS, Job, recorded, to_job
 from submission.ray_jobs import Cluster, ClusterError

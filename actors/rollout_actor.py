@@ -13,8 +13,7 @@ from actors.turn_scores import score_rollouts
 from contracts.config import ClusterConfig, EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.interfaces import Engine, EngineLostError, RewardClient
 from contracts.records import Assignment, Delivery, Rollout, RolloutRequest
-from contracts.segment import SegmentAddress
-from contracts.weights import LoadReport, WeightUpdate
+from contracts.weights import LoadReport, SegmentAddress, WeightUpdate
 
 
 class RolloutActor:
@@ -207,7 +206,7 @@ def start_actors(
     """Start an actor for each of `placement`, the Ray options of one; returns when all of them can serve.
 
     Args:
-        end_ids: the tokens that end a completion (`contracts.end_tokens`).
+        end_ids: the tokens that end a completion (`common.text.end_tokens`).
 
     Raises:
         ray.exceptions.RayTaskError: where an engine cannot start, with the engine's own error.

@@ -32,8 +32,7 @@ from actors.weight_receiver import WeightReceiver
 from contracts.config import EngineConfig, ModelConfig, SamplingConfig
 from contracts.interfaces import EngineLostError
 from contracts.records import Completion
-from contracts.segment import SegmentAddress
-from contracts.weights import LoadReport, Parameters, WeightUpdate
+from contracts.weights import LoadReport, Parameters, SegmentAddress, WeightUpdate
 
 SUBMIT_S = 1.0  # for which the engine stands still at most, while requests are submitted together
 

@@ -14,9 +14,9 @@ import numpy as np
 import ray
 import torch
 
-from contracts.packing import layout
-from contracts.segment import SegmentAddress, SegmentReader, Superseded, Unreachable, reachable
-from contracts.weights import LoadReport, Parameters, WeightsRefused, WeightUpdate, checksum
+from common.processes.shared_memory import SegmentReader, Superseded, Unreachable, reachable
+from common.processes.weight_layout import layout
+from contracts.weights import LoadReport, Parameters, SegmentAddress, WeightsRefused, WeightUpdate, checksum
 
 KEPT_SEGMENTS = 3  # mappings; the publisher writes into another segment only while somebody still reads the last one
 

@@ -25,8 +25,8 @@ from ppo_step import HERE, ROOT, BlockError, block, machine, run
 from rich.console import Console
 from rich.table import Table
 
-from contracts.precision import cpu_dtype
-from contracts.process_env import driver_env
+from common.models.precision import cpu_dtype
+from common.processes.process_env import driver_env
 
 SCHEDULES = {
     "asynchronous": {"max_staleness": 1, "threads": 1},

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from controller import commits
+from controller.commits import commit_store
 
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 8 << 20
@@ -91,7 +91,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache", prefix="bench-") as name:
         folder = Path(name)
         rows = train(folder, options.updates, options.trainable_layers)
-        size = commits.read_commit(commits.step_path(folder / "run", options.updates)).num_bytes
+        size = commit_store.read_commit(commit_store.step_path(folder / "run", options.updates)).num_bytes
         writing, direct, hashing = write_s(folder, size), write_s(folder, size, os.O_DIRECT), hash_s(size)
     # Row k is update k + 1; the commit after update k runs beside it where k is even. The first two rows warm up.
     wall = [after["wall_s"] - before["wall_s"] for before, after in pairwise(rows)]

@@ -26,11 +26,11 @@ from rich.table import Table
 from contracts.config import LoggerConfig, PPOConfig, TandemConfig
 from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout, Score
 from contracts.weights import LoadReport, PublishReport
-from controller.controller import PPOController
-from controller.fleet import Fleet
-from controller.metrics import RunLog
-from controller.progress import Progress
-from controller.prompts import PromptStream
+from controller.data.prompts import PromptStream
+from controller.loop.controller import PPOController
+from controller.loop.fleet import Fleet
+from controller.record.run_log import RunLog
+from controller.record.terminal import Progress
 
 HERE = Path(__file__).resolve().parent
 ACTORS = (1, 10, 100, 1000)

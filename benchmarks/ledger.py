@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest
-from controller.ledger import Ledger
+from controller.ledger.ledger import Ledger
 
 
 def throughput(holders: int, rollouts: int, rollouts_per_update: int, max_staleness: int, log: Path | None) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from contracts.batching import cut_microbatches
+from common.microbatches import cut_microbatches
 from contracts.config import EngineConfig, LearnerConfig, ModelConfig
 
 MATMUL_S = 0.5  # of each shape
@@ -91,7 +91,7 @@ def padded_loop(job: dict[str, Any], sequences: list[np.ndarray]) -> float:
 
 def packed_loop(job: dict[str, Any], sequences: list[np.ndarray]) -> float:
     """Seconds of Tandem's policy model without DeepSpeed and PPO: log-probabilities of the completions, and backward."""
-    from contracts.attention import Packed
+    from common.models.packed_attention import Packed
     from learner.models import load_policy
 
     model = load_policy(job["model"], ModelConfig(path=job["model"], dtype=job["dtype"]), LearnerConfig(), on_cpu=True)

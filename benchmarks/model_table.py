@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from contracts.process_env import worker_env
+from common.processes.process_env import worker_env
 
 os.environ.update(worker_env(1, on_cpu=True))  # one thread: its processes are forked
 
@@ -28,9 +28,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from actors.engine_proof import Differences, class_logprobs, compare, in_fork, prove_here, save_tokenizer, verdict
-from contracts.attention import Packed
+from common.models.packed_attention import Packed
+from common.models.proof import TOLERANCE, Unproven
 from contracts.config import LearnerConfig, ModelConfig
-from contracts.proof import TOLERANCE, Unproven
 from learner.models import load_policy, load_scalar
 from reward_service.model import RewardModel
 from tests.tiny_models import TINY, make

@@ -19,7 +19,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from contracts.config import LoggerConfig
-from controller.metrics import RunLog
+from controller.record.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/observability.json"

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from step_report import show, step_seconds, summarize
 
-from contracts.precision import cpu_dtype
-from contracts.process_env import driver_env, worker_env
+from common.models.precision import cpu_dtype
+from common.processes.process_env import driver_env, worker_env
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from contracts.process_env import driver_env, scorer_env
+from common.processes.process_env import driver_env, scorer_env
 
 os.environ.update(driver_env())  # before ray and torch are imported
 

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 from transformers import AutoTokenizer
 
+from common.text.end_tokens import end_ids
+from contracts.checks.validation import validate
 from contracts.config import (
     ClusterConfig,
     LearnerConfig,
@@ -26,16 +28,14 @@ from contracts.config import (
     SourceConfig,
     TandemConfig,
 )
-from contracts.end_tokens import end_ids
 from contracts.placement import weight_backend
 from contracts.records import Prompt
-from contracts.validation import validate
-from controller.controller import PPOController
-from controller.fleet import Fleet
-from controller.metrics import RunLog
-from controller.progress import Progress
-from controller.prompts import PromptStream
-from controller.runtime import Runtime
+from controller.cluster.runtime import Runtime
+from controller.data.prompts import PromptStream
+from controller.loop.controller import PPOController
+from controller.loop.fleet import Fleet
+from controller.record.run_log import RunLog
+from controller.record.terminal import Progress
 
 
 def make_config(job: dict[str, Any], run_dir: str) -> TandemConfig:

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from contracts.process_env import driver_env, worker_env
+from common.processes.process_env import driver_env, worker_env
 
 os.environ.update(driver_env())
 
@@ -33,11 +33,10 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from actors.rollout_actor import RolloutActor
 from actors.weight_receiver import WeightReceiver, as_tensor
+from common.processes.weight_layout import layout, view
 from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
-from contracts.packing import layout, view
 from contracts.records import Prompt, RolloutRequest
-from contracts.segment import SegmentAddress
-from contracts.weights import LoadReport, Parameters, PublishReport, WeightUpdate
+from contracts.weights import LoadReport, Parameters, PublishReport, SegmentAddress, WeightUpdate
 from learner.weight_publisher import WeightPublisher
 from learner.weight_sources import CheckpointSource
 

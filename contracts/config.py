@@ -1,4 +1,4 @@
-"""The configuration schema. YAML under conf/ fills it; `contracts.validation` lists every conflict before a process starts.
+"""The configuration schema. YAML under conf/ fills it; `contracts/checks/` lists every conflict before a process starts.
 
 Every field that is not self-evident says its unit and what it trades.
 """

@@ -4,7 +4,7 @@
                                                                         └── reward, done
 
 `Turn` (contracts.records) is what is kept of each turn. The checks below are made before training starts
-(controller/rehearsal.py) and on every answer of a run.
+(controller/start_checks/rehearsal.py) and on every answer of a run.
 """
 
 import math

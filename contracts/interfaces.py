@@ -6,8 +6,7 @@ from typing import Any, Protocol
 
 from contracts.config import SamplingConfig
 from contracts.records import Completion, Score
-from contracts.segment import SegmentAddress
-from contracts.weights import LoadReport, PublishReport, WeightUpdate
+from contracts.weights import LoadReport, PublishReport, SegmentAddress, WeightUpdate
 
 
 class EngineLostError(RuntimeError):

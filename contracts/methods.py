@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from contracts.config import PreferenceConfig, TandemConfig
 from contracts.estimators import ESTIMATORS
-from contracts.scorers import scoring_models, starts_value_model
+from contracts.scorer_roles import scoring_models, starts_value_model
 
 
 class Method(NamedTuple):

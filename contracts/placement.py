@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from contracts.config import TandemConfig
-from contracts.scorers import num_models
+from contracts.scorer_roles import num_models
 
 ACTOR, LEARNER, REWARD = "actor", "learner rank", "reward replica"
 Resources = dict[str, float]  # "CPU", "GPU"

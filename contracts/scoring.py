@@ -12,7 +12,7 @@ GOLDEN_FILE = "golden.json"  # beside a reward model's weights: texts, and what 
 
 def scoring_ids(token_ids: list[int], eos_token_id: int, *other_ends: int) -> list[int]:
     """`token_ids` with exactly one EOS at the end, whether the sampled completion ended with none, one or several, or with
-    another of the tokens that end one (`contracts.end_tokens`): the EOS is what reward models know.
+    another of the tokens that end one (`common.text.end_tokens`): the EOS is what reward models know.
 
     The EOS is for scoring only: it is never appended to what trains the policy. An EOS further inside stays.
     """

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from contracts.segment import SegmentAddress
-
 Parameters = tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, dtype, shape) in the order of the packed buffer
 
 
@@ -17,6 +15,16 @@ class WeightsRefused(ValueError):
 
 class ActorsMissing(RuntimeError):
     """A version of the weights did not reach every actor."""
+
+
+@dataclass(frozen=True)
+class SegmentAddress:
+    """How another process of the node finds a segment."""
+
+    pid: int
+    descriptor: int
+    token: bytes  # 16 random bytes at its start: process ids come again, and other containers have their own
+    payload_bytes: int
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from common.files.outcome import read_outcome
 from contracts.config import TandemConfig
-from contracts.outcome import read_outcome
-from controller.redaction import redact_hydra, redact_sweep, redacted
-from controller.status import read_status
+from controller.record.redaction import redact_hydra, redact_sweep, redacted
+from controller.report.status import read_status
 
 MOST_CHARACTERS = 120  # of a directory's name; file systems allow 255 bytes
 
@@ -74,7 +74,7 @@ def group_of(composed: DictConfig, sweep_dir: str) -> str:
 
 def finished_objective(config: TandemConfig) -> tuple[bool, float | None]:
     """(whether this member is done already with the same configuration, files and code, its objective)."""
-    from controller.stages import made_of
+    from controller.stages.store import made_of
 
     kept, status = Path(config.run_dir) / "config.yaml", read_status(config.run_dir)
     if status.state != "done":
@@ -124,8 +124,8 @@ class SweepReport(Callback):
 
 def report_sweep(directory: Path) -> None:
     """Write the comparison of a sweep's members and say which is the best, with its command."""
+    from controller.record.reader import ReportError
     from controller.report.compare import best_of, members_of, render_comparison
-    from controller.report.data import ReportError
 
     redact_sweep(directory)  # of one whose members could not even be composed
     try:

@@ -112,7 +112,7 @@ def set_up(extra: str) -> None:
     READY.unlink(missing_ok=True)
     install(extra)
     say("fetching the demo's model and ratings")
-    run(str(VENV / "bin/python"), "-m", "controller.assets", str(ROOT / ".cache"))
+    run(str(VENV / "bin/python"), "-m", "controller.data.demo_assets", str(ROOT / ".cache"))
     READY.write_text(extra)
     say(f"done in {time.time() - start:.0f} s")
 

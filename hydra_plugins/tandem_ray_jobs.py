@@ -19,11 +19,11 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, open_dict
 
+from common.files.outcome import read_outcome
+from contracts.checks.overrides import quoted
+from contracts.checks.validation import ConfigError
 from contracts.config import to_config
-from contracts.outcome import read_outcome
-from contracts.overrides import quoted
-from contracts.validation import ConfigError
-from controller.redaction import redact_sweep
+from controller.record.redaction import redact_sweep
 from controller.sweep import finished_objective, group_of
 from submission.job import Job, checked_job
 from submission.ray_jobs import Cluster, ClusterError

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contracts.spread import ROUNDING
+from common.spread import ROUNDING
 
 
 @torch.no_grad()

@@ -261,7 +261,7 @@ def soft_pairwise_loss(scores: Tensor, preferences: Tensor, mask: Tensor) -> tup
     """Binary cross-entropy of sigmoid(s_i - s_j) against P(i beats j), over the pairs i < j of a batch.
 
     With P in {0, 1} it is -log sigmoid(s_winner - s_loser), the loss of Stiennon et al. 2020 (arXiv 2009.01325); P
-    between them is the share of rater pairs that agree (`learner.preferences`).
+    between them is the share of rater pairs that agree (`learner.pair_losses`).
 
     Args:
         scores: [N], carries the gradient.

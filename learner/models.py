@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from contracts.attention import Packed
+from common.models.forward import Form, backbone_name, head_logits, hidden_states
+from common.models.loading import refuse_unloaded
+from common.models.packed_attention import Packed
+from common.models.proof import POLICY, SCALAR, Proof, prove
 from contracts.config import LearnerConfig, ModelConfig
-from contracts.forward import Form, backbone_name, head_logits, hidden_states
-from contracts.loading import refuse_unloaded
-from contracts.proof import POLICY, SCALAR, Proof, prove
-from learner.lean import make_lean
+from learner.lean_layers import make_lean
 from learner.losses import selected_logprobs
 
 

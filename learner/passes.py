@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from contracts.attention import Packed
+from common.models.packed_attention import Packed
 from contracts.records import Microbatch
 
 

@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contracts.attention import Packed
-from contracts.batching import cut_microbatches
+from common.microbatches import cut_microbatches
+from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.records import Example, Microbatch, TrainingBatch
 from contracts.weights import PublishReport
-from learner.checkpoint import gather_checkpoint, save_checkpoint
 from learner.engine import Ranks, TrainEngine, frozen
 from learner.global_batch import describe, set_advantages, set_weights
 from learner.losses import kl_loss, likelihood_loss, policy_loss, value_loss
 from learner.models import freeze_below, load_policy, load_scalar
 from learner.passes import Pass, Places, Timer, over_steps
 from learner.rank_state import RankState
+from learner.saved_model import gather_checkpoint, save_checkpoint
 from learner.sft import example_nll, loss_tokens
 from learner.weight_publisher import WeightPublisher
 from learner.weight_sources import EngineSource

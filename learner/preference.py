@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from contracts.batching import cut_microbatches
+from common.microbatches import cut_microbatches
 from contracts.config import PreferenceConfig, TandemConfig
 from contracts.records import Example, ExamplePair, RatedExample
-from learner.checkpoint import save_checkpoint
 from learner.engine import Ranks, TrainEngine
 from learner.models import PolicyModel, freeze_below, load_policy
-from learner.preferences import pair_metrics, pair_preferences, preference_loss, preference_matrix
+from learner.pair_losses import pair_metrics, pair_preferences, preference_loss, preference_matrix
+from learner.saved_model import save_checkpoint
 from learner.sft import epoch_batches, example_logprobs, loss_tokens
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from contracts import durable
-from contracts.durable import FileRecord, RawTensor
-from contracts.randomness import random_state, set_random_state
+from common.files import durable
+from common.files.durable import FileRecord, RawTensor
+from common.processes.randomness import random_state, set_random_state
 from learner.engine import Ranks, TrainEngine
 
 DTYPES = {

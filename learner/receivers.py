@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
-from contracts.error_text import typed_line
+from common.error_text import typed_line
 
 
 class ReceiversLost(RuntimeError):

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from contracts.attention import Packed
-from contracts.batching import cut_microbatches
+from common.microbatches import cut_microbatches
+from common.models.packed_attention import Packed
+from common.spread import spread
 from contracts.config import TandemConfig
 from contracts.records import PreferencePair, RatedText
 from contracts.scoring import write_golden
-from contracts.spread import spread
-from learner.checkpoint import save_checkpoint
 from learner.engine import Ranks, TrainEngine
 from learner.losses import soft_pairwise_loss
 from learner.models import freeze_below, load_scalar
-from learner.preferences import pair_preferences, preference_matrix
+from learner.pair_losses import pair_preferences, preference_matrix
+from learner.saved_model import save_checkpoint
 from learner.sft import epoch_batches
 
 

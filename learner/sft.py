@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from contracts.attention import Packed
-from contracts.batching import cut_microbatches
+from common.microbatches import cut_microbatches
+from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.records import Example
-from learner.checkpoint import save_checkpoint
 from learner.engine import Ranks, TrainEngine
 from learner.losses import token_nll_loss
 from learner.models import PolicyModel, freeze_below, load_policy
+from learner.saved_model import save_checkpoint
 
 
 def epoch_batches(count: int, batch_size: int, epochs: int, seed: int, ranks: int) -> list[list[int]]:

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from contracts.process_env import driver_env, scorer_env
-from contracts.ray_access import start_ray
+from common.processes.process_env import driver_env, scorer_env
+from common.processes.ray_access import start_ray
 
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
 
@@ -22,13 +22,13 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from common.models.precision import choose_dtypes
+from contracts.checks.overrides import unknown_overrides
+from contracts.checks.service_validation import validate_service
+from contracts.checks.validation import ConfigError
 from contracts.config import ScorerConfig, TandemConfig, register_schema, to_config
-from contracts.overrides import unknown_overrides
-from contracts.precision import choose_dtypes
-from contracts.scorers import ROLES, chosen_scorers
-from contracts.service_validation import validate_service
-from contracts.validation import ConfigError
-from reward_service.scorers import ScorerError, resolve
+from contracts.scorer_roles import ROLES, chosen_scorers
+from reward_service.scorer_kinds import ScorerError, resolve
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

@@ -18,16 +18,16 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 
+from contracts.checks.scorer_checks import is_loopback
 from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
-from contracts.scorer_checks import is_loopback
 from reward_service.access import token_digests
-from reward_service.batcher import Batcher
 from reward_service.client import FRONT, HandleClient
-from reward_service.dispatcher import ReplicaDied, Unavailable
 from reward_service.front import Front, FrontLimits, ScorerSpec
-from reward_service.metrics import Metrics
-from reward_service.scorers import ScorerError, resolve
+from reward_service.replica_dispatcher import ReplicaDied, Unavailable
+from reward_service.request_batcher import Batcher
+from reward_service.scorer_kinds import ScorerError, resolve
+from reward_service.service_metrics import Metrics
 
 STUCK_S = 300.0  # of one batch, after which a replica counts as hung and Serve replaces it
 CALLS_A_REPLICA = 64  # Serve's default of 5 starves batches; the front's dispatchers send fewer

@@ -1,7 +1,6 @@
 """From the contents of requests to items, by the service's tokenizer. What cannot be read is an error of its item."""
 
-from contracts.config import ModelConfig
-from contracts.encoding import (
+from common.text.encoding import (
     DataError,
     LeftOut,
     Turns,
@@ -10,7 +9,8 @@ from contracts.encoding import (
     item_of_text,
     tokenizer_hash,
 )
-from contracts.end_tokens import end_ids
+from common.text.end_tokens import end_ids
+from contracts.config import ModelConfig
 from contracts.records import Score, ScoringItem
 from contracts.scoring import scoring_ids
 from reward_service.versions import local_checkpoint

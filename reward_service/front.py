@@ -19,8 +19,8 @@ from hashlib import blake2b
 
 from contracts.records import Score, ScoringItem
 from reward_service import composite
-from reward_service.dispatcher import Call, Dispatcher, ReplicaDied
-from reward_service.metrics import Metrics
+from reward_service.replica_dispatcher import Call, Dispatcher, ReplicaDied
+from reward_service.service_metrics import Metrics
 
 KILLS = 2  # replicas that an item may take down before nobody tries it again
 QUARANTINE_ITEMS = 10_000

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from contracts.attention import Packed
-from contracts.batching import cut_padded
-from contracts.forward import Form, hidden_states
-from contracts.loading import LoadingError, loading_report, refuse_adapter, refuse_quantised, refuse_unloaded
-from contracts.proof import SCALAR, Proof, prove
+from common.microbatches import cut_padded
+from common.models.forward import Form, hidden_states
+from common.models.loading import LoadingError, loading_report, refuse_adapter, refuse_quantised, refuse_unloaded
+from common.models.packed_attention import Packed
+from common.models.proof import SCALAR, Proof, prove
 from contracts.records import Score
 from reward_service.isolate import isolate
 from reward_service.reading import Reading, at_eos

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from contracts.encoding import Turns
+from common.text.encoding import Turns
 from contracts.records import Score, ScoringItem
 from contracts.scoring import RETRYABLE
 from reward_service.encoder import Encoder

@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from contracts.fingerprints import checkpoint_fingerprint
-from contracts.sources import source_digest
+from common.files.fingerprints import checkpoint_fingerprint
+from common.files.source_code import source_digest
 
 LENGTH = 16  # hexadecimal digits
 

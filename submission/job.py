@@ -13,12 +13,12 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from contracts.check import Check
-from contracts.cluster_checks import stated_nodes
+from contracts.checks.check import Check
+from contracts.checks.cluster_checks import stated_nodes
+from contracts.checks.overrides import quoted, unknown_overrides
+from contracts.checks.validation import ConfigError, raise_conflicts, validate
 from contracts.config import TandemConfig, to_config
 from contracts.methods import GIVEN
-from contracts.overrides import quoted, unknown_overrides
-from contracts.validation import ConfigError, raise_conflicts, validate
 from submission.targets import ROOT, TARGETS, RayJobs, Slurm, Target, composed, form_checks, is_target, to_target
 
 RECORDS = ROOT / ".cache/jobs"  # what this machine has submitted, so that a job's name is enough to reach it

@@ -13,11 +13,11 @@ from typing import Any
 
 import requests
 
-from contracts.cluster_checks import placement_conflicts, stated_nodes
+from common.error_text import error_lines
+from contracts.checks.cluster_checks import placement_conflicts, stated_nodes
+from contracts.checks.validation import raise_conflicts
 from contracts.config import TandemConfig
-from contracts.error_text import error_lines
 from contracts.placement import Resources
-from contracts.validation import raise_conflicts
 from submission.job import Job, next_id
 from submission.targets import ROOT, RayJobs
 

@@ -1,7 +1,7 @@
 """A job on SLURM: a batch script around `ray symmetric-run`, which starts Ray on every node and train.py on the first.
 
 What the script adds to symmetric-run, each because it was missed there:
-- It exits 0 when Ray could not be started, so train.py leaves a mark (contracts/outcome.py), and without it the job fails.
+- It exits 0 when Ray could not be started, so train.py leaves a mark (common/files/outcome.py); without it the job fails.
 - It waits 30 s for the other nodes; RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT is `node_wait_s`.
 - It dies of SIGTERM, and train.py after it without a checkpoint. The shell of each task therefore takes the signal and
   passes it to train.py alone; Ray stays up until the checkpoint is there. One that comes while Ray starts is remembered.
@@ -12,8 +12,8 @@ A train.py that was told to end and has saved its state exits with REQUEUE_EXIT_
 import shlex
 from pathlib import Path
 
+from common.files.outcome import FILE
 from contracts.config import ClusterConfig
-from contracts.outcome import FILE
 from submission.job import Job
 from submission.targets import Slurm
 

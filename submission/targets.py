@@ -13,9 +13,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from contracts.check import Check
-from contracts.overrides import closest
-from contracts.validation import ConfigError
+from contracts.checks.check import Check
+from contracts.checks.overrides import closest
+from contracts.checks.validation import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the directory that is uploaded; .gitignore counts as well.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from contracts.process_env import driver_env
+from common.processes.process_env import driver_env
 
 os.environ.update(driver_env())
 

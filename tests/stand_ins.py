@@ -9,8 +9,8 @@ import torch
 
 from actors.environment import SingleTurn
 from actors.weight_receiver import WeightReceiver
-from contracts.segment import SegmentAddress, SegmentReader, Unreachable
-from contracts.weights import LoadReport, Parameters, WeightUpdate
+from common.processes.shared_memory import SegmentReader, Unreachable
+from contracts.weights import LoadReport, Parameters, SegmentAddress, WeightUpdate
 
 
 class Elsewhere(WeightReceiver):

@@ -7,9 +7,9 @@ The page needs no network, no account and no script. It renders half-finished ru
 
 from pathlib import Path
 
-from contracts.durable import replace_text
+from common.files.durable import replace_text
+from controller.record.reader import ReportError, Run, load
 from controller.report import curves, flow, samples, sections, timeline
-from controller.report.data import ReportError, Run, load
 from controller.report.markup import count, document
 
 __all__ = ["ReportError", "page", "render"]

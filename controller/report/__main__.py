@@ -4,9 +4,9 @@ directory of a sweep, are compared on one page."""
 import argparse
 from pathlib import Path
 
+from controller.record.reader import is_run
 from controller.report import ReportError, render
 from controller.report.compare import members_of, render_comparison
-from controller.report.data import is_run
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from contracts.durable import replace_text
-from controller.judged import against_sft, judged_model
-from controller.objective import PENALTY
-from controller.report import alarms, compare_charts
-from controller.report.data import RUN_FILES, ReportError, Run, number, read, runs_in
+from common.files.durable import replace_text
+from controller.alarms import rules
+from controller.record.judged import against_sft, judged_model
+from controller.record.objective import PENALTY
+from controller.record.reader import RUN_FILES, ReportError, Run, number, read, runs_in
+from controller.report import compare_charts
 from controller.report.markup import bounds, count, document, duration, esc, interval, num, section, table
-from controller.status import read_status
+from controller.report.status import read_status
 
 # Where a run lies and what it is called does not make it another run.
 SAME = ("run_dir", "name", "logger", "cache_dir")
@@ -235,7 +236,7 @@ def _shown(value: Any) -> str:
 def _alarms(members: list[Member]) -> str:
     fired: dict[tuple[bool, str, str], list[int]] = {}
     for place, member in enumerate(members):
-        for alarm in alarms.evaluate(member.run)[0]:
+        for alarm in rules.evaluate(member.run)[0]:
             fired.setdefault((alarm.severity != "alarm", alarm.title, alarm.advice), []).append(place + 1)
     if not fired:
         return section("alarms", "Alarms", '<p class="quiet">✓ No alarm in any member.</p>')

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from controller.record.reader import number
 from controller.report import svg
 from controller.report.curves import room
-from controller.report.data import number
 from controller.report.markup import absent, bounds, compact, esc, section
 from controller.report.svg import Scale, Series, line_chart
 

@@ -2,10 +2,10 @@
 
 import math
 
-from controller.judged import judged_model, judged_name, judged_title
+from controller.alarms.rules import limits_of
+from controller.record.judged import judged_model, judged_name, judged_title
+from controller.record.reader import Run, number
 from controller.report import svg
-from controller.report.alarms import limits_of
-from controller.report.data import Run, number
 from controller.report.markup import absent, bounds, compact, esc, section
 from controller.report.svg import Scale, Series, line_chart
 

@@ -1,6 +1,6 @@
 """How rollouts flowed: how old they were when they trained, what became of each, and which faults were tolerated."""
 
-from controller.report.data import Run, number
+from controller.record.reader import Run, number
 from controller.report.markup import count, esc, num, section, table
 from controller.report.svg import Series, line_chart
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from controller.judged import judged_name, judged_title
-from controller.report.data import Run, number
+from controller.record.judged import judged_name, judged_title
+from controller.record.reader import Run, number
 from controller.report.markup import absent, count, esc, num, section
 
 MAX_PROMPT, MAX_COMPLETION = 160, 700  # characters shown; a prompt keeps its end, a completion its beginning

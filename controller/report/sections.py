@@ -5,10 +5,11 @@ from typing import Any
 
 import yaml
 
-from controller.judged import against_sft, judged_model, judged_name, judged_title
-from controller.report import alarms, svg
+from controller.alarms import rules
+from controller.record.judged import against_sft, judged_model, judged_name, judged_title
+from controller.record.reader import Run, number
+from controller.report import svg
 from controller.report.curves import models_of
-from controller.report.data import Run, number
 from controller.report.markup import (
     absent,
     bounds,
@@ -74,7 +75,7 @@ def _check(check: dict[str, Any]) -> list[str]:
 
 
 def _alarm_count(run: Run) -> str:
-    found, _, _ = alarms.evaluate(run)
+    found, _, _ = rules.evaluate(run)
     serious = sum(alarm.severity == "alarm" for alarm in found)
     words = [count(n, noun) for n, noun in ((serious, "alarm"), (len(found) - serious, "note")) if n]
     return f'<p class="pointer"><a href="#alarms">⚠ {" and ".join(words)} on how it ran</a></p>' if words else ""
@@ -235,7 +236,7 @@ SUFFIXES = (("mean", ""), ("low", "_low"), ("high", "_high"))
 
 
 def alarm_list(run: Run) -> str:
-    found, silent, unknown = alarms.evaluate(run)
+    found, silent, unknown = rules.evaluate(run)
     cards = "".join(
         f'<article class="alarm {alarm.severity}"><h3><span>{"⚠ Alarm" if alarm.severity == "alarm" else "ℹ Note"}</span>'
         f"{esc(alarm.title)}</h3><p>{esc(alarm.finding)}</p><dl><dt>Means</dt><dd>{esc(alarm.meaning)}</dd>"

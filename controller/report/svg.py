@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from controller.report.data import Curve, number
+from controller.record.reader import Curve, number
 from controller.report.markup import bounds, compact, esc
 
 WIDTH, HEIGHT = 340.0, 190.0  # of a small multiple, in px at its natural size

@@ -1,6 +1,6 @@
 """Where the time of a run went: its phases on one axis, and the parts of a PPO update."""
 
-from controller.report.data import Run
+from controller.record.reader import Run
 from controller.report.markup import absent, duration, esc, percent, section
 
 UPDATE_PARTS = (

@@ -11,7 +11,7 @@ import ray
 
 from contracts.config import TandemConfig
 from contracts.placement import weight_backend
-from controller.runtime import Runtime
+from controller.cluster.runtime import Runtime
 from tests.conftest import kill, make_config
 from tests.integration.test_engines import EOS, logprobs, rollouts, sequences, train
 

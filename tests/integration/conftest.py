@@ -7,8 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from common.processes.process_env import scorer_env
 from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, ScorerConfig
-from contracts.process_env import scorer_env
 from reward_service.app import RewardService
 from tests.conftest import SMOLLM
 

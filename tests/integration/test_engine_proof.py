@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from actors.engine_proof import EngineUnproven, compare, in_fork, prove_engine, save_tokenizer, verdict
+from common.processes.process_env import worker_env
 from contracts.config import ModelConfig
-from contracts.process_env import worker_env
 from tests.conftest import SMOLLM
 from tests.tiny_models import TINY, make
 
@@ -50,7 +50,7 @@ def plain_reload() -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     from actors.weight_transfer import HostEngine, HostUpdateInfo
-    from contracts.packing import layout, view
+    from common.processes.weight_layout import layout, view
 
     def receive(self: HostEngine, info: HostUpdateInfo) -> None:
         slots, _ = layout(info.parameters)
@@ -86,7 +86,7 @@ def test_a_weight_that_is_not_sent_is_named(tmp_path: Path) -> None:
     def leave_out(part: str) -> Callable[[], None]:
         def before() -> None:
             import actors.engine_proof as proof
-            from contracts.packing import layout, view
+            from common.processes.weight_layout import layout, view
 
             whole = proof.packed
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from contracts.config import SamplingConfig, TandemConfig
 from contracts.records import Assignment, Prompt, Rollout, RolloutRequest
 from contracts.weights import PublishReport
-from controller.batcher import make_batches
-from controller.runtime import Runtime, environments
+from controller.cluster.runtime import Runtime, environments
+from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from learner.weight_publisher import BACKEND, WeightPublisher
 from learner.weight_sources import CheckpointSource

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from contracts.process_env import driver_env
+from common.processes.process_env import driver_env
 from tests.chaos import Run, overrides
 
 pytestmark = pytest.mark.chaos

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from contracts.outcome import read_outcome
+from common.files.outcome import read_outcome
 from tests.conftest import ROOT, VADER, cache_in
 
 

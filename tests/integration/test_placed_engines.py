@@ -9,10 +9,10 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
+from contracts.checks.validation import ConfigError
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
-from contracts.validation import ConfigError
-from controller.placement import Placement
-from controller.runtime import environments
+from controller.cluster.placement_group import Placement
+from controller.cluster.runtime import environments
 from reward_service.app import RewardService
 from tests.stand_ins import Process
 

@@ -14,8 +14,8 @@ from contracts.config import PPOConfig
 from contracts.interfaces import NonFiniteError
 from contracts.methods import chosen_preference
 from contracts.records import Completion, Prompt, Rollout
-from controller.batcher import make_batches
-from controller.runtime import environments
+from controller.cluster.runtime import environments
+from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from tests.conftest import make_config
 from tests.unit.test_preference import pairs

@@ -16,7 +16,7 @@ from typing import IO
 import pytest
 import requests
 
-from contracts.outcome import read_outcome
+from common.files.outcome import read_outcome
 from tests.conftest import ROOT, VADER, cache_in
 from tests.integration.conftest import free_port
 

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from controller import commits
-from controller.ledger_log import audit
+from controller.commits import commit_store
+from controller.ledger.log import audit
 from tests.conftest import ROOT, VADER, cache_in
 
 TIMES = ("perf/", "progress/eta_s", "wall_s")
@@ -134,7 +134,7 @@ def require_same(run: Run, unbroken: Run) -> None:
     assert run.metrics == unbroken.metrics
     assert (run.dir / "samples.jsonl").read_text() == (unbroken.dir / "samples.jsonl").read_text()
     assert run.model == unbroken.model
-    assert commits.steps(run.dir) == commits.steps(unbroken.dir)
+    assert commit_store.steps(run.dir) == commit_store.steps(unbroken.dir)
     accounts = audit(run.dir / "ledger.jsonl")
     assert accounts.faults == []
     assert (accounts.admitted, accounts.trained, accounts.open) == (UPDATES * ROLLOUTS, UPDATES * ROLLOUTS, 0)
@@ -142,13 +142,13 @@ def require_same(run: Run, unbroken: Run) -> None:
 
 def test_an_unbroken_run_keeps_its_newest_commits_and_the_best(unbroken: Run) -> None:
     assert [row["stage"] for row in unbroken.metrics] == ["value_warmup"] + ["ppo"] * (UPDATES - 1)
-    kept = commits.steps(unbroken.dir)
+    kept = commit_store.steps(unbroken.dir)
     assert set(kept) >= {UPDATES - 1, UPDATES}
     assert len(kept) <= 3
-    best = commits.best(unbroken.dir)
+    best = commit_store.best(unbroken.dir)
     assert best is not None
     assert best.step in kept
-    newest = commits.verified(unbroken.dir, UPDATES)
+    newest = commit_store.verified(unbroken.dir, UPDATES)
     assert (newest.version, newest.world_size) == (UPDATES - 1, 1)
     assert oct((unbroken.dir / "checkpoints").stat().st_mode & 0o777) == "0o700"
     assert {row["fault/commits_failed"] for row in unbroken.metrics} == {0}
@@ -177,7 +177,7 @@ def test_killed_stopped_and_resumed(
     run = Run(tmp_path, tiny_model, reward_model)
     with run.start() as driver:
         frozen = kill(run, driver)
-    reached = commits.steps(run.dir)[-1]
+    reached = commit_store.steps(run.dir)[-1]
 
     with run.start() as driver:
         run.wait_for(driver, "going on from")
@@ -190,7 +190,7 @@ def test_killed_stopped_and_resumed(
     assert not frozen.is_running() or frozen.status() == psutil.STATUS_ZOMBIE
     assert f"after update {reached}" in run.printed
     assert f"go on with: python train.py stage=ppo {run.command[4]}" in run.printed
-    assert 0 < commits.steps(run.dir)[-1] < UPDATES
+    assert 0 < commit_store.steps(run.dir)[-1] < UPDATES
 
     assert run.finish() == 0, run.printed[-4000:]
     require_same(run, unbroken)

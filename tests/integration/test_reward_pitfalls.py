@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from contracts.encoding import item_of_messages, item_of_rendered
+from common.text.encoding import item_of_messages, item_of_rendered
 from reward_service.model import RewardModel
 from tests.conftest import SMOLLM
 

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from actors.rollout_actor import start_actors
 from actors.turn_scores import score_rollouts
+from common.text.end_tokens import end_ids
 from contracts.config import EnvironmentConfig, SamplingConfig, TandemConfig
-from contracts.end_tokens import end_ids
 from contracts.records import Prompt, Rollout, RolloutRequest, Score
-from controller.batcher import make_batches
-from controller.runtime import environments
-from controller.scores import describe
-from controller.shaping import ScoreNormalizer, shaped
+from controller.cluster.runtime import environments
+from controller.loop.rewards import ScoreNormalizer, shaped
+from controller.loop.score_metrics import describe
+from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from tests.conftest import kill, make_config
 

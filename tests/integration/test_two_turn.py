@@ -12,9 +12,9 @@ from actors.environment import environment_maker
 from actors.rollout_actor import start_actors
 from contracts.config import EnvironmentConfig, SamplingConfig
 from contracts.records import Prompt, Rollout, RolloutRequest, Score
-from controller.batcher import make_batches
-from controller.runtime import environments
-from controller.shaping import ScoreNormalizer, shaped
+from controller.cluster.runtime import environments
+from controller.loop.rewards import ScoreNormalizer, shaped
+from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from tests.conftest import kill, make_config
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from contracts import attention
-from contracts.attention import Packed
-from contracts.forward import hidden_states
+from common.models import packed_attention as attention
+from common.models.forward import hidden_states
+from common.models.packed_attention import Packed
 
 SEQUENCES = [[5, 9, 2, 7], [3], [8, 8, 1, 2, 2, 6, 4], [2, 2]]
 

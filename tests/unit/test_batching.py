@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.batching import cut_microbatches
-from contracts.packing import ALIGNMENT, Slot, layout, view
+from common.microbatches import cut_microbatches
+from common.processes.weight_layout import ALIGNMENT, Slot, layout, view
 from contracts.records import Completion, Microbatch, Prompt, Rollout
-from controller.batcher import make_batches, with_siblings
+from controller.loop.training_batches import make_batches, with_siblings
 
 EOS = 2  # the pad token too
 

@@ -11,9 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from actors.environment import TwoTurn
-from contracts.chat import load_tokenizer, render, with_date
-from contracts.config import ModelConfig
-from contracts.encoding import (
+from common.text.chat_template import load_tokenizer, render, with_date
+from common.text.encoding import (
     DataError,
     LeftOut,
     Notes,
@@ -25,6 +24,7 @@ from contracts.encoding import (
     told_ids,
     turn_end_ids,
 )
+from contracts.config import ModelConfig
 from contracts.environments import EnvironmentFault
 
 SMOLLM = Path(__file__).parents[2] / ".cache/models/smollm2-135m-instruct"

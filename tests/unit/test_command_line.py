@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra._internal.utils import get_args_parser
 
-from contracts.command_line import TAKE_VALUE, command_line_problems, flags_first
+from common.command_line import TAKE_VALUE, command_line_problems, flags_first
 
 CONF = Path(__file__).parents[2] / "conf"
 UNKNOWN = "ppo.updats is not a key of the configuration; write ppo.updates"

@@ -7,32 +7,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-from contracts import durable
-from controller import commits
-from controller.commits import MANIFEST, CheckpointError, Commit
-from controller.ledger import Ledger
+from common.files import durable
+from controller.commits import commit_store
+from controller.commits.commit_store import MANIFEST, CheckpointError, Commit
+from controller.ledger.ledger import Ledger
 
 ARRAYS = {"int32": np.arange(5, dtype=np.int32), "float32": np.array([0.5, -1.0], dtype=np.float32)}
 
 
 def commit(run_dir: Path, step: int, quality: float | None = None, config: dict[str, Any] | None = None) -> Commit:
-    """A commit as `controller.checkpoint` makes it."""
-    path = commits.step_path(run_dir, step)
+    """A commit as `controller.commits.committer` makes it."""
+    path = commit_store.step_path(run_dir, step)
     partial = path.with_name(path.name + ".partial")
     (partial / "policy").mkdir(parents=True)
     named = quality and ("reward/x", quality)
     new = Commit(path, step, step - 1, {"seed": 1}, config or {}, {"torch": "2"}, {}, 1, named, {})
     new.records["rank_0.safetensors"] = durable.write_chunks(partial / "rank_0.safetensors", [b"weights"])
     new.records["policy/config.json"] = durable.write_json(partial / "policy/config.json", {"layers": 2})
-    new.records.update(commits.write_driver_state(partial, ({"updates": step}, ARRAYS)))
-    commits.publish(partial, new)
+    new.records.update(commit_store.write_driver_state(partial, ({"updates": step}, ARRAYS)))
+    commit_store.publish(partial, new)
     return new
 
 
 def test_what_was_committed_is_read(tmp_path: Path) -> None:
     commit(tmp_path, 3, quality=0.25)
     said: list[str] = []
-    found = commits.newest_valid(tmp_path, said.append)
+    found = commit_store.newest_valid(tmp_path, said.append)
     assert found is not None
     assert (found.step, found.version, found.identity, found.quality) == (3, 2, {"seed": 1}, ("reward/x", 0.25))
     state, arrays = found.driver_state()
@@ -46,7 +46,7 @@ def test_the_ledger_survives_the_files(tmp_path: Path) -> None:
     partial = tmp_path / "state"
     partial.mkdir()
     ledger = Ledger(4, 1)
-    commits.write_driver_state(partial, ledger.state_dict())
+    commit_store.write_driver_state(partial, ledger.state_dict())
     found = Commit(partial, 0, 0, {}, {}, {}, {}, 1, None, {}).driver_state()
     Ledger(4, 1).load_state_dict(*found, tmp_path / "ledger.jsonl")
 
@@ -83,27 +83,27 @@ def lie(path: Path) -> None:
 def test_a_damaged_commit_is_passed_over_loudly(harm: Any, file: str, reason: str, tmp_path: Path) -> None:
     for step in (2, 4):
         commit(tmp_path, step)
-    harm(commits.step_path(tmp_path, 4) / file)
+    harm(commit_store.step_path(tmp_path, 4) / file)
     said: list[str] = []
-    found = commits.newest_valid(tmp_path, said.append)
+    found = commit_store.newest_valid(tmp_path, said.append)
     assert found is not None
     assert found.step == 2
     [line] = said
     assert line.startswith("WARNING: the commit ")
     assert reason in line
 
-    harm(commits.step_path(tmp_path, 2) / file)
+    harm(commit_store.step_path(tmp_path, 2) / file)
     with pytest.raises(CheckpointError, match="has commits and none is valid") as error:
-        commits.newest_valid(tmp_path, said.append)
+        commit_store.newest_valid(tmp_path, said.append)
     assert "step_2" in str(error.value)
     assert "step_4" in str(error.value)
 
 
 def test_without_commits_there_is_none(tmp_path: Path) -> None:
-    assert commits.newest_valid(tmp_path, print) is None
+    assert commit_store.newest_valid(tmp_path, print) is None
     (tmp_path / "checkpoints/step_2.partial").mkdir(parents=True)
-    assert commits.newest_valid(tmp_path, print) is None  # half of one is none
-    commits.sweep(tmp_path)
+    assert commit_store.newest_valid(tmp_path, print) is None  # half of one is none
+    commit_store.sweep(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -116,9 +116,9 @@ def test_a_commit_is_never_replaced(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     for step, quality in ((1, 0.1), (2, 0.9), (3, 0.3), (4, 0.2), (5, 0.4)):
         commit(tmp_path, step, quality)
-        commits.prune(tmp_path, keep=2)
-    assert commits.steps(tmp_path) == [2, 4, 5]
-    best = commits.best(tmp_path)
+        commit_store.prune(tmp_path, keep=2)
+    assert commit_store.steps(tmp_path) == [2, 4, 5]
+    best = commit_store.best(tmp_path)
     assert best is not None
     assert best.step == 2
 
@@ -126,7 +126,7 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
 def test_of_equals_the_newer_is_the_best(tmp_path: Path) -> None:
     for step in (1, 2):
         commit(tmp_path, step, 0.5)
-    best = commits.best(tmp_path)
+    best = commit_store.best(tmp_path)
     assert best is not None
     assert best.step == 2
 
@@ -134,6 +134,6 @@ def test_of_equals_the_newer_is_the_best(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_not_deleted(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         commit(tmp_path, step)
-    (commits.step_path(tmp_path, 1) / MANIFEST).unlink()
-    commits.prune(tmp_path, keep=2)
-    assert commits.steps(tmp_path) == [1, 3, 4]
+    (commit_store.step_path(tmp_path, 1) / MANIFEST).unlink()
+    commit_store.prune(tmp_path, keep=2)
+    assert commit_store.steps(tmp_path) == [1, 3, 4]

@@ -12,12 +12,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
-from contracts.command_line import command_line_problems
+from common.command_line import command_line_problems
+from contracts.checks.overrides import unknown_overrides
+from contracts.checks.validation import validate
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.methods import METHODS, STAGES
-from contracts.overrides import unknown_overrides
 from contracts.placement import PlacementError, check_nodes, plan
-from contracts.validation import validate
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").rglob("*.yaml"))

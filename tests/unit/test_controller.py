@@ -10,7 +10,7 @@ import pytest
 
 from contracts.config import TandemConfig
 from contracts.records import Completion, Prompt, Rollout, Score
-from controller.controller import PPOController, ScoreError
+from controller.loop.controller import PPOController, ScoreError
 
 
 def controller(tmp_path: Path, **values: Any) -> PPOController:

@@ -13,7 +13,7 @@ from actors.turn_scores import score_rollouts
 from contracts.config import SamplingConfig
 from contracts.environments import Step
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score, Turn
-from controller.ledger import Ledger
+from controller.ledger.ledger import Ledger
 
 EOS = 2
 PROMPT = Prompt(3, "three", (5, 6, 7))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from controller import dashboard
+from controller.report import wandb_workspace as dashboard
 
 ROOT = Path(__file__).parents[2]
 

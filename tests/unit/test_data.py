@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from contracts.config import DataConfig, SourceConfig
 from contracts.records import Example
 from contracts.scoring import scoring_ids
-from controller.data import (
+from controller.data.datasets import (
     DataError,
     LoadReport,
     encode_prompt,
@@ -26,7 +26,7 @@ from controller.data import (
     load_rated_examples,
     load_sft,
 )
-from controller.rows import detect_format, load_rows
+from controller.data.row_files import detect_format, load_rows
 
 ROOT = Path(__file__).parents[2]
 EOS = 2

@@ -14,10 +14,10 @@ from contracts.config import ClusterConfig, PPOConfig
 from contracts.interfaces import CollectiveError, EngineLostError
 from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout
 from contracts.weights import LoadReport, PublishReport, WeightUpdate
-from controller.dispatch import Dispatcher, Stopping
-from controller.fleet import ActorLostError, Fleet, LearnerLostError
-from controller.ledger import Ledger
-from controller.prompts import PromptStream
+from controller.data.prompts import PromptStream
+from controller.ledger.ledger import Ledger
+from controller.loop.dispatcher import Dispatcher, Stopping
+from controller.loop.fleet import ActorLostError, Fleet, LearnerLostError
 
 PROMPTS = [Prompt(i, f"prompt {i}", (1, 2, 3 + i)) for i in range(40)]
 

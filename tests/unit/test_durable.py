@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contracts import durable
-from contracts.durable import FileRecord, RawTensor, publish, write_chunks, write_json, write_tensors
+from common.files import durable
+from common.files.durable import FileRecord, RawTensor, publish, write_chunks, write_json, write_tensors
 
 
 def raw(tensor: torch.Tensor, dtype: str) -> RawTensor:
@@ -103,7 +103,7 @@ def test_a_disk_without_room_is_an_error(tmp_path: Path) -> None:
     script = """
 import resource, sys
 from pathlib import Path
-from contracts.durable import write_chunks
+from common.files.durable import write_chunks
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 write_chunks(Path(sys.argv[1]), [bytes(3 << 19), bytes(3 << 19)])
 """

@@ -7,7 +7,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from contracts.encoding import DataError, encode_prompt, item_of_messages, item_of_rendered, item_of_text
+from common.text.encoding import DataError, encode_prompt, item_of_messages, item_of_rendered, item_of_text
 from contracts.scoring import scoring_ids
 
 ROOT = Path(__file__).parents[2]

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from common.text.encoding import DataError
+from common.text.end_tokens import end_ids
+from contracts.checks.validation import ConfigError
 from contracts.config import DataConfig, ModelConfig, SourceConfig, TandemConfig
-from contracts.encoding import DataError
-from contracts.end_tokens import end_ids
-from contracts.validation import ConfigError
-from controller.inputs import load_inputs
-from controller.pipeline import Pipeline
+from controller.data.inputs import load_inputs
+from controller.stages.pipeline import Pipeline
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from actors.engine_proof import Differences, _key, _twin, verdict
 from contracts.config import TandemConfig
-from controller.engine_checks import begin_proofs
+from controller.start_checks.engine_checks import begin_proofs
 from tests.tiny_models import TINY
 
 GOOD = Differences(loaded=1e-5, published=2e-5, returned=0.0, moved=4.0, limit=2e-3)

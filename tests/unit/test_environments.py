@@ -13,12 +13,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from actors.environment import SingleTurn, TwoTurn, environment_maker
+from contracts.checks.overrides import unknown_overrides
+from contracts.checks.validation import ConfigError, validate
 from contracts.config import EnvironmentConfig, TandemConfig
 from contracts.environments import EnvironmentFault, Step, checked_ids, checked_step, is_import_path
-from contracts.overrides import unknown_overrides
 from contracts.records import Prompt
-from contracts.validation import ConfigError, validate
-from controller.rehearsal import rehearse
+from controller.start_checks.rehearsal import rehearse
 from tests.conftest import ROOT, SMOLLM, make_config
 from tests.unit.test_conf import composed
 

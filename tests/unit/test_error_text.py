@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 
-from contracts.error_text import error_lines, typed_line
-from controller.recovery import once_more
+from common.error_text import error_lines, typed_line
+from controller.loop.recovery import once_more
 from tests.conftest import ROOT
 
 

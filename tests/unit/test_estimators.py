@@ -17,7 +17,7 @@ from contracts.config import PPOConfig, TandemConfig
 from contracts.estimators import ESTIMATORS, chosen_estimator, warmup_updates
 from contracts.interfaces import NonFiniteError
 from contracts.records import Completion, Prompt, Rollout, TrainingBatch
-from controller.batcher import make_batches
+from controller.loop.training_batches import make_batches
 from learner.advantages import gae, group_advantages, group_moments, whiten, whitening_moments
 from learner.engine import Ranks
 from learner.ppo import PPOTask

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from controller.commits import step_path
-from controller.export import main
+from controller.commits.commit_store import step_path
+from controller.commits.export import main
 from tests.unit.test_commits import commit, flip
 
 

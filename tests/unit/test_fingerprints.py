@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from contracts import fingerprints
-from contracts.fingerprints import PIECE_BYTES, checkpoint_fingerprint, file_hashes
+from common.files import fingerprints
+from common.files.fingerprints import PIECE_BYTES, checkpoint_fingerprint, file_hashes
 
 
 @pytest.fixture(autouse=True)

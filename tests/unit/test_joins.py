@@ -7,8 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from contracts.config import DataConfig
-from contracts.encoding import (
+from common.text.encoding import (
     encode_example,
     encode_prompt,
     item_of_messages,
@@ -16,7 +15,8 @@ from contracts.encoding import (
     item_of_text,
     told_ids,
 )
-from controller.data import load_preferences, load_prompts, load_sft
+from contracts.config import DataConfig
+from controller.data.datasets import load_preferences, load_prompts, load_sft
 from reward_service.encoder import Encoder
 from tests.unit.test_data import jsonl  # noqa: F401
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from contracts.config import TandemConfig
-from controller.judged import against_sft, judged_model, judged_title
-from controller.objective import objective
+from controller.alarms.rules import loses_to_sft
+from controller.record.judged import against_sft, judged_model, judged_title
+from controller.record.objective import objective
+from controller.record.reader import Run, load
 from controller.report import page
-from controller.report.alarms import loses_to_sft
 from controller.report.compare import members_of
-from controller.report.data import Run, load
-from controller.summary import summary_rows
+from controller.stages.summary import summary_rows
 from tests.unit.test_report import invented_evaluation, write_run
 
 

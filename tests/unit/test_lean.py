@@ -9,7 +9,7 @@ from transformers import GemmaConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from learner.lean import ROWS, RMSNorm, SwiGLU, make_lean
+from learner.lean_layers import ROWS, RMSNorm, SwiGLU, make_lean
 
 WIDTH = 24
 

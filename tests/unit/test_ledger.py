@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score
-from controller.ledger import Ledger, LedgerError, StalenessError
-from controller.ledger_log import NAME, audit, main, rejoin, replay
+from controller.ledger.ledger import Ledger, LedgerError, StalenessError
+from controller.ledger.log import NAME, audit, main, rejoin, replay
 
 
 def request(prompt_id: int, sample: int = 0, epoch: int = 0) -> RolloutRequest:

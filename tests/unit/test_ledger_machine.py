@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from contracts.records import Completion, Prompt, Rollout
-from controller.ledger import Lease, Ledger
-from controller.ledger_log import audit
-from controller.prompts import PromptStream
+from controller.data.prompts import PromptStream
+from controller.ledger.ledger import Lease, Ledger
+from controller.ledger.log import audit
 
 PROMPTS = [Prompt(i, "", (i,)) for i in (4, 11, 2, 7, 5)]
 HOLDERS = st.sampled_from(["a", "b", "c"])

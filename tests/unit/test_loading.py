@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from common.models.loading import LoadingError, loading_report, refuse_adapter, refuse_unloaded
+from contracts.checks.validation import ConfigError
 from contracts.config import ModelConfig, TandemConfig
-from contracts.loading import LoadingError, loading_report, refuse_adapter, refuse_unloaded
-from contracts.validation import ConfigError
-from controller.checks import check_model
-from controller.model_checks import check_weights_and_code
+from controller.start_checks.amounts import check_model
+from controller.start_checks.model_checks import check_weights_and_code
 from reward_service.model import check_reward_model
 
 Weights = dict[str, torch.Tensor]

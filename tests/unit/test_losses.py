@@ -15,7 +15,7 @@ from learner.losses import (
     token_nll_loss,
     value_loss,
 )
-from learner.preferences import preference_matrix
+from learner.pair_losses import preference_matrix
 
 NAN, INF = math.nan, math.inf
 quick = settings(max_examples=40, deadline=None)

@@ -4,7 +4,7 @@ import pytest
 
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.methods import METHODS, chosen_preference, results_needed, sources_read, stages_to_run
-from contracts.scorers import judges, num_models, starts_value_model
+from contracts.scorer_roles import judges, num_models, starts_value_model
 
 JUDGES = {"reward_model/proxy", "reward_model/gold"}
 

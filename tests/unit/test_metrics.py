@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from contracts.config import LoggerConfig
-from controller.metrics import RunLog
-from controller.recovery import once_more
-from controller.redaction import REDACTED, redacted
+from controller.loop.recovery import once_more
+from controller.record.redaction import REDACTED, redacted
+from controller.record.run_log import RunLog
 
 CANARY = "canary-3f9c1d77"
 

@@ -16,9 +16,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from contracts.attention import Packed
+from common.models.packed_attention import Packed
 from contracts.config import LearnerConfig, ModelConfig, OptimizerConfig
-from learner.checkpoint import save_checkpoint
 from learner.engine import Ranks, TrainEngine, weight_groups
 from learner.models import (
     FloatLinear,
@@ -30,6 +29,7 @@ from learner.models import (
     prove_policy,
     scalar_config,
 )
+from learner.saved_model import save_checkpoint
 from tests.tiny_models import TINY
 
 EOS = 2  # the pad token too

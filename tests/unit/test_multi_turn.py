@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from contracts.config import TandemConfig
 from contracts.records import Completion, Prompt, Rollout, Score, Turn
-from controller.batcher import make_batches
-from controller.shaping import ScoreNormalizer, shaped
+from controller.loop.rewards import ScoreNormalizer, shaped
+from controller.loop.training_batches import make_batches
 from learner.advantages import gae, group_advantages, group_moments, token_rewards
 from learner.engine import Ranks
 from learner.ppo import PPOTask

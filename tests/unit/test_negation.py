@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
-from controller.study.negation import auc, auc_draws, changes, checkpoints, find_run, wins
-from controller.study.negation_rules import Triple, triple
-from controller.study.registration import Bootstrap, StudyError
+from studies.five_reasons.negation import auc, auc_draws, changes, checkpoints, find_run, wins
+from studies.five_reasons.negation_rules import Triple, triple
+from studies.five_reasons.registration import Bootstrap, StudyError
 
 BOOTSTRAP = Bootstrap(samples=2000, seed=0)
 

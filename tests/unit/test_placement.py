@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.placement import PlacementError, Resources, check_nodes, plan
-from contracts.validation import ConfigError, check_machine
 
 
 def job(stage: str = "ppo", replicas: int = 1, gold: bool = False, **cluster: Any) -> TandemConfig:
@@ -122,7 +122,7 @@ def test_small_bundles_fill_what_large_ones_leave() -> None:
 
 
 def test_a_stated_cluster_is_checked_with_the_configuration() -> None:
-    from contracts.validation import validate
+    from contracts.checks.validation import validate
 
     config = job(num_actors=4, num_nodes=1, gpus_per_node=8, cpus_per_node=32, num_learner_ranks=8, **GPUS)
     with pytest.raises(ConfigError, match=r"= 16\.5 GPUs; the cluster has 8 GPUs \(1 node x 8\)"):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from contracts.attention import Packed
+from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.interfaces import NonFiniteError
 from contracts.records import Completion, Example, Prompt, Rollout, TrainingBatch
-from controller.batcher import make_batches
+from controller.loop.training_batches import make_batches
 from learner.engine import Ranks
 from learner.passes import Places, over_steps
 from learner.ppo import PPOTask

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from common.models.precision import choose_dtypes, cpu_flags
 from contracts.config import ClusterConfig, TandemConfig
-from contracts.precision import choose_dtypes, cpu_flags
 
 ZEN3 = "processor\t: 0\nflags\t\t: fpu sse2 avx avx2 fma\n"
 SAPPHIRE_RAPIDS = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile\n"

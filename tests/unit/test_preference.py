@@ -14,8 +14,8 @@ from contracts.config import TandemConfig
 from contracts.methods import chosen_preference
 from contracts.records import Example, ExamplePair, RatedExample
 from learner.engine import Ranks
+from learner.pair_losses import implicit_scores, pair_metrics, pair_preferences, preference_loss
 from learner.preference import PreferenceTask, batch_examples
-from learner.preferences import implicit_scores, pair_metrics, pair_preferences, preference_loss
 from tests.conftest import make_config
 
 

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from controller.progress import Progress, format_update
+from controller.record.terminal import Progress, format_update
 
 
 class Clock:

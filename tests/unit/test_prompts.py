@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from contracts.encoding import DataError, encode_example, encode_prompt
+from common.text.encoding import DataError, encode_example, encode_prompt
 from contracts.records import Prompt
 from contracts.scoring import scoring_ids
-from controller.prompts import PromptStream, sampling_seed
+from controller.data.prompts import PromptStream, sampling_seed
 
 ROOT = Path(__file__).parents[2]
 EOS = 2  # SmolLM2's <|im_end|>, which is its pad token too

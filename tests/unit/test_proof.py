@@ -11,14 +11,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from contracts.attention import MAX_TOKENS, Packed, short_causal_attention
+from common.models.forward import Form, head_logits, hidden_states
+from common.models.loading import LoadingError
+from common.models.packed_attention import MAX_TOKENS, Packed, short_causal_attention
+from common.models.proof import POLICY, TOLERANCE, NoClass, Unproven, prove
+from common.models.twin import LARGEST, twin_config
+from contracts.checks.validation import ConfigError
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
-from contracts.forward import Form, head_logits, hidden_states
-from contracts.loading import LoadingError
-from contracts.proof import POLICY, TOLERANCE, NoClass, Unproven, prove
-from contracts.twin import LARGEST, twin_config
-from contracts.validation import ConfigError
-from controller.model_checks import check_weights_and_code
+from controller.start_checks.model_checks import check_weights_and_code
 from learner.losses import selected_logprobs
 from learner.models import load_policy, load_scalar, prove_policy
 from reward_service.model import RewardModel
@@ -193,7 +193,7 @@ def scores_by_hand(
 def test_attention_by_hand(
     max_tokens: int, window: int | None, softcap: float | None, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("contracts.attention.MAX_TOKENS", max_tokens)
+    monkeypatch.setattr("common.models.packed_attention.MAX_TOKENS", max_tokens)
     generator = torch.Generator().manual_seed(0)
     lengths, module = (7, 2, 5), torch.nn.Linear(1, 1)
     q = torch.randn(1, 4, sum(lengths), 6, generator=generator)

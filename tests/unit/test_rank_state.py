@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from contracts import durable
+from common.files import durable
 from contracts.config import TandemConfig
 from contracts.records import Example, TrainingBatch
-from controller.batcher import make_batches
+from controller.loop.training_batches import make_batches
 from learner.engine import Ranks
 from learner.learner_actor import LearnerActor
 from learner.ppo import PPOTask

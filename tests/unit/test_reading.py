@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from common.text.encoding import item_of_messages, item_of_text
 from contracts.config import RewardServiceConfig, ScorerConfig
-from contracts.encoding import item_of_messages, item_of_text
 from reward_service.model import RewardModel
 from reward_service.reading import chosen_read_at, make_reading
-from reward_service.scorers import resolve
+from reward_service.scorer_kinds import resolve
 
 IM_END, END_OF_TEXT, START = 2, 0, 1
 TURNS = [

@@ -12,10 +12,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from contracts.config import LoggerConfig
 from contracts.interfaces import CollectiveError, EngineLostError
 from contracts.weights import ActorsMissing
-from controller.fleet import LearnerLostError
-from controller.metrics import RunLog
-from controller.progress import Progress
-from controller.recovery import Recovery, once_more
+from controller.loop.fleet import LearnerLostError
+from controller.loop.recovery import Recovery, once_more
+from controller.record.run_log import RunLog
+from controller.record.terminal import Progress
 from tests.unit.test_commits import commit
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from controller.alarms.rules import evaluate
+from controller.record.reader import Run, load
 from controller.report import ReportError, render, svg
 from controller.report.__main__ import main
-from controller.report.alarms import evaluate
 from controller.report.curves import ppo_curves
-from controller.report.data import Run, load
 from controller.report.markup import compact, num
 from controller.report.samples import chosen
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from controller.alarms.live import AlarmWatch
+from controller.alarms.rules import evaluate
+from controller.record.reader import Run
 from controller.report import flow, page
-from controller.report.alarms import evaluate
-from controller.report.data import Run
-from controller.report.watch import AlarmWatch
 
 
 def run_of(max_staleness: int, versions: int = 3, **metrics: float) -> Run:

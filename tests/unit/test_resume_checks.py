@@ -12,10 +12,10 @@ import psutil
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from contracts.validation import ConfigError
-from controller import commits
-from controller.commits import Commit
-from controller.resume import (
+from contracts.checks.validation import ConfigError
+from controller.commits import commit_store
+from controller.commits.commit_store import Commit
+from controller.commits.resume import (
     RunDirectory,
     differences,
     end_orphans,
@@ -64,7 +64,7 @@ def test_never_sets_the_commits_aside(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints.before-attempt-1/step_2/MANIFEST.json").exists()
     assert (tmp_path / "checkpoints.before-attempt-1/metrics.jsonl").read_text() == "before\nppo\n"
     assert "starting afresh" in said[0]
-    assert commits.steps(tmp_path) == []
+    assert commit_store.steps(tmp_path) == []
 
 
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_nobody_ends_itself_or_its_parents(tmp_path: Path) -> None:
     """A driver that writes into the session, and so does the process that started it."""
     session = tmp_path / "session_1"
     session.mkdir()
-    code = "import sys\nfrom controller.resume import end_orphans\nprint(end_orphans(sys.argv[1]))"
+    code = "import sys\nfrom controller.commits.resume import end_orphans\nprint(end_orphans(sys.argv[1]))"
     child = f"import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', {code!r}, sys.argv[1]], text=True, "
     child += "stdout=subprocess.PIPE, stderr=open(sys.argv[1] + '/child.err', 'w')).stdout, end='')"
     with (session / "parent.err").open("w") as errors:
@@ -193,7 +193,7 @@ def test_other_packages_and_scorers(tmp_path: Path) -> None:
     other_versions(found, {"torch": "3"}, said.append)
     assert "torch 2 -> 3" in said[0]
     require_scorers(found, {})
-    with pytest.raises(commits.CheckpointError, match="scored by other versions"):
+    with pytest.raises(commit_store.CheckpointError, match="scored by other versions"):
         require_scorers(found, {"proxy": "v2"})
 
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from contracts.batching import cut_padded
+from common.microbatches import cut_padded
 from contracts.records import Score
-from reward_service.batcher import Batcher
 from reward_service.isolate import isolate
+from reward_service.request_batcher import Batcher
 
 Sequence = tuple[int, ...]
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from contracts.records import Score, ScoringItem
-from reward_service.dispatcher import ReplicaDied, Unavailable
 from reward_service.front import Front, FrontLimits, ScorerSpec, UnknownScorer
-from reward_service.metrics import Metrics
+from reward_service.replica_dispatcher import ReplicaDied, Unavailable
+from reward_service.service_metrics import Metrics
 
 POISON = 13
 CALL_ITEMS = 8

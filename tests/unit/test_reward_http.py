@@ -14,15 +14,15 @@ from typing import Any
 import httpx
 import pytest
 
+from common.text.encoding import item_of_messages, item_of_text
 from contracts.config import HttpConfig
-from contracts.encoding import item_of_messages, item_of_text
 from contracts.records import Score, ScoringItem
 from reward_service.access import is_allowed, token_digests
-from reward_service.dispatcher import ReplicaDied
 from reward_service.encoder import Encoder
 from reward_service.front import Front, FrontLimits, ScorerSpec
 from reward_service.http import HttpService
-from reward_service.metrics import Metrics
+from reward_service.replica_dispatcher import ReplicaDied
+from reward_service.service_metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "correct-horse-battery-staple"

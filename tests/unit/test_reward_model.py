@@ -18,8 +18,8 @@ from transformers import (
     BertForSequenceClassification,
 )
 
+from common.models.loading import LoadingError
 from contracts.config import TandemConfig
-from contracts.loading import LoadingError
 from contracts.records import Example, PreferencePair, RatedText
 from contracts.scoring import scoring_ids
 from learner.engine import Ranks

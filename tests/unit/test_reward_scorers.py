@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from contracts.checks.validation import ConfigError
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score
-from contracts.scorers import chosen_scorers
+from contracts.scorer_roles import chosen_scorers
 from contracts.scoring import write_golden
-from contracts.validation import ConfigError
-from controller.model_checks import check_weights_and_code
+from controller.start_checks.model_checks import check_weights_and_code
 from reward_service import composite
 from reward_service.golden import check_golden
-from reward_service.scorers import ScorerError, resolve
+from reward_service.scorer_kinds import ScorerError, resolve
 from reward_service.versions import function_version, model_version
 from tests.conftest import make_config
 

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pyarrow
 
-from controller.rows import load_rows
+from controller.data.row_files import load_rows
 from tests.unit.test_data import refusal, source
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from contracts.config import DataConfig, SourceConfig
 from contracts.records import Example
-from controller.data import (
+from controller.data.datasets import (
     DataError,
     LoadReport,
     fingerprint,
@@ -20,8 +20,8 @@ from controller.data import (
     load_rated_examples,
     load_sft,
 )
-from controller.inputs import check_vocabulary, load_inputs
-from controller.rows import load_rows
+from controller.data.inputs import check_vocabulary, load_inputs
+from controller.data.row_files import load_rows
 from tests.unit.test_data import DATA, jsonl, refusal, source, trained  # noqa: F401
 from tests.unit.test_joins import sentencepiece
 

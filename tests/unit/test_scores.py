@@ -3,7 +3,7 @@
 import numpy as np
 
 from contracts.records import Completion, Prompt, Rollout, Score
-from controller.scores import score_metrics
+from controller.loop.score_metrics import score_metrics
 
 
 def rollout(**scores: Score) -> Rollout:

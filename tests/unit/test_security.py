@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import yaml
 
+from common.processes.process_env import ray_options, worker_env
+from common.processes.ray_access import check_access, private_token
+from contracts.checks.validation import ConfigError
 from contracts.config import ClusterConfig, ModelConfig, RewardServiceConfig, TandemConfig
-from contracts.process_env import ray_options, worker_env
-from contracts.ray_access import check_access, private_token
 from contracts.records import Completion, Prompt, Rollout, Score
-from contracts.validation import ConfigError
-from controller.checks import check_model
-from controller.evidence import save_rollouts
-from controller.redaction import redact_hydra
-from controller.resume import RunDirectory, resume_command
+from controller.commits.resume import RunDirectory, resume_command
+from controller.loop.unscored import save_rollouts
+from controller.record.redaction import redact_hydra
+from controller.start_checks.amounts import check_model
 from tests.conftest import ROOT
 
 CANARY = "canary-77ab01"
@@ -154,8 +154,8 @@ def test_the_rollouts_of_a_fault_are_kept_for_their_owner(tmp_path: Path) -> Non
 
 HYDRA_FILES = ("hydra/config.yaml", "hydra/hydra.yaml", "hydra/overrides.yaml", "multirun.yaml")
 UNCHECKED = """
-import runpy, contracts.command_line
-contracts.command_line.command_line_problems = lambda arguments, conf: []
+import runpy, common.command_line
+common.command_line.command_line_problems = lambda arguments, conf: []
 runpy.run_path("train.py", run_name="__main__")
 """
 SECRET = f"+environment.options.api_key={CANARY}"

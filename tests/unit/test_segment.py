@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from contracts.segment import Segment, SegmentAddress, SegmentReader, Superseded, Unreachable, reachable
+from common.processes.shared_memory import Segment, SegmentReader, Superseded, Unreachable, reachable
+from contracts.weights import SegmentAddress
 from tests.conftest import ROOT
 
 # Reads version 1, says what it sees, and goes on reading until its input ends.
 READER = """
 import pickle, sys
-from contracts.segment import SegmentReader
+from common.processes.shared_memory import SegmentReader
 with SegmentReader(pickle.loads(bytes.fromhex(sys.argv[1]))).read(1) as payload:
     print(payload.tolist(), flush=True)
     sys.stdin.read()

@@ -8,7 +8,7 @@ import pytest
 
 from contracts.config import EnvironmentConfig, PPOConfig
 from contracts.records import Completion, Prompt, Rollout, Score, Turn
-from controller.shaping import (
+from controller.loop.rewards import (
     ScoreNormalizer,
     episodes,
     paid_metrics,

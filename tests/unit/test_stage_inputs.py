@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from contracts.config import ScorerConfig, TandemConfig
-from controller.inputs import Inputs
-from controller.pipeline import Pipeline
-from controller.stages import _plain
+from controller.data.inputs import Inputs
+from controller.stages.pipeline import Pipeline
+from controller.stages.store import _plain
 
 EVERY = ("sft", "filtered_sft", "preference", "reward_model/proxy", "ppo")
 # By hand: the sections and keys that each stage computes with. Of data and checkpoints the content counts, not the path.

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from contracts.checks.validation import ConfigError
 from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
-from contracts.validation import ConfigError
-from controller.metrics import LOGS, RunLog
-from controller.stages import UNSEEN, StageStore, environment_source, unseen
+from controller.record.run_log import LOGS, RunLog
+from controller.stages.store import UNSEEN, StageStore, environment_source, unseen
 
 INPUTS: dict[str, Any] = {"seed": 1, "sft": SFTConfig(), "data": "abc"}
 

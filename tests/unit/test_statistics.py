@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from controller.statistics import (
+from common.statistics import (
     Interval,
     bootstrap_mean,
     distinct_n,
@@ -44,7 +44,7 @@ def test_bootstrap_mean_is_reproducible_and_depends_on_the_seed():
 
 
 def test_bootstrap_mean_in_blocks_uses_every_resample(monkeypatch):
-    monkeypatch.setattr("controller.statistics.BLOCK_ELEMENTS", 7)
+    monkeypatch.setattr("common.statistics.BLOCK_ELEMENTS", 7)
     interval = bootstrap_mean([0.0, 1.0], samples=500, seed=0)
     assert interval == Interval(0.5, 0.0, 1.0)
 

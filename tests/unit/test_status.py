@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.status import SILENT_S, StatusFile, lines_of, main, read_status
+from controller.report.status import SILENT_S, StatusFile, lines_of, main, read_status
 from tests.unit.test_report import jsonl
 
 

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 PROGRAM = """
 import os, signal, sys, time
-from controller.stop import Interrupted, Stop
+from controller.cluster.signals import Interrupted, Stop
 stop = Stop(grace_s=0.3)
 def tell_twice():
     if "{case}" == "twice":

@@ -11,12 +11,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 import train
-from contracts.command_line import command_line_problems
+from common.command_line import command_line_problems
+from contracts.checks.validation import validate
 from contracts.config import TandemConfig, to_config
-from contracts.validation import validate
-from controller.study.members import planned_episodes
-from controller.study.registration import PREREGISTRATION, Contrast, parse
-from controller.study.tuning import TUNED
+from studies.five_reasons.members import planned_episodes
+from studies.five_reasons.registration import PREREGISTRATION, Contrast, parse
+from studies.five_reasons.tuning import TUNED
 
 CONF = train.CONF
 ARMS = sorted(path.stem for path in (CONF / "arm").glob("*.yaml"))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from controller.report.data import Run
-from controller.study.contrasts import (
+from controller.record.reader import Run
+from studies.five_reasons.contrasts import (
     Estimate,
     crossed_error,
     estimate,
@@ -18,8 +18,8 @@ from controller.study.contrasts import (
     resample,
     verdict,
 )
-from controller.study.members import Member
-from controller.study.registration import PREREGISTRATION, Bootstrap, Contrast, parse
+from studies.five_reasons.members import Member
+from studies.five_reasons.registration import PREREGISTRATION, Bootstrap, Contrast, parse
 
 PLAN = parse(PREREGISTRATION.read_text())
 BOOTSTRAP = Bootstrap(samples=4000, seed=3)

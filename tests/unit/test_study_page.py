@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import yaml
 
-from controller.study.__main__ import main
-from controller.study.frontier import Path as Way
-from controller.study.frontier import path_of
-from controller.study.members import members_of_study, planned_episodes
-from controller.study.registration import PREREGISTRATION, RECORD, StudyError, parse, record
-from controller.study.results import study_of
-from controller.study.tuning import tuned
+from studies.five_reasons.__main__ import main
+from studies.five_reasons.frontier import Path as Way
+from studies.five_reasons.frontier import path_of
+from studies.five_reasons.members import members_of_study, planned_episodes
+from studies.five_reasons.registration import PREREGISTRATION, RECORD, StudyError, parse, record
+from studies.five_reasons.results import study_of
+from studies.five_reasons.tuning import tuned
 from tests.unit.test_report import jsonl, parsed
 
 PROMPTS = 40

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from controller.study.registration import PREREGISTRATION, RECORD, Registration, StudyError, parse, record, sha256
+from studies.five_reasons.registration import PREREGISTRATION, RECORD, Registration, StudyError, parse, record, sha256
 
 TEXT = PREREGISTRATION.read_text()
 

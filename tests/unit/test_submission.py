@@ -21,13 +21,13 @@ from omegaconf import OmegaConf
 
 import submission.job
 import submit
+from common.files.outcome import read_outcome, write_outcome
+from common.models.precision import choose_dtypes
+from contracts.checks.overrides import quoted, unknown_overrides
+from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig, to_config
-from contracts.outcome import read_outcome, write_outcome
-from contracts.overrides import quoted, unknown_overrides
-from contracts.precision import choose_dtypes
-from contracts.validation import ConfigError
-from controller.redaction import redacted
-from controller.stages import made_of
+from controller.record.redaction import redacted
+from controller.stages.store import made_of
 from controller.sweep import group_of
 from hydra_plugins.tandem_ray_jobs import RayJobsLauncher, RayJobsLauncherConf
 from submission.job import Job, next_id, recorded, to_job

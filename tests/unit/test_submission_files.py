@@ -12,8 +12,8 @@ import psutil
 import pytest
 import yaml
 
-from contracts.overrides import quoted
-from contracts.validation import ConfigError
+from contracts.checks.overrides import quoted
+from contracts.checks.validation import ConfigError
 from submission import kuberay, slurm
 from submission.job import Job, to_job
 from submission.targets import KubeRay, Slurm

@@ -10,17 +10,17 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from common.files.outcome import write_outcome
+from common.models.precision import choose_dtypes
 from contracts.config import ScorerConfig, TandemConfig
-from contracts.outcome import write_outcome
-from contracts.precision import choose_dtypes
-from controller.objective import evaluation_metrics, objective
-from controller.redaction import redacted
+from controller.record.objective import evaluation_metrics, objective
+from controller.record.reader import ReportError
+from controller.record.redaction import redacted
 from controller.report.__main__ import main
 from controller.report.compare import best_of, flattened, members_of, page
 from controller.report.compare_charts import unbeaten
-from controller.report.data import ReportError
-from controller.stages import made_of
-from controller.status import main as status
+from controller.report.status import main as status
+from controller.stages.store import made_of
 from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
 from tests.unit.test_report import around, jsonl, parsed
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from controller.study.two_turn_mdp import BEST, GREEDY, NOISE, learn, worth
+from studies.five_reasons.two_turn_mdp import BEST, GREEDY, NOISE, learn, worth
 
 
 def policy(first: int, second: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,16 +11,16 @@ import pytest
 from transformers import AutoConfig
 from vllm.config.model import _get_and_verify_max_len as vllm_length
 
+from contracts.checks.overrides import closest
+from contracts.checks.ranges import CHOICES, RANGES
+from contracts.checks.service_validation import validate_service
+from contracts.checks.validation import ConfigError, check_machine, validate
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.methods import METHODS
-from contracts.overrides import closest
-from contracts.ranges import CHOICES, RANGES
 from contracts.records import Example, RatedExample
-from contracts.service_validation import validate_service
-from contracts.validation import ConfigError, check_machine, validate
-from controller.checks import check_amounts, check_model
-from controller.inputs import Inputs
-from controller.lengths import positions
+from controller.data.inputs import Inputs
+from controller.start_checks.amounts import check_amounts, check_model
+from controller.start_checks.lengths import positions
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from contracts.config import LoggerConfig
-from controller.wandb_sink import MOST_QUEUED, WandbSink, chosen_mode
+from controller.record.wandb_tracker import MOST_QUEUED, WandbSink, chosen_mode
 from tests.conftest import ROOT
 
 INIT_S = 3.0

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from controller.watch import Stragglers, Watch
+from controller.loop.liveness import Stragglers, Watch
 
 
 class Process:

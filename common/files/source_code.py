@@ -1,0 +1,156 @@
+"""Which files a piece of Python is made of: its own source and what that imports from beside it.
+
+Imports are read off the source, those inside functions included; nothing is executed. What is imported by a name that is put
+together at run time, and files that code reads, are not seen.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+TANDEM = Path(__file__).resolve().parents[2]
+PACKAGES = ("actors", "common", "contracts", "controller", "learner", "reward_service")
+INSTALLED = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib")}
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed: vllm, for one, has another name on CPU."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def split_function(function: str) -> tuple[str, str]:
+    """("package.module" or "path/file.py", name) of "module:name".
+
+    Raises:
+        ValueError: where it has another form.
+    """
+    module, _, name = function.rpartition(":")
+    if not module or not name.isidentifier():
+        raise ValueError(f"{function!r} is not of the form package.module:function or path/file.py:function")
+    return module, name
+
+
+def function_source(function: str) -> Path:
+    """The file of a function or class, found without importing it.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    module, _ = split_function(function)
+    if module.endswith(".py"):
+        path = Path(module)
+    else:
+        try:
+            spec = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            spec = None
+        path = Path(spec.origin) if spec and spec.origin else Path(module)
+    if not path.is_file():
+        raise ValueError(f"{function}: there is no source file {path}")
+    return path.resolve()
+
+
+def source_digest(function: str) -> str:
+    """SHA-256 (hex) over the source of a function or class, "module:name", and of all that it imports from beside it: from
+    the directory of its file, from where its package lies, and from the places on Python's path that the file lies below.
+    Raises as `function_source`."""
+    entry = function_source(function)
+    module, name = split_function(function)
+    depth = 0 if module.endswith(".py") else module.count(".") + (entry.name == "__init__.py")
+    root = entry.parents[depth]
+    package = root / module.split(".")[0]
+    # A file that is named by its path may be of a package all the same, and import from it by its name.
+    above = {Path(place).resolve() for place in sys.path if entry.is_relative_to(Path(place).resolve())} - INSTALLED
+
+    def follows(file: Path) -> bool:
+        if root in INSTALLED:  # every package lies beside every other there
+            return file.is_relative_to(package)
+        # Of Tandem's own code the stages have digests (common/files/code_digest.py).
+        return not _is_tandem(file) or _is_tandem(entry)
+
+    digest = hashlib.sha256(name.encode())
+    for file in sorted(imported_files([entry], {entry.parent, root, *above}, follows)):
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_tandem(file: Path) -> bool:
+    return file.is_relative_to(TANDEM) and file.relative_to(TANDEM).parts[0] in PACKAGES
+
+
+def imported_files(entries: Iterable[Path], roots: Iterable[Path], follows: Callable[[Path], bool]) -> set[Path]:
+    """`entries` and every file that they import, directly or not, from below one of `roots`, as far as it `follows`."""
+    roots, seen, left = list(roots), set[Path](), list(entries)
+    while left:
+        file = left.pop()
+        seen.add(file)
+        found = [file.parent / "__init__.py", file.parent.parent / "__init__.py"]
+        found = [package for package in found if package.is_file()] if found[0].is_file() else []
+        for dotted, folder in _imports(file):
+            for root in roots if folder is None else [folder]:
+                found += _files_of(dotted, root)
+        left += {new for new in found if new not in seen and follows(new)}
+    return seen
+
+
+def parsed(file: Path) -> ast.Module:
+    """The syntax tree of a file.
+
+    Where a run ends by a signal, Python 3.11.7 was seen to make this a SystemError ("recursion depth mismatch": it counts
+    the depth of all trees that are being made in one place). So it is made again, and in a thread, which handles no signal.
+    """
+
+    def parse() -> ast.Module:
+        for _ in range(100):
+            with suppress(SystemError):
+                return ast.parse(file.read_bytes())
+        return ast.parse(file.read_bytes())
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(parse).result()
+
+
+def _imports(file: Path) -> Iterator[tuple[str, Path | None]]:
+    """(dotted name, the directory that it is relative to) of everything that a file may import; None for absolute names."""
+    try:
+        nodes: list[ast.AST] = [parsed(file)]
+    except SyntaxError:  # for whoever runs it to say
+        return
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            nodes += node.orelse
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            folder = file.parents[node.level - 1] if node.level else None
+            base = [node.module] if node.module else []
+            yield from ((".".join([*base, alias.name]), folder) for alias in node.names)
+        else:
+            nodes += ast.iter_child_nodes(node)
+
+
+def _files_of(dotted: str, root: Path) -> list[Path]:
+    """The files that importing a name below `root` executes: each package on the way, and the module. The last part of the
+    name may be something in a module."""
+    files, folder = list[Path](), root
+    for part in dotted.split("."):
+        if (module := folder / f"{part}.py").is_file():
+            return [*files, module]
+        folder /= part
+        if (package := folder / "__init__.py").is_file():
+            files.append(package)
+        elif not folder.is_dir():
+            break
+    return files

@@ -1,0 +1,134 @@
+"""The checks of the cluster: layout, transports, and whether the nodes can hold the job."""
+
+from contracts.checks.check import Check
+from contracts.config import TandemConfig
+from contracts.methods import runs
+from contracts.placement import PlacementError, Resources, check_nodes, on_one_gpu, plan, weight_backend
+
+
+def cluster_checks(config: TandemConfig) -> list[Check]:
+    """Relations between the keys of `cluster`, and to those that follow from the layout."""
+    cluster, shared = config.cluster, config.cluster.gpus_per_actor + config.cluster.gpus_per_learner_rank
+    stated = {name: getattr(cluster, name) for name in ("num_nodes", "gpus_per_node", "cpus_per_node")}
+    colocated, on_gpus = cluster.layout == "colocated", cluster.gpus_per_actor > 0
+    transfer = config.learner.weight_transfer
+    return [
+        Check(
+            len({value is None for value in stated.values()}) == 1,
+            "cluster.num_nodes, cluster.gpus_per_node and cluster.cpus_per_node",
+            "all null or all set",
+            stated,
+            "all three, as in conf/cluster/multi_node.yaml",
+        ),
+        Check(
+            cluster.publish_timeout_s < cluster.step_timeout_s,
+            "cluster.publish_timeout_s",
+            f"below cluster.step_timeout_s ({cluster.step_timeout_s:g}), which ends the run",
+            cluster.publish_timeout_s,
+            f"{cluster.step_timeout_s / 4:g}, or a larger cluster.step_timeout_s",
+        ),
+        Check(
+            not (colocated and shared > 1),
+            "cluster.gpus_per_actor + cluster.gpus_per_learner_rank",
+            "at most 1 with cluster.layout colocated: an actor and its learner rank share one device",
+            f"{cluster.gpus_per_actor} + {cluster.gpus_per_learner_rank} = {shared}",
+            "0.5 and 0.5, or cluster.layout=disaggregated",
+        ),
+        Check(
+            not (colocated and on_gpus and cluster.num_actors > cluster.num_learner_ranks),
+            "cluster.num_actors",
+            f"at most cluster.num_learner_ranks ({cluster.num_learner_ranks}) with cluster.layout colocated: an actor gets "
+            "its weights from the rank on its own device",
+            cluster.num_actors,
+            f"{cluster.num_learner_ranks} or less, or cluster.layout=disaggregated",
+        ),
+        Check(
+            transfer != "ipc" or colocated,
+            "learner.weight_transfer",
+            "auto or nccl with cluster.layout disaggregated: ipc needs actor and learner rank on one device",
+            transfer,
+            "auto or cluster.layout=colocated",
+        ),
+        Check(
+            transfer != "nccl" or not colocated,
+            "learner.weight_transfer",
+            "auto or ipc with cluster.layout colocated: NCCL cannot join two processes on one device",
+            transfer,
+            "auto or cluster.layout=disaggregated",
+        ),
+        Check(
+            not runs(config, "ppo")
+            or weight_backend(config) not in ("nccl", "ipc")
+            or (on_gpus and cluster.gpus_per_learner_rank > 0),
+            "learner.weight_transfer",
+            f"shared_memory or ray_object unless actors and learner ranks have GPUs (cluster.gpus_per_actor "
+            f"{cluster.gpus_per_actor:g}, cluster.gpus_per_learner_rank {cluster.gpus_per_learner_rank:g})",
+            transfer if transfer != "auto" else f"auto, which is {weight_backend(config)} for actors on GPUs",
+            "shared_memory, or GPUs for both",
+        ),
+        *_whole_gpus(config),
+        *_nccl_groups(config),
+    ]
+
+
+def _whole_gpus(config: TandemConfig) -> list[Check]:
+    names = ("gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica")
+    values = [(f"cluster.{name}", float(getattr(config.cluster, name))) for name in names]
+    return [
+        Check(
+            not value > 1 or value.is_integer(),
+            key,
+            "at most 1, or a whole number: Ray divides one GPU among processes, never several",
+            value,
+            f"{value // 1:g} or {value // 1 + 1:g}",
+        )
+        for key, value in values
+    ]
+
+
+def _nccl_groups(config: TandemConfig) -> list[Check]:
+    """Two processes on one GPU cannot be in one NCCL group, and Ray fills a GPU before it takes the next."""
+    made, colocated = plan(config), config.cluster.layout == "colocated"
+    ranks = on_one_gpu(made, made.learner)
+    joined = [*made.actors, *made.learner[:1]] if runs(config, "ppo") and weight_backend(config) == "nccl" else []
+    members = on_one_gpu(made, joined)
+    both = "cluster.gpus_per_actor + cluster.gpus_per_learner_rank"
+    return [
+        Check(
+            not ranks,
+            both if colocated else "cluster.gpus_per_learner_rank",
+            f"so large that no GPU holds two of the {len(made.learner)} learner ranks, which NCCL could not join",
+            _sum(ranks),
+            "0.5 and 0.5, with an actor for each rank" if colocated else "1 for each rank",
+        ),
+        Check(
+            not members,
+            both.replace("+", "and"),
+            "so large that no GPU holds two of the actors and learner rank 0, which NCCL joins to transfer weights",
+            _sum(members),
+            "1 or more for each, or cluster.layout=colocated",
+        ),
+    ]
+
+
+def _sum(sizes: list[float]) -> str:
+    return f"{' + '.join(f'{size:g}' for size in sizes)} = {sum(sizes):g}"
+
+
+def stated_nodes(config: TandemConfig) -> list[Resources] | None:
+    """The cluster as the configuration describes it; None where it does not."""
+    cluster = config.cluster
+    if cluster.num_nodes is None or cluster.gpus_per_node is None or cluster.cpus_per_node is None:
+        return None
+    return [{"CPU": cluster.cpus_per_node, "GPU": cluster.gpus_per_node}] * cluster.num_nodes
+
+
+def placement_conflicts(config: TandemConfig, nodes: list[Resources] | None) -> list[str]:
+    """Why these nodes cannot hold the job, at most one reason; nothing where they are not known."""
+    if nodes is None:
+        return []
+    try:
+        check_nodes(plan(config), nodes)
+    except PlacementError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,174 @@
+"""Ray and the engines of a run: started when first needed, stopped whatever happens."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+
+from common.processes.process_env import embedded_cpus, scorer_env, worker_env
+from common.processes.ray_access import start_ray
+from contracts.config import ClusterConfig, TandemConfig
+from contracts.placement import Resources
+from contracts.scorer_roles import chosen_scorers
+from contracts.weights import WeightsRefused, WeightUpdate
+from controller.cluster.placement_group import Placement
+
+
+def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
+    """Environment of the processes of each role."""
+    roles = {
+        "actor": (cluster.threads_per_actor, cluster.gpus_per_actor),
+        "learner": (cluster.threads_per_learner_rank, cluster.gpus_per_learner_rank),
+    }
+    scorer = scorer_env(cluster.threads_per_reward_replica, on_cpu=cluster.gpus_per_reward_replica == 0)
+    return {role: worker_env(threads, on_cpu=gpus == 0) for role, (threads, gpus) in roles.items()} | {"reward": scorer}
+
+
+def embedded_nodes() -> list[Resources]:
+    """The cluster that an embedded Ray is."""
+    return [{"CPU": embedded_cpus(), "GPU": torch.cuda.device_count()}]
+
+
+def ray_session() -> str:
+    """Directory of the Ray that runs here; every process of it keeps a log open in there."""
+    node: Any = ray._private.worker._global_node
+    return node.get_session_dir_path()
+
+
+class Runtime:
+    """One Ray for all stages of a run; `with Runtime(config) as runtime` leaves no process behind."""
+
+    def __init__(self, config: TandemConfig):
+        self.config = config
+        self._service: Any = None
+        self._placement: Placement | None = None
+        self._start_actors: Callable[[list[dict[str, Any]]], list[Any]]
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not ray.is_initialized():
+            return
+        # An embedded Ray takes every process with it. It is asked for nothing before: a signal for the whole process group
+        # has ended it already, and the driver would wait a minute for its answer and be aborted.
+        if self.config.cluster.address != "local":
+            if self._service:
+                self._service.stop()
+            self.release()
+        ray.shutdown()
+
+    def start(self) -> None:
+        """Start or join Ray and reserve the job's resources; does nothing the second time.
+
+        Raises:
+            ConfigError: the cluster cannot hold the job.
+        """
+        if not ray.is_initialized():
+            start_ray(self.config.cluster, "tandem")
+        if self._placement is None:
+            self._placement = Placement(self.config)
+
+    def release(self) -> None:
+        """Give the job's resources back, for whoever shares this Ray."""
+        if self._placement is not None:
+            self._placement.release()
+            self._placement = None
+
+    def service(self, checkpoints: Mapping[str, str | None]) -> Any:
+        """The client of a reward service that scores as {"proxy": checkpoint, ...}, and as `reward_service.scorers` has it.
+        It may still be starting: `wait_for_service`. The service lives as long as this runtime; stages share it.
+
+        Raises:
+            ScorerError: where a configured scorer cannot be served.
+        """
+        from reward_service.app import RewardService
+
+        self.start()
+        scorers = chosen_scorers(self.config.reward_service.scorers, checkpoints)
+        if self._service is None:
+            config = self.config
+            assert self._placement is not None
+            env = environments(config.cluster)["reward"]
+            placement = [self._placement.scorer(i) for i in range(len(self._placement.plan.scorers))]
+            self._service = RewardService(config.reward_service, config.cluster, env, config.model.path, placement)
+            self._service.start(scorers)
+        elif scorers != self._service.scorers:
+            self._service.update(scorers, self.config.cluster.start_timeout_s)
+        return self._service.client()
+
+    def wait_for_service(self) -> None:
+        self._service.wait(self.config.cluster.start_timeout_s)
+
+    @contextmanager
+    def actors(
+        self, model_path: str, backend: str, end_ids: tuple[int, ...], reward_client: Any
+    ) -> Iterator[list[Any]]:
+        """Rollout actors that serve the checkpoint at `model_path`."""
+        from actors.rollout_actor import start_actors
+
+        self.start()
+        config = self.config
+        model, env = replace(config.model, path=model_path), environments(config.cluster)["actor"]
+        assert self._placement is not None
+        self._start_actors = partial(
+            start_actors,
+            cluster=config.cluster,
+            model=model,
+            engine=config.engine,
+            weight_transfer=backend,
+            end_ids=end_ids,
+            reward_client=reward_client,
+            env=env,
+            environment=config.environment,
+        )
+        started = self._start_actors([self._placement.actor(i) for i in range(config.cluster.num_actors)])
+        try:
+            yield started
+        finally:
+            for actor in started:
+                ray.kill(actor)
+
+    def replace_actor(self, actors: list[Any], number: int, update: WeightUpdate | None) -> bool:
+        """End one of `actors` and put a new one in its place. Connect the learner again before it publishes.
+
+        Returns:
+            Whether the new actor serves the weights of `update` (None: its checkpoint's). If not, they have been replaced
+            meanwhile or cannot be read on its node, and it must not sample before the learner has been connected.
+
+        Raises:
+            ray.exceptions.RayError: the new actor cannot start, or fails while it loads; its place stays empty.
+        """
+        assert self._placement is not None
+        ray.kill(actors[number])  # Ray ends a stopped process too, after 5 s
+        [new] = self._start_actors([self._placement.actor(number)])
+        served = True
+        try:
+            if update is not None:
+                ray.get(new.load_weights.remote(update), timeout=self.config.cluster.publish_timeout_s)
+        except BaseException as error:
+            if not isinstance(getattr(error, "cause", None), WeightsRefused):
+                ray.kill(new)
+                raise
+            served = False
+        actors[number] = new
+        return served
+
+    @contextmanager
+    def learner(self, task: str, *arguments: Any) -> Iterator[Any]:
+        """The learner's ranks with the task of a stage; `wait_ready()` before the first call."""
+        from learner.learner_actor import LearnerGroup
+
+        self.start()
+        assert self._placement is not None
+        cluster = self.config.cluster
+        placement = [self._placement.learner(rank) for rank in range(cluster.num_learner_ranks)]
+        group = LearnerGroup(cluster, task, self.config.seed, arguments, environments(cluster)["learner"], placement)
+        try:
+            yield group
+        finally:
+            group.stop()

@@ -1,0 +1,204 @@
+"""Commits on disk: a directory each, whole or not there.
+
+    RUN/checkpoints/
+        step_12/                    after 12 updates
+            MANIFEST.json           size and SHA-256 of every other file; configuration; its own SHA-256
+            driver.json             ledger, prompt stream, KL controller, normaliser, random state, lines in the logs
+            driver.safetensors      the ledger's arrays: rollouts that are sampled but not trained
+            rank_R.safetensors      what learner rank R needs to go on
+            policy/                 the policy as a plain Hugging Face checkpoint
+        invalid_step_8_T/           was no commit any more when update 8 came again: for who may repair it
+        step_16.partial/            being written, or left by a crash: nobody reads it
+
+No pointer file names the newest: discovery looks for the newest manifest that verifies.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from common.files import durable
+from common.files.durable import FileRecord, RawTensor
+
+FOLDER, MANIFEST, FORMAT = "checkpoints", "MANIFEST.json", 2
+DRIVER, ARRAYS = "driver.json", "driver.safetensors"
+DTYPES = {"int32": "I32", "int64": "I64", "float32": "F32", "float64": "F64", "bool": "BOOL", "uint8": "U8"}
+
+State = tuple[dict[str, Any], dict[str, np.ndarray]]  # plain values, and arrays
+
+
+class CheckpointError(RuntimeError):
+    """A commit cannot be used, or none can be made."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit whose manifest has been read; `problem` says whether its files are what the manifest says."""
+
+    path: Path
+    step: int  # updates that had trained
+    version: int  # of the policy
+    identity: dict[str, Any]  # what decides the result of the run, flat
+    config: dict[str, Any]  # resolved, without secrets
+    packages: dict[str, str]
+    scorers: dict[str, str | None]  # versions that scored
+    world_size: int
+    quality: tuple[str, float] | None  # metric that `best` goes by, and its mean over the last updates
+    records: dict[str, FileRecord]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record.size for record in self.records.values())
+
+    def problem(self, content: bool = True) -> str | None:
+        """Why it is no valid commit, or None. Without `content` the files' sizes alone are compared."""
+        if self.path.stat().st_uid != os.getuid():
+            return f"{self.path} belongs to another user"
+        found = (durable.problem(self.path / name, record, content) for name, record in self.records.items())
+        return next((reason for reason in found if reason), None)
+
+    def driver_state(self) -> State:
+        return json.loads((self.path / DRIVER).read_text()), load_file(self.path / ARRAYS)
+
+
+def write_driver_state(partial: Path, state: State) -> dict[str, FileRecord]:
+    plain, arrays = state
+    raw = {
+        name: RawTensor(DTYPES[a.dtype.name], a.shape, np.ascontiguousarray(a).view(np.uint8).data)
+        for name, a in arrays.items()
+        if a.size
+    }
+    return {
+        DRIVER: durable.write_json(partial / DRIVER, plain),
+        ARRAYS: durable.write_tensors(partial / ARRAYS, raw, {}),
+    }
+
+
+def publish(partial: Path, commit: Commit) -> None:
+    """Write the manifest, make everything durable and give the directory its name."""
+    content = {
+        "format": FORMAT,
+        "step": commit.step,
+        "version": commit.version,
+        "identity": commit.identity,
+        "config": commit.config,
+        "packages": commit.packages,
+        "scorers": commit.scorers,
+        "world_size": commit.world_size,
+        "quality": commit.quality,
+        "files": commit.records,
+    }
+    durable.write_json(partial / MANIFEST, {"sha256": _digest(content), "content": content})
+    durable.publish(partial, commit.path)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_commit(path: Path) -> Commit:
+    """Raises CheckpointError where there is no manifest that can be believed."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        content = manifest["content"]
+        if manifest["sha256"] != _digest(content):
+            raise CheckpointError(f"{MANIFEST} does not have the SHA-256 that it names")
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{MANIFEST} has format {content['format']}, this version reads {FORMAT}")
+        return Commit(
+            path,
+            content["step"],
+            content["version"],
+            content["identity"],
+            content["config"],
+            content["packages"],
+            content["scorers"],
+            content["world_size"],
+            tuple(content["quality"]) if content["quality"] else None,
+            {name: FileRecord(*record) for name, record in content["files"].items()},
+        )
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Of all directories that are named as commits, in ascending order."""
+    names = [p.name.removeprefix("step_") for p in (run_dir / FOLDER).glob("step_*") if p.is_dir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def step_path(run_dir: Path, step: int) -> Path:
+    return run_dir / FOLDER / f"step_{step}"
+
+
+def verified(run_dir: Path, step: int) -> Commit:
+    """Raises CheckpointError where the commit is not what its manifest says."""
+    commit = read_commit(step_path(run_dir, step))
+    if problem := commit.problem():
+        raise CheckpointError(problem)
+    return commit
+
+
+def newest_valid(run_dir: Path, say: Callable[[str], None]) -> Commit | None:
+    """The newest commit that verifies; None where there is none at all. `say` hears of each that does not.
+
+    Raises:
+        CheckpointError: there are commits, and none is valid. That is no reason to start afresh.
+    """
+    reasons = []
+    for step in reversed(steps(run_dir)):
+        try:
+            return verified(run_dir, step)
+        except CheckpointError as error:
+            reasons.append(f"step_{step}: {error}")
+            say(f"WARNING: the commit {step_path(run_dir, step)} is not valid ({error}); looking for an earlier one")
+    if reasons:
+        raise CheckpointError(
+            f"{run_dir / FOLDER} has commits and none is valid ({'; '.join(reasons)}): repair them, or start afresh with "
+            "checkpoint.resume=never or another run_dir"
+        )
+    return None
+
+
+def best(run_dir: Path) -> Commit | None:
+    """The commit with the highest quality, the newer one of two equals; None where no commit has one."""
+    found = []
+    for step in steps(run_dir):
+        try:
+            commit = read_commit(step_path(run_dir, step))
+        except CheckpointError:
+            continue
+        if commit.quality is not None:
+            found.append(commit)
+    return max(found, key=lambda c: (c.quality[1] if c.quality else 0.0, c.step), default=None)
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` commits and the best one. What cannot be read is not deleted: somebody may repair
+    it."""
+    found = steps(run_dir)
+    top = best(run_dir)
+    for step in found[:-keep]:
+        path = step_path(run_dir, step)
+        if (top is None or top.step != step) and (path / MANIFEST).exists():
+            # Under its new name it is no commit any more, so a crash in between leaves no half of one.
+            doomed = path.with_name(path.name + ".partial")
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what a crash left half written."""
+    for path in (run_dir / FOLDER).glob("*.partial"):
+        shutil.rmtree(path)

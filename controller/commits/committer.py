@@ -1,0 +1,200 @@
+"""The commit protocol: weights and ledger reach the disk together or not at all.
+
+    begin    free space? ── driver's state, taken now ── every rank starts to write into step_N.partial
+                the run goes on; an optimizer step waits for the writer of its rank
+    votes    every rank says what it wrote, or why it could not
+    decide   all wrote: driver's state, manifest, fsync, rename to step_N, fsync; then the ledger's rows, then pruning
+             one did not: no commit. The temporary files go, it is counted and said, training goes on
+
+One commit is under way at a time, and it is decided before the next is begun.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayActorError
+
+from common.files.code_digest import package_versions
+from common.files.durable import FileRecord
+from contracts.config import CheckpointConfig
+from controller.commits import commit_store
+from controller.commits.commit_store import CheckpointError, Commit, State
+from controller.loop.dispatcher import Dispatcher
+from controller.loop.fleet import LearnerLostError
+from learner.learner_actor import LearnerGroup
+
+SPARE = 1.2  # free space that a commit needs, over the size of the last one
+
+
+@dataclass(frozen=True)
+class About:
+    """What a commit says of its run beside the state."""
+
+    identity: dict[str, Any]  # what decides the result, flat
+    config: dict[str, Any]  # resolved, without secrets
+    scorers: dict[str, str | None] = field(default_factory=dict)  # versions
+    packages: dict[str, str] = field(default_factory=package_versions)
+
+
+@dataclass
+class _Pending:
+    commit: Commit
+    folder: Path  # temporary
+    state: State
+    begun: list[Any]  # references
+    asked: bool = False
+
+
+class Committer:
+    """All calls come from the controller's one thread; `say` tells the user, `committed` appends to the ledger's log."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        about: About,
+        learner: LearnerGroup,
+        dispatcher: Dispatcher,
+        committed: Callable[[], None],
+        say: Callable[[str], None],
+    ):
+        self._run_dir, self._config, self._about = run_dir, config, about
+        self._learner, self._dispatcher, self._committed, self._say = learner, dispatcher, committed, say
+        self._pending: _Pending | None = None
+        self._num_bytes = 0  # of the last commit
+        self._in_a_row = self._num_failed = 0
+        self._stall_s = 0.0
+        self.newest = -1  # step of the last commit
+        (run_dir / commit_store.FOLDER).mkdir(mode=0o700, exist_ok=True)
+
+    def resumed(self, commit: Commit | None) -> None:
+        """The run stands at `commit`; one that was under way is of a line that was left."""
+        self._pending = None
+        if commit is not None:
+            self.newest, self._num_bytes = commit.step, commit.num_bytes
+        commit_store.sweep(self._run_dir)
+
+    def begin(self, step: int, policy_version: int, state: State, quality: tuple[str, float] | None) -> None:
+        """Start a commit of the weights as they are now, and of `state`.
+
+        Raises:
+            CheckpointError: the last `checkpoint.max_failures` commits have failed.
+        """
+        self.settle()
+        start = time.perf_counter()
+        path = commit_store.step_path(self._run_dir, step)
+        folder = path.with_name(path.name + ".partial")
+        try:
+            self._require_space()
+            if path.exists():  # the run went back past it, so it is none: kept for who may repair it
+                path.rename(path.with_name(f"invalid_{path.name}_{time.time_ns()}"))
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
+        except OSError as error:  # a full disk: no commit
+            self._fail(step, folder, error)
+            return
+        about, ranks = self._about, len(self._learner.actors)
+        described = (about.identity, about.config, about.packages, about.scorers)
+        new = Commit(path, step, policy_version, *described, ranks, quality, records={})
+        self._pending = _Pending(new, folder, state, self._learner.start("begin_commit", str(folder)))
+        self._stall_s += time.perf_counter() - start
+
+    def ask(self) -> None:
+        """Call for the votes. A rank answers when it has written, and does nothing else until then: ask while it has nothing
+        else to do, or behind what it shall do first."""
+        pending = self._pending
+        if pending is not None and not pending.asked:
+            pending.asked = True
+            votes = self._learner.start("state.result")
+            self._dispatcher.hear([*pending.begun, *votes], partial(self._decide, pending))
+
+    def settle(self) -> None:
+        """Return when no commit is under way. Raises as `begin`, and TimeoutError."""
+        if self._pending is not None:
+            start, step = time.perf_counter(), self._pending.commit.step
+            self.ask()
+            self._dispatcher.serve(lambda: self._pending is None, f"the commit of update {step}")
+            self._stall_s += time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """Failed commits so far, and for how long the loop stood still for commits since the last call."""
+        stalled, self._stall_s = self._stall_s, 0.0
+        return {"fault/commits_failed": float(self._num_failed), "perf/commit_s": stalled}
+
+    def _require_space(self) -> None:
+        if not self._num_bytes:
+            self._num_bytes = sum(self._learner.call("state.num_bytes"))
+        free = shutil.disk_usage(self._run_dir).free
+        if free < SPARE * self._num_bytes:
+            raise OSError(f"{free / 2**20:.0f} MiB are free, a commit needs {SPARE * self._num_bytes / 2**20:.0f}")
+
+    def _decide(self, pending: _Pending, answers: list[Any]) -> None:
+        """All ranks have been heard."""
+        if self._pending is not pending:  # the run went back to an earlier commit meanwhile
+            return
+        self._pending = None
+        start, step = time.perf_counter(), pending.commit.step
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        try:
+            if errors:
+                raise errors[0]
+            for votes in answers[len(pending.begun) :]:
+                pending.commit.records.update({name: FileRecord(*record) for name, record in votes.items()})
+            pending.commit.records.update(commit_store.write_driver_state(pending.folder, pending.state))
+            commit_store.publish(pending.folder, pending.commit)
+        except (
+            Exception
+        ) as error:  # whatever it was, DeepSpeed's and the disk's included: no commit, and the run goes on
+            self._fail(step, pending.folder, error)
+            return
+        self._in_a_row, self.newest, self._num_bytes = 0, step, pending.commit.num_bytes
+        try:
+            self._committed()
+            commit_store.prune(self._run_dir, self._config.keep)
+        except OSError as error:  # the commit holds the ledger's rows too: the next one appends them
+            self._num_failed += 1
+            self._say(f"WARNING: update {step} is committed, but not tidied up after: {_reason(error)}")
+        self._stall_s += time.perf_counter() - start
+
+    def _fail(self, step: int, folder: Path, error: BaseException) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        self._num_failed += 1
+        self._in_a_row += 1
+        most = self._config.max_failures
+        self._say(
+            f"WARNING: no commit of update {step}: {_reason(error)} ({self._in_a_row} in a row, {most} end the run)"
+        )
+        if self._in_a_row >= most:
+            raise CheckpointError(
+                f"{most} commits in a row have failed (checkpoint.max_failures), the last one: {_reason(error)}"
+            ) from error
+
+
+def load_learner(learner: LearnerGroup, commit: Commit) -> None:
+    """Give every rank its part of a commit, after all of them have found it good.
+
+    Raises:
+        CheckpointError: a rank refuses it; nothing has been touched.
+        LearnerLostError: a rank is gone.
+    """
+    votes = learner.votes("state.check", str(commit.path), commit.records)
+    lost = [f"rank {rank}: {_reason(vote)}" for rank, vote in enumerate(votes) if isinstance(vote, RayActorError)]
+    if lost:
+        raise LearnerLostError(f"lost before it took {commit.path}: {'; '.join(lost)}")
+    refusals = [f"rank {rank}: {_reason(vote)}" for rank, vote in enumerate(votes) if vote is not None]
+    if refusals:
+        raise CheckpointError(f"the learner cannot take {commit.path}: {'; '.join(refusals)}")
+    learner.call("load_commit", str(commit.path))
+
+
+def _reason(error: Any) -> str:
+    """One line; Ray wraps what a rank raised."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    text = lines[-1] if lines else ""
+    return f"{type(cause).__name__}: {text}" if isinstance(cause, BaseException) else text

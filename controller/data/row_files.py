@@ -1,0 +1,264 @@
+"""Reading the rows of a data set, and which format they have."""
+
+import gzip
+import json
+import re
+import tempfile
+import zlib
+from collections.abc import Iterable
+from difflib import get_close_matches
+from glob import glob
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from common.text.encoding import DataError
+from contracts.config import SourceConfig
+
+EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+SPLIT = re.compile(r"(?:^|(?<=[-_.]))(train|validation|valid|val|dev|test|eval)(?=[-_.])")  # in names of shards
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # beside shards; they hold no rows
+
+
+def _closest(word: str, known: Iterable[str]) -> str:
+    found = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _raw(path: Path, base: str) -> bytes:
+    """The bytes of a file, unpacked."""
+    raw, codec = path.read_bytes(), PACKED.get(path.suffix)
+    try:
+        if codec == "gzip":
+            return gzip.decompress(raw)
+        if codec:
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(pyarrow.BufferReader(raw), codec) as stream:
+                return stream.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{base}.path: {path} cannot be unpacked as {path.suffix}: {error}") from None
+    return raw
+
+
+def _read_text(path: Path, base: str) -> str:
+    raw = _raw(path, base)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{base}.path: text files must be UTF-8; {path}, line {line}, holds the byte 0x{raw[error.start]:02x}. "
+            f"Convert the file, for example with iconv -f WINDOWS-1252 -t UTF-8"
+        ) from None
+    if not text.strip():
+        raise DataError(f"{base}.path: {path} is empty; write the path of a file with at least one row")
+    return text
+
+
+def _read_json(path: Path, base: str) -> list[dict]:
+    """One object a line; of a .json file also a list of objects, over as many lines as it likes."""
+    text = _read_text(path, base)
+    rule = f"{base}.path: a .jsonl file holds one object a line, a .json file that or one list of objects; {path}, line"
+    # Not splitlines(): U+2028 and its like are legal inside a JSON string.
+    lines = text.split("\n")
+    whole = _kind(path) == ".json" and not _is_object(next(line for line in lines if line.strip()))
+    rows: list[dict] = []
+    for number, part in enumerate([text] if whole else lines, start=1):
+        if not part.strip():
+            continue
+        try:
+            value = json.loads(part)
+        except json.JSONDecodeError as error:
+            place = f"{number + error.lineno - 1}, column {error.colno}"
+            raise DataError(f"{rule} {place}, is not valid JSON ({error.msg})") from None
+        found = value if whole else [value]
+        if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+            raise DataError(f'{rule} {number}, holds something else: {part[:40]!r}. Write a row as {{"text": "..."}}')
+        rows += found
+    return rows
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _read_csv(path: Path, base: str) -> list[dict]:
+    import datasets
+    import pandas
+
+    text = _read_text(path, base)
+    try:
+        # "NA", "null" and "None" are words of a text; only an empty cell is a missing value. Read in one piece: of a piece
+        # whose cells all look like numbers, the texts would be written anew ("007" as "7").
+        table = pandas.read_csv(StringIO(text), keep_default_na=False, na_values=[""], low_memory=False)
+    except ValueError as error:
+        raise DataError(f"{base}.path: {path} cannot be read as csv: {error}") from error
+    if not isinstance(table.index, pandas.RangeIndex):  # pandas took the first cells for names of the rows
+        raise DataError(
+            f"{base}.path: the first line of a .csv file names every column; {path} has rows with more cells. Write texts "
+            "with commas in quotes"
+        )
+    return _rows(datasets.Dataset.from_pandas(table, preserve_index=False))
+
+
+def _read_parquet(path: Path, base: str) -> list[dict]:
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache:
+        file = str(path)
+        if path.suffix in PACKED:
+            file = str(Path(cache) / "unpacked.parquet")
+            Path(file).write_bytes(_raw(path, base))
+        try:
+            table = datasets.load_dataset(
+                "parquet", data_files=file, split="train", cache_dir=cache, keep_in_memory=True
+            )
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"{base}.path: {path} cannot be read as parquet: {error.__cause__ or error}") from error
+        return _rows(table)
+
+
+def _rows(table: Any) -> list[dict]:
+    """Rows of a table, whose structures have every key that one of them has: below the columns a null is no key."""
+    return [{column: _pruned(value) for column, value in row.items()} for row in table.to_list()]
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_pruned(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _pruned(one) for key, one in value.items() if one is not None}
+    return value
+
+
+def _read_saved(path: Path, split: str, base: str) -> list[dict]:
+    import datasets
+
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.Dataset):
+        return _rows(saved)
+    if split not in saved:
+        raise DataError(f"{base}.split: {path} has {', '.join(saved)}; found {split!r}{_closest(split, saved)}")
+    return _rows(saved[split])
+
+
+def _shards(path: Path, split: str, base: str) -> list[Path]:
+    """The files of a directory in the order of their names; those of `split` where names have one, as on the hub.
+
+    Raises:
+        DataError: where there are none, or none of this split.
+    """
+    files = _data_files(path.iterdir()) or _data_files(path.glob("data/*"))
+    if not files:
+        raise DataError(
+            f"{base}.path: a directory must hold files of {', '.join(EXTENSIONS)}, or be one that datasets' save_to_disk "
+            f"wrote; {path} is neither. Name one file instead"
+        )
+    splits = {file: found[1] for file in files if (found := SPLIT.search(file.name))}
+    if not splits and split == "train":
+        return files
+    if split not in splits.values():
+        names = sorted(set(splits.values())) or ["train"]
+        raise DataError(f"{base}.split: {path} has {', '.join(names)}; found {split!r}{_closest(split, names)}")
+    return [file for file in files if splits.get(file) == split]
+
+
+def _data_files(paths: Iterable[Path]) -> list[Path]:
+    files = (path for path in paths if path.is_file() and path.name[0] not in "._" and path.name not in DESCRIPTIONS)
+    return sorted(path for path in files if _kind(path) in EXTENSIONS)
+
+
+def _kind(path: Path) -> str:
+    """What a file holds: the extension before that of a packed one."""
+    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+
+
+def _read_hub(name: str, split: str, base: str) -> list[dict]:
+    import datasets
+
+    try:
+        return _rows(datasets.load_dataset(name, split=split))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{base}.path: no local file or directory is named {name!r}, and the split {split!r} of that data set cannot "
+            f"be fetched from the Hugging Face hub: {error}. Check id, split and network, or write a local path"
+        ) from error
+
+
+def _read_file(path: Path, base: str) -> list[dict]:
+    if _kind(path) not in EXTENSIONS:
+        raise DataError(
+            f"{base}.path: the extension says how to read a file; {path} has {path.suffix or 'none'!r}. "
+            f"Rename or convert it to one of {', '.join(EXTENSIONS)}; each may be packed ({', '.join(PACKED)})"
+        )
+    readers = {".csv": _read_csv, ".parquet": _read_parquet}
+    return readers.get(_kind(path), _read_json)(path, base)
+
+
+def _files(source: SourceConfig, path: Path, base: str) -> list[Path]:
+    """The file of this path, or those that match it."""
+    files = [path] if path.is_file() else [] if path.exists() else sorted(map(Path, glob(str(path), recursive=True)))
+    if files and source.split != "train":
+        raise DataError(f"{base}.split: a file has one split; found {source.split!r}. Write split: train")
+    return files
+
+
+def load_rows(source: SourceConfig, base: str = "data.x") -> list[dict]:
+    """The rows of `source`, at most `max_rows`. Raises DataError; `base` is the name of the setting in its messages."""
+    path = Path(source.path).expanduser()
+    if files := _files(source, path, base):
+        rows = [row for file in files for row in _read_file(file, base)]
+    elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        rows = _read_saved(path, source.split, base)
+    elif path.is_dir():
+        rows = [row for file in _shards(path, source.split, base) for row in _read_file(file, base)]
+    elif _kind(path) in EXTENSIONS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{base}.path: no such file: {path.absolute()}{_closest(path.name, siblings)}")
+    else:
+        rows = _read_hub(source.path, source.split, base)
+    rows = rows[: source.max_rows]
+    if not rows:
+        raise DataError(f"{base}.path: {source.path} has no rows; write the path of a source with at least one")
+    return rows
+
+
+def detect_format(source: SourceConfig, columns: Iterable[str], base: str = "data.x") -> str:
+    """One of text | prompt | prompt_completion | messages | pair | rated, checked against `columns`."""
+    columns = list(columns)
+    ratings = source.ratings_column if source.ratings_column in columns else source.rating_column
+    # In the order in which "auto" tries them: the one that needs more comes first.
+    needs = {
+        "pair": [source.chosen_column, source.rejected_column],
+        "prompt_completion": [source.prompt_column, source.completion_column],
+        "rated": [source.text_column, ratings],
+        "messages": [source.messages_column],
+        "text": [source.text_column],
+        "prompt": [source.prompt_column],
+    }
+    there = ", ".join(columns)
+    if source.format == "auto":
+        for name, needed in needs.items():
+            if set(needed) <= set(columns):
+                return name
+        known = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in needs.items())
+        raise DataError(
+            f"{base}.format: auto reads the format off the columns, and those of {source.path} fit none: {there}. "
+            f"Name them with {base}.text_column and the like. Formats: {known}"
+        )
+    if source.format not in needs:
+        raise DataError(
+            f"{base}.format: one of auto, {', '.join(needs)}; found {source.format!r}{_closest(source.format, needs)}"
+        )
+    for column in needs[source.format]:
+        if column not in columns:
+            raise DataError(
+                f"{base}.format: {source.format} needs the column {column!r}; {source.path} has {there}"
+                f"{_closest(column, columns)}"
+            )
+    return source.format

@@ -1,0 +1,335 @@
+"""What a row says: its prompt, completion and tools, from the columns of our formats and of other people's.
+
+    columns ──Shape──> our columns ──parts, pair_parts──> Parts(prompt, completion, tools)
+
+Every value is checked; one that cannot be used costs its row (LeftOut). Texts stay as they are, with all their spaces.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeGuard
+
+from common.text.encoding import LeftOut, Turn, Turns, as_turns
+from contracts.config import DataConfig, SourceConfig
+from controller.data.prompts import first_words
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
+ANSWERS = "\n\nAssistant:"
+SPEAKERS = {"\n\nHuman:": "user", ANSWERS: "assistant"}  # of a transcript as hh-rlhf has it
+SPEAKER = re.compile(f"({'|'.join(SPEAKERS)})")
+LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+
+
+class Parts(NamedTuple):
+    prompt: str | Turns  # "" where there is none
+    completion: str | Turns
+    tools: list | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Columns of a known data set that stand for ours."""
+
+    columns: tuple[str, ...]
+    ours: Callable[[SourceConfig], tuple[str, ...]]
+    convert: Callable[[dict, SourceConfig], dict]
+
+    def fits(self, columns: Iterable[str], source: SourceConfig) -> bool:
+        return set(self.columns) <= set(columns) and not set(self.ours(source)) & set(columns)
+
+
+def _alpaca(row: dict, source: SourceConfig) -> dict:
+    """LLaMA-Factory's join of instruction and input."""
+    asked = row.get("instruction")
+    if asked and row.get("input"):
+        asked = f"{_text(asked, 'instruction')}\n{_text(row['input'], 'input')}"
+    return {**row, source.prompt_column: asked, source.completion_column: row.get("output")}
+
+
+def _sharegpt(row: dict, source: SourceConfig) -> dict:
+    return {**row, source.messages_column: row.get("conversations")}
+
+
+def _comparison(row: dict, source: SourceConfig) -> dict:
+    """openai/summarize_from_feedback: `choice` is the number of the better summary."""
+    info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
+    if isinstance(summaries, dict):  # as `datasets` shows a sequence of structures
+        summaries = [{"text": one} for one in summaries.get("text") or []]
+    if choice not in (0, 1) or not isinstance(summaries, list) or len(summaries) != 2 or not isinstance(info, dict):
+        raise LeftOut("a comparison needs info, two summaries and the choice 0 or 1", f"found choice {choice!r}")
+    better, worse = (
+        one.get("text") if isinstance(one, dict) else None for one in (summaries[choice], summaries[1 - choice])
+    )
+    asked = info.get("post") or info.get("article")
+    return {**row, source.prompt_column: asked, source.chosen_column: better, source.rejected_column: worse}
+
+
+SHAPES = (
+    Shape(("info", "summaries", "choice"), lambda s: (s.chosen_column, s.rejected_column), _comparison),
+    Shape(("instruction", "output"), lambda s: (s.prompt_column, s.completion_column), _alpaca),
+    Shape(("conversations",), lambda s: (s.messages_column,), _sharegpt),
+)
+ALSO_READ = {"info": (), "instruction": ("input",), "conversations": ()}  # by the first column of a shape
+
+
+def shape_of(columns: Iterable[str], source: SourceConfig) -> Shape | None:
+    """The known data set whose columns these are, where they are not ours."""
+    return next((shape for shape in SHAPES if shape.fits(columns, source)), None)
+
+
+def columns_read(form: str, source: SourceConfig, shape: Shape | None, in_chat: bool) -> set[str]:
+    """The columns that say something in a format; the others are nobody's."""
+    pair = (source.chosen_column, source.rejected_column)
+    read = {
+        "text": (source.text_column,),
+        "prompt": (source.prompt_column,),
+        "prompt_completion": (source.prompt_column, source.completion_column, "label"),
+        "messages": (source.messages_column, "label"),
+        "pair": (*pair, source.prompt_column, *(f"score_{column}" for column in pair)),
+        "rated": (source.text_column, source.prompt_column, source.ratings_column, source.rating_column),
+    }[form]
+    known = {*read, *(("system", "tools") if in_chat else ())}
+    return known | ({*shape.columns, *ALSO_READ[shape.columns[0]]} if shape else set())
+
+
+# ---- values
+
+
+def _cell(row: dict, column: str) -> Any:
+    """Raises LeftOut where there is nothing; a null is no fault of the row's."""
+    if row.get(column) is None:
+        raise LeftOut(f"no {column}", bad=column not in row)
+    return row[column]
+
+
+def _text(value: Any, what: str, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise LeftOut(f"{what} is not a text", f"found {type(value).__name__}")
+    if not value.strip() and not may_be_empty:
+        raise LeftOut(f"empty {what}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise LeftOut(f"{what} is not valid Unicode", "a lone surrogate")
+    return value
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """A list, or one as JSON, as CSV cells and many tables hold it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise LeftOut(f"{what} is a text but no JSON", f"{error.msg} in {value[:40]!r}") from None
+
+
+def _turn(given: Any, column: str) -> Turn:
+    """A checked message with all its keys, in our form."""
+    turn = dict(given) if isinstance(given, dict) else {}
+    if "from" in turn and "role" not in turn:  # ShareGPT
+        turn["role"], turn["content"] = SHAREGPT_ROLES.get(turn["from"], turn.pop("from")), turn.pop("value", None)
+        turn.pop("from", None)
+        if turn["role"] == "function_call":
+            call = {"type": "function", "function": _parsed(turn["content"], "a function_call")}
+            turn |= {"role": "assistant", "content": None, "tool_calls": [call]}
+    turn = {key: value for key, value in turn.items() if value is not None}
+    if turn.get("role") not in ROLES:
+        raise LeftOut(f"{column}: a message needs a role of {', '.join(ROLES)}", f"found {turn.get('role')!r}")
+    if turn.get("weight", 1) not in (0, 1):
+        raise LeftOut(f"{column}: the weight of a message must be 0 or 1", f"found {turn['weight']!r}")
+    calls = bool(turn.get("tool_calls"))
+    if "content" not in turn and not calls:
+        raise LeftOut(f"no content in {column}")
+    turn["content"] = _text(turn.get("content", ""), f"content in {column}", calls or turn["role"] == "tool")
+    return turn
+
+
+def _turns(value: Any, column: str) -> Turns:
+    value = _parsed(value, column) if not isinstance(value, str) or value.strip() else []
+    if not isinstance(value, list):
+        raise LeftOut(f"{column} is no list of messages", f"found {type(value).__name__}")
+    if not value:
+        raise LeftOut(f"empty {column}")
+    return [_turn(turn, column) for turn in value]
+
+
+def _content(row: dict, column: str) -> str | Turns:
+    """A text, or checked messages, which may be stored as JSON."""
+    value = _cell(row, column)
+    if isinstance(value, dict):  # one message, as in ShareGPT's pairs
+        value = [value]
+    if isinstance(value, list) or (isinstance(value, str) and LOOKS_LIKE_MESSAGES.match(value)):
+        return _turns(value, column)
+    return _text(value, column)
+
+
+def _tools(row: dict) -> list | None:
+    value = row.get("tools")
+    if value is None or value == "":
+        return None
+    tools = _parsed(value, "tools")
+    tools = [_parsed(tool, "a tool") for tool in tools] if isinstance(tools, list) else [tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise LeftOut("tools must be a list of JSON schemas", f"found {value!r:.40}")
+    return tools or None
+
+
+def ratings(row: dict, source: SourceConfig) -> list[float]:
+    several = row.get(source.ratings_column) is not None
+    column = source.ratings_column if several else source.rating_column
+    values = row.get(column)
+    if isinstance(values, str):  # a CSV cell holds a list as JSON
+        with suppress(json.JSONDecodeError):  # then the check below names the text
+            values = json.loads(values)
+    values = values if several and isinstance(values, list) else [values]
+    if not values:
+        raise LeftOut(f"empty {column}")
+    return [_number(value, column) for value in values]
+
+
+def _number(value: Any, column: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise LeftOut(f"{column} is not a number", f"found {value!r}")
+    if not math.isfinite(value):
+        raise LeftOut(f"{column} is not finite", f"found {value}")
+    return float(value)
+
+
+# ---- a row
+
+
+def parts(row: dict, form: str, source: SourceConfig, data: DataConfig, words: int | None) -> Parts:
+    """Of a row with one completion; of a pair the chosen side. `words`: of a text that are its prompt."""
+    if form == "messages":
+        return _framed(row, "", _turns(_cell(row, source.messages_column), source.messages_column), data)
+    if form == "prompt":
+        return _framed(row, _asked(row, source, data), "", data)
+    column = {"prompt_completion": source.completion_column, "pair": source.chosen_column}.get(form, source.text_column)
+    said = _said(row, column, data, is_text=form == "text")
+    prompt: str | Turns = ""
+    # UltraFeedback's form: chosen and rejected are whole conversations next to a prompt column that repeats the start.
+    if (
+        form != "text"
+        and not _is_whole(said)
+        and (form == "prompt_completion" or row.get(source.prompt_column) is not None)
+    ):
+        prompt = _asked(row, source, data)
+        if isinstance(said, str) and isinstance(prompt, list) and isinstance(row[source.prompt_column], str):
+            said = said.removeprefix(" ")  # as of every turn of a transcript
+    elif form == "pair" and _is_transcript(said):
+        end = list(SPEAKER.finditer(said))[-1].end()
+        prompt, said = said[:end], said[end:]
+    elif isinstance(said, str):
+        prompt, said = first_words(said, words)
+        said = said.lstrip() if prompt and data.chat else said  # the space of the cut belongs to neither turn
+    return _framed(row, prompt, said, data)
+
+
+def pair_parts(row: dict, source: SourceConfig, data: DataConfig, words: int | None) -> tuple[Parts, Parts]:
+    """Chosen and rejected, with the prompt that both share.
+
+    Raises:
+        LeftOut: where they are equal, or answer different prompts.
+    """
+    columns = (source.chosen_column, source.rejected_column)
+    chosen, rejected = (_said(row, column, data) for column in columns)
+    if chosen == rejected:
+        raise LeftOut("chosen equals rejected", bad=False)
+    prompts: list[str | Turns]
+    answers: list[str | Turns]
+    if _is_whole(chosen) and _is_whole(rejected):
+        at = _shared(chosen, rejected)
+        prompts, answers = [chosen[:at]], [chosen[at:], rejected[at:]]
+        is_pair = all(answer and answer[0]["role"] == "assistant" for answer in (chosen[at:], rejected[at:]))  # type: ignore[index]
+    elif _is_transcript(chosen) and _is_transcript(rejected):
+        spoken = [SPEAKER.split(side) for side in (chosen, rejected)]
+        at = _shared(*spoken)
+        prompts, answers = ["".join(spoken[0][:at])], ["".join(side[at:]) for side in spoken]
+        is_pair = at > 0 and spoken[0][at - 1] == ANSWERS and all(answers)
+    else:
+        sides = [parts({**row, columns[0]: row[column]}, "pair", source, data, words) for column in columns]
+        prompts, answers = [side.prompt for side in sides], [side.completion for side in sides]
+        is_pair = prompts[0] == prompts[1] and isinstance(chosen, str) == isinstance(rejected, str)
+    if not is_pair:
+        raise LeftOut("chosen and rejected answer different prompts")
+    first, second = (_framed(row, prompts[0], answer, data) for answer in answers)
+    return first, second
+
+
+def preference(row: dict, source: SourceConfig) -> float:
+    """P(chosen beats rejected): 1, or 1/2 where the scores beside them are equal."""
+    columns = [f"score_{column}" for column in (source.chosen_column, source.rejected_column)]
+    if any(row.get(column) is None for column in columns):
+        return 1.0
+    better, worse = (_number(row[column], column) for column in columns)
+    if better < worse:
+        raise LeftOut(f"{columns[0]} is below {columns[1]}", f"{better:g} < {worse:g}")
+    return 0.5 if better == worse else 1.0
+
+
+def is_refused_answer(row: dict) -> bool:
+    """Whether KTO's `label` says that the completion is a bad one."""
+    return str(row.get("label")).lower() in ("false", "0", "0.0")
+
+
+def _said(row: dict, column: str, data: DataConfig, is_text: bool = False) -> str | Turns:
+    """What a column says; in chat the turns of a transcript."""
+    found = _text(_cell(row, column), column) if is_text else _content(row, column)
+    return _transcript(found, column) if data.chat and _is_transcript(found) else found
+
+
+def _asked(row: dict, source: SourceConfig, data: DataConfig) -> str | Turns:
+    found = _said(row, source.prompt_column, data)
+    # The prompt of a transcript ends where the assistant is to speak.
+    ends_open = isinstance(found, list) and isinstance(row[source.prompt_column], str) and not found[-1]["content"]
+    return found[:-1] if ends_open else found
+
+
+def _is_whole(said: str | Turns) -> TypeGuard[Turns]:
+    """Whether it is a conversation from its beginning, not only what answers a prompt."""
+    return isinstance(said, list) and said[0]["role"] != "assistant"
+
+
+def _is_transcript(said: str | Turns) -> TypeGuard[str]:
+    """Whether it is a text of hh-rlhf's form: turns after "\\n\\nHuman:" and "\\n\\nAssistant:"."""
+    return isinstance(said, str) and SPEAKER.match(said) is not None
+
+
+def _transcript(said: str, column: str) -> Turns:
+    """The turns of a transcript; the last one may be empty, where the assistant is to speak."""
+    _, *spoken = SPEAKER.split(said)
+    pairs = list(zip(spoken[::2], spoken[1::2], strict=True))
+    turns = [{"role": SPEAKERS[who], "content": words.removeprefix(" ")} for who, words in pairs]
+    for turn in turns[:-1]:
+        _text(turn["content"], f"turn in {column}")
+    return turns
+
+
+def _shared(first: list, second: list) -> int:
+    """How many items both begin with."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def _framed(row: dict, prompt: str | Turns, completion: str | Turns, data: DataConfig) -> Parts:
+    """With the row's `system` turn and `tools`, where a chat template shows them."""
+    if (
+        isinstance(completion, list)
+        and completion
+        and not (completion[-1]["content"] or completion[-1].get("tool_calls"))
+    ):
+        raise LeftOut("empty answer")
+    in_chat = isinstance(prompt, list) or isinstance(completion, list) or (data.chat and bool(prompt))
+    if not in_chat:
+        return Parts(prompt, completion, None)
+    first = (as_turns(prompt, "user") if prompt else completion)[0]
+    if row.get("system") and first["role"] != "system":  # type: ignore[index]
+        system = [{"role": "system", "content": _text(row["system"], "system")}]
+        prompt = [*system, *as_turns(prompt, "user")] if prompt else prompt
+        completion = completion if prompt else [*system, *completion]  # type: ignore[misc]
+    return Parts(prompt, completion, _tools(row))

@@ -1,0 +1,8 @@
+"""`python -m controller.ledger`: the audit of a run's rollouts."""
+
+import sys
+
+from controller.ledger.log import main
+
+if __name__ == "__main__":
+    sys.exit(main())

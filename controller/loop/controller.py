@@ -1,0 +1,342 @@
+"""The PPO loop.
+
+      prompts ──requests──> rollout actors (vLLM) ──sequences──> reward service (Ray Serve)
+                                 │        ▲  └────────scores────────┘
+                         scored rollouts  │
+                                 ▼        │ weights of version v+1, over vLLM's weight-transfer API
+                              batcher     │
+                                 │        │
+                          training batch  │
+                                 ▼        │
+                            learner ranks (DeepSpeed): ref, policy, values -> rewards -> advantages -> PPO steps
+
+    max_staleness 0: rollouts of version v  ->  update to v+1  ->  publish v+1  ->  rollouts of version v+1 ...
+    max_staleness s: the same steps, while the actors go on with up to (s + 1) * rollouts_per_update rollouts. Engines take
+                     new weights between two decoding steps; no token is older than s updates when it trains.
+
+What the loop waits for, and what unblocks it (every wait ends after `cluster.step_timeout_s` with an error that names it;
+in each of them the dispatcher goes on serving the actors):
+    rollouts   enough are sampled and scored, and none of those left behind will be too old
+    update     all learner ranks have taken the optimizer steps
+    publish    every engine has loaded the weights and carries their version; only then are slots free again
+
+The controller holds references and numbers, never a model. The ledger knows where every rollout is, and writes what became
+of it to `ledger.jsonl`. Every `checkpoint.every` updates weights and ledger are committed together, while the run goes on;
+`restore` goes back, or on, to a commit.
+"""
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from common.processes.randomness import random_state, set_random_state
+from contracts.config import TandemConfig
+from contracts.estimators import chosen_estimator, warmup_updates
+from contracts.interfaces import CollectiveError, NonFiniteError
+from contracts.records import Rollout
+from controller.cluster.signals import Interrupted, Stop
+from controller.commits.commit_store import Commit, State
+from controller.commits.committer import About, Committer, load_learner
+from controller.data.prompts import PromptStream
+from controller.ledger.ledger import Ledger
+from controller.ledger.log import NAME as LEDGER_FILE
+from controller.loop.dispatcher import Dispatcher, Stopping
+from controller.loop.fleet import Fleet, LearnerLostError
+from controller.loop.recovery import Recovery
+from controller.loop.rewards import ScoreNormalizer, episodes, paid_metrics, service_scores, shaped, turn_metrics
+from controller.loop.score_metrics import describe, sample_row
+from controller.loop.training_batches import make_batches, with_siblings
+from controller.loop.unscored import save_rollouts
+from controller.record.run_log import RunLog
+from controller.record.terminal import Progress, format_update
+from learner.kl import make_kl_controller
+from learner.learner_actor import LearnerGroup
+from learner.multiplier import Multiplier
+
+RECENT = 4  # updates whose mean score, by the gold judge where there is one, is the quality of a commit
+
+
+class ScoreError(RuntimeError):
+    """Too many rollouts came back without a score."""
+
+
+class PPOController:
+    def __init__(
+        self,
+        config: TandemConfig,
+        stream: PromptStream,
+        fleet: Fleet,
+        learner: LearnerGroup,
+        log: RunLog,
+        progress: Progress,
+        has_gold: bool,
+        about: About | None = None,
+        stop: Stop | None = None,
+    ):
+        """`about` is what commits say of the run; without it there are none."""
+        self.config, self.stream, self.learner, self.log, self.progress = config, stream, learner, log, progress
+        self.kl, self.multiplier = make_kl_controller(config.ppo.kl), Multiplier(config.ppo.combined)
+        self.normalizer = ScoreNormalizer()
+        self.rng = np.random.default_rng(config.seed)
+        ppo, scorers = config.ppo, ["proxy", "gold"] if has_gold and config.ppo.gold_rollouts else ["proxy"]
+        self.first_score: float | None = None
+        self.version = self.updates = 0
+        self.durations: list[float] = []  # of updates, seconds
+        self.qualities: list[float] = []
+        self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
+        self._start = self.state_dict()  # where a learner goes back to that is lost before the first commit
+        self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
+        self.dispatcher = Dispatcher(fleet, self.ledger, stream, ppo, scorers, config.cluster)
+        self.quality_metric = "reward/gold_mean" if "gold" in scorers else "reward/score_mean"
+        self.stop = stop or Stop(config.checkpoint.grace_s)
+        self.recovery = Recovery(
+            learner, log.run_dir, config.checkpoint.every > 0, config.cluster.max_learner_restarts, progress
+        )
+        self.commits: Committer | None = None
+        self._boundary: State | None = None  # after the last update, with no rollout open
+        if about is not None and config.checkpoint.every:
+            committed = lambda: self.ledger.committed(log.run_dir / LEDGER_FILE)  # noqa: E731
+            arguments = (about, learner, self.dispatcher, committed, progress.line)
+            self.commits = Committer(log.run_dir, config.checkpoint, *arguments)
+
+    def run(self) -> None:
+        """All value-only and PPO updates of the configuration that are left.
+
+        Raises:
+            Interrupted: a signal asked for the end; what could be saved is.
+            CheckpointError: `checkpoint.max_failures` commits in a row have failed.
+        """
+        total = warmup_updates(self.config.ppo) + self.config.ppo.updates
+        with self.stop.deferred(self.dispatcher.interrupt):
+            try:
+                while self.updates < total:
+                    try:
+                        self._next_update(total)
+                        self._commit(total)
+                    except (LearnerLostError, RayActorError) as error:  # of actors that are lost the dispatcher hears
+                        self._recover(error)
+            except Stopping:
+                self._commit_and_leave()
+        if self.stop.signum is not None:  # it came with the last update
+            self._commit_and_leave()
+
+    def _next_update(self, total: int) -> None:
+        index, train_policy, start = self.updates, self.updates >= warmup_updates(self.config.ppo), time.perf_counter()
+        self.dispatcher.feed(total - index)
+        metrics = self._update(train_policy)
+        self.durations = [*self.durations[-7:], time.perf_counter() - start]
+        metrics["perf/step_s"] = self.durations[-1]
+        metrics["progress/eta_s"] = eta = (total - index - 1) * float(np.median(self.durations))
+        metrics["progress/version"] = self.version
+        if self.commits:
+            metrics |= self.commits.metrics()
+        self.qualities = [*self.qualities, *(metrics[m] for m in [self.quality_metric] if m in metrics)][-RECENT:]
+        self.updates = index + 1
+        self.log.log("ppo" if train_policy else "value_warmup", index, metrics)
+        line = format_update(metrics, eta)
+        self.progress.line(line if train_policy else f"fitting the value model  {line}")
+
+    # ---- commits
+
+    def _commit(self, total: int) -> None:
+        """After an update: begin a commit where one is due. The last one is waited for."""
+        if self.commits is None:
+            self.ledger.committed(self.log.run_dir / LEDGER_FILE)
+            return
+        self.commits.settle()
+        due = self.updates % self.config.checkpoint.every == 0 or self.updates == total
+        takes_turns = self.config.ppo.max_staleness == 0
+        if due or takes_turns:
+            self._boundary = self.state_dict()
+        if due:
+            self._begin_commit(self._boundary)
+            if takes_turns:
+                self.commits.ask()  # the learner has nothing to do before the next rollouts are there
+        if self.updates == total:
+            self.commits.settle()
+
+    def _recover(self, error: BaseException) -> None:
+        """Go back to the last commit with new learner ranks; again, where one of these is lost meanwhile."""
+        try:
+            self.restore(self.recovery.restart(error))
+        except (LearnerLostError, RayActorError, CollectiveError) as again:
+            if self.recovery.is_spent:
+                raise
+            self._recover(again)
+
+    def _begin_commit(self, state: State | None) -> None:
+        assert self.commits is not None
+        quality = (self.quality_metric, float(np.mean(self.qualities))) if self.qualities else None
+        self.commits.begin(self.updates, self.version, state or self.state_dict(), quality)
+
+    def _commit_and_leave(self) -> None:
+        """Rollouts that are sampled and scored are saved too, but not where actors and learner take turns: resumed, they
+        are sampled again beside the same neighbours, or their log-probabilities would differ in the last bits."""
+        if self.commits is not None and self.updates:
+            self.progress.waiting_for(f"the commit of update {self.updates}")
+            self.commits.settle()
+            if self.commits.newest != self.updates:
+                self._begin_commit(self._boundary if self.config.ppo.max_staleness == 0 else None)
+                self.commits.settle()
+        saved = self.commits.newest if self.commits else 0
+        lost = "checkpoint.every is 0: nothing is saved" if self.commits is None else "no update has been committed"
+        assert self.stop.signum is not None
+        raise Interrupted(self.stop.signum, f"everything up to update {saved} is committed" if saved > 0 else lost)
+
+    def state_dict(self) -> State:
+        """What the driver adds to a commit."""
+        ledger, arrays = self.ledger.state_dict()
+        state = {
+            "ledger": ledger,
+            "stream": self.stream.state_dict(),
+            "kl": self.kl.state_dict(),
+            "multiplier": self.multiplier.state_dict(),
+            "normalizer": asdict(self.normalizer),
+            "rng": self.rng.bit_generator.state,
+            "random": random_state(),
+            "first_score": self.first_score,
+            "version": self.version,
+            "updates": self.updates,
+            "durations": self.durations,
+            "qualities": self.qualities,
+            "logs": self.log.mark("ppo"),
+            "wandb_id": self.log.wandb_id,
+        }
+        return state, arrays
+
+    def restore(self, commit: Commit | None) -> None:
+        """Go to a commit, or with new ranks to the start of the run, in a new driver or in one that goes on: learner,
+        ledger, prompts, random state and logs; then the engines get its weights, and nothing samples before. Leases of
+        before are fenced.
+
+        A learner that has published a later version must have been started anew: engines take no older one from it.
+
+        Raises:
+            CheckpointError: a rank refuses the commit; nothing has been touched.
+        """
+        if commit is not None:
+            load_learner(self.learner, commit)
+        state, arrays = commit.driver_state() if commit is not None else self._start
+        self.ledger.load_state_dict(state["ledger"], arrays, self.log.run_dir / LEDGER_FILE)
+        self.dispatcher.rolled_back()
+        self.stream.load_state_dict(state["stream"])
+        self.kl.load_state_dict(state["kl"])
+        self.multiplier.load_state_dict(state["multiplier"])
+        self.normalizer = ScoreNormalizer(**state["normalizer"])
+        self.rng.bit_generator.state = state["rng"]
+        set_random_state(state["random"])
+        self.first_score, self.version, self.updates = state["first_score"], state["version"], state["updates"]
+        self.durations, self.qualities = state["durations"], state["qualities"]
+        # Not the phases: what this driver was busy with stays true.
+        self.log.cut("ppo", {name: count for name, count in state["logs"].items() if name != "phases.jsonl"})
+        self._boundary = state, arrays
+        if self.commits is not None:
+            self.commits.resumed(commit)
+        self.dispatcher.publish(self.version)
+
+    # ---- one update
+
+    def _update(self, train_policy: bool) -> dict[str, float]:
+        start = time.perf_counter()
+        self.progress.waiting_for(f"rollouts for the update of version {self.version}")
+        rollouts = self.dispatcher.next_batch(self.version)
+        metrics = {"perf/rollout_s": time.perf_counter() - start}
+        scored = self._scored(rollouts)
+        metrics["fault/unscored"] = float(len(rollouts) - len(scored))
+        metrics |= self._describe(scored)
+        if chosen_estimator(self.config.ppo).needs_groups:
+            # A rollout whose siblings all failed to be scored has nothing to be compared with.
+            paired = {r.key: r for r in with_siblings(scored)}
+            alone = [r.key for r in scored if r.key not in paired]
+            for key in alone:
+                self.ledger.quarantine(key, "no scored sibling")
+            metrics["fault/no_sibling"] = float(len(alone))
+            scored = list(paired.values())
+        metrics |= self._train(scored, train_policy)
+        if train_policy:
+            self.kl.update(metrics["kl/ref_seq"], len(scored))
+            metrics |= self._publish()
+        self.ledger.trained(self.version)
+        metrics["fault/learner_restarts"] = float(self.recovery.num_restarts)
+        return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
+
+    def _scored(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Those with a score; the others are set aside. Raises ScoreError where they are too many, or all."""
+        failed = [r for r in rollouts if r.scores["proxy"].value is None]
+        if len(failed) > self.config.ppo.max_failed_scores * len(rollouts) or len(failed) == len(rollouts):
+            reasons = sorted({str(r.scores["proxy"].error) for r in failed})
+            raise ScoreError(
+                f"{len(failed)} of {len(rollouts)} rollouts of version {self.version} have no score "
+                f"(ppo.max_failed_scores allows {self.config.ppo.max_failed_scores:.0%}), listed in "
+                f"{save_rollouts(self.log.run_dir / 'unscored.jsonl', failed)}; reasons: {reasons[:3]}"
+            )
+        for rollout in failed:
+            self.ledger.quarantine(rollout.key, f"no score: {rollout.scores['proxy'].error}")
+        return [r for r in rollouts if r.scores["proxy"].value is not None]
+
+    def _train(self, rollouts: list[Rollout], train_policy: bool) -> dict[str, float]:
+        """The learner's update with them; then lambda of the combined loss takes in their scores."""
+        ppo, multiplier = self.config.ppo, self.multiplier.value
+        worth = [shaped(r, self.normalizer, ppo, self.config.environment) for r in rollouts]
+        batches = make_batches(
+            *episodes(rollouts, worth, self.config.environment),
+            self.config.cluster.num_learner_ranks,
+            ppo.minibatches,
+            self.config.learner.microbatch_tokens,
+            self.rng,
+            self.version,
+        )
+        metrics = paid_metrics(worth)
+        start = time.perf_counter()
+        references = [ray.put(batch) for batch in batches]
+        update = self.learner.start_each("update", references, self.kl.coef, train_policy, multiplier)
+        if self.commits is not None:
+            self.commits.ask()  # behind the update, whose optimizer step waits for the writer
+        try:
+            metrics |= self._wait(update, f"the learner's update {self.version + 1}")[0]
+        except NonFiniteError as error:
+            path = save_rollouts(self.log.run_dir / "non_finite.jsonl", rollouts)
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise NonFiniteError(f"{cause}; no optimizer step was taken with it, its rollouts are in {path}") from None
+        train_s = time.perf_counter() - start
+        tokens = sum(r.num_tokens for r in rollouts)
+        metrics |= {"perf/train_s": train_s, "perf/train_tokens_per_s": tokens / train_s, "kl/coef": self.kl.coef}
+        if chosen_estimator(ppo).kl == "reward":
+            metrics["reward/kl_penalty_mean"] = -self.kl.coef * metrics["kl/ref_seq"]
+        if train_policy and ppo.combined.target is not None:
+            mean_score = float(np.mean([row.sum() for row in worth]))
+            metrics |= {"combined/lambda": multiplier, "combined/score_mean": mean_score}
+            self.multiplier.update(mean_score)
+        return metrics
+
+    def _wait(self, calls: list[Any], what: str) -> list[Any]:
+        self.progress.waiting_for(what)
+        return self.dispatcher.wait(calls, what)
+
+    def _describe(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Metrics of the texts and scores, and a few samples into the log."""
+        if not self.normalizer.is_fitted:
+            self.normalizer.fit(service_scores(rollouts))
+        metrics = describe(rollouts) | turn_metrics(rollouts)
+        self.first_score = metrics["reward/score_mean"] if self.first_score is None else self.first_score
+        metrics["reward/score_gain"] = metrics["reward/score_mean"] - self.first_score
+        self.log.samples([sample_row(r, self.version) for r in rollouts[: self.config.logger.samples_per_update]])
+        return metrics
+
+    def _publish(self) -> dict[str, float]:
+        """Give every engine the weights of the next version."""
+        metrics = {}
+        if self.config.ppo.weight_update == "drain":
+            start = time.perf_counter()
+            self.progress.waiting_for("the actors to finish what they hold")
+            self.dispatcher.drain()
+            metrics["perf/drain_s"] = time.perf_counter() - start
+        start = time.perf_counter()
+        self.progress.waiting_for(f"the engines to load version {self.version + 1}")
+        metrics |= self.dispatcher.publish(self.version + 1)
+        self.version += 1
+        return metrics | {"perf/sync_s": time.perf_counter() - start}

@@ -1,0 +1,368 @@
+"""The controller's side of the actors: who gets which rollout, and what they have finished.
+
+    stream ──admit──> ledger ──lease──> an actor's `assign`      as many as it may hold at once
+                        ▲
+                        └──complete── an actor's `collect`       one call always waits at each actor
+
+Whatever the controller waits for, it goes on serving the actors: answers of all remote calls arrive in one queue, in the
+order in which they come, so that an answer costs the same with one actor and with a thousand.
+
+An actor that is lost, or silent for `cluster.actor_silence_s`, costs the tokens that it was sampling: its leases end, others
+get them, and a new actor takes its place in a thread, while everything else goes on. It is handed work only when it serves
+the weights of the ledger's version. What an actor holds for much longer than usual, one with empty hands gets too.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from common.error_text import typed_line
+from contracts.config import ClusterConfig, PPOConfig
+from contracts.interfaces import CollectiveError, EngineLostError
+from contracts.records import Assignment, Delivery, Rollout
+from contracts.weights import WeightUpdate
+from controller.data.prompts import PromptStream
+from controller.ledger.entries import Key, Lease
+from controller.ledger.ledger import Ledger
+from controller.loop.fleet import Fleet, LearnerLostError
+from controller.loop.liveness import Stragglers, Watch
+
+PATIENCE_S = 2.0  # how long a completion waits for others that are scored with it, where actors and learner overlap
+LOOK_S = 0.5  # between two looks for silent actors and stragglers
+
+Failed = Callable[[BaseException], None]
+
+
+class Stopping(Exception):
+    """`interrupt` was called: no more updates are wanted."""
+
+
+class Dispatcher:
+    """Keeps every actor supplied within the ledger's bound. All calls come from the controller's one thread."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        ledger: Ledger,
+        stream: PromptStream,
+        ppo: PPOConfig,
+        scorers: list[str],
+        cluster: ClusterConfig,
+    ):
+        actors = fleet.actors
+        self._fleet, self._actors = fleet, actors  # the list in which a new actor takes its place
+        self._ledger, self._stream, self._ppo, self._timeout_s = ledger, stream, ppo, cluster.step_timeout_s
+        self._scorers = scorers
+        self._share = -(-(ledger.max_staleness + 1) * ledger.rollouts_per_update // len(actors))
+        # Where phases take turns, scoring begins when the last completion is there: each may then use every core.
+        self._scoring = (
+            (ppo.score_batch, PATIENCE_S) if ledger.max_staleness else (ledger.rollouts_per_update, self._timeout_s)
+        )
+        self._held: list[dict[int, float]] = [{} for _ in actors]  # leases at each actor, and since when
+        self._life = [0] * len(actors)  # which actor in this place: answers of an earlier one no longer count
+        self._serving = set(range(len(actors)))  # actors that may be handed work
+        self._behind: set[int] = set()  # actors that are up, with other weights
+        self._publishing = False
+        # A rollout group trains as a whole, so its rollouts are completed together: {group: {key: (lease, rollout)}}.
+        self._parts: dict[tuple[int, int], dict[Key, tuple[int, Rollout]]] = {}
+        self._inbox: queue.SimpleQueue[tuple[Callable[[Any], None], Failed | None, Future[Any]]] = queue.SimpleQueue()
+        self._paused = False
+        self._interrupted = False
+        self._usage = [(0.0, 0.0) for _ in actors]  # seconds of generating, scoring
+        self._tokens = 0
+        self.num_lost = self.num_silent = 0
+        self._watch_actors = Watch(lambda number: self._actors[number].pulse.remote(), cluster.actor_silence_s)
+        self._ranks, self._learner_works, self._round = range(cluster.num_learner_ranks), False, 0
+        self._watch_learner = Watch(fleet.pulse_learner, cluster.learner_silence_s)
+        self._stragglers, self._look_at = Stragglers(cluster.hedge_after_s), 0.0
+        for number in self._serving:
+            self._ask(number)
+
+    # ---- what the controller calls
+
+    def feed(self, updates_left: int) -> None:
+        """Admit as many rollouts as the staleness bound allows now and the updates left will use, and hand them out."""
+        wanted = updates_left * self._ledger.rollouts_per_update - self._ledger.num_open
+        groups = min(self._ledger.capacity(), wanted) // self._ppo.samples_per_prompt
+        if groups > 0:
+            self._ledger.admit(self._stream.next_requests(groups))
+        for number in sorted(self._serving):
+            self._supply(number)
+
+    def next_batch(self, version: int) -> list[Rollout]:
+        """The rollouts of the next update, by a learner at `version`.
+
+        Raises:
+            Stopping: after `interrupt`.
+            TimeoutError: after the time that a step may take.
+            ActorLostError: more actors are lost than `cluster.max_actor_restarts`.
+            Exception: what a new actor cannot start for.
+        """
+        n = self._ledger.rollouts_per_update
+
+        def ready() -> bool:
+            if self._interrupted:
+                raise Stopping
+            self._catch_up()
+            return self._ledger.ready(n, version)
+
+        self._until(ready, f"{n} rollouts for the update of version {version}")
+        return self._ledger.take(n, version)
+
+    def wait(self, calls: list[Any], what: str) -> list[Any]:
+        """The results of remote calls of the learner, one for each rank.
+
+        Raises:
+            LearnerLostError: a rank is gone, cannot reach the others, or has been silent for too long.
+            TimeoutError: after the time that a step may take, naming `what`.
+            Exception: the first error that comes.
+        """
+        results: dict[int, Any] = {}
+        self._round += 1
+        for i, call in enumerate(calls):
+            self._watch(call, partial(results.__setitem__, i), partial(self._learner_failed, self._round))
+        self.serve(lambda: len(results) == len(calls), what)
+        return [results[i] for i in range(len(calls))]
+
+    def hear(self, calls: list[Any], done: Callable[[list[Any]], None]) -> None:
+        """Call `done` with the results of remote calls, an error in the place of one that fails, when all are there: from
+        within whatever the controller waits for then."""
+        answers: dict[int, Any] = {}
+
+        def take(i: int, answer: Any) -> None:
+            answers[i] = answer
+            if len(answers) == len(calls):
+                done([answers[i] for i in range(len(calls))])
+
+        for i, call in enumerate(calls):
+            self._watch(call, partial(take, i), partial(take, i))
+
+    def serve(self, done: Callable[[], bool], what: str) -> None:
+        """Serve the actors until the learner has done something. Raises TimeoutError naming `what`, and LearnerLostError."""
+        self._learner_works = True
+        try:
+            self._until(done, what)
+        finally:
+            self._learner_works = False
+            for rank in self._ranks:
+                self._watch_learner.forget(rank)
+
+    def interrupt(self) -> None:
+        """End the wait for rollouts with Stopping, now or when it is next begun. Safe in a signal handler."""
+        self._interrupted, nothing = True, Future[None]()
+        nothing.set_result(None)
+        self._inbox.put((lambda _: None, None, nothing))
+
+    def drain(self) -> None:
+        """Hand out nothing new and wait until nothing is being sampled; the next `feed` goes on.
+
+        A delivered rollout whose group is not whole keeps its lease: the rest of the group may be waiting to be handed out.
+        """
+        self._paused = True
+        self._until(lambda: not any(self._held), "the actors to finish what they hold")
+        self._paused = False
+
+    def usage(self) -> dict[str, float]:
+        """Since the last call: what the busiest actor spent, and sampled tokens a second of its generating."""
+        generate_s = max(seconds for seconds, _ in self._usage)
+        score_s = max(seconds for _, seconds in self._usage)
+        rate = self._tokens / generate_s if generate_s else 0.0
+        self._usage, self._tokens = [(0.0, 0.0) for _ in self._actors], 0
+        return {"perf/generate_s": generate_s, "perf/score_s": score_s, "perf/gen_tokens_per_s": rate}
+
+    def faults(self) -> dict[str, float]:
+        """Of the run so far."""
+        return {"fault/actors_lost": float(self.num_lost), "fault/actors_silent": float(self.num_silent)} | {
+            "fault/rollouts_hedged": float(self._ledger.counts["hedged"])
+        }
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Give every actor the learner's weights as `version`; the learner must have nothing else to do. Actors that they
+        do not reach are replaced. Returns metrics of the transfer."""
+        self._publishing, lives = True, {number: self._life[number] for number in self._fleet.present()}
+        report = self.wait(self._fleet.start_publish(version), f"the engines to load version {version}")[0]
+        self._publishing = False
+        self._fleet.published(report)
+        for number, reason in report.missing.items():
+            if lives.get(number) == self._life[number]:  # the others have been lost before
+                self._lose(number, f"it did not take version {version}: {reason}")
+        # An actor that took another's place meanwhile has the weights that it started with.
+        for number in [n for n in self._behind if lives.get(n) == self._life[n]]:
+            self._behind.discard(number)
+            self._serving.add(number)
+            self._supply(number)
+        return report.metrics()
+
+    # ---- answers
+
+    def _until(self, done: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + self._timeout_s
+        while not done():
+            now = time.monotonic()
+            if now >= self._look_at:
+                self._look_at = now + LOOK_S
+                self._look(now)
+            try:
+                handle, failed, answer = self._inbox.get(timeout=max(0.0, min(end, self._look_at) - now))
+            except queue.Empty:
+                if now < end:
+                    continue
+                raise TimeoutError(f"waited {self._timeout_s:.0f} s (cluster.step_timeout_s) for {what}") from None
+            error = answer.exception()
+            if error is None:
+                handle(answer.result())
+            elif failed is None:
+                raise error
+            else:
+                failed(error)
+
+    def _watch(self, call: Any, handle: Callable[[Any], None], failed: Failed | None = None) -> None:
+        call.future().add_done_callback(lambda answer: self._inbox.put((handle, failed, answer)))
+
+    def _ask(self, number: int) -> None:
+        call, life = self._actors[number].collect.remote(*self._scoring), self._life[number]
+        self._watch(call, partial(self._deliver, number, life), partial(self._failed, number, life))
+
+    def _deliver(self, number: int, life: int, delivery: Delivery) -> None:
+        if life != self._life[number]:
+            return
+        self._ask(number)
+        generate_s, score_s = self._usage[number]
+        self._usage[number] = generate_s + delivery.generate_s, score_s + delivery.score_s
+        now = time.monotonic()
+        for lease, rollout in delivery.rollouts:
+            self._stragglers.took(now - self._held[number].pop(lease, now))
+            self._tokens += len(rollout.completion.sampled_ids)
+            if self._ledger.is_late(lease):
+                continue
+            siblings = self._parts.setdefault(rollout.group, {})
+            siblings.setdefault(rollout.key, (lease, rollout))
+            if len(siblings) == self._ppo.samples_per_prompt:
+                self._ledger.complete_group(list(self._parts.pop(rollout.group).values()))
+        self._supply(number)
+
+    def _supply(self, number: int) -> None:
+        if self._paused or number not in self._serving:
+            return
+        leases = self._ledger.lease(self._share - len(self._held[number]), _holder(number))
+        if leases:
+            self._assign(number, leases)
+
+    def _assign(self, number: int, leases: list[Lease]) -> None:
+        self._held[number].update(dict.fromkeys((lease.number for lease in leases), time.monotonic()))
+        work = [Assignment(lease.number, lease.request, self._judges(lease.order)) for lease in leases]
+        # Without a result to wait for: what goes wrong with an assignment is the next `collect`'s answer.
+        self._actors[number].assign.remote(work, self._ppo.sampling)
+
+    def _judges(self, order: int) -> tuple[str, ...]:
+        """Who scores the rollout that was admitted as number `order`: the gold judge sees an even share."""
+        gold, all_rollouts = self._ppo.gold_rollouts, self._ledger.rollouts_per_update
+        sees = (order * gold) % all_rollouts < gold
+        return tuple(scorer for scorer in self._scorers if scorer != "gold" or sees)
+
+    # ---- slow and lost actors
+
+    def _look(self, now: float) -> None:
+        """For processes that are there and do nothing, and for rollouts that take too long."""
+        silent = self._watch_learner.silent(self._ranks) if self._learner_works else {}
+        if silent:
+            raise LearnerLostError(f"learner rank {min(silent)} has not got on for {max(silent.values()):.0f} s")
+        for number, seconds in self._watch_actors.silent(self._serving | self._behind).items():
+            self.num_silent += 1
+            self._lose(number, f"it has generated nothing for {seconds:.0f} s")
+        idle = [number for number in sorted(self._serving) if not self._held[number]]
+        if not idle or len(self._serving) == 1:
+            return
+        end = now - self._stragglers.deadline_s()
+        late = [lease for held in self._held for lease, since in held.items() if since < end]
+        for number in idle:
+            second: list[Lease] = []
+            while late and len(second) < self._share:
+                lease = self._ledger.hedge(late.pop(0), _holder(number))
+                second += [lease] if lease else []
+            if second:
+                self._assign(number, second)
+
+    def _failed(self, number: int, life: int, error: BaseException) -> None:
+        if life != self._life[number]:
+            return
+        if not _is_loss(error):
+            raise error  # of one rollout: a prompt that cannot be sampled
+        self._lose(number, typed_line(error))
+
+    def _lose(self, number: int, reason: str) -> None:
+        """What the actor held is handed out again, and another starts in its place."""
+        self._life[number] += 1
+        self._serving.discard(number)
+        self._behind.discard(number)
+        self._watch_actors.forget(number)
+        held, self._held[number] = self._held[number], {}
+        for lease in held:
+            self._ledger.give_back(lease)
+        self.num_lost += 1
+        self._fleet.lost(number, len(held), reason, self.num_lost)
+        fresh: Future[tuple[bool, WeightUpdate | None]] = Future()
+
+        def replace() -> None:
+            try:
+                fresh.set_result(self._fleet.replace(number))
+            except BaseException as error:  # the thread's only listener is the controller
+                fresh.set_exception(error)
+
+        threading.Thread(target=replace, name=f"replace-actor-{number}", daemon=True).start()
+        handlers = partial(self._joined, number), partial(self._failed, number, self._life[number])
+        fresh.add_done_callback(lambda answer: self._inbox.put((*handlers, answer)))
+        for other in sorted(self._serving):
+            self._supply(other)
+
+    def _joined(self, number: int, joined: tuple[bool, WeightUpdate | None]) -> None:
+        """A new actor is there."""
+        self._fleet.joined(number)
+        self._ask(number)
+        if self._fleet.serves(joined, self._ledger.version) and not self._publishing:
+            self._serving.add(number)
+            self._supply(number)
+        else:
+            self._behind.add(number)
+
+    # ---- a lost learner
+
+    def _learner_failed(self, round_: int, error: BaseException) -> None:
+        if round_ != self._round:
+            return  # of a call that nobody waits for any more
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, (RayActorError, CollectiveError)):
+            raise LearnerLostError(f"a learner rank is lost: {typed_line(cause)}") from error
+        raise error
+
+    def rolled_back(self) -> None:
+        """Ledger and learner are back at a commit: what the actors hold is nobody's any more, and nothing samples before
+        the next `publish`."""
+        self._publishing = False
+        self._parts.clear()
+        self._held = [{} for _ in self._actors]
+        self._behind |= self._serving
+        self._serving = set()
+        self._fleet.learner_restarted()
+
+    def _catch_up(self) -> None:
+        """Actors that came while weights went out get them now that the learner has nothing else to do."""
+        if self._behind:
+            self.publish(self._ledger.version)
+
+
+def _holder(number: int) -> str:
+    return f"actor-{number}"
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether it says that a process or its engine is gone, which another can replace."""
+    if isinstance(error, RayTaskError):
+        error = error.cause
+    return isinstance(error, (RayActorError, EngineLostError))

@@ -1,0 +1,37 @@
+"""What a sweep maximises: gold reward at bounded KL, one number a run.
+
+    objective = gold gain over SFT - PENALTY * max(0, KL - evaluate.max_kl)
+
+The gold judge scores the same held-out prompts that the verdict is about, and no training sees it; the learned score rises
+in almost any run. The bound is soft, so that a sweeper still sees in which direction a member went wrong. PENALTY has to be
+above what a nat buys at the bound, or overstepping it pays: with gold growing as the square root of the KL (Gao et al. 2022,
+arXiv 2210.10760), a gain of 1 at 10 nats has the slope 1 / (2 * 10) = 0.05 there.
+"""
+
+from typing import Any
+
+from controller.record.judged import against_sft, judged_model
+
+PENALTY = 0.1  # score units for each nat a sequence beyond the bound
+
+
+def evaluation_metrics(evaluation: dict[str, Any], max_kl: float) -> dict[str, float]:
+    """What is known of the judged model against SFT as flat metrics: gold_gain, proxy_gain, win_rate, kl, length_ratio,
+    objective.
+
+    Args:
+        evaluation: the content of evaluation.json.
+        max_kl: bound in nats a sequence (evaluate.max_kl).
+    """
+    comparison, model = against_sft(evaluation), judged_model(evaluation)
+    found = {name: (comparison.get(name) or {}).get("mean") for name in ("gold_gain", "proxy_gain", "win_rate")}
+    found |= {"kl": (model.get("kl") or {}).get("mean"), "length_ratio": comparison.get("length_ratio")}
+    known = {name: float(value) for name, value in found.items() if value is not None and value == value}
+    if "gold_gain" in known and "kl" in known:
+        known["objective"] = known["gold_gain"] - PENALTY * max(0.0, known["kl"] - max_kl)
+    return known
+
+
+def objective(evaluation: dict[str, Any], max_kl: float) -> float | None:
+    """Higher is better; None where its model, SFT or the gold judge is missing. Arguments as `evaluation_metrics`."""
+    return evaluation_metrics(evaluation, max_kl).get("objective")

@@ -1,0 +1,205 @@
+"""Read a run directory, whole or half finished, into one record that the sections of the report draw from."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.error_text import error_lines
+from contracts.methods import method_title
+from controller.record.objective import objective
+from controller.record.redaction import redacted, redacted_override
+
+RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "hydra/overrides.yaml")
+CURVE_FILES = ("metrics.jsonl", "stages.json", "evaluation.json")
+
+
+class ReportError(ValueError):
+    """The directory holds nothing that a report could be made of."""
+
+
+Curve = list[tuple[float, float | None]]  # (step, value); None where the run logged null
+
+
+@dataclass
+class Run:
+    """What the files of a run directory say. A file that is missing leaves its field empty and its name in `missing`."""
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] | None = None  # of the command line; None where Hydra kept no record of them
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.path.name)
+
+    def setting(self, dotted: str) -> Any:
+        """A value of the configuration by its path, or None."""
+        value: Any = self.config
+        for part in dotted.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def loop_title(self) -> str:
+        """What its rollouts train by: PPO, GRPO, RAFT, ..."""
+        return method_title("ppo", self.setting("ppo.estimator"))
+
+    @property
+    def objective(self) -> float | None:
+        """What a sweep maximises, where it was measured."""
+        return objective(self.evaluation, number(self.setting("evaluate.max_kl")) or math.inf)
+
+    def curve(self, stage: str, metric: str) -> Curve:
+        """(step, value) in order of step, (version, value) for PPO. A resumed run may log a step twice: the later counts.
+
+        PPO counts its steps from the updates that only fit the value model, so its rows also say their version.
+        """
+        by_step: dict[float, float | None] = {}
+        for row in self.metrics:
+            step = number(row.get("step"))
+            if stage == "ppo":
+                version = number(row.get("progress/version"))
+                step = step if version is None else version
+            if row.get("stage") == stage and metric in row and step is not None:
+                by_step[step] = number(row[metric])
+        return sorted(by_step.items())
+
+    def stages_of(self, prefix: str) -> list[str]:
+        """Names of the stages that logged metrics and start with `prefix`, in order of appearance."""
+        names = [str(row.get("stage")) for row in self.metrics]
+        return [name for name in dict.fromkeys(names) if name.startswith(prefix)]
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """What stages.json says of one stage, or an empty dict."""
+        return next((stage for stage in self.stages if stage.get("name") == name), {})
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for null, NaN, text and whatever else a broken run may have left."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def is_run(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in RUN_FILES)
+
+
+def runs_in(path: Path) -> list[Path]:
+    """A run directory itself, or the members of a sweep, directly below its own."""
+    if is_run(path) or not path.is_dir():
+        return [path] if is_run(path) else []
+    return sorted(child for child in path.iterdir() if is_run(child))
+
+
+def load(run_dir: str | Path) -> Run:
+    """Read the directory.
+
+    Raises:
+        ReportError: it does not exist, or has none of the files that a report is about.
+    """
+    run = read(run_dir)
+    if not (run.metrics or run.stages or run.evaluation):
+        raise ReportError(
+            f"{run_dir} has none of {', '.join(CURVE_FILES)} with content: nothing to report. "
+            "Is it a run directory, and has its first stage finished a step?"
+        )
+    return run
+
+
+def read(run_dir: str | Path) -> Run:
+    """As `load`, also where a run has left nothing but its directory."""
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise ReportError(f"{path} is not a directory; write the run directory that `train.py` printed")
+    run = Run(path.resolve())
+    run.metrics = _jsonl(run, "metrics.jsonl")
+    run.samples = _jsonl(run, "samples.jsonl")
+    run.phases = _laid_end_to_end(_jsonl(run, "phases.jsonl"))
+    stages = _json(run, "stages.json")
+    run.stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    evaluation = _json(run, "evaluation.json")
+    run.evaluation = evaluation if isinstance(evaluation, dict) else {}
+    run.config = _yaml(run)
+    return run
+
+
+def _jsonl(run: Run, name: str) -> list[dict[str, Any]]:
+    path = run.path / name
+    if not path.exists():
+        run.missing.append(name)
+        return []
+    rows, broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken += 1  # a process that was killed leaves half a line
+    if broken:
+        run.problems.append(f"{name}: {broken} line{'s' if broken > 1 else ''} could not be read and count for nothing")
+    return rows
+
+
+def _json(run: Run, name: str) -> Any:
+    path = run.path / name
+    if not path.exists():
+        run.missing.append(name)
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        run.problems.append(f"{name} is not valid JSON ({error})")
+        return None
+
+
+def _yaml(run: Run) -> dict[str, Any]:
+    path = run.path / "config.yaml"
+    overrides = run.path / "hydra/overrides.yaml"
+    try:
+        if overrides.exists():
+            kept = yaml.safe_load(overrides.read_text(encoding="utf-8"))
+            run.overrides = [redacted_override(str(item)) for item in kept] if isinstance(kept, list) else None
+        if not path.exists():
+            run.missing.append("config.yaml")
+            return {}
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        # Not shown as it is: what cannot be parsed cannot be cleared of secrets either.
+        run.problems.append(f"config.yaml or hydra/overrides.yaml is not valid YAML ({error_lines(error)[0]})")
+        return {}
+    return redacted(config) if isinstance(config, dict) else {}
+
+
+def _laid_end_to_end(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Phases with usable times. A resumed run starts its clock at zero: its phases move behind those before it.
+
+    Lines are written when a phase ends, so within one attempt their ends never decrease.
+    """
+    kept: list[dict[str, Any]] = []
+    offset_s = last_s = 0.0
+    for row in rows:
+        start_s, end_s = number(row.get("start_s")), number(row.get("end_s"))
+        if start_s is None or end_s is None or end_s < start_s:
+            continue
+        if end_s + offset_s < last_s:
+            offset_s = last_s
+        last_s = end_s + offset_s
+        kept.append(row | {"start_s": start_s + offset_s, "end_s": last_s})
+    return kept

@@ -1,0 +1,215 @@
+"""The record of a run: three append-only JSONL files that are the truth, and wandb as one more place to look at them.
+
+    driver -> RunLog -> RUN/metrics.jsonl   one line per (stage, step)
+                     -> RUN/samples.jsonl   prompts and completions with their scores
+                     -> RUN/phases.jsonl    who was busy from when to when
+                     -> wandb               metrics only, from a thread of its own (controller.record.wandb_tracker)
+
+Only the driver writes. Actors and learner ranks hand their numbers to it, so that no file ever has two writers.
+
+Every line belongs to a stage, which it names. A stage that begins again takes its lines back, one that goes on from a commit
+those that came after it; the lines of other stages stay where they are.
+"""
+
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from common.error_text import typed_line
+from common.files.durable import replace_text
+from contracts.config import LoggerConfig
+from controller.alarms.live import AlarmWatch
+from controller.alarms.rules import Alarm
+from controller.record.redaction import redacted
+from controller.record.wandb_tracker import WandbSink
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "phases.jsonl")
+
+
+def names_in_logs(stage: str) -> tuple[str, ...]:
+    """What the lines of a stage call it: those of ppo that only fit the value model have a name of their own."""
+    return ("ppo", "value_warmup") if stage == "ppo" else (stage,)
+
+
+class RunLog:
+    """Appends to the files of one run. `wall_s` in every line counts from the creation of this object.
+
+    A resumed run appends to the same files; its `wall_s` starts at zero again, which tells readers where it resumed.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: dict[str, Any],
+        logger: LoggerConfig,
+        job_type: str,
+        *,
+        attempt: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        on_alarm: Callable[[Alarm], None] = lambda alarm: None,
+    ) -> None:
+        """`attempt` counts the starts of one run; each is a wandb run of its own, grouped by the run. `on_alarm` hears each
+        alarm once, when it first fires."""
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.wandb_faults = 0
+        self.wandb_id: str | None = None
+        self._clock, self._created = clock, clock()
+        self._files = {name: _open(self.run_dir / name) for name in LOGS}
+        self._counts = {name: Counter(map(_stage_of, self._lines(name))) for name in LOGS}  # lines by stage
+        self._watch, self._on_alarm = AlarmWatch(config), on_alarm
+        plain = redacted(config)
+        self._wandb: WandbSink | None = None
+        if logger.wandb != "disabled":
+            self._wandb = WandbSink(self.run_dir, plain, logger, job_type, attempt=attempt)
+            self.wandb_id = self._wandb.id
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Append one line. What is not finite is written as null: the line stays JSON and the gap stays visible."""
+        values = {name: _finite(value) for name, value in metrics.items()}
+        row = {"stage": stage, "step": step, "wall_s": self._wall_s(), **values}
+        self._write("metrics.jsonl", row)
+        if self._wandb:
+            self._wandb.log(row)
+        for alarm in self._watch.new_alarms(row):
+            self._on_alarm(alarm)
+            if self._wandb:
+                self._wandb.alert(alarm.title, f"{alarm.finding} {alarm.meaning} Try: {alarm.advice}")
+        self._flush_faults()
+
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        """Append prompts and completions with their scores. The text reaches wandb only with `logger.wandb_text`."""
+        for row in rows:
+            self._write("samples.jsonl", {k: _finite(v) if isinstance(v, float) else v for k, v in row.items()})
+        if self._wandb:
+            self._wandb.samples(rows)
+
+    def artifact(self, name: str, kind: str, path: str) -> None:
+        """Tell wandb where a result lies. It gets a reference, never the files."""
+        if self._wandb:
+            self._wandb.artifact(name, kind, path)
+
+    def mark(self, stage: str) -> dict[str, int]:
+        """How many lines a stage has in each file, which are durable: what a commit says of the logs."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        return {name: sum(self._counts[name][own] for own in names_in_logs(stage)) for name in LOGS}
+
+    def cut(self, stage: str, counts: Mapping[str, int]) -> None:
+        """Take a stage's lines in the files that `counts` names back to a `mark`: what came later is written again."""
+        for name, count in counts.items():
+            own, kept = 0, list[str]()
+            for line in self._lines(name):
+                is_own = _stage_of(line) in names_in_logs(stage)
+                own += is_own
+                if not is_own or own <= count:
+                    kept.append(line)
+            if own > count:
+                self._files[name].close()
+                replace_text(self.run_dir / name, "".join(kept))
+                self._files[name] = _open(self.run_dir / name)
+                self._counts[name] = Counter(map(_stage_of, kept))
+
+    def forget(self, stage: str) -> None:
+        """A stage begins anew: an earlier attempt may have gone further, or had other settings."""
+        self.cut(stage, dict.fromkeys(LOGS, 0))
+
+    def lines_of(self, stage: str) -> dict[str, str]:
+        """The lines of a stage, by file."""
+        own = names_in_logs(stage)
+        return {name: "".join(line for line in self._lines(name) if _stage_of(line) in own) for name in LOGS}
+
+    def take(self, stage: str, texts: Mapping[str, str]) -> None:
+        """Let the lines of a stage be those of another run, as `lines_of` gave them."""
+        if self.lines_of(stage) != {name: texts.get(name, "") for name in LOGS}:
+            self.forget(stage)
+            for name, text in texts.items():
+                for line in io.StringIO(text, newline="\n"):
+                    self._append(name, line, _stage_of(line))
+
+    def _lines(self, name: str) -> list[str]:
+        # A text may hold other line ends than the one that ends a line here.
+        with (self.run_dir / name).open(encoding="utf-8", newline="\n") as file:
+            return list(file)
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        self._append(name, line, str(row.get("stage", "")))
+
+    def _append(self, name: str, line: str, stage: str) -> None:
+        self._files[name].write(line)
+        self._files[name].flush()
+        self._counts[name][stage] += 1
+
+    @contextmanager
+    def phase(self, stage: str, phase: str) -> Iterator[None]:
+        """Record from when to when the block ran, also where it raised."""
+        start_s = self._wall_s()
+        try:
+            yield
+        finally:
+            self._write("phases.jsonl", {"stage": stage, "phase": phase, "start_s": start_s, "end_s": self._wall_s()})
+
+    def close(self) -> None:
+        """End the wandb run and close the files. Closing twice does nothing."""
+        if not self._files["metrics.jsonl"].closed:
+            if self._wandb:
+                self._wandb.close()
+                self._flush_faults()
+            for file in self._files.values():
+                file.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _wall_s(self) -> float:
+        return round(self._clock() - self._created, 3)
+
+    def _flush_faults(self) -> None:
+        """wandb is a sink: what its thread met is written here, so that metrics.jsonl keeps one writer."""
+        for action, error in self._wandb.new_faults() if self._wandb else ():
+            self.wandb_faults += 1
+            row = {"stage": "faults", "step": self.wandb_faults, "wall_s": self._wall_s()}
+            self._write("metrics.jsonl", row | {"fault/wandb": self.wandb_faults})
+            if self.wandb_faults == 1:
+                print(
+                    f"wandb {action} failed ({typed_line(error)[:200]}); the run goes on and "
+                    f"{self.run_dir}/metrics.jsonl has everything",
+                    file=sys.stderr,
+                )
+
+
+def _open(path: Path) -> IO[str]:
+    """Open for appending; a line that a killed process left half-written is ended first."""
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    file = path.open("a", encoding="utf-8")
+    if torn:
+        file.write("\n")
+    return file
+
+
+def _stage_of(line: str) -> str:
+    """Empty for what is no line of ours, as one that a killed process left half-written."""
+    try:
+        return str(json.loads(line)["stage"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _finite(value: float | None) -> float | None:
+    """A plain Python number (also from numpy and torch scalars), or None."""
+    if value is None or isinstance(value, int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,128 @@
+"""What can be known of models and data before an engine starts, beyond the configuration itself."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from common.error_text import error_lines
+from common.files.source_code import function_source
+from common.models.loading import LoadingError, refuse_adapter, refuse_quantised
+from contracts.checks.validation import ConfigError
+from contracts.config import TandemConfig
+from contracts.methods import checkpoints_read, reads, results_needed, runs
+from contracts.placement import needs
+from controller.data.inputs import Inputs
+from controller.start_checks.lengths import too_long
+
+
+def check_model(config: TandemConfig) -> None:
+    """Refuse a model that cannot be loaded, before anything starts.
+
+    Raises:
+        ConfigError: naming the key and what is wrong.
+    """
+    keys = {"model.path": config.model.path, **checkpoints_read(config)}
+    problems = []
+    for key, path in keys.items():
+        try:
+            refuse_adapter(path, key)
+            revision = config.model.revision if key == "model.path" else None
+            found = AutoConfig.from_pretrained(
+                path, revision=revision, trust_remote_code=config.model.trust_remote_code
+            )
+            refuse_quantised(found, path, key)
+            if key == "model.path":
+                problems += _too_many_layers(config, getattr(found.get_text_config(), "num_hidden_layers", None))
+                problems += _undivided_heads(config, found.get_text_config())
+            problems += too_long(config, key, path, found.get_text_config())
+        except LoadingError as error:
+            problems.append(str(error))
+        except (OSError, ValueError, KeyError) as error:
+            reason = error_lines(error)[0][:200]
+            exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
+            problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
+    problems += _missing_functions(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_amounts(config: TandemConfig, data: Inputs) -> None:
+    """Refuse stages with fewer examples than one of their steps needs.
+
+    Raises:
+        ConfigError: naming the key, the number found and what to write instead.
+    """
+    ppo, ranks, problems = config.ppo, config.cluster.num_learner_ranks, []
+    needed, sft_examples = results_needed(config), len(data.sft)
+    if runs(config, "ppo") and ppo.ptx_coef > 0 and sft_examples < ppo.ptx_batch_size:
+        problems.append(
+            f"ppo.ptx_batch_size must be at most the number of usable examples in data.sft ({sft_examples}); found "
+            f"{ppo.ptx_batch_size}; write ppo.ptx_batch_size={sft_examples} or less, or give more examples"
+        )
+    if runs(config, "sft") and "sft" in needed and sft_examples < 2 * ranks:
+        problems.append(
+            f"data.sft must have an example to train on and one to hold out for each of cluster.num_learner_ranks "
+            f"({ranks}); found {sft_examples} usable; give {2 * ranks} or more"
+        )
+    if "filtered_sft" in needed and len(data.best_sft) < 2 * ranks:
+        problems.append(
+            f"sft.top_fraction must leave {2 * ranks} or more texts of data.preferences to train on and to hold out; found "
+            f"{config.sft.top_fraction}, which leaves {len(data.best_sft)}; write a larger one, or give more texts"
+        )
+    for key, items in (("data.preferences", data.completions), ("data.test", data.test_completions)):
+        if "preference" in needed and len(items) < max(2, ranks):
+            problems.append(
+                f"{key} must have at least {max(2, ranks)} usable rows for stage preference; found {len(items)}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _missing_functions(config: TandemConfig) -> list[str]:
+    """They are imported when the reward service starts, in a pipeline after SFT."""
+    problems = []
+    for name, entry in config.reward_service.scorers.items():
+        try:
+            if entry.kind == "function" and needs(config)[0].count:
+                function_source(str(entry.function))
+        except ValueError as error:
+            problems.append(f"reward_service.scorers.{name}: {error}")
+    return problems
+
+
+def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:
+    wanted = {
+        "sft.trainable_layers": config.sft.trainable_layers,
+        "reward_model.trainable_layers": config.reward_model.trainable_layers,
+        "ppo.trainable_layers": config.ppo.trainable_layers,
+        "ppo.value_trainable_layers": config.ppo.value_trainable_layers,
+    }
+    if runs(config, "preference"):
+        wanted["preference.trainable_layers"] = config.preference.trainable_layers
+    return [
+        f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"
+        for key, value in wanted.items()
+        if reads(config, key) and layers is not None and value is not None and value > layers
+    ]
+
+
+def _undivided_heads(config: TandemConfig, model: Any) -> list[str]:
+    """vLLM gives each of the tensor-parallel workers as many attention heads, and key-value heads by their number or, where
+    there are fewer of these, copies of each (vllm/model_executor/models/llama.py)."""
+    size, heads = config.engine.tensor_parallel_size, getattr(model, "num_attention_heads", None)
+    if heads is None or not needs(config)[0].count:
+        return []
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
+
+    def divides(n: int) -> bool:
+        return heads % n == 0 and max(kv_heads, n) % min(kv_heads, n) == 0
+
+    if divides(size):
+        return []
+    sizes = ", ".join(str(n) for n in range(1, heads + 1) if divides(n))
+    return [
+        f"engine.tensor_parallel_size must divide the model's {heads} attention heads, and divide its {kv_heads} "
+        f"key-value heads or be a multiple of them; found {size}; write one of {sizes}, with as many "
+        "cluster.gpus_per_actor"
+    ]

@@ -1,0 +1,130 @@
+"""Whether the models of a run are computed here as their classes compute them, before an engine starts: docs/models.md."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.error_text import error_lines
+from common.models.loading import LoadingError, loading_report, refuse_unloaded
+from common.models.proof import NoClass, Proof, Unproven
+from contracts.checks.validation import ConfigError
+from contracts.config import TandemConfig
+from contracts.estimators import chosen_estimator
+from contracts.methods import checkpoints_read, reads, results_needed, runs
+from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, starts_value_model
+
+TRAINING = ("sft", "filtered_sft", "preference", "ppo")
+
+
+def check_weights_and_code(config: TandemConfig) -> None:
+    """Refuse models that lack weights, or that would not be trained and scored as their classes define them.
+
+    A proof takes a tenth of a second and the report on a checkpoint's weights as long as making its modules without memory.
+
+    Raises:
+        ConfigError: naming key and model, what differs and what to write instead.
+    """
+    policies, scorers = dict(_policies(config)), dict(_scorers(config))
+    paths = policies | scorers
+    problems = [
+        text for key, path in policies.items() if (text := _unloaded(partial(_check_policy, config), key, path))
+    ]
+    problems += [text for key, path in scorers.items() if (text := _unloaded(_check_scorer, key, path))]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for key, use in _uses(config):
+        path = paths[key]
+        found = _read(config, key, path)
+        try:
+            _prove(config, use, found)
+        except NoClass as error:
+            problems.append(f"{key}={path}: {error}, which {use} needs; write {_instead(use)}")
+        except Unproven as error:
+            problems.append(
+                f"{key}={path}: {use} of {found.model_type} would not compute what its class in transformers computes "
+                f"({error}); write {_instead(use)}, or learner.attention=auto"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _instead(use: str) -> str:
+    return "another model" + (", or ppo.estimator=grpo, which has none" if use == "the value model" else "")
+
+
+def _policies(config: TandemConfig) -> Iterator[tuple[str, str]]:
+    yield "model.path", config.model.path
+    yield from ((key, path) for key, path in checkpoints_read(config).items() if key not in CHECKPOINTS)
+
+
+def _scorers(config: TandemConfig) -> Iterator[tuple[str, str]]:
+    """The reward models that are not made here."""
+    yield from ((key, path) for key, path in checkpoints_read(config).items() if key in CHECKPOINTS)
+    if not reads(config, "reward_service"):
+        return
+    chosen = chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES, ""))
+    for name, entry in config.reward_service.scorers.items():
+        if name in chosen and entry.kind == "model":
+            yield f"reward_service.scorers.{name}.path", str(entry.path)
+
+
+def _uses(config: TandemConfig) -> Iterator[tuple[str, str]]:
+    """Which key's architecture is used as what."""
+    policy = "sft_model" if config.sft_model else "model.path"
+    if any(runs(config, stage) for stage in TRAINING):
+        yield policy, "the policy"
+    if runs(config, "reward_model") and {f"reward_model/{role}" for role in ROLES} & results_needed(config):
+        yield "model.path", "a reward model"
+    for key, _ in _scorers(config):
+        yield key, "a scorer"
+    if runs(config, "ppo") and chosen_estimator(config.ppo).has_value_model:
+        scores = "proxy_model" if config.proxy_model else "model.path"
+        yield scores if starts_value_model(config) else policy, "the value model"
+
+
+def _prove(config: TandemConfig, use: str, found: Any) -> Proof:
+    from learner.models import prove_policy, prove_scalar, scalar_config
+    from reward_service.model import prove_scores
+
+    on_cpu = not config.cluster.gpus_per_learner_rank
+    if use == "the policy":
+        return prove_policy(found, config.model, config.learner, on_cpu)
+    if use == "a scorer":
+        return prove_scores(found, on_cpu)
+    return prove_scalar(scalar_config(found), config.model, config.learner, on_cpu)
+
+
+def _unloaded(check: Callable[[str, str], None], key: str, path: str) -> str | None:
+    try:
+        check(path, key)
+    except LoadingError as error:
+        return str(error)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # torn files, packages not there
+        return f"{key}={path}: no model can be loaded from there: {error_lines(error)[0]}"
+    return None
+
+
+def _check_policy(config: TandemConfig, path: str, key: str) -> None:
+    found = _read(config, key, path)
+    if type(found) in AutoModelForCausalLM._model_mapping:  # else remote code, which runs where the model is proved
+        model, report = loading_report(AutoModelForCausalLM, path, config=found, revision=_revision(config, key))
+        refuse_unloaded(report, path, key, model=model)
+
+
+def _check_scorer(path: str, key: str) -> None:
+    from reward_service.model import check_reward_model
+
+    check_reward_model(path, key)
+
+
+def _read(config: TandemConfig, key: str, path: str) -> Any:
+    return AutoConfig.from_pretrained(
+        path, revision=_revision(config, key), trust_remote_code=config.model.trust_remote_code
+    )
+
+
+def _revision(config: TandemConfig, key: str) -> str | None:
+    return config.model.revision if key == "model.path" else None

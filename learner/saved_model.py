@@ -1,0 +1,76 @@
+"""Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from common.text.chat_template import with_date
+from contracts.config import ModelConfig
+from learner.engine import Ranks, TrainEngine
+
+
+def save_checkpoint(
+    engine: TrainEngine,
+    path: str,
+    tokenizer_from: str,
+    model: ModelConfig,
+    ranks: Ranks,
+    config_fields: dict[str, Any] | None = None,
+) -> None:
+    """Gather the weights on all ranks and let rank 0 write them to `path` with configuration and tokenizer.
+
+    `config_fields` are added to the checkpoint's config.json.
+    """
+    write = gather_checkpoint(engine, tokenizer_from, model, ranks, config_fields)
+    if write:
+        write(path)
+    if ranks.world_size > 1:
+        torch.distributed.barrier()
+
+
+def gather_checkpoint(
+    engine: TrainEngine,
+    tokenizer_from: str,
+    model: ModelConfig,
+    ranks: Ranks,
+    config_fields: dict[str, Any] | None = None,
+) -> Callable[[str], None] | None:
+    """Gather the weights on all ranks together; returns, on rank 0, what writes them to a path.
+
+    Weights that lie whole on the CPU are written from where they are: the next optimizer step has to wait for that.
+    """
+    weights = {}
+    for name, tensor in engine.named_weights():  # a collective under ZeRO-3
+        if ranks.rank == 0:
+            weights[name] = tensor.detach().to("cpu", copy=engine.is_sharded)
+    if ranks.rank != 0:
+        return None
+
+    def write(path: str) -> None:
+        lm = engine.model.lm
+        for key, value in (config_fields or {}).items():
+            setattr(lm.config, key, value)
+        # Tied weights appear once in `weights`, as they do on disk.
+        generation = lm.generation_config if lm.can_generate() else None
+        try:
+            # Many published ones are not what transformers saves, as a temperature without do_sample.
+            lm.generation_config = GenerationConfig()
+            lm.save_pretrained(path, state_dict=weights, safe_serialization=True)
+        finally:
+            lm.generation_config = generation
+        if generation is not None:
+            generation.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
+        _tokenizer(tokenizer_from, model.revision, model.trust_remote_code, model.template_date).save_pretrained(path)
+
+    return write
+
+
+@cache
+def _tokenizer(path: str, revision: str | None, trust_remote_code: bool, template_date: str) -> Any:
+    """Once a process: it takes a third of a second, in which nothing else of the process runs."""
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    return with_date(tokenizer, template_date)

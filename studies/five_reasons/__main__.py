@@ -1,0 +1,55 @@
+"""`python -m controller.study RUNDIR`: draw a study again from its directory: study.html, study.json, study.svg."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from studies.five_reasons.charts import forest
+from studies.five_reasons.page import page
+from studies.five_reasons.registration import StudyError
+from studies.five_reasons.results import NAME, as_json, study_of
+
+
+def write(path: Path, text: str) -> None:
+    """A browser that reloads never sees half a page."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m controller.study", description="Verdicts and page of a study.")
+    parser.add_argument("directory", type=Path, metavar="RUNDIR", help="of a sweep over `arm`, finished or not")
+    parser.add_argument(
+        "--tuning",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="directory of a tuning sweep, or an earlier study.json; of an arm the first that has it counts (default: "
+        "five_reasons_tuning beside RUNDIR)",
+    )
+    given = parser.parse_args(arguments)
+    try:
+        study = study_of(given.directory, given.tuning)
+    except StudyError as error:
+        raise SystemExit(f"study: {error}") from error
+    write(given.directory / NAME, json.dumps(as_json(study), indent=1) + "\n")
+    write(given.directory / "study.svg", forest(study, alone=True) + "\n")
+    target = given.directory / "study.html"
+    write(target, page(study))
+    for judged in study.claims:
+        low, high = judged.interval
+        print(
+            f"  {judged.claim.number}. {judged.claim.title}: "
+            f"{judged.verdict}{' (preliminary)' if judged.is_preliminary else ''} | {judged.estimate.mean:+.3f} "
+            f"[{low:+.3f}, {high:+.3f}] {judged.estimate.missing}"
+        )
+    for problem in study.problems:
+        print(f"  warning: {problem}")
+    print(f"study: {target}")
+
+
+if __name__ == "__main__":
+    main()

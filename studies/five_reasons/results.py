@@ -1,0 +1,291 @@
+"""The results of a study, all of them computed: verdicts, arms, tuning. `study.json` is what this module writes."""
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from controller.record.reader import number
+from controller.report.compare import flattened
+from studies.five_reasons import negation, two_turn_mdp
+from studies.five_reasons.contrasts import Estimate, absent, estimate, holm_levels, length_matched_wins, verdict
+from studies.five_reasons.frontier import Matched, matched_kl
+from studies.five_reasons.members import Member, members_of_study
+from studies.five_reasons.registration import (
+    MEASURES,
+    PREREGISTRATION,
+    RECORD,
+    Claim,
+    Contrast,
+    Preregistration,
+    StudyError,
+    parse,
+    recorded,
+    sha256,
+)
+from studies.five_reasons.tuning import Tried, tuned
+
+NAME = "study.json"
+OF_A_MEMBER = ("ppo.seed", "run_dir")  # settings in which the seeds of an arm differ
+TUNING = "five_reasons_tuning"  # beside the study's directory
+
+
+@dataclass
+class Judged:
+    """A claim with what was found."""
+
+    claim: Claim
+    estimate: Estimate
+    level: float  # Holm's, two-sided
+    verdict: str
+    secondary: list[tuple[Contrast, Estimate]]
+    wins: Estimate | None  # at equal length, where the contrast is of two arms
+    is_preliminary: bool
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.estimate.interval(1 - self.level)
+
+
+@dataclass
+class Arm:
+    """An arm over its seeds; means over seeds and prompts."""
+
+    name: str
+    members: list[Member]
+    gain: Estimate  # gold, over SFT
+    proxy_gain: Estimate
+
+    def mean(self, metric: str, model: str = "own") -> float | None:
+        return _mean([m.mean(model, metric) for m in self.members])
+
+    def evaluated(self, name: str) -> float | None:
+        return _mean([m.evaluated("own", name) for m in self.members])
+
+    @property
+    def kl(self) -> float | None:
+        return _mean([m.kl for m in self.members if m.is_judged])
+
+    @property
+    def length_ratio(self) -> float | None:
+        own, sft = self.mean("length"), self.mean("length", "sft")
+        return own / sft if own is not None and sft else None
+
+
+@dataclass
+class Study:
+    directory: Path
+    plan: Preregistration
+    sha: str
+    registered_at: float | None
+    problems: list[str]  # what a reader must know before any number
+    members: list[Member]
+    claims: list[Judged]
+    arms: list[Arm]
+    matched: list[Matched]
+    negation: dict[str, Any] | None
+    areas: dict[str, Estimate]  # under the curve, of each measure of the negation test; empty where it has not run
+    tuning: list[Tried]
+    mdp: dict[str, Any]
+
+
+def study_of(directory: str | Path, tuning: Sequence[Path] = ()) -> Study:
+    """Everything that the directory of a sweep says about the claims.
+
+    Args:
+        tuning: where the tuning is (`tuned`); by default in the directory beside the study's.
+
+    Raises:
+        StudyError: no member of a study is there, one is there twice, or its registration or tuning cannot be read.
+    """
+    root = Path(directory)
+    members = members_of_study(root)
+    _refuse_twins(members)
+    plan, sha, registered_at, problems = _registered(root, members)
+    problems += _unlike(members)
+    found = _negation(root, sha, problems)
+    claims = judge_claims(members, found, plan)
+    arms = [_arm(name, members, plan) for name in dict.fromkeys(m.arm for m in members)]
+    tried = tuned(tuning or [root.resolve().parent / TUNING], members, plan.checks)
+    areas = {name: negation.auc(found["scored"], {name: 1.0}, plan.bootstrap) for name in MEASURES} if found else {}
+    path, mdp = matched_kl(members), two_turn_mdp.results()
+    return Study(root, plan, sha, registered_at, problems, members, claims, arms, path, found, areas, tried, mdp)
+
+
+def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: Preregistration) -> list[Judged]:
+    """Verdicts on all claims, at Holm's levels."""
+
+    def of(contrast: Contrast) -> Estimate:
+        if contrast.metric != "negation_auc":
+            return estimate(members, contrast, plan)
+        if found is None:
+            return absent("python -m controller.study.negation has not run")
+        return negation.auc(found["scored"], contrast.contrast, plan.bootstrap)
+
+    estimates = [of(claim) for claim in plan.claims]
+    levels = holm_levels([e.p_value for e in estimates], plan.alpha)
+    judged = []
+    for claim, primary, level in zip(plan.claims, estimates, levels, strict=True):
+        wins = None
+        if len(claim.contrast) == 2 and claim.metric == "gold":
+            first, second = claim.contrast
+            wins = length_matched_wins(members, first, second, plan)
+        rows = [(contrast, of(contrast)) for contrast in claim.secondary]
+        few = claim.metric != "negation_auc" and 0 < len(primary.seeds) < plan.seeds
+        conclusion = verdict(*primary.interval(1 - level), claim.margin)
+        judged.append(Judged(claim, primary, level, conclusion, rows, wins, few))
+    return judged
+
+
+def _arm(name: str, members: Sequence[Member], plan: Preregistration) -> Arm:
+    over_sft = {name: 1.0, f"{name}:sft": -1.0}
+    gold, proxy = (
+        Contrast(title=name, metric="gold", contrast=over_sft),
+        Contrast(title=name, metric="proxy", contrast=over_sft),
+    )
+    return Arm(
+        name, [m for m in members if m.arm == name], estimate(members, gold, plan), estimate(members, proxy, plan)
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None
+
+
+def _registered(root: Path, members: Sequence[Member]) -> tuple[Preregistration, str, float | None, list[str]]:
+    """The plan that was registered when the sweep began, else the file as it is, with what is wrong about that."""
+    note = root / RECORD
+    if not note.exists():
+        problem = f"There is no {RECORD}: nothing shows that claims and margins were fixed before these runs."
+        return parse(PREREGISTRATION.read_text(encoding="utf-8")), sha256(), None, [problem]
+    known = recorded(note)
+    plan, sha, when = parse(known["text"]), str(known["sha256"]), float(known["time"])
+    problems = []
+    if sha != sha256():
+        problems.append(
+            f"preregistration.yaml has changed since this study began ({sha[:12]} -> {sha256()[:12]}); it is judged by "
+            "the one that it began with."
+        )
+    started = [number(m.facts.get("started")) for m in members]
+    early = sum(1 for value in started if value is not None and value < when)
+    if early:
+        problems.append(f"{early} members started before the registration.")
+    return plan, sha, when, problems
+
+
+def _refuse_twins(members: Sequence[Member]) -> None:
+    """Two members of one arm and seed: nothing says which is meant, and to take the better one would be cheating."""
+    first: dict[tuple[str, int], Member] = {}
+    for member in members:
+        twin = first.setdefault((member.arm, member.seed), member)
+        if twin is not member:
+            raise StudyError(
+                f"arm {member.arm}, seed {member.seed} is there twice: {twin.run.path.name} and {member.run.path.name}. A "
+                "study has one run of each; move one of them out of its directory"
+            )
+
+
+def _unlike(members: Sequence[Member]) -> list[str]:
+    """Members that do not belong together: made by other code, or of one arm with other settings than its first seed."""
+    made: dict[str, list[str]] = {}
+    for member in members:
+        if code := member.facts.get("code"):
+            made.setdefault(str(code)[:12], []).append(f"{member.arm} {member.seed}")
+    problems = []
+    if len(made) > 1:
+        by = "; ".join(f"{code}: {', '.join(names)}" for code, names in made.items())
+        problems.append(f"The members were made by {len(made)} versions of the code (arm and seed by digest): {by}.")
+    first: dict[str, dict[str, Any]] = {}
+    for member in members:
+        settings = {key: value for key, value in flattened(member.run.config).items() if key not in OF_A_MEMBER}
+        if not settings:
+            continue  # it was refused before it had any
+        known = first.setdefault(member.arm, settings)
+        if other := sorted(key for key in {*known, *settings} if known.get(key) != settings.get(key)):
+            problems.append(f"{member.arm}, seed {member.seed}, was not run as its first seed was: {', '.join(other)}.")
+    return problems
+
+
+def _negation(root: Path, sha: str, problems: list[str]) -> dict[str, Any] | None:
+    path = root / negation.NAME
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    if found.get("preregistration") != sha:
+        problems.append(f"{negation.NAME} was made under another pre-registration; run the negation test again.")
+    return found
+
+
+def as_json(study: Study) -> dict[str, Any]:
+    """What is committed of a study: small, and every number of the page's tables."""
+    return {
+        "preregistration": study.sha,
+        "registered_at": study.registered_at,
+        "problems": study.problems,
+        "machine": {
+            "processor": platform.machine(),
+            "cores": psutil.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        },
+        "claims": [_claim_json(judged, study.sha) for judged in study.claims],
+        "arms": [
+            {
+                "arm": arm.name,
+                "gold_gain": arm.gain.as_dict(),
+                "proxy_gain": arm.proxy_gain.as_dict(),
+                "kl": arm.kl,
+                "length_ratio": arm.length_ratio,
+                "ended": arm.mean("ended"),
+                "distinct_1": arm.evaluated("distinct_1"),
+                "distinct_2": arm.evaluated("distinct_2"),
+                "episodes": arm.members[0].episodes,
+            }
+            for arm in study.arms
+        ],
+        "members": [
+            {
+                "arm": member.arm,
+                "seed": member.seed,
+                "state": member.state,
+                "error": member.error,
+                "code": member.facts.get("code"),
+                "diverged": member.divergence(study.plan.diverged),
+                "missed_checks": member.missed_checks(study.plan.checks),
+                "constraint": member.constraint,
+                "gold": member.mean("own", "gold"),
+                "gold_sft": member.mean("sft", "gold"),
+                "kl": member.kl,
+                "drift": member.drift,
+            }
+            for member in study.members
+        ],
+        "matched_kl": [{k: _finite(v) for k, v in asdict(row).items()} for row in study.matched],
+        "negation_auc": {name: area.as_dict() for name, area in study.areas.items()},
+        "tuning": [asdict(row) for row in study.tuning],
+        "two_turn_mdp": study.mdp,
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _claim_json(judged: Judged, sha: str) -> dict[str, Any]:
+    rows = {"number": judged.claim.number, "title": judged.claim.title, "verdict": judged.verdict}
+    return rows | {
+        "preregistration": sha,
+        "preliminary": judged.is_preliminary,
+        "metric": judged.claim.metric,
+        "contrast": judged.claim.contrast,
+        "margin": judged.claim.margin,
+        "p_value": judged.estimate.p_value,
+        "estimate": judged.estimate.as_dict(1 - judged.level),
+        "secondary": [c.model_dump() | e.as_dict() for c, e in judged.secondary],
+        "wins_at_equal_length": judged.wins.as_dict() if judged.wins else None,
+    }

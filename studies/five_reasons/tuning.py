@@ -1,0 +1,103 @@
+"""The tuning before a study: what was tried of every arm, by runs that are there and by the study.json of an earlier one."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from controller.record.objective import PENALTY
+from controller.record.reader import number
+from studies.five_reasons.members import Member, members_of_study
+from studies.five_reasons.registration import Check, StudyError
+
+# What the tuning sets of what an arm reads, by method.
+TUNED = {
+    "ppo": "ppo.optimizer.learning_rate",
+    "dpo": "preference.optimizer.learning_rate",
+    "rank": "preference.nll_coef",
+    "filtered_sft": "sft.top_fraction",
+    "best_of_n": "evaluate.best_of_n",
+}
+
+
+@dataclass
+class Tried:
+    """One run of the tuning."""
+
+    arm: str
+    setting: str
+    key: str
+    value: Any
+    state: str
+    gain: float | None
+    drift: float | None  # `Member.drift`
+    objective: float | None
+    missed: list[str] = field(default_factory=list)  # checks of its arm: such a setting is not chosen
+    source: str = ""  # the directory of its run's sweep, or the study.json that it was read from
+    is_best: bool = False
+    is_used: bool | None = None  # whether the study ran with this value; None where the arm is not in it
+
+
+def tuned(sources: Sequence[Path], members: Sequence[Member], checks: Sequence[Check]) -> list[Tried]:
+    """What was tried, by arm and value, with the best of each arm.
+
+    The best has the largest gold gain over SFT less the penalty for drift (`controller.record.objective`, with the KL from
+    where its training started), of those that have not missed a check of their arm.
+
+    Args:
+        sources: directories of tuning sweeps, of which one that is not there has nothing, and files study.json. An arm's
+            rows are those of the first source that has any of it.
+
+    Raises:
+        StudyError: a file that is no study.json.
+    """
+    rows: list[Tried] = []
+    for source in sources:
+        known = {row.arm for row in rows}
+        found = _written(source) if source.is_file() else _run(source, checks)
+        rows += [row for row in found if row.arm not in known]
+    for arm in {row.arm for row in rows}:
+        fit = [row for row in rows if row.arm == arm and row.objective is not None and not row.missed]
+        for row in fit:
+            row.is_best = row is max(fit, key=lambda row: row.objective or 0.0)
+    for row in rows:
+        used = [m.run.setting(row.key) for m in members if m.arm == row.arm]
+        row.is_used = row.value in used if used else None
+    order = list(dict.fromkeys(row.arm for row in rows))
+    return sorted(rows, key=lambda row: (order.index(row.arm), number(row.value) or 0.0))
+
+
+def _run(directory: Path, checks: Sequence[Check]) -> list[Tried]:
+    try:
+        runs = members_of_study(directory)
+    except StudyError:
+        return []
+    rows = []
+    for member in runs:
+        setting = next((o.split("=", 1)[1] for o in member.run.overrides or [] if o.startswith("tuning=")), "")
+        own, sft, drift = member.mean("own", "gold"), member.mean("sft", "gold"), member.drift
+        gain = own - sft if own is not None and sft is not None else None
+        bound = number(member.run.setting("evaluate.max_kl")) or math.inf
+        objective = None if gain is None else gain - PENALTY * max(0.0, (drift or 0.0) - bound)
+        key = TUNED.get(str(member.run.setting("method") or "ppo"), "")
+        value, missed = member.run.setting(key), member.missed_checks(checks)
+        row = Tried(member.arm, setting, key, value, member.state, gain, drift, objective, missed, directory.name)
+        rows.append(row)
+    return rows
+
+
+def _written(path: Path) -> list[Tried]:
+    """The rows of a study.json; those of an earlier study keep the source that they name."""
+    names = {entry.name for entry in fields(Tried)} - {"is_best", "is_used"}
+    try:
+        study = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Tried(**{key: value for key, value in row.items() if key in names}) for row in study["tuning"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StudyError(
+            f"{path} has no tuning: write a study.json, or the directory of a tuning sweep ({error})"
+        ) from None
+    for row in rows:
+        row.source = row.source or f"study {str(study['preregistration'])[:12]}"
+    return rows
