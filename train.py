@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 from common.processes.process_env import driver_env
@@ -39,7 +40,7 @@ CONF = Path(__file__).resolve().parent / "conf"
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
-    """Run one job. Returns what a sweeper maximises (`controller.record.objective`) where it was measured.
+    """Run one job. Returns what a sweeper maximises (`controller.record.evaluation`) where it was measured.
 
     Raises:
         RunFailed: in a sweep, where an exit would take the other members with it.
@@ -76,12 +77,13 @@ def main(composed: DictConfig) -> float | None:
 
 
 def run(config: TandemConfig, stop: Stop) -> float | None:
+    from controller.alarms.live import tell_alarms
     from controller.commits.resume import RunDirectory, open_run
     from controller.data.datasets import DataError
-    from controller.record.objective import objective
+    from controller.record.evaluation import objective
+    from controller.record.status_file import StatusFile
     from controller.record.terminal import Progress
-    from controller.report import render
-    from controller.report.status import StatusFile
+    from controller.report.page import render
     from controller.stages.pipeline import Pipeline
     from controller.stages.store import made_of
     from controller.stages.summary import summary_rows
@@ -92,7 +94,8 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
             progress.line(chosen)
         directory = RunDirectory(Path(config.run_dir), progress.line)
         with StatusFile(config.run_dir, progress.waiting) as status:
-            with open_run(config, directory, progress) as log:
+            with open_run(config, directory) as log:
+                tell_alarms(log, asdict(config), lambda alarm: progress.line(f"⚠ {alarm.title}: {alarm.finding}"))
                 try:
                     pipeline = Pipeline(config, log, progress, directory, stop)
                     ingredients = made_of(config)

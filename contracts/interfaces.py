@@ -21,6 +21,14 @@ class CollectiveError(RuntimeError):
     """Ranks cannot reach each other: one is gone, or a collective has not ended in time."""
 
 
+class ActorLostError(RuntimeError):
+    """More actors are lost than may be replaced."""
+
+
+class LearnerLostError(RuntimeError):
+    """A learner rank is gone or hangs: its state is lost, and all ranks have to go back to the last commit."""
+
+
 class Engine(Protocol):
     """A generation engine whose weights can be replaced between two decoding steps."""
 

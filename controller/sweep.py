@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from common.files.outcome import read_outcome
 from contracts.config import TandemConfig
 from controller.record.redaction import redact_hydra, redact_sweep, redacted
-from controller.report.status import read_status
+from controller.record.status_file import read_status
 
 MOST_CHARACTERS = 120  # of a directory's name; file systems allow 255 bytes
 
@@ -125,7 +125,8 @@ class SweepReport(Callback):
 def report_sweep(directory: Path) -> None:
     """Write the comparison of a sweep's members and say which is the best, with its command."""
     from controller.record.reader import ReportError
-    from controller.report.compare import best_of, members_of, render_comparison
+    from controller.report.compare import render_comparison
+    from controller.report.members import best_of, members_of
 
     redact_sweep(directory)  # of one whose members could not even be composed
     try:

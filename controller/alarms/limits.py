@@ -1,49 +1,74 @@
-"""What an alarm is, and the rule that most of them follow: one metric beyond one limit."""
+"""The thresholds on single metrics: guesses from the literature and from runs of this project, not laws."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from controller.record.reader import Curve, Run
-from controller.report.markup import compact
+from controller.alarms.alarm import Limit
 
-WINDOW = 5  # versions whose mean stands for "now", "best" and "at the start"
+LIMITS = (
+    Limit(
+        "policy/approx_kl", "above", 0.05, "Policy updates are large",
+        "One update moves the policy further than PPO's trust region allows for.",
+        "Lower ppo.optimizer.learning_rate, use fewer epochs, or set ppo.target_approx_kl.",
+    ),
+    Limit(
+        "policy/clipfrac", "above", 0.3, "Much of every batch is clipped",
+        "Clipped tokens give no gradient: the update stops learning from them and the step is too large.",
+        "Lower the learning rate or ppo.epochs; look at the mismatch first if it is high too.",
+    ),
+    Limit(
+        "policy/ratio_max", "above", 10.0, "A probability ratio exploded",
+        "Some token became more than ten times as likely within one update.",
+        "Lower the learning rate; check that sampler and learner agree (mismatch k3).",
+    ),
+    Limit(
+        "kl/mismatch_k3", "above", 0.01, "Sampler and learner disagree",
+        "vLLM and the learner give the same tokens different probabilities at the same weights. "
+        "Rounding in bfloat16 alone gives about 0.002.",
+        "Check that the last weight transfer arrived, and that temperature, dtype and attention are the same on both sides.",
+    ),
+    Limit(
+        "kl/mismatch_logp_max", "above", 5.0, "Single tokens with a very different log-probability",
+        "At least one token was sampled with a probability that the learner does not confirm at all.",
+        "Usually a masking or truncation fault, or weights that did not arrive.",
+    ),
+    Limit(
+        "reward/paid_abs_max", "above", 100.0, "A token is paid out of all proportion",
+        "Scores are paid in standard deviations of the first batch's, so a hundred is another unit: the first scores were "
+        "nearly equal, or an environment pays in large numbers. The KL penalty counts for nothing beside it, and the "
+        "clipped value loss follows slowly.",
+        "Look at the first scores (reward/score_std); scale what a rule function or an environment returns to about 1.",
+    ),
+    Limit(
+        "value/explained_var", "below", 0.0, "The value model explains nothing",
+        "After 20 updates it predicts returns worse than their mean does, so advantages are mostly noise.",
+        "Raise ppo.value_optimizer.learning_rate or ppo.value_warmup_updates; start it from the reward model.",
+        after=20,
+    ),
+    Limit(
+        "off_policy/ess", "below", 0.5, "Stale rollouts count for little",
+        "The effective sample size is under half of the tokens: a few importance weights carry the batch.",
+        "Lower ppo.max_staleness or the learning rate; ppo.off_policy.correction=masked leaves the farthest tokens out.",
+    ),
+    Limit(
+        "rwr/ess", "below", 0.1, "A few completions carry every batch",
+        "The weights of reward-weighted regression leave an effective sample of under a tenth of the rollouts.",
+        "Raise ppo.rwr.temperature or ppo.rollouts_per_update.",
+    ),
+    Limit(
+        "completion/eos_frac", "below", 0.9, "Completions are cut off",
+        "More than one in ten completions reached the token limit without ending.",
+        "Raise ppo.missing_eos_penalty or ppo.sampling.max_completion_tokens.",
+    ),
+    Limit(
+        "completion/repeat_frac", "above", 0.3, "Completions repeat themselves",
+        "The policy found phrases that score well and says them again and again.",
+        "Raise ppo.kl.coef; read the samples.",
+    ),
+)  # fmt: skip
 
 
-@dataclass
-class Alarm:
-    severity: str  # "alarm" | "note"
-    title: str
-    finding: str  # the numbers
-    meaning: str
-    advice: str
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Fires at every version where `metric` lies strictly beyond `limit`; a note where that was rare and has passed."""
-
-    metric: str
-    side: str  # "above" | "below"
-    limit: float
-    title: str
-    meaning: str
-    advice: str
-    after: int = 0  # versions up to this one do not count
-
-
-def beyond(limit: Limit, curve: Curve) -> Alarm | None:
-    known = [(step, value) for step, value in curve if value is not None and step > limit.after]
-    out = [(s, v) for s, v in known if (v > limit.limit if limit.side == "above" else v < limit.limit)]
-    if not out:
-        return None
-    worst = (max if limit.side == "above" else min)(value for _, value in out)
-    ended = "still so at the end" if out[-1][0] == known[-1][0] else f"last at version {out[-1][0]:.0f}"
-    finding = (
-        f"{limit.metric} {limit.side} {limit.limit:g} in {len(out)} of {len(known)} versions, first at version "
-        f"{out[0][0]:.0f}, {ended}; worst {compact(worst)}."
-    )
-    passing = len(out) < 0.05 * len(known) and out[-1][0] != known[-1][0]
-    return Alarm("note" if passing else "alarm", limit.title, finding, limit.meaning, limit.advice)
-
-
-def known_values(run: Run, metric: str) -> list[float]:
-    return [value for _, value in run.curve("ppo", metric) if value is not None]
+def limits_of(metric: str) -> Iterator[tuple[float, str]]:
+    """(value, text) of the fixed limits on one metric, for its chart."""
+    for limit in LIMITS:
+        if limit.metric == metric:
+            yield limit.limit, "limit" if limit.limit else "no better than the mean"

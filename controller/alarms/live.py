@@ -1,10 +1,13 @@
 """The alarms of a run that goes on, each told once."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from controller.alarms.rules import Alarm, evaluate
+from controller.alarms.alarm import Alarm
+from controller.alarms.rules import evaluate
 from controller.record.reader import Run
+from controller.record.run_log import RunLog
 
 EVERY = 50
 
@@ -29,3 +32,15 @@ class AlarmWatch:
         new = [alarm for alarm in found if alarm.severity == "alarm" and alarm.title not in self._told]
         self._told |= {alarm.title for alarm in new}
         return new
+
+
+def tell_alarms(log: RunLog, config: dict[str, Any], say: Callable[[Alarm], None]) -> None:
+    """Let `say` and the trackers hear each alarm of the run that `log` records, once, when it first fires."""
+    watch = AlarmWatch(config)
+
+    def observe(row: dict[str, Any]) -> None:
+        for alarm in watch.new_alarms(row):
+            say(alarm)
+            log.alert(alarm.title, f"{alarm.finding} {alarm.meaning} Try: {alarm.advice}")
+
+    log.observe(observe)

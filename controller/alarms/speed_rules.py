@@ -2,9 +2,9 @@
 
 import statistics
 
-from controller.alarms.limits import WINDOW, Alarm, Limit, beyond, known_values
+from controller.alarms.alarm import WINDOW, Alarm, Limit, beyond, known_values
+from controller.record.number_text import compact, percent
 from controller.record.reader import Run, number
-from controller.report.markup import compact, percent
 
 
 def speed_falls(run: Run) -> list[Alarm] | None:

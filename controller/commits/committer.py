@@ -15,17 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ray.exceptions import RayActorError
 
 from common.files.code_digest import package_versions
 from common.files.durable import FileRecord
 from contracts.config import CheckpointConfig
+from contracts.interfaces import LearnerLostError
 from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, Commit, State
-from controller.loop.dispatcher import Dispatcher
-from controller.loop.fleet import LearnerLostError
 from learner.learner_actor import LearnerGroup
 
 SPARE = 1.2  # free space that a commit needs, over the size of the last one
@@ -50,6 +49,14 @@ class _Pending:
     asked: bool = False
 
 
+class Waits(Protocol):
+    """Of the dispatcher, which goes on serving the actors while something is waited for."""
+
+    def hear(self, references: list[Any], then: Callable[[list[Any]], None]) -> None: ...
+
+    def serve(self, until: Callable[[], bool], what: str) -> None: ...
+
+
 class Committer:
     """All calls come from the controller's one thread; `say` tells the user, `committed` appends to the ledger's log."""
 
@@ -59,7 +66,7 @@ class Committer:
         config: CheckpointConfig,
         about: About,
         learner: LearnerGroup,
-        dispatcher: Dispatcher,
+        dispatcher: Waits,
         committed: Callable[[], None],
         say: Callable[[str], None],
     ):

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +28,6 @@ from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, Commit
 from controller.record.redaction import redacted, redacted_override
 from controller.record.run_log import LOGS, RunLog
-from controller.record.terminal import Progress
 
 LOCK, SESSION, CONFIG = "driver.lock", "ray_session", "config.yaml"
 SESSION_NAME = re.compile(r"session_\d[\w-]*")  # as Ray calls them: session_2026-11-28_16-02-11_123456_4711
@@ -126,30 +125,11 @@ class RunDirectory:
             self._say(f"checkpoint.resume=never: starting afresh; the earlier commits and logs are in {aside}")
 
 
-def open_run(config: TandemConfig, directory: RunDirectory, progress: Progress) -> RunLog:
+def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:
     """Write the resolved configuration into the run directory, open the log."""
     plain = redacted(asdict(config))
     directory.write_config(plain)
-    return RunLog(
-        directory.path,
-        plain,
-        config.logger,
-        config.stage,
-        attempt=directory.attempt,
-        on_alarm=lambda alarm: progress.line(f"⚠ {alarm.title}: {alarm.finding}"),
-    )
-
-
-def flat(inputs: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested configuration as {"ppo.clip": 0.2, ...}, with values as JSON has them."""
-    if is_dataclass(inputs) and not isinstance(inputs, type):
-        inputs = asdict(inputs)
-    if not isinstance(inputs, Mapping):
-        return {prefix: json.loads(json.dumps(inputs, default=str))}
-    result: dict[str, Any] = {}
-    for name, value in inputs.items():
-        result |= flat(value, f"{prefix}.{name}" if prefix else str(name))
-    return result
+    return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt)
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

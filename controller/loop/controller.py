@@ -36,7 +36,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from common.processes.randomness import random_state, set_random_state
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
-from contracts.interfaces import CollectiveError, NonFiniteError
+from contracts.interfaces import CollectiveError, LearnerLostError, NonFiniteError
 from contracts.records import Rollout
 from controller.cluster.signals import Interrupted, Stop
 from controller.commits.commit_store import Commit, State
@@ -45,7 +45,7 @@ from controller.data.prompts import PromptStream
 from controller.ledger.ledger import Ledger
 from controller.ledger.log import NAME as LEDGER_FILE
 from controller.loop.dispatcher import Dispatcher, Stopping
-from controller.loop.fleet import Fleet, LearnerLostError
+from controller.loop.fleet import Fleet
 from controller.loop.recovery import Recovery
 from controller.loop.rewards import ScoreNormalizer, episodes, paid_metrics, service_scores, shaped, turn_metrics
 from controller.loop.score_metrics import describe, sample_row

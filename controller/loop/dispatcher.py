@@ -24,13 +24,13 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from common.error_text import typed_line
 from contracts.config import ClusterConfig, PPOConfig
-from contracts.interfaces import CollectiveError, EngineLostError
+from contracts.interfaces import CollectiveError, EngineLostError, LearnerLostError
 from contracts.records import Assignment, Delivery, Rollout
 from contracts.weights import WeightUpdate
 from controller.data.prompts import PromptStream
 from controller.ledger.entries import Key, Lease
 from controller.ledger.ledger import Ledger
-from controller.loop.fleet import Fleet, LearnerLostError
+from controller.loop.fleet import Fleet
 from controller.loop.liveness import Stragglers, Watch
 
 PATIENCE_S = 2.0  # how long a completion waits for others that are scored with it, where actors and learner overlap

@@ -3,16 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from contracts.interfaces import ActorLostError
 from contracts.weights import PublishReport, WeightUpdate
 from learner.learner_actor import LearnerGroup
-
-
-class ActorLostError(RuntimeError):
-    """More actors are lost than may be replaced."""
-
-
-class LearnerLostError(RuntimeError):
-    """A learner rank is gone or hangs: its state is lost, and all ranks have to go back to the last commit."""
 
 
 class Fleet:

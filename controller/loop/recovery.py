@@ -8,10 +8,9 @@ from typing import TypeVar
 from ray.exceptions import RayActorError, RayTaskError
 
 from common.error_text import typed_line
-from contracts.interfaces import CollectiveError, EngineLostError
+from contracts.interfaces import CollectiveError, EngineLostError, LearnerLostError
 from contracts.weights import ActorsMissing
 from controller.commits.commit_store import Commit, newest_valid
-from controller.loop.fleet import LearnerLostError
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 from learner.learner_actor import LearnerGroup

@@ -10,7 +10,7 @@ import yaml
 
 from common.error_text import error_lines
 from contracts.methods import method_title
-from controller.record.objective import objective
+from controller.record.evaluation import objective
 from controller.record.redaction import redacted, redacted_override
 
 RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "hydra/overrides.yaml")

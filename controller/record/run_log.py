@@ -26,8 +26,6 @@ from typing import IO, Any
 from common.error_text import typed_line
 from common.files.durable import replace_text
 from contracts.config import LoggerConfig
-from controller.alarms.live import AlarmWatch
-from controller.alarms.rules import Alarm
 from controller.record.redaction import redacted
 from controller.record.wandb_tracker import WandbSink
 
@@ -54,10 +52,8 @@ class RunLog:
         *,
         attempt: int = 1,
         clock: Callable[[], float] = time.monotonic,
-        on_alarm: Callable[[Alarm], None] = lambda alarm: None,
     ) -> None:
-        """`attempt` counts the starts of one run; each is a wandb run of its own, grouped by the run. `on_alarm` hears each
-        alarm once, when it first fires."""
+        """`attempt` counts the starts of one run; each is a wandb run of its own, grouped by the run."""
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.wandb_faults = 0
@@ -65,7 +61,7 @@ class RunLog:
         self._clock, self._created = clock, clock()
         self._files = {name: _open(self.run_dir / name) for name in LOGS}
         self._counts = {name: Counter(map(_stage_of, self._lines(name))) for name in LOGS}  # lines by stage
-        self._watch, self._on_alarm = AlarmWatch(config), on_alarm
+        self._observers: list[Callable[[dict[str, Any]], None]] = []
         plain = redacted(config)
         self._wandb: WandbSink | None = None
         if logger.wandb != "disabled":
@@ -79,11 +75,18 @@ class RunLog:
         self._write("metrics.jsonl", row)
         if self._wandb:
             self._wandb.log(row)
-        for alarm in self._watch.new_alarms(row):
-            self._on_alarm(alarm)
-            if self._wandb:
-                self._wandb.alert(alarm.title, f"{alarm.finding} {alarm.meaning} Try: {alarm.advice}")
+        for observe in self._observers:
+            observe(row)
         self._flush_faults()
+
+    def observe(self, observer: Callable[[dict[str, Any]], None]) -> None:
+        """Let `observer` see each line of metrics.jsonl from now on."""
+        self._observers.append(observer)
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell whoever looks at wandb."""
+        if self._wandb:
+            self._wandb.alert(title, text)
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Append prompts and completions with their scores. The text reaches wandb only with `logger.wandb_text`."""

@@ -4,9 +4,10 @@ directory of a sweep, are compared on one page."""
 import argparse
 from pathlib import Path
 
-from controller.record.reader import is_run
-from controller.report import ReportError, render
-from controller.report.compare import members_of, render_comparison
+from controller.record.reader import ReportError, is_run
+from controller.report.compare import render_comparison
+from controller.report.members import members_of
+from controller.report.page import render
 
 
 def main(arguments: list[str] | None = None) -> None:

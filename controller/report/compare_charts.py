@@ -1,19 +1,16 @@
 """The charts that compare runs: the frontier of all, parallel coordinates, and their curves over each other."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from controller.record.number_text import bounds, compact
 from controller.record.reader import number
 from controller.report import svg
 from controller.report.curves import room
-from controller.report.markup import absent, bounds, compact, esc, section
+from controller.report.markup import absent, esc, section
+from controller.report.members import Member
 from controller.report.svg import Scale, Series, line_chart
-
-if TYPE_CHECKING:
-    from controller.report.compare import Member
 
 TRAIL = 7  # versions in the moving mean of a trail; single ones make a knot of several members
 MOST_LINES = 8  # members whose curves are drawn: the best; more cannot be told apart

@@ -2,11 +2,12 @@
 
 import math
 
-from controller.alarms.rules import limits_of
-from controller.record.judged import judged_model, judged_name, judged_title
+from controller.alarms.limits import limits_of
+from controller.record.evaluation import judged_model, judged_name, judged_title
+from controller.record.number_text import bounds, compact
 from controller.record.reader import Run, number
 from controller.report import svg
-from controller.report.markup import absent, bounds, compact, esc, section
+from controller.report.markup import absent, esc, section
 from controller.report.svg import Scale, Series, line_chart
 
 

@@ -1,7 +1,8 @@
 """How rollouts flowed: how old they were when they trained, what became of each, and which faults were tolerated."""
 
+from controller.record.number_text import count, num
 from controller.record.reader import Run, number
-from controller.report.markup import count, esc, num, section, table
+from controller.report.markup import esc, section, table
 from controller.report.svg import Series, line_chart
 
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (

@@ -1,67 +1,19 @@
-"""Small pieces of HTML: escaping, numbers, intervals, tables, sections."""
+"""Small pieces of HTML: escaping, intervals, tables, sections."""
 
 import html
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from controller.record.reader import number
+from controller.record.number_text import bounds, num
 from controller.report.style import CSS
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-MISSING = "–"
 
 
 def esc(text: Any) -> str:
     """Text for an element or an attribute. Control characters, which no HTML may hold, become a visible mark."""
     return html.escape(CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text)), quote=True)
-
-
-def num(value: Any, digits: int = 2, signed: bool = False) -> str:
-    """A number with a true minus sign, or a dash where there is none."""
-    known = number(value)
-    if known is None:
-        return MISSING
-    text = f"{known:{'+' if signed else ''},.{digits}f}"
-    if float(text.replace(",", "")) == 0:
-        text = text.lstrip("+-")
-    return text.replace("-", "−")
-
-
-def compact(value: Any) -> str:
-    """Three significant digits, for values whose size is not known beforehand."""
-    known = number(value)
-    if known is None:
-        return MISSING
-    if known and not 1e-3 <= abs(known) < 1e5:
-        return f"{known:.1e}".replace("-", "−").replace("e−0", "e−").replace("e+0", "e")
-    digits = 3 if abs(known) < 1 else 2 if abs(known) < 10 else 1 if abs(known) < 100 else 0
-    return num(known, digits)
-
-
-def percent(value: Any, digits: int = 0) -> str:
-    known = number(value)
-    return MISSING if known is None else f"{num(known * 100, digits)}%"
-
-
-def duration(seconds: Any) -> str:
-    known = number(seconds)
-    if known is None:
-        return MISSING
-    if known < 9.95:
-        return f"{known:.1f} s"
-    if known < 89.5:
-        return f"{known:.0f} s"
-    if known < 5400:
-        return f"{known / 60:.{1 if known < 600 and known % 60 else 0}f} min"
-    return f"{known / 3600:.1f} h"
-
-
-def bounds(values: Any) -> tuple[float | None, float | None, float | None]:
-    """(mean, low, high) of {"mean", "low", "high"}, of a bare number, or of nothing."""
-    if isinstance(values, dict):
-        return number(values.get("mean")), number(values.get("low")), number(values.get("high"))
-    return number(values), None, None
 
 
 def interval(values: Any, digits: int = 2, signed: bool = False, share: bool = False) -> str:
@@ -97,10 +49,6 @@ def section(anchor: str, title: str, body: str, intro: str = "") -> str:
 def absent(text: str) -> str:
     """A quiet note where a part of the report has nothing to show. `text` is HTML."""
     return f'<p class="absent">{text}</p>'
-
-
-def count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def document(kind: str, title: str, facts: str, contents: Sequence[tuple[str, str]], body: str) -> str:

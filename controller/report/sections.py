@@ -6,23 +6,12 @@ from typing import Any
 import yaml
 
 from controller.alarms import rules
-from controller.record.judged import against_sft, judged_model, judged_name, judged_title
+from controller.record.evaluation import against_sft, judged_model, judged_name, judged_title
+from controller.record.number_text import bounds, compact, count, duration, num, percent
 from controller.record.reader import Run, number
 from controller.report import svg
 from controller.report.curves import models_of
-from controller.report.markup import (
-    absent,
-    bounds,
-    compact,
-    count,
-    duration,
-    esc,
-    interval,
-    num,
-    percent,
-    section,
-    table,
-)  # fmt: skip
+from controller.report.markup import absent, esc, interval, section, table
 
 STATUS = {  # word and icon, so that the verdict does not hang on colour
     "good": ("Passed", '<path d="M6 12.5l4 4 8-9"/>'),

@@ -1,105 +1,17 @@
-"""Where a run stands: `python -m controller.status RUN`, from the files of its directory alone.
-
-The driver keeps RUN/status.json: state, what it waits for, and a heartbeat. Reading it takes no connection to the job, so it
-works beside a running one, after a crash, and on any machine that sees the directory.
-
-    state       running | done | failed | refused | interrupted; a running one without a heartbeat is reported as "lost"
-"""
+"""Where a run stands: `python -m controller.status RUN`, from the files of its directory alone."""
 
 import argparse
-import json
-import os
-import socket
 import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import psutil
-
-from common.files.code_digest import code_digest
-from common.files.durable import replace_text
 from controller.alarms.rules import evaluate
 from controller.record.reader import ReportError, Run, load, number, runs_in
+from controller.record.status_file import Status, read_status
 from controller.record.terminal import format_update, spoken
 
-NAME = "status.json"
-BEAT_S = 5.0
 OVERDUE = 3  # median steps without a new version before it is an alarm
-SILENT_S = 12 * BEAT_S  # without a heartbeat a running job counts as lost
-
-Waiting = tuple[str, float]  # what for, and for how many seconds
-
-
-class StatusFile:
-    """Writes RUN/status.json: at once when the state changes, and every `BEAT_S` from a thread of its own."""
-
-    def __init__(self, run_dir: str | Path, waiting: Callable[[], Waiting], beat_s: float = BEAT_S) -> None:
-        self._path = Path(run_dir) / NAME
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._waiting, self._beat_s = waiting, beat_s
-        self._ended = threading.Event()
-        self._facts: dict[str, Any] = {"state": "running", "pid": os.getpid(), "host": socket.gethostname()}
-        self._facts |= {"started": time.time(), "code": code_digest()}
-        self._write()
-        self._thread = threading.Thread(target=self._beat, name="status-heartbeat", daemon=True)
-        self._thread.start()
-
-    def end(self, state: str, **facts: Any) -> None:
-        """Write the last state. Only the first call counts, so that a handler further out cannot overwrite the cause."""
-        if self._ended.is_set():
-            return
-        self._ended.set()
-        self._thread.join()
-        self._facts |= {"state": state, "ended": time.time(), **facts}
-        self._write()
-
-    def __enter__(self) -> "StatusFile":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is not None:
-            interrupted = not issubclass(kind, Exception)  # SIGINT, or the SystemExit that Ray makes of SIGTERM
-            self.end("interrupted" if interrupted else "failed", error=f"{kind.__name__}: {error}")
-        self.end("done")
-
-    def _beat(self) -> None:
-        while not self._ended.wait(self._beat_s):
-            self._write()
-
-    def _write(self) -> None:
-        what, seconds = self._waiting()
-        row = self._facts | {"beat": time.time(), "waiting_for": what, "waiting_s": round(seconds, 1)}
-        replace_text(self._path, json.dumps(row) + "\n")
-
-
-@dataclass(frozen=True)
-class Status:
-    """What status.json says; an empty state means that there is none."""
-
-    state: str
-    facts: dict[str, Any]
-
-
-def read_status(run_dir: str | Path) -> Status:
-    """The status of a run directory. A job that says "running" but is gone, or silent for long, is "lost"."""
-    try:
-        facts = json.loads((Path(run_dir) / NAME).read_text())
-    except (FileNotFoundError, ValueError):
-        facts = {}
-    if not isinstance(facts, dict):
-        return Status("", {})
-    state = str(facts.get("state", ""))
-    if state == "running":
-        here = facts.get("host") == socket.gethostname()
-        gone = here and not psutil.pid_exists(int(facts.get("pid", 0)))
-        if gone or time.time() - float(facts.get("beat", 0.0)) > SILENT_S:
-            state = "lost"
-    return Status(state, facts)
 
 
 def lines_of(run_dir: Path) -> list[str]:

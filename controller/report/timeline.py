@@ -1,7 +1,8 @@
 """Where the time of a run went: its phases on one axis, and the parts of a PPO update."""
 
+from controller.record.number_text import duration, percent
 from controller.record.reader import Run
-from controller.report.markup import absent, duration, esc, percent, section
+from controller.report.markup import absent, esc, section
 
 UPDATE_PARTS = (
     ("perf/generate_s", "generate"),

@@ -17,7 +17,7 @@ from contracts.config import TandemConfig
 from contracts.methods import method_title
 from contracts.records import Prompt, Rollout, RolloutRequest
 from controller.data.prompts import sampling_seed
-from controller.record.judged import against_sft, judged_model
+from controller.record.evaluation import against_sft, judged_model
 from controller.record.terminal import Progress
 from controller.stages import best_of_n
 from controller.stages.offline import method_config

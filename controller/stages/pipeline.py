@@ -26,6 +26,7 @@ import ray
 from common.files.code_digest import package_versions
 from common.files.durable import replace_text
 from common.files.fingerprints import checkpoint_fingerprint
+from common.flatten import flat
 from common.text.chat_template import load_tokenizer
 from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError, check_machine
@@ -38,12 +39,12 @@ from controller.cluster.runtime import Runtime, embedded_nodes, ray_session
 from controller.cluster.signals import Stop
 from controller.commits.commit_store import Commit
 from controller.commits.committer import About
-from controller.commits.resume import RunDirectory, flat, other_versions, require_scorers
+from controller.commits.resume import RunDirectory, other_versions, require_scorers
 from controller.data.datasets import fingerprint
 from controller.data.inputs import load_inputs
 from controller.data.prompts import PromptStream
 from controller.loop.recovery import once_more
-from controller.record.objective import evaluation_metrics
+from controller.record.evaluation import evaluation_metrics
 from controller.record.redaction import redacted
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress

@@ -5,7 +5,7 @@ from typing import Any
 
 from contracts.config import TandemConfig
 from contracts.methods import METHODS
-from controller.record.judged import against_sft, judged_model, judged_title
+from controller.record.evaluation import against_sft, judged_model, judged_title
 
 
 def summary_rows(config: TandemConfig, results: dict[str, Any], report: Path) -> list[tuple[str, str]]:

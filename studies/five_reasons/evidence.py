@@ -6,7 +6,8 @@ import math
 import os
 from typing import Any
 
-from controller.report.markup import absent, compact, count, esc, interval, num, percent, section, table
+from controller.record.number_text import compact, count, num, percent
+from controller.report.markup import absent, esc, interval, section, table
 from studies.five_reasons import negation, negation_rules
 from studies.five_reasons.contrasts import VERDICTS
 from studies.five_reasons.members import Member

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from controller.record.judged import judged_model
+from controller.record.evaluation import judged_model
+from controller.record.number_text import bounds
 from controller.record.reader import Curve, number
-from controller.report.markup import bounds
 from studies.five_reasons.members import Member
 
 WINDOW = 5  # versions

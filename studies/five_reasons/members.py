@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from contracts.estimators import ESTIMATORS
-from controller.record.judged import judged_model
+from controller.record.evaluation import judged_model
 from controller.record.reader import ReportError, Run, is_run, number, read
-from controller.report.status import read_status
+from controller.record.status_file import read_status
 from studies.five_reasons.registration import Check, Diverged, StudyError
 
 BEFORE = ("base", "sft")  # the models that every member judges beside its own

@@ -3,18 +3,8 @@
 Study ──> verdicts, claims, arms, frontier, task, negation, members, tuning, how to check ──> study.html
 """
 
-from controller.report.markup import (
-    absent,
-    compact,
-    count,
-    duration,
-    esc,
-    interval,
-    num,
-    percent,
-    section,
-    table,
-)
+from controller.record.number_text import compact, count, duration, num, percent
+from controller.report.markup import absent, esc, interval, section, table
 from controller.report.style import CSS
 from studies.five_reasons import charts, evidence
 from studies.five_reasons.charts import TONES

@@ -10,8 +10,8 @@ from typing import Any
 
 import psutil
 
+from common.flatten import flat
 from controller.record.reader import number
-from controller.report.compare import flattened
 from studies.five_reasons import negation, two_turn_mdp
 from studies.five_reasons.contrasts import Estimate, absent, estimate, holm_levels, length_matched_wins, verdict
 from studies.five_reasons.frontier import Matched, matched_kl
@@ -203,7 +203,7 @@ def _unlike(members: Sequence[Member]) -> list[str]:
         problems.append(f"The members were made by {len(made)} versions of the code (arm and seed by digest): {by}.")
     first: dict[str, dict[str, Any]] = {}
     for member in members:
-        settings = {key: value for key, value in flattened(member.run.config).items() if key not in OF_A_MEMBER}
+        settings = {key: value for key, value in flat(member.run.config).items() if key not in OF_A_MEMBER}
         if not settings:
             continue  # it was refused before it had any
         known = first.setdefault(member.arm, settings)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from controller.record.objective import PENALTY
+from controller.record.evaluation import PENALTY
 from controller.record.reader import number
 from studies.five_reasons.members import Member, members_of_study
 from studies.five_reasons.registration import Check, StudyError
@@ -43,7 +43,7 @@ class Tried:
 def tuned(sources: Sequence[Path], members: Sequence[Member], checks: Sequence[Check]) -> list[Tried]:
     """What was tried, by arm and value, with the best of each arm.
 
-    The best has the largest gold gain over SFT less the penalty for drift (`controller.record.objective`, with the KL from
+    The best has the largest gold gain over SFT less the penalty for drift (`controller.record.evaluation`, with the KL from
     where its training started), of those that have not missed a check of their arm.
 
     Args:

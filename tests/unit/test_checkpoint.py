@@ -14,10 +14,10 @@ from ray.exceptions import RayActorError
 from common.files import durable
 from common.files.durable import RawTensor
 from contracts.config import CheckpointConfig
+from contracts.interfaces import LearnerLostError
 from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError
 from controller.commits.committer import About, Committer, load_learner
-from controller.loop.fleet import LearnerLostError
 from tests.conftest import ROOT
 from tests.unit.test_dispatch import Actor, Call, start
 

@@ -20,7 +20,8 @@ from contracts.methods import METHODS, STAGES
 from contracts.placement import PlacementError, check_nodes, plan
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").rglob("*.yaml"))
+CONF = (ROOT / "conf", ROOT / "studies/five_reasons/conf")
+FILES = sorted(str(path.relative_to(root).with_suffix("")) for root in CONF for path in root.rglob("*.yaml"))
 # What a user has to fill in before `data=files` can start.
 OWN_FILES = [f"data.{name}.path={name}.jsonl" for name in ("sft", "prompts", "preferences", "test", "eval_prompts")]
 

@@ -11,13 +11,13 @@ import pytest
 from ray.exceptions import RayActorError
 
 from contracts.config import ClusterConfig, PPOConfig
-from contracts.interfaces import CollectiveError, EngineLostError
+from contracts.interfaces import ActorLostError, CollectiveError, EngineLostError, LearnerLostError
 from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout
 from contracts.weights import LoadReport, PublishReport, WeightUpdate
 from controller.data.prompts import PromptStream
 from controller.ledger.ledger import Ledger
 from controller.loop.dispatcher import Dispatcher, Stopping
-from controller.loop.fleet import ActorLostError, Fleet, LearnerLostError
+from controller.loop.fleet import Fleet
 
 PROMPTS = [Prompt(i, f"prompt {i}", (1, 2, 3 + i)) for i in range(40)]
 

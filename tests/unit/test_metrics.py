@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from contracts.config import LoggerConfig
+from controller.alarms.live import tell_alarms
 from controller.loop.recovery import once_more
 from controller.record.redaction import REDACTED, redacted
 from controller.record.run_log import RunLog
@@ -213,7 +214,8 @@ def test_attempts_of_a_run_are_wandb_runs_of_one_group(tmp_path):
 
 def test_an_alarm_is_told_once_when_it_first_fires(tmp_path, disabled):
     told = []
-    with RunLog(tmp_path, {}, disabled, "ppo", on_alarm=told.append) as log:
+    with RunLog(tmp_path, {}, disabled, "ppo") as log:
+        tell_alarms(log, {}, told.append)
         for version, clipped in enumerate([0.1, 0.4, 0.5, 0.4]):
             log.log("ppo", version, {"policy/clipfrac": clipped, "progress/version": version})
             log.log("sft", version, {"policy/clipfrac": 0.9})

@@ -10,9 +10,8 @@ import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
 from contracts.config import LoggerConfig
-from contracts.interfaces import CollectiveError, EngineLostError
+from contracts.interfaces import CollectiveError, EngineLostError, LearnerLostError
 from contracts.weights import ActorsMissing
-from controller.loop.fleet import LearnerLostError
 from controller.loop.recovery import Recovery, once_more
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from controller.alarms.rules import evaluate
-from controller.record.reader import Run, load
-from controller.report import ReportError, render, svg
+from controller.record.number_text import compact, num
+from controller.record.reader import ReportError, Run, load
+from controller.report import svg
 from controller.report.__main__ import main
 from controller.report.curves import ppo_curves
-from controller.report.markup import compact, num
+from controller.report.page import render
 from controller.report.samples import chosen
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

@@ -8,7 +8,8 @@ import pytest
 from controller.alarms.live import AlarmWatch
 from controller.alarms.rules import evaluate
 from controller.record.reader import Run
-from controller.report import flow, page
+from controller.report import flow
+from controller.report.page import page
 
 
 def run_of(max_staleness: int, versions: int = 3, **metrics: float) -> Run:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from common.flatten import flat
 from contracts.checks.validation import ConfigError
 from controller.commits import commit_store
 from controller.commits.commit_store import Commit
@@ -19,7 +20,6 @@ from controller.commits.resume import (
     RunDirectory,
     differences,
     end_orphans,
-    flat,
     is_ray_session,
     other_versions,
     require_scorers,

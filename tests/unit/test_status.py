@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from controller.report.status import SILENT_S, StatusFile, lines_of, main, read_status
+from controller.record.status_file import SILENT_S, StatusFile, read_status
+from controller.report.status import lines_of, main
 from tests.unit.test_report import jsonl
 
 

@@ -19,8 +19,9 @@ from studies.five_reasons.registration import PREREGISTRATION, Contrast, parse
 from studies.five_reasons.tuning import TUNED
 
 CONF = train.CONF
-ARMS = sorted(path.stem for path in (CONF / "arm").glob("*.yaml"))
-SETTINGS = sorted(path.stem for path in (CONF / "tuning").glob("*.yaml"))
+OWN = CONF.parent / "studies/five_reasons/conf"
+ARMS = sorted(path.stem for path in (OWN / "arm").glob("*.yaml"))
+SETTINGS = sorted(path.stem for path in (OWN / "tuning").glob("*.yaml"))
 STUDIES = ("five_reasons", "five_reasons_quick", "five_reasons_tuning", "five_reasons_tuning_rank")
 PLAN = parse(PREREGISTRATION.read_text())
 
@@ -115,7 +116,7 @@ def test_ranking_is_tried_with_as_many_weights_of_its_text_loss() -> None:
 def test_every_arm_states_its_own_knob() -> None:
     """Else it runs with the demo's value, which nobody has chosen for it."""
     for arm in ARMS:
-        own = OmegaConf.load(CONF / "arm" / f"{arm}.yaml")
+        own = OmegaConf.load(OWN / "arm" / f"{arm}.yaml")
         assert OmegaConf.select(own, TUNED[own.method]) is not None, arm
 
 

@@ -11,14 +11,16 @@ import yaml
 from omegaconf import OmegaConf
 
 from common.files.outcome import write_outcome
+from common.flatten import flat
 from common.models.precision import choose_dtypes
 from contracts.config import ScorerConfig, TandemConfig
-from controller.record.objective import evaluation_metrics, objective
+from controller.record.evaluation import evaluation_metrics, objective
 from controller.record.reader import ReportError
 from controller.record.redaction import redacted
 from controller.report.__main__ import main
-from controller.report.compare import best_of, flattened, members_of, page
+from controller.report.compare import page
 from controller.report.compare_charts import unbeaten
+from controller.report.members import best_of, members_of
 from controller.report.status import main as status
 from controller.stages.store import made_of
 from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
@@ -160,7 +162,7 @@ def test_the_frontier_keeps_what_no_other_beats() -> None:
 
 
 def test_flattened() -> None:
-    assert flattened({"a": {"b": 1, "c": {"d": None}}, "e": {}, "f": [1]}) == {
+    assert flat({"a": {"b": 1, "c": {"d": None}}, "e": {}, "f": [1]}) == {
         "a.b": 1,
         "a.c.d": None,
         "e": {},

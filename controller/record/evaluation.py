@@ -1,4 +1,5 @@
-"""What a sweep maximises: gold reward at bounded KL, one number a run.
+"""What evaluation.json says of the model that was judged against SFT, and what a sweep maximises: gold reward at bounded KL,
+one number a run.
 
     objective = gold gain over SFT - PENALTY * max(0, KL - evaluate.max_kl)
 
@@ -10,9 +11,29 @@ arXiv 2210.10760), a gain of 1 at 10 nats has the slope 1 / (2 * 10) = 0.05 ther
 
 from typing import Any
 
-from controller.record.judged import against_sft, judged_model
+from contracts.methods import method_title
 
 PENALTY = 0.1  # score units for each nat a sequence beyond the bound
+
+
+def judged_name(evaluation: dict[str, Any]) -> str:
+    """Of the third model, beside base and SFT. Runs that did not write their method are of PPO."""
+    return str(evaluation.get("method") or "ppo")
+
+
+def judged_title(evaluation: dict[str, Any]) -> str:
+    """As a reader knows the method: PPO, DPO, ..."""
+    return str(evaluation.get("title") or method_title(judged_name(evaluation), None))
+
+
+def judged_model(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Its row of `models`; empty where there is none."""
+    return (evaluation.get("models") or {}).get(judged_name(evaluation)) or {}
+
+
+def against_sft(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Its comparison with SFT; empty where there is none."""
+    return (evaluation.get("comparisons") or {}).get(f"{judged_name(evaluation)}_vs_sft") or {}
 
 
 def evaluation_metrics(evaluation: dict[str, Any], max_kl: float) -> dict[str, float]:
