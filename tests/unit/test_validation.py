@@ -3,9 +3,10 @@
 import copy
 import json
 import math
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from transformers import AutoConfig
@@ -32,7 +33,6 @@ OUTSIDE = {
     "null or 0 or more": -1,
     "above 0": 0,
     "null or above 0": 0,
-    "null or a finite number": math.inf,
     "null or at least 1": 0,
     "null or 0 (the head alone) or more": -1,
     "in [0, 1]": 1.5,
@@ -92,9 +92,34 @@ def test_each_range(config, entry, key):
     assert any(line.startswith(expected) for line in conflicts(put(config, **{key.replace(".", "__"): value})))
 
 
-@pytest.mark.parametrize("key", ["ppo.kl.coef", "ppo.clip", "ppo.lam", "sft.optimizer.learning_rate"])
-def test_nan_is_outside_every_range(config, key):
-    assert any(key in line for line in conflicts(put(config, **{key.replace(".", "__"): math.nan})))
+def float_keys(section: Any, prefix: str = "") -> list[str]:
+    """Keys that the schema says may hold a float."""
+    found: list[str] = []
+    for name, hint in get_type_hints(section).items():
+        if is_dataclass(hint):
+            found += float_keys(hint, f"{prefix}{name}.")
+        elif float in (hint, *get_args(hint)):
+            found.append(prefix + name)
+    return found
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("key", float_keys(TandemConfig))
+def test_every_float_is_finite(config, key, number):
+    value = [0.9, number] if key.endswith("betas") else number
+    expected = f"{key} must be finite, as the records of a run hold no other number; found {value}; write for example "
+    lines = conflicts(put(config, **{key.replace(".", "__"): value}))
+    assert sum(line.startswith(expected) for line in lines) == 1
+
+
+def test_floats_of_scorers_and_environments_are_finite(config):
+    weighted = {"kind": "weighted_sum", "parts": ["gold_model", "proxy_model"], "weights": [1.0, math.inf]}
+    (line,) = conflicts(with_scorers(config, both=weighted))
+    assert line.startswith("reward_service.scorers.both.weights must be finite")
+    options = put(config, environment__name="games:Guess", environment__options={"most": {"of": math.inf}})
+    (line,) = conflicts(options)
+    assert line.startswith("environment.options.most.of must be finite")
+    assert line.endswith("found inf; write a number, however large")
 
 
 @pytest.mark.parametrize("key", CHOICES)
