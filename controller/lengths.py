@@ -16,8 +16,10 @@ POSITIONS = (
     "n_positions",
     "max_seq_len",
     "seq_length",
+    "max_target_positions",
     "max_sequence_length",
     "max_seq_length",
+    "seq_len",
 )
 # Kinds of RoPE whose factor that number has in it already.
 SCALED = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from transformers import AutoConfig
 from vllm.config.model import _get_and_verify_max_len as vllm_length
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.methods import METHODS
@@ -741,6 +742,9 @@ def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemCon
         ({"model_type": "mpt", "max_seq_len": 96}, 96),
         ({"model_type": "opt", "max_position_embeddings": 48}, 48),
         ({"model_type": "mamba"}, None),
+        ({"model_type": "llama", "max_position_embeddings": 128, "seq_len": 90}, 90),
+        ({"model_type": "llama", "max_position_embeddings": 128, "max_target_positions": 80}, 80),
+        ({"model_type": "cohere", "max_position_embeddings": 128, "model_max_length": 512}, 512),
         (
             {
                 "model_type": "llama",
@@ -767,6 +771,22 @@ def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemCon
         ),
         (
             {
+                "model_type": "llama",
+                "max_position_embeddings": 128,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+            },
+            128,
+        ),
+        (
+            {
+                "model_type": "gemma2",
+                "max_position_embeddings": 100,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.5},
+            },
+            250,
+        ),
+        (
+            {
                 "model_type": "gemma3_text",
                 "max_position_embeddings": 256,
                 "rope_scaling": {"rope_type": "linear", "factor": 8.0},
@@ -779,9 +799,8 @@ def test_positions_are_those_that_vllm_finds(tmp_path: Path, model: dict[str, An
     (tmp_path / "config.json").write_text(json.dumps(model))
     found = AutoConfig.from_pretrained(tmp_path).get_text_config()
     assert (count := positions(found)) == (None if expected is None else (expected, count[1] if count else ""))
-    name = next((key for key in ("max_position_embeddings", "max_seq_len") if getattr(found, key, None)), None)
     architecture = SimpleNamespace(
-        derived_max_model_len_and_key=(getattr(found, name) if name else math.inf, name)  # of the convertor
+        derived_max_model_len_and_key=ModelArchConfigConvertorBase(found, found).derive_max_model_len_and_key()
     )
     arguments = (found, architecture, None)
     options = {"disable_sliding_window": False, "sliding_window": None}
