@@ -16,13 +16,13 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.methods import METHODS
 from contracts.overrides import closest
+from contracts.positions import positions
 from contracts.ranges import CHOICES, RANGES
 from contracts.records import Example, RatedExample
 from contracts.service_validation import validate_service
 from contracts.validation import ConfigError, check_machine, validate
 from controller.checks import check_amounts, check_model
 from controller.inputs import Inputs
-from controller.lengths import positions
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {
