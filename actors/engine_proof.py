@@ -231,7 +231,7 @@ def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None
     `model` gives the number format; its path is not read."""
     from actors.vllm_engine import VLLMEngine
 
-    vocabulary = json.loads((first / "config.json").read_text())["vocab_size"]
+    vocabulary = _vocabulary(first, model.trust_remote_code)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS]
     of_first, of_second = (class_logprobs(path, rows, model.trust_remote_code) for path in (first, second))
@@ -267,6 +267,14 @@ def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None
         engine.run()
     except EngineLostError:
         worker.join()  # what ended the engine is an answer too
+
+
+def _vocabulary(path: Path, trust_remote_code: bool) -> int:
+    """Tokens of the checkpoint at `path`; models of several parts say it of their text part."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return int(config.get_text_config().vocab_size)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from common.models.forward import Form, backbone_name, head_logits, hidden_state
 from common.models.loading import refuse_unloaded
 from common.models.packed_attention import Packed
 from common.models.proof import POLICY, SCALAR, Proof, prove
+from common.models.twin import make_twin
 from contracts.config import LearnerConfig, ModelConfig
 from learner.lean_layers import make_lean
 from learner.losses import selected_logprobs
@@ -188,7 +189,8 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
 
 
 def freeze_below(lm: PreTrainedModel, trainable_layers: int | None, freeze_embeddings: bool) -> None:
-    """Let only the top `trainable_layers` layers, the final norm and the head train (None: all layers, 0: none).
+    """Let only the top `trainable_layers` layers and what comes after them, the final norm and the head, train (None: all
+    layers, 0: none).
 
     Raises:
         ValueError: where the model has fewer layers.
@@ -201,3 +203,59 @@ def freeze_below(lm: PreTrainedModel, trainable_layers: int | None, freeze_embed
     if trainable_layers is not None:
         for layer in layers[: len(layers) - trainable_layers]:
             layer.requires_grad_(False)
+        after = _after_layers(lm, is_input=trainable_layers > 0)
+        for name, parameter in _beside_layers(lm).items():
+            if name not in after:
+                parameter.requires_grad_(False)
+
+
+def _beside_layers(lm: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters of the backbone that are in no decoder layer, by name."""
+    inside = {id(parameter) for parameter in decoder_layers(lm).parameters()}
+    backbone = getattr(lm, backbone_name(lm))
+    return {name: p for name, p in backbone.named_parameters() if id(p) not in inside}
+
+
+def _after_layers(lm: PreTrainedModel, is_input: bool) -> set[str]:
+    """Which of `_beside_layers` reach the output without the input (else the output) of the last layer.
+
+    Names do not tell: OPT has its final norm before its layers, and projections on both sides. So autograd says it of a
+    twin, as the model itself may need a device that it is not on yet.
+    """
+
+    def trace(twin: PreTrainedModel) -> set[str]:
+        seen: list[Any] = []
+        last = decoder_layers(twin)[-1]
+        if is_input:
+            last.register_forward_pre_hook(lambda _, args, kwargs: seen.extend((args, kwargs)), with_kwargs=True)
+        else:
+            last.register_forward_hook(lambda _, args, output: seen.append(output))
+        out = getattr(twin, backbone_name(twin))(input_ids=torch.tensor([[0, 1, 2, 3]]), use_cache=False)[0]
+        after = _leaves(out) - _leaves(seen)
+        return {name for name, parameter in _beside_layers(twin).items() if id(parameter) in after}
+
+    def build(config: Any) -> PreTrainedModel:
+        return type(lm)._from_config(config, dtype=torch.float32, attn_implementation="eager")
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        return make_twin(lm.config, build, trace)[1]
+
+
+def _leaves(value: Any) -> set[int]:
+    """Ids of the parameters that the tensors anywhere in `value` were computed from."""
+    found: set[int] = set()
+    todo, nodes = [value], set()
+    while todo:
+        one = todo.pop()
+        if isinstance(one, torch.Tensor):
+            todo.append(one.grad_fn)
+            if one.is_leaf:
+                found.add(id(one))
+        elif isinstance(one, dict):
+            todo += one.values()
+        elif isinstance(one, list | tuple):
+            todo += one
+        elif isinstance(one, torch.autograd.graph.Node) and one not in nodes:
+            nodes.add(one)
+            todo += [getattr(one, "variable", None), *(node for node, _ in one.next_functions)]
+    return found

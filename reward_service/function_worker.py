@@ -20,6 +20,7 @@ PR_SET_PDEATHSIG = 1  # Linux: end with the replica, even one that was killed
 
 
 def load(function: str) -> Callable[..., Any]:
+    """Raises TypeError for what must be awaited; whatever its module raises."""
     module_name, _, name = function.rpartition(":")
     if module_name.endswith(".py"):
         spec = importlib.util.spec_from_file_location("reward_functions", module_name)
@@ -29,7 +30,13 @@ def load(function: str) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(module_name)
-    return getattr(module, name)
+    loaded = getattr(module, name)
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    if any(is_kind(one) for is_kind in kinds for one in (loaded, getattr(loaded, "__call__", None))):  # noqa: B004
+        raise TypeError(
+            "it must be a plain function: nobody awaits what it returns; found an async one; write it without async"
+        )
+    return loaded
 
 
 def arguments_for(function: Callable[..., Any], request: dict[str, list]) -> dict[str, list]:

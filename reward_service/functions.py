@@ -4,8 +4,8 @@ A function takes lists and returns one number an item, as TRL's reward functions
 
     def brevity(completions: list[str], **_) -> list[float]: ...
 
-It is given `prompts`, `completions` and `labels` as far as it names them. It is neither a generator nor `async`: nobody
-awaits what it returns.
+It is given `prompts`, `completions` and `labels` as far as it names them. It is no generator, and it is refused where
+it is `async`: nobody awaits what it returns.
 """
 
 import json
@@ -31,7 +31,7 @@ Text = tuple[str, str, str | None]  # prompt, completion, label
 
 
 class FunctionError(RuntimeError):
-    """The function cannot be imported, with the reason."""
+    """The function cannot be imported, or must be awaited, with the reason."""
 
 
 class FunctionProcess:

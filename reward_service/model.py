@@ -15,6 +15,7 @@ from common.microbatches import cut_padded
 from common.models.forward import Form, hidden_states
 from common.models.loading import LoadingError, loading_report, refuse_adapter, refuse_quantised, refuse_unloaded
 from common.models.packed_attention import Packed
+from common.models.positions import positions
 from common.models.proof import SCALAR, Proof, prove
 from contracts.records import Score
 from reward_service.isolate import isolate
@@ -72,6 +73,8 @@ class RewardModel:
         self.mean = float(getattr(config, "score_mean", None) or 0.0)
         self.std = float(getattr(config, "score_std", None) or 1.0)
         self.vocab_size = config.get_text_config().vocab_size
+        known = positions(config.get_text_config())
+        self.positions = known[0] if known else None  # beyond which learned ones end, for every item of a batch
         self.batch_tokens, self.max_tokens, self.reading = batch_tokens, max_tokens, reading
 
     def score(self, sequences: list[list[int]]) -> list[Score]:
@@ -100,6 +103,9 @@ class RewardModel:
             return f"too_long: {len(key)} tokens, the limit is {self.max_tokens}"
         if min(key) < 0 or max(key) >= self.vocab_size:
             return "out_of_vocabulary"
+        seen = len(self.reading(key)[0])  # which may be more than the key
+        if self.positions is not None and seen > self.positions:
+            return f"too_long: {seen} tokens as the model reads it, which has {self.positions} positions"
         return None
 
     def _normalised(self, score: Score) -> Score:

@@ -61,6 +61,18 @@ def function_source(function: str) -> Path:
     return path.resolve()
 
 
+def is_async(function: str) -> bool:
+    """Whether the source of a function says that it must be awaited. It is not executed, so what a decorator makes of it, or
+    where it was imported from, is for whoever loads it to say. Raises as `function_source`."""
+    file, name = function_source(function), split_function(function)[1]
+    try:
+        statements = parsed(file).body
+    except SyntaxError:  # for whoever runs it to say
+        return False
+    made = [s for s in statements if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef) and s.name == name]
+    return bool(made) and isinstance(made[-1], ast.AsyncFunctionDef) and not made[-1].decorator_list
+
+
 def source_digest(function: str) -> str:
     """SHA-256 (hex) over the source of a function or class, "module:name", and of all that it imports from beside it: from
     the directory of its file, from where its package lies, and from the places on Python's path that the file lies below.

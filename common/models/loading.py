@@ -8,9 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+
 from contracts.checks.check import Check
 
 SHOWN = 4  # names in a message
+BLOCK = 4096  # rows of a matrix that are compared at a time
 # Tables that a model computes itself and that checkpoints of older releases have on disk.
 COMPUTED = re.compile(r"(^|\.)(inv_freq|(cos|sin)_cached|(attn|attention)\.(masked_)?bias|position_ids)$")
 
@@ -96,13 +100,48 @@ def refuse_unloaded(
 
 def _refuse_untied(model: Any, path: str, key: str) -> None:
     """transformers keeps two different matrices that the configuration ties, with a warning; vLLM takes one for both."""
-    if model is None or model.device.type == "meta":  # without values they cannot be told from equal ones
+    if model is None:
         return
+    is_empty = model.device.type == "meta"
+    files = _files_of_weights(Path(path)) if is_empty else {}  # values that the model does not have, the files do
     for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(source):
+        if is_empty:
+            differ = _are_stored_differently(files, _stored_name(model, name), _stored_name(model, source))
+        else:
+            differ = model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(source)
+        if differ:
             rule, found = "a checkpoint that fits tie_word_embeddings=true", f"a {name} other than {source}"
             instead = "tie_word_embeddings=false into its config.json"
             raise LoadingError(Check(False, f"{key}={path}", rule, found, instead).message)
+
+
+def _stored_name(model: Any, name: str) -> tuple[str, str]:
+    """The names that a weight may have in a checkpoint: with the backbone's prefix or, as GPT-2's own, without."""
+    return name, name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _files_of_weights(path: Path) -> dict[str, Path]:
+    """Where each weight of a checkpoint's directory lies. Of a hub id, and of other files than safetensors, nothing is known
+    here; the learner sees it when it loads them."""
+    found: dict[str, Path] = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= dict.fromkeys(opened.keys(), file)
+    return found
+
+
+def _are_stored_differently(files: dict[str, Path], *names: tuple[str, ...]) -> bool:
+    """Whether both weights are in the files, with different values; up to the first block of rows that differs."""
+    known = [next((name for name in each if name in files), None) for each in names]
+    first, second = known
+    if first is None or second is None or first == second:
+        return False
+    with safe_open(files[first], framework="pt") as one, safe_open(files[second], framework="pt") as other:
+        a, b = one.get_slice(first), other.get_slice(second)
+        if a.get_shape() != b.get_shape():
+            return True
+        rows = range(0, a.get_shape()[0], BLOCK)
+        return not all(torch.equal(a[i : i + BLOCK].float(), b[i : i + BLOCK].float()) for i in rows)
 
 
 def _is_inside(model: Any, name: str) -> bool:

@@ -1,6 +1,5 @@
 """What single keys of the configuration may hold: ranges of numbers and choices among names."""
 
-import math
 from collections.abc import Callable, Iterable
 from datetime import date
 from typing import Any, NamedTuple
@@ -108,7 +107,6 @@ RANGES = [
             "cluster.cpus_per_node",
         ),
     ),
-    Range("null or a finite number", lambda value: value is None or math.isfinite(value), ("ppo.combined.target",)),
     Range(
         "null or 0 or more",
         lambda value: value is None or value >= 0,

@@ -5,7 +5,9 @@ tables (`contracts.checks.ranges`); the third is one short list a section. `vali
 `check_machine` compares it with the machine. Keys that the schema does not have: `contracts.checks.overrides`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -43,12 +45,37 @@ def _example(default: Any) -> str:
     return f"for example {shown(default)} (the default)"
 
 
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every dotted key below a section with its value and what may be written instead."""
+    is_open = isinstance(section, dict)  # which has no schema
+    entries, defaults = (section, None) if is_open else (vars(section), type(section)())
+    for name, value in entries.items():
+        if is_dataclass(value) or isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            instead = _example(getattr(defaults, name)) if defaults else "a number, however large"
+            yield f"{prefix}{name}", value, instead
+
+
 def range_checks(config: TandemConfig) -> list[Check]:
+    """That every number is finite, as JSON has no others for the records of a run, and within the range of its key."""
     defaults = TandemConfig()
-    return [
+    finite = [
+        Check(_is_finite(value), key, "finite, as the records of a run hold no other number", value, instead)
+        for key, value, instead in _leaves(config)
+    ]
+    broken = {check.key for check in finite if not check.holds}
+    return finite + [
         Check(entry.holds(value := _value(config, key)), key, entry.rule, value, _example(_value(defaults, key)))
         for entry in RANGES
         for key in entry.keys
+        if key not in broken
     ]
 
 

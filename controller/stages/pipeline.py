@@ -101,7 +101,8 @@ class Pipeline:
             from controller.start_checks.rehearsal import rehearse
 
             with self.progress.phase(f"rehearsing {self.config.environment.name}"):
-                rehearse(self.config, self.tokenizer, {key: prompts for key, prompts in sampled.items() if prompts})
+                prompts = {key: found for key, found in sampled.items() if found}
+                rehearse(self.config, self.tokenizer, prompts, self.data.in_chat)
 
     # ---- what a user asks for
 

@@ -6,8 +6,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from common.error_text import error_lines
-from common.files.source_code import function_source
+from common.files.source_code import is_async
 from common.models.loading import LoadingError, refuse_adapter, refuse_quantised
+from contracts.checks.check import Check
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.methods import checkpoints_read, reads, results_needed, runs
@@ -42,7 +43,7 @@ def check_model(config: TandemConfig) -> None:
             reason = error_lines(error)[0][:200]
             exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
             problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
-    problems += _missing_functions(config)
+    problems += _unusable_functions(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -79,13 +80,14 @@ def check_amounts(config: TandemConfig, data: Inputs) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _missing_functions(config: TandemConfig) -> list[str]:
+def _unusable_functions(config: TandemConfig) -> list[str]:
     """They are imported when the reward service starts, in a pipeline after SFT."""
     problems = []
     for name, entry in config.reward_service.scorers.items():
         try:
-            if entry.kind == "function" and needs(config)[0].count:
-                function_source(str(entry.function))
+            if entry.kind == "function" and needs(config)[0].count and is_async(str(entry.function)):
+                key, rule = f"reward_service.scorers.{name}.function", "a plain function: nobody awaits what it returns"
+                problems.append(Check(False, key, rule, f"async def {entry.function}", "it without async").message)
         except ValueError as error:
             problems.append(f"reward_service.scorers.{name}: {error}")
     return problems

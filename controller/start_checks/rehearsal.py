@@ -7,7 +7,7 @@ checks are made on every answer.
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from contracts.config import SamplingConfig, TandemConfig
 from contracts.environments import Environment, EnvironmentFault
 from contracts.records import Completion, Prompt, RolloutRequest
 
+SOURCES = {"ppo.sampling": "prompts", "evaluate.sampling": "eval_prompts"}  # of the prompts, by how they are sampled
 PROMPTS = 4
 DEADLINE_S = 60.0
 # Tokens before the EOS of a turn that may have `least` to `most`: the longest, the shortest, any.
@@ -31,13 +32,18 @@ LENGTHS: list[Callable[[int, int, random.Random], int]] = [
 
 
 def rehearse(
-    config: TandemConfig, tokenizer: Any, prompts: dict[str, list[Prompt]], deadline_s: float = DEADLINE_S
+    config: TandemConfig,
+    tokenizer: Any,
+    prompts: dict[str, list[Prompt]],
+    in_chat: Set[str],
+    deadline_s: float = DEADLINE_S,
 ) -> None:
     """Play the environment of a configuration on prompts of each stage that samples.
 
     Args:
         tokenizer: that of the policy.
-        prompts: by the key of the configuration that says how they are sampled: ppo.sampling, evaluate.sampling.
+        prompts: by the key of the configuration that says how they are sampled (`SOURCES`).
+        in_chat: sources whose completions end as the chat template ends an answer (`Inputs.in_chat`).
 
     Raises:
         ConfigError: with what is wrong and what to write instead; also where no answer has come after `deadline_s`.
@@ -48,7 +54,7 @@ def rehearse(
 
     def play() -> None:
         try:
-            _play(config, tokenizer, prompts)
+            _play(config, tokenizer, prompts, in_chat)
         except BaseException as error:  # of code that is not ours, in a thread of its own: raised again below
             failures.append(error)
 
@@ -68,13 +74,13 @@ def rehearse(
         raise ConfigError(f"{name}: {kind}{error}") from error
 
 
-def _play(config: TandemConfig, tokenizer: Any, prompts: dict[str, list[Prompt]]) -> None:
+def _play(config: TandemConfig, tokenizer: Any, prompts: dict[str, list[Prompt]], in_chat: Set[str]) -> None:
     limits = Limits.of(config.model, config.environment, config.engine.max_model_len)
-    ends = end_ids(tokenizer, config.model, config.data.chat)
     make = environment_maker(config.environment, lambda: tokenizer)
     draw = random.Random(config.seed)
     for key, chosen in prompts.items():
         sampling = config.ppo.sampling if key == "ppo.sampling" else config.evaluate.sampling
+        ends = end_ids(tokenizer, config.model, SOURCES[key] in in_chat)
         longest = sorted(chosen, key=lambda prompt: -len(prompt.token_ids))[:1]
         for prompt in longest + draw.sample(chosen, min(PROMPTS - 1, len(chosen))):
             for length in LENGTHS:

@@ -1,11 +1,13 @@
 """When engines are proved, what a proof is remembered by, and the verdict on its numbers; no engine starts."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+from transformers import Gemma3Config
 
-from actors.engine_proof import Differences, _key, _twin, verdict
+from actors.engine_proof import Differences, _key, _twin, _vocabulary, verdict
 from contracts.config import TandemConfig
 from controller.start_checks.engine_checks import begin_proofs
 from tests.tiny_models import TINY
@@ -53,6 +55,14 @@ def test_a_window_that_the_engine_never_passes_is_none_of_the_proof() -> None:
 def test_a_twin_is_padded_where_its_model_is() -> None:
     for name, rest in (("qwen3_moe", 0), ("qwen3_moe-padded", 16)):
         assert _twin(TINY[name](), True, True, 64).moe_intermediate_size % 32 == rest
+
+
+def test_the_vocabulary_is_that_of_the_text_model(tmp_path: Path) -> None:
+    TINY["gpt2"]().save_pretrained(tmp_path / "plain")
+    assert _vocabulary(tmp_path / "plain", False) == 300
+    Gemma3Config(text_config={"vocab_size": 96}).save_pretrained(tmp_path / "nested")
+    assert "vocab_size" not in json.loads((tmp_path / "nested/config.json").read_text())
+    assert _vocabulary(tmp_path / "nested", False) == 96
 
 
 @pytest.mark.parametrize(("stage", "gpus"), [("sft", 0.0), ("reward_model", 0.0), ("preference", 0.0), ("ppo", 1.0)])

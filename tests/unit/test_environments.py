@@ -1,12 +1,14 @@
 """What an environment may answer, the ones that are shipped, and the rehearsal before training starts."""
 
+import json
 import math
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -293,7 +295,7 @@ class WrongArguments:
 def rehearsal(config: TandemConfig, tokenizer: Any, kind: type, deadline_s: float = 60.0, **options: Any) -> None:
     config.environment.name = f"{__name__}:{kind.__name__}"
     config.environment.options = options
-    rehearse(config, tokenizer, {"ppo.sampling": PROMPTS}, deadline_s)
+    rehearse(config, tokenizer, {"ppo.sampling": PROMPTS}, set(), deadline_s)
 
 
 def test_a_sound_environment_passes(config: TandemConfig, tokenizer: Any) -> None:
@@ -301,10 +303,10 @@ def test_a_sound_environment_passes(config: TandemConfig, tokenizer: Any) -> Non
     config.environment.name, config.environment.options = "two_turn", {}
     config.ppo.sampling.max_completion_tokens = 20
     config.model.path = str(SMOLLM)  # its observation has tokens beyond the tiny model's 512
-    rehearse(config, tokenizer, {"ppo.sampling": PROMPTS, "evaluate.sampling": []})
+    rehearse(config, tokenizer, {"ppo.sampling": PROMPTS, "evaluate.sampling": []}, set())
     config.environment.name = "single_turn"
     config.model.path = "no/such/model"  # nothing is loaded for what cannot go wrong
-    rehearse(config, None, {"ppo.sampling": PROMPTS})
+    rehearse(config, None, {"ppo.sampling": PROMPTS}, set())
 
 
 @pytest.mark.parametrize(
@@ -336,11 +338,39 @@ def test_options_that_the_environment_does_not_have(config: TandemConfig, tokeni
         rehearsal(config, tokenizer, Scripted, sise=3)
 
 
+class Listens(Scripted):
+    """Remembers what turns ended with that may be longer."""
+
+    ended: ClassVar[set[int]] = set()
+
+    def step(self, token_ids: list[int]) -> Any:
+        if len(token_ids) == 2:
+            self.ended.add(token_ids[-1])
+        return super().step(token_ids)
+
+
+@pytest.mark.parametrize(("in_chat", "expected"), [(set(), {0}), ({"prompts"}, {0, 2}), ({"eval_prompts"}, {0})])
+@pytest.mark.parametrize("chat", [True, False])
+def test_turns_end_as_those_of_their_source_do(
+    config: TandemConfig, in_chat: set[str], expected: set[int], chat: bool, tmp_path: Path
+) -> None:
+    """Text ends with 0, and what the chat template writes with 2 too; `data.chat` is not what says so."""
+    shutil.copytree(config.model.path, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    config.model.path, config.data.chat = str(tmp_path / "model"), chat
+    config.environment.name = f"{__name__}:Listens"
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM)
+    tokenizer.eos_token = "<|endoftext|>"
+    Listens.ended.clear()
+    rehearse(config, tokenizer, {"ppo.sampling": PROMPTS}, in_chat)
+    assert Listens.ended == expected
+
+
 def test_two_turn_with_too_little_room_says_what_to_write(config: TandemConfig, tokenizer: Any) -> None:
     config.environment.name, config.environment.max_turn_tokens = "two_turn", None
     config.model.path = str(SMOLLM)
     with pytest.raises(ConfigError, match=r"found no end after 1 turns of up to 12 tokens"):
-        rehearse(config, tokenizer, {"ppo.sampling": PROMPTS})
+        rehearse(config, tokenizer, {"ppo.sampling": PROMPTS}, set())
 
 
 def test_an_environment_that_hangs_does_not_hang_the_start(config: TandemConfig, tokenizer: Any) -> None:
@@ -379,7 +409,7 @@ def test_the_documented_example_runs(example: Callable[..., Any], config: Tandem
     assert (last.reward, last.done) == (0.0, True)
     config.environment, config.model.path = example(tries=2), str(SMOLLM)
     config.environment.max_turn_tokens, config.ppo.sampling.max_completion_tokens = 4, 24
-    rehearse(config, tokenizer, {"ppo.sampling": PROMPTS})
+    rehearse(config, tokenizer, {"ppo.sampling": PROMPTS}, set())
 
 
 def test_the_documented_commands_are_valid() -> None:

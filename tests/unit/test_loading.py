@@ -16,6 +16,7 @@ from contracts.config import ModelConfig, TandemConfig
 from controller.start_checks.amounts import check_model
 from controller.start_checks.model_checks import check_weights_and_code
 from reward_service.model import check_reward_model
+from tests.tiny_models import make
 
 Weights = dict[str, torch.Tensor]
 
@@ -170,8 +171,33 @@ def test_a_head_that_only_the_configuration_ties(differ: bool, small_vocab: Path
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    config = TandemConfig(model=ModelConfig(path=str(path)), stage="sft")
     if not differ:
+        check_weights_and_code(config)
         refuse_unloaded(info, str(path), "model.path", model=model)
         return
     with pytest.raises(LoadingError, match=r"a lm_head\.weight other than model\.embed.*tie_word_embeddings=false"):
         refuse_unloaded(info, str(path), "model.path", model=model)
+    with pytest.raises(ConfigError, match=r"model\.path=.*a lm_head\.weight other than model\.embed.*=false"):
+        check_weights_and_code(config)  # without loading the weights
+
+
+@pytest.mark.parametrize("row", [None, 0, 299])
+def test_tied_matrices_in_two_files_and_without_the_prefix_of_the_backbone(row: int | None, tmp_path: Path) -> None:
+    """A row that differs is found wherever it is."""
+    make("gpt2", 0).save_pretrained(tmp_path)
+    weights = renamed(load_file(tmp_path / "model.safetensors"), "transformer.", "")
+    head = weights["wte.weight"].clone()
+    if row is not None:
+        head[row] += 1
+    (tmp_path / "model.safetensors").unlink()
+    files = {"model-00001-of-00002.safetensors": weights, "model-00002-of-00002.safetensors": {"lm_head.weight": head}}
+    for name, part in files.items():
+        save_file(part, tmp_path / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {weight: name for name, part in files.items() for weight in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    if row is None:
+        judge(str(tmp_path), AutoModelForCausalLM)
+        return
+    with pytest.raises(LoadingError, match=r"found a lm_head\.weight other than transformer\.wte\.weight"):
+        judge(str(tmp_path), AutoModelForCausalLM)

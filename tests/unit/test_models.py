@@ -23,6 +23,7 @@ from learner.models import (
     FloatLinear,
     PolicyModel,
     ScalarModel,
+    decoder_layers,
     freeze_below,
     load_policy,
     load_scalar,
@@ -30,11 +31,25 @@ from learner.models import (
     scalar_config,
 )
 from learner.saved_model import save_checkpoint
-from tests.tiny_models import TINY
+from tests.tiny_models import TINY, make
 
 EOS = 2  # the pad token too
 SEQUENCES = [[5, 9, 2, 7, 11], [3, EOS], [8, 300, 1, 2, 2, 6, 4, EOS]]
 CPU = torch.device("cpu")
+# Positions or norms that are learned below the layers, and others.
+FROZEN = (
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo-window",
+    "opt",
+    "bloom",
+    "llama",
+    "llama-tied",
+    "falcon",
+    "mpt",
+    "mixtral",
+    "lfm2",
+)
 
 
 def policy(path: Path, attention: str = "auto", dtype: str = "float32", **learner: Any) -> PolicyModel:
@@ -151,6 +166,45 @@ def test_freeze_below(layers: int | None, freeze_embeddings: bool, frozen: tuple
     lm = policy(small_vocab).lm
     freeze_below(lm, layers, freeze_embeddings)
     assert trainable(lm) == every(lm, "") - (every(lm, *frozen) if frozen else set())
+
+
+def detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: detached(item) for key, item in value.items()}
+    return type(value)(map(detached, value)) if isinstance(value, list | tuple) else value
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("name", [*FROZEN, "opt-projected"])
+def test_what_runs_before_the_first_trainable_layer_is_frozen(name: str, count: int) -> None:
+    """Of all that lies beside the layers exactly that trains whose gradient does not flow through what enters the first
+    trainable layer (or the final norm)."""
+    if name == "opt-projected":
+        config = TINY["opt"]()
+        config.word_embed_proj_dim = 64
+        lm = AutoModelForCausalLM.from_config(config)
+    else:
+        lm = make(name, 0)
+    layers = decoder_layers(lm)
+    if count:
+        layers[-1].register_forward_pre_hook(lambda _, *given: detached(given), with_kwargs=True)
+    else:
+        layers[-1].register_forward_hook(lambda _, args, output: detached(output))
+    lm(input_ids=torch.tensor([[5, 9, 7, 11, 3]]), use_cache=False).logits.logsumexp(-1).sum().backward()
+    inside = {id(p) for p in layers.parameters()}
+    embeddings = lm.get_input_embeddings().weight  # a tied head does not train
+    beside = {n: p for n, p in lm.named_parameters() if id(p) not in inside}
+    expected = {n for n, p in beside.items() if p.grad is not None and p is not embeddings}
+    state = torch.get_rng_state()
+    freeze_below(lm, count, freeze_embeddings=False)
+    assert trainable(lm) & beside.keys() == expected
+    assert len(beside) > len(expected) > 0
+    assert all(
+        p.requires_grad == (i >= len(layers) - count) for i, layer in enumerate(layers) for p in layer.parameters()
+    )
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("layers", [3, -1])

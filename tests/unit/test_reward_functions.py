@@ -16,7 +16,7 @@ from reward_service.functions import FunctionError, FunctionPool, Text
 
 ROOT = Path(__file__).parents[2]
 RULES = """
-import os, sys, time, math
+import asyncio, functools, os, sys, time, math
 import numpy as np
 
 def length(completions): return [float(len(c)) for c in completions]
@@ -44,6 +44,11 @@ def one(completions): return 1.0
 class Judge:
     async def __call__(self, completions): return [1.0] * len(completions)
 judge = Judge()
+partly = functools.partial(asynchronous)
+def hidden(completions): return asynchronous(completions)
+def run_it(function): return lambda completions: asyncio.run(function(completions))
+@run_it
+async def awaited(completions): return [1.0] * len(completions)
 async def soon(completion): return 1.0
 def items(completions):
     answers = {"async": soon, "generator": lambda c: (x for x in c), "set": lambda c: {1.0}, "bool": lambda c: True,
@@ -115,12 +120,6 @@ def test_each_failure_costs_its_own_item(pool: Callable[..., FunctionPool], batc
 @pytest.mark.parametrize(
     ("function", "error"),
     [
-        ("asynchronous", "coroutine instead of a list: nobody awaits it, write the function without async"),
-        ("judge", "coroutine instead of a list: nobody awaits it, write the function without async"),
-        (
-            "asynchronous_generator",
-            "async_generator instead of a list: nobody awaits it, write the function without async",
-        ),
         ("generator", "generator instead of a list: nobody runs through it, return list(...) of it"),
         ("mapped", "map instead of a list: nobody runs through it, return list(...) of it"),
         ("by_key", "dict instead of a list"),
@@ -133,6 +132,19 @@ def test_what_is_no_list_of_numbers_is_called_by_its_name(
 ) -> None:
     scores = run(pool(function, batch_size=2), "a", "bc")
     assert [(s.value, s.error) for s in scores] == [(None, f"wrong_type: {error}")] * 2
+
+
+@pytest.mark.parametrize("function", ["asynchronous", "asynchronous_generator", "judge", "partly"])
+def test_what_must_be_awaited_does_not_start(function: str, pool: Callable[..., FunctionPool]) -> None:
+    with pytest.raises(FunctionError, match=f"{function}: TypeError: it must be a plain function: nobody awaits"):
+        pool(function)
+    assert not children()
+
+
+def test_what_hides_that_it_must_be_awaited_gets_an_error(pool: Callable[..., FunctionPool]) -> None:
+    error = "wrong_type: coroutine instead of a list: nobody awaits it, write the function without async"
+    assert [s.error for s in run(pool("hidden"), "a")] == [error]
+    assert [s.value for s in run(pool("awaited"), "a")] == [1.0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])

@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
 )
 
 from common.models.loading import LoadingError
@@ -91,6 +93,21 @@ def test_a_bad_item_costs_only_itself(classifier: Path) -> None:
     assert [scores[i].value for i in (0, 2, 5)] == pytest.approx([s.value for s in model.score(good)], abs=1e-5)
     assert model.score([]) == []
     assert [s.error for s in model.score([[], []])] == ["empty", "empty"]
+
+
+def test_an_item_beyond_the_positions_costs_only_itself(tmp_path: Path) -> None:
+    """GPT-2 learns its positions and has no more of them: one index beyond fails its whole batch."""
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=16, num_labels=1, pad_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    inputs = [[5] * 16, [5] * 17, [7] * 3, [9] * 15]
+    scores = RewardModel(str(tmp_path), "float32").score(inputs)
+    error = "too_long: 17 tokens as the model reads it, which has 16 positions"
+    assert [s.error for s in scores] == [None, error, None, None]
+    expected = plain_scores(tmp_path, [inputs[i] for i in (0, 2, 3)])
+    assert [s.value for s in scores if s.error is None] == pytest.approx(expected, abs=1e-5)
+    # The reading may write more behind an input.
+    longer = RewardModel(str(tmp_path), "float32", reading=lambda ids: ((*ids, 1, 2), len(ids) + 1)).score(inputs)
+    assert [s.code for s in longer] == ["too_long", "too_long", None, "too_long"]
 
 
 def test_a_score_that_is_not_a_number_is_an_error(classifier: Path, tmp_path: Path) -> None:

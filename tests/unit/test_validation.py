@@ -3,14 +3,17 @@
 import copy
 import json
 import math
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from transformers import AutoConfig
 from vllm.config.model import _get_and_verify_max_len as vllm_length
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
+from common.models.positions import positions
 from contracts.checks.overrides import closest
 from contracts.checks.ranges import CHOICES, RANGES
 from contracts.checks.service_validation import validate_service
@@ -20,7 +23,6 @@ from contracts.methods import METHODS
 from contracts.records import Example, RatedExample
 from controller.data.inputs import Inputs
 from controller.start_checks.amounts import check_amounts, check_model
-from controller.start_checks.lengths import positions
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {
@@ -32,7 +34,6 @@ OUTSIDE = {
     "null or 0 or more": -1,
     "above 0": 0,
     "null or above 0": 0,
-    "null or a finite number": math.inf,
     "null or at least 1": 0,
     "null or 0 (the head alone) or more": -1,
     "in [0, 1]": 1.5,
@@ -92,9 +93,34 @@ def test_each_range(config, entry, key):
     assert any(line.startswith(expected) for line in conflicts(put(config, **{key.replace(".", "__"): value})))
 
 
-@pytest.mark.parametrize("key", ["ppo.kl.coef", "ppo.clip", "ppo.lam", "sft.optimizer.learning_rate"])
-def test_nan_is_outside_every_range(config, key):
-    assert any(key in line for line in conflicts(put(config, **{key.replace(".", "__"): math.nan})))
+def float_keys(section: Any, prefix: str = "") -> list[str]:
+    """Keys that the schema says may hold a float."""
+    found: list[str] = []
+    for name, hint in get_type_hints(section).items():
+        if is_dataclass(hint):
+            found += float_keys(hint, f"{prefix}{name}.")
+        elif float in (hint, *get_args(hint)):
+            found.append(prefix + name)
+    return found
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("key", float_keys(TandemConfig))
+def test_every_float_is_finite(config, key, number):
+    value = [0.9, number] if key.endswith("betas") else number
+    expected = f"{key} must be finite, as the records of a run hold no other number; found {value}; write for example "
+    lines = conflicts(put(config, **{key.replace(".", "__"): value}))
+    assert sum(line.startswith(expected) for line in lines) == 1
+
+
+def test_floats_of_scorers_and_environments_are_finite(config):
+    weighted = {"kind": "weighted_sum", "parts": ["gold_model", "proxy_model"], "weights": [1.0, math.inf]}
+    (line,) = conflicts(with_scorers(config, both=weighted))
+    assert line.startswith("reward_service.scorers.both.weights must be finite")
+    options = put(config, environment__name="games:Guess", environment__options={"most": {"of": math.inf}})
+    (line,) = conflicts(options)
+    assert line.startswith("environment.options.most.of must be finite")
+    assert line.endswith("found inf; write a number, however large")
 
 
 @pytest.mark.parametrize("key", CHOICES)
@@ -708,6 +734,31 @@ def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemCon
     ]
 
 
+def test_a_rule_that_nobody_awaits_is_refused(config: TandemConfig, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 1024}))
+    config = put(config, model__path=str(tmp_path / "model"), data__gold=None)
+    rules = tmp_path / "rules.py"
+    rules.write_text(
+        "async def f(completions): return [0.0]\n"
+        "@awaited\nasync def g(completions): return [0.0]\n"
+        "async def h(completions): ...\ndef h(completions): return [0.0]\n"
+        "class judge:\n    async def i(self): ...\n"
+    )
+
+    def with_rule(name: str) -> TandemConfig:
+        return with_scorers(config, proxy={"kind": "function", "function": f"{rules}:{name}"})
+
+    for name in ("g", "h", "i"):
+        check_model(with_rule(name))
+    assert refused(with_rule("f")) == [
+        "reward_service.scorers.proxy.function must be a plain function: nobody awaits what it returns; found async def "
+        f"{rules}:f; write it without async"
+    ]
+    rules.write_text("async def f(:")  # whoever imports it says so
+    check_model(with_rule("f"))
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -716,6 +767,9 @@ def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemCon
         ({"model_type": "mpt", "max_seq_len": 96}, 96),
         ({"model_type": "opt", "max_position_embeddings": 48}, 48),
         ({"model_type": "mamba"}, None),
+        ({"model_type": "llama", "max_position_embeddings": 128, "seq_len": 90}, 90),
+        ({"model_type": "llama", "max_position_embeddings": 128, "max_target_positions": 80}, 80),
+        ({"model_type": "cohere", "max_position_embeddings": 128, "model_max_length": 512}, 512),
         (
             {
                 "model_type": "llama",
@@ -742,6 +796,22 @@ def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemCon
         ),
         (
             {
+                "model_type": "llama",
+                "max_position_embeddings": 128,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+            },
+            128,
+        ),
+        (
+            {
+                "model_type": "gemma2",
+                "max_position_embeddings": 100,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.5},
+            },
+            250,
+        ),
+        (
+            {
                 "model_type": "gemma3_text",
                 "max_position_embeddings": 256,
                 "rope_scaling": {"rope_type": "linear", "factor": 8.0},
@@ -754,9 +824,8 @@ def test_positions_are_those_that_vllm_finds(tmp_path: Path, model: dict[str, An
     (tmp_path / "config.json").write_text(json.dumps(model))
     found = AutoConfig.from_pretrained(tmp_path).get_text_config()
     assert (count := positions(found)) == (None if expected is None else (expected, count[1] if count else ""))
-    name = next((key for key in ("max_position_embeddings", "max_seq_len") if getattr(found, key, None)), None)
     architecture = SimpleNamespace(
-        derived_max_model_len_and_key=(getattr(found, name) if name else math.inf, name)  # of the convertor
+        derived_max_model_len_and_key=ModelArchConfigConvertorBase(found, found).derive_max_model_len_and_key()
     )
     arguments = (found, architecture, None)
     options = {"disable_sliding_window": False, "sliding_window": None}
