@@ -1,5 +1,9 @@
 """Errors in one line, for people. Many have several lines, and some have no text at all."""
 
+import re
+
+COUNT = re.compile(r"\d+ validation errors? for .+")
+
 
 def error_lines(error: BaseException) -> list[str]:
     """The lines of its text; its type alone where it has none."""
@@ -7,6 +11,10 @@ def error_lines(error: BaseException) -> list[str]:
 
 
 def typed_line(error: BaseException) -> str:
-    """Its type and the first line of its text, as far as there is one."""
-    name, line = type(error).__name__, error_lines(error)[0]
+    """Its type and the first line of its text, as far as there is one; of pydantic's, whose first line only counts, the
+    first that says something too."""
+    name, lines = type(error).__name__, error_lines(error)
+    line = lines[0]
+    if COUNT.fullmatch(line):
+        line = " ".join(part.strip() for part in lines[:2]).partition(" [type=")[0][:200]
     return name if line == name else f"{name}: {line}"

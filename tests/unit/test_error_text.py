@@ -18,6 +18,11 @@ from tests.conftest import ROOT
         (ValueError("  \n\n "), ["ValueError"], "ValueError"),
         (ValueError("\none\n\n two\n"), ["one", " two"], "ValueError: one"),
         (KeyError("x"), ["'x'"], "KeyError: 'x'"),
+        (
+            ValueError("1 validation error for M\n  Value error, no [type=x]\n    For more see"),
+            ["1 validation error for M", "  Value error, no [type=x]", "    For more see"],
+            "ValueError: 1 validation error for M Value error, no",
+        ),
     ],
 )
 def test_an_error_in_one_line(error: Exception, lines: list[str], typed: str) -> None:
