@@ -13,7 +13,7 @@ from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError
 from contracts.config import DataConfig, ModelConfig, SourceConfig, TandemConfig
 from controller.data.inputs import load_inputs
-from controller.stages.pipeline import Pipeline
+from controller.pipeline.pipeline import Pipeline
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from controller.record.evaluation import against_sft, judged_model, judged_title
 from controller.record.reader import Run, load
 from controller.report.members import members_of
 from controller.report.page import page
-from controller.stages.summary import summary_rows
+from controller.pipeline.summary import summary_rows
 from tests.unit.test_report import invented_evaluation, write_run
 
 

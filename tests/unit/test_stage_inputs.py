@@ -9,8 +9,8 @@ import pytest
 
 from contracts.config import ScorerConfig, TandemConfig
 from controller.data.inputs import Inputs
-from controller.stages.pipeline import Pipeline
-from controller.stages.store import _plain
+from controller.pipeline.pipeline import Pipeline
+from controller.pipeline.store import _plain
 
 EVERY = ("sft", "filtered_sft", "preference", "reward_model/proxy", "ppo")
 # By hand: the sections and keys that each stage computes with. Of data and checkpoints the content counts, not the path.

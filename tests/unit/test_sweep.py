@@ -22,7 +22,7 @@ from controller.report.compare import page
 from controller.report.compare_charts import unbeaten
 from controller.report.members import best_of, members_of
 from controller.report.status import main as status
-from controller.stages.store import made_of
+from controller.pipeline.store import made_of
 from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
 from tests.unit.test_report import around, jsonl, parsed
 

@@ -19,9 +19,9 @@ from contracts.records import Prompt, Rollout, RolloutRequest
 from controller.data.prompts import sampling_seed
 from controller.record.evaluation import against_sft, judged_model
 from controller.record.terminal import Progress
-from controller.stages import best_of_n
-from controller.stages.offline import method_config
-from controller.stages.verdict import verdict
+from controller.evaluation import best_of_n
+from controller.pipeline.held_out import method_config
+from controller.evaluation.verdict import verdict
 
 REFERENCE = "sft"
 

@@ -5,7 +5,7 @@ Hugging Face checkpoint.
     ratings ──> proxy ─────────┘              ▲
     other ratings ──> gold ───────────────────┘   (the judge that PPO never sees)
 
-`method` puts another way from SFT to the evaluation in PPO's place (`contracts.methods`); `controller.stages.offline`
+`method` puts another way from SFT to the evaluation in PPO's place (`contracts.methods`); `controller.pipeline.held_out`
 has the stages that train on data alone.
 
 Whatever can be known beforehand is checked before an engine starts: configuration, models, data, memory.
@@ -48,8 +48,8 @@ from controller.record.evaluation import evaluation_metrics
 from controller.record.redaction import redacted
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
-from controller.stages import offline
-from controller.stages.store import MEMORY, UNSEEN, StageStore, environment_source, unseen
+from controller.pipeline import held_out as offline
+from controller.pipeline.store import MEMORY, UNSEEN, StageStore, environment_source, unseen
 from controller.start_checks.amounts import check_amounts, check_model
 from controller.start_checks.engine_checks import begin_proofs, first_publish
 from controller.start_checks.model_checks import check_weights_and_code
@@ -302,7 +302,7 @@ class Pipeline:
         return commit
 
     def _evaluate(self) -> None:
-        from controller.stages.evaluate import REFERENCE, judge_models, sample_rows, summarize
+        from controller.evaluation.judging import REFERENCE, judge_models, sample_rows, summarize
         from learner.weight_publisher import BACKEND
 
         config = self.config

@@ -16,7 +16,7 @@ from contracts.records import Example, PreferencePair, RatedExample, RatedText
 from learner.pair_losses import implicit_scores
 
 if TYPE_CHECKING:
-    from controller.stages.pipeline import Pipeline
+    from controller.pipeline.pipeline import Pipeline
 
 T = TypeVar("T")
 CHUNK = 256  # texts a call, so that progress and deadlines stay fine-grained
@@ -147,7 +147,7 @@ def _accuracy_of_scores(run: "Pipeline", score: Callable[[list[list[int]]], list
     if not rated:
         pairs = [item for item in test if isinstance(item, PreferencePair) and item.preference != 0.5]
         return _pairs_right(config, score([p.chosen_ids for p in pairs]), score([p.rejected_ids for p in pairs]))
-    from controller.stages.evaluate import vader_scores
+    from controller.evaluation.judging import vader_scores
 
     ratings = [float(np.mean(item.ratings)) for item in rated]
     count = config.reward_model.eval_pairs
