@@ -14,14 +14,13 @@ import ray
 
 from common import statistics
 from contracts.config import TandemConfig
-from contracts.methods import method_title
+from contracts.methods import method_config, method_title
 from contracts.records import Prompt, Rollout, RolloutRequest
 from controller.data.prompts import sampling_seed
+from controller.evaluation import best_of_n
+from controller.evaluation.verdict import verdict
 from controller.record.evaluation import against_sft, judged_model
 from controller.record.terminal import Progress
-from controller.evaluation import best_of_n
-from controller.pipeline.held_out import method_config
-from controller.evaluation.verdict import verdict
 
 REFERENCE = "sft"
 

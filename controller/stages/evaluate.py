@@ -1,0 +1,66 @@
+"""Base, SFT and what `method` made of it on held-out prompts, judged: docs/preference.md, evaluation.json."""
+
+import json
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from contracts.methods import method_stage
+from contracts.scorer_roles import judges
+from contracts.stages import Reading, Stage
+
+if TYPE_CHECKING:
+    from controller.pipeline.context import StageContext
+
+PROMPTS = Reading(
+    "eval_prompts",
+    "eval_prompts",
+    "load_some_prompts",
+    ("evaluate.sampling.max_completion_tokens", "engine.max_model_len", "evaluate.prompts", "evaluate.seed"),
+)
+
+
+def run(context: "StageContext") -> dict[str, Any]:
+    from common.files.durable import replace_text
+    from controller.evaluation.judging import REFERENCE, judge_models, sample_rows, summarize
+    from controller.record.evaluation import evaluation_metrics
+    from learner.weight_publisher import BACKEND
+
+    config, log = context.config, context.log
+    trained = method_stage(config)
+    models = {"base": config.model.path} | ({config.method: context.checkpoint(trained)} if trained else {})
+    models[REFERENCE] = context.checkpoint("sft")
+    scorers = context.reward_models(judges(config))
+    ends = context.end_ids(models.values(), "eval_prompts")
+    context.start_ray()
+    with ExitStack() as engines:
+        with context.phase("starting the reward service and vLLM"):
+            client = context.runtime.service(scorers)
+            actors = engines.enter_context(context.runtime.actors(models["base"], BACKEND, ends, client))
+            context.runtime.wait_for_service()
+            context.require_proofs()
+        with log.phase(context.result, "evaluation"):
+            prompts = context.data["eval_prompts"]
+            judged = judge_models(config, models, prompts, actors, list(scorers), context.progress)
+    result = summarize(judged, list(scorers), config)
+    known = evaluation_metrics(result, config.evaluate.max_kl)
+    context.log_step(0, {f"evaluate/{name}": value for name, value in known.items()})
+    log.samples(sample_rows(judged, list(scorers)))
+    replace_text(context.path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+STAGE = Stage(
+    name="evaluate",
+    title="Evaluation",
+    inputs=lambda context: {},  # it is made anew every time
+    run=run,
+    position=90,
+    methods={"best_of_n": "Best of n", "none": "SFT alone"},  # which train nothing
+    starts_from=("sft", "reward_model"),
+    results={},
+    report="evaluation.json",
+    reads=lambda config, role: [PROMPTS],
+    keys=("evaluate",),
+    samples=True,
+    trains="",
+)
