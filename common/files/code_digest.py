@@ -19,6 +19,7 @@ NO_PART = (
     "controller/record",
     "controller/start_checks",
     "controller/pipeline/ingredients",
+    "contracts/checks",
     "contracts/config",
 )
 LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "safetensors")
