@@ -80,13 +80,13 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
     from controller.alarms.live import tell_alarms
     from controller.commits.resume import RunDirectory, open_run
     from controller.data.datasets import DataError
+    from controller.pipeline.ingredients import made_of
+    from controller.pipeline.pipeline import Pipeline
+    from controller.pipeline.summary import summary_rows
     from controller.record.evaluation import objective
     from controller.record.status_file import StatusFile
     from controller.record.terminal import Progress
     from controller.report.page import render
-    from controller.stages.pipeline import Pipeline
-    from controller.stages.store import made_of
-    from controller.stages.summary import summary_rows
 
     with Progress(config.logger.heartbeat_s) as progress:
         progress.line(f"Tandem: stage={config.stage}, run directory {config.run_dir}")

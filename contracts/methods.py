@@ -1,141 +1,127 @@
-"""What a pipeline trains after SFT and judges against SFT: the methods behind the key `method`."""
+"""What a run does: its stages, the results that they need, and the data and keys that it reads for them. `method` says what
+a pipeline trains after SFT and judges against SFT. All of it is read off what the stages say of themselves.
+"""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 from contracts.config import PreferenceConfig, TandemConfig
 from contracts.estimators import ESTIMATORS
-from contracts.scorer_roles import scoring_models, starts_value_model
+from contracts.scorer_roles import scoring_models
+from contracts.stages import Reading, Stage, all_stages, find_stage, method_titles
 
-
-class Method(NamedTuple):
-    title: str
-    stage: str | None  # trains the judged model; None: there is nothing to train
-
-
-METHODS = {
-    "ppo": Method("PPO", "ppo"),
-    "dpo": Method("DPO", "preference"),
-    "rank": Method("Rank-SL", "preference"),
-    "filtered_sft": Method("Filtered SFT", "filtered_sft"),
-    "best_of_n": Method("Best of n", None),
-    "none": Method("SFT alone", None),
-}
 PREFERENCE_LOSSES = {"dpo": (0.1, 0.0), "rank": (2.0, 1.0)}  # beta and nll_coef of each, as its paper has them
-STAGES = ("sft", "reward_model", "ppo", "preference", "filtered_sft", "evaluate")
 SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
-# Whose results a stage starts from; evaluation needs those of its method too.
-NEEDS = {
-    "ppo": ("sft", "reward_model"),
-    "preference": ("sft",),
-    "filtered_sft": ("sft",),
-    "evaluate": ("sft", "reward_model"),
-}
-# Keys that name a checkpoint to use instead of running the stage that makes it.
-GIVEN = {
-    "sft": "sft_model",
-    "reward_model/proxy": "proxy_model",
-    "reward_model/gold": "gold_model",
-    "ppo": "ppo_model",
-    "preference": "preference_model",
-    "filtered_sft": "filtered_sft_model",
-}
+LAST = "evaluate"  # of a pipeline
+# Keys that matter to what samples, where it runs.
+SAMPLING = ("environment", "engine", "reward_service", "data.max_prompt_tokens")
 
 
 def method_title(method: str, estimator: str | None) -> str:
     """As a reader knows what was trained: PPO, GRPO, DPO, ... In the loop it is the estimator that has a name."""
     if method != "ppo":
-        return METHODS[method].title if method in METHODS else method
+        stage = find_stage(method) if ":" in method else None
+        return stage.title if stage else method_titles().get(method, method)
     return ESTIMATORS[estimator if estimator in ESTIMATORS else "gae"].title
 
 
 def method_stage(config: TandemConfig) -> str | None:
-    return METHODS[config.method].stage if config.method in METHODS else None
+    """The stage that trains the judged model; None where there is nothing to train."""
+    known = [find_stage(config.method)] if ":" in config.method else all_stages()
+    return next((s.name for s in known if s and s.name != LAST and config.method in s.methods), None)
+
+
+def method_config(config: TandemConfig) -> TandemConfig:
+    """With the seed of what comes after SFT."""
+    return config if config.ppo.seed is None else replace(config, seed=config.ppo.seed)
+
+
+def _with_origins(config: TandemConfig, *stages: str) -> list[Stage]:
+    """These stages and those whose results they start from, in order; an evaluation starts from that of its method too."""
+    found: dict[str, Stage] = {}
+    left = list(stages)
+    while left:
+        stage = find_stage(left.pop())
+        if stage is not None and stage.name not in found:
+            found[stage.name] = stage
+            trained = method_stage(config) if stage.name == LAST else None
+            left += [*stage.starts_from, *([trained] if trained else [])]
+    return sorted(found.values(), key=lambda stage: (stage.position, stage.name))
 
 
 def stages_to_run(config: TandemConfig) -> list[str]:
     """The stages of this run, in order."""
     if config.stage != "pipeline":
         return [config.stage]
-    trained = method_stage(config)
-    return ["sft", "reward_model", *([trained] if trained else []), "evaluate"]
+    return [stage.name for stage in _with_origins(config, LAST)]
+
+
+def running_stages(config: TandemConfig) -> list[Stage]:
+    """As `stages_to_run`, but what they say of themselves."""
+    return [stage for name in stages_to_run(config) if (stage := find_stage(name))]
 
 
 def runs(config: TandemConfig, stage: str) -> bool:
     return stage in stages_to_run(config)
 
 
-def _stages_involved(config: TandemConfig) -> set[str]:
-    """The stages of this run and those whose results they start from."""
-    stages = set(stages_to_run(config))
-    if "evaluate" in stages and (trained := method_stage(config)):
-        stages.add(trained)
-    return stages.union(*(NEEDS.get(stage, ()) for stage in stages))
+def samples(config: TandemConfig) -> bool:
+    """Whether a stage of this run does."""
+    return any(stage.samples for stage in running_stages(config))
 
 
 def checkpoints_read(config: TandemConfig) -> dict[str, str]:
     """The checkpoints that are given and that this run reads, by the key that names them."""
-    stages = _stages_involved(config)
-    keys = [key for name, key in GIVEN.items() if (stage := name.split("/")[0]) in stages and stage != config.stage]
+    stages = _with_origins(config, *stages_to_run(config))
+    keys = [key for stage in stages if stage.name != config.stage for key in stage.checkpoint_keys.values() if key]
     return {key: path for key in keys if (path := getattr(config, key))}
 
 
+def _needed(config: TandemConfig) -> list[tuple[Stage, str, str]]:
+    """Stage, result and role of each result in `results_needed`, and of the stages of this run that have none."""
+    stages = _with_origins(config, *stages_to_run(config))
+    models = scoring_models(config).union(*(stage.roles(config) for stage in stages))
+    found = []
+    for stage in stages:
+        for role, (name, key) in zip(stage.results, stage.checkpoint_keys.items(), strict=True):
+            is_given = key is not None and getattr(config, key) is not None
+            has_data = all(getattr(config.data, reading.source) for reading in stage.reads(config, role))
+            if has_data and (stage.name == config.stage or (not is_given and (not role or role in models))):
+                found.append((stage, name, role))
+        if not stage.results and runs(config, stage.name):
+            found.append((stage, "", ""))
+    return found
+
+
 def results_needed(config: TandemConfig) -> set[str]:
-    """Results (keys of GIVEN) that this run makes, or looks up in the cache by their inputs: none that is given."""
-    stages = _stages_involved(config)
+    """Results that this run makes, or looks up in the cache by their inputs: none that is given."""
+    return {name for _, name, _ in _needed(config) if name}
 
-    models = scoring_models(config) | ({"proxy"} if "ppo" in stages and starts_value_model(config) else set())
 
-    def is_needed(name: str) -> bool:
-        stage, _, role = name.partition("/")
-        if config.stage == stage:
-            return True
-        return stage in stages and getattr(config, GIVEN[name]) is None and (not role or role in models)
-
-    needed = {name for name in GIVEN if is_needed(name)}
-    return needed if config.data.gold is not None else needed - {"reward_model/gold"}
+def readings(config: TandemConfig) -> dict[str, Reading]:
+    """The data sets that this run reads, by item."""
+    return {reading.item: reading for stage, _, role in _needed(config) for reading in stage.reads(config, role)}
 
 
 def sources_read(config: TandemConfig) -> set[str]:
     """The names under `data` that this run reads."""
-    needed = results_needed(config)
-    readers = {
-        "sft": {"sft", *(["ppo"] if config.ppo.ptx_coef > 0 else [])},
-        "prompts": {"ppo"},
-        "preferences": {"reward_model/proxy", "preference", "filtered_sft"},
-        "gold": {"reward_model/gold"},
-        "test": {"reward_model/proxy", "reward_model/gold", "preference"},
-    }
-    read = {name for name, results in readers.items() if results & needed}
-    return read | ({"eval_prompts"} if runs(config, "evaluate") else set())
+    return {reading.source for reading in readings(config).values()}
 
 
 def reads(config: TandemConfig, key: str) -> bool:
     """Whether the value of a key matters to this run. Those of a pipeline all do; a stage by itself reads what it uses, and
     what the results that it starts from were made of."""
-    if config.stage not in STAGES:
+    if config.stage == "pipeline" or find_stage(config.stage) is None or key == "ppo.seed":
         return True
-    needed, stages = results_needed(config), stages_to_run(config)
-    samples, evaluates = "ppo" in stages or "evaluate" in stages, "evaluate" in stages
-    scores = any(name.startswith("reward_model") for name in needed)
-    read = {
-        "sft": bool({"sft", "filtered_sft"} & needed) or ("ppo" in needed and config.ppo.ptx_coef > 0),
-        "reward_model": scores,
-        "preference": "preference" in needed,
-        "ppo": "ppo" in needed,
-        "ppo.seed": True,  # of whatever the method trains or samples
-        "checkpoint": "ppo" in stages,
-        "environment": samples,
-        "evaluate": evaluates,
-        "evaluate.bootstrap_samples": evaluates or scores or "preference" in needed,
-        "engine": samples,
-        "reward_service": samples,
-        "data.max_prompt_tokens": samples,
-        **{f"data.{name}": name in sources_read(config) for name in SOURCES},
-    }
+    needed, running = [stage for stage, _, _ in _needed(config)], running_stages(config)
+    read = {key for stage in [*needed, *running] for key in stage.keys}
+    read |= {limit for reading in readings(config).values() for limit in reading.limits}
+    read |= {key for stage in running for key in (*stage.keys_to_run, *(SAMPLING if stage.samples else ()))}
+    read |= {f"data.{name}" for name in sources_read(config)}
+    ours = all_stages()
+    known = {key for stage in ours for key in (*stage.keys, *stage.keys_to_run)} | {f"data.{name}" for name in SOURCES}
     parts = key.split(".")
-    known = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-    return next((read[prefix] for prefix in known if prefix in read), True)
+    prefixes = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+    return not prefixes.isdisjoint(read) or prefixes.isdisjoint({*known, *SAMPLING})
 
 
 def chosen_preference(config: TandemConfig) -> PreferenceConfig:

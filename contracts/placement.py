@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from contracts.config import TandemConfig
+from contracts.methods import running_stages
 from contracts.scorer_roles import num_models
 
 ACTOR, LEARNER, REWARD = "actor", "learner rank", "reward replica"
@@ -55,13 +56,13 @@ class PlacementError(ValueError):
 
 def needs(config: TandemConfig) -> list[Need]:
     """What the job's stage starts; a pipeline books once for all of its stages, so that no late one fails for want of it."""
-    cluster, stage = config.cluster, config.stage
+    cluster, stages = config.cluster, running_stages(config)
     cpus = cluster.cpus_per_process
-    samples = stage in ("pipeline", "ppo", "evaluate")
+    samples, trains = any(stage.samples for stage in stages), any(stage.trains for stage in stages)
     scorers = num_models(config)
     return [
         Need(ACTOR, cluster.num_actors if samples else 0, cpus, cluster.gpus_per_actor),
-        Need(LEARNER, 0 if stage == "evaluate" else cluster.num_learner_ranks, cpus, cluster.gpus_per_learner_rank),
+        Need(LEARNER, cluster.num_learner_ranks if trains else 0, cpus, cluster.gpus_per_learner_rank),
         Need(REWARD, scorers * config.reward_service.replicas if samples else 0, cpus, cluster.gpus_per_reward_replica),
     ]
 

@@ -74,7 +74,7 @@ def group_of(composed: DictConfig, sweep_dir: str) -> str:
 
 def finished_objective(config: TandemConfig) -> tuple[bool, float | None]:
     """(whether this member is done already with the same configuration, files and code, its objective)."""
-    from controller.stages.store import made_of
+    from controller.pipeline.ingredients import made_of
 
     kept, status = Path(config.run_dir) / "config.yaml", read_status(config.run_dir)
     if status.state != "done":

@@ -9,6 +9,8 @@ import ray
 
 from contracts.config import ClusterConfig
 from contracts.interfaces import CollectiveError
+from contracts.plugins import find
+from contracts.stages import TASKS
 
 
 class LearnerActor:
@@ -30,16 +32,11 @@ class LearnerActor:
     def start(
         self, task: str, address: str, port: int, seed: int, timeout_s: float, arguments: tuple[Any, ...]
     ) -> None:
-        """Join the process group and build the stage's task; all ranks together."""
+        """Join the process group and build a stage's task, by its name or import path; all ranks together."""
         from learner.engine import join
-        from learner.ppo import PPOTask
-        from learner.preference import PreferenceTask
-        from learner.reward_model import RewardModelTask
-        from learner.sft import SFTTask
 
-        tasks = {"sft": SFTTask, "reward_model": RewardModelTask, "ppo": PPOTask, "preference": PreferenceTask}
         self._ranks = join(self.rank, self.world_size, address, port, self.on_cpu, seed, timeout_s)
-        self._task = tasks[task](self._ranks, *arguments)
+        self._task = find(TASKS, task)(self._ranks, *arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """`method` of the task, or of one of its parts: `state.check`.

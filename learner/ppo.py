@@ -268,3 +268,6 @@ class PPOTask:
             self.policy.backward(self.config.ppo.ptx_coef * loss, is_last=i == len(cut) - 1)
             total += loss.detach()
         return self.ranks.sum(total).item()
+
+
+TASK = PPOTask

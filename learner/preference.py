@@ -128,3 +128,6 @@ class PreferenceTask:
 
     def save(self, path: str) -> None:
         save_checkpoint(self.engine, path, self._tokenizer_from, self.config.model, self.ranks)
+
+
+TASK = PreferenceTask

@@ -115,3 +115,6 @@ class RewardModelTask:
         save_checkpoint(self.engine, path, self.config.model.path, self.config.model, self.ranks, fields)
         if self.ranks.rank == 0:
             write_golden(path, texts[:16], ((raw[:16] - fields["score_mean"]) / fields["score_std"]).tolist())
+
+
+TASK = RewardModelTask

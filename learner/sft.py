@@ -110,3 +110,6 @@ class SFTTask:
 
     def save(self, path: str) -> None:
         save_checkpoint(self.engine, path, self.config.model.path, self.config.model, self.ranks)
+
+
+TASK = SFTTask

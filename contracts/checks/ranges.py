@@ -5,7 +5,8 @@ from datetime import date
 from typing import Any, NamedTuple
 
 from contracts.estimators import AGGREGATIONS, ESTIMATORS, KL_PLACES
-from contracts.methods import METHODS, PREFERENCE_LOSSES, SOURCES, STAGES
+from contracts.methods import PREFERENCE_LOSSES, SOURCES
+from contracts.stages import method_titles, stage_names
 
 
 def _under(parents: Iterable[str], *names: str) -> tuple[str, ...]:
@@ -156,9 +157,10 @@ RANGES = [
 ]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "stage": ("pipeline", *STAGES),
-    "method": tuple(METHODS),
+# Of a function: what it returns where a configuration is checked, and import paths of what it names.
+CHOICES: dict[str, tuple[Any, ...] | Callable[[], tuple[Any, ...]]] = {
+    "stage": lambda: ("pipeline", *stage_names()),
+    "method": lambda: tuple(method_titles()),
     "preference.loss": (None, *PREFERENCE_LOSSES),
     "model.dtype": DTYPES,
     "reward_service.dtype": DTYPES,

@@ -26,6 +26,7 @@ from contracts.estimators import ESTIMATORS
 from contracts.methods import PREFERENCE_LOSSES, SOURCES, reads, runs, sources_read
 from contracts.placement import Resources
 from contracts.scorer_roles import has_gold, scoring_models
+from contracts.stages import find_stage
 
 
 class ConfigError(ValueError):
@@ -84,9 +85,11 @@ def choice_checks(config: TandemConfig) -> list[Check]:
     for key, options in CHOICES.items():
         if key.startswith("data.gold.") and config.data.gold is None:
             continue
-        value, names = _value(config, key), [shown(option) for option in options]
+        value, table = _value(config, key), options() if callable(options) else options
+        names = [shown(option) for option in table]
+        is_found = callable(options) and ":" in value and find_stage(value) is not None
         instead = closest(str(value), names) or f"for example {names[0]}"
-        checks.append(Check(value in options, key, f"one of {', '.join(names)}", value, instead))
+        checks.append(Check(value in table or is_found, key, f"one of {', '.join(names)}", value, instead))
     return checks
 
 

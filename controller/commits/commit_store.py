@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from common.files import durable
+from common.files.code_digest import package_versions
 from common.files.durable import FileRecord, RawTensor
 
 FOLDER, MANIFEST, FORMAT = "checkpoints", "MANIFEST.json", 2
@@ -40,16 +41,23 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class RunFacts:
+    """What a commit says of its run beside the state."""
+
+    identity: dict[str, Any]  # what decides the result, flat
+    config: dict[str, Any]  # resolved, without secrets
+    scorers: dict[str, str | None] = field(default_factory=dict)  # versions that scored
+    packages: dict[str, str] = field(default_factory=package_versions)
+
+
+@dataclass(frozen=True)
 class Commit:
     """A commit whose manifest has been read; `problem` says whether its files are what the manifest says."""
 
     path: Path
     step: int  # updates that had trained
     version: int  # of the policy
-    identity: dict[str, Any]  # what decides the result of the run, flat
-    config: dict[str, Any]  # resolved, without secrets
-    packages: dict[str, str]
-    scorers: dict[str, str | None]  # versions that scored
+    run: RunFacts
     world_size: int
     quality: tuple[str, float] | None  # metric that `best` goes by, and its mean over the last updates
     records: dict[str, FileRecord]
@@ -88,10 +96,7 @@ def publish(partial: Path, commit: Commit) -> None:
         "format": FORMAT,
         "step": commit.step,
         "version": commit.version,
-        "identity": commit.identity,
-        "config": commit.config,
-        "packages": commit.packages,
-        "scorers": commit.scorers,
+        **asdict(commit.run),
         "world_size": commit.world_size,
         "quality": commit.quality,
         "files": commit.records,
@@ -114,16 +119,13 @@ def read_commit(path: Path) -> Commit:
         if content["format"] != FORMAT:
             raise CheckpointError(f"{MANIFEST} has format {content['format']}, this version reads {FORMAT}")
         return Commit(
-            path,
-            content["step"],
-            content["version"],
-            content["identity"],
-            content["config"],
-            content["packages"],
-            content["scorers"],
-            content["world_size"],
-            tuple(content["quality"]) if content["quality"] else None,
-            {name: FileRecord(*record) for name, record in content["files"].items()},
+            path=path,
+            step=content["step"],
+            version=content["version"],
+            run=RunFacts(**{fact.name: content[fact.name] for fact in fields(RunFacts)}),
+            world_size=content["world_size"],
+            quality=tuple(content["quality"]) if content["quality"] else None,
+            records={name: FileRecord(*record) for name, record in content["files"].items()},
         )
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None

@@ -12,32 +12,21 @@ One commit is under way at a time, and it is decided before the next is begun.
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from ray.exceptions import RayActorError
 
-from common.files.code_digest import package_versions
 from common.files.durable import FileRecord
 from contracts.config import CheckpointConfig
 from contracts.interfaces import LearnerLostError
 from controller.commits import commit_store
-from controller.commits.commit_store import CheckpointError, Commit, State
+from controller.commits.commit_store import CheckpointError, Commit, RunFacts, State
 from learner.learner_actor import LearnerGroup
 
 SPARE = 1.2  # free space that a commit needs, over the size of the last one
-
-
-@dataclass(frozen=True)
-class About:
-    """What a commit says of its run beside the state."""
-
-    identity: dict[str, Any]  # what decides the result, flat
-    config: dict[str, Any]  # resolved, without secrets
-    scorers: dict[str, str | None] = field(default_factory=dict)  # versions
-    packages: dict[str, str] = field(default_factory=package_versions)
 
 
 @dataclass
@@ -64,13 +53,13 @@ class Committer:
         self,
         run_dir: Path,
         config: CheckpointConfig,
-        about: About,
+        run: RunFacts,
         learner: LearnerGroup,
         dispatcher: Waits,
         committed: Callable[[], None],
         say: Callable[[str], None],
     ):
-        self._run_dir, self._config, self._about = run_dir, config, about
+        self._run_dir, self._config, self._run = run_dir, config, run
         self._learner, self._dispatcher, self._committed, self._say = learner, dispatcher, committed, say
         self._pending: _Pending | None = None
         self._num_bytes = 0  # of the last commit
@@ -105,9 +94,15 @@ class Committer:
         except OSError as error:  # a full disk: no commit
             self._fail(step, folder, error)
             return
-        about, ranks = self._about, len(self._learner.actors)
-        described = (about.identity, about.config, about.packages, about.scorers)
-        new = Commit(path, step, policy_version, *described, ranks, quality, records={})
+        new = Commit(
+            path=path,
+            step=step,
+            version=policy_version,
+            run=self._run,
+            world_size=len(self._learner.actors),
+            quality=quality,
+            records={},
+        )
         self._pending = _Pending(new, folder, state, self._learner.start("begin_commit", str(folder)))
         self._stall_s += time.perf_counter() - start
 

@@ -53,12 +53,12 @@ def export(run_dir: Path, commit: Commit, out: Path) -> None:
 
 def card(run_dir: Path, commit: Commit) -> str:
     """The model card, from what the run recorded; what nobody recorded is said to be unknown."""
-    config = commit.config
+    config = commit.run.config
     base, data = config["model"]["path"], config["data"]
     licence, rows = base_licence(base), last_metrics(run_dir, commit.step)
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": base}
     head |= {"license": licence} if licence else {}
-    scorers = [f"- {name}: version `{version}`" for name, version in sorted(commit.scorers.items())]
+    scorers = [f"- {name}: version `{version}`" for name, version in sorted(commit.run.scorers.items())]
     metrics = [f"| {name} | {value:.4g} |" for name, value in rows.items()]
     sources = [
         f"- {use}: `{source['path']}`"
@@ -77,14 +77,14 @@ def card(run_dir: Path, commit: Commit) -> str:
             f"Policy version {commit.version} of a Tandem run: {ppo['estimator']} on completions that a reward model "
             f"scored; seed {config['seed']}, KL coefficient {ppo['kl']['coef']} against the SFT model.",
             "",
-            f"- base model: `{base}`, SFT model: fingerprint `{commit.identity.get('policy')}`",
+            f"- base model: `{base}`, SFT model: fingerprint `{commit.run.identity.get('policy')}`",
             f"- licence: {licence or UNKNOWN}; the terms of the data apply too",
             f"- quality: {quality}",
-            f"- computed with {', '.join(f'{name} {version}' for name, version in sorted(commit.packages.items()))}",
+            f"- computed with {', '.join(f'{name} {version}' for name, version in sorted(commit.run.packages.items()))}",
             "",
             "## Data",
             *sources,
-            f"- fingerprint of the prompts: `{commit.identity.get('prompts')}`",
+            f"- fingerprint of the prompts: `{commit.run.identity.get('prompts')}`",
             "",
             "## Reward",
             *scorers,

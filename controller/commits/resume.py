@@ -101,7 +101,7 @@ class RunDirectory:
         commit = commit_store.newest_valid(self.path, self._say)
         if commit is None:
             return None
-        if found := differences(commit.identity, identity):
+        if found := differences(commit.run.identity, identity):
             raise ConfigError(
                 "\n  - ".join(
                     [
@@ -145,7 +145,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 
 def other_versions(commit: Commit, packages: Mapping[str, str], say: Callable[[str], None]) -> None:
     """Warn where other packages computed the commit: then nothing is promised bit for bit."""
-    theirs = commit.packages
+    theirs = commit.run.packages
     names = [name for name in sorted({*theirs, *packages}) if theirs.get(name) != packages.get(name)]
     if names:
         changed = ", ".join(f"{n} {theirs.get(n, 'none')} -> {packages.get(n, 'none')}" for n in names)
@@ -154,7 +154,7 @@ def other_versions(commit: Commit, packages: Mapping[str, str], say: Callable[[s
 
 def require_scorers(commit: Commit, scorers: Mapping[str, str | None]) -> None:
     """Raises CheckpointError where other reward models or rules would score than before."""
-    if found := differences(commit.scorers, scorers):
+    if found := differences(commit.run.scorers, scorers):
         raise CheckpointError(
             "\n  - ".join([f"{commit.path} was scored by other versions than are served now:", *found])
         )

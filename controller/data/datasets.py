@@ -196,6 +196,22 @@ def load_prompts(
     return opened.keep(build)
 
 
+def load_some_prompts(
+    source: SourceConfig,
+    data: DataConfig,
+    tokenizer: "Tokenizer",
+    max_completion_tokens: int,
+    max_model_len: int,
+    count: int,
+    seed: int,
+    report: LoadReport | None = None,
+    base: str = "data.eval_prompts",
+) -> list[Prompt]:
+    """As `load_prompts`; `count` of them, drawn with `seed`, in their order."""
+    every = load_prompts(source, data, tokenizer, max_completion_tokens, max_model_len, report, base)
+    return [every[i] for i in sorted(np.random.default_rng(seed).permutation(len(every))[:count])]
+
+
 def load_sft(
     source: SourceConfig,
     data: DataConfig,

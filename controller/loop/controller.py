@@ -39,8 +39,8 @@ from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.interfaces import CollectiveError, LearnerLostError, NonFiniteError
 from contracts.records import Rollout
 from controller.cluster.signals import Interrupted, Stop
-from controller.commits.commit_store import Commit, State
-from controller.commits.committer import About, Committer, load_learner
+from controller.commits.commit_store import Commit, RunFacts, State
+from controller.commits.committer import Committer, load_learner
 from controller.data.prompts import PromptStream
 from controller.ledger.ledger import Ledger
 from controller.ledger.log import NAME as LEDGER_FILE
@@ -74,10 +74,10 @@ class PPOController:
         log: RunLog,
         progress: Progress,
         has_gold: bool,
-        about: About | None = None,
+        run_facts: RunFacts | None = None,
         stop: Stop | None = None,
     ):
-        """`about` is what commits say of the run; without it there are none."""
+        """Without `run_facts`, which commits say of the run, there are none."""
         self.config, self.stream, self.learner, self.log, self.progress = config, stream, learner, log, progress
         self.kl, self.multiplier = make_kl_controller(config.ppo.kl), Multiplier(config.ppo.combined)
         self.normalizer = ScoreNormalizer()
@@ -98,9 +98,9 @@ class PPOController:
         )
         self.commits: Committer | None = None
         self._boundary: State | None = None  # after the last update, with no rollout open
-        if about is not None and config.checkpoint.every:
+        if run_facts is not None and config.checkpoint.every:
             committed = lambda: self.ledger.committed(log.run_dir / LEDGER_FILE)  # noqa: E731
-            arguments = (about, learner, self.dispatcher, committed, progress.line)
+            arguments = (run_facts, learner, self.dispatcher, committed, progress.line)
             self.commits = Committer(log.run_dir, config.checkpoint, *arguments)
 
     def run(self) -> None:

@@ -1,205 +1,66 @@
-"""Base, SFT and what `method` made of it on the same held-out prompts with the same seeds: judged by the gold reward model,
-VADER and the proxy.
+"""Base, SFT and what `method` made of it on held-out prompts, judged: docs/preference.md, evaluation.json."""
 
-One engine serves all, its weights replaced through the same transfer that training uses. The KL of a model against
-SFT is the mean over its own samples of log p - log p_SFT, both computed by that engine.
-"""
+import json
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from contracts.methods import method_stage
+from contracts.scorer_roles import judges
+from contracts.stages import Reading, Stage
 
-import numpy as np
-import ray
+if TYPE_CHECKING:
+    from controller.pipeline.context import StageContext
 
-from common import statistics
-from contracts.config import TandemConfig
-from contracts.methods import method_title
-from contracts.records import Prompt, Rollout, RolloutRequest
-from controller.data.prompts import sampling_seed
-from controller.record.evaluation import against_sft, judged_model
-from controller.record.terminal import Progress
-from controller.stages import best_of_n
-from controller.stages.offline import method_config
-from controller.stages.verdict import verdict
-
-REFERENCE = "sft"
+PROMPTS = Reading(
+    "eval_prompts",
+    "eval_prompts",
+    "load_some_prompts",
+    ("evaluate.sampling.max_completion_tokens", "engine.max_model_len", "evaluate.prompts", "evaluate.seed"),
+)
 
 
-@dataclass
-class Judged:
-    """One model's completions of the held-out prompts, in prompt order."""
+def run(context: "StageContext") -> dict[str, Any]:
+    from common.files.durable import replace_text
+    from controller.evaluation.judging import REFERENCE, judge_models, sample_rows, summarize
+    from controller.record.evaluation import evaluation_metrics
+    from learner.weight_publisher import BACKEND
 
-    rollouts: list[Rollout]
-    log_ratio: np.ndarray  # float64 [N], log p - log p_SFT of each completion, nats; of best-of-n the bound of its mean
-    candidates: list[list[Rollout]] = field(default_factory=list)  # [N][n], what best-of-n chose from
-
-    def score(self, judge: str) -> np.ndarray:
-        """float64 [N]; NaN where the judge gave no score."""
-        if judge == "vader":
-            return np.array(vader_scores([r.prompt.text + r.completion.text for r in self.rollouts]))
-        return np.array([np.nan if (v := r.scores[judge].value) is None else v for r in self.rollouts])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(r.completion.sampled_ids) for r in self.rollouts])
-
-
-def vader_scores(texts: list[str]) -> list[float]:
-    """VADER's rule-based compound sentiment in [-1, 1]."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyzer = SentimentIntensityAnalyzer()
-    return [analyzer.polarity_scores(text)["compound"] for text in texts]
-
-
-def judge_models(
-    config: TandemConfig,
-    models: dict[str, str],
-    prompts: list[Prompt],
-    actors: list[Any],
-    judges: list[str],
-    progress: Progress,
-) -> dict[str, Judged]:
-    """Generate with every model and score; `actors` serve the first model of `models` already, and SFT comes last."""
-    from learner.weight_publisher import BACKEND, WeightPublisher
-    from learner.weight_sources import CheckpointSource
-
-    sampling, timeout_s = config.evaluate.sampling, config.cluster.step_timeout_s
-    # Else what was recorded is log p of another distribution than the model's own.
-    is_own = sampling.temperature == sampling.top_p == 1
-    is_own &= sampling.min_completion_tokens == config.environment.min_turn_tokens == 0
-
-    def sample(epoch: int, index: int) -> list[Rollout]:
-        """One scored completion of every prompt."""
-        requests = [
-            RolloutRequest(epoch, index, p, sampling_seed(config.evaluate.seed, epoch, p.prompt_id, index))
-            for p in prompts
-        ]
-        calls = [
-            actor.rollout.remote(requests[i :: len(actors)], sampling, judges, timeout_s)
-            for i, actor in enumerate(actors)
-        ]
-        return sorted((r for answer in ray.get(calls, timeout=timeout_s) for r in answer), key=lambda r: r.key)
-
-    rollouts: dict[str, list[Rollout]] = {}
-    own: dict[str, list[list[float]]] = {}
-    for version, (name, path) in enumerate(models.items()):
-        with progress.phase(f"evaluating {name}: {len(prompts)} held-out prompts"):
-            if version:
-                publisher = WeightPublisher(BACKEND, CheckpointSource(path))
-                publisher.connect(actors)
-                report = publisher.send(version)
-                assert report is not None
-                report.require_all()
-                publisher.shutdown()
-            rollouts[name] = sample(0, 0)
-            if is_own:
-                own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
-            else:
-                own[name] = _token_logprobs(actors, rollouts[name], timeout_s)
-    judged = {}
-    with progress.phase("KL against SFT"):
-        for name in models:
-            reference = own[name] if name == REFERENCE else _token_logprobs(actors, rollouts[name], timeout_s)
-            ratio = [sum(a) - sum(b) for a, b in zip(own[name], reference, strict=True)]
-            judged[name] = Judged(rollouts[name], np.array(ratio))
-    if config.method == "best_of_n":
-        judged[config.method] = _best_of_n(config, sample, progress)
-    return judged
-
-
-def _token_logprobs(actors: list[Any], rollouts: list[Rollout], timeout_s: float) -> list[list[float]]:
-    """log p of the sampled tokens, by the model that the actors serve now."""
-    sequences = [([*r.prompt.token_ids, *r.completion.token_ids.tolist()], len(r.prompt.token_ids)) for r in rollouts]
-    parts = [sequences[i :: len(actors)] for i in range(len(actors))]
-    calls = [a.token_logprobs.remote(part) for a, part in zip(actors, parts, strict=True)]
-    result: list[list[float]] = [[]] * len(sequences)
-    for i, answer in enumerate(ray.get(calls, timeout=timeout_s)):
-        result[i :: len(actors)] = answer
-    masks = [r.completion.loss_mask for r in rollouts]  # an observation is nobody's sample
-    return [row if mask is None else np.array(row)[mask].tolist() for row, mask in zip(result, masks, strict=True)]
-
-
-def _best_of_n(config: TandemConfig, sample: Callable[[int, int], list[Rollout]], progress: Progress) -> Judged:
-    """Of completions that SFT, which the actors serve, samples anew: the one that it is compared with is none of them."""
-    n, epoch = config.evaluate.best_of_n, method_config(config).seed
-    with progress.phase(f"sampling {n} completions a prompt from SFT, for the best of them"):
-        rounds = [sample(epoch, index) for index in range(1, n + 1)]
-    candidates = [list(group) for group in zip(*rounds, strict=True)]
-    best = [best_of_n.choose(group) for group in candidates]
-    return Judged(best, np.full(len(best), best_of_n.kl_bound(n)), candidates)
-
-
-def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig) -> dict[str, Any]:
-    """The content of evaluation.json. Prompts where a judge failed on any model leave that judge's comparison."""
-    judges = [*judges, "vader"]
-    options = {"samples": config.evaluate.bootstrap_samples, "seed": config.evaluate.seed}
-    scores = {name: {judge: j.score(judge) for judge in judges} for name, j in judged.items()}
-    models: dict[str, Any] = {}
-    for name, j in judged.items():
-        tokens = [r.completion.sampled_ids.tolist() for r in j.rollouts]
-        row: dict[str, Any] = {
-            judge: statistics.bootstrap_mean(v[np.isfinite(v)], **options).as_dict()
-            for judge, v in scores[name].items()
-        }
-        models[name] = row | {
-            "length": statistics.bootstrap_mean(j.lengths, **options).as_dict(),
-            "kl": statistics.bootstrap_mean(j.log_ratio, **options).as_dict(),
-            "eos_share": float(np.mean([r.completion.finish_reason == "stop" for r in j.rollouts])),
-            "distinct_1": statistics.distinct_n(tokens, 1),
-            "distinct_2": statistics.distinct_n(tokens, 2),
-            "repeat_fraction": float(np.mean([statistics.repeat_fraction(t, 4) for t in tokens])),
-            "prompts": len(j.rollouts),
-        }
-        if j.candidates:
-            models[name]["best_of_n"] = best_of_n.curve(j.candidates, judges[:-1], options)
-    comparisons = {
-        f"{name}_vs_{REFERENCE}": _compare(scores[name], scores[REFERENCE], j, judged[REFERENCE], options)
-        for name, j in judged.items()
-        if name != REFERENCE
-    }
-    title = method_title(config.method, config.ppo.estimator)
-    result = {"method": config.method, "title": title, "models": models, "comparisons": comparisons}
-    if config.method in models and "gold" in judges:
-        result["verdict"] = verdict(judged_model(result), against_sft(result), config.evaluate)
+    config, log = context.config, context.log
+    trained = method_stage(config)
+    models = {"base": config.model.path} | ({config.method: context.checkpoint(trained)} if trained else {})
+    models[REFERENCE] = context.checkpoint("sft")
+    scorers = context.reward_models(judges(config))
+    ends = context.end_ids(models.values(), "eval_prompts")
+    context.start_ray()
+    with ExitStack() as engines:
+        with context.phase("starting the reward service and vLLM"):
+            client = context.runtime.service(scorers)
+            actors = engines.enter_context(context.runtime.actors(models["base"], BACKEND, ends, client))
+            context.runtime.wait_for_service()
+            context.require_proofs()
+        with log.phase(context.result, "evaluation"):
+            prompts = context.data["eval_prompts"]
+            judged = judge_models(config, models, prompts, actors, list(scorers), context.progress)
+    result = summarize(judged, list(scorers), config)
+    known = evaluation_metrics(result, config.evaluate.max_kl)
+    context.log_step(0, {f"evaluate/{name}": value for name, value in known.items()})
+    log.samples(sample_rows(judged, list(scorers)))
+    replace_text(context.path, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _compare(
-    mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray], a: Judged, b: Judged, options: dict[str, Any]
-) -> dict[str, Any]:
-    judge = "gold" if "gold" in mine else "proxy"
-    valid = np.isfinite(mine[judge]) & np.isfinite(theirs[judge])
-    gain = {
-        f"{j}_gain": statistics.paired_gain(mine[j][ok], theirs[j][ok], **options).as_dict()
-        for j in mine
-        if (ok := np.isfinite(mine[j]) & np.isfinite(theirs[j])).any()
-    }
-    x, y = mine[judge][valid], theirs[judge][valid]
-    difference = (a.lengths - b.lengths)[valid].astype(float)
-    same = statistics.matched_length(x, y, a.lengths[valid], b.lengths[valid])
-    matched: dict[str, Any] = {"pairs": len(same)}
-    if len(same) >= 2:
-        matched[f"{judge}_gain"] = statistics.paired_gain(x[same], y[same], **options).as_dict()
-        matched["win_rate"] = statistics.win_rate(x[same], y[same], **options).as_dict()
-    return gain | {
-        "judge": judge,
-        "win_rate": statistics.win_rate(x, y, **options).as_dict(),
-        "length_ratio": float(a.lengths.mean() / b.lengths.mean()),
-        "length_adjusted_gain": statistics.length_adjusted_gain(x - y, difference, **options).as_dict(),
-        "matched_length": matched,
-    }
-
-
-def sample_rows(judged: dict[str, Judged], judges: list[str]) -> list[dict[str, Any]]:
-    """One line a completion for samples.jsonl."""
-    rows = []
-    for name, j in judged.items():
-        scores = {judge: j.score(judge) for judge in [*judges, "vader"]}
-        for i, r in enumerate(j.rollouts):
-            row = {"stage": "evaluate", "model": name, "prompt_id": r.prompt.prompt_id, "prompt": r.prompt.text}
-            row |= {"completion": r.completion.text, "tokens": len(r.completion.sampled_ids)}
-            row |= {judge: float(values[i]) for judge, values in scores.items()}
-            rows.append(row | {"kl": float(j.log_ratio[i]), "eos": r.completion.finish_reason == "stop"})
-    return rows
+STAGE = Stage(
+    name="evaluate",
+    title="Evaluation",
+    inputs=lambda context: {},  # it is made anew every time
+    run=run,
+    position=90,
+    methods={"best_of_n": "Best of n", "none": "SFT alone"},  # which train nothing
+    starts_from=("sft", "reward_model"),
+    results={},
+    report="evaluation.json",
+    reads=lambda config, role: [PROMPTS],
+    keys=("evaluate",),
+    samples=True,
+    trains="",
+)

@@ -11,7 +11,7 @@ from common.models.loading import LoadingError, refuse_adapter, refuse_quantised
 from contracts.checks.check import Check
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
-from contracts.methods import checkpoints_read, reads, results_needed, runs
+from contracts.methods import checkpoints_read, results_needed, running_stages
 from contracts.placement import needs
 from controller.data.inputs import Inputs
 from controller.start_checks.lengths import too_long
@@ -54,29 +54,9 @@ def check_amounts(config: TandemConfig, data: Inputs) -> None:
     Raises:
         ConfigError: naming the key, the number found and what to write instead.
     """
-    ppo, ranks, problems = config.ppo, config.cluster.num_learner_ranks, []
-    needed, sft_examples = results_needed(config), len(data.sft)
-    if runs(config, "ppo") and ppo.ptx_coef > 0 and sft_examples < ppo.ptx_batch_size:
-        problems.append(
-            f"ppo.ptx_batch_size must be at most the number of usable examples in data.sft ({sft_examples}); found "
-            f"{ppo.ptx_batch_size}; write ppo.ptx_batch_size={sft_examples} or less, or give more examples"
-        )
-    if runs(config, "sft") and "sft" in needed and sft_examples < 2 * ranks:
-        problems.append(
-            f"data.sft must have an example to train on and one to hold out for each of cluster.num_learner_ranks "
-            f"({ranks}); found {sft_examples} usable; give {2 * ranks} or more"
-        )
-    if "filtered_sft" in needed and len(data.best_sft) < 2 * ranks:
-        problems.append(
-            f"sft.top_fraction must leave {2 * ranks} or more texts of data.preferences to train on and to hold out; found "
-            f"{config.sft.top_fraction}, which leaves {len(data.best_sft)}; write a larger one, or give more texts"
-        )
-    for key, items in (("data.preferences", data.completions), ("data.test", data.test_completions)):
-        if "preference" in needed and len(items) < max(2, ranks):
-            problems.append(
-                f"{key} must have at least {max(2, ranks)} usable rows for stage preference; found {len(items)}"
-            )
-    if problems:
+    needed = results_needed(config)
+    made = [stage for stage in reversed(running_stages(config)) if needed & stage.checkpoint_keys.keys()]
+    if problems := [text for stage in made for text in stage.problems(config, data)]:
         raise ConfigError("\n".join(problems))
 
 
@@ -94,19 +74,18 @@ def _unusable_functions(config: TandemConfig) -> list[str]:
 
 
 def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:
-    wanted = {
-        "sft.trainable_layers": config.sft.trainable_layers,
-        "reward_model.trainable_layers": config.reward_model.trainable_layers,
-        "ppo.trainable_layers": config.ppo.trainable_layers,
-        "ppo.value_trainable_layers": config.ppo.value_trainable_layers,
-    }
-    if runs(config, "preference"):
-        wanted["preference.trainable_layers"] = config.preference.trainable_layers
+    sections = dict.fromkeys(key for stage in running_stages(config) for key in stage.keys if "." not in key)
+    keys = [f"{section}.{name}" for section in sections for name in ("trainable_layers", "value_trainable_layers")]
     return [
         f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"
-        for key, value in wanted.items()
-        if reads(config, key) and layers is not None and value is not None and value > layers
+        for key in keys
+        if layers is not None and (value := _value(config, key)) is not None and value > layers
     ]
+
+
+def _value(config: TandemConfig, key: str) -> int | None:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name, None)
 
 
 def _undivided_heads(config: TandemConfig, model: Any) -> list[str]:

@@ -13,8 +13,10 @@ import ray
 from actors.engine_proof import EngineProof, EngineUnproven, prove_engine
 from contracts.checks.validation import ConfigError
 from contracts.config import ModelConfig, TandemConfig
-from contracts.methods import GIVEN, runs
+from contracts.methods import samples
 from contracts.records import Prompt
+from contracts.scorer_roles import CHECKPOINTS
+from contracts.stages import checkpoint_keys
 from learner.learner_actor import LearnerGroup
 
 PROOFS = "proofs"  # folder in cache_dir
@@ -37,10 +39,9 @@ def begin_proofs(config: TandemConfig) -> Callable[[], list[EngineProof]]:
     Raises (what is returned):
         ConfigError: vLLM cannot serve a model for training.
     """
-    samples = runs(config, "ppo") or runs(config, "evaluate")
-    if not samples or config.cluster.gpus_per_actor:
+    if not samples(config) or config.cluster.gpus_per_actor:
         return list
-    policies = (GIVEN[name] for name in ("sft", "ppo", "preference", "filtered_sft"))
+    policies = [key for key in checkpoint_keys().values() if key not in CHECKPOINTS]
     paths = dict.fromkeys([config.model.path, *(path for key in policies if (path := getattr(config, key)))])
     found: Future[list[EngineProof]] = Future()
 

@@ -1,12 +1,13 @@
 """Sequences of more tokens than a model has positions: its tables end there, or it has never seen their like."""
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 from common.models.positions import positions
 from contracts.checks.check import Check
 from contracts.config import TandemConfig
-from contracts.methods import results_needed
+from contracts.methods import readings
 from contracts.placement import needs
 from contracts.scorer_roles import CHECKPOINTS, scoring_models
 
@@ -47,16 +48,12 @@ def too_long(config: TandemConfig, key: str, path: str, model: Any) -> list[str]
 
 def _lengths(config: TandemConfig, key: str) -> Iterator[tuple[str, int]]:
     """The longest sequences that the model at `key` sees, by what says so."""
-    made, samples = results_needed(config), needs(config)[0].count > 0
+    samples = needs(config)[0].count > 0
     if samples and key not in CHECKPOINTS:
         yield "engine.max_model_len", config.engine.max_model_len
     if key == "model.path":
-        if made & {"sft", "filtered_sft"}:
-            yield "sft.max_tokens", config.sft.max_tokens
-        if "preference" in made:
-            yield "preference.max_tokens", config.preference.max_tokens
-        if made & {"reward_model/proxy", "reward_model/gold"}:
-            yield "reward_model.max_tokens", config.reward_model.max_tokens
+        limits = {key: None for reading in readings(config).values() for key in reading.limits}
+        yield from ((key, attrgetter(key)(config)) for key in limits if key.endswith(".max_tokens"))
     scores = {given if getattr(config, given := f"{role}_model") else "model.path" for role in scoring_models(config)}
     if samples and key in scores:
         longest = max(config.ppo.sampling.max_completion_tokens, config.evaluate.sampling.max_completion_tokens)

@@ -13,10 +13,9 @@ from common.models.proof import NoClass, Proof, Unproven
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator
-from contracts.methods import checkpoints_read, reads, results_needed, runs
+from contracts.methods import checkpoints_read, reads, results_needed, running_stages, runs
 from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, starts_value_model
-
-TRAINING = ("sft", "filtered_sft", "preference", "ppo")
+from contracts.stages import POLICY, REWARD_MODEL
 
 
 def check_weights_and_code(config: TandemConfig) -> None:
@@ -74,10 +73,11 @@ def _scorers(config: TandemConfig) -> Iterator[tuple[str, str]]:
 def _uses(config: TandemConfig) -> Iterator[tuple[str, str]]:
     """Which key's architecture is used as what."""
     policy = "sft_model" if config.sft_model else "model.path"
-    if any(runs(config, stage) for stage in TRAINING):
-        yield policy, "the policy"
-    if runs(config, "reward_model") and {f"reward_model/{role}" for role in ROLES} & results_needed(config):
-        yield "model.path", "a reward model"
+    running, needed = running_stages(config), results_needed(config)
+    if any(stage.trains == POLICY for stage in running):
+        yield policy, POLICY
+    if any(stage.trains == REWARD_MODEL and needed & stage.checkpoint_keys.keys() for stage in running):
+        yield "model.path", REWARD_MODEL
     for key, _ in _scorers(config):
         yield key, "a scorer"
     if runs(config, "ppo") and chosen_estimator(config.ppo).has_value_model:
@@ -90,7 +90,7 @@ def _prove(config: TandemConfig, use: str, found: Any) -> Proof:
     from reward_service.model import prove_scores
 
     on_cpu = not config.cluster.gpus_per_learner_rank
-    if use == "the policy":
+    if use == POLICY:
         return prove_policy(found, config.model, config.learner, on_cpu)
     if use == "a scorer":
         return prove_scores(found, on_cpu)

@@ -53,7 +53,7 @@ class Member:
 
     @property
     def kl(self) -> float | None:
-        """Nats a sequence from SFT; of best of n the bound (`controller.stages.best_of_n.kl_bound`)."""
+        """Nats a sequence from SFT; of best of n the bound (`controller.evaluation.best_of_n.kl_bound`)."""
         return self.mean("own", "kl")
 
     @property

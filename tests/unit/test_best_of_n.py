@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from contracts.records import Completion, Prompt, Rollout, Score
-from controller.stages.best_of_n import choose, curve, expected_best, kl_bound
+from controller.evaluation.best_of_n import choose, curve, expected_best, kl_bound
 
 
 def rollout(sample: int, proxy: float | None, gold: float | None, prompt_id: int = 0) -> Rollout:

@@ -16,8 +16,8 @@ from common.files.durable import RawTensor
 from contracts.config import CheckpointConfig
 from contracts.interfaces import LearnerLostError
 from controller.commits import commit_store
-from controller.commits.commit_store import CheckpointError
-from controller.commits.committer import About, Committer, load_learner
+from controller.commits.commit_store import CheckpointError, RunFacts
+from controller.commits.committer import Committer, load_learner
 from tests.conftest import ROOT
 from tests.unit.test_dispatch import Actor, Call, start
 
@@ -72,9 +72,9 @@ class Fixture:
         self.learner, self.said, self.committed = Learner(), [], 0
         dispatcher, _ = start([Actor()])
         config = CheckpointConfig(**options)
-        about = About({"seed": 1}, {"name": "x"}, {"proxy": "v1"})
+        facts = RunFacts({"seed": 1}, {"name": "x"}, {"proxy": "v1"})
         learner: Any = self.learner
-        self.committer = Committer(run_dir, config, about, learner, dispatcher, self._count, self.said.append)
+        self.committer = Committer(run_dir, config, facts, learner, dispatcher, self._count, self.said.append)
 
     def _count(self) -> None:
         self.committed += 1

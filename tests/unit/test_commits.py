@@ -9,7 +9,7 @@ import pytest
 
 from common.files import durable
 from controller.commits import commit_store
-from controller.commits.commit_store import MANIFEST, CheckpointError, Commit
+from controller.commits.commit_store import MANIFEST, CheckpointError, Commit, RunFacts
 from controller.ledger.ledger import Ledger
 
 ARRAYS = {"int32": np.arange(5, dtype=np.int32), "float32": np.array([0.5, -1.0], dtype=np.float32)}
@@ -21,7 +21,7 @@ def commit(run_dir: Path, step: int, quality: float | None = None, config: dict[
     partial = path.with_name(path.name + ".partial")
     (partial / "policy").mkdir(parents=True)
     named = quality and ("reward/x", quality)
-    new = Commit(path, step, step - 1, {"seed": 1}, config or {}, {"torch": "2"}, {}, 1, named, {})
+    new = Commit(path, step, step - 1, RunFacts({"seed": 1}, config or {}, {}, {"torch": "2"}), 1, named, {})
     new.records["rank_0.safetensors"] = durable.write_chunks(partial / "rank_0.safetensors", [b"weights"])
     new.records["policy/config.json"] = durable.write_json(partial / "policy/config.json", {"layers": 2})
     new.records.update(commit_store.write_driver_state(partial, ({"updates": step}, ARRAYS)))
@@ -34,7 +34,7 @@ def test_what_was_committed_is_read(tmp_path: Path) -> None:
     said: list[str] = []
     found = commit_store.newest_valid(tmp_path, said.append)
     assert found is not None
-    assert (found.step, found.version, found.identity, found.quality) == (3, 2, {"seed": 1}, ("reward/x", 0.25))
+    assert (found.step, found.version, found.run.identity, found.quality) == (3, 2, {"seed": 1}, ("reward/x", 0.25))
     state, arrays = found.driver_state()
     assert state == {"updates": 3}
     assert {name: array.tolist() for name, array in arrays.items()} == {"int32": [0, 1, 2, 3, 4], "float32": [0.5, -1]}
@@ -47,7 +47,7 @@ def test_the_ledger_survives_the_files(tmp_path: Path) -> None:
     partial.mkdir()
     ledger = Ledger(4, 1)
     commit_store.write_driver_state(partial, ledger.state_dict())
-    found = Commit(partial, 0, 0, {}, {}, {}, {}, 1, None, {}).driver_state()
+    found = Commit(partial, 0, 0, RunFacts({}, {}), 1, None, {}).driver_state()
     Ledger(4, 1).load_state_dict(*found, tmp_path / "ledger.jsonl")
 
 

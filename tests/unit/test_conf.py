@@ -16,8 +16,8 @@ from common.command_line import command_line_problems
 from contracts.checks.overrides import unknown_overrides
 from contracts.checks.validation import validate
 from contracts.config import ClusterConfig, TandemConfig
-from contracts.methods import METHODS, STAGES
 from contracts.placement import PlacementError, check_nodes, plan
+from contracts.stages import method_titles, stage_names
 
 ROOT = Path(__file__).parents[2]
 CONF = (ROOT / "conf", ROOT / "studies/five_reasons/conf")
@@ -110,9 +110,9 @@ def test_the_laptop_is_the_default() -> None:
 
 
 def test_every_stage_of_the_demo_is_valid() -> None:
-    for stage in ("pipeline", *STAGES):
+    for stage in ("pipeline", *stage_names()):
         validate(composed([f"stage={stage}"]))
-    for method in METHODS:
+    for method in method_titles():
         validate(composed([f"method={method}"]))
 
 

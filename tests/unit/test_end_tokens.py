@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError
 from contracts.config import DataConfig, ModelConfig, SourceConfig, TandemConfig
 from controller.data.inputs import load_inputs
-from controller.stages.pipeline import Pipeline
+from controller.pipeline.context import StageContext
+from controller.pipeline.pipeline import rehearse_environment
 
 
 @pytest.fixture
@@ -101,16 +103,16 @@ def test_completions_of_messages_end_as_turns_do_without_data_chat_too(
         model=ModelConfig(path=str(tmp_path / "model")),
         data=DataConfig(prompts=SourceConfig(path=str(tmp_path / "prompts.jsonl")), chat=chat),
     )
-    pipeline = object.__new__(Pipeline)  # without its proofs and checks
-    pipeline.config, pipeline.tokenizer = config, tokenizer
-    pipeline.data = load_inputs(config, tokenizer, print)
-    assert pipeline._end_ids([config.model.path], "prompts") == expected
-    assert pipeline._end_ids([config.model.path], "eval_prompts") == (0,)  # nothing has been read of them
+    context: Any = object.__new__(StageContext)  # without what end tokens do not need
+    context.config, context.tokenizer = config, tokenizer
+    context.data = load_inputs(config, tokenizer, print)
+    assert context.end_ids([config.model.path], "prompts") == expected
+    assert context.end_ids([config.model.path], "eval_prompts") == (0,)  # nothing has been read of them
     config.environment.name = "two_turn"  # tells by the template with data.chat alone
     if expected == (0, 2) and not chat:
         with pytest.raises(ConfigError, match=r"messages in data\.prompts, .* write data\.chat=true"):
-            pipeline._rehearse()
+            rehearse_environment(config, tokenizer, context.data, SimpleNamespace())  # type: ignore[arg-type]
     shutil.copytree(tmp_path / "model", tmp_path / "given")
     (tmp_path / "given/generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0]}))
     both = [config.model.path, str(tmp_path / "given")]
-    assert pipeline._end_ids(both, "prompts") == (*expected, 7)  # one engine serves both in the evaluation
+    assert context.end_ids(both, "prompts") == (*expected, 7)  # one engine serves both in the evaluation

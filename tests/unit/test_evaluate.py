@@ -5,7 +5,7 @@ import pytest
 
 from contracts.config import TandemConfig
 from contracts.records import Completion, Prompt, Rollout, Score
-from controller.stages.evaluate import Judged, summarize
+from controller.evaluation.judging import Judged, summarize
 
 
 def judged(lengths: list[int], **scores: list[float | None]) -> Judged:

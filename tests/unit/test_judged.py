@@ -8,11 +8,11 @@ import pytest
 
 from contracts.config import TandemConfig
 from controller.alarms.rules import loses_to_sft
+from controller.pipeline.summary import summary_rows
 from controller.record.evaluation import against_sft, judged_model, judged_title, objective
 from controller.record.reader import Run, load
 from controller.report.members import members_of
 from controller.report.page import page
-from controller.stages.summary import summary_rows
 from tests.unit.test_report import invented_evaluation, write_run
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from contracts.config import ScorerConfig, TandemConfig
+from contracts.stages import find_stage
 from controller.data.inputs import Inputs
-from controller.stages.pipeline import Pipeline
-from controller.stages.store import _plain
+from controller.pipeline.context import StageContext
+from controller.pipeline.store import _plain
 
 EVERY = ("sft", "filtered_sft", "preference", "reward_model/proxy", "ppo")
 # By hand: the sections and keys that each stage computes with. Of data and checkpoints the content counts, not the path.
@@ -63,11 +64,15 @@ def inputs(small_vocab: Path, tmp_path: Path) -> Any:
     config.model.path = config.sft_model = config.proxy_model = config.gold_model = str(small_vocab)
 
     def of(key: str, value: Any) -> dict[str, Any]:
-        pipeline = object.__new__(Pipeline)  # without its proofs and checks
-        pipeline.config = changed(config, key, value) if key else config
-        pipeline.results = {}
-        pipeline.data = Inputs(preferences={"proxy": []})
-        return {stage: _plain(pipeline._inputs_of(stage)) for stage in EVERY}
+        context: Any = object.__new__(StageContext)  # without what inputs do not need
+        context.config = changed(config, key, value) if key else config
+        context.data, context.checkpoint = Inputs(), lambda name: str(small_vocab)
+        found = {}
+        for context.result in EVERY:
+            stage = find_stage(context.result)
+            assert stage is not None
+            found[context.result] = _plain(stage.inputs(context))
+        return found
 
     of.config = config  # type: ignore[attr-defined]
     return of

@@ -14,8 +14,9 @@ import pytest
 
 from contracts.checks.validation import ConfigError
 from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
+from controller.pipeline.ingredients import UNSEEN, environment_source, unseen
+from controller.pipeline.store import StageStore
 from controller.record.run_log import LOGS, RunLog
-from controller.stages.store import UNSEEN, StageStore, environment_source, unseen
 
 INPUTS: dict[str, Any] = {"seed": 1, "sft": SFTConfig(), "data": "abc"}
 

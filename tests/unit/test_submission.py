@@ -26,8 +26,8 @@ from common.models.precision import choose_dtypes
 from contracts.checks.overrides import quoted, unknown_overrides
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig, to_config
+from controller.pipeline.ingredients import made_of
 from controller.record.redaction import redacted
-from controller.stages.store import made_of
 from controller.sweep import group_of
 from hydra_plugins.tandem_ray_jobs import RayJobsLauncher, RayJobsLauncherConf
 from submission.job import Job, next_id, recorded, to_job

@@ -14,6 +14,7 @@ from common.files.outcome import write_outcome
 from common.flatten import flat
 from common.models.precision import choose_dtypes
 from contracts.config import ScorerConfig, TandemConfig
+from controller.pipeline.ingredients import made_of
 from controller.record.evaluation import evaluation_metrics, objective
 from controller.record.reader import ReportError
 from controller.record.redaction import redacted
@@ -22,7 +23,6 @@ from controller.report.compare import page
 from controller.report.compare_charts import unbeaten
 from controller.report.members import best_of, members_of
 from controller.report.status import main as status
-from controller.stages.store import made_of
 from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
 from tests.unit.test_report import around, jsonl, parsed
 

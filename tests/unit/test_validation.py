@@ -19,8 +19,8 @@ from contracts.checks.ranges import CHOICES, RANGES
 from contracts.checks.service_validation import validate_service
 from contracts.checks.validation import ConfigError, check_machine, validate
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
-from contracts.methods import METHODS
 from contracts.records import Example, RatedExample
+from contracts.stages import method_titles
 from controller.data.inputs import Inputs
 from controller.start_checks.amounts import check_amounts, check_model
 
@@ -416,7 +416,7 @@ def test_a_directory_that_is_a_file_is_refused(config, tmp_path):
         {"data__gold": None, "gold_model": "checkpoint"},
         {"data__gold": None, "ppo__gold_rollouts": 0},
         {"data__gold": None, "method": "dpo"},
-        *[{"method": method} for method in METHODS],
+        *[{"method": method} for method in method_titles()],
         {"method": "ppo", "stage": "preference", "preference__loss": "rank"},
         {"method": "rank", "preference__loss": "rank"},
         {"data__gold": None, "stage": "evaluate"},
@@ -478,12 +478,12 @@ def examples(count: int) -> list[Example]:
 
 
 def test_examples_must_fill_a_step(config):
-    check_amounts(put(config, ppo__ptx_coef=0.1, ppo__ptx_batch_size=9), Inputs(sft=examples(9)))
-    check_amounts(config, Inputs(sft=examples(2)))
+    check_amounts(put(config, ppo__ptx_coef=0.1, ppo__ptx_batch_size=9), Inputs({"sft": examples(9)}))
+    check_amounts(config, Inputs({"sft": examples(2)}))
     check_amounts(put(config, sft_model="sft"), Inputs())
     check_amounts(put(config, stage="evaluate", ppo__ptx_coef=0.1), Inputs())
     with pytest.raises(ConfigError) as raised:
-        check_amounts(put(config, ppo__ptx_coef=0.1, cluster__num_learner_ranks=4), Inputs(sft=examples(7)))
+        check_amounts(put(config, ppo__ptx_coef=0.1, cluster__num_learner_ranks=4), Inputs({"sft": examples(7)}))
     assert str(raised.value).split("\n") == [
         "ppo.ptx_batch_size must be at most the number of usable examples in data.sft (7); found 16; write "
         "ppo.ptx_batch_size=7 or less, or give more examples",
@@ -493,19 +493,19 @@ def test_examples_must_fill_a_step(config):
 
 
 def test_examples_of_another_method_must_fill_a_step(config):
-    check_amounts(put(config, method="filtered_sft"), Inputs(sft=examples(9), best_sft=examples(2)))
+    check_amounts(put(config, method="filtered_sft"), Inputs({"sft": examples(9), "best_sft": examples(2)}))
     with pytest.raises(ConfigError) as raised:
-        check_amounts(put(config, method="filtered_sft"), Inputs(sft=examples(9), best_sft=examples(1)))
+        check_amounts(put(config, method="filtered_sft"), Inputs({"sft": examples(9), "best_sft": examples(1)}))
     assert str(raised.value) == (
         "sft.top_fraction must leave 2 or more texts of data.preferences to train on and to hold out; found 0.5, which "
         "leaves 1; write a larger one, or give more texts"
     )
     rated = [RatedExample(example, [1.0]) for example in examples(3)]
-    check_amounts(put(config, stage="preference"), Inputs(completions=rated, test_completions=rated))
+    check_amounts(put(config, stage="preference"), Inputs({"completions": rated, "test_completions": rated}))
     with pytest.raises(
         ConfigError, match=r"^data.test must have at least 2 usable rows for stage preference; found 1$"
     ):
-        check_amounts(put(config, stage="preference"), Inputs(completions=rated, test_completions=rated[:1]))
+        check_amounts(put(config, stage="preference"), Inputs({"completions": rated, "test_completions": rated[:1]}))
 
 
 def test_all_conflicts_are_listed_at_once(config):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from contracts.config import EvaluateConfig
-from controller.stages.verdict import verdict
+from controller.evaluation.verdict import verdict
 
 ROSE = {"mean": 0.3, "low": 0.1, "high": 0.5}
 UNCLEAR = {"mean": 0.1, "low": -0.1, "high": 0.3}

@@ -10,79 +10,25 @@ copied from elsewhere) is named and made anew.
 """
 
 import fcntl
-import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
-from glob import glob
 from pathlib import Path
 from typing import Any
 
-from common.files.code_digest import changed_code, code_digest, stage_code
-from common.files.fingerprints import checkpoint_fingerprint, file_hashes
-from common.files.source_code import source_digest
-from contracts.checks.validation import ConfigError
-from contracts.config import TandemConfig
-from contracts.environments import is_import_path
-from contracts.methods import GIVEN, sources_read, stages_to_run
+from common.files.code_digest import changed_code, stage_code
+from common.files.fingerprints import checkpoint_fingerprint
 from contracts.records import StageResult
+from controller.pipeline.ingredients import MEMORY, digest_of
 from controller.record.run_log import LOGS, RunLog
 
-UNSEEN = ("scoring", "hidden")  # the keys of `unseen`
-MEMORY = "fingerprints.json"  # in cache_dir
 SHOWN = 4  # changed files that are named
 code_at_start = lru_cache(stage_code)  # a process goes on with the code that it began with
-
-
-def unseen(config: TandemConfig) -> dict[str, Any]:
-    """What decides a reward and what the configuration without secrets does not show: how and with what each configured
-    scorer scores, and a hash of the values that `redacted` may have blanked.
-
-    Raises:
-        ConfigError: a function's source or a checkpoint is not there.
-    """
-    service, memory, contents = config.reward_service, Path(config.cache_dir) / MEMORY, dict[str, str]()
-    for name, scorer in service.scorers.items():
-        try:
-            if scorer.function:
-                contents[name] = source_digest(scorer.function)
-            elif scorer.path:
-                contents[name] = checkpoint_fingerprint(scorer.path, memory=memory)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"reward_service.scorers.{name}: {error}") from None
-    values = [asdict(config.environment), {name: asdict(scorer) for name, scorer in service.scorers.items()}]
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-    return {"scoring": [service.dtype, service.max_tokens, contents], "hidden": digest}
-
-
-def environment_source(config: TandemConfig) -> str | None:
-    """A digest of an environment's own source; None for those of Tandem. Raises ConfigError where it is not there."""
-    name = config.environment.name
-    try:
-        return source_digest(name) if is_import_path(name) else None
-    except ValueError as error:
-        raise ConfigError(f"environment.name: {error}") from None
-
-
-def made_of(config: TandemConfig) -> str:
-    """SHA-256 (hex) over the content of what a run reads (data, checkpoints, functions) and over Tandem's code.
-
-    Raises:
-        OSError, ValueError: something is not there.
-    """
-    memory = Path(config.cache_dir) / MEMORY
-    files = [file for name in sorted(sources_read(config)) for file in _files(getattr(config.data, name).path)]
-    # A given checkpoint may be of a stage that this run has no part of, and not be there.
-    given = [path for key in GIVEN.values() if (path := getattr(config, key)) and Path(path).is_dir()]
-    checkpoints = [checkpoint_fingerprint(path, memory=memory) for path in given]
-    checkpoints.append(checkpoint_fingerprint(config.model.path, config.model.revision, memory))
-    samples = not {"ppo", "evaluate"}.isdisjoint(stages_to_run(config))
-    scoring = [unseen(config), environment_source(config)] if samples else []
-    return _hash([code_digest(), file_hashes(files, memory), checkpoints, scoring])
 
 
 @dataclass
@@ -97,10 +43,12 @@ class StageStore:
     _said: set[str] = field(default_factory=set)
 
     def directory(self, name: str, inputs: dict[str, Any]) -> Path:
-        return self._prefix(name, inputs).with_name(f"{self._prefix(name, inputs).name}-{_hash(self.code(name))[:8]}")
+        return self._prefix(name, inputs).with_name(
+            f"{self._prefix(name, inputs).name}-{digest_of(self.code(name))[:8]}"
+        )
 
     def _prefix(self, name: str, inputs: dict[str, Any]) -> Path:
-        return self.cache_dir / "stages" / f"{name.replace('/', '-')}-{_hash(_plain(inputs))[:12]}"
+        return self.cache_dir / "stages" / f"{file_name(name)}-{digest_of(_plain(inputs))[:12]}"
 
     @contextmanager
     def alone(
@@ -204,21 +152,15 @@ class StageStore:
         return StageResult(name, str(directory / "model"), cached=False, metrics=metrics)
 
 
-def _files(source: str) -> list[Path]:
-    """Of a file, a directory or a pattern; none of a hub id."""
-    path = Path(source)
-    found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob(source, recursive=True))
-    return sorted(file for file in found if file.is_file())
+def file_name(name: str) -> str:
+    """Of a stage: reward_model/proxy has a slash, an import path a colon."""
+    return re.sub(r"[/:]", "-", name)
 
 
 def _plain(inputs: dict[str, Any]) -> Any:
     """As stage.json has them."""
     values = {key: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for key, v in inputs.items()}
     return json.loads(json.dumps(values, sort_keys=True, default=str))
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _some(names: list[str]) -> str:

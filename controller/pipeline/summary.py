@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts.config import TandemConfig
-from contracts.methods import METHODS
+from contracts.stages import find_stage
 from controller.record.evaluation import against_sft, judged_model, judged_title
 
 
@@ -12,9 +12,10 @@ def summary_rows(config: TandemConfig, results: dict[str, Any], report: Path) ->
     """(name, value) rows: each stage's result in words, the verdict, and where everything lies."""
     rows = []
     for name, metrics in results.items():
-        if name in ("sft", "filtered_sft") and metrics.get("eval_loss") is not None:
+        if metrics.get("eval_loss") is not None:
             before, after = metrics["eval_loss_before"], metrics["eval_loss"]
-            title = "SFT" if name == "sft" else METHODS[name].title
+            stage = find_stage(name)
+            title = stage.title if stage else name
             rows.append((title, f"held-out loss {before:.2f} -> {after:.2f} nats a token"))
         if "accuracy" in metrics:
             text = f"{metrics['accuracy']:.1%} [{metrics['accuracy_low']:.1%}, {metrics['accuracy_high']:.1%}]"

@@ -1,0 +1,77 @@
+"""What a run is made of: the content of what it reads, and what decides a reward though no configuration shows it."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from common.files.code_digest import code_digest
+from common.files.fingerprints import checkpoint_fingerprint, file_hashes
+from common.files.source_code import source_digest
+from contracts.checks.validation import ConfigError
+from contracts.config import TandemConfig
+from contracts.environments import is_import_path
+from contracts.methods import samples, sources_read
+from contracts.stages import checkpoint_keys
+
+UNSEEN = ("scoring", "hidden")  # the keys of `unseen`
+MEMORY = "fingerprints.json"  # in cache_dir
+
+
+def unseen(config: TandemConfig) -> dict[str, Any]:
+    """What decides a reward and what the configuration without secrets does not show: how and with what each configured
+    scorer scores, and a hash of the values that `redacted` may have blanked.
+
+    Raises:
+        ConfigError: a function's source or a checkpoint is not there.
+    """
+    service, memory, contents = config.reward_service, Path(config.cache_dir) / MEMORY, dict[str, str]()
+    for name, scorer in service.scorers.items():
+        try:
+            if scorer.function:
+                contents[name] = source_digest(scorer.function)
+            elif scorer.path:
+                contents[name] = checkpoint_fingerprint(scorer.path, memory=memory)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"reward_service.scorers.{name}: {error}") from None
+    values = [asdict(config.environment), {name: asdict(scorer) for name, scorer in service.scorers.items()}]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return {"scoring": [service.dtype, service.max_tokens, contents], "hidden": digest}
+
+
+def environment_source(config: TandemConfig) -> str | None:
+    """A digest of an environment's own source; None for those of Tandem. Raises ConfigError where it is not there."""
+    name = config.environment.name
+    try:
+        return source_digest(name) if is_import_path(name) else None
+    except ValueError as error:
+        raise ConfigError(f"environment.name: {error}") from None
+
+
+def made_of(config: TandemConfig) -> str:
+    """SHA-256 (hex) over the content of what a run reads (data, checkpoints, functions) and over Tandem's code.
+
+    Raises:
+        OSError, ValueError: something is not there.
+    """
+    memory = Path(config.cache_dir) / MEMORY
+    files = [file for name in sorted(sources_read(config)) for file in _files(getattr(config.data, name).path)]
+    # A given checkpoint may be of a stage that this run has no part of, and not be there.
+    given = [path for key in checkpoint_keys().values() if (path := getattr(config, key)) and Path(path).is_dir()]
+    checkpoints = [checkpoint_fingerprint(path, memory=memory) for path in given]
+    checkpoints.append(checkpoint_fingerprint(config.model.path, config.model.revision, memory))
+    scoring = [unseen(config), environment_source(config)] if samples(config) else []
+    return digest_of([code_digest(), file_hashes(files, memory), checkpoints, scoring])
+
+
+def _files(source: str) -> list[Path]:
+    """Of a file, a directory or a pattern; none of a hub id."""
+    path = Path(source)
+    found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob(source, recursive=True))
+    return sorted(file for file in found if file.is_file())
+
+
+def digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

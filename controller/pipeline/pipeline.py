@@ -1,0 +1,161 @@
+"""The road of InstructGPT: SFT, reward models, PPO, evaluation. Each stage runs alone or in turn, and leaves a normal
+Hugging Face checkpoint.
+
+    model ──> SFT ─────────────┬──> PPO ──> evaluation ──> report
+    ratings ──> proxy ─────────┘              ▲
+    other ratings ──> gold ───────────────────┘   (the judge that PPO never sees)
+
+`method` puts another way from SFT to the evaluation in PPO's place. A stage is a file of `controller/stages/` and what it
+says of itself (`contracts.stages`); here are the checks before the first, their order, the cache and the results.
+
+Whatever can be known beforehand is checked before an engine starts: configuration, models, data, memory.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from common.files.durable import replace_text
+from common.text.chat_template import load_tokenizer
+from contracts.checks.validation import ConfigError, check_machine
+from contracts.config import TandemConfig
+from contracts.methods import results_needed, running_stages
+from contracts.records import StageResult
+from contracts.stages import Stage, find_stage
+from controller.cluster.runtime import Runtime, embedded_nodes
+from controller.cluster.signals import Stop
+from controller.commits.resume import RunDirectory
+from controller.data.inputs import Inputs, load_inputs
+from controller.loop.recovery import once_more
+from controller.pipeline.context import StageContext
+from controller.pipeline.store import StageStore, file_name
+from controller.record.run_log import RunLog
+from controller.record.terminal import Progress
+from controller.start_checks.amounts import check_amounts, check_model
+from controller.start_checks.engine_checks import begin_proofs
+from controller.start_checks.model_checks import check_weights_and_code
+
+
+class Pipeline:
+    def __init__(self, config: TandemConfig, log: RunLog, progress: Progress, directory: RunDirectory, stop: Stop):
+        self.config, self.log, self.progress = config, log, progress
+        self.run_dir = Path(config.run_dir)
+        self.store = StageStore(Path(config.cache_dir), log, config.reuse_stages, progress.line)
+        self.results: dict[str, StageResult] = {}
+        self.seconds: dict[str, float] = {}
+        check_model(config)
+        with progress.phase("proving the models"):
+            check_weights_and_code(config)
+        tokenizer = load_tokenizer(config.model.path, config.model)
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
+        with progress.phase("reading the data"):
+            data = load_inputs(config, tokenizer, progress.line)
+        self.context = StageContext(
+            config=config,
+            data=data,
+            tokenizer=tokenizer,
+            log=log,
+            progress=progress,
+            directory=directory,
+            stop=stop,
+            runtime=Runtime(config),
+            checkpoint=self.checkpoint,
+        )
+        ends = self.context.end_ids([config.model.path], "prompts", "eval_prompts")
+        if len(ends) > 1:
+            names = [f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends]
+            progress.line(f"completions end with any of {', '.join(names)}")
+        check_amounts(config, data)
+        rehearse_environment(config, tokenizer, data, progress)
+        nodes = embedded_nodes() if config.cluster.address == "local" else None
+        free_gib = psutil.virtual_memory().available / 2**30
+        for warning in check_machine(config, free_gib, psutil.cpu_count() or 1, nodes):
+            progress.line(warning)
+        self.context.proofs.append(begin_proofs(config))
+
+    def run(self) -> dict[str, Any]:
+        """Run `config.stage`. Returns the numbers of the summary."""
+        with self.context.runtime:
+            for stage in running_stages(self.config):
+                self._run(stage)
+        return {name: result.metrics for name, result in self.results.items()}
+
+    def _run(self, stage: Stage) -> None:
+        if not stage.results:
+            self._run_anew(stage)
+        needed = results_needed(self.config)
+        for name, key in stage.checkpoint_keys.items():
+            given = getattr(self.config, key) if key and self.config.stage == "pipeline" else None
+            if given:
+                self.progress.line(f"✓ {name}: {given} (given)")
+            elif name in needed:
+                self._make_or_find(stage, name)
+
+    def _run_anew(self, stage: Stage) -> None:
+        start, path = time.time(), self.run_dir / stage.report
+        work = partial(stage.run, self.context.made_for(stage.name, path))
+        metrics = once_more(work, stage.name, self.log, self.progress.line)
+        self._finish(StageResult(stage.name, str(path), False, metrics), start)
+
+    def _make_or_find(self, stage: Stage, name: str) -> None:
+        inputs = stage.inputs(self.context.made_for(name))
+        start = time.time()
+        with self.store.alone(name, inputs, lambda: self.progress.phase(f"waiting for the run that makes {name}")):
+            result = self.store.find(name, inputs)
+            if result:
+                self.progress.line(f"✓ {name}: nothing has changed, reusing {result.path}")
+            else:
+                work = partial(self.store.run, name, inputs, lambda path: stage.run(self.context.made_for(name, path)))
+                result = work() if stage.resumes else once_more(work, name, self.log, self.progress.line)
+                self.progress.line(f"✓ {name}: {result.path}")
+                self.log.artifact(f"{self.config.name}-{file_name(name)}", "model", result.path)
+        self._finish(result, start)
+
+    def _finish(self, result: StageResult, start: float) -> None:
+        self.results[result.name] = result
+        self.seconds[result.name] = time.time() - start
+        rows = [asdict(result) | {"seconds": self.seconds.get(name, 0.0)} for name, result in self.results.items()]
+        replace_text(self.run_dir / "stages.json", json.dumps(rows, indent=1) + "\n")
+
+    def checkpoint(self, name: str) -> str:
+        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`."""
+        if name in self.results:
+            return self.results[name].path
+        if name == "base":
+            return self.config.model.path
+        stage = find_stage(name)
+        assert stage is not None
+        key = stage.checkpoint_keys[name]
+        if key and (given := getattr(self.config, key)):
+            return given
+        found = self.store.find(name, stage.inputs(self.context.made_for(name)))
+        if found is None:
+            raise ConfigError(
+                f"stage={self.config.stage} needs the result of {name}, which has not run with this configuration and code: "
+                f"run stage={stage.name} or stage=pipeline first" + (f", or set {key}=PATH" if key else "")
+            )
+        self.results[name] = found
+        return found.path
+
+
+def rehearse_environment(config: TandemConfig, tokenizer: Any, data: Inputs, progress: Progress) -> None:
+    """Play it on the prompts that have been read, by how they are sampled. Raises ConfigError."""
+    sampled = {"ppo.sampling": data["prompts"], "evaluate.sampling": data["eval_prompts"]}
+    in_chat = sorted(data.in_chat & {"prompts", "eval_prompts"})
+    if in_chat and not config.data.chat and config.environment.name == "two_turn":
+        raise ConfigError(
+            f"data.chat must be True with environment.name two_turn and messages in data.{in_chat[0]}, which the chat "
+            f"template writes: what the policy is told then would be plain text; found {config.data.chat}; write "
+            "data.chat=true"
+        )
+    if any(sampled.values()) and config.environment.name != "single_turn":
+        from controller.start_checks.rehearsal import rehearse
+
+        with progress.phase(f"rehearsing {config.environment.name}"):
+            rehearse(config, tokenizer, {key: found for key, found in sampled.items() if found}, data.in_chat)

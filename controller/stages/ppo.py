@@ -1,0 +1,163 @@
+"""The loop, PPO and its relatives: `controller.loop.controller` on the learner, the actors and the reward service."""
+
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from contracts.config import TandemConfig
+from contracts.methods import method_config, method_title
+from contracts.scorer_roles import ROLES, judges, scoring_models, starts_value_model
+from contracts.stages import Reading, Stage
+from controller.stages.sft import TEXTS
+
+if TYPE_CHECKING:
+    from controller.commits.commit_store import Commit
+    from controller.data.inputs import Inputs
+    from controller.pipeline.context import StageContext
+
+PROMPTS = Reading("prompts", "prompts", "load_prompts", ("ppo.sampling.max_completion_tokens", "engine.max_model_len"))
+
+
+def reads(config: TandemConfig, role: str) -> list[Reading]:
+    return [*([TEXTS] if config.ppo.ptx_coef > 0 else []), PROMPTS]
+
+
+def problems(config: TandemConfig, data: "Inputs") -> list[str]:
+    ppo, count = config.ppo, len(data["sft"])
+    if ppo.ptx_coef <= 0 or count >= ppo.ptx_batch_size:
+        return []
+    return [
+        f"ppo.ptx_batch_size must be at most the number of usable examples in data.sft ({count}); found "
+        f"{ppo.ptx_batch_size}; write ppo.ptx_batch_size={count} or less, or give more examples"
+    ]
+
+
+def inputs(context: "StageContext") -> dict[str, Any]:
+    from controller.pipeline.ingredients import environment_source, unseen
+    from controller.record.redaction import redacted
+
+    config = context.config
+
+    def reward_model(role: str) -> str | None:
+        """Where PPO has anything of it."""
+        is_value = role == "proxy" and starts_value_model(config)
+        if not is_value and role not in scoring_models(config):
+            return None
+        return context.fingerprint(context.checkpoint(f"reward_model/{role}"))
+
+    return context.common_inputs() | {
+        "ppo": config.ppo,
+        "environment": redacted(asdict(config.environment)),
+        "environment_source": environment_source(config),
+        "engine": config.engine,
+        "actors": config.cluster.num_actors,
+        "prompts": context.data_fingerprint("prompts"),
+        "ptx": context.data_fingerprint("sft") if config.ppo.ptx_coef else None,
+        "policy": context.fingerprint(context.checkpoint(config.ppo.init_from)),
+        **{role: reward_model(role) for role in ROLES},
+        "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
+        **unseen(config),
+    }
+
+
+def run(context: "StageContext") -> dict[str, Any]:
+    from common.flatten import flat
+    from contracts.placement import weight_backend
+    from controller.commits.commit_store import RunFacts
+    from controller.commits.resume import require_scorers
+    from controller.data.prompts import PromptStream
+    from controller.loop.controller import PPOController
+    from controller.loop.fleet import Fleet
+    from controller.pipeline.ingredients import UNSEEN
+    from controller.record.redaction import redacted
+    from controller.start_checks.engine_checks import first_publish
+
+    config, runtime, progress = method_config(context.config), context.runtime, context.progress
+    # Of a commit `require_scorers` compares what scored, and a run with a new key for the same service is the same run.
+    identity = flat({name: value for name, value in inputs(context).items() if name not in UNSEEN})
+    commit = _find_commit(context, identity)
+    policy = context.checkpoint(config.ppo.init_from)
+    scorers = context.reward_models(judges(config) if config.ppo.gold_rollouts else ROLES[:1])
+    value = context.checkpoint("reward_model/proxy") if starts_value_model(config) else policy
+    backend, ends = weight_backend(config), context.end_ids([policy], "prompts")
+    ptx = context.data["sft"] if config.ppo.ptx_coef else []
+    stream = PromptStream(context.data["prompts"], config.ppo.samples_per_prompt, config.seed)
+    context.start_ray()
+    with ExitStack() as engines:
+        learner = engines.enter_context(runtime.learner("ppo", config, policy, value, ends, ptx))
+        # Side by side: each spends most of its start importing and reading.
+        with context.phase("starting reward service, vLLM and learner"):
+            client = runtime.service(scorers)
+            actors = engines.enter_context(runtime.actors(policy, backend, ends, client))
+            runtime.wait_for_service()
+            learner.wait_ready()
+            context.require_proofs()
+            first_publish(
+                learner,
+                backend,
+                actors,
+                model=replace(config.model, path=policy),
+                prompts=context.data["prompts"],
+                max_model_len=config.engine.max_model_len,
+                timeout_s=config.cluster.start_timeout_s,
+            )
+        restarts = config.cluster.max_actor_restarts
+        fleet = Fleet(actors, learner, backend, runtime.replace_actor, restarts, progress.line)
+        about = RunFacts(identity, redacted(asdict(config)), client.versions)
+        controller = PPOController(
+            config, stream, fleet, learner, context.log, progress, "gold" in scorers, about, context.stop
+        )
+        if commit:
+            require_scorers(commit, client.versions)
+            with context.phase(f"going on from {commit.path}, after update {commit.step}"):
+                controller.restore(commit)
+        title, updates = method_title("ppo", config.ppo.estimator), config.ppo.updates
+        with context.phase(f"{title}: {updates} updates of {config.ppo.rollouts_per_update} rollouts"):
+            controller.run()
+        learner.call("save", str(context.path))
+        ended = {"versions": controller.version, "learner_peak_gib": learner.peak_memory_gib()}
+        return ended | {"scorers": client.versions}
+
+
+def _find_commit(context: "StageContext", identity: dict[str, Any]) -> "Commit | None":
+    """Where the loop goes on; what an earlier attempt has logged and not committed goes."""
+    from common.files.code_digest import package_versions
+    from controller.commits.resume import other_versions
+
+    commit = None
+    if context.config.checkpoint.every:
+        with context.progress.phase("looking for commits"):
+            commit = context.directory.find(context.config.checkpoint.resume, identity)
+    if commit is None:
+        context.log.forget(context.result)
+    else:
+        context.log.cut(context.result, commit.driver_state()[0]["logs"])
+        other_versions(commit, package_versions(), context.progress.line)
+    return commit
+
+
+STAGE = Stage(
+    name="ppo",
+    title="PPO",
+    inputs=inputs,
+    run=run,
+    position=30,
+    methods={"ppo": "PPO"},
+    starts_from=("sft", "reward_model"),
+    results={"": "ppo_model"},
+    reads=reads,
+    keys=("ppo",),
+    keys_to_run=("checkpoint",),
+    roles=lambda config: {"proxy"} if starts_value_model(config) else set(),
+    problems=problems,
+    samples=True,
+    resumes=True,
+    task="ppo",
+    # Rule functions are run by name; vLLM finds the weight transfer by an entry point.
+    code=(
+        "actors/rollout_actor.py",
+        "actors/weight_transfer.py",
+        "reward_service/app.py",
+        "reward_service/function_worker.py",
+    ),
+)

@@ -1,0 +1,78 @@
+"""The reward models: the proxy, on which PPO trains, and the gold judge, which no training sees."""
+
+from typing import TYPE_CHECKING, Any
+
+from contracts.config import TandemConfig
+from contracts.records import RatedText
+from contracts.stages import REWARD_MODEL, Reading, Stage
+
+if TYPE_CHECKING:
+    from controller.pipeline.context import StageContext
+
+LIMITS = ("reward_model.max_tokens",)
+TEST = Reading("test", "test", "load_preferences", LIMITS)
+
+
+def reads(config: TandemConfig, role: str) -> list[Reading]:
+    source = "gold" if role == "gold" else "preferences"
+    return [Reading(f"preferences/{role}", source, "load_preferences", LIMITS), TEST]
+
+
+def inputs(context: "StageContext") -> dict[str, Any]:
+    return context.common_inputs() | {
+        "reward_model": context.config.reward_model,
+        "data": context.data_fingerprint(f"preferences/{context.role}"),
+        "test": context.data_fingerprint("test"),
+    }
+
+
+def run(context: "StageContext") -> dict[str, Any]:
+    from controller.pipeline.held_out import accuracy, chunks, train_on_pairs
+
+    name, examples, test = context.role, context.data[f"preferences/{context.role}"], context.data["test"]
+    texts = [ids for item in test for ids in ([item.token_ids] if isinstance(item, RatedText) else _sides(item))]
+    with context.learner("reward_model", context.config, examples) as group:
+        with context.phase(f"{name} reward model on {len(examples)} preferences"):
+            train_on_pairs(context, group, f"{name} reward model")
+
+        def score(rows: list[int]) -> list[float]:
+            parts = chunks([texts[i] for i in rows], len(group.actors))
+            return [score for part in parts for score in group.call("score", part)[0]]
+
+        with context.phase(f"held-out accuracy of the {name} reward model"):
+            count = context.config.reward_model.eval_pairs
+            found = accuracy(context.config, test, score, count)
+            if test and isinstance(test[0], RatedText):
+                vader = accuracy(context.config, test, lambda rows: _vader(test), count)
+                found |= {f"vader_{name}": value for name, value in vader.items() if name.startswith("accuracy")}
+        group.call("save", str(context.path))
+    context.progress.line(
+        f"  {name} reward model: {found['accuracy']:.1%} of {found['pairs']} held-out pairs right"
+        + (f" (VADER's rules: {found['vader_accuracy']:.1%})" if "vader_accuracy" in found else "")
+    )
+    return found
+
+
+def _sides(pair: Any) -> tuple[list[int], list[int]]:
+    return pair.chosen_ids, pair.rejected_ids
+
+
+def _vader(test: list[RatedText]) -> list[float]:
+    from controller.evaluation.judging import vader_scores
+
+    return vader_scores([item.text for item in test])
+
+
+STAGE = Stage(
+    name="reward_model",
+    title="Reward models",
+    inputs=inputs,
+    run=run,
+    position=20,
+    starts_from=(),
+    results={"proxy": "proxy_model", "gold": "gold_model"},
+    reads=reads,
+    keys=("reward_model", "evaluate.bootstrap_samples"),
+    trains=REWARD_MODEL,
+    task="reward_model",
+)

@@ -1,0 +1,81 @@
+"""Supervised fine-tuning: the model that everything else starts from."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from contracts.config import SFTConfig, TandemConfig
+from contracts.records import Example
+from contracts.stages import Reading, Stage
+
+if TYPE_CHECKING:
+    from controller.data.inputs import Inputs
+    from controller.pipeline.context import StageContext
+
+TEXTS = Reading("sft", "sft", "load_sft", ("sft.max_tokens",))
+
+
+def supervised_settings(sft: SFTConfig) -> dict[str, Any]:
+    """What decides a supervised stage; `top_fraction` only decides which texts it gets."""
+    return {key: value for key, value in asdict(sft).items() if key != "top_fraction"}
+
+
+def inputs(context: "StageContext") -> dict[str, Any]:
+    settings = supervised_settings(context.config.sft)
+    return context.common_inputs() | {"sft": settings, "data": context.data_fingerprint("sft")}
+
+
+def problems(config: TandemConfig, data: "Inputs") -> list[str]:
+    ranks, count = config.cluster.num_learner_ranks, len(data["sft"])
+    if count >= 2 * ranks:
+        return []
+    return [
+        f"data.sft must have an example to train on and one to hold out for each of cluster.num_learner_ranks "
+        f"({ranks}); found {count} usable; give {2 * ranks} or more"
+    ]
+
+
+def run(context: "StageContext") -> dict[str, Any]:
+    return train_supervised(context, STAGE.title, context.config, context.data["sft"])
+
+
+def train_supervised(
+    context: "StageContext", title: str, config: TandemConfig, texts: Sequence[Example]
+) -> dict[str, Any]:
+    """Train the model of `config` on `texts`, of which some are held out."""
+    import numpy as np
+
+    order = np.random.default_rng(config.seed).permutation(len(texts))
+    held = max(config.cluster.num_learner_ranks, len(order) // 20)
+    examples = [texts[i] for i in order]
+    with context.learner("sft", config, examples[held:], examples[:held]) as group:
+        with context.phase(f"{title} on {len(examples) - held} texts"):
+            steps = group.call("num_steps")[0]
+            before = group.call("evaluate")[0]
+            context.log_step(0, before)
+            for step in range(steps):
+                metrics = group.call("step", step)[0]
+                last = step == steps - 1
+                if last or step % 10 == 9:
+                    metrics |= group.call("evaluate")[0] if last else {}
+                    loss = " ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in metrics.items() if "loss" in k)
+                    speed = metrics["perf/train_tokens_per_s"]
+                    context.progress.line(f"  {title} step {step + 1}/{steps} | {loss} | {speed:.0f} tok/s")
+                context.log_step(step + 1, metrics)
+        group.call("save", str(context.path))
+    return {"eval_loss_before": before.get("sft/eval_loss"), "eval_loss": metrics.get("sft/eval_loss")}
+
+
+STAGE = Stage(
+    name="sft",
+    title="SFT",
+    inputs=inputs,
+    run=run,
+    position=10,
+    starts_from=(),
+    results={"": "sft_model"},
+    reads=lambda config, role: [TEXTS],
+    keys=("sft",),
+    problems=problems,
+    task="sft",
+)
