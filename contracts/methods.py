@@ -3,8 +3,10 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from contracts.config import PreferenceConfig, TandemConfig
-from contracts.estimators import ESTIMATORS
+from contracts.config import PPOConfig, PreferenceConfig, TandemConfig
+from contracts.estimators import known_estimator
+from contracts.plugins import names
+from contracts.preference_losses import PREFERENCE_LOSSES, find_preference_loss
 from contracts.scorer_roles import scoring_models, starts_value_model
 
 
@@ -21,7 +23,6 @@ METHODS = {
     "best_of_n": Method("Best of n", None),
     "none": Method("SFT alone", None),
 }
-PREFERENCE_LOSSES = {"dpo": (0.1, 0.0), "rank": (2.0, 1.0)}  # beta and nll_coef of each, as its paper has them
 STAGES = ("sft", "reward_model", "ppo", "preference", "filtered_sft", "evaluate")
 SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
 # Whose results a stage starts from; evaluation needs those of its method too.
@@ -46,7 +47,8 @@ def method_title(method: str, estimator: str | None) -> str:
     """As a reader knows what was trained: PPO, GRPO, DPO, ... In the loop it is the estimator that has a name."""
     if method != "ppo":
         return METHODS[method].title if method in METHODS else method
-    return ESTIMATORS[estimator if estimator in ESTIMATORS else "gae"].title
+    known = known_estimator(estimator or PPOConfig().estimator)
+    return known.title if known else str(estimator).rpartition(":")[2]
 
 
 def method_stage(config: TandemConfig) -> str | None:
@@ -141,11 +143,11 @@ def reads(config: TandemConfig, key: str) -> bool:
 def chosen_preference(config: TandemConfig) -> PreferenceConfig:
     """The settings of stage preference with what is null filled in."""
     chosen = config.preference
-    loss = chosen.loss or (config.method if config.method in PREFERENCE_LOSSES else "dpo")
-    beta, nll_coef = PREFERENCE_LOSSES[loss]
+    loss = chosen.loss or (config.method if config.method in names(PREFERENCE_LOSSES) else "dpo")
+    paper = find_preference_loss(loss)
     return replace(
         chosen,
         loss=loss,
-        beta=beta if chosen.beta is None else chosen.beta,
-        nll_coef=nll_coef if chosen.nll_coef is None else chosen.nll_coef,
+        beta=paper.beta if chosen.beta is None else chosen.beta,
+        nll_coef=paper.nll_coef if chosen.nll_coef is None else chosen.nll_coef,
     )

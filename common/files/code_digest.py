@@ -46,15 +46,17 @@ def code_digest(root: Path = TANDEM) -> str:
     return digest.hexdigest()
 
 
-def stage_code(stage: str, root: Path = TANDEM) -> dict[str, str]:
+def stage_code(stage: str, root: Path = TANDEM, named: tuple[str, ...] = ()) -> dict[str, str]:
     """What the result of a stage depends on: a digest of each file of Tandem, by its path below `root`, and the versions of
     packages. Comments, docstrings and layout do not count.
 
     Args:
         stage: as `reward_model/proxy`.
+        named: files that the configuration chooses by a name (contracts/plugins.py), which no import shows.
     """
     kind = stage.split("/")[0]
-    files = imported_files([root / name for name in STAGES[kind]], [root], lambda file: not _is_no_part(file, root))
+    entries = [root / name for name in (*STAGES[kind], *named)]
+    files = imported_files(entries, [root], lambda file: not _is_no_part(file, root))
     files |= {root / WIRING[kind]} if kind in WIRING else set()
     found = {file.relative_to(root).as_posix(): _meaning(file) for file in sorted(files)}
     return found | installed_versions((*LIBRARIES, *ENGINES) if kind == "ppo" else LIBRARIES)

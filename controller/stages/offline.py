@@ -12,8 +12,8 @@ import torch
 from common import statistics
 from contracts.config import TandemConfig
 from contracts.methods import chosen_preference
+from contracts.preference_losses import PreferenceLoss, find_preference_loss
 from contracts.records import Example, PreferencePair, RatedExample, RatedText
-from learner.pair_losses import implicit_scores
 
 if TYPE_CHECKING:
     from controller.stages.pipeline import Pipeline
@@ -92,7 +92,7 @@ def train_reward_model(run: "Pipeline", name: str, path: Path) -> dict[str, Any]
 
 def train_preference(run: "Pipeline", path: Path) -> dict[str, Any]:
     config, settings, stage = method_config(run.config), chosen_preference(run.config), "preference"
-    examples, test = run.data.completions, run.data.test_completions
+    loss, examples, test = find_preference_loss(str(settings.loss)), run.data.completions, run.data.test_completions
     texts = [text for item in test for text in item.texts]
     with run.learner(stage, stage, config, settings, run.checkpoint("sft"), examples) as group:
 
@@ -101,11 +101,11 @@ def train_preference(run: "Pipeline", path: Path) -> dict[str, Any]:
             return np.concatenate(parts)
 
         def accuracy(now: np.ndarray) -> dict[str, float]:
-            return _accuracy_of_likelihoods(run, settings.loss, now, before, texts)
+            return _accuracy_of_likelihoods(run, loss, now, before, texts)
 
         with run.phase(stage, f"log-probabilities of the reference on {len(test)} held-out and {len(examples)} items"):
             before = likelihoods()
-            if settings.loss == "dpo":
+            if loss.has_reference:
                 for part in chunks(range(len(examples)), len(group.actors)):
                     group.call("compute_reference", part[0], part[-1] + 1)
         with run.phase(stage, f"{settings.loss} on {len(examples)} preferences"):
@@ -113,7 +113,7 @@ def train_preference(run: "Pipeline", path: Path) -> dict[str, Any]:
         with run.phase(stage, "held-out accuracy of the policy's own ranking"):
             found = accuracy(likelihoods())
             # Without a reference SFT ranks too: what it knew before. With one all scores were equal.
-            start = accuracy(before) if settings.loss == "rank" else {}
+            start = accuracy(before) if not loss.has_reference else {}
         group.call("save", str(path))
     known = f" (SFT: {start['accuracy']:.1%})" if start else ""
     run.progress.line(f"  {settings.loss}: {found['accuracy']:.1%} of {found['pairs']} held-out pairs right{known}")
@@ -157,11 +157,11 @@ def _accuracy_of_scores(run: "Pipeline", score: Callable[[list[list[int]]], list
 
 
 def _accuracy_of_likelihoods(
-    run: "Pipeline", loss: str | None, now: np.ndarray, before: np.ndarray, texts: list[Example]
+    run: "Pipeline", loss: PreferenceLoss, now: np.ndarray, before: np.ndarray, texts: list[Example]
 ) -> dict[str, float]:
     """As `_accuracy_of_scores`, by the scores that the policy implies."""
     tokens = torch.tensor([max(1, sum(text.loss_mask[1:])) for text in texts])
-    scores = implicit_scores(torch.from_numpy(now), torch.from_numpy(before), tokens, str(loss), 1.0).tolist()
+    scores = loss.scores(torch.from_numpy(now), torch.from_numpy(before), tokens, 1.0).tolist()
     rated = [item for item in run.data.test_completions if isinstance(item, RatedExample)]
     if not rated:
         known = [2 * i for i, item in enumerate(run.data.test_completions) if item.preference != 0.5]  # type: ignore[union-attr]

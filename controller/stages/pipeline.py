@@ -49,7 +49,7 @@ from controller.record.redaction import redacted
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 from controller.stages import offline
-from controller.stages.store import MEMORY, UNSEEN, StageStore, environment_source, unseen
+from controller.stages.store import MEMORY, UNSEEN, StageStore, code_of, environment_source, estimator_source, unseen
 from controller.start_checks.amounts import check_amounts, check_model
 from controller.start_checks.engine_checks import begin_proofs, first_publish
 from controller.start_checks.model_checks import check_weights_and_code
@@ -59,7 +59,9 @@ class Pipeline:
     def __init__(self, config: TandemConfig, log: RunLog, progress: Progress, directory: RunDirectory, stop: Stop):
         self.config, self.log, self.progress, self.directory, self.stop = config, log, progress, directory, stop
         self.run_dir = Path(config.run_dir)
-        self.store = StageStore(Path(config.cache_dir), log, config.reuse_stages, progress.line)
+        self.store = StageStore(
+            Path(config.cache_dir), log, config.reuse_stages, progress.line, code=partial(code_of, config)
+        )
         self.results: dict[str, StageResult] = {}
         self.seconds: dict[str, float] = {}
         check_model(config)
@@ -160,6 +162,8 @@ class Pipeline:
             return common | {"reward_model": config.reward_model, "data": data, "test": test}
         return common | {
             "ppo": config.ppo,
+            # Only where there is one: a new key would set the commits of before aside.
+            **({"estimator_source": source} if (source := estimator_source(config)) else {}),
             "environment": redacted(asdict(config.environment)),
             "environment_source": environment_source(config),
             "engine": config.engine,

@@ -28,7 +28,10 @@ from common.files.source_code import source_digest
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.environments import is_import_path
-from contracts.methods import GIVEN, sources_read, stages_to_run
+from contracts.estimators import ESTIMATORS
+from contracts.methods import GIVEN, chosen_preference, sources_read, stages_to_run
+from contracts.plugins import source_file
+from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.records import StageResult
 from controller.record.run_log import LOGS, RunLog
 
@@ -36,6 +39,14 @@ UNSEEN = ("scoring", "hidden")  # the keys of `unseen`
 MEMORY = "fingerprints.json"  # in cache_dir
 SHOWN = 4  # changed files that are named
 code_at_start = lru_cache(stage_code)  # a process goes on with the code that it began with
+
+
+def code_of(config: TandemConfig, stage: str) -> dict[str, str]:
+    """What code the result of a stage depends on, with what the configuration chooses by a name of ours."""
+    loss = chosen_preference(config).loss
+    named = {"ppo": (ESTIMATORS, config.ppo.estimator), "preference": (PREFERENCE_LOSSES, str(loss))}
+    file = source_file(*named[stage]) if stage in named else None
+    return code_at_start(stage, named=(file,) if file else ())
 
 
 def unseen(config: TandemConfig) -> dict[str, Any]:
@@ -61,11 +72,19 @@ def unseen(config: TandemConfig) -> dict[str, Any]:
 
 def environment_source(config: TandemConfig) -> str | None:
     """A digest of an environment's own source; None for those of Tandem. Raises ConfigError where it is not there."""
-    name = config.environment.name
+    return _own_source("environment.name", config.environment.name)
+
+
+def estimator_source(config: TandemConfig) -> str | None:
+    """The same of the estimator."""
+    return _own_source("ppo.estimator", config.ppo.estimator)
+
+
+def _own_source(key: str, name: str) -> str | None:
     try:
         return source_digest(name) if is_import_path(name) else None
     except ValueError as error:
-        raise ConfigError(f"environment.name: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def made_of(config: TandemConfig) -> str:
@@ -81,7 +100,7 @@ def made_of(config: TandemConfig) -> str:
     checkpoints = [checkpoint_fingerprint(path, memory=memory) for path in given]
     checkpoints.append(checkpoint_fingerprint(config.model.path, config.model.revision, memory))
     samples = not {"ppo", "evaluate"}.isdisjoint(stages_to_run(config))
-    scoring = [unseen(config), environment_source(config)] if samples else []
+    scoring = [unseen(config), environment_source(config), estimator_source(config)] if samples else []
     return _hash([code_digest(), file_hashes(files, memory), checkpoints, scoring])
 
 
@@ -93,7 +112,7 @@ class StageStore:
     log: RunLog
     reuse: Any  # as the key reuse_stages
     say: Callable[[str], None]
-    code: Callable[[str], dict[str, str]] = code_at_start  # of a stage
+    code: Callable[[str], dict[str, str]]  # of a stage: `code_of`
     _said: set[str] = field(default_factory=set)
 
     def directory(self, name: str, inputs: dict[str, Any]) -> Path:
