@@ -1,6 +1,9 @@
 """Advantage estimators: by hand, against plain loops, and whole updates of a policy without a value model in float64."""
 
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from common.files.source_code import PACKAGES
+from contracts.checks.estimator_checks import estimator_checks
+from contracts.checks.validation import ConfigError
 from contracts.config import PPOConfig, TandemConfig
-from contracts.estimators import chosen_estimator, find_estimator, warmup_updates
+from contracts.estimators import ESTIMATORS, chosen_estimator, find_estimator, warmup_updates
 from contracts.interfaces import NonFiniteError
-from contracts.plugins import UnknownPlugin
+from contracts.methods import method_title
+from contracts.plugins import UnknownPlugin, names
 from contracts.records import Completion, Prompt, Rollout, TrainingBatch
 from controller.loop.training_batches import make_batches
+from controller.stages.store import estimator_source
 from learner.advantages import whiten, whitening_moments
 from learner.engine import Ranks
 from learner.estimators.gae import gae
 from learner.ppo import PPOTask
-from tests.conftest import compared, make_config
+from tests.conftest import ROOT, compared, make_config
 
 quick = settings(max_examples=40, deadline=None)
 GROUPED = ("grpo", "dr_grpo", "rloo")
@@ -475,13 +483,10 @@ def test_no_code_asks_for_an_estimator_by_name() -> None:
     """But for the default of the configuration: what a name means is in its module."""
     quoted = re.compile(f"[\"']({'|'.join(names(ESTIMATORS))})[\"']")
     files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
-    found = {
-        f"{file.relative_to(ROOT)}: {line.strip()}"
-        for file in files
-        for line in file.read_text().splitlines()
-        if quoted.search(line)
-    }
-    assert found == {'contracts/config.py: estimator: str = "gae"'}
+    lines = [(file.relative_to(ROOT), line.strip()) for file in files for line in file.read_text().splitlines()]
+    assert [f"{file}: {line}" for file, line in lines if quoted.search(line)] == [
+        'contracts/config.py: estimator: str = "gae"'
+    ]
 
 
 def test_declarations_are_read_without_torch() -> None:
