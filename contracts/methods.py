@@ -17,8 +17,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "ppo": Method("PPO", "ppo"),
-    "dpo": Method("DPO", "preference"),
-    "rank": Method("Rank-SL", "preference"),
+    **{loss: Method(find_preference_loss(loss).title, "preference") for loss in names(PREFERENCE_LOSSES)},
     "filtered_sft": Method("Filtered SFT", "filtered_sft"),
     "best_of_n": Method("Best of n", None),
     "none": Method("SFT alone", None),

@@ -14,6 +14,7 @@ PREFERENCE_LOSSES = Kind("preference loss", "learner.preference_losses", "PREFER
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceLoss:
+    title: str  # of the method
     # What a policy's likelihoods say of N completions: (logprobs, reference, tokens, beta) -> scores, each [N].
     # logprobs and reference are log p of whole completions, nats; reference is 0 where there is none; tokens is the
     # length of each, at least 1. `learner.pair_losses.preference_loss` compares the scores.

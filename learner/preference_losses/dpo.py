@@ -14,4 +14,4 @@ def scores(logprobs: "Tensor", reference: "Tensor", tokens: "Tensor", beta: floa
     return beta * (logprobs - reference)
 
 
-PREFERENCE_LOSS = PreferenceLoss(scores=scores, has_reference=True, beta=0.1, nll_coef=0.0)
+PREFERENCE_LOSS = PreferenceLoss(title="DPO", scores=scores, has_reference=True, beta=0.1, nll_coef=0.0)

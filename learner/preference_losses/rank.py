@@ -14,4 +14,4 @@ def scores(logprobs: "Tensor", reference: "Tensor", tokens: "Tensor", beta: floa
     return beta * logprobs / tokens
 
 
-PREFERENCE_LOSS = PreferenceLoss(scores=scores, has_reference=False, beta=2.0, nll_coef=1.0)
+PREFERENCE_LOSS = PreferenceLoss(title="Rank-SL", scores=scores, has_reference=False, beta=2.0, nll_coef=1.0)
