@@ -152,9 +152,9 @@ class CombinedConfig:
 
 @dataclass
 class PPOConfig:
-    # gae | grpo | dr_grpo | rloo | reinforce_plus_plus | raft | rwr | online_dpo: docs/algorithms.md. All but gae do
-    # without a value model, and ignore `lam` and every key of the value model; the last three ignore the clips too.
-    # grpo, dr_grpo, rloo, raft and online_dpo compare rollouts of a prompt: samples_per_prompt >= 2.
+    # A module of learner/estimators, or package.module:NAME of yours: docs/algorithms.md. All but gae do without a value
+    # model, and ignore `lam` and every key of the value model; raft, rwr and online_dpo ignore the clips too. grpo, dr_grpo,
+    # rloo, raft and online_dpo compare rollouts of a prompt: samples_per_prompt >= 2.
     estimator: str = "gae"
     # Of prompts' order, sampling and minibatches, and of what another `method` trains or samples in place of PPO; null:
     # `seed`. Runs that differ in it alone share SFT and reward models.

@@ -4,12 +4,13 @@ a pipeline trains after SFT and judges against SFT. All of it is read off what t
 
 from dataclasses import replace
 
-from contracts.config import PreferenceConfig, TandemConfig
-from contracts.estimators import ESTIMATORS
+from contracts.config import PPOConfig, PreferenceConfig, TandemConfig
+from contracts.estimators import known_estimator
+from contracts.plugins import names
+from contracts.preference_losses import PREFERENCE_LOSSES, find_preference_loss
 from contracts.scorer_roles import scoring_models
 from contracts.stages import Reading, Stage, all_stages, find_stage, method_titles
 
-PREFERENCE_LOSSES = {"dpo": (0.1, 0.0), "rank": (2.0, 1.0)}  # beta and nll_coef of each, as its paper has them
 SOURCES = ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")
 LAST = "evaluate"  # of a pipeline
 # Keys that matter to what samples, where it runs.
@@ -21,7 +22,8 @@ def method_title(method: str, estimator: str | None) -> str:
     if method != "ppo":
         stage = find_stage(method) if ":" in method else None
         return stage.title if stage else method_titles().get(method, method)
-    return ESTIMATORS[estimator if estimator in ESTIMATORS else "gae"].title
+    known = known_estimator(estimator or PPOConfig().estimator)
+    return known.title if known else str(estimator).rpartition(":")[2]
 
 
 def method_stage(config: TandemConfig) -> str | None:
@@ -127,11 +129,11 @@ def reads(config: TandemConfig, key: str) -> bool:
 def chosen_preference(config: TandemConfig) -> PreferenceConfig:
     """The settings of stage preference with what is null filled in."""
     chosen = config.preference
-    loss = chosen.loss or (config.method if config.method in PREFERENCE_LOSSES else "dpo")
-    beta, nll_coef = PREFERENCE_LOSSES[loss]
+    loss = chosen.loss or (config.method if config.method in names(PREFERENCE_LOSSES) else "dpo")
+    paper = find_preference_loss(loss)
     return replace(
         chosen,
         loss=loss,
-        beta=beta if chosen.beta is None else chosen.beta,
-        nll_coef=nll_coef if chosen.nll_coef is None else chosen.nll_coef,
+        beta=paper.beta if chosen.beta is None else chosen.beta,
+        nll_coef=paper.nll_coef if chosen.nll_coef is None else chosen.nll_coef,
     )

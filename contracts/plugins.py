@@ -34,6 +34,11 @@ def names(kind: Kind) -> tuple[str, ...]:
     return tuple(sorted(module.name for module in modules if not module.name.startswith("_")))
 
 
+def source_file(kind: Kind, name: str) -> str | None:
+    """Where the module of one of ours is, from the root of the sources; None for an import path."""
+    return None if ":" in name else f"{kind.package.replace('.', '/')}/{name}.py"
+
+
 def find(kind: Kind, name: str) -> Any:
     """The declaration behind a name.
 

@@ -140,7 +140,7 @@ class Microbatch:
     scores: np.ndarray  # float32 [B, C], shaped scores where they are paid: on last tokens of turns; 0 elsewhere
     staleness: np.ndarray  # int32 [B, C], the learner's version minus the one that sampled the token; 0 on padding
     loss_mask: np.ndarray  # bool [B, C], sampled tokens: they train; false on observations and padding
-    groups: np.ndarray  # int64 [B], which of the batch's rollout groups each sequence belongs to
+    groups: np.ndarray  # int64 [B], which of the global batch's rollout groups each sequence belongs to, from 0 on
     rows: np.ndarray  # int64 [B], number of each sequence in the global batch, in the order of the rollouts' keys
 
     @property
@@ -156,7 +156,6 @@ class TrainingBatch:
     # Over all ranks, per minibatch: the denominators that make one gradient of any partition.
     global_loss_tokens: list[int]
     global_sequences: list[int]
-    num_groups: int  # over all ranks; the rollouts of a group may lie on any of them
 
 
 @dataclass

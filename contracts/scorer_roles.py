@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from contracts.config import ScorerConfig, TandemConfig
-from contracts.estimators import ESTIMATORS
+from contracts.estimators import known_estimator
 
 ROLES = ("proxy", "gold")  # what a run asks for: PPO trains on the first and is measured by the second
 CHECKPOINTS = ("proxy_model", "gold_model")  # their reward models, as composites name them
@@ -53,7 +53,7 @@ def scoring_models(config: TandemConfig) -> set[str]:
 
 def starts_value_model(config: TandemConfig) -> bool:
     """Whether PPO's value model starts from the reward model of the role proxy; else from the policy, where there is one."""
-    estimator, chosen = ESTIMATORS.get(config.ppo.estimator), config.ppo.init_value_from
+    estimator, chosen = known_estimator(config.ppo.estimator), config.ppo.init_value_from
     if estimator is None or not estimator.has_value_model:
         return False
     return "proxy" in scoring_models(config) if chosen is None else chosen == "reward_model"

@@ -49,6 +49,7 @@ class Stage:
     trains: str = POLICY  # what its learner trains; "" where it has none
     task: str = ""  # the learner's: TASK of a module of learner/, or an import path
     code: tuple[str, ...] = ()  # files that the result comes from and that neither stage nor task imports
+    plugins: Callable[[TandemConfig], list[tuple[Kind, str]]] = lambda config: []  # and what is found by name
 
     @property
     def checkpoint_keys(self) -> dict[str, str | None]:

@@ -1,8 +1,5 @@
-"""From scores to advantages: per-token rewards, generalised advantage estimation, comparison within the group of a prompt,
-whitening over the global batch.
-
-REINFORCE++ (Hu et al. 2025, arXiv 2501.03262) needs nothing of its own: its advantage is the reward-to-go, which is `gae`
-with V = 0 and lambda = 1, whitened.
+"""From scores to per-token rewards, and moments: whitening over the global batch, the explained variance of a value model.
+What lies between them is an estimator's (learner/estimators).
 
 B is the number of sequences and C the longest completion. Masks are bool, and what lies outside a mask is never
 multiplied by zero but replaced, so that not even a NaN on padding can leak. Nothing here carries a gradient.
@@ -41,101 +38,6 @@ def token_rewards(
     """
     rewards = -kl_coef * kl_k1(policy_logprobs, ref_logprobs) + scores.float()
     return torch.where(mask, rewards, 0.0)
-
-
-@torch.no_grad()
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over the tokens that train.
-
-    delta_t = r_t + gamma * V_next(t) - V_t
-    A_t     = delta_t + gamma * lam * A_next(t)
-    R_t     = A_t + V_t
-
-    next(t) is the next token of the row *that trains*: V and A are carried over masked tokens, so deleting masked
-    columns changes nothing. After the last one both are 0: the end of a completion is terminal, truncated or not.
-
-    Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 and 16.
-
-    Args:
-        rewards: [B, C], from `token_rewards`.
-        values: [B, C], V(s_t) before token t is sampled.
-        mask: bool [B, C], tokens that train.
-
-    Returns:
-        advantages (not whitened) and returns, float32 [B, C], both 0 on masked tokens.
-    """
-    rewards = rewards.float()
-    values = torch.where(mask, values.float(), 0.0)
-    advantages = torch.zeros_like(values)
-    next_value = values.new_zeros(values.shape[0])
-    next_advantage = torch.zeros_like(next_value)
-    for t in reversed(range(values.shape[1])):
-        trains = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * next_advantage
-        advantages[:, t] = torch.where(trains, advantage, 0.0)
-        next_value = torch.where(trains, values[:, t], next_value)
-        next_advantage = torch.where(trains, advantage, next_advantage)
-    return advantages, advantages + values
-
-
-@torch.no_grad()
-def group_moments(rewards: Tensor, mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Count, sum and sum of squares of the outcomes of each rollout group, for `group_advantages`.
-
-    The outcome of a rollout is the sum of its rewards. Rows without a token that trains do not count. Moments of
-    microbatches or ranks add up, so that a group may lie on any of them.
-
-    Args:
-        rewards: [B, C], from `token_rewards`.
-        mask: bool [B, C], tokens that train.
-        groups: int64 [B], in [0, num_groups).
-
-    Returns:
-        float64 [num_groups, 3].
-    """
-    trains = mask.any(dim=1)
-    outcomes = torch.where(trains, torch.where(mask, rewards.double(), 0.0).sum(dim=1), 0.0)
-    rows = torch.stack([trains.double(), outcomes, outcomes.square()], dim=1)
-    return rows.new_zeros(num_groups, 3).index_add_(0, groups, rows)
-
-
-@torch.no_grad()
-def group_advantages(
-    estimator: str, rewards: Tensor, mask: Tensor, groups: Tensor, moments: Tensor, eps: float = 1e-6
-) -> Tensor:
-    """One advantage for all tokens of a rollout: its outcome R_i against the n rollouts of its group.
-
-    grpo:    (R_i - mean) / (std + eps), unbiased std; Shao et al. 2024 (arXiv 2402.03300), outcome supervision
-    dr_grpo: R_i - mean; Liu et al. 2025 (arXiv 2503.20783): the std favours prompts that are nearly solved or hopeless
-    rloo:    R_i - mean of the others = (R_i - mean) n / (n - 1); Ahmadian et al. 2024 (arXiv 2402.14740)
-
-    A rollout that is alone in its group gets 0, and by grpo each of a group whose outcomes are equal but for rounding.
-    Rewards are not discounted: an outcome belongs to the whole rollout.
-
-    Args:
-        rewards: [B, C], from `token_rewards`.
-        mask: bool [B, C], tokens that train.
-        groups: int64 [B], the rows of `moments`.
-        moments: float64 [num_groups, 3], `group_moments` summed over the global batch.
-
-    Returns:
-        float32 [B, C], 0 on masked tokens.
-
-    Raises:
-        ValueError: for an unknown estimator.
-    """
-    mine = moments[groups]
-    count, total, _ = mine.unbind(dim=1)
-    advantages = torch.where(mask, rewards.double(), 0.0).sum(dim=1) - total / count.clamp(min=1)
-    if estimator == "grpo":
-        spread = variance(mine).sqrt()
-        advantages = torch.where(spread > 0, advantages / (spread + eps), 0.0)
-    elif estimator == "rloo":
-        advantages = advantages * count / (count - 1).clamp(min=1)
-    elif estimator != "dr_grpo":
-        raise ValueError(f"the estimator of a group must be grpo, dr_grpo or rloo, found {estimator!r}")
-    return torch.where(mask, advantages[:, None], 0.0).float()
 
 
 @torch.no_grad()

@@ -6,53 +6,39 @@ from dataclasses import asdict
 import torch
 
 from contracts.config import PPOConfig
-from contracts.estimators import Estimator, chosen_correction
+from contracts.estimators import Estimator, Rollouts, chosen_correction
 from contracts.interfaces import NonFiniteError
 from contracts.records import TrainingBatch
-from learner.advantages import (
-    explained_variance,
-    gae,
-    group_advantages,
-    group_moments,
-    token_rewards,
-    whiten,
-    whitening_moments,
-)
+from learner.advantages import explained_variance, token_rewards, whiten, whitening_moments
 from learner.engine import Ranks
 from learner.kl import kl_k1, kl_k3
-from learner.likelihood import (
-    best_of_groups,
-    effective_share,
-    normalised,
-    pair_metrics,
-    preference_pairs,
-    reward_weights,
-)
 from learner.losses import aggregation_weights, off_policy_weights
 from learner.passes import Pass
 
 
+@torch.no_grad()
 def set_advantages(
     passes: list[Pass], batch: TrainingBatch, ranks: Ranks, ppo: PPOConfig, estimator: Estimator, kl_coef: float
 ) -> dict[str, float]:
-    """Rewards and advantages of every pass, and returns where there is a value model. An estimator by likelihood has its
-    coefficients in place of advantages, and metrics of them.
+    """Rewards and advantages of every pass (coefficients where the loss is a likelihood), and returns where there is a value
+    model. Returns the estimator's own metrics.
 
     Raises:
-        NonFiniteError: on all ranks, from an estimator by likelihood that would compare what is not a number.
+        NonFiniteError: on all ranks, from an estimator that would compare what is not a number.
     """
     in_reward = kl_coef if estimator.kl == "reward" else 0.0
     for p in passes:
         scores = torch.from_numpy(p.batch.scores).to(ranks.device)
         p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, p.places.mask, in_reward)
-    if estimator.loss == "likelihood":
-        return _set_coefficients(passes, sum(batch.global_sequences), ranks, ppo, estimator)
-    if estimator.needs_groups:
-        _compare_groups(passes, batch.num_groups, ranks, ppo.estimator)
-    else:
-        lam = ppo.lam if estimator.has_value_model else 1.0  # without values: the reward-to-go
+    metrics: dict[str, float] = {}
+    if estimator.of_rollouts is not None:
+        found, metrics = estimator.of_rollouts(_rollouts(passes, batch, ranks, estimator), ppo)
         for p in passes:
-            p.advantages, p.returns = gae(p.rewards, p.old_values, p.places.mask, ppo.gamma, lam)
+            mine = found[torch.from_numpy(p.batch.rows).to(ranks.device)]
+            p.advantages = torch.where(p.places.mask, mine[:, None], 0.0).float()
+    elif estimator.of_tokens is not None:
+        for p in passes:
+            p.advantages, p.returns = estimator.of_tokens(p.rewards, p.old_values, p.places.mask, ppo)
     if estimator.whiten:
         moments = torch.zeros(3, dtype=torch.float64, device=ranks.device)
         for p in passes:
@@ -60,49 +46,27 @@ def set_advantages(
         ranks.sum(moments)
         for p in passes:
             p.advantages = whiten(p.advantages, p.places.mask, moments)
-    return {}
+    return metrics
 
 
-def _compare_groups(passes: list[Pass], num_groups: int, ranks: Ranks, estimator: str) -> None:
-    groups = [torch.from_numpy(p.batch.groups).to(ranks.device) for p in passes]
-    moments = torch.zeros(num_groups, 3, dtype=torch.float64, device=ranks.device)
-    for p, numbers in zip(passes, groups, strict=True):
-        moments += group_moments(p.rewards, p.places.mask, numbers, num_groups)
-    ranks.sum(moments)
-    for p, numbers in zip(passes, groups, strict=True):
-        p.advantages = group_advantages(estimator, p.rewards, p.places.mask, numbers, moments)
-
-
-def _set_coefficients(
-    passes: list[Pass], num_rollouts: int, ranks: Ranks, ppo: PPOConfig, estimator: Estimator
-) -> dict[str, float]:
-    """Every rank sees all rollouts, four numbers of each, and chooses the same ones."""
-    table = torch.zeros(num_rollouts, 4, dtype=torch.float64, device=ranks.device)
-    rows = [torch.from_numpy(p.batch.rows).to(ranks.device) for p in passes]
-    for p, mine in zip(passes, rows, strict=True):
+def _rollouts(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, estimator: Estimator) -> Rollouts:
+    """Every rank sees all rollouts, four numbers of each, and makes the same of them."""
+    table = torch.zeros(sum(batch.global_sequences), 4, dtype=torch.float64, device=ranks.device)
+    for p in passes:
         mask, groups = p.places.mask, torch.from_numpy(p.batch.groups).to(ranks.device)
         log_ratios = kl_k1(p.proximal_logprobs, p.ref_logprobs)
         sums = [torch.where(mask, x.double(), 0.0).sum(dim=1) for x in (p.rewards, log_ratios, mask)]
-        table[mine] = torch.stack([*sums, groups.double()], dim=1)
+        table[torch.from_numpy(p.batch.rows).to(ranks.device)] = torch.stack([*sums, groups.double()], dim=1)
     outcomes, log_ratios, lengths, groups = ranks.sum(table).unbind(dim=1)
     if not (outcomes.isfinite() & log_ratios.isfinite()).all():
         raise NonFiniteError("a score or a log-probability is not finite")  # which a comparison would hide
-    trains = lengths > 0
-    # What the loss is a mean over: tokens, or rollouts.
-    units = lengths if estimator.aggregation == "tokens" else torch.ones_like(lengths)
-    if ppo.estimator == "raft":
-        weights = best_of_groups(outcomes, groups, trains)
-        coefficients, metrics = normalised(weights, units), {"raft/kept_frac": weights.mean().item()}
-    elif ppo.estimator == "rwr":
-        weights = reward_weights(outcomes, trains, ppo.rwr.temperature)
-        coefficients = normalised(weights, units)
-        metrics = {"rwr/ess": effective_share(weights[trains]), "rwr/weight_max": coefficients.max().item()}
-    else:
-        pairs = preference_pairs(outcomes, log_ratios, groups, trains, ppo.dpo_beta)
-        coefficients, metrics = pairs.coefficients, pair_metrics(pairs.margins)
-    for p, mine in zip(passes, rows, strict=True):
-        p.advantages = torch.where(p.places.mask, coefficients[mine, None], 0.0).float()
-    return metrics
+    return Rollouts(
+        outcomes=outcomes,
+        groups=groups.long(),
+        trains=lengths > 0,
+        log_ratios=log_ratios,
+        units=lengths if estimator.aggregation == "tokens" else torch.ones_like(lengths),
+    )
 
 
 def set_weights(

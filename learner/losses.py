@@ -70,8 +70,7 @@ def policy_loss(
 def likelihood_loss(
     policy_logprobs: Tensor, proximal_logprobs: Tensor, coefficients: Tensor, mask: Tensor, weights: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sum_t c_t w_t log pi(t): weighted negative log-likelihood, of coefficients (`learner.likelihood`) that may be
-    negative.
+    """-sum_t c_t w_t log pi(t): weighted negative log-likelihood, of coefficients that may be negative.
 
     Args:
         policy_logprobs: [B, C], under the policy being trained; carries the gradient.

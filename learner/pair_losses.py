@@ -4,6 +4,7 @@ policy that ranks them by its own likelihoods."""
 import torch
 from torch import Tensor
 
+from contracts.preference_losses import find_preference_loss
 from learner.losses import soft_pairwise_loss
 
 
@@ -55,28 +56,6 @@ def pair_preferences(preferences: list[float]) -> tuple[Tensor, Tensor]:
     return matrix, known
 
 
-def implicit_scores(logprobs: Tensor, reference: Tensor, tokens: Tensor, loss: str, beta: float) -> Tensor:
-    """What a policy's likelihoods say of completions.
-
-    dpo:  beta * (log pi(y|x) - log pi_ref(y|x)), summed over tokens: Rafailov et al. 2023 (arXiv 2305.18290), equation 5,
-          without the term of the prompt, which is the same on both sides of a pair that shares it
-    rank: beta * log pi(y|x) / |y|: Yuan et al. 2023 (arXiv 2304.05302, RRHF), equation 1; with the logistic loss it is
-          SimPO without its margin (Meng et al. 2024, arXiv 2405.14734)
-
-    Args:
-        logprobs, reference: [N], log p of whole completions, nats; the reference is not read by rank.
-        tokens: [N], length of each completion, at least 1.
-
-    Raises:
-        ValueError: for another loss.
-    """
-    if loss == "dpo":
-        return beta * (logprobs - reference)
-    if loss == "rank":
-        return beta * logprobs / tokens
-    raise ValueError(f"the loss must be dpo or rank, found {loss!r}")
-
-
 def preference_loss(
     logprobs: Tensor,
     reference: Tensor,
@@ -87,9 +66,9 @@ def preference_loss(
     beta: float,
     nll_coef: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over the known pairs of the cross-entropy of sigmoid(s_i - s_j) against P(i beats j), where s are
-    `implicit_scores`. With P = 1 it is -log sigmoid(s_w - s_l); with P = 1 - epsilon it is conservative DPO (Mitchell 2023,
-    "A note on DPO with noisy preferences").
+    """Mean over the known pairs of the cross-entropy of sigmoid(s_i - s_j) against P(i beats j), where s are the scores that
+    the loss declares (learner/preference_losses). With P = 1 it is -log sigmoid(s_w - s_l); with P = 1 - epsilon it is
+    conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences").
 
     With `nll_coef` that much of the preferred text's -log pi(y|x) / |y| is added to each pair, in expectation over who
     prefers which: P of the first text's and 1 - P of the second's. Of stored pairs it is the loss of Pang et al. 2024 (arXiv
@@ -103,7 +82,7 @@ def preference_loss(
     """
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
-        scores = implicit_scores(leaf, reference, tokens, loss, beta)
+        scores = find_preference_loss(loss).scores(leaf, reference, tokens, beta)
         total, pairs = soft_pairwise_loss(scores, preferences, known)
         if nll_coef:
             counted = torch.where(known.triu(1), preferences, 0.0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.microbatches import cut_microbatches
 from contracts.config import PreferenceConfig, TandemConfig
+from contracts.preference_losses import find_preference_loss
 from contracts.records import Example, ExamplePair, RatedExample
 from learner.engine import Ranks, TrainEngine
 from learner.models import PolicyModel, freeze_below, load_policy
@@ -83,7 +84,7 @@ class PreferenceTask:
             held -= size if parts[-1][1].requires_grad else 0
         logprobs = self._gather(parts, len(texts))
         reference = torch.zeros_like(logprobs)
-        if self.loss == "dpo":
+        if find_preference_loss(self.loss).has_reference:
             reference = torch.tensor([value for i in rows for value in self._reference[i]], device=device)
         tokens = torch.tensor([loss_tokens([text]) for text in texts], device=device).clamp(min=1)
         loss, scores, coefficients = preference_loss(

@@ -16,7 +16,8 @@ os.environ.update(driver_env())
 import pytest
 import torch
 
-from contracts.config import ModelConfig, RewardServiceConfig, SourceConfig, TandemConfig
+from contracts.config import ModelConfig, PPOConfig, RewardServiceConfig, SourceConfig, TandemConfig
+from contracts.estimators import Rollouts, find_estimator
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
@@ -198,3 +199,13 @@ def kill(actors: list[Any]) -> None:
         with contextlib.suppress(ray.exceptions.RayActorError):
             while True:
                 ray.get(actor.__ray_ready__.remote(), timeout=30)
+
+
+def compared(estimator: str, rewards: torch.Tensor, mask: torch.Tensor, groups: list[int]) -> torch.Tensor:
+    """The advantages [B, C] of a batch by an estimator that compares rollouts; rewards and mask are [B, C]."""
+    outcomes, trains = torch.where(mask, rewards.double(), 0.0).sum(1), mask.any(1)
+    unused = torch.zeros_like(outcomes)
+    rollouts = Rollouts(outcomes, groups=torch.tensor(groups), trains=trains, log_ratios=unused, units=unused)
+    advantage = find_estimator(estimator).of_rollouts
+    assert advantage is not None
+    return torch.where(mask, advantage(rollouts, PPOConfig(estimator=estimator))[0][:, None], 0.0).float()

@@ -10,6 +10,8 @@ import torch
 from actors.environment import SingleTurn
 from actors.weight_receiver import WeightReceiver
 from common.processes.shared_memory import SegmentReader, Unreachable
+from contracts.config import PPOConfig
+from contracts.estimators import Estimator, Rollouts
 from contracts.weights import LoadReport, Parameters, SegmentAddress, WeightUpdate
 
 
@@ -88,3 +90,11 @@ class Process:
     def bundle(self) -> str:
         """The placement group that it runs from."""
         return ray.get_runtime_context().get_placement_group_id() or ""
+
+
+def outcomes(rollouts: Rollouts, ppo: PPOConfig) -> tuple[Any, dict[str, float]]:
+    """A_i = R_i: without a baseline, but with a metric."""
+    return rollouts.outcomes, {"reinforce/outcome_mean": rollouts.outcomes.mean().item()}
+
+
+REINFORCE = Estimator(title="REINFORCE", of_rollouts=outcomes, kl="reward", aggregation="sequence_sums")

@@ -38,18 +38,19 @@ def code_digest(root: Path = TANDEM) -> str:
     return digest.hexdigest()
 
 
-def stage_code(stage: str, root: Path = TANDEM) -> dict[str, str]:
+def stage_code(stage: str, root: Path = TANDEM, named: tuple[str, ...] = ()) -> dict[str, str]:
     """What the result of a stage depends on: a digest of each file of Tandem, by its path below `root`, and the versions of
     packages. Comments, docstrings and layout do not count.
 
     Args:
         stage: as `reward_model/proxy`.
+        named: files that the configuration chooses by a name (contracts/plugins.py), which no import shows.
     """
     known = find_stage(stage)
     assert known is not None
     modules = [f"{STAGES.package}.{known.name}:STAGE" if ":" not in known.name else known.name]
     modules += [f"{TASKS.package}.{known.task}:TASK" if ":" not in known.task else known.task] if known.task else []
-    ours, theirs = list(known.code), list[str]()
+    ours, theirs = [*known.code, *named], list[str]()
     for module in modules:
         is_ours = module.startswith(tuple(f"{package}." for package in PACKAGES))
         file = f"{module.partition(':')[0].replace('.', '/')}.py"

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable
 from datetime import date
 from typing import Any, NamedTuple
 
-from contracts.estimators import AGGREGATIONS, ESTIMATORS, KL_PLACES
-from contracts.methods import PREFERENCE_LOSSES, SOURCES
+from contracts.estimators import AGGREGATIONS, KL_PLACES
+from contracts.methods import SOURCES
+from contracts.plugins import names
+from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.stages import method_titles, stage_names
 
 
@@ -161,10 +163,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 CHOICES: dict[str, tuple[Any, ...] | Callable[[], tuple[Any, ...]]] = {
     "stage": lambda: ("pipeline", *stage_names()),
     "method": lambda: tuple(method_titles()),
-    "preference.loss": (None, *PREFERENCE_LOSSES),
+    "preference.loss": (None, *names(PREFERENCE_LOSSES)),
     "model.dtype": DTYPES,
     "reward_service.dtype": DTYPES,
-    "ppo.estimator": tuple(ESTIMATORS),
     "ppo.aggregation": (None, *AGGREGATIONS),
     "ppo.weight_update": ("in_flight", "drain"),
     "ppo.off_policy.correction": (None, "none", "truncated", "masked"),

@@ -22,9 +22,11 @@ from contracts.checks.ranges import CHOICES, RANGES
 from contracts.checks.scorer_checks import http_checks, scorer_checks
 from contracts.config import SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
-from contracts.estimators import ESTIMATORS
-from contracts.methods import PREFERENCE_LOSSES, SOURCES, reads, runs, sources_read
+from contracts.estimators import known_estimator
+from contracts.methods import SOURCES, reads, runs, sources_read
 from contracts.placement import Resources
+from contracts.plugins import names
+from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.scorer_roles import has_gold, scoring_models
 from contracts.stages import find_stage
 
@@ -190,7 +192,7 @@ def _method_checks(config: TandemConfig) -> list[Check]:
     method, loss = config.method, config.preference.loss
     return [
         Check(
-            method not in PREFERENCE_LOSSES or loss in (None, method),
+            method not in names(PREFERENCE_LOSSES) or loss in (None, method),
             "preference.loss",
             f"null or {method} with method {method}",
             loss,
@@ -202,7 +204,7 @@ def _method_checks(config: TandemConfig) -> list[Check]:
 def _environment_checks(config: TandemConfig) -> list[Check]:
     environment, ppo = config.environment, config.ppo
     trains = reads(config, "ppo")
-    estimator, apart = ESTIMATORS.get(ppo.estimator), environment.reward == "separate" and trains
+    estimator, apart = known_estimator(ppo.estimator), environment.reward == "separate" and trains
     samplings = ([ppo.sampling] if trains else []) + ([config.evaluate.sampling] if reads(config, "evaluate") else [])
     longest = min(sampling.max_completion_tokens for sampling in samplings)
     longest = min(longest, environment.max_turn_tokens or longest)

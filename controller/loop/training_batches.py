@@ -40,7 +40,7 @@ def make_batches(
     numbers = {group: i for i, group in enumerate(sorted({r.group for r in rollouts}))}
     groups = [numbers[r.group] for r in rollouts]
     places = np.argsort(sorted(range(len(rollouts)), key=lambda row: rollouts[row].key))
-    batches = [TrainingBatch([], [], [], len(numbers)) for _ in range(ranks)]
+    batches = [TrainingBatch([], [], []) for _ in range(ranks)]
     for rows in np.array_split(rng.permutation(len(rollouts)), minibatches):
         cut = cut_microbatches([rollouts[r].num_tokens for r in rows], token_budget, ranks)
         tokens = sum(len(rollouts[r].completion.sampled_ids) for r in rows)

@@ -43,11 +43,19 @@ def unseen(config: TandemConfig) -> dict[str, Any]:
 
 def environment_source(config: TandemConfig) -> str | None:
     """A digest of an environment's own source; None for those of Tandem. Raises ConfigError where it is not there."""
-    name = config.environment.name
+    return _own_source("environment.name", config.environment.name)
+
+
+def estimator_source(config: TandemConfig) -> str | None:
+    """The same of the estimator."""
+    return _own_source("ppo.estimator", config.ppo.estimator)
+
+
+def _own_source(key: str, name: str) -> str | None:
     try:
         return source_digest(name) if is_import_path(name) else None
     except ValueError as error:
-        raise ConfigError(f"environment.name: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def made_of(config: TandemConfig) -> str:
@@ -62,7 +70,7 @@ def made_of(config: TandemConfig) -> str:
     given = [path for key in checkpoint_keys().values() if (path := getattr(config, key)) and Path(path).is_dir()]
     checkpoints = [checkpoint_fingerprint(path, memory=memory) for path in given]
     checkpoints.append(checkpoint_fingerprint(config.model.path, config.model.revision, memory))
-    scoring = [unseen(config), environment_source(config)] if samples(config) else []
+    scoring = [unseen(config), environment_source(config), estimator_source(config)] if samples(config) else []
     return digest_of([code_digest(), file_hashes(files, memory), checkpoints, scoring])
 
 

@@ -33,7 +33,7 @@ from controller.commits.resume import RunDirectory
 from controller.data.inputs import Inputs, load_inputs
 from controller.loop.recovery import once_more
 from controller.pipeline.context import StageContext
-from controller.pipeline.store import StageStore, file_name
+from controller.pipeline.store import StageStore, code_of, file_name
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 from controller.start_checks.amounts import check_amounts, check_model
@@ -45,7 +45,9 @@ class Pipeline:
     def __init__(self, config: TandemConfig, log: RunLog, progress: Progress, directory: RunDirectory, stop: Stop):
         self.config, self.log, self.progress = config, log, progress
         self.run_dir = Path(config.run_dir)
-        self.store = StageStore(Path(config.cache_dir), log, config.reuse_stages, progress.line)
+        self.store = StageStore(
+            Path(config.cache_dir), log, config.reuse_stages, progress.line, code=partial(code_of, config)
+        )
         self.results: dict[str, StageResult] = {}
         self.seconds: dict[str, float] = {}
         check_model(config)

@@ -23,12 +23,22 @@ from typing import Any
 
 from common.files.code_digest import changed_code, stage_code
 from common.files.fingerprints import checkpoint_fingerprint
+from contracts.config import TandemConfig
+from contracts.plugins import source_file
 from contracts.records import StageResult
+from contracts.stages import find_stage
 from controller.pipeline.ingredients import MEMORY, digest_of
 from controller.record.run_log import LOGS, RunLog
 
 SHOWN = 4  # changed files that are named
 code_at_start = lru_cache(stage_code)  # a process goes on with the code that it began with
+
+
+def code_of(config: TandemConfig, result: str) -> dict[str, str]:
+    """What code a result depends on, with what the configuration chooses by a name of ours."""
+    stage = find_stage(result)
+    files = [source_file(*plugin) for plugin in stage.plugins(config)] if stage else []
+    return code_at_start(result, named=tuple(file for file in files if file))
 
 
 @dataclass
@@ -39,7 +49,7 @@ class StageStore:
     log: RunLog
     reuse: Any  # as the key reuse_stages
     say: Callable[[str], None]
-    code: Callable[[str], dict[str, str]] = code_at_start  # of a stage
+    code: Callable[[str], dict[str, str]]  # of a stage: `code_of`
     _said: set[str] = field(default_factory=set)
 
     def directory(self, name: str, inputs: dict[str, Any]) -> Path:

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from contracts.config import TandemConfig
+from contracts.estimators import ESTIMATORS
 from contracts.methods import method_config, method_title
 from contracts.scorer_roles import ROLES, judges, scoring_models, starts_value_model
 from contracts.stages import Reading, Stage
@@ -33,7 +34,7 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
 
 
 def inputs(context: "StageContext") -> dict[str, Any]:
-    from controller.pipeline.ingredients import environment_source, unseen
+    from controller.pipeline.ingredients import environment_source, estimator_source, unseen
     from controller.record.redaction import redacted
 
     config = context.config
@@ -45,8 +46,11 @@ def inputs(context: "StageContext") -> dict[str, Any]:
             return None
         return context.fingerprint(context.checkpoint(f"reward_model/{role}"))
 
+    # Only where there is one: a new key would set the commits of before aside.
+    own = {"estimator_source": source} if (source := estimator_source(config)) else {}
     return context.common_inputs() | {
         "ppo": config.ppo,
+        **own,
         "environment": redacted(asdict(config.environment)),
         "environment_source": environment_source(config),
         "engine": config.engine,
@@ -153,6 +157,7 @@ STAGE = Stage(
     samples=True,
     resumes=True,
     task="ppo",
+    plugins=lambda config: [(ESTIMATORS, config.ppo.estimator)],
     # Rule functions are run by name; vLLM finds the weight transfer by an entry point.
     code=(
         "actors/rollout_actor.py",

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from contracts.config import TandemConfig
 from contracts.methods import chosen_preference, method_config
+from contracts.plugins import names
+from contracts.preference_losses import PREFERENCE_LOSSES, find_preference_loss
 from contracts.stages import Reading, Stage
 
 if TYPE_CHECKING:
@@ -41,10 +43,10 @@ def run(context: "StageContext") -> dict[str, Any]:
     import torch
 
     from controller.pipeline.held_out import accuracy, chunks, train_on_pairs
-    from learner.pair_losses import implicit_scores
 
     config, settings = method_config(context.config), chosen_preference(context.config)
-    examples, test, loss = context.data["completions"], context.data["test_completions"], str(settings.loss)
+    examples, test = context.data["completions"], context.data["test_completions"]
+    loss = find_preference_loss(str(settings.loss))
     texts = [text for item in test for text in item.texts]
     tokens = torch.tensor([max(1, sum(text.loss_mask[1:])) for text in texts])
     with context.learner("preference", config, settings, context.checkpoint("sft"), examples) as group:
@@ -55,24 +57,24 @@ def run(context: "StageContext") -> dict[str, Any]:
 
         def ranking(now: torch.Tensor) -> dict[str, float]:
             """Held-out accuracy of the scores that a policy implies."""
-            scores = implicit_scores(now, before, tokens, loss, 1.0).tolist()
+            scores = loss.scores(now, before, tokens, 1.0).tolist()
             count = settings.eval_pairs
             return accuracy(context.config, test, lambda rows: [scores[i] for i in rows], count)
 
         with context.phase(f"log-probabilities of the reference on {len(test)} held-out and {len(examples)} items"):
             before = likelihoods()
-            if loss == "dpo":
+            if loss.has_reference:
                 for part in chunks(range(len(examples)), len(group.actors)):
                     group.call("compute_reference", part[0], part[-1] + 1)
-        with context.phase(f"{loss} on {len(examples)} preferences"):
-            train_on_pairs(context, group, loss)
+        with context.phase(f"{settings.loss} on {len(examples)} preferences"):
+            train_on_pairs(context, group, str(settings.loss))
         with context.phase("held-out accuracy of the policy's own ranking"):
             found = ranking(likelihoods())
             # Without a reference SFT ranks too: what it knew before. With one all scores were equal.
-            start = ranking(before) if loss == "rank" else {}
+            start = ranking(before) if not loss.has_reference else {}
         group.call("save", str(context.path))
     known = f" (SFT: {start['accuracy']:.1%})" if start else ""
-    context.progress.line(f"  {loss}: {found['accuracy']:.1%} of {found['pairs']} held-out pairs right{known}")
+    context.progress.line(f"  {settings.loss}: {found['accuracy']:.1%} of {found['pairs']} held-out pairs right{known}")
     return found | {f"sft_{name}": value for name, value in start.items() if name.startswith("accuracy")}
 
 
@@ -82,10 +84,11 @@ STAGE = Stage(
     inputs=inputs,
     run=run,
     position=40,
-    methods={"dpo": "DPO", "rank": "Rank-SL"},
+    methods={loss: find_preference_loss(loss).title for loss in names(PREFERENCE_LOSSES)},
     results={"": "preference_model"},
     reads=lambda config, role: READS,
     keys=("preference", "evaluate.bootstrap_samples"),
     problems=problems,
     task="preference",
+    plugins=lambda config: [(PREFERENCE_LOSSES, str(chosen_preference(config).loss))],
 )

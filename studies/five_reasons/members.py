@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from contracts.estimators import ESTIMATORS
+from contracts.estimators import find_estimator
 from controller.record.evaluation import judged_model
 from controller.record.reader import ReportError, Run, is_run, number, read
 from controller.record.status_file import read_status
@@ -112,7 +112,7 @@ def planned_episodes(config: dict[str, Any]) -> int | None:
         return 0
     if not {"updates", "rollouts_per_update", "estimator", "value_warmup_updates"} <= set(ppo):
         return None
-    has_critic = ESTIMATORS[ppo["estimator"]].has_value_model
+    has_critic = find_estimator(ppo["estimator"]).has_value_model
     return (ppo["updates"] + (ppo["value_warmup_updates"] if has_critic else 0)) * ppo["rollouts_per_update"]
 
 

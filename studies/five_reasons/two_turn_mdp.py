@@ -26,7 +26,8 @@ from torch import Tensor
 from contracts.config import EnvironmentConfig, PPOConfig
 from contracts.records import Completion, Prompt, Rollout, Turn
 from controller.loop.rewards import ScoreNormalizer, episodes, shaped
-from learner.advantages import gae, token_rewards, whiten, whitening_moments
+from learner.advantages import token_rewards, whiten, whitening_moments
+from learner.estimators.gae import gae
 from learner.losses import policy_loss, value_loss
 
 FIRST = torch.tensor([1.0, 0.0])  # u_1(a)

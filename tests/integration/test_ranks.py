@@ -59,8 +59,12 @@ def by_online_dpo(ppo: PPOConfig) -> None:
     ppo.estimator, ppo.dpo_beta = "online_dpo", 0.5
 
 
+def by_import_path(ppo: PPOConfig) -> None:
+    ppo.estimator = "tests.stand_ins:REINFORCE"
+
+
 @pytest.mark.usefixtures("ray_runtime")
-@pytest.mark.parametrize("choose", [by_rloo, by_online_dpo])
+@pytest.mark.parametrize("choose", [by_rloo, by_online_dpo, by_import_path])
 def test_two_ranks_make_the_update_of_one(
     choose: Callable[[PPOConfig], None], small_vocab: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +102,8 @@ def test_two_ranks_make_the_update_of_one(
     assert abs(one["kl/ref_seq"]) > 1e-3
     if ppo.estimator == "rloo":
         assert 0 < one["off_policy/ess"] < 0.9
+    elif choose == by_import_path:
+        assert one["reinforce/outcome_mean"] == pytest.approx(one["reward/total_mean"], rel=1e-5)
     else:
         assert one["online_dpo/pairs"] == GROUPS
         assert one["online_dpo/accuracy"] > 0

@@ -5,7 +5,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from learner.advantages import explained_variance, gae, token_rewards, whiten, whitening_moments
+from learner.advantages import explained_variance, token_rewards, whiten, whitening_moments
+from learner.estimators.gae import gae
 
 NAN, INF = math.nan, math.inf
 quick = settings(max_examples=40, deadline=None)

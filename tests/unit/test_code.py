@@ -11,7 +11,12 @@ import pytest
 
 from common.files.code_digest import changed_code, package_versions, stage_code
 from common.files.source_code import TANDEM, source_digest
+from contracts.config import TandemConfig
+from contracts.estimators import ESTIMATORS
+from contracts.plugins import source_file
+from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.stages import all_stages
+from controller.pipeline.store import code_of
 from reward_service.versions import function_version
 
 STAGES = [stage.name for stage in all_stages() if stage.results]
@@ -83,6 +88,43 @@ def test_a_fix_is_a_change_of_the_stages_that_it_reaches_and_a_comment_is_none(t
     edit(tree / "learner/preference.py", "class PreferenceTask", "x = 1\n\n\nclass PreferenceTask")
     changed = {stage: changed_code(before[stage], stage_code(stage, tree)) for stage in STAGES}
     assert changed == {stage: ["learner/preference.py"] if stage == "preference" else [] for stage in STAGES}
+
+
+def test_what_the_configuration_names_is_part_of_the_stage_and_no_other_module_of_its_kind(tree: Path) -> None:
+    """No import leads to an estimator or a preference loss."""
+    named = {
+        "ppo": source_file(ESTIMATORS, "reinforce_plus_plus"),
+        "preference": source_file(PREFERENCE_LOSSES, "rank"),
+    }
+    before = {stage: stage_code(stage, tree, (str(file),)) for stage, file in named.items()}
+    # What the chosen one imports is part of it, too.
+    changes = {
+        "learner/estimators/reinforce_plus_plus.py": ["ppo"],
+        "learner/estimators/gae.py": ["ppo"],
+        "learner/estimators/raft.py": [],
+        "learner/preference_losses/rank.py": ["preference"],
+        "learner/preference_losses/dpo.py": [],
+    }
+    for name in changes:
+        text = (tree / name).read_text()
+        (tree / name).write_text(f"{text}\nx = 1\n")
+    after = {stage: stage_code(stage, tree, (str(file),)) for stage, file in named.items()}
+    for stage in named:
+        reached = sorted(name for name, stages in changes.items() if stage in stages)
+        assert changed_code(before[stage], after[stage]) == reached
+
+
+def test_a_stage_has_the_code_of_what_its_configuration_names() -> None:
+    config = TandemConfig()
+    assert "learner/estimators/gae.py" in code_of(config, "ppo")
+    assert "learner/preference_losses/dpo.py" in code_of(config, "preference")
+    config.ppo.estimator, config.preference.loss = "raft", "rank"
+    assert {"learner/estimators/raft.py", "learner/outcomes.py"} <= set(code_of(config, "ppo"))
+    assert not {"learner/estimators/gae.py", "learner/estimators/rwr.py"} & set(code_of(config, "ppo"))
+    assert "learner/preference_losses/rank.py" in code_of(config, "preference")
+    config.ppo.estimator = "my_package.mine:MINE"  # its source is an input of the stage
+    assert set(code_of(config, "ppo")) == set(stage_code("ppo"))
+    assert code_of(config, "sft") == stage_code("sft")
 
 
 def test_the_versions_of_a_commit_name_tandem() -> None:

@@ -1,6 +1,9 @@
 """Advantage estimators: by hand, against plain loops, and whole updates of a policy without a value model in float64."""
 
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,28 +12,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from controller.stages.store import estimator_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from common.files.source_code import PACKAGES
+from contracts.checks.estimator_checks import estimator_checks
+from contracts.checks.validation import ConfigError
 from contracts.config import PPOConfig, TandemConfig
-from contracts.estimators import ESTIMATORS, chosen_estimator, warmup_updates
+from contracts.estimators import ESTIMATORS, chosen_estimator, find_estimator, warmup_updates
 from contracts.interfaces import NonFiniteError
+from contracts.methods import method_title
+from contracts.plugins import UnknownPlugin, names
 from contracts.records import Completion, Prompt, Rollout, TrainingBatch
 from controller.loop.training_batches import make_batches
-from learner.advantages import gae, group_advantages, group_moments, whiten, whitening_moments
+from learner.advantages import whiten, whitening_moments
 from learner.engine import Ranks
+from learner.estimators.gae import gae
 from learner.ppo import PPOTask
-from tests.conftest import make_config
+from tests.conftest import ROOT, compared, make_config
 
 quick = settings(max_examples=40, deadline=None)
 GROUPED = ("grpo", "dr_grpo", "rloo")
-
-
-def compared(estimator: str, rewards: torch.Tensor, mask: torch.Tensor, groups: list[int]) -> torch.Tensor:
-    numbers = torch.tensor(groups)
-    moments = group_moments(rewards, mask, numbers, max(groups) + 1)
-    return group_advantages(estimator, rewards, mask, numbers, moments)
 
 
 # ---- the advantages alone
@@ -78,16 +82,14 @@ def test_alone_in_a_group_is_no_better_than_expected() -> None:
         st.tuples(st.integers(0, 3), st.lists(st.floats(-5, 5, width=32), min_size=3, max_size=3)),
         min_size=1,
         max_size=9,
-    ),
-    cut=st.integers(0, 9),
+    )
 )
-def test_groups_against_loops_on_two_ranks(rows: list[tuple[int, list[float]]], cut: int) -> None:
-    groups, rewards = torch.tensor([g for g, _ in rows]), torch.tensor([r for _, r in rows])
-    mask = torch.ones_like(rewards, dtype=torch.bool)
-    parts = [slice(0, cut), slice(cut, None)]
-    moments = sum((group_moments(rewards[p], mask[p], groups[p], 4) for p in parts), torch.zeros(4, 3).double())
+def test_groups_against_loops(rows: list[tuple[int, list[float]]]) -> None:
+    rewards = torch.tensor([r for _, r in rows])
+    # The numbers of a batch's groups have no gap.
+    present = sorted({g for g, _ in rows})
     for estimator in GROUPED:
-        found = torch.cat([group_advantages(estimator, rewards[p], mask[p], groups[p], moments) for p in parts])
+        found = compared(estimator, rewards, torch.ones_like(rewards).bool(), [present.index(g) for g, _ in rows])
         for i, (group, own) in enumerate(rows):
             others = [sum(r) for j, (g, r) in enumerate(rows) if g == group and j != i]
             everyone = [sum(own), *others]
@@ -114,13 +116,19 @@ def test_reward_to_go_by_hand() -> None:
 
 
 def test_an_unknown_estimator_is_refused() -> None:
-    with pytest.raises(ValueError, match="gae"):
-        compared("gae", torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), [0])
+    with pytest.raises(UnknownPlugin, match=r"'gea' is no estimator; write gae, or package\.module:NAME"):
+        chosen_estimator(PPOConfig(estimator="gea"))
+    with pytest.raises(UnknownPlugin, match=r"estimator math:pi is a float, no contracts\.estimators\.Estimator"):
+        find_estimator("math:pi")
+    with pytest.raises(ValueError, match="kl of estimator Mine must be one of none, reward, k2, k3; found K3"):
+        replace(find_estimator("grpo"), title="Mine", kl="K3")
+    with pytest.raises(ValueError, match="estimator PPO must have one of of_tokens and of_rollouts"):
+        replace(find_estimator("gae"), of_tokens=None)
 
 
 def test_the_configuration_overrides_the_paper() -> None:
     ppo = PPOConfig(estimator="grpo")
-    assert chosen_estimator(ppo) == ESTIMATORS["grpo"]
+    assert chosen_estimator(ppo) == find_estimator("grpo")
     assert warmup_updates(ppo) == 0
     assert warmup_updates(PPOConfig()) == 2
     ppo.kl.place, ppo.whiten_advantages, ppo.aggregation = "reward", True, "tokens"
@@ -418,3 +426,73 @@ def test_what_is_not_a_number_is_not_compared(
     with pytest.raises(NonFiniteError, match="a score or a log-probability is not finite"):
         task.update(batch, BETA, train_policy=True)
     assert all(torch.equal(before[name], w) for name, w in weights_of(task.policy.model).items())
+
+
+# ---- estimators of others
+
+
+def test_the_example_of_the_docs_trains(
+    config: TandemConfig,
+    make_task: Callable[[TandemConfig], PPOTask],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A package of somebody's own, named by its import path alone: checked, trained with, and part of the stage's code."""
+    section = (ROOT / "docs/extending.md").read_text().split("\n## An estimator\n")[1]
+    source = section.split("```python\n")[1].split("```")[0]
+    module = tmp_path / "my_package/mine.py"
+    module.parent.mkdir()
+    module.write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    config.ppo.estimator = "my_package.mine:MINE"
+    assert all(check.holds for check in estimator_checks(config.ppo))
+    assert method_title("ppo", config.ppo.estimator) == "Median baseline"
+    config.ppo.samples_per_prompt = 1
+    ours, theirs = (check.message for check in estimator_checks(config.ppo) if not check.holds)
+    assert ours.endswith("found 1; write ppo.samples_per_prompt=4 or ppo.estimator=reinforce_plus_plus")
+    assert theirs.startswith("ppo.samples_per_prompt must be at least 3 with a median for a baseline")
+
+    task = make_task(config)
+    before = weights_of(task.policy.model)
+    metrics = task.update(batch_of(1), 0.0, train_policy=True)
+    # Scores of prompt 1: 1.5, 0.2, 0.9, 0.4, with median 0.65; of prompt 2: -0.7, -2.0, with median -1.35.
+    assert metrics["median/advantage_abs"] == pytest.approx((0.85 + 0.45 + 0.25 + 0.25 + 0.65 + 0.65) / 6)
+    assert any(not torch.equal(before[name], weight) for name, weight in weights_of(task.policy.model).items())
+
+    made = estimator_source(config)
+    module.write_text(source.replace("quantile(0.5)", "quantile(0.4)"))
+    assert estimator_source(config) != made
+    module.unlink()
+    with pytest.raises(ConfigError, match=r"ppo\.estimator: my_package\.mine:MINE: there is no source file"):
+        estimator_source(config)
+
+
+def test_an_import_path_that_leads_nowhere_is_a_conflict() -> None:
+    (found,) = (
+        check.message for check in estimator_checks(PPOConfig(estimator="nobodys.mine:MINE")) if not check.holds
+    )
+    assert found.endswith(
+        "or the import path package.module:NAME of your own; found nobodys.mine:MINE (No module named 'nobodys'); "
+        "write for example gae"
+    )
+    (found,) = (check.message for check in estimator_checks(PPOConfig(estimator="math:pi")) if not check.holds)
+    assert "found math:pi (a float, no contracts.estimators.Estimator)" in found
+
+
+def test_no_code_asks_for_an_estimator_by_name() -> None:
+    """But for the default of the configuration: what a name means is in its module."""
+    quoted = re.compile(f"[\"']({'|'.join(names(ESTIMATORS))})[\"']")
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    lines = [(file.relative_to(ROOT), line.strip()) for file in files for line in file.read_text().splitlines()]
+    assert [f"{file}: {line}" for file, line in lines if quoted.search(line)] == [
+        'contracts/config.py: estimator: str = "gae"'
+    ]
+
+
+def test_declarations_are_read_without_torch() -> None:
+    """By whoever checks a configuration, on a machine that submits."""
+    code = (
+        "import sys; from contracts.estimators import *; from contracts.plugins import names;"
+        "[find_estimator(name) for name in names(ESTIMATORS)]; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

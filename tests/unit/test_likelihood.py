@@ -9,16 +9,12 @@ import torch
 
 from contracts.config import CombinedConfig, PPOConfig
 from contracts.estimators import chosen_correction, chosen_estimator
-from learner.likelihood import (
-    best_of_groups,
-    effective_share,
-    normalised,
-    pair_metrics,
-    preference_pairs,
-    reward_weights,
-)
+from learner.estimators.online_dpo import pair_metrics, preference_pairs
+from learner.estimators.raft import best_of_groups
+from learner.estimators.rwr import effective_share, reward_weights
 from learner.losses import likelihood_loss
 from learner.multiplier import Multiplier
+from learner.outcomes import normalised
 
 EVERY = torch.ones(5, dtype=torch.bool)
 GROUPS = torch.tensor([0, 1, 0, 0, 1])

@@ -16,10 +16,11 @@ from contracts.config import TandemConfig
 from contracts.records import Completion, Prompt, Rollout, Score, Turn
 from controller.loop.rewards import ScoreNormalizer, shaped
 from controller.loop.training_batches import make_batches
-from learner.advantages import gae, group_advantages, group_moments, token_rewards
+from learner.advantages import token_rewards
 from learner.engine import Ranks
+from learner.estimators.gae import gae
 from learner.ppo import PPOTask
-from tests.conftest import make_config
+from tests.conftest import compared, make_config
 
 EOS, BETA, NAN = 2, 0.1, math.nan
 
@@ -101,10 +102,10 @@ def test_groups_compare_sums_wherever_the_scores_are_paid(estimator: str) -> Non
     # Outcomes 3, 1 and 2 without KL: Dr. GRPO 1, -1, 0; GRPO divides by the std 1; RLOO 3 - 1.5, 1 - 2.5, 2 - 2
     mask = torch.tensor([mask_of(2, 1, 1), mask_of(1, 2, 1), [True, True, False, False]])
     expected = {"grpo": [1, -1, 0], "dr_grpo": [1, -1, 0], "rloo": [1.5, -1.5, 0]}[estimator]
-    zeros, groups = torch.zeros(3, 4), torch.tensor([0, 0, 0])
+    zeros = torch.zeros(3, 4)
     for scores in ([[0, 1, 0, 2], [-1, 0, 0, 2], [0, 2, 0, 0]], [[0, 0, 0, 3], [0, 0, 0, 1], [0, 2, 0, 0]]):
         rewards = token_rewards(torch.tensor(scores).float(), zeros, zeros, mask, kl_coef=0.1)
-        found = group_advantages(estimator, rewards, mask, groups, group_moments(rewards, mask, groups, 1), eps=0.0)
+        found = compared(estimator, rewards, mask, [0, 0, 0])
         torch.testing.assert_close(found, torch.where(mask, torch.tensor(expected)[:, None].float(), 0.0))
 
 

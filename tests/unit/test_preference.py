@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from contracts.config import TandemConfig
 from contracts.methods import chosen_preference
+from contracts.preference_losses import find_preference_loss
 from contracts.records import Example, ExamplePair, RatedExample
 from learner.engine import Ranks
-from learner.pair_losses import implicit_scores, pair_metrics, pair_preferences, preference_loss
+from learner.pair_losses import pair_metrics, pair_preferences, preference_loss
 from learner.preference import PreferenceTask, batch_examples
 from tests.conftest import make_config
 
@@ -108,8 +109,8 @@ def test_without_a_known_pair_nothing_moves() -> None:
 
 
 def test_another_loss_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be dpo or rank, found 'ipo'"):
-        implicit_scores(torch.zeros(1), torch.zeros(1), torch.ones(1), "ipo", 0.1)
+    with pytest.raises(ValueError, match="'ipo' is no preference loss; write dpo"):
+        find_preference_loss("ipo")
 
 
 def test_metrics_by_hand() -> None:

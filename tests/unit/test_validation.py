@@ -469,7 +469,7 @@ def test_a_null_choice_is_shown_as_it_is_written(config):
     (line,) = conflicts(put(config, ppo__kl__place="k1"))
     assert line == "ppo.kl.place must be one of null, none, reward, k2, k3; found k1; write for example null"
     (line,) = conflicts(put(config, ppo__estimator="grpoo", ppo__init_value_from="policy"))
-    assert line.startswith("ppo.estimator must be one of gae, grpo, dr_grpo, rloo, reinforce_plus_plus, raft, ")
+    assert line.startswith("ppo.estimator must be one of dr_grpo, gae, grpo, online_dpo, raft, reinforce_plus_plus, ")
     assert line.endswith("write grpo")
 
 

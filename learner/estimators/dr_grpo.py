@@ -1,0 +1,28 @@
+"""Dr. GRPO: GRPO without the divisions by the group's deviation and by the length of a completion."""
+
+from typing import TYPE_CHECKING
+
+from contracts.config import PPOConfig
+from contracts.estimators import Estimator, Rollouts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def advantages(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, float]]:
+    """R_i - mean of the group.
+
+    Source: Liu et al. 2025 (arXiv 2503.20783): the std favours prompts that are nearly solved or hopeless.
+    """
+    from learner.outcomes import centred, group_moments
+
+    return centred(rollouts, group_moments(rollouts)), {}
+
+
+ESTIMATOR = Estimator(
+    title="Dr. GRPO",
+    of_rollouts=advantages,
+    needs_groups=True,
+    kl="k3",
+    aggregation="budget",
+)

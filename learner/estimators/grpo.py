@@ -1,0 +1,33 @@
+"""GRPO: a rollout against the mean and deviation of its group."""
+
+from typing import TYPE_CHECKING
+
+from contracts.config import PPOConfig
+from contracts.estimators import Estimator, Rollouts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def advantages(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, float]]:
+    """(R_i - mean) / (std + 1e-6) of the group, with the unbiased std; 0 where it is rounding, and for a rollout alone.
+
+    Source: Shao et al. 2024 (arXiv 2402.03300), outcome supervision. Outcomes are not discounted.
+    """
+    import torch
+
+    from learner.advantages import variance
+    from learner.outcomes import centred, group_moments
+
+    moments = group_moments(rollouts)
+    spread = variance(moments).sqrt()
+    return torch.where(spread > 0, centred(rollouts, moments) / (spread + 1e-6), 0.0), {}
+
+
+ESTIMATOR = Estimator(
+    title="GRPO",
+    of_rollouts=advantages,
+    needs_groups=True,
+    kl="k3",
+    aggregation="sequences",
+)
