@@ -27,8 +27,9 @@ from contracts.scoring import RETRYABLE
 from reward_service import protocols
 from reward_service.access import Bodies, Refused, RequireToken
 from reward_service.encoder import Encoder
-from reward_service.front import Front, ScorerSpec, UnknownScorer
+from reward_service.front import Front, UnknownScorer
 from reward_service.protocols import BadRequest, Entry
+from reward_service.scorer_kind import ScorerSpec
 
 Handler = Callable[[Any], Awaitable[dict[str, Any]]]
 logger = logging.getLogger("ray.serve")
@@ -185,7 +186,7 @@ class HttpService:
             {
                 "id": spec.name,
                 "object": "model",
-                "kind": spec.kind,
+                "kind": spec.entry.kind,
                 "version": spec.version,
                 "tokenizer_hash": self.encoder.hash,
                 "max_tokens": spec.max_tokens,

@@ -12,8 +12,8 @@ MAKERS = ("train.py", *PACKAGES)
 READERS = ("controller/report", "controller/alarms", "controller/study")  # they look at results and make none
 # Beside them what shows a stage and what is in its inputs: the configuration's values, the examples that were read.
 NO_PART = (*READERS, "controller/stages/evaluate", "controller/record", "contracts/config")
-# What a stage's result comes from, with all that these import. Rule functions are run by name; vLLM finds the weight
-# transfer by an entry point.
+# What a stage's result comes from, with all that these import. What is found by its name takes part whether it is chosen or
+# not; rule functions are run by name, too; vLLM finds the weight transfer by an entry point.
 OFFLINE = "controller/stages/offline.py"
 STAGES = {
     "sft": ("learner/sft.py", OFFLINE),
@@ -26,6 +26,7 @@ STAGES = {
         "actors/weight_transfer.py",
         "learner/ppo.py",
         "reward_service/app.py",
+        "reward_service/kinds/*.py",
         "reward_service/function_worker.py",
     ),
 }
@@ -54,7 +55,8 @@ def stage_code(stage: str, root: Path = TANDEM) -> dict[str, str]:
         stage: as `reward_model/proxy`.
     """
     kind = stage.split("/")[0]
-    files = imported_files([root / name for name in STAGES[kind]], [root], lambda file: not _is_no_part(file, root))
+    entries = [path for name in STAGES[kind] for path in sorted(root.glob(name))]
+    files = imported_files(entries, [root], lambda file: not _is_no_part(file, root))
     files |= {root / WIRING[kind]} if kind in WIRING else set()
     found = {file.relative_to(root).as_posix(): _meaning(file) for file in sorted(files)}
     return found | installed_versions((*LIBRARIES, *ENGINES) if kind == "ppo" else LIBRARIES)

@@ -27,8 +27,8 @@ from common.files.code_digest import package_versions
 from common.files.durable import replace_text
 from common.files.fingerprints import checkpoint_fingerprint
 from common.flatten import flat
-from common.text.chat_template import load_tokenizer
 from common.text.end_tokens import end_ids
+from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import SFTConfig, TandemConfig
 from contracts.methods import GIVEN, chosen_preference, method_stage, method_title, stages_to_run

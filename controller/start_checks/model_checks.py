@@ -15,6 +15,7 @@ from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator
 from contracts.methods import checkpoints_read, reads, results_needed, runs
 from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, starts_value_model
+from reward_service.scorer_kind import scorer_kind
 
 TRAINING = ("sft", "filtered_sft", "preference", "ppo")
 
@@ -67,7 +68,7 @@ def _scorers(config: TandemConfig) -> Iterator[tuple[str, str]]:
         return
     chosen = chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES, ""))
     for name, entry in config.reward_service.scorers.items():
-        if name in chosen and entry.kind == "model":
+        if name in chosen and scorer_kind(entry.kind).is_reward_model:
             yield f"reward_service.scorers.{name}.path", str(entry.path)
 
 

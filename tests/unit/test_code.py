@@ -11,7 +11,7 @@ import pytest
 
 from common.files.code_digest import STAGES, changed_code, package_versions, stage_code
 from common.files.source_code import TANDEM, source_digest
-from reward_service.versions import function_version
+from reward_service.kinds.function import function_version
 
 # By hand: what the numbers of each stage come out of, wherever it is imported from.
 DEPENDS = {
