@@ -246,5 +246,5 @@ def start_conversations(
         engine,
         environment_maker(environment, tokenizer),
         limits,
-        lambda ids: tokenizer().decode(ids, skip_special_tokens=True),
+        lambda ids: str(tokenizer().decode(ids, skip_special_tokens=True)),
     )

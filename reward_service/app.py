@@ -107,8 +107,7 @@ class HttpFrontReplica(FrontReplica):
         digests: tuple[str, ...],
     ) -> None:
         from reward_service.encoder import Encoder
-        from reward_service.http import HttpService
-        from reward_service.server import HttpServer
+        from reward_service.http import HttpServer, HttpService
 
         super().__init__(scorers, limits)
         encoder = await asyncio.to_thread(Encoder, tokenizer)

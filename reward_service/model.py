@@ -138,8 +138,8 @@ def prove_scores(config: Any, on_cpu: bool) -> Proof:
     """
 
     def scores(classifier: PreTrainedModel, form: Form, rows: list[list[int]]) -> torch.Tensor:
-        packed = Packed.of(rows, classifier.device)
-        return classifier.score(hidden_states(classifier, packed, form.layout).index_select(0, packed.last))[:, 0]
+        packed, head = Packed.of(rows, classifier.device), classifier.get_submodule("score")
+        return head(hidden_states(classifier, packed, form.layout).index_select(0, packed.last))[:, 0]
 
     plain = copy.deepcopy(config)
     plain.num_labels = 1
