@@ -24,7 +24,7 @@ from functools import lru_cache
 import numpy as np
 
 from actors.environment import environment_maker
-from common.text.chat_template import load_tokenizer
+from common.text.tokenizers import load_tokenizer
 from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.environments import Environment, EnvironmentFault, checked_ids, checked_step
 from contracts.interfaces import Engine
@@ -246,5 +246,5 @@ def start_conversations(
         engine,
         environment_maker(environment, tokenizer),
         limits,
-        lambda ids: tokenizer().decode(ids, skip_special_tokens=True),
+        lambda ids: str(tokenizer().decode(ids, skip_special_tokens=True)),
     )

@@ -295,7 +295,7 @@ def class_logprobs(path: Path, rows: list[list[int]], trust_remote_code: bool = 
 
 def packed(path: Path) -> tuple[Parameters, torch.Tensor]:
     """The tensors of a checkpoint as a publish sends them, and the buffer that they lie in."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)

@@ -145,8 +145,9 @@ class RolloutActor:
         Raises:
             As `collect`, and TimeoutError after `timeout_s`.
         """
-        self.assign([Assignment(i, request, tuple(scorers)) for i, request in enumerate(requests)], sampling)
-        delivery = self.collect(len(requests), timeout_s)
+        assignments = [Assignment(i, request, tuple(scorers)) for i, request in enumerate(requests)]
+        self.assign(assignments, sampling)  # type: ignore[operator]  # Ray's stub knows only its remote form
+        delivery: Delivery = self.collect(len(requests), timeout_s)  # type: ignore[operator]  # likewise
         if len(delivery.rollouts) < len(requests):
             raise TimeoutError(f"{len(delivery.rollouts)} of {len(requests)} rollouts after {timeout_s:.0f} s")
         return [rollout for _, rollout in delivery.rollouts]
@@ -213,7 +214,8 @@ def start_actors(
         ray.exceptions.GetTimeoutError: after `cluster.start_timeout_s`.
     """
     on_cpu = cluster.gpus_per_actor == 0
-    remote = ray.remote(concurrency_groups={"control": 4})(RolloutActor)
+    # Ray's stub of `remote` lacks the option.
+    remote = ray.remote(concurrency_groups={"control": 4})(RolloutActor)  # type: ignore[call-overload]
     arguments = (model, engine, weight_transfer, on_cpu, end_ids, reward_client)
     actors = [
         remote.options(**options, runtime_env={"env_vars": env}).remote(*arguments, environment or EnvironmentConfig())

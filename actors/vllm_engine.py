@@ -275,6 +275,7 @@ class VLLMEngine:
     def _step(self) -> None:
         self._steps += 1
         for output in self._engine.step():
+            assert isinstance(output, RequestOutput)  # nothing is asked to pool
             if output.finished:
                 self._requests.pop(output.request_id).set_result(output)
 
@@ -289,7 +290,8 @@ def _forward(done: Future, result: Future, read: Callable[[Any], Any]) -> None:
 def _completion(output: RequestOutput) -> Completion:
     sampled = output.outputs[0]
     token_ids = np.asarray(sampled.token_ids, dtype=np.int32)
-    logprobs = [step[token].logprob for step, token in zip(sampled.logprobs or [], sampled.token_ids, strict=True)]
+    steps: Any = sampled.logprobs or []  # one for every token: None is only among those of prompts
+    logprobs = [step[token].logprob for step, token in zip(steps, sampled.token_ids, strict=True)]
     versions = np.zeros(len(token_ids), dtype=np.int32)
     for span in sampled.weight_versions or []:
         versions[span.start : span.end] = int(span.version)

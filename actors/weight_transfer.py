@@ -79,12 +79,14 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
 
     def start_weight_update(self) -> None:
         for layer in self._names:
-            method = getattr(layer, "quant_method", None)
+            method: Any = getattr(layer, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None and current_platform.is_cpu():
                 method.moe_kernel = None  # on GPUs it is in captured graphs, and packs nothing
         initialize_layerwise_reload(self.model)
         for layer, name in self._shared:
-            setattr(layer, name, get_layerwise_info(layer).kernel_tensors[0][name])
+            tensors = get_layerwise_info(layer).kernel_tensors
+            assert tensors is not None  # since it was processed
+            setattr(layer, name, tensors[0][name])
         for layer in self._past_loaders:
             _give_memory(layer)
 
@@ -98,7 +100,8 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
                 self._load(slots, update_info.buffer)
 
     def _load(self, slots: list[Slot], buffer: torch.Tensor) -> None:
-        self.model.load_weights((slot.name, view(buffer, slot)) for slot in slots)
+        model: Any = self.model  # each of vLLM's has this method, and Module says nothing of it
+        model.load_weights((slot.name, view(buffer, slot)) for slot in slots)
         for layer in self._incomplete():
             _give_memory(layer)
             _load_again(layer)
@@ -116,7 +119,7 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
             _layerwise_process(layer, get_layerwise_info(layer))
         finalize_layerwise_reload(self.model, self.model_config)
         for layer in self._names:
-            convolution = getattr(layer, "conv1d", None)
+            convolution: Any = getattr(layer, "conv1d", None)
             if "conv_weights" in layer._buffers and hasattr(convolution, "_cpu_unpacked_conv_weight"):
                 layer.conv_weights.copy_(convolution._cpu_unpacked_conv_weight)
 

@@ -259,7 +259,8 @@ class LearnerConfig:
 class ScorerConfig:
     """One scorer of the reward service: docs/reward_service.md."""
 
-    kind: str = "model"  # model | function | weighted_sum | ensemble
+    # model | function | weighted_sum | ensemble (reward_service/kinds), or package.module:KIND: docs/extending.md
+    kind: str = "model"
     path: str | None = None  # model: directory of a checkpoint with one label, or a hub id
     # model: where the score is read. eos | last (as transformers' own class does, of what the chat template writes); null:
     # eos where the checkpoint says so, else last: docs/reward_service.md.
@@ -275,6 +276,7 @@ class ScorerConfig:
     parts: list[str] = field(default_factory=list)  # weighted_sum, ensemble: names of scorers
     weights: list[float] = field(default_factory=list)  # weighted_sum: of each part
     std_coef: float = 1.0  # ensemble: k in mean - k x standard deviation of the parts
+    options: dict[str, Any] = field(default_factory=dict)  # of a kind of your own
 
 
 @dataclass

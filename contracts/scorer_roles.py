@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 from contracts.config import ScorerConfig, TandemConfig
 from contracts.estimators import known_estimator
+from contracts.plugins import Kind, UnknownPlugin, find
 
+SCORER_KINDS = Kind("scorer kind", "reward_service.kinds", "KIND")  # declarations: reward_service/scorer_kind.py
 ROLES = ("proxy", "gold")  # what a run asks for: PPO trains on the first and is measured by the second
 CHECKPOINTS = ("proxy_model", "gold_model")  # their reward models, as composites name them
 
@@ -60,6 +62,13 @@ def starts_value_model(config: TandemConfig) -> bool:
 
 
 def num_models(config: TandemConfig) -> int:
-    """How many reward models PPO and evaluation start."""
+    """How many reward models PPO and evaluation start: each once, however many names it has."""
     chosen, _ = _chosen(config)
-    return len({entry.path for entry in chosen.values() if entry.kind == "model"})
+    return len({entry.path or name for name, entry in chosen.items() if _takes_place(entry)})
+
+
+def _takes_place(entry: ScorerConfig) -> bool:
+    try:
+        return find(SCORER_KINDS, entry.kind).takes_place
+    except UnknownPlugin:  # for `scorer_checks` to say
+        return False

@@ -1,14 +1,15 @@
 """Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
-from common.text.chat_template import with_date
+from common.text.tokenizers import load_tokenizer
 from contracts.config import ModelConfig
 from learner.engine import Ranks, TrainEngine
 
@@ -64,13 +65,12 @@ def gather_checkpoint(
             lm.generation_config = generation
         if generation is not None:
             generation.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
-        _tokenizer(tokenizer_from, model.revision, model.trust_remote_code, model.template_date).save_pretrained(path)
+        _tokenizer(tokenizer_from, **asdict(model)).save_pretrained(path)
 
     return write
 
 
 @cache
-def _tokenizer(path: str, revision: str | None, trust_remote_code: bool, template_date: str) -> Any:
+def _tokenizer(source: str, **model: Any) -> Any:
     """Once a process: it takes a third of a second, in which nothing else of the process runs."""
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    return with_date(tokenizer, template_date)
+    return load_tokenizer(source, ModelConfig(**model))

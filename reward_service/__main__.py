@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
 from common.processes.process_env import driver_env, scorer_env
 from common.processes.ray_access import start_ray
@@ -24,11 +25,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.models.precision import choose_dtypes
 from contracts.checks.overrides import unknown_overrides
-from contracts.checks.service_validation import validate_service
-from contracts.checks.validation import ConfigError
+from contracts.checks.validation import ConfigError, validate_service
 from contracts.config import ScorerConfig, TandemConfig, register_schema, to_config
 from contracts.scorer_roles import ROLES, chosen_scorers
-from reward_service.scorer_kinds import ScorerError, resolve
+from reward_service.resolve import ScorerError, resolve
+from reward_service.scorer_kind import scorer_kind
+
+if TYPE_CHECKING:
+    from reward_service.app import RewardService
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -57,7 +61,8 @@ def read_config(overrides: list[str]) -> tuple[TandemConfig, dict[str, ScorerCon
 
 def tokenizer_of(config: TandemConfig, scorers: dict[str, ScorerConfig]) -> str:
     """The first model's: a rule function sees texts as that model does."""
-    return next((entry.path for entry in scorers.values() if entry.path), config.model.path)
+    models = (entry.path for entry in scorers.values() if scorer_kind(entry.kind).is_reward_model)
+    return next((path for path in models if path), config.model.path)
 
 
 def serve(overrides: list[str]) -> None:
@@ -100,7 +105,7 @@ def _next_signal(received: "SimpleQueue[int]") -> int:
             continue
 
 
-def reload(service: "RewardService", overrides: list[str], timeout_s: float) -> str:  # noqa: F821
+def reload(service: "RewardService", overrides: list[str], timeout_s: float) -> str:
     """Replace what has changed; what cannot be served leaves everything as it is. Returns what to say about it."""
     try:
         _, scorers = read_config(overrides)

@@ -11,7 +11,6 @@ by one that knows it; then the old one answers what it has begun, and goes. A ve
 import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
@@ -23,10 +22,10 @@ from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, Sco
 from contracts.records import Score, ScoringItem
 from reward_service.access import token_digests
 from reward_service.client import FRONT, HandleClient
-from reward_service.front import Front, FrontLimits, ScorerSpec
+from reward_service.front import Front, FrontLimits
 from reward_service.replica_dispatcher import ReplicaDied, Unavailable
-from reward_service.request_batcher import Batcher
-from reward_service.scorer_kinds import ScorerError, resolve
+from reward_service.resolve import ScorerError, resolve
+from reward_service.scorer_kind import ScorerSpec, scorer_kind
 from reward_service.service_metrics import Metrics
 
 STUCK_S = 300.0  # of one batch, after which a replica counts as hung and Serve replaces it
@@ -36,50 +35,18 @@ STARTS = 1  # a checkpoint that cannot be loaded or misses its golden scores doe
 PING_S = 5.0
 
 
-class ModelReplica:
-    """One process with one reward model."""
+class ScorerReplica:
+    """One process that scores."""
 
     def __init__(self, entry: ScorerConfig, config: RewardServiceConfig, tokenizer: str):
-        from reward_service.golden import check_golden
-        from reward_service.model import RewardModel
-        from reward_service.reading import make_reading
-
-        # One thread loads the model and runs every forward pass: a second pass would only contend for the same cores, and a
-        # second thread would bring an OpenMP team of its own. The replica answers health checks meanwhile.
-        self._thread = ThreadPoolExecutor(1)
-        path = str(entry.path)
-        reading = make_reading(path, entry.read_at, entry.append, tokenizer)
-        arguments = (path, config.dtype, config.batch_tokens, config.max_tokens, reading)
-        model = self._thread.submit(RewardModel, *arguments).result()
-        self._thread.submit(check_golden, path, model.score, config.golden_tolerance).result()
-        self._batcher = Batcher(model.score, self._thread, config.batch_tokens)
+        self._scorer = scorer_kind(entry.kind).make(entry, config, tokenizer)
 
     async def score(self, items: list[ScoringItem], deadline_s: float) -> list[Score]:
-        return await self._batcher.score([item.token_ids for item in items], deadline_s)
+        return await self._scorer.score(items, deadline_s) if items else []  # without items: is a replica there?
 
     def check_health(self) -> None:
-        if self._batcher.busy_s > STUCK_S:
-            raise RuntimeError(f"one batch has been computed for {self._batcher.busy_s:.0f} s")
-
-
-class FunctionReplica:
-    """One process with the pool of a rule function, which sees texts."""
-
-    def __init__(self, entry: ScorerConfig, tokenizer: str):
-        from reward_service.functions import FunctionPool
-        from reward_service.versions import load_decoder
-
-        self._decode = load_decoder(tokenizer)
-        self._pool = FunctionPool(entry)
-
-    async def score(self, items: list[ScoringItem], deadline_s: float) -> list[Score]:
-        # Without its EOS, which every scoring input has and no text shows.
-        texts = [
-            (self._decode(i.token_ids[: i.prompt_tokens]), self._decode(i.token_ids[i.prompt_tokens : -1]), i.label)
-            for i in items
-        ]
-        answers = await asyncio.gather(*map(asyncio.wrap_future, self._pool.submit(texts)))
-        return [score for answer in answers for score in answer]
+        if self._scorer.busy_s > STUCK_S:
+            raise RuntimeError(f"one batch has been computed for {self._scorer.busy_s:.0f} s")
 
 
 class FrontReplica:
@@ -131,17 +98,16 @@ class HttpFrontReplica(FrontReplica):
     """The same with an HTTP server in it. Serve's own proxy takes 8 ms of CPU for a request, buffers bodies without a limit
     and has a route without a token; here a body is read when there is room for it, and every route is ours."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         scorers: dict[str, ScorerSpec],
         limits: FrontLimits,
         tokenizer: str,
         http: HttpConfig,
         digests: tuple[str, ...],
-    ):
+    ) -> None:
         from reward_service.encoder import Encoder
-        from reward_service.http import HttpService
-        from reward_service.server import HttpServer
+        from reward_service.http import HttpServer, HttpService
 
         super().__init__(scorers, limits)
         encoder = await asyncio.to_thread(Encoder, tokenizer)
@@ -188,7 +154,7 @@ class RewardService:
             raise ScorerError(f"reward_service.http.host={http.host} is not served without a token_file")
         serve.start(proxy_location="Disabled")
         leaves = {spec.application: spec for spec in specs.values() if spec.application}
-        targets = [self._leaf(spec, scorers[spec.name]) for spec in leaves.values()]
+        targets = [self._leaf(spec) for spec in leaves.values()]
         self.scorers, self.specs = scorers, specs
         serve.run_many([*targets, self._front()], wait_for_applications_running=False)
 
@@ -203,7 +169,7 @@ class RewardService:
         before = {spec.application for spec in self.specs.values() if spec.application}
         new = {s.application: s for s in specs.values() if s.application and s.application not in before}
         if new:
-            targets = [self._leaf(spec, scorers[spec.name]) for spec in new.values()]
+            targets = [self._leaf(spec) for spec in new.values()]
             serve.run_many(targets, wait_for_applications_running=False)
             try:
                 _wait(set(new), timeout_s)
@@ -239,7 +205,7 @@ class RewardService:
 
     def _resources(self, spec: ScorerSpec) -> dict[str, Any]:
         """Ray options of one replica: a model's place, if there is one left."""
-        if spec.kind != "model":
+        if not spec.kind.takes_place:
             return {"num_cpus": self.cluster.cpus_per_process}
         assert spec.application is not None
         if self._free_places:
@@ -247,18 +213,16 @@ class RewardService:
         anywhere = {"num_cpus": self.cluster.cpus_per_process, "num_gpus": self.cluster.gpus_per_reward_replica}
         return self._places.get(spec.application, anywhere)
 
-    def _leaf(self, spec: ScorerSpec, entry: ScorerConfig) -> serve.RunTarget:
-        options = {**self._resources(spec), "runtime_env": {"env_vars": self.env}}
-        replica = ModelReplica if entry.kind == "model" else FunctionReplica
-        deployment = serve.deployment(replica).options(
+    def _leaf(self, spec: ScorerSpec) -> serve.RunTarget:
+        deployment = serve.deployment(
             name=spec.name,
             num_replicas=self.config.replicas,
             max_ongoing_requests=CALLS_A_REPLICA,
             max_constructor_retry_count=STARTS,
-            ray_actor_options=options,
-        )
-        arguments = (entry, self.config, self.tokenizer) if entry.kind == "model" else (entry, self.tokenizer)
-        return serve.RunTarget(target=deployment.bind(*arguments), name=spec.application, route_prefix=None)
+            ray_actor_options={**self._resources(spec), "runtime_env": {"env_vars": self.env}},
+        )(ScorerReplica)
+        target = deployment.bind(spec.entry, self.config, self.tokenizer)
+        return serve.RunTarget(target=target, name=str(spec.application), route_prefix=None)
 
     def _front(self) -> serve.RunTarget:
         config = self.config
@@ -266,14 +230,14 @@ class RewardService:
         arguments: tuple = (self.specs, limits)
         if config.http.port is not None:
             arguments += (self.tokenizer, config.http, token_digests(config.http.token_file))
-        deployment = serve.deployment(FrontReplica if config.http.port is None else HttpFrontReplica).options(
+        deployment = serve.deployment(
             name=FRONT,
             num_replicas=1,  # it holds cache, quarantine and counters
             max_ongoing_requests=CALLS_A_FRONT,
             max_queued_requests=CALLS_A_FRONT,
             max_surge_percent=100,  # its successor starts before it goes
             ray_actor_options={"num_cpus": self.cluster.cpus_per_process, "runtime_env": {"env_vars": self.env}},
-        )
+        )(FrontReplica if config.http.port is None else HttpFrontReplica)
         return serve.RunTarget(target=deployment.bind(*arguments), name=FRONT, route_prefix=None)
 
 

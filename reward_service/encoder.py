@@ -10,10 +10,10 @@ from common.text.encoding import (
     tokenizer_hash,
 )
 from common.text.end_tokens import end_ids
+from common.text.tokenizers import local_checkpoint
 from contracts.config import ModelConfig
 from contracts.records import Score, ScoringItem
 from contracts.scoring import scoring_ids
-from reward_service.versions import local_checkpoint
 
 
 class Encoder:

@@ -18,12 +18,10 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from contracts.records import Score, ScoringItem
-from reward_service import composite
+from reward_service.isolate import KILLS, Quarantine
 from reward_service.replica_dispatcher import Call, Dispatcher, ReplicaDied
+from reward_service.scorer_kind import ScorerSpec
 from reward_service.service_metrics import Metrics
-
-KILLS = 2  # replicas that an item may take down before nobody tries it again
-QUARANTINE_ITEMS = 10_000
 
 
 class UnknownScorer(LookupError):
@@ -35,24 +33,6 @@ class UnknownScorer(LookupError):
 
     def __str__(self) -> str:
         return self.message
-
-
-@dataclass(frozen=True)
-class ScorerSpec:
-    """What the front must know of one scorer."""
-
-    name: str
-    kind: str  # model | function | weighted_sum | ensemble
-    version: str
-    application: str | None = None  # of a model or a function: the Serve application that scores
-    max_tokens: int | None = None  # of a model
-    calls: int = 4  # to its replicas at a time
-    call_items: int = 32  # of one call
-    parts: tuple[str, ...] = ()  # of a composite: names of scorers
-    weights: tuple[float, ...] = ()
-    std_coef: float = 0.0
-    source: str | None = None  # checkpoint or function: another name under which clients may ask for it
-    read_at: str | None = None  # of a model: eos or last
 
 
 @dataclass(frozen=True)
@@ -79,7 +59,7 @@ class Front:
         for spec in scorers.values():
             metrics.version.labels(spec.name, spec.version).set(1)
         self._cache: OrderedDict[bytes, Score] = OrderedDict()
-        self._kills: OrderedDict[bytes, int] = OrderedDict()
+        self._quarantine: Quarantine[bytes] = Quarantine()
         self._dispatchers = {
             s.name: Dispatcher(call, s.application, s.calls, s.call_items) for s in scorers.values() if s.application
         }
@@ -148,10 +128,7 @@ class Front:
                     request.parts[name] = asyncio.create_task(self._scores(self.scorers[name], request))
             found = await asyncio.gather(*(request.parts[name] for name in scorer.parts))
             parts = dict(zip(scorer.parts, found, strict=True))
-            if scorer.kind == "ensemble":
-                scores = composite.ensemble(parts, scorer.std_coef)
-            else:
-                scores = composite.weighted_sum(parts, list(scorer.weights))
+            scores = scorer.kind.combine(scorer.entry, parts)
         return [replace(score, version=scorer.version) for score in scores]
 
     # ---- one model or function
@@ -181,7 +158,7 @@ class Front:
             return Score(None, "empty")
         if scorer.max_tokens and len(item.token_ids) > scorer.max_tokens:
             return Score(None, f"too_long: {len(item.token_ids)} tokens, the limit is {scorer.max_tokens}")
-        if self._kills.get(key, 0) >= KILLS:
+        if key in self._quarantine:
             return Score(None, f"poison: took down {KILLS} replicas")
         if request.remember and key in self._cache:
             self._cache.move_to_end(key)
@@ -209,7 +186,7 @@ class Front:
             except ReplicaDied:
                 self._killed(scorer, key)
                 return self._known(key, item, scorer, request) or Score(None, "unavailable: its replica died")
-            self._kills.pop(key, None)
+            self._quarantine.acquit(key)
             return self._remembered(key, score)
 
     def _remembered(self, key: bytes, score: Score) -> Score:
@@ -220,14 +197,11 @@ class Front:
         return score
 
     def _killed(self, scorer: ScorerSpec, key: bytes) -> None:
-        self._kills[key] = self._kills.get(key, 0) + 1
-        if self._kills[key] == KILLS:
+        if self._quarantine.count(key):
             self.metrics.quarantined.labels(scorer.name).inc()
-        while len(self._kills) > QUARANTINE_ITEMS:
-            self._kills.popitem(last=False)
 
 
 def _key(scorer: ScorerSpec, item: ScoringItem) -> bytes:
-    """What a score depends on. A model sees the tokens alone."""
-    seen = (item.token_ids,) if scorer.kind == "model" else (item.token_ids, item.prompt_tokens, item.label)
+    """What a score depends on. A reward model sees the tokens alone."""
+    seen = (item.token_ids,) if scorer.kind.is_reward_model else (item.token_ids, item.prompt_tokens, item.label)
     return blake2b(repr((scorer.version, seen)).encode(), digest_size=16).digest()

@@ -9,11 +9,13 @@ score is a status: 422 where a retry cannot help, 503 or 504 where it can. A rew
 import asyncio
 import json
 import logging
+import socket
 import time
 import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -27,11 +29,15 @@ from contracts.scoring import RETRYABLE
 from reward_service import protocols
 from reward_service.access import Bodies, Refused, RequireToken
 from reward_service.encoder import Encoder
-from reward_service.front import Front, ScorerSpec, UnknownScorer
+from reward_service.front import Front, UnknownScorer
 from reward_service.protocols import BadRequest, Entry
+from reward_service.scorer_kind import ScorerSpec
 
 Handler = Callable[[Any], Awaitable[dict[str, Any]]]
 logger = logging.getLogger("ray.serve")
+CONNECTIONS = 1024  # above which uvicorn itself answers 503
+IDLE_S = 30
+STOP_S = 15  # for answers that have begun
 INLINE_BYTES = 16_384  # a longer body is tokenised in a thread, so that other requests are answered meanwhile
 
 
@@ -185,7 +191,7 @@ class HttpService:
             {
                 "id": spec.name,
                 "object": "model",
-                "kind": spec.kind,
+                "kind": spec.entry.kind,
                 "version": spec.version,
                 "tokenizer_hash": self.encoder.hash,
                 "max_tokens": spec.max_tokens,
@@ -245,3 +251,42 @@ def _kept(entry: Entry, tokens: int | None) -> Entry:
         return entry
     excess = len(entry.token_ids) - tokens
     return ScoringItem(entry.token_ids[excess:], max(0, entry.prompt_tokens - excess), entry.label)
+
+
+class HttpServer:
+    """The socket of the HTTP side: uvicorn within the front's process and event loop."""
+
+    def __init__(self, application: Starlette, http: HttpConfig):
+        self._http = http
+        config = uvicorn.Config(
+            application,
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=IDLE_S,
+            timeout_graceful_shutdown=STOP_S,
+        )
+        self._server = uvicorn.Server(config)
+        self._task: asyncio.Task | None = None
+
+    async def start(self) -> None:
+        """Returns once connections are accepted. Raises OSError where the address cannot be had."""
+        family = socket.AF_INET6 if ":" in self._http.host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # The successor of a front listens before it goes.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listening.bind((self._http.host, self._http.port))
+        self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
+        while not self._server.started:
+            if self._task.done():
+                self._task.result()
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        """Accept no more, and return when what has begun is answered."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task

@@ -51,7 +51,7 @@ class HttpClient:
         return answer.json()["data"]
 
     def _request(self, items: list[dict[str, Any]], model: str | None, version: str | None, left_s: float) -> Reply:
-        body = {"items": items, "deadline_ms": left_s * 1000}
+        body: dict[str, Any] = {"items": items, "deadline_ms": left_s * 1000}
         body |= {name: value for name, value in (("model", model), ("version", version)) if value is not None}
         try:
             answer = self._session.post(

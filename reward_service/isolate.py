@@ -1,12 +1,36 @@
 """A bad item costs only itself: a batch that fails is halved until what fails is one item."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from contracts.records import Score
 
+KILLS = 2  # processes that an item may take down before nobody tries it again
+REMEMBERED_ITEMS = 10_000
 Item = TypeVar("Item")
+Key = TypeVar("Key")
+
+
+class Quarantine(Generic[Key]):
+    """Items that took down `KILLS` processes, of the last ones that took down any."""
+
+    def __init__(self) -> None:
+        self._kills: OrderedDict[Key, int] = OrderedDict()
+
+    def __contains__(self, key: Key) -> bool:
+        return self._kills.get(key, 0) >= KILLS
+
+    def count(self, key: Key) -> bool:
+        """One process more; whether that is the last one."""
+        self._kills[key] = self._kills.get(key, 0) + 1
+        while len(self._kills) > REMEMBERED_ITEMS:
+            self._kills.popitem(last=False)
+        return self._kills[key] == KILLS
+
+    def acquit(self, key: Key) -> None:
+        self._kills.pop(key, None)
 
 
 class Failed(RuntimeError):

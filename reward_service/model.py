@@ -6,6 +6,9 @@ where there is one.
 """
 
 import copy
+import json
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +20,13 @@ from common.models.loading import LoadingError, loading_report, refuse_adapter, 
 from common.models.packed_attention import Packed
 from common.models.positions import positions
 from common.models.proof import SCALAR, Proof, prove
+from common.text.tokenizers import local_checkpoint
 from contracts.records import Score
+from contracts.scoring import GOLDEN_FILE
 from reward_service.isolate import isolate
 from reward_service.reading import Reading, at_eos
+
+WARM_UP = (1, 2, 3)  # token ids that every vocabulary has
 
 
 def check_reward_model(path: str, key: str) -> None:
@@ -77,7 +84,7 @@ class RewardModel:
         self.positions = known[0] if known else None  # beyond which learned ones end, for every item of a batch
         self.batch_tokens, self.max_tokens, self.reading = batch_tokens, max_tokens, reading
 
-    def score(self, sequences: list[list[int]]) -> list[Score]:
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Score]:
         """Scores in the order given. An item that cannot be scored gets its reason; the others are unharmed.
 
         Identical sequences are computed once, so they tie exactly: in bfloat16 the same text in another batch differs in
@@ -131,9 +138,31 @@ def prove_scores(config: Any, on_cpu: bool) -> Proof:
     """
 
     def scores(classifier: PreTrainedModel, form: Form, rows: list[list[int]]) -> torch.Tensor:
-        packed = Packed.of(rows, classifier.device)
-        return classifier.score(hidden_states(classifier, packed, form.layout).index_select(0, packed.last))[:, 0]
+        packed, head = Packed.of(rows, classifier.device), classifier.get_submodule("score")
+        return head(hidden_states(classifier, packed, form.layout).index_select(0, packed.last))[:, 0]
 
     plain = copy.deepcopy(config)
     plain.num_labels = 1
     return prove(SCALAR, plain, scores, "auto", on_cpu, trains=False)
+
+
+def check_golden(path: str, score: Callable[[list[list[int]]], list[Score]], tolerance: float) -> None:
+    """Warm up, and compare with the golden scores of the checkpoint at `path` where it has some: what its own training run
+    said of a few texts. They catch what loads without an error and scores wrongly: another tokenizer's ids, a lost
+    normaliser, a head that was not loaded, the wrong token read.
+
+    Raises:
+        RuntimeError: where an item has no score, or the mean deviation is above `tolerance` (score units).
+    """
+    file = local_checkpoint(path) / GOLDEN_FILE
+    rows = json.loads(file.read_text()) if file.exists() else []
+    scores = score([row["token_ids"] for row in rows] or [list(WARM_UP)])
+    failed = [s.error for s in scores if s.value is None and s.code != "too_long"]
+    if failed:
+        raise RuntimeError(f"{path}: no score for a first batch: {failed[0]}")
+    gaps = [abs(s.value - row["score"]) for s, row in zip(scores, rows, strict=bool(rows)) if s.value is not None]
+    if gaps and math.fsum(gaps) / len(gaps) > tolerance:
+        raise RuntimeError(
+            f"{path}: {GOLDEN_FILE} is missed by {math.fsum(gaps) / len(gaps):.3f} on average "
+            f"(reward_service.golden_tolerance allows {tolerance}): this is not the model that was trained"
+        )

@@ -184,6 +184,7 @@ def native_answer(
 
 
 def _native_item(item_id: str | int, entry: Entry, score: Score, normalize: bool) -> dict[str, Any]:
+    answer: dict[str, Any]
     if score.value is None:
         code, _, detail = (score.error or "unavailable").partition(": ")
         answer = {"id": item_id, "status": "error", "code": code, "retryable": code in RETRYABLE}

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from reward_service.versions import local_checkpoint
+from common.text.tokenizers import local_checkpoint
 
 EOS, LAST = "eos", "last"
 # In the config.json of a checkpoint that was trained with its score at the EOS: Tandem's normaliser, OpenRLHF's.

@@ -13,6 +13,7 @@ from contracts.records import Score, ScoringItem
 
 PROBE_S, PAUSE_S = 30.0, 0.1
 Call = Callable[[str, list[ScoringItem], float], Awaitable[list[Score]]]
+_Waiting = tuple[ScoringItem, float, asyncio.Future[Score]]  # its deadline on the monotonic clock
 
 
 class ReplicaDied(RuntimeError):
@@ -33,7 +34,7 @@ class Dispatcher:
 
     def __init__(self, call: Call, application: str, calls: int, items: int):
         self._call, self._application, self._calls, self._items = call, application, calls, items
-        self._waiting: deque[tuple[ScoringItem, float, asyncio.Future[Score]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._under_way: set[asyncio.Task] = set()
         self._will_pump = False
 
@@ -68,7 +69,7 @@ class Dispatcher:
     def _pump(self) -> None:
         self._will_pump = False
         while self._waiting and len(self._under_way) < self._calls:
-            batch = []
+            batch: list[_Waiting] = []
             while self._waiting and len(batch) < self._items:
                 entry = self._waiting.popleft()
                 if not entry[2].done():  # expired, or its request was given up
@@ -82,7 +83,7 @@ class Dispatcher:
         self._under_way.discard(task)
         self._pump()
 
-    async def _send(self, batch: list[tuple[ScoringItem, float, asyncio.Future[Score]]]) -> None:
+    async def _send(self, batch: list[_Waiting]) -> None:
         left_s = max(expires for _, expires, _ in batch) - time.monotonic()
         items = [item for item, _, _ in batch]
         try:

@@ -49,21 +49,6 @@ def template_name(tokenizer: "Tokenizer") -> str:
     return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
 
 
-def with_date(tokenizer: "Tokenizer", day: str) -> "Tokenizer":
-    """Let the tokenizer's chat template write `day` (ISO 8601) for today, also once it has been saved and loaded again."""
-    date.fromisoformat(day)
-    tokenizer.init_kwargs["template_date"] = day
-    return tokenizer
-
-
-def load_tokenizer(path: str, model: ModelConfig) -> "Tokenizer":
-    """The tokenizer of a checkpoint as the configuration of its model has it loaded."""
-    from transformers import AutoTokenizer
-
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    return with_date(AutoTokenizer.from_pretrained(path, **options), model.template_date)
-
-
 def render(tokenizer: "Tokenizer", turns: Turns, tools: list | None = None, ask: bool = False) -> str:
     """What the template writes for `turns`; with `ask` and its generation prompt after them.
 

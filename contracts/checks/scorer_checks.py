@@ -1,22 +1,20 @@
-"""The rules on `reward_service.scorers` and `reward_service.http`, for `contracts.checks.validation`."""
+"""The rules on all of `reward_service.scorers`, whatever their kinds, and on `reward_service.http`, for
+`contracts.checks.validation`. Those of a kind are in its module of reward_service/kinds."""
 
 import ipaddress
 import re
 from pathlib import Path
 
-from contracts.checks.check import Check, shown
+from contracts.checks.check import Check
 from contracts.config import HttpConfig, RewardServiceConfig, ScorerConfig
-from contracts.scorer_roles import CHECKPOINTS, ROLES
+from contracts.plugins import UnknownPlugin, find, names
+from contracts.scorer_roles import CHECKPOINTS, SCORER_KINDS
 
-READ_AT = (None, "eos", "last")
-KINDS = ("model", "function", "weighted_sum", "ensemble")
-COMPOSITES = KINDS[2:]
 MIN_TOKEN_LENGTH = 16
 
 
 def scorer_checks(config: RewardServiceConfig) -> list[Check]:
     checks: list[Check] = []
-    names = sorted({*config.scorers, *ROLES, *CHECKPOINTS})
     for name, entry in config.scorers.items():
         key = f"reward_service.scorers.{name}"
         checks += [
@@ -27,9 +25,7 @@ def scorer_checks(config: RewardServiceConfig) -> list[Check]:
                 name,
                 "another name",
             ),
-            Check(entry.kind in KINDS, f"{key}.kind", f"one of {', '.join(KINDS)}", entry.kind, "for example model"),
-            *_leaf_checks(key, entry, config.deadline_s),
-            *_composite_checks(key, entry, names),
+            *_kind_checks(key, entry, config),
         ]
     loops = [name for name in config.scorers if name in _below(name, config.scorers)]
     checks.append(Check(not loops, "reward_service.scorers", "free of loops", ", ".join(loops), "other parts"))
@@ -53,69 +49,16 @@ def _below(name: str, scorers: dict[str, ScorerConfig]) -> set[str]:
     return found
 
 
-def _leaf_checks(key: str, entry: ScorerConfig, deadline_s: float) -> list[Check]:
-    if entry.kind == "model":
+def _kind_checks(key: str, entry: ScorerConfig, service: RewardServiceConfig) -> list[Check]:
+    try:
+        return find(SCORER_KINDS, entry.kind).checks(key, entry, service)
+    except UnknownPlugin as error:
+        ours = sorted(names(SCORER_KINDS), reverse=True)
+        ours.sort(key=lambda name: find(SCORER_KINDS, name).is_composite)
+        found = f"{entry.kind} ({error})" if ":" in entry.kind else entry.kind
         return [
-            Check(bool(entry.path), f"{key}.path", "a checkpoint's directory or a hub id", entry.path, "its path"),
-            Check(
-                entry.read_at in READ_AT, f"{key}.read_at", "one of null, eos, last", entry.read_at, "for example eos"
-            ),
-            Check(
-                entry.append is None or (entry.append != "" and entry.read_at != "eos"),
-                f"{key}.append",
-                f"null, or a text where {key}.read_at is last",
-                f"{entry.append!r} with read_at={shown(entry.read_at)}",
-                f"{key}.read_at=last, or append: null",
-            ),
+            Check(False, f"{key}.kind", f"one of {', '.join(ours)}, or package.module:NAME", found, "for example model")
         ]
-    if entry.kind != "function":
-        return []
-    form = "package.module:name or path/file.py:name"
-    return [
-        Check(
-            bool(re.fullmatch(r".+:\w+", entry.function or "")), f"{key}.function", form, entry.function, "rules.py:f"
-        ),
-        Check(
-            0 < entry.timeout_s < deadline_s,
-            f"{key}.timeout_s",
-            f"above 0 and below reward_service.deadline_s ({deadline_s})",
-            entry.timeout_s,
-            "for example 5.0 (the default)",
-        ),
-        *(
-            Check(getattr(entry, field) >= 1, f"{key}.{field}", "at least 1", getattr(entry, field), "1 (the default)")
-            for field in ("processes", "batch_size")
-        ),
-        Check(entry.memory_gib > 0, f"{key}.memory_gib", "above 0", entry.memory_gib, "for example 2.0 (the default)"),
-    ]
-
-
-def _composite_checks(key: str, entry: ScorerConfig, names: list[str]) -> list[Check]:
-    if entry.kind not in COMPOSITES:
-        return []
-    unknown = [part for part in entry.parts if part not in names]
-    least = 2 if entry.kind == "ensemble" else 1
-    checks: list[Check] = [
-        Check(not unknown, f"{key}.parts", f"names among {', '.join(names)}", ", ".join(unknown), "one of them"),
-        Check(len(entry.parts) >= least, f"{key}.parts", f"{least} scorers or more", entry.parts, "more names"),
-        Check(
-            len(set(entry.parts)) == len(entry.parts),
-            f"{key}.parts",
-            "different scorers",
-            entry.parts,
-            "each name once",
-        ),
-    ]
-    if entry.kind == "ensemble":
-        checks.append(Check(entry.std_coef >= 0, f"{key}.std_coef", "0 or more", entry.std_coef, "1.0 (the default)"))
-    else:
-        count = len(entry.parts)
-        checks.append(
-            Check(
-                len(entry.weights) == count, f"{key}.weights", f"{count} numbers, one a part", entry.weights, "as many"
-            )
-        )
-    return checks
 
 
 def is_loopback(host: str) -> bool:

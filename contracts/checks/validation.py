@@ -354,6 +354,34 @@ def service_checks(config: TandemConfig) -> list[Check]:
     return [*scorer_checks(service), *http_checks(service.http)]
 
 
+def validate_service(config: TandemConfig) -> None:
+    """As `validate`, of what the reward service reads when it runs alone.
+
+    Raises:
+        ConfigError: lists every conflict.
+    """
+    service = config.reward_service
+    alone = [
+        Check(
+            bool(config.proxy_model or config.gold_model or service.scorers),
+            "reward_service.scorers",
+            "set where neither proxy_model nor gold_model is",
+            service.scorers,
+            "for example proxy_model=CHECKPOINT",
+        ),
+        Check(
+            service.http.port is not None,
+            "reward_service.http.port",
+            "set where the service runs alone",
+            service.http.port,
+            "reward_service=http or reward_service.http.port=8000",
+        ),
+    ]
+    single = (*range_checks(config), *choice_checks(config))
+    read = [check for check in single if check.key.startswith(("reward_service.", "cluster."))]
+    raise_conflicts([*alone, *read, *service_checks(config)])
+
+
 def check_machine(
     config: TandemConfig, free_memory_gib: float, cpu_count: int, nodes: list[Resources] | None = None
 ) -> list[str]:

@@ -15,6 +15,7 @@ from contracts.config import TandemConfig
 from contracts.environments import is_import_path
 from contracts.methods import samples, sources_read
 from contracts.stages import checkpoint_keys
+from reward_service.resolve import content_of
 
 UNSEEN = ("scoring", "hidden")  # the keys of `unseen`
 MEMORY = "fingerprints.json"  # in cache_dir
@@ -30,10 +31,8 @@ def unseen(config: TandemConfig) -> dict[str, Any]:
     service, memory, contents = config.reward_service, Path(config.cache_dir) / MEMORY, dict[str, str]()
     for name, scorer in service.scorers.items():
         try:
-            if scorer.function:
-                contents[name] = source_digest(scorer.function)
-            elif scorer.path:
-                contents[name] = checkpoint_fingerprint(scorer.path, memory=memory)
+            if content := content_of(scorer, memory):
+                contents[name] = content
         except (ValueError, OSError) as error:
             raise ConfigError(f"reward_service.scorers.{name}: {error}") from None
     values = [asdict(config.environment), {name: asdict(scorer) for name, scorer in service.scorers.items()}]

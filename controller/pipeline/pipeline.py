@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from common.files.durable import replace_text
-from common.text.chat_template import load_tokenizer
+from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import TandemConfig
 from contracts.methods import results_needed, running_stages

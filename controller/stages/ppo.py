@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from contracts.config import TandemConfig
 from contracts.estimators import ESTIMATORS
 from contracts.methods import method_config, method_title
-from contracts.scorer_roles import ROLES, judges, scoring_models, starts_value_model
+from contracts.plugins import Kind
+from contracts.scorer_roles import ROLES, SCORER_KINDS, chosen_scorers, judges, scoring_models, starts_value_model
 from contracts.stages import Reading, Stage
 from controller.stages.sft import TEXTS
 
@@ -31,6 +32,11 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
         f"ppo.ptx_batch_size must be at most the number of usable examples in data.sft ({count}); found "
         f"{ppo.ptx_batch_size}; write ppo.ptx_batch_size={count} or less, or give more examples"
     ]
+
+
+def plugins(config: TandemConfig) -> list[tuple[Kind, str]]:
+    scorers = chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES))
+    return [(ESTIMATORS, config.ppo.estimator), *((SCORER_KINDS, entry.kind) for entry in scorers.values())]
 
 
 def inputs(context: "StageContext") -> dict[str, Any]:
@@ -157,7 +163,7 @@ STAGE = Stage(
     samples=True,
     resumes=True,
     task="ppo",
-    plugins=lambda config: [(ESTIMATORS, config.ppo.estimator)],
+    plugins=plugins,
     # Rule functions are run by name; vLLM finds the weight transfer by an entry point.
     code=(
         "actors/rollout_actor.py",

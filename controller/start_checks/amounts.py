@@ -6,15 +6,14 @@ from typing import Any
 from transformers import AutoConfig
 
 from common.error_text import error_lines
-from common.files.source_code import is_async
 from common.models.loading import LoadingError, refuse_adapter, refuse_quantised
-from contracts.checks.check import Check
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.methods import checkpoints_read, results_needed, running_stages
 from contracts.placement import needs
 from controller.data.inputs import Inputs
 from controller.start_checks.lengths import too_long
+from reward_service.scorer_kind import scorer_kind
 
 
 def check_model(config: TandemConfig) -> None:
@@ -43,7 +42,9 @@ def check_model(config: TandemConfig) -> None:
             reason = error_lines(error)[0][:200]
             exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
             problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
-    problems += _unusable_functions(config)
+    if needs(config)[0].count:
+        for name, entry in config.reward_service.scorers.items():
+            problems += scorer_kind(entry.kind).problems(f"reward_service.scorers.{name}", entry)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -58,19 +59,6 @@ def check_amounts(config: TandemConfig, data: Inputs) -> None:
     made = [stage for stage in reversed(running_stages(config)) if needed & stage.checkpoint_keys.keys()]
     if problems := [text for stage in made for text in stage.problems(config, data)]:
         raise ConfigError("\n".join(problems))
-
-
-def _unusable_functions(config: TandemConfig) -> list[str]:
-    """They are imported when the reward service starts, in a pipeline after SFT."""
-    problems = []
-    for name, entry in config.reward_service.scorers.items():
-        try:
-            if entry.kind == "function" and needs(config)[0].count and is_async(str(entry.function)):
-                key, rule = f"reward_service.scorers.{name}.function", "a plain function: nobody awaits what it returns"
-                problems.append(Check(False, key, rule, f"async def {entry.function}", "it without async").message)
-        except ValueError as error:
-            problems.append(f"reward_service.scorers.{name}: {error}")
-    return problems
 
 
 def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:

@@ -16,6 +16,7 @@ from contracts.estimators import chosen_estimator
 from contracts.methods import checkpoints_read, reads, results_needed, running_stages, runs
 from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, starts_value_model
 from contracts.stages import POLICY, REWARD_MODEL
+from reward_service.scorer_kind import scorer_kind
 
 
 def check_weights_and_code(config: TandemConfig) -> None:
@@ -66,7 +67,7 @@ def _scorers(config: TandemConfig) -> Iterator[tuple[str, str]]:
         return
     chosen = chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES, ""))
     for name, entry in config.reward_service.scorers.items():
-        if name in chosen and entry.kind == "model":
+        if name in chosen and scorer_kind(entry.kind).is_reward_model:
             yield f"reward_service.scorers.{name}.path", str(entry.path)
 
 

@@ -1,6 +1,7 @@
 """`python -m reward_service` as a user starts it: it serves, takes new tokens and checkpoints on SIGHUP, ends on SIGTERM."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from reward_service.__main__ import main
 from reward_service.http_client import HttpClient
 from tests.conftest import ROOT, SMOLLM
 from tests.integration.conftest import free_port
+from tests.unit.test_scorer_kinds import write_package
 
 FIRST, SECOND = "the-first-token-0123456789", "the-second-token-0123456789"
 TEXT = [{"text": "A warm, funny film"}]
@@ -90,6 +92,34 @@ def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpo
     assert psutil.wait_procs(children, timeout=30)[1] == []
     with pytest.raises(requests.ConnectionError):
         requests.get(url + "/healthz", timeout=5)
+
+
+def test_a_kind_of_another_package_is_served_and_replaced(tmp_path: Path) -> None:
+    """The example of docs/extending.md, without a file of ours that knows of it."""
+    module, port = write_package(tmp_path), free_port()
+    scorers = '{proxy: {kind: "my_package.keywords:MINE", options: {words: [warm, funny]}}}'
+    overrides = (f"model.path={SMOLLM}", f"reward_service.http.port={port}", f"+reward_service.scorers={scorers}")
+    process = subprocess.Popen(
+        command(*overrides), cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("serving proxy ("), line + (process.stderr.read() if process.stderr else "")
+        client = HttpClient(f"http://127.0.0.1:{port}", budget_s=30)
+        before = client.score([*TEXT, {"text": "A warm film"}, {"text": "A film"}])
+        assert [score.value for score in before] == [1.0, 0.5, 0.0]
+        assert client.models()[0]["kind"] == "my_package.keywords:MINE"
+        code = module.read_text()
+        module.write_text(code.replace("/ len(words)", ""))
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline().startswith("now serving proxy (")
+        after = client.score(TEXT)[0]
+        assert (after.value, after.version == before[0].version) == (2.0, False)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import requests
 from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig
 from reward_service.app import RewardService
 from reward_service.http_client import HttpClient
-from reward_service.scorer_kinds import ScorerError
+from reward_service.resolve import ScorerError
 from tests.conftest import SMOLLM
 from tests.integration.conftest import TOKEN, free_port, replicas
 

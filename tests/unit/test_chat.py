@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from actors.environment import TwoTurn
-from common.text.chat_template import load_tokenizer, render, with_date
+from common.text.chat_template import render
 from common.text.encoding import (
     DataError,
     LeftOut,
@@ -24,6 +24,7 @@ from common.text.encoding import (
     told_ids,
     turn_end_ids,
 )
+from common.text.tokenizers import load_tokenizer, with_date
 from contracts.config import ModelConfig
 from contracts.environments import EnvironmentFault
 

@@ -17,7 +17,7 @@ from contracts.plugins import source_file
 from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.stages import all_stages
 from controller.pipeline.store import code_of
-from reward_service.versions import function_version
+from reward_service.kinds.function import function_version
 
 STAGES = [stage.name for stage in all_stages() if stage.results]
 # By hand: what the numbers of each stage come out of, wherever it is imported from.

@@ -13,7 +13,7 @@ from common.text.encoding import item_of_messages, item_of_text
 from contracts.config import RewardServiceConfig, ScorerConfig
 from reward_service.model import RewardModel
 from reward_service.reading import chosen_read_at, make_reading
-from reward_service.scorer_kinds import resolve
+from reward_service.resolve import resolve
 
 IM_END, END_OF_TEXT, START = 2, 0, 1
 TURNS = [

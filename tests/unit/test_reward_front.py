@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from contracts.config import ScorerConfig
 from contracts.records import Score, ScoringItem
-from reward_service.front import Front, FrontLimits, ScorerSpec, UnknownScorer
+from reward_service.front import Front, FrontLimits, UnknownScorer
 from reward_service.replica_dispatcher import ReplicaDied, Unavailable
+from reward_service.scorer_kind import ScorerSpec
 from reward_service.service_metrics import Metrics
 
 POISON = 13
@@ -43,9 +45,12 @@ class Replicas:
         return await answer if isinstance(answer, Awaitable) else answer
 
 
-def spec(name: str, kind: str = "model", **values: Any) -> ScorerSpec:
+def spec(
+    name: str, kind: str = "model", weights: tuple[float, ...] = (), std_coef: float = 1.0, **values: Any
+) -> ScorerSpec:
+    entry = ScorerConfig(kind=kind, weights=list(weights), std_coef=std_coef)
     application = name if kind in ("model", "function") else None
-    return ScorerSpec(name, kind, f"{name}-v1", application, **values)
+    return ScorerSpec(name, entry, f"{name}-v1", application, **values)
 
 
 def front(answers: dict[str, Answer], *more: ScorerSpec, limits: FrontLimits = LIMITS) -> tuple[Front, Replicas]:
@@ -278,7 +283,7 @@ def test_an_item_that_was_scored_alone_is_no_suspect_any_more() -> None:
     deaths = iter([True])
     replicas.answers["m"] = lambda items: total(items) if not next(deaths, False) else _die()
     assert values(score(service, "m", [item(1), item(2)])) == [1.0, 2.0]
-    assert service._kills == {}
+    assert service._quarantine._kills == {}
 
 
 def _die() -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from contracts.config import ScorerConfig
 from contracts.records import Score
-from reward_service.functions import FunctionError, FunctionPool, Text
+from reward_service.kinds.function import FunctionError, FunctionPool, Text
 
 ROOT = Path(__file__).parents[2]
 RULES = """
@@ -225,7 +225,7 @@ def test_processes_end_with_a_replica_that_was_killed(rules: Path) -> None:
     code = f"""
 import psutil, time
 from contracts.config import ScorerConfig
-from reward_service.functions import FunctionPool
+from reward_service.kinds.function import FunctionPool
 pool = FunctionPool(ScorerConfig(kind="function", function={f"{rules}:odd"!r}, timeout_s=60))
 pool.submit([("", "hang", None)])
 time.sleep(0.2)

@@ -15,13 +15,14 @@ import httpx
 import pytest
 
 from common.text.encoding import item_of_messages, item_of_text
-from contracts.config import HttpConfig
+from contracts.config import HttpConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
 from reward_service.access import is_allowed, token_digests
 from reward_service.encoder import Encoder
-from reward_service.front import Front, FrontLimits, ScorerSpec
+from reward_service.front import Front, FrontLimits
 from reward_service.http import HttpService
 from reward_service.replica_dispatcher import ReplicaDied
+from reward_service.scorer_kind import ScorerSpec
 from reward_service.service_metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -48,9 +49,9 @@ class Server:
         self.items: list[ScoringItem] = []
         self.answer = answer
         scorers = {
-            "proxy": ScorerSpec("proxy", "model", "aaaa", "a", max_tokens=64, source="/models/proxy"),
-            "rule": ScorerSpec("rule", "function", "bbbb", "b"),
-            "both": ScorerSpec("both", "ensemble", "cccc", parts=("proxy", "rule"), std_coef=1.0),
+            "proxy": ScorerSpec("proxy", ScorerConfig(), "aaaa", "a", max_tokens=64, source="/models/proxy"),
+            "rule": ScorerSpec("rule", ScorerConfig(kind="function"), "bbbb", "b"),
+            "both": ScorerSpec("both", ScorerConfig(kind="ensemble"), "cccc", parts=("proxy", "rule")),
         }
         self.front = Front(scorers, limits or FrontLimits(1000, 0, 5.0), self._call, Metrics())
         self.service = HttpService(self.front, encoder, HttpConfig(port=8000, **http), self._ready)

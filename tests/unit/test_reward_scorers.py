@@ -13,10 +13,11 @@ from contracts.records import Score
 from contracts.scorer_roles import chosen_scorers
 from contracts.scoring import write_golden
 from controller.start_checks.model_checks import check_weights_and_code
-from reward_service import composite
-from reward_service.golden import check_golden
-from reward_service.scorer_kinds import ScorerError, resolve
-from reward_service.versions import function_version, model_version
+from reward_service.kinds.function import function_version
+from reward_service.kinds.model import model_version
+from reward_service.model import check_golden
+from reward_service.resolve import ScorerError, resolve
+from reward_service.scorer_kind import scorer_kind
 from tests.conftest import make_config
 
 CONFIG = RewardServiceConfig()
@@ -29,17 +30,25 @@ def function(name: str, **values: object) -> ScorerConfig:
 # ---- composites
 
 
+def weighted_sum(parts: dict[str, list[Score]], weights: list[float]) -> list[Score]:
+    return scorer_kind("weighted_sum").combine(ScorerConfig(weights=weights), parts)
+
+
+def ensemble(parts: dict[str, list[Score]], std_coef: float) -> list[Score]:
+    return scorer_kind("ensemble").combine(ScorerConfig(std_coef=std_coef), parts)
+
+
 def scored(*values: float) -> list[Score]:
     return [Score(v) for v in values]
 
 
 def test_weighted_sum() -> None:
-    result = composite.weighted_sum({"a": scored(1, 2), "b": scored(10, -20)}, [1.0, 0.1])
+    result = weighted_sum({"a": scored(1, 2), "b": scored(10, -20)}, [1.0, 0.1])
     assert [s.value for s in result] == [2.0, 0.0]
 
 
 def test_ensemble_is_the_mean_less_k_standard_deviations() -> None:
-    result = composite.ensemble({"a": scored(1, 3), "b": scored(3, 3), "c": scored(5, 3)}, std_coef=0.5)
+    result = ensemble({"a": scored(1, 3), "b": scored(3, 3), "c": scored(5, 3)}, std_coef=0.5)
     std = math.sqrt(8 / 3)  # of 1, 3, 5
     assert [s.value for s in result] == pytest.approx([3 - 0.5 * std, 3.0])
     assert [s.spread for s in result] == pytest.approx([std, 0.0])
@@ -47,18 +56,18 @@ def test_ensemble_is_the_mean_less_k_standard_deviations() -> None:
 
 def test_a_final_error_of_a_part_comes_before_one_that_a_retry_may_heal() -> None:
     parts = {"a": [Score(None, "timeout: late")], "b": [Score(None, "poison")], "c": scored(1)}
-    assert composite.ensemble(parts, 1.0)[0].error == "poison: b"
-    assert composite.weighted_sum({"a": parts["a"], "c": parts["c"]}, [1, 1])[0].error == "timeout: a: late"
+    assert ensemble(parts, 1.0)[0].error == "poison: b"
+    assert weighted_sum({"a": parts["a"], "c": parts["c"]}, [1, 1])[0].error == "timeout: a: late"
 
 
 @pytest.mark.parametrize("values", [(1e200, -1e200), (1.7e308, 1.7e308), (1e160, 3.0)])
 def test_parts_too_large_to_combine_cost_their_own_item(values: tuple[float, float]) -> None:
     """Squares and sums overflow: as an error of Python's, or as infinity."""
     parts = {"a": scored(values[0], 1), "b": scored(values[1], 3)}
-    found = composite.ensemble(parts, 1.0)
+    found = ensemble(parts, 1.0)
     assert [(s.value, s.error) for s in found] == [(None, "non_finite"), (1.0, None)]
     assert found[0].spread is None
-    found = composite.weighted_sum(parts, [1e200, 1e200])
+    found = weighted_sum(parts, [1e200, 1e200])
     assert (found[0].value, found[0].error) == (None, "non_finite")
     assert found[1].value == pytest.approx(4e200)
 

@@ -16,8 +16,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from common.models.positions import positions
 from contracts.checks.overrides import closest
 from contracts.checks.ranges import CHOICES, RANGES
-from contracts.checks.service_validation import validate_service
-from contracts.checks.validation import ConfigError, check_machine, validate
+from contracts.checks.validation import ConfigError, check_machine, validate, validate_service
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.records import Example, RatedExample
 from contracts.stages import method_titles

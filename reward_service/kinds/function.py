@@ -8,26 +8,88 @@ It is given `prompts`, `completions` and `labels` as far as it names them. It is
 it is `async`: nobody awaits what it returns.
 """
 
+import asyncio
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
 import time
-from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from contracts.config import ScorerConfig
-from contracts.records import Score
-from reward_service.isolate import Failed, isolate
+from common.files.source_code import is_async, source_digest
+from contracts.checks.check import Check
+from contracts.config import RewardServiceConfig, ScorerConfig
+from contracts.records import Score, ScoringItem
+from reward_service.isolate import KILLS, Failed, Quarantine, isolate
+from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, Text, text_reader, version_of
 
 START_S = 60.0
-KILLS = 2  # processes that an item may take down before nobody tries it again
-REMEMBERED_ITEMS = 10_000
 
-Text = tuple[str, str, str | None]  # prompt, completion, label
+
+class Function(ScorerKind):
+    def checks(self, key: str, entry: ScorerConfig, service: RewardServiceConfig) -> list[Check]:
+        form, found = "package.module:name or path/file.py:name", entry.function
+        return [
+            Check(bool(re.fullmatch(r".+:\w+", found or "")), f"{key}.function", form, found, "rules.py:f"),
+            Check(
+                0 < entry.timeout_s < service.deadline_s,
+                f"{key}.timeout_s",
+                f"above 0 and below reward_service.deadline_s ({service.deadline_s})",
+                entry.timeout_s,
+                "for example 5.0 (the default)",
+            ),
+            *(
+                Check(getattr(entry, name) >= 1, f"{key}.{name}", "at least 1", getattr(entry, name), "1 (the default)")
+                for name in ("processes", "batch_size")
+            ),
+            Check(
+                entry.memory_gib > 0, f"{key}.memory_gib", "above 0", entry.memory_gib, "for example 2.0 (the default)"
+            ),
+        ]
+
+    def problems(self, key: str, entry: ScorerConfig) -> list[str]:
+        """It is imported when the reward service starts, in a pipeline after SFT."""
+        try:
+            rule, found = "a plain function: nobody awaits what it returns", f"async def {entry.function}"
+            check = Check(not is_async(str(entry.function)), f"{key}.function", rule, found, "it without async")
+        except ValueError as error:
+            return [f"{key}: {error}"]
+        return [] if check.holds else [check.message]
+
+    def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
+        return source_digest(entry.function) if entry.function else ""
+
+    def spec(self, name: str, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str | None) -> ScorerSpec:
+        # What is in one call waits for the slowest of it: a function that may hang is called as the pool calls it.
+        calls, source = entry.processes * service.replicas, entry.function or ""
+        version = function_version(source)
+        return ScorerSpec(name, entry, version, calls=calls, call_items=entry.batch_size, source=source)
+
+    def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
+        return FunctionScorer(entry, tokenizer)
+
+
+def function_version(function: str) -> str:
+    """Covers its name, its source file and what that imports from beside it. Raises ValueError without such a source."""
+    return version_of(source_digest(function))
+
+
+class FunctionScorer(Scorer):
+    """The pool of a rule function, which sees texts."""
+
+    def __init__(self, entry: ScorerConfig, tokenizer: str):
+        self._texts = text_reader(tokenizer)
+        self._pool = FunctionPool(entry)
+
+    async def score(self, items: list[ScoringItem], deadline_s: float) -> list[Score]:
+        futures = self._pool.submit(self._texts(items))
+        answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        return [score for answer in answers for score in answer]
 
 
 class FunctionError(RuntimeError):
@@ -121,7 +183,7 @@ class FunctionPool:
     def __init__(self, entry: ScorerConfig):
         self._entry = entry
         self._idle: Queue[FunctionProcess] = Queue()
-        self._kills: OrderedDict[Text, int] = OrderedDict()
+        self._quarantine: Quarantine[Text] = Quarantine()
         # A process ends with the thread that started it (function_worker.py), so these threads start them all.
         self._threads = ThreadPoolExecutor(entry.processes)
         for process in self._threads.map(FunctionProcess, [entry] * entry.processes):
@@ -140,18 +202,19 @@ class FunctionPool:
             self._idle.put(process)
 
     def _call(self, process: FunctionProcess, texts: list[Text]) -> list[float]:
-        if any(self._kills.get(text, 0) >= KILLS for text in texts):
+        if any(text in self._quarantine for text in texts):
             raise Failed(f"poison: {KILLS} processes of the function had to be ended")
         try:
             return process(texts)
         except Failed as fault:
             if fault.is_kill and len(texts) == 1:
-                self._kills[texts[0]] = self._kills.get(texts[0], 0) + 1
-                while len(self._kills) > REMEMBERED_ITEMS:
-                    self._kills.popitem(last=False)
+                self._quarantine.count(texts[0])
             raise
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
             self._idle.get().end()
+
+
+KIND = Function()

@@ -1,0 +1,65 @@
+"""Tokenizers of checkpoints: how each is loaded, and its vocabulary and texts where the file of a fast one is enough."""
+
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from contracts.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+def hub_options(model: ModelConfig) -> dict[str, Any]:
+    """What every loader of transformers is told of the model of a run."""
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def with_date(tokenizer: "Tokenizer", day: str) -> "Tokenizer":
+    """Let the tokenizer's chat template write `day` (ISO 8601) for today, also once it has been saved and loaded again."""
+    date.fromisoformat(day)
+    tokenizer.init_kwargs["template_date"] = day
+    return tokenizer
+
+
+def load_tokenizer(path: str, model: ModelConfig) -> "Tokenizer":
+    """The tokenizer of a checkpoint as the configuration of its model has it loaded."""
+    from transformers import AutoTokenizer
+
+    return with_date(AutoTokenizer.from_pretrained(path, **hub_options(model)), model.template_date)
+
+
+def local_checkpoint(path: str) -> Path:
+    """The directory of a checkpoint: itself, or where the hub's cache keeps it."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path))
+
+
+def _fast(path: str) -> Any:
+    """None where the checkpoint has no `tokenizer.json`."""
+    file = local_checkpoint(path) / "tokenizer.json"
+    if not file.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file))
+
+
+def vocabulary(path: str) -> dict[str, int] | None:
+    """Token -> id of a checkpoint's tokenizer, added tokens included; None where it has no `tokenizer.json`."""
+    fast = _fast(path)
+    return fast.get_vocab(with_added_tokens=True) if fast else None
+
+
+def load_decoder(path: str) -> Callable[[Sequence[int]], str]:
+    """Token ids to text, control tokens shown, by the tokenizer of a checkpoint. A fast tokenizer needs no torch for it."""
+    tokenizer = _fast(path)
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
