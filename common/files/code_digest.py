@@ -11,7 +11,7 @@ from common.files.source_code import PACKAGES, TANDEM, imported_files, installed
 MAKERS = ("train.py", *PACKAGES)
 READERS = ("controller/report", "controller/alarms", "controller/study")  # they look at results and make none
 # Beside them what shows a stage and what is in its inputs: the configuration's values, the examples that were read.
-NO_PART = (*READERS, "controller/stages/evaluate", "controller/record", "contracts/config")
+NO_PART = (*READERS, "controller/stages/evaluate", "controller/record", "contracts/config", "contracts/metrics")
 # What a stage's result comes from, with all that these import. Rule functions are run by name; vLLM finds the weight
 # transfer by an entry point.
 OFFLINE = "controller/stages/offline.py"
