@@ -3,6 +3,7 @@
 `python -m contracts.catalogue > docs/metrics.md` writes it for people.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from contracts.estimators import ESTIMATORS
@@ -29,9 +30,9 @@ def catalogue(*estimators: Any) -> dict[str, Metric]:
     return {metric.name: metric for metric in metrics}
 
 
-def charted(panel: str) -> list[str]:
+def charted(panel: str, metrics: Mapping[str, Metric]) -> list[str]:
     """Names of the metrics of a panel that have a chart of their own."""
-    return [metric.name for metric in catalogue().values() if metric.panel == panel and metric.title]
+    return [name for name, metric in metrics.items() if metric.panel == panel and metric.title]
 
 
 def page() -> str:

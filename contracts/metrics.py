@@ -11,22 +11,27 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+ESTIMATOR = "Estimators: what does each have of its own?"
+
 
 @dataclass(frozen=True)
 class Metric:
     name: str
     unit: str
-    meaning: str
+    meaning: str  # sentences
     better: str  # "up" | "down" | "neither"
-    panel: str  # the table of docs/metrics.md, and the section of wandb's workspace
-    title: str = ""  # of a chart of it alone; empty: no page has one
+    panel: str = ESTIMATOR  # the table of docs/metrics.md, and the section of wandb's workspace
+    title: str = ""  # of a chart of it alone; empty: it has none
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z_]+/[a-z_0-9<>]+", self.name) or self.better not in ("up", "down", "neither"):
+            raise ValueError(f"a metric is named group/name, and better is up, down or neither; found {self}")
 
 
 REWARD = "Reward: does it improve?"
 DRIFT = "Drift: how far from the reference?"
 POLICY = "Policy"
 VALUE = "Value model"
-ESTIMATOR = "Estimators: what does each have of its own?"
 TEXT = "Text: what does it write?"
 ASYNC = "Asynchrony: how old is what trains?"
 TIME = "Time: where does it go?"
@@ -207,7 +212,8 @@ CORE = (
         "Quarantined"),
     Metric("fault/learner_restarts", "restarts so far", "Restarts of the learner.", "down", FAULTS),
     Metric("fault/commits_failed", "commits so far", "Commits that failed.", "down", FAULTS),
-    Metric("fault/wandb", "faults so far", "Faults of wandb: its copy of the run has gaps.", "down", FAULTS),
+    Metric("fault/<tracker>", "faults so far", "Faults of a tracker, as `fault/wandb`: its copy of the run has gaps.",
+        "down", FAULTS),
 
     Metric("sft/loss", "nats a token", "Loss of a batch, on the tokens that train.", "down", OFFLINE, "Training loss"),
     Metric("sft/eval_loss", "nats a token", "The same on held-out texts, before the first and after the last step.",
@@ -247,5 +253,5 @@ def declared(name: str, metrics: Mapping[str, Metric]) -> Metric | None:
     """The declaration of a metric, by its name or by a name of which a part varies."""
     if name in metrics:
         return metrics[name]
-    families = (metric for pattern, metric in metrics.items() if "<" in pattern)
+    families = (metric for metric in metrics.values() if "<" in metric.name)
     return next((metric for metric in families if re.fullmatch(re.sub("<.*?>", r"\\w+", metric.name), name)), None)

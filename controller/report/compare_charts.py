@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from contracts.catalogue import catalogue
 from controller.record.number_text import bounds, compact
 from controller.record.reader import number
 from controller.report import svg
-from controller.report.curves import described, room
+from controller.report.curves import room
 from controller.report.markup import absent, esc, section
 from controller.report.members import Member
 from controller.report.svg import Scale, Series, line_chart
@@ -178,8 +179,8 @@ def curves(members: Sequence[Member]) -> str:
     for metric in CURVES:
         series = [Series(f"{place + 1}", colour(place), member.run.curve("ppo", metric)) for place, member in shown]
         if any(s.curve for s in series):
-            title, unit, _ = described(metric)
-            charts.append(line_chart(title, series, unit=unit, keys=False))
+            declaration = catalogue()[metric]
+            charts.append(line_chart(declaration.title, series, unit=declaration.unit, keys=False))
     intro = "One line a member, by its place in the table."
     if len(members) > MOST_LINES:
         intro += f" The best {MOST_LINES} of {len(members)}."

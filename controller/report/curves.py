@@ -1,9 +1,10 @@
 """Everything drawn over versions or steps: the PPO small multiples, the frontier, the losses of SFT and reward models."""
 
 import math
+from collections.abc import Mapping
 
 from contracts.catalogue import catalogue, charted
-from contracts.metrics import ESTIMATOR
+from contracts.metrics import ESTIMATOR, Metric
 from controller.alarms.limits import limits_of
 from controller.record.evaluation import judged_model, judged_name, judged_title
 from controller.record.number_text import bounds, compact
@@ -43,19 +44,20 @@ PPO_CHARTS: tuple[Chart, ...] = (
 )
 
 
-def described(chart: Chart) -> tuple[str, str, tuple[Line, ...]]:
+def described(chart: Chart, metrics: Mapping[str, Metric]) -> tuple[str, str, tuple[Line, ...]]:
     """Title, unit and lines of a chart."""
-    if isinstance(chart, str):
-        metric = catalogue()[chart]
-        return metric.title, metric.unit, ((metric.title, "plain", chart),)
-    title, lines = chart
-    return title, catalogue()[lines[0][2]].unit, lines
+    title, lines = (
+        (metrics[chart].title, ((metrics[chart].title, "plain", chart),)) if isinstance(chart, str) else chart
+    )
+    return title, metrics[lines[0][2]].unit, lines
 
 
 def ppo_curves(run: Run) -> str:
+    metrics = catalogue()
     charts, constant, longest = [], [], 0
     heading = f"{run.loop_title}, version by version"
-    for title, unit, lines in map(described, [*PPO_CHARTS, *charted(ESTIMATOR)]):
+    for chart in (*PPO_CHARTS, *charted(ESTIMATOR, metrics)):
+        title, unit, lines = described(chart, metrics)
         series = [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines]
         series = [s for s in series if s.curve]
         if not series:
@@ -246,7 +248,7 @@ def training_losses(run: Run) -> str:
     for metric in ("reward_model/loss", "reward_model/accuracy"):
         series = [Series(m.partition("/")[2], colours.get(m, "plain"), run.curve(m, metric)) for m in models]
         if any(s.curve for s in series):
-            title, unit, _ = described(metric)
+            title, unit, _ = described(metric, catalogue())
             charts.append(line_chart(title, series, unit=f"{unit}, reward models", x_label="step"))
     charts += _method_charts(run)
     notes = [
@@ -278,7 +280,7 @@ METHOD_CHARTS: tuple[tuple[str, Chart], ...] = (
 def _method_charts(run: Run) -> list[str]:
     charts = []
     for stage, chart in METHOD_CHARTS:
-        title, unit, lines = described(chart)
+        title, unit, lines = described(chart, catalogue())
         series = [Series(name, css, run.curve(stage, metric)) for name, css, metric in lines]
         if any(s.curve for s in series):
             charts.append(line_chart(title, series, unit=unit, x_label="step"))

@@ -1,6 +1,7 @@
 """How rollouts flowed: how old they were when they trained, what became of each, and which faults were tolerated."""
 
 from contracts.catalogue import catalogue
+from contracts.metrics import declared
 from controller.record.number_text import count, num
 from controller.record.reader import Run, number
 from controller.report.curves import Chart, described
@@ -34,7 +35,7 @@ def rollouts(run: Run) -> str:
     if number(run.setting("ppo.max_staleness")) or any(v for _, v in run.curve("ppo", "staleness/max")):
         charts = [
             line_chart(title, [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines], unit=unit)
-            for title, unit, lines in map(described, CHARTS)
+            for title, unit, lines in (described(chart, catalogue()) for chart in CHARTS)
         ]
         body = f'<div class="charts">{"".join(charts)}</div>{body}'
         bound = number(run.setting("ppo.max_staleness"))
@@ -62,5 +63,6 @@ def _faults(run: Run) -> str:
 
 
 def _meaning(name: str) -> str:
-    text = catalogue()[name].meaning
-    return esc(text[0].lower() + text[1:].removesuffix("."))
+    metric = declared(name, catalogue())
+    text = metric.meaning if metric else ""
+    return esc(text[:1].lower() + text[1:].removesuffix("."))

@@ -82,7 +82,7 @@ RESULTS = ("evaluate/kl", "evaluate/gold_gain", "evaluate/objective")
 def charts(panel: str, listed: tuple[Chart, ...]) -> list[tuple[str, tuple[str, ...]]]:
     """(title, metrics) of the charts of a section."""
     metrics, result = catalogue(), []
-    for chart in listed or charted(panel):
+    for chart in listed or charted(panel, metrics):
         if isinstance(chart, str):
             alarms = "".join(f"; alarm {limit:g}" for limit, _ in limits_of(chart))
             chart = f"{metrics[chart].title} ({metrics[chart].unit}{alarms})", (chart,)

@@ -17,6 +17,8 @@ from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
 from controller.record.run_log import LOGS, RunLog
 from controller.stages.store import UNSEEN, StageStore, environment_source, unseen
 
+pytestmark = pytest.mark.usefixtures("made_up_metrics")
+
 INPUTS: dict[str, Any] = {"seed": 1, "sft": SFTConfig(), "data": "abc"}
 
 
