@@ -78,9 +78,9 @@ CORE = (
     Metric("kl/mismatch_logp_max", "nats", "The largest one.", "down", DRIFT, "Largest single difference of log p"),
 
     Metric("policy/approx_kl", "nats a token", "KL of the policy from itself before the update (k3), mean over the "
-        "optimizer steps, each before it is taken: 0 at the first.", "neither", POLICY, "Change in one update"),
+        "optimizer steps, each before it is taken: about 0 at the first.", "neither", POLICY, "Change in one update"),
     Metric("policy/clipfrac", "share of tokens", "Tokens whose loss PPO's clip decides, so that they give no "
-        "gradient; mean over the steps.", "down", POLICY, "Clipped tokens"),
+        "gradient; mean over the steps. Not by likelihood.", "down", POLICY, "Clipped tokens"),
     Metric("policy/ratio_mean", "ratio", "Probability of a token now over that before the update; mean over the "
         "steps.", "neither", POLICY),
     Metric("policy/ratio_max", "ratio", "The largest such ratio of any token at any step.", "neither", POLICY,
@@ -88,7 +88,8 @@ CORE = (
     Metric("policy/entropy", "nats a token", "Entropy of the distribution that a token is sampled from, before the "
         "update, at the sampling temperature.", "neither", POLICY, "Entropy"),
     Metric("policy/loss", "advantage a token", "The policy's loss without its KL term, weights of tokens included; "
-        "mean over the steps. It says little of progress.", "neither", POLICY, "Loss of the policy"),
+        "mean over the steps. By likelihood in nats. It says little of progress.", "neither", POLICY,
+        "Loss of the policy"),
     Metric("policy/kl_loss", "nats a token", "The KL term of the loss before its coefficient (k2 or k3); mean over "
         "the steps. Only where the penalty is part of the loss.", "down", POLICY),
     Metric("policy/ptx_loss", "nats a token", "The text loss beside it (`ppo.ptx_coef`), before its coefficient; mean "
@@ -136,13 +137,13 @@ CORE = (
         "Distinct bigrams"),
     Metric("completion/repeat_frac", "share of 4-grams", "4-grams that occurred in the same completion before; mean "
         "over completions.", "down", TEXT, "Repetition"),
-    Metric("completion/turns_mean", "turns", "Turns of a conversation. Only where an environment answers.", "neither",
-        TEXT),
+    Metric("completion/turns_mean", "turns", "Turns of a conversation, mean. Only where an environment answers.",
+        "neither", TEXT),
     Metric("completion/observation_frac", "share of tokens", "Tokens after the prompt that the environment wrote. "
         "Only where it answers.", "neither", TEXT),
 
-    Metric("staleness/mean", "updates", "Staleness of the rollouts that trained: updates between the oldest token of "
-        "a rollout group and its training.", "down", ASYNC),
+    Metric("staleness/mean", "updates", "Staleness of the update's rollouts: updates between the oldest token of a "
+        "rollout group and its training.", "down", ASYNC),
     Metric("staleness/max", "updates", "The largest one; never above `ppo.max_staleness`.", "down", ASYNC),
     Metric("staleness/share_<n>", "share of rollouts", "Rollouts of staleness n.", "neither", ASYNC),
     Metric("staleness/token_mean", "updates", "Mean staleness of the single tokens.", "down", ASYNC),
@@ -179,7 +180,8 @@ CORE = (
     Metric("perf/score_s", SECONDS, "The longest time that an actor spent on answers of the reward service, since the "
         "update before.", "down", TIME),
     Metric("perf/gen_tokens_per_s", "tokens/s", "Tokens that all actors sampled, over `perf/generate_s`.", "up", TIME),
-    Metric("perf/train_s", SECONDS, "The learner's part: all passes and optimizer steps.", "down", TIME),
+    Metric("perf/train_s", SECONDS, "The learner's part: all passes and optimizer steps, until the last rank is done.",
+        "down", TIME),
     Metric("perf/train_tokens_per_s", "tokens/s", "Tokens of prompts and completions that trained, over "
         "`perf/train_s`; in the stages that train on data alone, of the texts of a step.", "up", TIME),
     Metric("perf/reference_s", SECONDS, "On rank 0, of `perf/train_s`: forward passes of the reference.", "down",
@@ -189,8 +191,7 @@ CORE = (
     Metric("perf/value_forward_s", SECONDS, "Forward passes of the value model.", "down", TIME),
     Metric("perf/value_backward_s", SECONDS, "Its loss and backward passes.", "down", TIME),
     Metric("perf/ptx_s", SECONDS, "The text loss, both passes.", "down", TIME),
-    Metric("perf/optimizer_s", SECONDS, "Optimizer steps, the exchange of gradients and a wait for a commit's writer "
-        "included.", "down", TIME),
+    Metric("perf/optimizer_s", SECONDS, "Optimizer steps, a wait for the writer of a commit included.", "down", TIME),
     Metric("perf/drain_s", SECONDS, "Wait for the actors to finish what they hold (`ppo.weight_update=drain`).",
         "down", TIME),
     Metric("perf/sync_s", SECONDS, "Transfer of the new weights to all actors, as the driver sees it.", "down", TIME),
@@ -205,7 +206,8 @@ CORE = (
     Metric("fault/actors_silent", "actors so far", "Those among them that were there and did nothing.", "down",
         FAULTS),
     Metric("fault/actors_without_update", "actors", "Actors that new weights did not reach.", "down", FAULTS),
-    Metric("fault/rollouts_hedged", "rollouts so far", "Rollouts given to a second actor.", "down", FAULTS),
+    Metric("fault/rollouts_hedged", "rollouts so far", "Rollouts given to a second actor: as `ledger/hedged`.", "down",
+        FAULTS),
     Metric("fault/unscored", "rollouts", "Rollouts without a score.", "down", FAULTS),
     Metric("fault/no_sibling", "rollouts", "Rollouts without a scored sibling.", "down", FAULTS),
     Metric("ledger/quarantined", "rollouts so far", "Set aside with its reason: no sibling, no score.", "down", FAULTS,
@@ -215,7 +217,8 @@ CORE = (
     Metric("fault/<tracker>", "faults so far", "Faults of a tracker, as `fault/wandb`: its copy of the run has gaps.",
         "down", FAULTS),
 
-    Metric("sft/loss", "nats a token", "Loss of a batch, on the tokens that train.", "down", OFFLINE, "Training loss"),
+    Metric("sft/loss", "nats a token", "Loss of a batch, on the tokens that train; in stage filtered_sft too.", "down",
+        OFFLINE, "Training loss"),
     Metric("sft/eval_loss", "nats a token", "The same on held-out texts, before the first and after the last step.",
         "down", OFFLINE, "Held-out loss"),
     Metric("sft/grad_norm", "L2 norm before clipping", "Gradient of the step.", "neither", OFFLINE),

@@ -22,9 +22,8 @@ def models_of(run: Run) -> list[tuple[str, str, str]]:
 
 
 Line = tuple[str, str, str]  # name, colour class, metric
-Chart = (
-    str | tuple[str, tuple[Line, ...]]
-)  # a metric alone, with the title of the catalogue; several, with one of their own
+# A metric alone, with its own title and unit; several, with a title for all.
+Chart = str | tuple[str, tuple[Line, ...]]
 
 # Each drawn where a run has it: not every estimator has all. Behind them come those that estimators have of their own.
 PPO_CHARTS: tuple[Chart, ...] = (
@@ -46,9 +45,9 @@ PPO_CHARTS: tuple[Chart, ...] = (
 
 def described(chart: Chart, metrics: Mapping[str, Metric]) -> tuple[str, str, tuple[Line, ...]]:
     """Title, unit and lines of a chart."""
-    title, lines = (
-        (metrics[chart].title, ((metrics[chart].title, "plain", chart),)) if isinstance(chart, str) else chart
-    )
+    if isinstance(chart, str):
+        chart = metrics[chart].title, ((metrics[chart].title, "plain", chart),)
+    title, lines = chart
     return title, metrics[lines[0][2]].unit, lines
 
 
