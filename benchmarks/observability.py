@@ -18,6 +18,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from contracts.catalogue import catalogue
 from contracts.config import LoggerConfig
 from controller.record.run_log import RunLog
 
@@ -38,7 +39,8 @@ def row(version: int) -> dict[str, float]:
     named |= {"reward/score_mean": version / 100, "reward/gold_mean": version / 120, "reward/score_std": 1.0}
     named |= {"policy/entropy": 2.0, "completion/len_mean": 30.0, "perf/step_s": 14.0, "perf/sync_s": 0.3}
     named |= {"progress/version": float(version), "ledger/trained": 64.0 * version}
-    return named | {f"perf/other_{i}": float(i) for i in range(METRICS - len(named))}
+    others = [name for name in catalogue() if name not in named]
+    return named | dict.fromkeys(others[: METRICS - len(named)], 1.0)
 
 
 SAMPLES = [{"stage": "ppo", "step": 1, "prompt": "p" * 40, "completion": "c" * 160, "proxy": 0.5, "eos": True}] * 4

@@ -3,9 +3,10 @@ One module each in learner/estimators; of others by import path, as `ppo.estimat
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from contracts.config import OffPolicyConfig, PPOConfig
+from contracts.metrics import Metric
 from contracts.plugins import Kind, UnknownPlugin, find
 
 if TYPE_CHECKING:
@@ -15,14 +16,6 @@ KL_PLACES = ("none", "reward", "k2", "k3")
 AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 LOSSES = ("clipped", "likelihood")
 ESTIMATORS = Kind("estimator", "learner.estimators", "ESTIMATOR")
-
-
-class Metric(NamedTuple):
-    name: str
-    unit: str
-    meaning: str
-    better: str | None  # "higher", "lower"; None where neither is
-    panel: str  # the title of its chart
 
 
 @dataclass(frozen=True)

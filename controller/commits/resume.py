@@ -24,6 +24,7 @@ from common.files.durable import replace_text
 from contracts.checks.overrides import quoted
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
+from contracts.estimators import chosen_estimator
 from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, Commit
 from controller.record.redaction import redacted, redacted_override
@@ -129,7 +130,8 @@ def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:
     """Write the resolved configuration into the run directory, open the log."""
     plain = redacted(asdict(config))
     directory.write_config(plain)
-    return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt)
+    estimators = [chosen_estimator(config.ppo)]
+    return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt, estimators=estimators)
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -18,14 +18,16 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from common.error_text import typed_line
 from common.files.durable import replace_text
+from contracts.catalogue import catalogue
 from contracts.config import LoggerConfig
+from contracts.metrics import declared
 from controller.record.redaction import redacted
 from controller.record.wandb_tracker import WandbSink
 
@@ -43,6 +45,8 @@ class RunLog:
     A resumed run appends to the same files; its `wall_s` starts at zero again, which tells readers where it resumed.
     """
 
+    is_strict = False  # whether a metric without a declaration is an error: so in Tandem's own tests
+
     def __init__(
         self,
         run_dir: str | Path,
@@ -52,12 +56,15 @@ class RunLog:
         *,
         attempt: int = 1,
         clock: Callable[[], float] = time.monotonic,
+        estimators: Iterable[Any] = (),
     ) -> None:
-        """`attempt` counts the starts of one run; each is a wandb run of its own, grouped by the run."""
+        """`attempt` counts the starts of one run; each is a wandb run of its own, grouped by the run. `estimators` are those
+        of others than Tandem, whose metrics are declared beside themselves."""
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.wandb_faults = 0
         self.wandb_id: str | None = None
+        self._declared, self._undeclared = catalogue(*estimators), set[str]()
         self._clock, self._created = clock, clock()
         self._files = {name: _open(self.run_dir / name) for name in LOGS}
         self._counts = {name: Counter(map(_stage_of, self._lines(name))) for name in LOGS}  # lines by stage
@@ -70,6 +77,7 @@ class RunLog:
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append one line. What is not finite is written as null: the line stays JSON and the gap stays visible."""
+        self._check_names(metrics)
         values = {name: _finite(value) for name, value in metrics.items()}
         row = {"stage": stage, "step": step, "wall_s": self._wall_s(), **values}
         self._write("metrics.jsonl", row)
@@ -78,6 +86,15 @@ class RunLog:
         for observe in self._observers:
             observe(row)
         self._flush_faults()
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        """A metric that nobody has declared is said once: that a plugin forgot it must not end a run."""
+        new = [name for name in names if name not in self._undeclared and not declared(name, self._declared)]
+        if new and self.is_strict:
+            raise ValueError(f"metrics without a declaration: {', '.join(new)}; see contracts/metrics.py")
+        if new:
+            self._undeclared.update(new)
+            print(f"WARNING: metrics without a declaration: {', '.join(new)}; see docs/metrics.md", file=sys.stderr)
 
     def observe(self, observer: Callable[[dict[str, Any]], None]) -> None:
         """Let `observer` see each line of metrics.jsonl from now on."""

@@ -143,8 +143,7 @@ class Progress:
 def format_update(metrics: Mapping[str, float | None], eta_s: float | None = None) -> str:
     """One line for one policy version; what is missing is left out.
 
-    `progress/version` (or `step`) is the version, `reward/score_gain` the score minus that of the first version. The
-    other names are those of the metric catalogue.
+    The names are those of docs/metrics.md; `step` stands for `progress/version` where that is missing.
     """
     parts = []
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from contracts.catalogue import catalogue
 from controller.record.number_text import bounds, compact
 from controller.record.reader import number
 from controller.report import svg
@@ -15,13 +16,8 @@ from controller.report.svg import Scale, Series, line_chart
 TRAIL = 7  # versions in the moving mean of a trail; single ones make a knot of several members
 MOST_LINES = 8  # members whose curves are drawn: the best; more cannot be told apart
 CURVES = (
-    ("Gold score", "score", "reward/gold_mean"),
-    ("Learned score", "score", "reward/score_mean"),
-    ("KL from reference", "nats a sequence", "kl/ref_seq"),
-    ("Length", "tokens", "completion/len_mean"),
-    ("Ends with EOS", "share of completions", "completion/eos_frac"),
-    ("Entropy", "nats a token", "policy/entropy"),
-)
+    "reward/gold_mean", "reward/score_mean", "kl/ref_seq", "completion/len_mean", "completion/eos_frac", "policy/entropy",
+)  # fmt: skip
 Axis = tuple[str, list[float | None], list[tuple[float, str]]]  # title, place of each member in [0, 1], tick marks
 
 
@@ -180,10 +176,11 @@ def curves(members: Sequence[Member]) -> str:
         f'<span><i class="swatch {colour(place)}"></i>{place + 1} {esc(m.name)}</span>' for place, m in shown
     )
     charts = []
-    for title, unit, metric in CURVES:
+    for metric in CURVES:
         series = [Series(f"{place + 1}", colour(place), member.run.curve("ppo", metric)) for place, member in shown]
         if any(s.curve for s in series):
-            charts.append(line_chart(title, series, unit=unit, keys=False))
+            declaration = catalogue()[metric]
+            charts.append(line_chart(declaration.title, series, unit=declaration.unit, keys=False))
     intro = "One line a member, by its place in the table."
     if len(members) > MOST_LINES:
         intro += f" The best {MOST_LINES} of {len(members)}."

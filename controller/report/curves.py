@@ -1,7 +1,10 @@
 """Everything drawn over versions or steps: the PPO small multiples, the frontier, the losses of SFT and reward models."""
 
 import math
+from collections.abc import Mapping
 
+from contracts.catalogue import catalogue, charted
+from contracts.metrics import ESTIMATOR, Metric
 from controller.alarms.limits import limits_of
 from controller.record.evaluation import judged_model, judged_name, judged_title
 from controller.record.number_text import bounds, compact
@@ -18,40 +21,42 @@ def models_of(run: Run) -> list[tuple[str, str, str]]:
     return [entry for entry in known if isinstance((run.evaluation.get("models") or {}).get(entry[0]), dict)]
 
 
-# (title, unit, [(name, colour class, metric)]), each drawn where a run has it: not every estimator has all.
-PPO_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
-    ("Score", "score", (("learned", "proxy", "reward/score_mean"), ("gold", "gold", "reward/gold_mean"))),
-    ("KL from reference", "nats a sequence", (("KL", "plain", "kl/ref_seq"),)),
-    ("Length", "tokens", (("mean", "plain", "completion/len_mean"), ("p95", "soft", "completion/len_p95"))),
-    ("Ends with EOS", "share of completions", (("EOS share", "plain", "completion/eos_frac"),)),
-    ("Explained variance", "share, value model", (("explained variance", "plain", "value/explained_var"),)),
-    ("Entropy", "nats a token", (("entropy", "plain", "policy/entropy"),)),
-    ("Change in one update", "approximate KL", (("approx_kl", "plain", "policy/approx_kl"),)),
-    ("Clipped tokens", "share", (("clipfrac", "plain", "policy/clipfrac"),)),
-    ("Sampler against learner", "mismatch k3, nats a token", (("k3", "plain", "kl/mismatch_k3"),)),
-    (
-        "Gradients",
-        "L2 norm before clipping",
-        (("policy", "ppo", "policy/grad_norm"), ("value", "soft", "value/grad_norm")),
-    ),
-    ("Distinct bigrams", "share", (("distinct bigrams", "plain", "completion/distinct_2"),)),
-    (
-        "Speed",
-        "tokens a second",
-        (("generate", "plain", "perf/gen_tokens_per_s"), ("train", "soft", "perf/train_tokens_per_s")),
-    ),
-    ("Kept by RAFT", "share of rollouts", (("kept", "plain", "raft/kept_frac"),)),
-    ("Effective sample size of RWR", "share of rollouts", (("share", "plain", "rwr/ess"),)),
-    ("DPO margin", "best against worst", (("mean", "plain", "online_dpo/margin_mean"),)),
-    ("DPO accuracy", "share of pairs", (("accuracy", "plain", "online_dpo/accuracy"),)),
-    ("Lambda", "weight of the policy loss", (("lambda", "plain", "combined/lambda"),)),
+Line = tuple[str, str, str]  # name, colour class, metric
+# A metric alone, with its own title and unit; several, with a title for all.
+Chart = str | tuple[str, tuple[Line, ...]]
+
+# Each drawn where a run has it: not every estimator has all. Behind them come those that estimators have of their own.
+PPO_CHARTS: tuple[Chart, ...] = (
+    ("Score", (("learned", "proxy", "reward/score_mean"), ("gold", "gold", "reward/gold_mean"))),
+    "kl/ref_seq",
+    ("Length", (("mean", "plain", "completion/len_mean"), ("p95", "soft", "completion/len_p95"))),
+    "completion/eos_frac",
+    "value/explained_var",
+    "policy/entropy",
+    "policy/approx_kl",
+    "policy/clipfrac",
+    "kl/mismatch_k3",
+    ("Gradients", (("policy", "ppo", "policy/grad_norm"), ("value", "soft", "value/grad_norm"))),
+    "completion/distinct_2",
+    ("Speed", (("generate", "plain", "perf/gen_tokens_per_s"), ("train", "soft", "perf/train_tokens_per_s"))),
+    "combined/lambda",
 )
 
 
+def described(chart: Chart, metrics: Mapping[str, Metric]) -> tuple[str, str, tuple[Line, ...]]:
+    """Title, unit and lines of a chart."""
+    if isinstance(chart, str):
+        chart = metrics[chart].title, ((metrics[chart].title, "plain", chart),)
+    title, lines = chart
+    return title, metrics[lines[0][2]].unit, lines
+
+
 def ppo_curves(run: Run) -> str:
+    metrics = catalogue()
     charts, constant, longest = [], [], 0
     heading = f"{run.loop_title}, version by version"
-    for title, unit, lines in PPO_CHARTS:
+    for chart in (*PPO_CHARTS, *charted(ESTIMATOR, metrics)):
+        title, unit, lines = described(chart, metrics)
         series = [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines]
         series = [s for s in series if s.curve]
         if not series:
@@ -239,13 +244,11 @@ def training_losses(run: Run) -> str:
         charts.append(line_chart("SFT loss", sft, unit="nats a token", x_label="step"))
     models = run.stages_of("reward_model/")
     colours = {"reward_model/proxy": "proxy", "reward_model/gold": "gold"}
-    for title, unit, metric in (
-        ("Pair loss", "nats a pair, reward models", "reward_model/loss"),
-        ("Pairs right", "share of pairs, reward models", "reward_model/accuracy"),
-    ):
+    for metric in ("reward_model/loss", "reward_model/accuracy"):
         series = [Series(m.partition("/")[2], colours.get(m, "plain"), run.curve(m, metric)) for m in models]
         if any(s.curve for s in series):
-            charts.append(line_chart(title, series, unit=unit, x_label="step"))
+            title, unit, _ = described(metric, catalogue())
+            charts.append(line_chart(title, series, unit=f"{unit}, reward models", x_label="step"))
     charts += _method_charts(run)
     notes = [
         f"{esc(stage.get('name'))} came from the cache: its curve is in the run that trained it."
@@ -264,23 +267,19 @@ def training_losses(run: Run) -> str:
     return section("losses", "Trained on data alone: losses", body or missing, intro)
 
 
-# (title, unit, stage, [(name, colour class, metric)]) of the stages that stand in PPO's place
-METHOD_CHARTS: tuple[tuple[str, str, str, tuple[tuple[str, str, str], ...]], ...] = (
-    (
-        "Filtered SFT loss",
-        "nats a token",
-        "filtered_sft",
-        (("training", "ppo", "sft/loss"), ("held out", "soft", "sft/eval_loss")),
-    ),
-    ("Preference loss", "nats a pair", "preference", (("loss", "ppo", "preference/loss"),)),
-    ("Preferred pairs", "share, by the policy's own scores", "preference", (("right", "ppo", "preference/accuracy"),)),
-    ("Likelihood of the texts", "log p, nats a token", "preference", (("log p", "ppo", "preference/token_logprob"),)),
+# Of the stages that stand in PPO's place.
+METHOD_CHARTS: tuple[tuple[str, Chart], ...] = (
+    ("filtered_sft", ("Filtered SFT loss", (("training", "ppo", "sft/loss"), ("held out", "soft", "sft/eval_loss")))),
+    ("preference", "preference/loss"),
+    ("preference", "preference/accuracy"),
+    ("preference", "preference/token_logprob"),
 )
 
 
 def _method_charts(run: Run) -> list[str]:
     charts = []
-    for title, unit, stage, lines in METHOD_CHARTS:
+    for stage, chart in METHOD_CHARTS:
+        title, unit, lines = described(chart, catalogue())
         series = [Series(name, css, run.curve(stage, metric)) for name, css, metric in lines]
         if any(s.curve for s in series):
             charts.append(line_chart(title, series, unit=unit, x_label="step"))

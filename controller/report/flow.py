@@ -1,47 +1,24 @@
 """How rollouts flowed: how old they were when they trained, what became of each, and which faults were tolerated."""
 
+from contracts.catalogue import catalogue
+from contracts.metrics import declared
 from controller.record.number_text import count, num
 from controller.record.reader import Run, number
+from controller.report.curves import Chart, described
 from controller.report.markup import esc, section, table
 from controller.report.svg import Series, line_chart
 
-CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
-    (
-        "Staleness",
-        "updates between sampling and training",
-        (("mean", "plain", "staleness/mean"), ("max", "soft", "staleness/max")),
-    ),
-    ("Effective sample size", "share of tokens", (("share", "plain", "off_policy/ess"),)),
-    (
-        "Rollouts under way",
-        "rollouts",
-        (("sampled", "plain", "ledger/in_flight"), ("waiting", "soft", "ledger/waiting")),
-    ),
+CHARTS: tuple[Chart, ...] = (
+    ("Staleness", (("mean", "plain", "staleness/mean"), ("max", "soft", "staleness/max"))),
+    "off_policy/ess",
+    ("Rollouts under way", (("sampled", "plain", "ledger/in_flight"), ("waiting", "soft", "ledger/waiting"))),
     (
         "Step and its waits",
-        "s",
-        (
-            ("step", "plain", "perf/step_s"),
-            ("rollouts", "proxy", "perf/rollout_s"),
-            ("weights", "gold", "perf/sync_s"),
-        ),
+        (("step", "plain", "perf/step_s"), ("rollouts", "proxy", "perf/rollout_s"), ("weights", "gold", "perf/sync_s")),
     ),
 )
-FATES = (
-    ("admitted", "handed out by the ledger"),
-    ("trained", "went into exactly one update"),
-    ("quarantined", "set aside with its reason: no score, no sibling, too old"),
-    ("released", "sampled again after an actor was lost"),
-    ("fenced", "arrived from an actor that had been given up, and refused"),
-    ("open", "not finished at the last line of the log"),
-)
-FAULTS = {
-    "fault/actors_lost": "actors lost and replaced",
-    "fault/actors_without_update": "actors that new weights did not reach",
-    "fault/unscored": "rollouts without a score",
-    "fault/no_sibling": "rollouts without a scored sibling",
-    "fault/wandb": "faults of wandb",
-}
+FATES = ("admitted", "trained", "quarantined", "released", "fenced", "open")
+FAULTS = ("fault/actors_lost", "fault/actors_without_update", "fault/unscored", "fault/no_sibling", "fault/wandb")
 
 
 def rollouts(run: Run) -> str:
@@ -50,15 +27,15 @@ def rollouts(run: Run) -> str:
     if last is None:
         return ""
     rows = [
-        [name, esc(text), num(last[f"ledger/{name}"], 0)]
-        for name, text in FATES
+        [name, _meaning(f"ledger/{name}"), num(last[f"ledger/{name}"], 0)]
+        for name in FATES
         if number(last.get(f"ledger/{name}")) is not None
     ]
     body = table(("Rollouts", "", ""), rows, "short", text_columns=2) + _faults(run)
     if number(run.setting("ppo.max_staleness")) or any(v for _, v in run.curve("ppo", "staleness/max")):
         charts = [
             line_chart(title, [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines], unit=unit)
-            for title, unit, lines in CHARTS
+            for title, unit, lines in (described(chart, catalogue()) for chart in CHARTS)
         ]
         body = f'<div class="charts">{"".join(charts)}</div>{body}'
         bound = number(run.setting("ppo.max_staleness"))
@@ -81,5 +58,11 @@ def _faults(run: Run) -> str:
                 )
     if not totals:
         return '<p class="quiet">✓ No fault was met.</p>'
-    rows = [[esc(FAULTS[name]), f"<code>{name}</code>", num(value, 0)] for name, value in totals.items()]
+    rows = [[_meaning(name), f"<code>{name}</code>", num(value, 0)] for name, value in totals.items()]
     return table(("Faults that were tolerated", "", ""), rows, "short", text_columns=2)
+
+
+def _meaning(name: str) -> str:
+    metric = declared(name, catalogue())
+    text = metric.meaning if metric else ""
+    return esc(text[:1].lower() + text[1:].removesuffix("."))

@@ -2,8 +2,8 @@
 
 wandb's own page draws one panel for each of some eighty metrics, in alphabetical order. This one asks the questions of a run
 in the order in which they arise: does it improve, by a judge it does not see; how far did it drift; is learning stable; do
-the samples read well; are rollouts fresh; where does the time go; what failed. The panels follow the metric catalogue of the
-local report, and the axes are Tandem's own counters, never wandb's `_step`.
+the samples read well; are rollouts fresh; where does the time go; what failed. Sections, titles and units are those of the
+metric catalogue (`contracts.metrics`), and the axes are Tandem's own counters, never wandb's `_step`.
 """
 
 import argparse
@@ -11,94 +11,67 @@ import sys
 from typing import Any
 
 from common.error_text import typed_line
+from contracts import metrics as panels
+from contracts.catalogue import catalogue, charted
+from controller.alarms.limits import limits_of
 
 VERSION, ROLLOUTS, WALL = "progress/version", "ledger/trained", "progress/wall_s"
 
-# (section, x axis, [(title, metrics)]); the first two are open.
-SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
+# A metric alone, with its own title and unit; several, with a title for all.
+Chart = str | tuple[str, tuple[str, ...]]
+
+# (panel of the catalogue, x axis, charts); the first two are open.
+SECTIONS: tuple[tuple[str, str, tuple[Chart, ...]], ...] = (
     (
-        "Reward: does it improve?", ROLLOUTS,
+        panels.REWARD, ROLLOUTS,
         (
             ("Gold judge (never trained on) and learned score", ("reward/gold_mean", "reward/score_mean")),
-            ("Spread of scores", ("reward/score_std",)),
+            "reward/score_std",
             ("Reward after the KL penalty", ("reward/total_mean", "reward/kl_penalty_mean")),
         ),
     ),
+    (panels.DRIFT, VERSION, ("kl/ref_seq", "kl/coef", "kl/mismatch_k3", "kl/mismatch_logp_max")),
     (
-        "Drift: how far from the reference?", VERSION,
+        panels.POLICY, VERSION,
         (
-            ("KL, nats a sequence", ("kl/ref_seq",)),
-            ("KL coefficient", ("kl/coef",)),
-            ("Sampler against learner (k3; bf16 alone gives 0.002)", ("kl/mismatch_k3",)),
-            ("Largest single difference of log p", ("kl/mismatch_logp_max",)),
+            "policy/approx_kl", "policy/clipfrac", "policy/ratio_max", "policy/entropy", "policy/grad_norm", "policy/loss",
+            ("Lambda of the combined loss, and the score that it is to reach", ("combined/lambda", "combined/score_mean")),
         ),
     ),
+    (panels.VALUE, VERSION, ("value/explained_var", "value/loss", "value/grad_norm")),
+    (panels.ESTIMATOR, VERSION, ()),  # whatever they chart
     (
-        "Policy", VERSION,
-        (
-            ("Change in one update (approximate KL; alarm 0.05)", ("policy/approx_kl",)),
-            ("Clipped tokens (alarm 0.3)", ("policy/clipfrac",)),
-            ("Largest probability ratio (alarm 10)", ("policy/ratio_max",)),
-            ("Entropy, nats a token", ("policy/entropy",)),
-            ("Gradient norm", ("policy/grad_norm",)),
-            ("Loss", ("policy/loss",)),
-        ),
-    ),
-    (
-        "Value model", VERSION,
-        (
-            ("Explained variance", ("value/explained_var",)),
-            ("Loss", ("value/loss",)),
-            ("Gradient norm", ("value/grad_norm",)),
-        ),
-    ),
-    (
-        "RAFT, RWR, online DPO, combined loss", VERSION,
-        (
-            ("Share of the rollouts that RAFT keeps", ("raft/kept_frac",)),
-            ("Effective sample size of RWR's weights (share; alarm 0.1)", ("rwr/ess",)),
-            ("DPO: margin of a pair", ("online_dpo/margin_mean",)),
-            ("DPO: pairs on the right side (share)", ("online_dpo/accuracy",)),
-            ("Lambda, and the score that it is to reach", ("combined/lambda", "combined/score_mean")),
-        ),
-    ),
-    (
-        "Text: what does it write?", ROLLOUTS,
+        panels.TEXT, ROLLOUTS,
         (
             ("Length, tokens", ("completion/len_mean", "completion/len_p95")),
-            ("Cut off", ("completion/truncated_frac",)),
-            ("Repetition", ("completion/repeat_frac",)),
-            ("Distinct bigrams", ("completion/distinct_2",)),
+            "completion/truncated_frac", "completion/repeat_frac", "completion/distinct_2",
         ),
     ),
     (
-        "Asynchrony: how old is what trains?", VERSION,
+        panels.ASYNC, VERSION,
         (
             ("Staleness, updates", ("staleness/mean", "staleness/max")),
-            ("Effective sample size (share)", ("off_policy/ess",)),
+            "off_policy/ess",
             ("Rollouts that wait, and that are being sampled", ("ledger/waiting", "ledger/in_flight")),
         ),
     ),
     (
-        "Time: where does it go?", WALL,
+        panels.TIME, WALL,
         (
             ("A step and its parts, s", ("perf/step_s", "perf/rollout_s", "perf/train_s", "perf/sync_s")),
             ("Tokens a second", ("perf/gen_tokens_per_s", "perf/train_tokens_per_s")),
-            ("Seconds left", ("progress/eta_s",)),
+            "progress/eta_s",
         ),
     ),
     (
-        "Faults: what was tolerated?", WALL,
+        panels.FAULTS, WALL,
         (
             ("Actors lost, and without an update", ("fault/actors_lost", "fault/actors_without_update")),
             ("Rollouts without a score or a sibling", ("fault/unscored", "fault/no_sibling")),
-            ("Quarantined", ("ledger/quarantined",)),
+            "ledger/quarantined",
         ),
     ),
-    (
-        "Before PPO", "sft/step",
-        (("SFT loss", ("sft/loss", "sft/eval_loss")),),
-    ),
+    ("Before PPO", "sft/step", (("SFT loss", ("sft/loss", "sft/eval_loss")),)),
 )  # fmt: skip
 
 # Columns of the parallel coordinates. What else a member differs in, such as its arm, is in its name.
@@ -106,8 +79,19 @@ SWEPT = ("method", "ppo.estimator", "ppo.kl.coef", "ppo.optimizer.learning_rate"
 RESULTS = ("evaluate/kl", "evaluate/gold_gain", "evaluate/objective")
 
 
+def charts(panel: str, listed: tuple[Chart, ...]) -> list[tuple[str, tuple[str, ...]]]:
+    """(title, metrics) of the charts of a section."""
+    metrics, result = catalogue(), []
+    for chart in listed or charted(panel, metrics):
+        if isinstance(chart, str):
+            alarms = "".join(f"; alarm {limit:g}" for limit, _ in limits_of(chart))
+            chart = f"{metrics[chart].title} ({metrics[chart].unit}{alarms})", (chart,)
+        result.append(chart)
+    return result
+
+
 def metrics_shown() -> list[str]:
-    return [metric for _, _, panels in SECTIONS for _, metrics in panels for metric in metrics]
+    return [name for panel, _, listed in SECTIONS for _, names in charts(panel, listed) for name in names]
 
 
 def workspace(entity: str, project: str, name: str = "Tandem") -> Any:
@@ -116,8 +100,8 @@ def workspace(entity: str, project: str, name: str = "Tandem") -> Any:
     import wandb_workspaces.workspaces as ws
 
     sections = []
-    for index, (title, axis, panels) in enumerate(SECTIONS):
-        plots: list[Any] = [wr.LinePlot(title=text, x=axis, y=list(metrics)) for text, metrics in panels]
+    for index, (title, axis, listed) in enumerate(SECTIONS):
+        plots: list[Any] = [wr.LinePlot(title=text, x=axis, y=list(names)) for text, names in charts(title, listed)]
         sections.append(ws.Section(name=title, panels=plots, is_open=index < 2))
     frontier = wr.ScatterPlot(
         title="Frontier: gold gain against KL, one point a run",

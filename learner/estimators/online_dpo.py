@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from common.spread import ROUNDING
 from contracts.checks.check import Check
 from contracts.config import PPOConfig
-from contracts.estimators import Estimator, Metric, Rollouts
+from contracts.estimators import Estimator, Rollouts
+from contracts.metrics import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,10 +123,22 @@ ESTIMATOR = Estimator(
     loss="likelihood",
     is_expectation=False,
     metrics=(
-        Metric("online_dpo/margin_mean", "best against worst", "Mean margin of a pair", "higher", "DPO margin"),
-        Metric("online_dpo/accuracy", "share of pairs", "Pairs whose margin is above 0", "higher", "DPO accuracy"),
-        Metric("online_dpo/loss", "nats a pair", "Mean of -log sigmoid(margin)", "lower", "DPO loss"),
-        Metric("online_dpo/pairs", "pairs", "Groups with unequal outcomes", None, "DPO pairs"),
+        Metric("online_dpo/pairs", "pairs", "Groups whose best and worst rollout differ in score.", "up"),
+        Metric("online_dpo/loss", "nats a pair", "-log sigmoid of the margin, before the update.", "down"),
+        Metric(
+            "online_dpo/margin_mean",
+            "nats x dpo_beta",
+            "log p - log p_ref of the best rollout of a pair less that of the worst, before the update.",
+            "up",
+            title="DPO margin",
+        ),
+        Metric(
+            "online_dpo/accuracy",
+            "share of pairs",
+            "Pairs whose best rollout the policy prefers, against its reference, before the update.",
+            "up",
+            title="DPO accuracy",
+        ),
     ),
     checks=checks,
 )

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from contracts.config import PPOConfig
-from contracts.estimators import Estimator, Metric, Rollouts
+from contracts.estimators import Estimator, Rollouts
+from contracts.metrics import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,5 +40,13 @@ ESTIMATOR = Estimator(
     kl="none",
     aggregation="tokens",
     loss="likelihood",
-    metrics=(Metric("raft/kept_frac", "share of rollouts", "Rollouts that train, of all", None, "Kept by RAFT"),),
+    metrics=(
+        Metric(
+            "raft/kept_frac",
+            "share of rollouts",
+            "Rollouts that RAFT keeps: the best of each group.",
+            "neither",
+            title="Kept by RAFT",
+        ),
+    ),
 )

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from contracts.config import PPOConfig
-from contracts.estimators import Estimator, Metric, Rollouts
+from contracts.estimators import Estimator, Rollouts
+from contracts.metrics import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,10 +54,13 @@ ESTIMATOR = Estimator(
         Metric(
             "rwr/ess",
             "share of rollouts",
-            "Effective sample size of the weights, (sum w)^2 / (N sum w^2)",
-            "higher",
-            "Effective sample size of RWR",
+            "Effective sample size of RWR's weights, (sum w)^2 / (N sum w^2): 1 where all rollouts count alike, 1/n where "
+            "one carries the batch.",
+            "neither",
+            title="Effective sample size of RWR",
         ),
-        Metric("rwr/weight_max", "means", "The largest weight, where 1 is the mean", "lower", "Largest weight of RWR"),
+        Metric(
+            "rwr/weight_max", "mean weights", "The largest weight of a rollout, where the mean weight is 1.", "neither"
+        ),
     ),
 )

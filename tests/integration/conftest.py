@@ -1,5 +1,6 @@
 """The reward service, started once for all tests that need it."""
 
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,9 @@ import psutil
 import pytest
 
 from common.processes.process_env import scorer_env
+from contracts.catalogue import catalogue
 from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, ScorerConfig
+from contracts.metrics import declared
 from reward_service.app import RewardService
 from tests.conftest import SMOLLM
 
@@ -20,6 +23,15 @@ def odd(completions):
     return [answers[c]() if c in answers else float(len(c)) for c in completions]
 def few(completions): return []
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _metrics_of_runs_are_declared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As in tests/conftest.py, for runs that are processes of their own."""
+    yield
+    texts = [path.read_text() for path in tmp_path_factory.getbasetemp().rglob("metrics.jsonl")]
+    names = {name for text in texts for name in re.findall(r'"([a-z_]+/\w+)": ', text)}
+    assert {name for name in names if not declared(name, catalogue())} == set()
 
 
 def free_port() -> int:

@@ -11,6 +11,8 @@ from controller.loop.recovery import once_more
 from controller.record.redaction import REDACTED, redacted
 from controller.record.run_log import RunLog
 
+pytestmark = pytest.mark.usefixtures("made_up_metrics")
+
 CANARY = "canary-3f9c1d77"
 
 

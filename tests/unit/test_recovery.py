@@ -17,6 +17,8 @@ from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 from tests.unit.test_commits import commit
 
+pytestmark = pytest.mark.usefixtures("made_up_metrics")
+
 
 class Learner:
     def __init__(self) -> None:

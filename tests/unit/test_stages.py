@@ -18,6 +18,8 @@ from controller.pipeline.ingredients import UNSEEN, environment_source, unseen
 from controller.pipeline.store import StageStore
 from controller.record.run_log import LOGS, RunLog
 
+pytestmark = pytest.mark.usefixtures("made_up_metrics")
+
 INPUTS: dict[str, Any] = {"seed": 1, "sft": SFTConfig(), "data": "abc"}
 
 
