@@ -89,7 +89,7 @@ def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
         Runtime(config) as runtime,
         ExitStack() as engines,
     ):
-        # In the order of `Pipeline._ppo`: the learner starts while the others do.
+        # In the order of `controller/stages/ppo.py`: the learner starts while the others do.
         learner = engines.enter_context(runtime.learner("ppo", config, policy, reward, ends, []))
         client = runtime.service({"proxy": reward})
         actors = engines.enter_context(runtime.actors(policy, backend, ends, client))

@@ -59,8 +59,13 @@ class Committer:
         committed: Callable[[], None],
         say: Callable[[str], None],
     ):
-        self._run_dir, self._config, self._run = run_dir, config, run
-        self._learner, self._dispatcher, self._committed, self._say = learner, dispatcher, committed, say
+        self._run_dir = run_dir
+        self._config = config
+        self._run = run
+        self._learner = learner
+        self._dispatcher = dispatcher
+        self._committed = committed
+        self._say = say
         self._pending: _Pending | None = None
         self._num_bytes = 0  # of the last commit
         self._in_a_row = self._num_failed = 0

@@ -7,13 +7,13 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from common.files.code_digest import code_digest
+from common.files.code_digest import code_digest, stage_code
 from common.files.fingerprints import checkpoint_fingerprint, file_hashes
 from common.files.source_code import source_digest
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.environments import is_import_path
-from contracts.methods import samples, sources_read
+from contracts.methods import running_stages, samples, sources_read
 from contracts.stages import checkpoint_keys
 from reward_service.resolve import content_of
 
@@ -58,7 +58,8 @@ def _own_source(key: str, name: str) -> str | None:
 
 
 def made_of(config: TandemConfig) -> str:
-    """SHA-256 (hex) over the content of what a run reads (data, checkpoints, functions) and over Tandem's code.
+    """SHA-256 (hex) over the content of what a run reads (data, checkpoints, functions, stages that are not ours) and over
+    Tandem's code.
 
     Raises:
         OSError, ValueError: something is not there.
@@ -70,7 +71,8 @@ def made_of(config: TandemConfig) -> str:
     checkpoints = [checkpoint_fingerprint(path, memory=memory) for path in given]
     checkpoints.append(checkpoint_fingerprint(config.model.path, config.model.revision, memory))
     scoring = [unseen(config), environment_source(config), estimator_source(config)] if samples(config) else []
-    return digest_of([code_digest(), file_hashes(files, memory), checkpoints, scoring])
+    elsewhere = {stage.name: stage_code(stage.name) for stage in running_stages(config) if ":" in stage.name}
+    return digest_of([code_digest(), file_hashes(files, memory), checkpoints, scoring, elsewhere])
 
 
 def _files(source: str) -> list[Path]:

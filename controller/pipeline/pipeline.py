@@ -43,7 +43,9 @@ from controller.start_checks.model_checks import check_weights_and_code
 
 class Pipeline:
     def __init__(self, config: TandemConfig, log: RunLog, progress: Progress, directory: RunDirectory, stop: Stop):
-        self.config, self.log, self.progress = config, log, progress
+        self.config = config
+        self.log = log
+        self.progress = progress
         self.run_dir = Path(config.run_dir)
         self.store = StageStore(
             Path(config.cache_dir), log, config.reuse_stages, progress.line, code=partial(code_of, config)

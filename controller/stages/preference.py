@@ -42,7 +42,7 @@ def run(context: "StageContext") -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from controller.pipeline.held_out import accuracy, chunks, train_on_pairs
+    from controller.pipeline.pair_training import accuracy, chunks, train_on_pairs
 
     config, settings = method_config(context.config), chosen_preference(context.config)
     examples, test = context.data["completions"], context.data["test_completions"]

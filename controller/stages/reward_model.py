@@ -27,7 +27,7 @@ def inputs(context: "StageContext") -> dict[str, Any]:
 
 
 def run(context: "StageContext") -> dict[str, Any]:
-    from controller.pipeline.held_out import accuracy, chunks, train_on_pairs
+    from controller.pipeline.pair_training import accuracy, chunks, train_on_pairs
 
     name, examples, test = context.role, context.data[f"preferences/{context.role}"], context.data["test"]
     texts = [ids for item in test for ids in ([item.token_ids] if isinstance(item, RatedText) else _sides(item))]

@@ -89,7 +89,7 @@ def test_all_ranks_and_the_driver_or_nothing(tmp_path: Path) -> None:
     run.commit(1)
     found = commit_store.verified(tmp_path, 1)
     assert set(found.records) == {"rank_0.safetensors", "rank_1.safetensors", "driver.json", "driver.safetensors"}
-    assert (found.world_size, found.scorers, found.driver_state()[0]) == (2, {"proxy": "v1"}, {"updates": 1})
+    assert (found.world_size, found.run.scorers, found.driver_state()[0]) == (2, {"proxy": "v1"}, {"updates": 1})
     assert (run.committed, run.committer.newest) == (1, 1)
     assert found.path.stat().st_mode & 0o777 == 0o700
 
