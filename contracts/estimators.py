@@ -32,8 +32,9 @@ class Rollouts:
 # (rewards, values, mask, ppo) -> (advantages, returns): float32 [B, C] of a microbatch, 0 where the bool mask is false.
 # Values are those before this batch's updates, 0 without a value model; returns are what the value model fits.
 OfTokens = Callable[["Tensor", "Tensor", "Tensor", PPOConfig], tuple["Tensor", "Tensor"]]
-# (rollouts, ppo) -> (float64 [N], metrics): the advantage, or by likelihood the coefficient, of all tokens of each rollout.
-OfRollouts = Callable[[Rollouts, PPOConfig], tuple["Tensor", dict[str, float]]]
+# (float64 [N], metrics): the advantage, or by likelihood the coefficient, of all tokens of each rollout.
+Found = tuple["Tensor", dict[str, float]]
+OfRollouts = Callable[[Rollouts, PPOConfig], Found]
 
 
 @dataclass(frozen=True, kw_only=True)

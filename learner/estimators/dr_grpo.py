@@ -1,15 +1,10 @@
 """Dr. GRPO: GRPO without the divisions by the group's deviation and by the length of a completion."""
 
-from typing import TYPE_CHECKING
-
 from contracts.config import PPOConfig
-from contracts.estimators import Estimator, Rollouts
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from contracts.estimators import Estimator, Found, Rollouts
 
 
-def advantages(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, float]]:
+def advantages(rollouts: Rollouts, ppo: PPOConfig) -> Found:
     """R_i - mean of the group.
 
     Source: Liu et al. 2025 (arXiv 2503.20783): the std favours prompts that are nearly solved or hopeless.
@@ -19,10 +14,4 @@ def advantages(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, 
     return centred(rollouts, group_moments(rollouts)), {}
 
 
-ESTIMATOR = Estimator(
-    title="Dr. GRPO",
-    of_rollouts=advantages,
-    needs_groups=True,
-    kl="k3",
-    aggregation="budget",
-)
+ESTIMATOR = Estimator(title="Dr. GRPO", of_rollouts=advantages, needs_groups=True, kl="k3", aggregation="budget")

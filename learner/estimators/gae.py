@@ -51,10 +51,5 @@ def advantages(rewards: "Tensor", values: "Tensor", mask: "Tensor", ppo: PPOConf
 
 
 ESTIMATOR = Estimator(
-    title="PPO",
-    of_tokens=advantages,
-    has_value_model=True,
-    kl="reward",
-    whiten=True,
-    aggregation="tokens",
+    title="PPO", of_tokens=advantages, has_value_model=True, kl="reward", whiten=True, aggregation="tokens"
 )

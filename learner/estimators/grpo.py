@@ -1,15 +1,10 @@
 """GRPO: a rollout against the mean and deviation of its group."""
 
-from typing import TYPE_CHECKING
-
 from contracts.config import PPOConfig
-from contracts.estimators import Estimator, Rollouts
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from contracts.estimators import Estimator, Found, Rollouts
 
 
-def advantages(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, float]]:
+def advantages(rollouts: Rollouts, ppo: PPOConfig) -> Found:
     """(R_i - mean) / (std + 1e-6) of the group, with the unbiased std; 0 where it is rounding, and for a rollout alone.
 
     Source: Shao et al. 2024 (arXiv 2402.03300), outcome supervision. Outcomes are not discounted.
@@ -24,10 +19,4 @@ def advantages(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, 
     return torch.where(spread > 0, centred(rollouts, moments) / (spread + 1e-6), 0.0), {}
 
 
-ESTIMATOR = Estimator(
-    title="GRPO",
-    of_rollouts=advantages,
-    needs_groups=True,
-    kl="k3",
-    aggregation="sequences",
-)
+ESTIMATOR = Estimator(title="GRPO", of_rollouts=advantages, needs_groups=True, kl="k3", aggregation="sequences")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from common.spread import ROUNDING
 from contracts.checks.check import Check
 from contracts.config import PPOConfig
-from contracts.estimators import Estimator, Rollouts
+from contracts.estimators import Estimator, Found, Rollouts
 from contracts.metrics import Metric
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def pair_metrics(margins: "Tensor") -> dict[str, float]:
     return metrics
 
 
-def coefficients(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, float]]:
+def coefficients(rollouts: Rollouts, ppo: PPOConfig) -> Found:
     """Those of `preference_pairs`, with beta = ppo.dpo_beta."""
     pairs = preference_pairs(rollouts.outcomes, rollouts.log_ratios, rollouts.groups, rollouts.trains, ppo.dpo_beta)
     return pairs.coefficients, pair_metrics(pairs.margins)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from contracts.config import PPOConfig
-from contracts.estimators import Estimator, Rollouts
+from contracts.estimators import Estimator, Found, Rollouts
 from contracts.metrics import Metric
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def best_of_groups(outcomes: "Tensor", groups: "Tensor", trains: "Tensor") -> "T
     return weights
 
 
-def coefficients(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, float]]:
+def coefficients(rollouts: Rollouts, ppo: PPOConfig) -> Found:
     """c_i = T / T_kept for what `best_of_groups` keeps, 0 else: the loss is the mean over the T_kept tokens of T."""
     from learner.outcomes import normalised
 

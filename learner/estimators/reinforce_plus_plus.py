@@ -19,10 +19,4 @@ def advantages(rewards: "Tensor", values: "Tensor", mask: "Tensor", ppo: PPOConf
     return gae(rewards, values, mask, ppo.gamma, 1.0)
 
 
-ESTIMATOR = Estimator(
-    title="REINFORCE++",
-    of_tokens=advantages,
-    kl="reward",
-    whiten=True,
-    aggregation="tokens",
-)
+ESTIMATOR = Estimator(title="REINFORCE++", of_tokens=advantages, kl="reward", whiten=True, aggregation="tokens")

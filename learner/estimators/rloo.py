@@ -1,15 +1,10 @@
 """RLOO: a rollout against the mean of the others of its group."""
 
-from typing import TYPE_CHECKING
-
 from contracts.config import PPOConfig
-from contracts.estimators import Estimator, Rollouts
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from contracts.estimators import Estimator, Found, Rollouts
 
 
-def advantages(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, float]]:
+def advantages(rollouts: Rollouts, ppo: PPOConfig) -> Found:
     """R_i - mean of the others = (R_i - mean) n / (n - 1) over the n rollouts of the group; 0 for a rollout alone.
 
     Source: Ahmadian et al. 2024 (arXiv 2402.14740).
@@ -21,10 +16,4 @@ def advantages(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, 
     return centred(rollouts, moments) * count / (count - 1).clamp(min=1), {}
 
 
-ESTIMATOR = Estimator(
-    title="RLOO",
-    of_rollouts=advantages,
-    needs_groups=True,
-    kl="reward",
-    aggregation="sequence_sums",
-)
+ESTIMATOR = Estimator(title="RLOO", of_rollouts=advantages, needs_groups=True, kl="reward", aggregation="sequence_sums")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from contracts.config import PPOConfig
-from contracts.estimators import Estimator, Rollouts
+from contracts.estimators import Estimator, Found, Rollouts
 from contracts.metrics import Metric
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def effective_share(weights: "Tensor") -> float:
     return (weights.sum().square() / (len(weights) * squares)).item() if squares > 0 else 0.0
 
 
-def coefficients(rollouts: Rollouts, ppo: PPOConfig) -> tuple["Tensor", dict[str, float]]:
+def coefficients(rollouts: Rollouts, ppo: PPOConfig) -> Found:
     """c_i = N exp(R_i / temperature) / sum_j exp(R_j / temperature): a weighted mean of negative log-likelihoods."""
     from learner.outcomes import normalised
 

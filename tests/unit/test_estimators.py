@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from controller.pipeline.ingredients import estimator_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -27,6 +26,7 @@ from contracts.methods import method_title
 from contracts.plugins import UnknownPlugin, names
 from contracts.records import Completion, Prompt, Rollout, TrainingBatch
 from controller.loop.training_batches import make_batches
+from controller.pipeline.ingredients import estimator_source
 from learner.advantages import whiten, whitening_moments
 from learner.engine import Ranks
 from learner.estimators.gae import gae
