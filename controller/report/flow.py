@@ -2,6 +2,7 @@
 
 from controller.record.number_text import count, num
 from controller.record.reader import Run, number
+from controller.record.run_log import TRACKER_FAULTS
 from controller.report.markup import esc, section, table
 from controller.report.svg import Series, line_chart
 
@@ -40,7 +41,6 @@ FAULTS = {
     "fault/actors_without_update": "actors that new weights did not reach",
     "fault/unscored": "rollouts without a score",
     "fault/no_sibling": "rollouts without a scored sibling",
-    "fault/wandb": "faults of wandb",
 }
 
 
@@ -70,10 +70,15 @@ def rollouts(run: Run) -> str:
 
 def _faults(run: Run) -> str:
     """Totals: counters of a step are summed, those that count from the start are taken at their end."""
-    cumulative = ("fault/actors_lost", "fault/wandb")
-    totals: dict[str, float] = {}
+    names, cumulative, totals = dict(FAULTS), {"fault/actors_lost"}, dict[str, float]()
     for row in run.metrics:
-        for name in FAULTS:
+        if row["stage"] == TRACKER_FAULTS:
+            of_trackers = {
+                name: f"faults of {name.removeprefix('fault/')}" for name in row if name.startswith("fault/")
+            }
+            names |= of_trackers
+            cumulative.update(of_trackers)
+        for name in names:
             value = number(row.get(name))
             if value:
                 totals[name] = (
@@ -81,5 +86,5 @@ def _faults(run: Run) -> str:
                 )
     if not totals:
         return '<p class="quiet">✓ No fault was met.</p>'
-    rows = [[esc(FAULTS[name]), f"<code>{name}</code>", num(value, 0)] for name, value in totals.items()]
+    rows = [[esc(names[name]), f"<code>{esc(name)}</code>", num(value, 0)] for name, value in totals.items()]
     return table(("Faults that were tolerated", "", ""), rows, "short", text_columns=2)
