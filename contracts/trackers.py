@@ -1,6 +1,6 @@
-"""What shows a run in a tool for experiments: wandb, TensorBoard, MLflow, or one of yours.
+"""What shows a run in a tool for experiments: wandb, another, or one of yours.
 
-    logger.trackers: [wandb, tensorboard, my_package.mine:MINE]
+    logger.trackers: [wandb, my_package.mine:MINE]
 
 A tracker is a subclass of `Tracker`: TRACKER of controller/record/trackers/NAME.py, or at an import path. All of it but
 `is_on` and `close_s` runs in a thread of its own behind a queue (`controller.record.tracker_thread`), so it may wait for a

@@ -1,6 +1,5 @@
 """wandb down, slow or wrong never slows or ends a run, and its copy is kept offline. A loopback stub is the server."""
 
-import json
 import queue
 import re
 import socket
@@ -21,7 +20,7 @@ from contracts.config import LoggerConfig
 from contracts.trackers import TrackedRun
 from controller.record.tracker_thread import MOST_QUEUED, TrackerThread
 from controller.record.trackers.wandb import Wandb, chosen_mode
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wandb_records
 
 INIT_S = 3.0
 
@@ -67,15 +66,6 @@ def server(answer: str) -> Iterator[str]:
     httpd.server_close()
 
 
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    """The offline run, read back by wandb's own reader."""
-    [file] = (run_dir / "wandb").glob("offline-run-*/*.wandb")
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return [record[record["type"]] | {"type": record["type"]} for record in map(json.loads, done.stdout.splitlines())]
-
-
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """No key, no mode, and no settings of whoever runs the tests."""
@@ -113,7 +103,7 @@ def test_a_server_that_fails_costs_the_run_nothing(
         end(sink)
         assert time.perf_counter() - start < 2 * INIT_S + 20
     assert [action for action, _ in sink.new_faults()] == ["init"]
-    scores = [row["item"]["reward/score_mean"] for row in records(tmp_path) if row["type"] == "history"]
+    scores = [row["item"]["reward/score_mean"] for row in wandb_records(tmp_path) if row["type"] == "history"]
     assert scores == [step / 100 for step in range(1, 101)]
 
 
@@ -132,7 +122,7 @@ def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Pa
     sink.alert("Clipped", "policy/clipfrac above 0.3")
     end(sink)
     assert sink.new_faults() == []
-    found = records(tmp_path)
+    found = wandb_records(tmp_path)
     [run] = [row for row in found if row["type"] == "run"]
     assert (run["run_group"], run["job_type"], run["project"]) == ("sweep-1", "ppo", "tandem")
     assert run["run_id"] == f"demo-{tmp_path.name}-a2"
@@ -166,7 +156,7 @@ def test_an_offline_run_needs_no_key_and_asks_for_none(environment: pytest.Monke
     sink = TrackerThread("wandb", Quick, tmp_path, {}, LoggerConfig(), "sft")
     end(sink)
     assert sink.new_faults() == []
-    assert records(tmp_path)
+    assert wandb_records(tmp_path)
 
 
 class Stuck(Wandb):
