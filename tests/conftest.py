@@ -2,8 +2,11 @@
 
 import atexit
 import contextlib
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +169,15 @@ def make_config(model: Path, folder: Path, dtype: str = "bfloat16") -> TandemCon
     config.cluster.min_memory_gib = 3.0
     config.logger.wandb = "disabled"
     return config
+
+
+def wandb_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The only offline run, read back by wandb's own reader."""
+    [file] = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [record[record["type"]] | {"type": record["type"]} for record in map(json.loads, done.stdout.splitlines())]
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from contracts.checks.estimator_checks import estimator_checks
 from contracts.checks.overrides import closest
 from contracts.checks.ranges import CHOICES, RANGES
 from contracts.checks.scorer_checks import http_checks, scorer_checks
+from contracts.checks.tracker_checks import tracker_conflicts
 from contracts.config import SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
 from contracts.estimators import known_estimator
@@ -344,7 +345,7 @@ def validate(config: TandemConfig) -> None:
             *_stage_checks(config),
             *cluster_checks(config),
         ],
-        placement_conflicts(config, stated_nodes(config)),
+        [*placement_conflicts(config, stated_nodes(config)), *tracker_conflicts(config.logger)],
     )
 
 

@@ -14,6 +14,7 @@ from controller.alarms.speed_rules import someone_waits, speed_falls, staleness_
 from controller.record.evaluation import against_sft, judged_title
 from controller.record.number_text import bounds, compact, percent
 from controller.record.reader import Run, number
+from controller.record.run_log import TRACKER_FAULTS
 
 
 def evaluate(run: Run) -> tuple[list[Alarm], list[str], list[str]]:
@@ -231,16 +232,20 @@ def _listed(gaps: dict[str, list[float]], most: int = 6) -> str:
 
 def faults(run: Run) -> list[Alarm] | None:
     worst: dict[str, float] = {}
+    trackers: dict[str, str] = {}
     for row in run.metrics:
         for name, value in row.items():
             known = number(value)
             if name.startswith("fault/") and known:
                 worst[name] = max(worst.get(name, 0.0), known)
+                if row["stage"] == TRACKER_FAULTS:
+                    trackers[name] = name.removeprefix("fault/")
     return [
         Alarm(
             "note", "A fault was tolerated", f"{name} reached {value:g}.",
-            "Wandb's copy of the run is incomplete." if name == "fault/wandb" else "The run went on without what failed.",
-            "Nothing: metrics.jsonl has everything." if name == "fault/wandb" else "See the log of the driver.",
+            f"The copy of the run in {trackers[name]} is incomplete." if name in trackers
+            else "The run went on without what failed.",
+            "Nothing: metrics.jsonl has everything." if name in trackers else "See the log of the driver.",
         )
         for name, value in worst.items()
     ]  # fmt: skip

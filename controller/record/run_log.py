@@ -1,9 +1,9 @@
-"""The record of a run: three append-only JSONL files that are the truth, and wandb as one more place to look at them.
+"""The record of a run: three append-only JSONL files that are the truth, and trackers as more places to look at them.
 
     driver -> RunLog -> RUN/metrics.jsonl   one line per (stage, step)
                      -> RUN/samples.jsonl   prompts and completions with their scores
                      -> RUN/phases.jsonl    who was busy from when to when
-                     -> wandb               metrics only, from a thread of its own (controller.record.wandb_tracker)
+                     -> trackers            metrics only, each from a thread of its own (controller.record.tracker_thread)
 
 Only the driver writes. Actors and learner ranks hand their numbers to it, so that no file ever has two writers.
 
@@ -28,10 +28,10 @@ from common.files.durable import replace_text
 from contracts.catalogue import catalogue
 from contracts.config import LoggerConfig
 from contracts.metrics import declared
-from controller.record.redaction import redacted
-from controller.record.wandb_tracker import WandbSink
+from controller.record.tracker_thread import start_trackers
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "phases.jsonl")
+TRACKER_FAULTS = "faults"  # the stage of the lines that count them: {"fault/NAME": since the attempt began}
 
 
 def names_in_logs(stage: str) -> tuple[str, ...]:
@@ -58,22 +58,18 @@ class RunLog:
         clock: Callable[[], float] = time.monotonic,
         estimators: Iterable[Any] = (),
     ) -> None:
-        """`attempt` counts the starts of one run; each is a wandb run of its own, grouped by the run. `estimators` are those
-        of others than Tandem, whose metrics are declared beside themselves."""
+        """`attempt` counts the starts of one run; each is a run of its own for the trackers, grouped by the run.
+        `estimators` are those of others than Tandem, whose metrics are declared beside themselves."""
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.wandb_faults = 0
-        self.wandb_id: str | None = None
+        self.tracker_faults = Counter[str]()
         self._declared, self._undeclared = catalogue(*estimators), set[str]()
         self._clock, self._created = clock, clock()
         self._files = {name: _open(self.run_dir / name) for name in LOGS}
         self._counts = {name: Counter(map(_stage_of, self._lines(name))) for name in LOGS}  # lines by stage
         self._observers: list[Callable[[dict[str, Any]], None]] = []
-        plain = redacted(config)
-        self._wandb: WandbSink | None = None
-        if logger.wandb != "disabled":
-            self._wandb = WandbSink(self.run_dir, plain, logger, job_type, attempt=attempt)
-            self.wandb_id = self._wandb.id
+        self._trackers = start_trackers(self.run_dir, config, logger, job_type, attempt=attempt)
+        self.wandb_id = next((tracker.run.id for tracker in self._trackers if tracker.name == "wandb"), None)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append one line. What is not finite is written as null: the line stays JSON and the gap stays visible."""
@@ -81,8 +77,8 @@ class RunLog:
         values = {name: _finite(value) for name, value in metrics.items()}
         row = {"stage": stage, "step": step, "wall_s": self._wall_s(), **values}
         self._write("metrics.jsonl", row)
-        if self._wandb:
-            self._wandb.log(row)
+        for tracker in self._trackers:
+            tracker.log(row)
         for observe in self._observers:
             observe(row)
         self._flush_faults()
@@ -101,21 +97,21 @@ class RunLog:
         self._observers.append(observer)
 
     def alert(self, title: str, text: str) -> None:
-        """Tell whoever looks at wandb."""
-        if self._wandb:
-            self._wandb.alert(title, text)
+        """Tell whoever looks at a tracker."""
+        for tracker in self._trackers:
+            tracker.alert(title, text)
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
-        """Append prompts and completions with their scores. The text reaches wandb only with `logger.wandb_text`."""
+        """Append prompts and completions with their scores. The text reaches trackers only with `logger.wandb_text`."""
         for row in rows:
             self._write("samples.jsonl", {k: _finite(v) if isinstance(v, float) else v for k, v in row.items()})
-        if self._wandb:
-            self._wandb.samples(rows)
+        for tracker in self._trackers:
+            tracker.samples(rows)
 
     def artifact(self, name: str, kind: str, path: str) -> None:
-        """Tell wandb where a result lies. It gets a reference, never the files."""
-        if self._wandb:
-            self._wandb.artifact(name, kind, path)
+        """Tell trackers where a result lies. They get a reference, never the files."""
+        for tracker in self._trackers:
+            tracker.artifact(name, kind, path)
 
     def mark(self, stage: str) -> dict[str, int]:
         """How many lines a stage has in each file, which are durable: what a commit says of the logs."""
@@ -179,11 +175,13 @@ class RunLog:
             self._write("phases.jsonl", {"stage": stage, "phase": phase, "start_s": start_s, "end_s": self._wall_s()})
 
     def close(self) -> None:
-        """End the wandb run and close the files. Closing twice does nothing."""
+        """End the trackers' runs, all at the same time, and close the files. Closing twice does nothing."""
         if not self._files["metrics.jsonl"].closed:
-            if self._wandb:
-                self._wandb.close()
-                self._flush_faults()
+            for tracker in self._trackers:
+                tracker.ask_to_end()
+            for tracker in self._trackers:
+                tracker.join()
+            self._flush_faults()
             for file in self._files.values():
                 file.close()
 
@@ -197,14 +195,14 @@ class RunLog:
         return round(self._clock() - self._created, 3)
 
     def _flush_faults(self) -> None:
-        """wandb is a sink: what its thread met is written here, so that metrics.jsonl keeps one writer."""
-        for action, error in self._wandb.new_faults() if self._wandb else ():
-            self.wandb_faults += 1
-            row = {"stage": "faults", "step": self.wandb_faults, "wall_s": self._wall_s()}
-            self._write("metrics.jsonl", row | {"fault/wandb": self.wandb_faults})
-            if self.wandb_faults == 1:
+        """What the threads of trackers met is written here, so that metrics.jsonl keeps one writer."""
+        for name, action, error in [(t.name, *fault) for t in self._trackers for fault in t.new_faults()]:
+            self.tracker_faults[name] += 1
+            row = {"stage": TRACKER_FAULTS, "step": self.tracker_faults.total(), "wall_s": self._wall_s()}
+            self._write("metrics.jsonl", row | {f"fault/{name}": self.tracker_faults[name]})
+            if self.tracker_faults[name] == 1:
                 print(
-                    f"wandb {action} failed ({typed_line(error)[:200]}); the run goes on and "
+                    f"{name} {action} failed ({typed_line(error)[:200]}); the run goes on and "
                     f"{self.run_dir}/metrics.jsonl has everything",
                     file=sys.stderr,
                 )

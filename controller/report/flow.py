@@ -4,6 +4,7 @@ from contracts.catalogue import catalogue
 from contracts.metrics import declared
 from controller.record.number_text import count, num
 from controller.record.reader import Run, number
+from controller.record.run_log import TRACKER_FAULTS
 from controller.report.curves import Chart, described
 from controller.report.markup import esc, section, table
 from controller.report.svg import Series, line_chart
@@ -18,7 +19,7 @@ CHARTS: tuple[Chart, ...] = (
     ),
 )
 FATES = ("admitted", "trained", "quarantined", "released", "fenced", "open")
-FAULTS = ("fault/actors_lost", "fault/actors_without_update", "fault/unscored", "fault/no_sibling", "fault/wandb")
+FAULTS = ("fault/actors_lost", "fault/actors_without_update", "fault/unscored", "fault/no_sibling")
 
 
 def rollouts(run: Run) -> str:
@@ -47,10 +48,13 @@ def rollouts(run: Run) -> str:
 
 def _faults(run: Run) -> str:
     """Totals: counters of a step are summed, those that count from the start are taken at their end."""
-    cumulative = ("fault/actors_lost", "fault/wandb")
-    totals: dict[str, float] = {}
+    names, cumulative, totals = dict.fromkeys(FAULTS), {"fault/actors_lost"}, dict[str, float]()
     for row in run.metrics:
-        for name in FAULTS:
+        if row["stage"] == TRACKER_FAULTS:
+            of_trackers = [name for name in row if name.startswith("fault/")]
+            names |= dict.fromkeys(of_trackers)
+            cumulative.update(of_trackers)
+        for name in names:
             value = number(row.get(name))
             if value:
                 totals[name] = (
@@ -58,7 +62,7 @@ def _faults(run: Run) -> str:
                 )
     if not totals:
         return '<p class="quiet">✓ No fault was met.</p>'
-    rows = [[_meaning(name), f"<code>{name}</code>", num(value, 0)] for name, value in totals.items()]
+    rows = [[_meaning(name), f"<code>{esc(name)}</code>", num(value, 0)] for name, value in totals.items()]
     return table(("Faults that were tolerated", "", ""), rows, "short", text_columns=2)
 
 

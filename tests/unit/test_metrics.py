@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from contracts.config import LoggerConfig
+from contracts.trackers import Tracker
 from controller.alarms.live import tell_alarms
 from controller.loop.recovery import once_more
 from controller.record.redaction import REDACTED, redacted
@@ -108,7 +109,7 @@ def test_offline_wandb_run_holds_the_metrics_and_no_secret_and_no_text(tmp_path,
         log.log("reward_model/gold", 1, {"reward_model/loss": 0.512})
         log.log("ppo", 1, {"reward/score_mean": 0.25, "kl/ref_seq": float("nan")})
         log.samples([{"stage": "ppo", "step": 1, "prompt": "private-prompt-text", "completion": "x", "proxy": 0.1}])
-    assert log.wandb_faults == 0
+    assert not log.tracker_faults
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     stored_file = next(path for path in files if path.name.endswith(".wandb"))
     # wandb's service process writes the file; on busy cores it may still be at it when `finish` returns.
@@ -123,38 +124,30 @@ def test_offline_wandb_run_holds_the_metrics_and_no_secret_and_no_text(tmp_path,
     assert capfd.readouterr() == ("", "")
 
 
-class FailingSink:
+class FailingTracker(Tracker):
     """Fails at every call, as a full disk would."""
 
-    def __init__(self) -> None:
-        self.faults: list[tuple[str, Exception]] = []
-
-    def log(self, row: dict) -> None:
-        self.faults.append(("log", ConnectionError("the service is gone")))
-
-    def new_faults(self) -> list[tuple[str, Exception]]:
-        faults, self.faults = self.faults, []
-        return faults
-
-    def close(self) -> None: ...
+    def log(self, values: dict[str, float], *, stage: str, step: int, wall_s: float) -> None:
+        raise ConnectionError("the service is gone")
 
 
-def test_a_fault_of_wandb_is_counted_said_once_and_never_raised(tmp_path, disabled, capsys):
-    with RunLog(tmp_path, {}, disabled, "ppo") as log:
-        log._wandb = FailingSink()
-        log.log("ppo", 1, {"policy/loss": 1.0})
-        log.log("ppo", 2, {"policy/loss": 2.0})
+def test_a_fault_of_a_tracker_is_counted_said_once_and_never_raised(tmp_path, capsys):
+    name = f"{__name__}:FailingTracker"
+    with RunLog(tmp_path, {}, LoggerConfig(trackers=[name]), "ppo") as log:
+        for step in (1, 2):
+            log.log("ppo", step, {"policy/loss": float(step)})
     rows = lines(tmp_path / "metrics.jsonl")
-    assert [row.get("fault/wandb") for row in rows] == [None, 1, None, 2]
-    assert [row.get("policy/loss") for row in rows] == [1.0, None, 2.0, None]
+    assert [row[f"fault/{name}"] for row in rows if row["stage"] == "faults"] == [1, 2]
+    assert [row["policy/loss"] for row in rows if row["stage"] == "ppo"] == [1.0, 2.0]
     assert capsys.readouterr().err.count("the service is gone") == 1
 
 
 def test_an_unknown_wandb_mode_does_not_stop_the_run(tmp_path, capsys):
     with RunLog(tmp_path, {}, LoggerConfig(wandb="nonsense"), "ppo") as log:
         log.log("ppo", 1, {"policy/loss": 1.0})
-    assert log.wandb_faults == 1
+    assert log.tracker_faults == {"wandb": 1}
     assert lines(tmp_path / "metrics.jsonl")[0]["policy/loss"] == 1.0
+    assert [row["fault/wandb"] for row in lines(tmp_path / "metrics.jsonl") if row["stage"] == "faults"] == [1]
     assert "wandb init failed" in capsys.readouterr().err
 
 

@@ -1,6 +1,5 @@
 """wandb down, slow or wrong never slows or ends a run, and its copy is kept offline. A loopback stub is the server."""
 
-import json
 import queue
 import re
 import socket
@@ -18,11 +17,24 @@ from typing import Any
 import pytest
 
 from contracts.config import LoggerConfig
-from controller.record.wandb_tracker import MOST_QUEUED, WandbSink, chosen_mode
-from tests.conftest import ROOT
+from contracts.trackers import TrackedRun
+from controller.record.tracker_thread import MOST_QUEUED, TrackerThread
+from controller.record.trackers.wandb import Wandb, chosen_mode
+from tests.conftest import ROOT, wandb_records
 
 INIT_S = 3.0
+
+
+class Quick(Wandb):
+    init_s = INIT_S
+
+
 ROW = {"stage": "ppo", "step": 1, "wall_s": 2.0, "reward/score_mean": 0.25, "policy/loss": None, "progress/version": 1}
+
+
+def end(thread: TrackerThread) -> None:
+    thread.ask_to_end()
+    thread.join()
 
 
 @contextmanager
@@ -54,15 +66,6 @@ def server(answer: str) -> Iterator[str]:
     httpd.server_close()
 
 
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    """The offline run, read back by wandb's own reader."""
-    [file] = (run_dir / "wandb").glob("offline-run-*/*.wandb")
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return [record[record["type"]] | {"type": record["type"]} for record in map(json.loads, done.stdout.splitlines())]
-
-
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """No key, no mode, and no settings of whoever runs the tests."""
@@ -88,8 +91,8 @@ def test_a_server_that_fails_costs_the_run_nothing(
     environment.setenv("WANDB_API_KEY", "k" * 40)
     with server(answer) as url:
         environment.setenv("WANDB_BASE_URL", url)
-        sink = WandbSink(tmp_path, {"name": "demo"}, LoggerConfig(wandb="auto"), "ppo", init_s=INIT_S)
-        assert sink.mode == "online"
+        assert chosen_mode("auto") == "online"
+        sink = TrackerThread("wandb", Quick, tmp_path, {"name": "demo"}, LoggerConfig(wandb="auto"), "ppo")
         longest = 0.0
         for step in range(1, 101):
             start = time.perf_counter()
@@ -97,11 +100,10 @@ def test_a_server_that_fails_costs_the_run_nothing(
             longest = max(longest, time.perf_counter() - start)
         assert longest < 0.1
         start = time.perf_counter()
-        sink.close()
+        end(sink)
         assert time.perf_counter() - start < 2 * INIT_S + 20
-    assert sink.mode == "offline"
     assert [action for action, _ in sink.new_faults()] == ["init"]
-    scores = [row["item"]["reward/score_mean"] for row in records(tmp_path) if row["type"] == "history"]
+    scores = [row["item"]["reward/score_mean"] for row in wandb_records(tmp_path) if row["type"] == "history"]
     assert scores == [step / 100 for step in range(1, 101)]
 
 
@@ -109,7 +111,7 @@ def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Pa
     (tmp_path / "model").mkdir()
     (tmp_path / "model/weights").write_text("w")
     logger = LoggerConfig(group="sweep-1", wandb_text=True, table_every=2)
-    sink = WandbSink(tmp_path, {"name": "demo", "ppo": {"updates": 7}}, logger, "ppo", attempt=2)
+    sink = TrackerThread("wandb", Wandb, tmp_path, {"name": "demo", "ppo": {"updates": 7}}, logger, "ppo", attempt=2)
     for step in (1, 2, 3):
         sink.log(
             ROW | {"step": step, "reward/score_mean": step / 4, "progress/version": step, "ledger/trained": 64 * step}
@@ -118,9 +120,9 @@ def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Pa
     sink.log({"stage": "reward_model/gold", "step": 5, "wall_s": 1.0, "reward_model/loss": 0.5})
     sink.artifact("demo-ppo", "model", str(tmp_path / "model"))
     sink.alert("Clipped", "policy/clipfrac above 0.3")
-    sink.close()
+    end(sink)
     assert sink.new_faults() == []
-    found = records(tmp_path)
+    found = wandb_records(tmp_path)
     [run] = [row for row in found if row["type"] == "run"]
     assert (run["run_group"], run["job_type"], run["project"]) == ("sweep-1", "ppo", "tandem")
     assert run["run_id"] == f"demo-{tmp_path.name}-a2"
@@ -150,20 +152,22 @@ def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_an_offline_run_needs_no_key_and_asks_for_none(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sink = WandbSink(tmp_path, {}, LoggerConfig(), "sft", init_s=INIT_S)
-    sink.close()
-    assert (sink.mode, sink.new_faults()) == ("offline", [])
+    assert chosen_mode("auto") == "offline"
+    sink = TrackerThread("wandb", Quick, tmp_path, {}, LoggerConfig(), "sft")
+    end(sink)
+    assert sink.new_faults() == []
+    assert wandb_records(tmp_path)
 
 
-class Stuck(WandbSink):
+class Stuck(Wandb):
     """Its wandb never comes back from init."""
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, run: TrackedRun) -> Any:
         threading.Event().wait()
 
 
 def test_calls_beyond_the_queue_are_counted_not_waited_for(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sink = Stuck(tmp_path, {}, LoggerConfig(wandb="offline"), "ppo")
+    sink = TrackerThread("wandb", Stuck, tmp_path, {}, LoggerConfig(wandb="offline"), "ppo")
     start = time.perf_counter()
     for _ in range(MOST_QUEUED + 3):
         sink.log(ROW)
@@ -174,19 +178,21 @@ def test_calls_beyond_the_queue_are_counted_not_waited_for(environment: pytest.M
 
 
 def test_text_and_tables_by_request_alone(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Recorded(WandbSink):
-        def _init(self, mode: str) -> Any:
-            self.sent: list[dict[str, Any]] = []
-            return SimpleNamespace(log=self.sent.append, finish=lambda: None)
+    sent: list[dict[str, Any]] = []
+
+    class Recorded(Wandb):
+        def _init(self, run: TrackedRun) -> Any:
+            return SimpleNamespace(log=sent.append, finish=lambda: None)
 
     rows = [[{"stage": "ppo", "step": step, "prompt": "p", "completion": "c"}] for step in range(5)]
     for text, expected in ((False, 0), (True, 3)):
-        sink = Recorded(tmp_path, {}, LoggerConfig(wandb="offline", wandb_text=text, table_every=2), "ppo")
+        logger = LoggerConfig(wandb="offline", wandb_text=text, table_every=2)
+        sink = TrackerThread("wandb", Recorded, tmp_path, {}, logger, "ppo")
         for row in rows:
             sink.samples(row)
-        sink.close()
-        assert len(sink.sent) == expected  # steps 0, 2, 4
-    assert sink.sent[0]["samples/table"].data == [["c", "p", "ppo", 0]]
+        end(sink)
+        assert len(sent) == expected  # steps 0, 2, 4
+    assert sent[0]["samples/table"].data == [["c", "p", "ppo", 0]]
 
 
 def test_the_port_of_a_closed_server_is_closed() -> None:
