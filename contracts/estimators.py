@@ -4,9 +4,6 @@ from dataclasses import dataclass, replace
 
 from contracts.config import OffPolicyConfig, PPOConfig
 
-KL_PLACES = ("none", "reward", "k2", "k3")
-AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
-
 
 @dataclass(frozen=True)
 class Estimator:

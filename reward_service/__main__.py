@@ -24,8 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.models.precision import choose_dtypes
 from contracts.checks.overrides import unknown_overrides
-from contracts.checks.service_validation import validate_service
-from contracts.checks.validation import ConfigError
+from contracts.checks.validation import ConfigError, validate_service
 from contracts.config import ScorerConfig, TandemConfig, register_schema, to_config
 from contracts.scorer_roles import ROLES, chosen_scorers
 from reward_service.scorer_kinds import ScorerError, resolve
