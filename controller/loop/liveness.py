@@ -24,7 +24,7 @@ class _Pulse:
     answer: "Future[int | None] | None" = None
 
 
-class Watch:
+class LivenessMonitor:
     """Asks processes for a count of what they have done, four times within `silence_s`.
 
     Silence is measured from a question, and an answer counts when it came: how often `silent` is called makes no difference.
