@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.spread import ROUNDING
+from common.statistics import ROUNDING
 
 
 @torch.no_grad()

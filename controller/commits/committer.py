@@ -71,8 +71,13 @@ class Committer:
         committed: Callable[[State], None],
         say: Callable[[str], None],
     ):
-        self._run_dir, self._config, self._about = run_dir, config, about
-        self._learner, self._dispatcher, self._committed, self._say = learner, dispatcher, committed, say
+        self._run_dir = run_dir
+        self._config = config
+        self._about = about
+        self._learner = learner
+        self._dispatcher = dispatcher
+        self._committed = committed
+        self._say = say
         self._pending: _Pending | None = None
         self._num_bytes = 0  # of the last commit
         self._in_a_row = self._num_failed = 0
@@ -160,7 +165,9 @@ class Committer:
         ) as error:  # whatever it was, DeepSpeed's and the disk's included: no commit, and the run goes on
             self._fail(step, pending.folder, error)
             return
-        self._in_a_row, self.newest, self._num_bytes = 0, step, pending.commit.num_bytes
+        self._in_a_row = 0
+        self.newest = step
+        self._num_bytes = pending.commit.num_bytes
         try:
             self._committed(pending.state)
             commit_store.prune(self._run_dir, self._config.keep)

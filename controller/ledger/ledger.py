@@ -185,7 +185,9 @@ class Ledger:
             oldest = int(versions.min()) if len(versions) else entry.due - self.max_staleness
         entry.holder = entry.leases[lease_number]
         self._end_leases(entry)
-        entry.state, entry.rollout, entry.due = State.SCORED, rollout, oldest + self.max_staleness
+        entry.state = State.SCORED
+        entry.rollout = rollout
+        entry.due = oldest + self.max_staleness
         self._awaited.remove(entry)
         self._scored[entry.due].append(entry)
         self._num_scored += 1

@@ -33,7 +33,6 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from common.processes.randomness import random_state, set_random_state
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.interfaces import CollectiveError, LearnerLostError, NonFiniteError
@@ -53,9 +52,9 @@ from controller.loop.training_batches import make_batches, with_siblings
 from controller.loop.unscored import save_rollouts, scored
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress, format_update
-from learner.kl import make_kl_controller
+from learner.coefficients import Multiplier, make_kl_controller
 from learner.learner_actor import LearnerGroup
-from learner.multiplier import Multiplier
+from learner.rank_state import random_state, set_random_state
 
 RECENT = 4  # updates whose mean score, by the gold judge where there is one, is the quality of a commit
 PARTS = ("stream", "kl", "multiplier")  # of the controller, whose state a commit holds

@@ -57,7 +57,10 @@ class Dispatcher:
     ):
         actors = fleet.actors
         self._fleet, self._actors = fleet, actors  # the list in which a new actor takes its place
-        self._ledger, self._stream, self._ppo, self._timeout_s = ledger, stream, ppo, cluster.step_timeout_s
+        self._ledger = ledger
+        self._stream = stream
+        self._ppo = ppo
+        self._timeout_s = cluster.step_timeout_s
         self._scorers = scorers
         self._share = -(-(ledger.max_staleness + 1) * ledger.rollouts_per_update // len(actors))
         # Where phases take turns, scoring begins when the last completion is there: each may then use every core.
@@ -80,7 +83,9 @@ class Dispatcher:
         self._actor_liveness = LivenessMonitor(
             lambda number: self._actors[number].pulse.remote(), cluster.actor_silence_s
         )
-        self._ranks, self._learner_works, self._round = range(cluster.num_learner_ranks), False, 0
+        self._ranks = range(cluster.num_learner_ranks)
+        self._learner_works = False
+        self._round = 0
         self._learner_liveness = LivenessMonitor(fleet.pulse_learner, cluster.learner_silence_s)
         self._stragglers, self._next_check_s = Stragglers(cluster.hedge_after_s), 0.0
         for number in self._serving:

@@ -32,7 +32,9 @@ class LivenessMonitor:
 
     def __init__(self, ask: Callable[[int], Any], silence_s: float, clock: Callable[[], float] = time.monotonic):
         """`ask(number)` is a remote call that counts on, or tries to, at each question; None: all of them may wait."""
-        self._ask, self._silence_s, self._clock = ask, silence_s, clock
+        self._ask = ask
+        self._silence_s = silence_s
+        self._clock = clock
         self._pulses: dict[int, _Pulse] = {}
 
     def silent(self, numbers: Iterable[int]) -> dict[int, float]:

@@ -9,6 +9,7 @@ import torch
 
 from contracts.config import CombinedConfig, PPOConfig
 from contracts.estimators import chosen_correction, chosen_estimator
+from learner.coefficients import Multiplier
 from learner.likelihood import (
     best_of_groups,
     effective_share,
@@ -18,7 +19,6 @@ from learner.likelihood import (
     reward_weights,
 )
 from learner.losses import likelihood_loss
-from learner.multiplier import Multiplier
 
 EVERY = torch.ones(5, dtype=torch.bool)
 GROUPS = torch.tensor([0, 1, 0, 0, 1])
