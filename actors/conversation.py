@@ -77,7 +77,9 @@ class Conversation:
         limits: Limits,
         decode: Callable[[list[int]], str],
     ):
-        self.request, self.sampling, self.limits = request, sampling, limits
+        self.request = request
+        self.sampling = sampling
+        self.limits = limits
         self.prompt = request.prompt
         self.turns: list[Turn] = []
         self.fault: str | None = None
@@ -190,7 +192,10 @@ class Conversations:
         limits: Limits,
         decode: Callable[[list[int]], str],
     ):
-        self._engine, self._make, self._limits, self._decode = engine, make_environment, limits, decode
+        self._engine = engine
+        self._make = make_environment
+        self._limits = limits
+        self._decode = decode
         self._threads = ThreadPoolExecutor(STEP_THREADS, thread_name_prefix="environment")
 
     def submit(self, request: RolloutRequest, sampling: SamplingConfig) -> "Future[Rollout]":

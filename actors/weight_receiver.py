@@ -14,8 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from common.processes.shared_memory import SegmentReader, Superseded, Unreachable, reachable
-from common.processes.weight_layout import layout
+from common.processes.shared_memory import SegmentReader, Superseded, Unreachable, layout, reachable
 from contracts.weights import LoadReport, Parameters, SegmentAddress, WeightsRefused, WeightUpdate, checksum
 
 KEPT_SEGMENTS = 3  # mappings; the publisher writes into another segment only while somebody still reads the last one
@@ -38,7 +37,9 @@ class WeightReceiver:
         whether its segments can be read from here."""
         with self._one_at_a_time:
             if publisher != self._publisher:
-                self._publisher, self._version, self._newest_offered = publisher, -1, -1
+                self._publisher = publisher
+                self._version = -1
+                self._newest_offered = -1
                 self._forget(keep=0)
         return address is not None and reachable(address)
 

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
-from common.processes.weight_layout import Slot, layout, view
+from common.processes.shared_memory import Slot, layout, view
 from contracts.weights import Parameters
 
 BACKENDS = ("shared_memory", "ray_object")  # where the bytes come from makes no difference here

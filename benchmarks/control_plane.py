@@ -124,7 +124,7 @@ def measure(actors: int, rollouts: int, seconds: float, run_dir: Path) -> dict[s
         controller.run()
         start, cpu, updates = time.perf_counter(), time.process_time(), 0
         while updates < 3 or time.perf_counter() - start < seconds:
-            controller.dispatcher.feed(1_000_000)
+            controller.dispatcher.admit_rollouts(1_000_000)
             controller._update(train_policy=True)
             controller.ledger.committed(run_dir / "ledger.jsonl")
             updates += 1

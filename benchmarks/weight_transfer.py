@@ -33,7 +33,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from actors.rollout_actor import RolloutActor
 from actors.weight_receiver import WeightReceiver, as_tensor
-from common.processes.weight_layout import layout, view
+from common.processes.shared_memory import layout, view
 from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.records import Prompt, RolloutRequest
 from contracts.weights import LoadReport, Parameters, PublishReport, SegmentAddress, WeightUpdate

@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 LEVEL = 0.95
+# Relative to the numbers themselves. Scores and advantages are float32 sums, which keep five digits or more; a spread below
+# is the computer's, and dividing by it would make units of its noise.
+ROUNDING = 1e-5
 BLOCK_ELEMENTS = 1_000_000  # resampled indices held at once: 8 MB
 
 FloatArray = NDArray[np.float64]
@@ -214,3 +217,11 @@ def repeat_fraction(token_ids: Sequence[int], n: int = 4) -> float:
     """Share of the n-grams of one completion that occurred in it before; 0 where it is shorter than n tokens."""
     ngrams = _ngrams(token_ids, n)
     return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def spread(values: Sequence[float] | np.ndarray) -> float:
+    """Standard deviation (the population's) of at least one value; 0 where it is rounding: at most `ROUNDING` of the largest
+    magnitude."""
+    vector = np.asarray(values, dtype=np.float64)
+    deviation = float(vector.std())
+    return deviation if deviation > ROUNDING * float(np.abs(vector).max()) else 0.0

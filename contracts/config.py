@@ -1,44 +1,70 @@
 """The configuration schema. YAML under conf/ fills it; `contracts/checks/` lists every conflict before a process starts.
 
-Every field that is not self-evident says its unit and what it trades.
+Every field that is not self-evident says its unit and what it trades. What a key may hold is declared on it, by `key`:
+bounds, choices, or why there are neither; null where the annotation has it.
 """
 
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from contracts.keys import Rule, key, names_in, section
+
+
+def _is_day(value: str) -> bool:
+    try:
+        date.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
+
+
+MODEL, SOURCE, DIRECTORY = "a checkpoint directory or a hub id", "a file, a directory or a hub id", "a directory"
+COLUMN, WORD = "the name of a column", "a name of the user's"
+KIND = "the kinds that read it check it"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+FORMATS = ("auto", "text", "prompt", "prompt_completion", "messages", "pair", "rated")
+KL_PLACES = ("none", "reward", "k2", "k3")
+AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
+HEAD_ALONE = Rule("0 (the head alone) or more", lambda value: value >= 0)
+BETAS = Rule("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
+UNBIASED = Rule(
+    "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio",
+    lambda value: value == 1,
+)
+
 
 @dataclass
 class ModelConfig:
-    path: str = MISSING  # directory of a Hugging Face checkpoint, or a hub id
-    revision: str | None = None
+    path: str = key(MISSING, free=MODEL)
+    revision: str | None = key(None, free="a revision of a hub")
     # Of the engines and of the forward pass; the learner's master weights are always float32. auto: bfloat16 where the
     # hardware multiplies it, float32 on other CPUs.
-    dtype: str = "auto"
+    dtype: str = key("auto", choices=DTYPES)
     trust_remote_code: bool = False
     # The day (ISO 8601) that a chat template writes as today's: the same rows give the same tokens tomorrow.
-    template_date: str = "2026-01-01"
+    template_date: str = key("2026-01-01", rule=Rule("a day as 2026-01-31", _is_day))
 
 
 @dataclass
 class SourceConfig:
     """One data set: a local file, a glob or a directory of them, one saved by `datasets`, or a hub id: docs/data.md."""
 
-    path: str = MISSING
-    split: str = "train"
-    # text | prompt | prompt_completion | messages | pair | rated; "auto" reads it off the columns
-    format: str = "auto"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
-    text_column: str = "text"
-    messages_column: str = "messages"
-    chosen_column: str = "chosen"
-    rejected_column: str = "rejected"
-    rating_column: str = "rating"  # one number
-    ratings_column: str = "ratings"  # a list of numbers, one for each rater
-    max_rows: int | None = None
+    path: str = key(MISSING, free=SOURCE)
+    split: str = key("train", free="the name of a split")
+    format: str = key("auto", choices=FORMATS)  # auto reads it off the columns
+    prompt_column: str = key("prompt", free=COLUMN)
+    completion_column: str = key("completion", free=COLUMN)
+    text_column: str = key("text", free=COLUMN)
+    messages_column: str = key("messages", free=COLUMN)
+    chosen_column: str = key("chosen", free=COLUMN)
+    rejected_column: str = key("rejected", free=COLUMN)
+    rating_column: str = key("rating", free=COLUMN)  # one number
+    ratings_column: str = key("ratings", free=COLUMN)  # a list of numbers, one for each rater
+    max_rows: int | None = key(None, least=1)
 
 
 @dataclass
@@ -50,42 +76,43 @@ class DataConfig:
     test: SourceConfig = field(default_factory=SourceConfig)  # held-out preferences
     eval_prompts: SourceConfig = field(default_factory=SourceConfig)  # held-out prompts
     # Turn a text into a prompt of its first words and a completion of the rest; null takes prompts as they are.
-    prompt_words: int | None = None
+    prompt_words: int | None = key(None, least=1)
     chat: bool = False  # wrap prompts in the tokenizer's chat template
-    max_prompt_tokens: int = 256
-    max_bad_rows: float = 0.001  # share of unusable rows above which a run refuses to start
+    max_prompt_tokens: int = key(256, least=1)
+    max_bad_rows: float = key(0.001, least=0, most=1)  # share of unusable rows above which a run refuses to start
 
 
 @dataclass
 class OptimizerConfig:
-    learning_rate: float = 1e-5
-    head_learning_rate: float | None = None  # of a scalar head; null: as the rest
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-5
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 0  # of the steps that are planned, as `schedule`: PPO may leave some out (ppo.target_approx_kl)
-    schedule: str = "constant"  # constant | linear (to zero over the run)
+    learning_rate: float = key(1e-5, above=0)
+    head_learning_rate: float | None = key(None, above=0)  # of a scalar head; null: as the rest
+    betas: list[float] = key([0.9, 0.95], rule=BETAS)
+    eps: float = key(1e-5, above=0)
+    weight_decay: float = key(0.0, least=0)
+    max_grad_norm: float = key(1.0, above=0)
+    # of the steps that are planned, as `schedule`: PPO may leave some out (ppo.target_approx_kl)
+    warmup_steps: int = key(0, least=0)
+    schedule: str = key("constant", choices=("constant", "linear"))  # linear: to zero over the run
 
 
 @dataclass
 class SFTConfig:
-    epochs: int = 1
-    batch_size: int = 32
-    max_tokens: int = 512  # longer examples are left out and counted
-    trainable_layers: int | None = None  # the top ones; null trains everything, embeddings included
-    top_fraction: float = 0.5  # stage filtered_sft: share of the rated texts of data.preferences to train on, the best
+    epochs: int = key(1, least=1)
+    batch_size: int = key(32, least=1)
+    max_tokens: int = key(512, least=1)  # longer examples are left out and counted
+    trainable_layers: int | None = key(None, least=1)  # the top ones; null trains everything, embeddings included
+    top_fraction: float = key(0.5, above=0, most=1)  # stage filtered_sft: of the rated texts, the share to train on
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass
 class RewardModelConfig:
-    epochs: int = 1
-    batch_size: int = 32  # texts a step; all pairs within a batch count
-    max_tokens: int = 512
-    trainable_layers: int | None = None
+    epochs: int = key(1, least=1)
+    batch_size: int = key(32, least=1)  # texts a step; all pairs within a batch count
+    max_tokens: int = key(512, least=1)
+    trainable_layers: int | None = key(None, rule=HEAD_ALONE)
     freeze_embeddings: bool = True
-    eval_pairs: int = 4000
+    eval_pairs: int = key(4000, least=1)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -93,32 +120,36 @@ class RewardModelConfig:
 class PreferenceConfig:
     """Stage preference trains the SFT model on data.preferences, without a reward model: docs/preference.md."""
 
-    loss: str | None = None  # dpo | rank (log-likelihoods without a reference); null: as `method` says, else dpo
-    beta: float | None = None  # of a difference in nats a sequence (dpo) or a token (rank); null: 0.1 and 2
-    nll_coef: float | None = None  # of the preferred text's negative log-likelihood a token; null: 0 (dpo) and 1 (rank)
-    epochs: int = 1
-    batch_size: int = 32  # pairs a step, or rated texts, of which all pairs count
-    max_tokens: int = 512
-    trainable_layers: int | None = None
-    eval_pairs: int = 4000
+    # rank: log-likelihoods without a reference; null: as `method` says, else dpo
+    loss: str | None = key(None, choices=names_in("contracts.preference_losses", "loss_names"))
+    # of a difference in nats a sequence (dpo) or a token (rank); null: 0.1 and 2
+    beta: float | None = key(None, above=0)
+    # of the preferred text's negative log-likelihood a token; null: 0 (dpo) and 1 (rank)
+    nll_coef: float | None = key(None, least=0)
+    epochs: int = key(1, least=1)
+    batch_size: int = key(32, least=1)  # pairs a step, or rated texts, of which all pairs count
+    max_tokens: int = key(512, least=1)
+    trainable_layers: int | None = key(None, least=1)
+    eval_pairs: int = key(4000, least=1)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass
 class SamplingConfig:
-    max_completion_tokens: int = 48
-    min_completion_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
+    max_completion_tokens: int = key(48, least=1)
+    min_completion_tokens: int = key(0, least=0)
+    temperature: float = key(1.0, above=0)
+    top_p: float = key(1.0, above=0, most=1)
 
 
 @dataclass
 class KLConfig:
-    coef: float = 0.05  # beta, of each token
-    place: str | None = None  # none | reward (k1) | k2 | k3 (loss terms); null: as the estimator's paper has it
-    controller: str = "fixed"  # fixed | adaptive (Ziegler 2019)
-    target: float = 6.0  # nats a sequence
-    horizon: int = 10000  # episodes
+    coef: float = key(0.05, least=0)  # beta, of each token
+    # reward: k1; k2, k3: loss terms; null: as the estimator's paper has it
+    place: str | None = key(None, choices=KL_PLACES)
+    controller: str = key("fixed", choices=("fixed", "adaptive"))  # adaptive: Ziegler 2019
+    target: float = key(6.0, above=0)  # nats a sequence
+    horizon: int = key(10000, least=1)  # episodes
 
 
 @dataclass
@@ -128,26 +159,27 @@ class OffPolicyConfig:
     Without staleness w differs from 1 by the rounding of the engines alone.
     """
 
-    # none | truncated: min(w, cap) | masked: 0 for w outside [low, high]; null: truncated where ppo.max_staleness > 0
-    correction: str | None = None
-    cap: float = 2.0
-    low: float = 0.5
-    high: float = 5.0
+    # truncated: min(w, cap) | masked: 0 for w outside [low, high]; null: truncated where ppo.max_staleness > 0
+    correction: str | None = key(None, choices=("none", "truncated", "masked"))
+    cap: float = key(2.0, least=1)
+    low: float = key(0.5, least=0, below=1, why="as tokens with w = 1 must train")
+    high: float = key(5.0, above=1, why="as tokens with w = 1 must train")
 
 
 @dataclass
 class RWRConfig:
-    temperature: float = 1.0  # of the weights exp(outcome / temperature), score units
+    temperature: float = key(1.0, above=0)  # of the weights exp(outcome / temperature), score units
 
 
 @dataclass
 class CombinedConfig:
     """The text loss, subject to a mean score: ptx_coef * NLL + lambda * policy loss, lambda by dual ascent."""
 
-    target: float | None = None  # of the mean score, in normalised units with the EOS penalty; null: lambda is 1
-    learning_rate: float = 0.1  # of lambda, for a score unit below the target in one update
-    initial: float = 1.0  # lambda of the first update
-    max: float = 10.0  # above which lambda does not go, however far the target is
+    # of the mean score, in normalised units with the EOS penalty; null: lambda is 1
+    target: float | None = key(None, free="any score")
+    learning_rate: float = key(0.1, above=0)  # of lambda, for a score unit below the target in one update
+    initial: float = key(1.0, least=0)  # lambda of the first update
+    max: float = key(10.0, above=0)  # above which lambda does not go, however far the target is
 
 
 @dataclass
@@ -155,104 +187,107 @@ class PPOConfig:
     # A module of learner/estimators, or package.module:NAME of yours: docs/algorithms.md. All but gae do without a value
     # model, and ignore `lam` and every key of the value model; raft, rwr and online_dpo ignore the clips too. grpo, dr_grpo,
     # rloo, raft and online_dpo compare rollouts of a prompt: samples_per_prompt >= 2.
-    estimator: str = "gae"
+    estimator: str = key("gae", free="estimator_checks look for it")
     # Of prompts' order, sampling and minibatches, and of what another `method` trains or samples in place of PPO; null:
     # `seed`. Runs that differ in it alone share SFT and reward models.
-    seed: int | None = None
-    updates: int = 50
-    rollouts_per_update: int = 64
-    samples_per_prompt: int = 1
-    epochs: int = 1
-    minibatches: int = 1  # optimizer steps an epoch
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    dual_clip: float | None = 3.0
-    value_clip: float | None = 0.2
+    seed: int | None = key(None, least=0)
+    updates: int = key(50, least=1)
+    rollouts_per_update: int = key(64, least=1)
+    samples_per_prompt: int = key(1, least=1)
+    epochs: int = key(1, least=1)
+    minibatches: int = key(1, least=1)  # optimizer steps an epoch
+    gamma: float = key(1.0, least=0, most=1)
+    lam: float = key(0.95, least=0, most=1)
+    clip: float = key(0.2, above=0, below=1)
+    dual_clip: float | None = key(3.0, above=1)
+    value_clip: float | None = key(0.2, above=0)
     # KL of the policy from before an update, nats a token, beyond which no further epoch of the update begins. The first
     # one is always whole: every rollout trains.
-    target_approx_kl: float | None = 0.02
+    target_approx_kl: float | None = key(0.02, above=0)
     whiten_advantages: bool | None = None  # null: as the estimator's paper has it
-    # Mean over tokens, over means or sums of sequences, or over the token budget: tokens | sequences | sequence_sums |
-    # budget; null: as the estimator's paper has it.
-    aggregation: str | None = None
+    # Mean over tokens, over means or sums of sequences, or over the token budget; null: as the estimator's paper has it.
+    aggregation: str | None = key(None, choices=AGGREGATIONS)
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     rwr: RWRConfig = field(default_factory=RWRConfig)
-    dpo_beta: float = 0.1  # of online_dpo: how strongly the reference holds the policy
+    dpo_beta: float = key(0.1, above=0)  # of online_dpo: how strongly the reference holds the policy
     # Updates that may lie between sampling and training. 0: actors and learner take turns; from 1 on both work all the
     # time, on (max_staleness + 1) * rollouts_per_update rollouts.
-    max_staleness: int = 1
+    max_staleness: int = key(1, least=0)
     # in_flight: engines take new weights between two decoding steps, a completion may span versions; drain: they
     # finish what they hold before.
-    weight_update: str = "in_flight"
-    score_batch: int = 16  # completions an actor scores together while others are sampled; all of them at staleness 0
-    ptx_coef: float = 0.0  # PPO-ptx: weight of the SFT loss in the same optimizer step
-    ptx_batch_size: int = 16
+    weight_update: str = key("in_flight", choices=("in_flight", "drain"))
+    # completions an actor scores together while others are sampled; all of them at staleness 0
+    score_batch: int = key(16, least=1)
+    ptx_coef: float = key(0.0, least=0)  # PPO-ptx: weight of the SFT loss in the same optimizer step
+    ptx_batch_size: int = key(16, least=1)
     combined: CombinedConfig = field(default_factory=CombinedConfig)
-    missing_eos_penalty: float = 0.3  # score units
-    value_warmup_updates: int = 2  # updates that train only the value model
-    trainable_layers: int | None = None  # of the policy
-    value_trainable_layers: int | None = None
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    missing_eos_penalty: float = key(0.3, least=0)  # score units
+    value_warmup_updates: int = key(2, least=0)  # updates that train only the value model
+    trainable_layers: int | None = key(None, least=1)  # of the policy
+    value_trainable_layers: int | None = key(None, rule=HEAD_ALONE)
+    sampling: SamplingConfig = section(SamplingConfig, top_p=UNBIASED)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     value_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    gold_rollouts: int = 32  # rollouts an update that the gold judge scores too; 0 switches it off
-    max_failed_scores: float = 0.01  # share of rollouts without a score above which the run stops
-    init_from: str = "sft"  # sft | base: what policy and reference start from
-    # What the value model starts from: reward_model (of the scorer proxy) | policy; null: a reward model that scores the
-    # rollouts, where there is one.
-    init_value_from: str | None = None
+    gold_rollouts: int = key(32, least=0)  # rollouts an update that the gold judge scores too; 0 switches it off
+    max_failed_scores: float = key(0.01, least=0, most=1)  # share of rollouts without a score above which the run stops
+    init_from: str = key("sft", choices=("sft", "base"))  # what policy and reference start from
+    # What the value model starts from; reward_model: of the scorer proxy; null: a reward model that scores the rollouts,
+    # where there is one.
+    init_value_from: str | None = key(None, choices=("reward_model", "policy"))
 
 
 @dataclass
 class CheckpointConfig:
     """Commits of stage ppo, in run_dir/checkpoints: docs/checkpoints.md."""
 
-    every: int = 4  # updates; 0 makes no commits, and nothing can be resumed
-    keep: int = 2  # newest commits that stay, beside the best one
+    every: int = key(4, least=0)  # updates; 0 makes no commits, and nothing can be resumed
+    # newest commits that stay, beside the best one
+    keep: int = key(2, least=2, why="as the newest commit may turn out bad")
     # auto: go on from the newest valid commit in run_dir, where there is one | never: start afresh, commits are set aside
-    resume: str = "auto"
-    max_failures: int = 3  # failed commits in a row that end the run
-    grace_s: float = 60.0  # after SIGTERM or SIGINT, to save and leave
+    resume: str = key("auto", choices=("auto", "never"))
+    max_failures: int = key(3, least=1)  # failed commits in a row that end the run
+    grace_s: float = key(60.0, above=0)  # after SIGTERM or SIGINT, to save and leave
 
 
 @dataclass
 class EvaluateConfig:
-    prompts: int = 256
-    seed: int = 1234
+    prompts: int = key(256, least=2, why="as one prompt has no confidence interval")
+    seed: int = key(1234, least=0)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    bootstrap_samples: int = 2000
-    best_of_n: int = 16  # method best_of_n: completions a prompt, of which the proxy's favourite is judged
+    bootstrap_samples: int = key(2000, least=1)
+    # method best_of_n: completions a prompt, of which the proxy's favourite is judged
+    best_of_n: int = key(16, least=2, why="as the best of one is SFT")
     # What must hold for the verdict "better than SFT".
-    max_length_change: float = 0.25
-    min_eos_share: float = 0.9
-    max_kl: float = 10.0  # nats a sequence
+    max_length_change: float = key(0.25, above=0)
+    min_eos_share: float = key(0.9, least=0, most=1)
+    max_kl: float = key(10.0, above=0)  # nats a sequence
 
 
 @dataclass
 class EngineConfig:
     """vLLM."""
 
-    max_num_seqs: int = 64
-    max_model_len: int = 512
-    kv_cache_gib: float = 1.0  # CPU only; a GPU engine uses gpu_memory_utilization
-    gpu_memory_utilization: float = 0.8
-    tensor_parallel_size: int = 1
+    max_num_seqs: int = key(64, least=1)
+    max_model_len: int = key(512, least=1)
+    kv_cache_gib: float = key(1.0, above=0)  # CPU only; a GPU engine uses gpu_memory_utilization
+    gpu_memory_utilization: float = key(0.8, above=0, most=1)
+    tensor_parallel_size: int = key(1, least=1)
     enforce_eager: bool = True
 
 
 @dataclass
 class LearnerConfig:
-    zero_stage: int = 0
-    microbatch_tokens: int = 4096  # of one forward pass
+    zero_stage: int = key(0, choices=(0, 1, 2, 3))
+    microbatch_tokens: int = key(4096, least=1)  # of one forward pass
     # Tokens whose activations may be kept from the log-probability pass to the backward pass, which saves the second
     # forward pass of the first epoch; 0 recomputes everything. About 1.2 MB a token for a 135M policy and value.
-    held_tokens: int = 0
-    attention: str = "auto"  # auto | sdpa | eager | short_causal | flash_attention_2; auto: short_causal on CPU
+    held_tokens: int = key(0, least=0)
+    # auto: short_causal on CPU
+    attention: str = key("auto", choices=("auto", "sdpa", "eager", "short_causal", "flash_attention_2"))
     gradient_checkpointing: bool = False
-    # auto | shared_memory | ray_object | nccl | ipc; auto: shared_memory on CPU, on GPUs nccl or (colocated) ipc
-    weight_transfer: str = "auto"
+    # auto: shared_memory on CPU, on GPUs nccl or (colocated) ipc
+    weight_transfer: str = key("auto", choices=("auto", "shared_memory", "ray_object", "nccl", "ipc"))
 
 
 @dataclass
@@ -260,34 +295,33 @@ class ScorerConfig:
     """One scorer of the reward service: docs/reward_service.md."""
 
     # model | function | weighted_sum | ensemble (reward_service/kinds), or package.module:KIND: docs/extending.md
-    kind: str = "model"
-    path: str | None = None  # model: directory of a checkpoint with one label, or a hub id
+    kind: str = key("model", free=KIND)
+    path: str | None = key(None, free=MODEL)  # model: directory of a checkpoint with one label, or a hub id
     # model: where the score is read. eos | last (as transformers' own class does, of what the chat template writes); null:
     # eos where the checkpoint says so, else last: docs/reward_service.md.
-    read_at: str | None = None
-    append: str | None = (
-        None  # model: text in place of a completion's EOS, read at last; null: what the template writes
-    )
-    function: str | None = None  # function: package.module:name or path/file.py:name
-    timeout_s: float = 5.0  # function: for one call, after which its process is ended
-    processes: int = 1  # function: calls at a time
-    batch_size: int = 1  # function: items a call
-    memory_gib: float = 2.0  # function: address space of one process
-    parts: list[str] = field(default_factory=list)  # weighted_sum, ensemble: names of scorers
-    weights: list[float] = field(default_factory=list)  # weighted_sum: of each part
-    std_coef: float = 1.0  # ensemble: k in mean - k x standard deviation of the parts
+    read_at: str | None = key(None, free=KIND)
+    # model: text in place of a completion's EOS, read at last; null: what the template writes
+    append: str | None = key(None, free="a text")
+    function: str | None = key(None, free=KIND)  # function: package.module:name or path/file.py:name
+    timeout_s: float = key(5.0, free=KIND)  # function: for one call, after which its process is ended
+    processes: int = key(1, free=KIND)  # function: calls at a time
+    batch_size: int = key(1, free=KIND)  # function: items a call
+    memory_gib: float = key(2.0, free=KIND)  # function: address space of one process
+    parts: list[str] = key([], free=KIND)  # weighted_sum, ensemble: names of scorers
+    weights: list[float] = key([], free=KIND)  # weighted_sum: of each part
+    std_coef: float = key(1.0, free=KIND)  # ensemble: k in mean - k x standard deviation of the parts
     options: dict[str, Any] = field(default_factory=dict)  # of a kind of your own
 
 
 @dataclass
 class HttpConfig:
-    port: int | None = None  # null: no HTTP
-    host: str = "127.0.0.1"
+    port: int | None = key(None, free="a port: contracts.checks.scorer_checks")  # null: no HTTP
+    host: str = key("127.0.0.1", free="a host's name or address")
     # One bearer token a line; several, so that a token can be replaced without a gap. Required beyond loopback.
-    token_file: str | None = None
-    max_items: int = 256  # of one request
-    max_body_mib: float = 8.0
-    max_pending_mib: float = 64.0  # bodies of all requests together, above which new ones are turned away
+    token_file: str | None = key(None, free="a file")
+    max_items: int = key(256, least=1)  # of one request
+    max_body_mib: float = key(8.0, above=0)
+    max_pending_mib: float = key(64.0, above=0)  # bodies of all requests together, above which new ones are turned away
 
 
 @dataclass
@@ -295,49 +329,53 @@ class RewardServiceConfig:
     # Beside, or in place of, the reward models `proxy` (PPO trains on it) and `gold` (only measures), whose checkpoints
     # composites name `proxy_model` and `gold_model`.
     scorers: dict[str, ScorerConfig] = field(default_factory=dict)
-    replicas: int = 1  # of each model and each function
-    batch_tokens: int = 1024  # of one forward pass, longest x count
-    dtype: str = "auto"  # as model.dtype
-    max_tokens: int = 1024
-    deadline_s: float = 120.0
-    max_queued_items: int = 4096  # above which requests are turned away
-    cache_items: int = 16384  # scores that are remembered
-    golden_tolerance: float = 0.15  # mean deviation from the checkpoint's golden scores above which it is not served
+    replicas: int = key(1, least=1)  # of each model and each function
+    batch_tokens: int = key(1024, least=1)  # of one forward pass, longest x count
+    dtype: str = key("auto", choices=DTYPES)  # as model.dtype
+    max_tokens: int = key(1024, least=1)
+    deadline_s: float = key(120.0, above=0)
+    max_queued_items: int = key(4096, least=1)  # above which requests are turned away
+    cache_items: int = key(16384, least=0)  # scores that are remembered
+    # mean deviation from the checkpoint's golden scores above which it is not served
+    golden_tolerance: float = key(0.15, above=0)
     http: HttpConfig = field(default_factory=HttpConfig)
 
 
 @dataclass
 class ClusterConfig:
-    address: str = "local"  # "local" starts an embedded Ray; "auto" joins a running cluster
+    # local starts an embedded Ray, auto joins a running cluster
+    address: str = key("local", free="local, auto or an address")
     # disaggregated: actors and learner ranks have devices of their own; colocated: actor i shares one with learner rank i
-    layout: str = "disaggregated"
+    layout: str = key("disaggregated", choices=("disaggregated", "colocated"))
     # What the cluster has, or will have grown to when it is needed; null: it is asked when it has been joined.
-    num_nodes: int | None = None
-    gpus_per_node: float | None = None
-    cpus_per_node: float | None = None
-    num_actors: int = 1
-    num_learner_ranks: int = 1
+    num_nodes: int | None = key(None, least=1)
+    gpus_per_node: float | None = key(None, least=0)
+    cpus_per_node: float | None = key(None, above=0)
+    num_actors: int = key(1, least=1)
+    num_learner_ranks: int = key(1, least=1)
     # One phase runs at a time in a synchronous run, so each may use every core of a laptop.
-    threads_per_actor: int = 2
-    threads_per_learner_rank: int = 2
-    threads_per_reward_replica: int = 2
-    cpus_per_process: float = 0.1  # what Ray books for each of our processes
-    gpus_per_actor: float = 0.0
-    gpus_per_learner_rank: float = 0.0
-    gpus_per_reward_replica: float = 0.0
-    object_store_gib: float = 1.0
-    min_memory_gib: float = 6.0  # free memory below which nothing starts
-    start_timeout_s: float = 300.0
-    step_timeout_s: float = 900.0  # longest wait for one generation, update or weight transfer
-    max_actor_restarts: int = 3  # lost rollout actors that are replaced before the run gives up
-    max_learner_restarts: int = 3  # returns to the last commit after a rank was lost, before the run gives up
+    threads_per_actor: int = key(2, least=1)
+    threads_per_learner_rank: int = key(2, least=1)
+    threads_per_reward_replica: int = key(2, least=1)
+    cpus_per_process: float = key(0.1, least=0)  # what Ray books for each of our processes
+    gpus_per_actor: float = key(0.0, least=0)
+    gpus_per_learner_rank: float = key(0.0, least=0)
+    gpus_per_reward_replica: float = key(0.0, least=0)
+    object_store_gib: float = key(1.0, above=0)
+    min_memory_gib: float = key(6.0, least=0)  # free memory below which nothing starts
+    start_timeout_s: float = key(300.0, above=0)
+    step_timeout_s: float = key(900.0, above=0)  # longest wait for one generation, update or weight transfer
+    max_actor_restarts: int = key(3, least=0)  # lost rollout actors that are replaced before the run gives up
+    # returns to the last commit after a rank was lost, before the run gives up
+    max_learner_restarts: int = key(3, least=0)
     # Without a decoding step, asked for or its own, an actor is taken for lost; longer than the longest step.
-    actor_silence_s: float = 60.0
+    actor_silence_s: float = key(60.0, above=0)
     # An update in which a rank makes no forward, backward or optimizer step for so long hangs; longer than the longest.
-    learner_silence_s: float = 180.0
+    learner_silence_s: float = key(180.0, above=0)
     # A rollout that takes longer, and 3 x as long as 95% of the last ones, is given to an idle actor too: the first counts.
-    hedge_after_s: float = 30.0
-    publish_timeout_s: float = 120.0  # longest wait for an actor to take new weights; the others go on without it
+    hedge_after_s: float = key(30.0, above=0)
+    # longest wait for an actor to take new weights; the others go on without it
+    publish_timeout_s: float = key(120.0, above=0)
 
 
 @dataclass
@@ -345,37 +383,42 @@ class EnvironmentConfig:
     """What the policy talks to. A turn is what it samples until EOS or `max_turn_tokens`; `sampling.max_completion_tokens`
     bounds all turns of a conversation and the observations between them."""
 
-    name: str = "single_turn"  # single_turn | two_turn | module:Class, an import path: docs/environments.md
+    name: str = key("single_turn", free="single_turn, two_turn, or an import path: docs/environments.md")
     # Where a conversation is paid: cumulative (the sum, at its last token) | per_turn (each turn at its own last token) |
     # separate (as per_turn, and every turn is an episode of its own: what comes later does not count for it).
-    reward: str = "cumulative"
-    max_turn_tokens: int | None = None  # null: what is left of sampling.max_completion_tokens
-    min_turn_tokens: int = 0  # no turn ends before: EOS cannot be sampled, nor is it expected by the learner
+    reward: str = key("cumulative", choices=("cumulative", "per_turn", "separate"))
+    max_turn_tokens: int | None = key(None, least=1)  # null: what is left of sampling.max_completion_tokens
+    # no turn ends before: EOS cannot be sampled, nor is it expected by the learner
+    min_turn_tokens: int = key(0, least=0)
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
 
 
 @dataclass
 class LoggerConfig:
-    trackers: list[str] = field(default_factory=lambda: ["wandb"])  # or package.module:NAME: docs/dashboards.md
-    wandb: str = "auto"  # auto | offline | online | disabled: docs/dashboards.md
-    project: str = "tandem"
+    trackers: list[str] = key(
+        ["wandb"], free="tracker_checks look for them"
+    )  # or package.module:NAME: docs/dashboards.md
+    wandb: str = key("auto", choices=("auto", "offline", "online", "disabled"))  # docs/dashboards.md
+    project: str = key("tandem", free=WORD)
     wandb_text: bool = False  # also send sampled prompts and completions to all trackers; they may be confidential
-    table_every: int = 10  # policy versions between two of the trackers' sample tables
-    group: str | None = None  # the trackers' group; null: the run, in a sweep its directory
-    samples_per_update: int = 4
-    heartbeat_s: float = 30.0
+    table_every: int = key(10, least=1)  # policy versions between two of the trackers' sample tables
+    group: str | None = key(None, free=WORD)  # the trackers' group; null: the run, in a sweep its directory
+    samples_per_update: int = key(4, least=0)
+    heartbeat_s: float = key(30.0, above=0)
 
 
 @dataclass
 class TandemConfig:
-    stage: str = "pipeline"  # pipeline | sft | reward_model | ppo | preference | filtered_sft | evaluate
-    method: str = "ppo"  # what follows SFT: ppo | dpo | rank | filtered_sft | best_of_n | none (docs/preference.md)
-    name: str = "demo"
-    seed: int = 1
-    run_dir: str = MISSING
-    cache_dir: str = MISSING
+    stage: str = key("pipeline", choices=names_in("contracts.stages", "stage_names", "pipeline"))
+    method: str = key(
+        "ppo", choices=names_in("contracts.stages", "method_titles")
+    )  # what follows SFT: docs/preference.md
+    name: str = key("demo", free=WORD)
+    seed: int = key(1, least=0)
+    run_dir: str = key(MISSING, free=DIRECTORY)
+    cache_dir: str = key(MISSING, free=DIRECTORY)
     # Finished stages with the same inputs: auto: those that today's code has made | true: whatever code has | false: none
-    reuse_stages: Any = "auto"
+    reuse_stages: Any = key("auto", choices=("auto", True, False))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -391,12 +434,12 @@ class TandemConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     # Checkpoints to use instead of running the stage that makes them.
-    sft_model: str | None = None
-    proxy_model: str | None = None
-    gold_model: str | None = None
-    ppo_model: str | None = None
-    preference_model: str | None = None
-    filtered_sft_model: str | None = None
+    sft_model: str | None = key(None, free=MODEL)
+    proxy_model: str | None = key(None, free=MODEL)
+    gold_model: str | None = key(None, free=MODEL)
+    ppo_model: str | None = key(None, free=MODEL)
+    preference_model: str | None = key(None, free=MODEL)
+    filtered_sft_model: str | None = key(None, free=MODEL)
 
 
 def register_schema() -> None:
@@ -411,8 +454,8 @@ def to_config(composed: DictConfig) -> TandemConfig:
     Raises:
         OmegaConfBaseException: where the composed values are not of the schema's types.
     """
-    for key in OmegaConf.missing_keys(composed):
-        OmegaConf.update(composed, key, "")
+    for missing in OmegaConf.missing_keys(composed):
+        OmegaConf.update(composed, missing, "")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, TandemConfig)
     return config

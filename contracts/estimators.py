@@ -5,15 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from contracts.config import OffPolicyConfig, PPOConfig
+from contracts.config import AGGREGATIONS, KL_PLACES, OffPolicyConfig, PPOConfig
 from contracts.metrics import Metric
 from contracts.plugins import Kind, UnknownPlugin, find
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KL_PLACES = ("none", "reward", "k2", "k3")
-AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 LOSSES = ("clipped", "likelihood")
 ESTIMATORS = Kind("estimator", "learner.estimators", "ESTIMATOR")
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from common.spread import ROUNDING
+from common.statistics import ROUNDING
 from learner.kl import kl_k1
 
 
@@ -61,7 +61,7 @@ def whitening_moments(advantages: Tensor, mask: Tensor) -> Tensor:
 
 def variance(moments: Tensor) -> Tensor:
     """Unbiased variance of what `moments` [..., 3] (count, sum, sum of squares) describe: float64 [...], 0 for fewer
-    than two, and where it is rounding (`common.spread`), of the values or of the difference here."""
+    than two, and where it is rounding (`common.statistics`), of the values or of the difference here."""
     count, total, total_of_squares = moments.double().unbind(-1)
     mean = total / count.clamp(min=1)
     found = (total_of_squares - total * mean) / (count - 1).clamp(min=1)

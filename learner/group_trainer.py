@@ -27,7 +27,9 @@ class GroupTrainer:
         is_sender: bool,
         receivers: Receivers,
     ):
-        self._open_engine, self._source, self._is_sender = open_engine, source, is_sender
+        self._open_engine = open_engine
+        self._source = source
+        self._is_sender = is_sender
         self._engine: TrainerWeightTransferEngine | None = None
         self.connect(receivers)
 

@@ -10,8 +10,7 @@ import torch
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 
-from common.processes.shared_memory import Segment
-from common.processes.weight_layout import layout, view
+from common.processes.shared_memory import Segment, layout, view
 from contracts.weights import Parameters, PublishReport, WeightUpdate, checksum
 from learner.receivers import Receivers
 

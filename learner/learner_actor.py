@@ -18,7 +18,9 @@ class LearnerActor:
     answers meanwhile."""
 
     def __init__(self, rank: int, world_size: int, on_cpu: bool):
-        self.rank, self.world_size, self.on_cpu = rank, world_size, on_cpu
+        self.rank = rank
+        self.world_size = world_size
+        self.on_cpu = on_cpu
         self._task: Any = None
         self._ranks: Any = None
         self._is_updating, self._pulses = False, 0
@@ -89,7 +91,10 @@ class LearnerGroup:
         env: dict[str, str],
         placement: list[dict[str, Any]] | None = None,  # Ray options of each rank; None: anywhere
     ):
-        self._cluster, self._task, self._seed, self._env = cluster, task, seed, env
+        self._cluster = cluster
+        self._task = task
+        self._seed = seed
+        self._env = env
         self.timeout_s = cluster.step_timeout_s
         anywhere = {"num_cpus": cluster.cpus_per_process, "num_gpus": cluster.gpus_per_learner_rank}
         self._placement = placement or [anywhere] * cluster.num_learner_ranks

@@ -42,7 +42,10 @@ class PPOTask:
         self, ranks: Ranks, config: TandemConfig, policy: str, value: str, end_ids: tuple[int, ...], ptx: list[Example]
     ):
         ppo, learner = config.ppo, config.learner
-        self.ranks, self.config, self.end_ids, self.ptx = ranks, config, end_ids, ptx
+        self.ranks = ranks
+        self.config = config
+        self.end_ids = end_ids
+        self.ptx = ptx
         self.policy_path, self.estimator = policy, chosen_estimator(ppo)
         steps = ppo.epochs * ppo.minibatches
         model = load_policy(policy, config.model, learner, ranks.on_cpu)

@@ -48,11 +48,16 @@ class PreferenceTask:
         policy: str,
         examples: Sequence[RatedExample | ExamplePair],
     ):
-        self.ranks, self.config, self.stage, self.examples = ranks, config, stage, examples
+        self.ranks = ranks
+        self.config = config
+        self.stage = stage
+        self.examples = examples
         assert stage.loss is not None  # `contracts.methods.chosen_preference` has filled them in
         assert stage.beta is not None
         assert stage.nll_coef is not None
-        self.loss, self.beta, self.nll_coef = stage.loss, stage.beta, stage.nll_coef
+        self.loss = stage.loss
+        self.beta = stage.beta
+        self.nll_coef = stage.nll_coef
         self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
         self.model: PolicyModel = load_policy(policy, config.model, config.learner, ranks.on_cpu)
         freeze_below(self.model.lm, stage.trainable_layers, freeze_embeddings=False)

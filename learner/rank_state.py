@@ -7,17 +7,18 @@ two optimizer steps.
 
 import json
 import math
+import random
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
 from common.files import durable
 from common.files.durable import FileRecord, RawTensor
-from common.processes.randomness import random_state, set_random_state
 from learner.engine import Ranks, TrainEngine
 
 DTYPES = {
@@ -40,7 +41,9 @@ class RankState:
         self, ranks: Ranks, engines: Mapping[str, TrainEngine], gather: Callable[[], Callable[[str], None] | None]
     ):
         """`gather` is called on all ranks together; what it returns on rank 0 writes the plain checkpoint to a path."""
-        self._ranks, self._engines, self._gather = ranks, engines, gather
+        self._ranks = ranks
+        self._engines = engines
+        self._gather = gather
         self._thread = ThreadPoolExecutor(1, "commit")
         self._writing: Future[dict[str, FileRecord]] | None = None
         for engine in engines.values():
@@ -136,3 +139,38 @@ def _raw(tensor: torch.Tensor) -> RawTensor:
     """The bytes of a tensor, in place on a CPU."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     return RawTensor(DTYPES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
+
+
+# ---- the random state of a process as plain values, also of the driver
+
+
+def random_state() -> dict[str, Any]:
+    """State of the generators of python, numpy and torch (all CUDA devices included), as JSON can hold it."""
+    version, keys, gauss = random.getstate()
+    _, numpy_keys, position, has_gauss, cached = np.random.get_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": [version, list(keys), gauss],
+        "numpy": [np.asarray(numpy_keys).tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": [state.numpy().tobytes().hex() for state in devices],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on where `random_state` was called. Raises ValueError for another number of CUDA devices."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    numpy_keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", np.array(numpy_keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if torch.cuda.is_available():
+        if len(state["cuda"]) != torch.cuda.device_count():
+            raise ValueError(
+                f"random state of {len(state['cuda'])} devices, this process has {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_rng_state_all([_bytes(device) for device in state["cuda"]])
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

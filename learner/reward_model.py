@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from common.microbatches import cut_microbatches
 from common.models.packed_attention import Packed
-from common.spread import spread
+from common.statistics import spread
 from contracts.config import TandemConfig
 from contracts.records import PreferencePair, RatedText
 from contracts.scoring import write_golden
@@ -42,7 +42,9 @@ class RewardModelTask:
     """All ranks hold all examples; each scores its share of a batch and sees everybody's scores in the loss."""
 
     def __init__(self, ranks: Ranks, config: TandemConfig, examples: Sequence[RatedText | PreferencePair]):
-        self.ranks, self.config, self.examples = ranks, config, examples
+        self.ranks = ranks
+        self.config = config
+        self.examples = examples
         stage = config.reward_model
         self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
         model = load_scalar(config.model.path, config.model, config.learner, ranks.on_cpu, config.seed)

@@ -36,7 +36,9 @@ class WeightPublisher:
     def __init__(
         self, backend: str, source: WeightSource, rank: int = 0, tensor_parallel_size: int = 1, timeout_s: float = 120.0
     ):
-        self._backend, self._source, self._rank = backend, source, rank
+        self._backend = backend
+        self._source = source
+        self._rank = rank
         self._tensor_parallel_size, self._timeout_s = tensor_parallel_size, timeout_s
         self._trainer: HostTrainer | GroupTrainer | None = None
 

@@ -19,7 +19,7 @@ from hashlib import blake2b
 
 from contracts.records import Score, ScoringItem
 from reward_service.isolate import KILLS, Quarantine
-from reward_service.replica_dispatcher import Call, Dispatcher, ReplicaDied
+from reward_service.replica_dispatcher import Call, ReplicaDied, ReplicaDispatcher
 from reward_service.scorer_kind import ScorerSpec
 from reward_service.service_metrics import Metrics
 
@@ -61,7 +61,9 @@ class Front:
         self._cache: OrderedDict[bytes, Score] = OrderedDict()
         self._quarantine: Quarantine[bytes] = Quarantine()
         self._dispatchers = {
-            s.name: Dispatcher(call, s.application, s.calls, s.call_items) for s in scorers.values() if s.application
+            s.name: ReplicaDispatcher(call, s.application, s.calls, s.call_items)
+            for s in scorers.values()
+            if s.application
         }
         self._alone: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.queued = 0

@@ -24,7 +24,7 @@ class Unavailable(RuntimeError):
     """The call reached no replica, or its answer cannot be read."""
 
 
-class Dispatcher:
+class ReplicaDispatcher:
     """Calls to one Serve application.
 
     Args:

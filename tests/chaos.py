@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 
-from controller.ledger.log import NAME, Audit, audit
+from controller.ledger.audit import Audit, audit
+from controller.ledger.log import NAME
 from tests.conftest import ROOT, VADER, cache_in
 
 # What the heartbeat says the run waits for, at the moments at which harm is done.

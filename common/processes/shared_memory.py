@@ -1,4 +1,4 @@
-"""Shared memory that one process writes and others of the same node read in place.
+"""Shared memory that one process writes and others of the same node read in place, and the layout of weights in it.
 
 A segment is an anonymous file: it has no name that somebody must clean up, and the kernel frees it with the last process
 that uses it, however that process ends. Readers open it through the writer's entry in /proc and hold a shared lock while
@@ -9,22 +9,26 @@ the kernel, so a reader can be late, but it can neither read a mixture nor block
 """
 
 import fcntl
+import math
 import mmap
 import os
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from contracts.weights import SegmentAddress
 
 NAME = "tandem-weights"
 HEADER = struct.Struct("<16sq")
 VERSION, VERSION_OFFSET = struct.Struct("<q"), 16
-PAYLOAD_OFFSET = 64  # bytes; the payload keeps the alignment of `common.processes.weight_layout`
+PAYLOAD_OFFSET = 64  # bytes; the payload keeps the alignment of `layout`
 NO_VERSION = -1
+ALIGNMENT = 64  # bytes; views of any dtype need their start aligned to it
 
 
 class Unreachable(Exception):
@@ -134,3 +138,32 @@ def reachable(address: SegmentAddress) -> bool:
     except Unreachable:
         return False
     return True
+
+
+# ---- what lies in it: sender and receiver of a weight transfer agree on this
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lies in the buffer."""
+
+    name: str
+    dtype: str  # as in torch, e.g. "bfloat16"
+    shape: tuple[int, ...]
+    offset: int  # bytes
+    nbytes: int
+
+
+def layout(parameters: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[list[Slot], int]:
+    """Slots for (name, dtype, shape) in order, and the size of the buffer in bytes."""
+    slots, size = [], 0
+    for name, dtype, shape in parameters:
+        nbytes = math.prod(shape) * getattr(torch, dtype).itemsize
+        slots.append(Slot(name, dtype, tuple(shape), size, nbytes))
+        size += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return slots, size
+
+
+def view(buffer: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """The parameter of `slot` as a view into the uint8 `buffer`."""
+    return buffer[slot.offset : slot.offset + slot.nbytes].view(getattr(torch, slot.dtype)).view(slot.shape)

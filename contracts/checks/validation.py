@@ -1,24 +1,21 @@
 """The checks of a configuration before any process starts: every conflict at once, with rule, value and remedy.
 
-Three kinds of rules: the range of one value, a choice among names, and relations between values. The first two are
-tables (`contracts.checks.ranges`); the third is one short list a section. `validate` reads the configuration only,
-`check_machine` compares it with the machine. Keys that the schema does not have: `contracts.checks.overrides`.
+What one key may hold is declared on it and checked by `contracts.checks.check`; here are the relations between keys, one
+short list a section. `validate` reads the configuration only, `check_machine` compares it with the machine. Keys that the
+schema does not have: `contracts.checks.overrides`.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from contracts.checks.check import Check, shown
+from contracts.checks.check import Check, key_checks
 from contracts.checks.cluster_checks import cluster_checks, placement_conflicts, stated_nodes
 from contracts.checks.estimator_checks import estimator_checks
 from contracts.checks.overrides import closest
-from contracts.checks.ranges import CHOICES, RANGES
 from contracts.checks.scorer_checks import http_checks, scorer_checks
 from contracts.checks.tracker_checks import tracker_conflicts
 from contracts.config import SamplingConfig, TandemConfig
@@ -29,7 +26,6 @@ from contracts.placement import Resources
 from contracts.plugins import names
 from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.scorer_roles import has_gold, scoring_models
-from contracts.stages import find_stage
 
 
 class ConfigError(ValueError):
@@ -43,57 +39,6 @@ class ConfigError(ValueError):
 def _value(config: Any, key: str) -> Any:
     """The value at a dotted key; None below a section that is null (`data.gold`)."""
     return reduce(lambda section, name: None if section is None else getattr(section, name), key.split("."), config)
-
-
-def _example(default: Any) -> str:
-    return f"for example {shown(default)} (the default)"
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every dotted key below a section with its value and what may be written instead."""
-    is_open = isinstance(section, dict)  # which has no schema
-    entries, defaults = (section, None) if is_open else (vars(section), type(section)())
-    for name, value in entries.items():
-        if is_dataclass(value) or isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            instead = _example(getattr(defaults, name)) if defaults else "a number, however large"
-            yield f"{prefix}{name}", value, instead
-
-
-def range_checks(config: TandemConfig) -> list[Check]:
-    """That every number is finite, as JSON has no others for the records of a run, and within the range of its key."""
-    defaults = TandemConfig()
-    finite = [
-        Check(_is_finite(value), key, "finite, as the records of a run hold no other number", value, instead)
-        for key, value, instead in _leaves(config)
-    ]
-    broken = {check.key for check in finite if not check.holds}
-    return finite + [
-        Check(entry.holds(value := _value(config, key)), key, entry.rule, value, _example(_value(defaults, key)))
-        for entry in RANGES
-        for key in entry.keys
-        if key not in broken
-    ]
-
-
-def choice_checks(config: TandemConfig) -> list[Check]:
-    checks = []
-    for key, options in CHOICES.items():
-        if key.startswith("data.gold.") and config.data.gold is None:
-            continue
-        value, table = _value(config, key), options() if callable(options) else options
-        names = [shown(option) for option in table]
-        is_found = callable(options) and ":" in value and find_stage(value) is not None
-        instead = closest(str(value), names) or f"for example {names[0]}"
-        checks.append(Check(value in table or is_found, key, f"one of {', '.join(names)}", value, instead))
-    return checks
 
 
 def _path_checks(config: TandemConfig) -> list[Check]:
@@ -337,7 +282,7 @@ def validate(config: TandemConfig) -> None:
     Raises:
         ConfigError: lists every conflict, one a line: the rule, the value found and what to write instead.
     """
-    single = [*choice_checks(config), *range_checks(config), *_method_checks(config), *_learner_checks(config)]
+    single = [*key_checks(config), *_method_checks(config), *_learner_checks(config)]
     raise_conflicts(
         [
             *_path_checks(config),
@@ -378,9 +323,8 @@ def validate_service(config: TandemConfig) -> None:
             "reward_service=http or reward_service.http.port=8000",
         ),
     ]
-    single = (*range_checks(config), *choice_checks(config))
-    read = [check for check in single if check.key.startswith(("reward_service.", "cluster."))]
-    raise_conflicts([*alone, *read, *service_checks(config)])
+    keys = [check for check in key_checks(config) if check.key.startswith(("reward_service.", "cluster."))]
+    raise_conflicts([*alone, *keys, *service_checks(config)])
 
 
 def check_machine(

@@ -35,19 +35,20 @@ class _Pending:
     folder: Path  # temporary
     state: State
     begun: list[Any]  # references
-    asked: bool = False
+    votes_requested: bool = False
 
 
 class Waits(Protocol):
     """Of the dispatcher, which goes on serving the actors while something is waited for."""
 
-    def hear(self, references: list[Any], then: Callable[[list[Any]], None]) -> None: ...
+    def on_answers(self, references: list[Any], then: Callable[[list[Any]], None]) -> None: ...
 
-    def serve(self, until: Callable[[], bool], what: str) -> None: ...
+    def wait_for_learner(self, until: Callable[[], bool], what: str) -> None: ...
 
 
 class Committer:
-    """All calls come from the controller's one thread; `say` tells the user, `committed` appends to the ledger's log."""
+    """All calls come from the controller's one thread; `say` tells the user, `committed` appends the rows that a commit's
+    state has for the ledger's log."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class Committer:
         run: RunFacts,
         learner: LearnerGroup,
         dispatcher: Waits,
-        committed: Callable[[], None],
+        committed: Callable[[State], None],
         say: Callable[[str], None],
     ):
         self._run_dir = run_dir
@@ -73,7 +74,7 @@ class Committer:
         self.newest = -1  # step of the last commit
         (run_dir / commit_store.FOLDER).mkdir(mode=0o700, exist_ok=True)
 
-    def resumed(self, commit: Commit | None) -> None:
+    def resume_at(self, commit: Commit | None) -> None:
         """The run stands at `commit`; one that was under way is of a line that was left."""
         self._pending = None
         if commit is not None:
@@ -86,7 +87,7 @@ class Committer:
         Raises:
             CheckpointError: the last `checkpoint.max_failures` commits have failed.
         """
-        self.settle()
+        self.wait_until_decided()
         start = time.perf_counter()
         path = commit_store.step_path(self._run_dir, step)
         folder = path.with_name(path.name + ".partial")
@@ -111,21 +112,21 @@ class Committer:
         self._pending = _Pending(new, folder, state, self._learner.start("begin_commit", str(folder)))
         self._stall_s += time.perf_counter() - start
 
-    def ask(self) -> None:
+    def request_votes(self) -> None:
         """Call for the votes. A rank answers when it has written, and does nothing else until then: ask while it has nothing
         else to do, or behind what it shall do first."""
         pending = self._pending
-        if pending is not None and not pending.asked:
-            pending.asked = True
+        if pending is not None and not pending.votes_requested:
+            pending.votes_requested = True
             votes = self._learner.start("state.result")
-            self._dispatcher.hear([*pending.begun, *votes], partial(self._decide, pending))
+            self._dispatcher.on_answers([*pending.begun, *votes], partial(self._decide, pending))
 
-    def settle(self) -> None:
+    def wait_until_decided(self) -> None:
         """Return when no commit is under way. Raises as `begin`, and TimeoutError."""
         if self._pending is not None:
             start, step = time.perf_counter(), self._pending.commit.step
-            self.ask()
-            self._dispatcher.serve(lambda: self._pending is None, f"the commit of update {step}")
+            self.request_votes()
+            self._dispatcher.wait_for_learner(lambda: self._pending is None, f"the commit of update {step}")
             self._stall_s += time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
@@ -159,9 +160,11 @@ class Committer:
         ) as error:  # whatever it was, DeepSpeed's and the disk's included: no commit, and the run goes on
             self._fail(step, pending.folder, error)
             return
-        self._in_a_row, self.newest, self._num_bytes = 0, step, pending.commit.num_bytes
+        self._in_a_row = 0
+        self.newest = step
+        self._num_bytes = pending.commit.num_bytes
         try:
-            self._committed()
+            self._committed(pending.state)
             commit_store.prune(self._run_dir, self._config.keep)
         except OSError as error:  # the commit holds the ledger's rows too: the next one appends them
             self._num_failed += 1

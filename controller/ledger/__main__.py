@@ -2,7 +2,7 @@
 
 import sys
 
-from controller.ledger.log import main
+from controller.ledger.audit import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,6 @@ file, too, never claims more than the weights know, and a crash between the two 
 
 import heapq
 import json
-import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -31,7 +30,7 @@ import numpy as np
 from common.files.portable_records import ArrayStore, decode, encode
 from contracts.records import Rollout, RolloutRequest
 from controller.ledger.entries import Awaited, Entry, Key, Lease, State
-from controller.ledger.log import main, rejoin
+from controller.ledger.log import rejoin
 
 
 class LedgerError(RuntimeError):
@@ -48,7 +47,8 @@ class Ledger:
     def __init__(self, rollouts_per_update: int, max_staleness: int):
         if rollouts_per_update < 1 or max_staleness < 0:
             raise ValueError(f"rollouts_per_update={rollouts_per_update}, max_staleness={max_staleness}: no such bound")
-        self.rollouts_per_update, self.max_staleness = rollouts_per_update, max_staleness
+        self.rollouts_per_update = rollouts_per_update
+        self.max_staleness = max_staleness
         # Time makes the numbers of a restarted process larger than all before, also those that no commit has seen.
         self._last_lease = time.time_ns()
         self._clear()
@@ -69,7 +69,6 @@ class Ledger:
         self._epoch = 0
         self._samples_seen: dict[int, int] = {}
         self._rows: list[str] = []  # closed since the last commit
-        self._snapshot: tuple[int, str] | None = None  # rows that a commit in progress holds, and their text
         self._log_bytes = 0
 
     # ---- the way of a rollout
@@ -135,7 +134,7 @@ class Ledger:
         self.counts["leased"] += 1
         return Lease(number, entry.request, entry.order, entry.attempts)
 
-    def give_back(self, lease_number: int) -> bool:
+    def release(self, lease_number: int) -> bool:
         """One lease ends without a rollout, which can be leased again. False where the lease had ended before."""
         entry = self._end_lease(lease_number)
         if entry is None:
@@ -186,7 +185,9 @@ class Ledger:
             oldest = int(versions.min()) if len(versions) else entry.due - self.max_staleness
         entry.holder = entry.leases[lease_number]
         self._end_leases(entry)
-        entry.state, entry.rollout, entry.due = State.SCORED, rollout, oldest + self.max_staleness
+        entry.state = State.SCORED
+        entry.rollout = rollout
+        entry.due = oldest + self.max_staleness
         self._awaited.remove(entry)
         self._scored[entry.due].append(entry)
         self._num_scored += 1
@@ -318,7 +319,6 @@ class Ledger:
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a commit must hold: JSON, and arrays. Leases are not part of it: those rollouts are sampled again."""
-        self._snapshot = self._closed_rows()
         store = ArrayStore()
         entries = [
             {
@@ -340,23 +340,22 @@ class Ledger:
             "epoch": self._epoch,
             "samples_seen": encode(np.array(list(self._samples_seen.items()), dtype=np.int64).reshape(-1, 2), store),
             "open": entries,
-            "log": {"offset": self._log_bytes, "rows": self._snapshot[1]},
+            "log": {"offset": self._log_bytes, "rows": self._closed_rows()},
         }
         return state, store.arrays()
 
-    def _closed_rows(self) -> tuple[int, str]:
-        """How many rows were closed since the last commit, and what goes into the log: those and the commit's own."""
+    def _closed_rows(self) -> str:
+        """What the log lacks: the rows closed since the last commit, and one of the commit itself."""
         commit = {"commit": self.updates, "version": self.version, "admitted": self.counts["admitted"]}
         rows = [*self._rows, json.dumps({**commit, "open": list(self._open)}, separators=(",", ":"))]
-        return len(self._rows), "".join(row + "\n" for row in rows)
+        return "".join(row + "\n" for row in rows)
 
-    def committed(self, log: Path) -> None:
-        """The commit that holds the last `state_dict` is durable: append its rows to the log. Without checkpoints, call it
+    def committed(self, log: Path, state: dict[str, Any] | None = None) -> None:
+        """The commit that holds `state`, a `state_dict`, is durable: append its rows to the log. None: without checkpoints,
         after each update."""
-        rows, text = self._snapshot or self._closed_rows()
+        text = state["log"]["rows"] if state is not None else self._closed_rows()
         self._log_bytes = rejoin(log, self._log_bytes, text)
-        del self._rows[:rows]
-        self._snapshot = None
+        del self._rows[: text.count("\n") - 1]  # the last row is the commit's own
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray], log: Path) -> None:
         """Go back to a commit: what was leased is PENDING, what was in training is SCORED again.
@@ -375,7 +374,9 @@ class Ledger:
                 f"{(self.rollouts_per_update, self.max_staleness)}"
             )
         self._clear()
-        self.version, self.updates, self._epoch = state["version"], state["updates"], state["epoch"]
+        self.version = state["version"]
+        self.updates = state["updates"]
+        self._epoch = state["epoch"]
         self.counts = Counter(state["counts"])
         self._samples_seen = dict(decode(state["samples_seen"], arrays).tolist())
         for row in state["open"]:
@@ -390,7 +391,3 @@ class Ledger:
                 self._scored[entry.due].append(entry)
                 self._num_scored += 1
         self._log_bytes = rejoin(log, state["log"]["offset"], state["log"]["rows"])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -4,7 +4,7 @@
                                  │        ▲  └────────scores────────┘
                          scored rollouts  │
                                  ▼        │ weights of version v+1, over vLLM's weight-transfer API
-                              batcher     │
+                        make_batches      │
                                  │        │
                           training batch  │
                                  ▼        │
@@ -26,14 +26,13 @@ of it to `ledger.jsonl`. Every `checkpoint.every` updates weights and ledger are
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from common.processes.randomness import random_state, set_random_state
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.interfaces import CollectiveError, LearnerLostError, NonFiniteError
@@ -50,18 +49,16 @@ from controller.loop.recovery import Recovery
 from controller.loop.rewards import ScoreNormalizer, episodes, paid_metrics, service_scores, shaped, turn_metrics
 from controller.loop.score_metrics import describe, sample_row
 from controller.loop.training_batches import make_batches, with_siblings
-from controller.loop.unscored import save_rollouts
+from controller.loop.unscored import save_rollouts, scored
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress, format_update
-from learner.kl import make_kl_controller
+from learner.coefficients import Multiplier, make_kl_controller
 from learner.learner_actor import LearnerGroup
-from learner.multiplier import Multiplier
+from learner.rank_state import random_state, set_random_state
 
 RECENT = 4  # updates whose mean score, by the gold judge where there is one, is the quality of a commit
-
-
-class ScoreError(RuntimeError):
-    """Too many rollouts came back without a score."""
+PARTS = ("stream", "kl", "multiplier")  # of the controller, whose state a commit holds
+NUMBERS = ("version", "updates", "first_score", "durations", "qualities")  # that it holds as they are
 
 
 class PPOController:
@@ -78,30 +75,41 @@ class PPOController:
         stop: Stop | None = None,
     ):
         """Without `run_facts`, which commits say of the run, there are none."""
-        self.config, self.stream, self.learner, self.log, self.progress = config, stream, learner, log, progress
-        self.kl, self.multiplier = make_kl_controller(config.ppo.kl), Multiplier(config.ppo.combined)
+        ppo = config.ppo
+        scorers = ["proxy", "gold"] if has_gold and ppo.gold_rollouts else ["proxy"]
+        self.config = config
+        self.stream = stream
+        self.learner = learner
+        self.log = log
+        self.progress = progress
+        self.stop = stop or Stop(config.checkpoint.grace_s)
+        self.kl = make_kl_controller(ppo.kl)
+        self.multiplier = Multiplier(ppo.combined)
         self.normalizer = ScoreNormalizer()
         self.rng = np.random.default_rng(config.seed)
-        ppo, scorers = config.ppo, ["proxy", "gold"] if has_gold and config.ppo.gold_rollouts else ["proxy"]
-        self.first_score: float | None = None
-        self.version = self.updates = 0
-        self.durations: list[float] = []  # of updates, seconds
-        self.qualities: list[float] = []
-        self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
-        self._start = self.state_dict()  # where a learner goes back to that is lost before the first commit
+        self.version = 0
+        self.updates = 0
+        self.durations: list[float] = []  # of the last updates, seconds
+        self.first_score: float | None = None  # mean of the first batch
+        self.quality_metric = "reward/gold_mean" if "gold" in scorers else "reward/score_mean"
+        self.qualities: list[float] = []  # of the last updates
         self.ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
         self.dispatcher = Dispatcher(fleet, self.ledger, stream, ppo, scorers, config.cluster)
-        self.quality_metric = "reward/gold_mean" if "gold" in scorers else "reward/score_mean"
-        self.stop = stop or Stop(config.checkpoint.grace_s)
-        self.recovery = Recovery(
-            learner, log.run_dir, config.checkpoint.every > 0, config.cluster.max_learner_restarts, progress
-        )
+        makes_commits = config.checkpoint.every > 0
+        self.recovery = Recovery(learner, log.run_dir, makes_commits, config.cluster.max_learner_restarts, progress)
         self.commits: Committer | None = None
+        if run_facts is not None and makes_commits:
+            self.commits = Committer(
+                log.run_dir,
+                config.checkpoint,
+                run_facts,
+                learner,
+                self.dispatcher,
+                self._append_to_ledger,
+                progress.line,
+            )
+        self._start = self.state_dict()  # where a learner goes back to that is lost before the first commit
         self._boundary: State | None = None  # after the last update, with no rollout open
-        if run_facts is not None and config.checkpoint.every:
-            committed = lambda: self.ledger.committed(log.run_dir / LEDGER_FILE)  # noqa: E731
-            arguments = (run_facts, learner, self.dispatcher, committed, progress.line)
-            self.commits = Committer(log.run_dir, config.checkpoint, *arguments)
 
     def run(self) -> None:
         """All value-only and PPO updates of the configuration that are left.
@@ -117,7 +125,7 @@ class PPOController:
                     try:
                         self._next_update(total)
                         self._commit(total)
-                    except (LearnerLostError, RayActorError) as error:  # of actors that are lost the dispatcher hears
+                    except (LearnerLostError, RayActorError) as error:  # a lost actor is the dispatcher's affair
                         self._recover(error)
             except Stopping:
                 self._commit_and_leave()
@@ -125,179 +133,85 @@ class PPOController:
             self._commit_and_leave()
 
     def _next_update(self, total: int) -> None:
-        index, train_policy, start = self.updates, self.updates >= warmup_updates(self.config.ppo), time.perf_counter()
-        self.dispatcher.feed(total - index)
+        train_policy, start = self.updates >= warmup_updates(self.config.ppo), time.perf_counter()
+        self.dispatcher.admit_rollouts(total - self.updates)
         metrics = self._update(train_policy)
         self.durations = [*self.durations[-7:], time.perf_counter() - start]
-        metrics["perf/step_s"] = self.durations[-1]
-        metrics["progress/eta_s"] = eta = (total - index - 1) * float(np.median(self.durations))
-        metrics["progress/version"] = self.version
+        eta = (total - self.updates - 1) * float(np.median(self.durations))
+        metrics |= {"perf/step_s": self.durations[-1], "progress/eta_s": eta, "progress/version": self.version}
         if self.commits:
             metrics |= self.commits.metrics()
-        self.qualities = [*self.qualities, *(metrics[m] for m in [self.quality_metric] if m in metrics)][-RECENT:]
-        self.updates = index + 1
-        self.log.log("ppo" if train_policy else "value_warmup", index, metrics)
+        if self.quality_metric in metrics:
+            self.qualities = [*self.qualities, metrics[self.quality_metric]][-RECENT:]
+        self.log.log("ppo" if train_policy else "value_warmup", self.updates, metrics)
+        self.updates += 1
         line = format_update(metrics, eta)
         self.progress.line(line if train_policy else f"fitting the value model  {line}")
-
-    # ---- commits
-
-    def _commit(self, total: int) -> None:
-        """After an update: begin a commit where one is due. The last one is waited for."""
-        if self.commits is None:
-            self.ledger.committed(self.log.run_dir / LEDGER_FILE)
-            return
-        self.commits.settle()
-        due = self.updates % self.config.checkpoint.every == 0 or self.updates == total
-        takes_turns = self.config.ppo.max_staleness == 0
-        if due or takes_turns:
-            self._boundary = self.state_dict()
-        if due:
-            self._begin_commit(self._boundary)
-            if takes_turns:
-                self.commits.ask()  # the learner has nothing to do before the next rollouts are there
-        if self.updates == total:
-            self.commits.settle()
-
-    def _recover(self, error: BaseException) -> None:
-        """Go back to the last commit with new learner ranks; again, where one of these is lost meanwhile."""
-        try:
-            self.restore(self.recovery.restart(error))
-        except (LearnerLostError, RayActorError, CollectiveError) as again:
-            if self.recovery.is_spent:
-                raise
-            self._recover(again)
-
-    def _begin_commit(self, state: State | None) -> None:
-        assert self.commits is not None
-        quality = (self.quality_metric, float(np.mean(self.qualities))) if self.qualities else None
-        self.commits.begin(self.updates, self.version, state or self.state_dict(), quality)
-
-    def _commit_and_leave(self) -> None:
-        """Rollouts that are sampled and scored are saved too, but not where actors and learner take turns: resumed, they
-        are sampled again beside the same neighbours, or their log-probabilities would differ in the last bits."""
-        if self.commits is not None and self.updates:
-            self.progress.waiting_for(f"the commit of update {self.updates}")
-            self.commits.settle()
-            if self.commits.newest != self.updates:
-                self._begin_commit(self._boundary if self.config.ppo.max_staleness == 0 else None)
-                self.commits.settle()
-        saved = self.commits.newest if self.commits else 0
-        lost = "checkpoint.every is 0: nothing is saved" if self.commits is None else "no update has been committed"
-        assert self.stop.signum is not None
-        raise Interrupted(self.stop.signum, f"everything up to update {saved} is committed" if saved > 0 else lost)
-
-    def state_dict(self) -> State:
-        """What the driver adds to a commit."""
-        ledger, arrays = self.ledger.state_dict()
-        state = {
-            "ledger": ledger,
-            "stream": self.stream.state_dict(),
-            "kl": self.kl.state_dict(),
-            "multiplier": self.multiplier.state_dict(),
-            "normalizer": asdict(self.normalizer),
-            "rng": self.rng.bit_generator.state,
-            "random": random_state(),
-            "first_score": self.first_score,
-            "version": self.version,
-            "updates": self.updates,
-            "durations": self.durations,
-            "qualities": self.qualities,
-            "logs": self.log.mark("ppo"),
-            "wandb_id": self.log.wandb_id,
-        }
-        return state, arrays
-
-    def restore(self, commit: Commit | None) -> None:
-        """Go to a commit, or with new ranks to the start of the run, in a new driver or in one that goes on: learner,
-        ledger, prompts, random state and logs; then the engines get its weights, and nothing samples before. Leases of
-        before are fenced.
-
-        A learner that has published a later version must have been started anew: engines take no older one from it.
-
-        Raises:
-            CheckpointError: a rank refuses the commit; nothing has been touched.
-        """
-        if commit is not None:
-            load_learner(self.learner, commit)
-        state, arrays = commit.driver_state() if commit is not None else self._start
-        self.ledger.load_state_dict(state["ledger"], arrays, self.log.run_dir / LEDGER_FILE)
-        self.dispatcher.rolled_back()
-        self.stream.load_state_dict(state["stream"])
-        self.kl.load_state_dict(state["kl"])
-        self.multiplier.load_state_dict(state["multiplier"])
-        self.normalizer = ScoreNormalizer(**state["normalizer"])
-        self.rng.bit_generator.state = state["rng"]
-        set_random_state(state["random"])
-        self.first_score, self.version, self.updates = state["first_score"], state["version"], state["updates"]
-        self.durations, self.qualities = state["durations"], state["qualities"]
-        # Not the phases: what this driver was busy with stays true.
-        self.log.cut("ppo", {name: count for name, count in state["logs"].items() if name != "phases.jsonl"})
-        self._boundary = state, arrays
-        if self.commits is not None:
-            self.commits.resumed(commit)
-        self.dispatcher.publish(self.version)
 
     # ---- one update
 
     def _update(self, train_policy: bool) -> dict[str, float]:
         start = time.perf_counter()
         self.progress.waiting_for(f"rollouts for the update of version {self.version}")
-        rollouts = self.dispatcher.next_batch(self.version)
+        sampled = self.dispatcher.wait_for_batch(self.version)
         metrics = {"perf/rollout_s": time.perf_counter() - start}
-        scored = self._scored(rollouts)
-        metrics["fault/unscored"] = float(len(rollouts) - len(scored))
-        metrics |= self._describe(scored)
+        rollouts = scored(sampled, self.config.ppo.max_failed_scores, self.version, self.log.run_dir)
+        metrics["fault/unscored"] = self._set_aside(sampled, rollouts, lambda r: f"no score: {r.scores['proxy'].error}")
+        if not self.normalizer.is_fitted:
+            self.normalizer.fit(service_scores(rollouts))  # of the reference policy
+        metrics |= self._describe(rollouts)
         if chosen_estimator(self.config.ppo).needs_groups:
             # A rollout whose siblings all failed to be scored has nothing to be compared with.
-            paired = {r.key: r for r in with_siblings(scored)}
-            alone = [r.key for r in scored if r.key not in paired]
-            for key in alone:
-                self.ledger.quarantine(key, "no scored sibling")
-            metrics["fault/no_sibling"] = float(len(alone))
-            scored = list(paired.values())
-        metrics |= self._train(scored, train_policy)
+            paired = with_siblings(rollouts)
+            metrics["fault/no_sibling"] = self._set_aside(rollouts, paired, lambda _: "no scored sibling")
+            rollouts = paired
+        metrics |= self._train(rollouts, train_policy)
         if train_policy:
-            self.kl.update(metrics["kl/ref_seq"], len(scored))
+            self.kl.update(metrics["kl/ref_seq"], len(rollouts))
             metrics |= self._publish()
         self.ledger.trained(self.version)
         metrics["fault/learner_restarts"] = float(self.recovery.num_restarts)
         return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
 
-    def _scored(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Those with a score; the others are set aside. Raises ScoreError where they are too many, or all."""
-        failed = [r for r in rollouts if r.scores["proxy"].value is None]
-        if len(failed) > self.config.ppo.max_failed_scores * len(rollouts) or len(failed) == len(rollouts):
-            reasons = sorted({str(r.scores["proxy"].error) for r in failed})
-            raise ScoreError(
-                f"{len(failed)} of {len(rollouts)} rollouts of version {self.version} have no score "
-                f"(ppo.max_failed_scores allows {self.config.ppo.max_failed_scores:.0%}), listed in "
-                f"{save_rollouts(self.log.run_dir / 'unscored.jsonl', failed)}; reasons: {reasons[:3]}"
-            )
-        for rollout in failed:
-            self.ledger.quarantine(rollout.key, f"no score: {rollout.scores['proxy'].error}")
-        return [r for r in rollouts if r.scores["proxy"].value is not None]
+    def _set_aside(self, rollouts: list[Rollout], kept: list[Rollout], reason: Callable[[Rollout], str]) -> float:
+        """The others shall not train. Returns how many they are."""
+        keys = {rollout.key for rollout in kept}
+        others = [rollout for rollout in rollouts if rollout.key not in keys]
+        for rollout in others:
+            self.ledger.quarantine(rollout.key, reason(rollout))
+        return float(len(others))
+
+    def _describe(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Metrics of the texts and scores, and a few samples into the log."""
+        metrics = describe(rollouts) | turn_metrics(rollouts)
+        self.first_score = metrics["reward/score_mean"] if self.first_score is None else self.first_score
+        metrics["reward/score_gain"] = metrics["reward/score_mean"] - self.first_score
+        self.log.samples([sample_row(r, self.version) for r in rollouts[: self.config.logger.samples_per_update]])
+        return metrics
 
     def _train(self, rollouts: list[Rollout], train_policy: bool) -> dict[str, float]:
         """The learner's update with them; then lambda of the combined loss takes in their scores."""
         ppo, multiplier = self.config.ppo, self.multiplier.value
         worth = [shaped(r, self.normalizer, ppo, self.config.environment) for r in rollouts]
+        trained_on, paid = episodes(rollouts, worth, self.config.environment)
         batches = make_batches(
-            *episodes(rollouts, worth, self.config.environment),
-            self.config.cluster.num_learner_ranks,
-            ppo.minibatches,
-            self.config.learner.microbatch_tokens,
-            self.rng,
-            self.version,
+            trained_on,
+            paid,
+            ranks=self.config.cluster.num_learner_ranks,
+            minibatches=ppo.minibatches,
+            token_budget=self.config.learner.microbatch_tokens,
+            rng=self.rng,
+            policy_version=self.version,
         )
         metrics = paid_metrics(worth)
         start = time.perf_counter()
         references = [ray.put(batch) for batch in batches]
         update = self.learner.start_each("update", references, self.kl.coef, train_policy, multiplier)
         if self.commits is not None:
-            self.commits.ask()  # behind the update, whose optimizer step waits for the writer
+            self.commits.request_votes()  # behind the update, whose optimizer step waits for the writer
+        self.progress.waiting_for(what := f"the learner's update {self.version + 1}")
         try:
-            metrics |= self._wait(update, f"the learner's update {self.version + 1}")[0]
+            metrics |= self.dispatcher.wait(update, what)[0]
         except NonFiniteError as error:
             path = save_rollouts(self.log.run_dir / "non_finite.jsonl", rollouts)
             cause = error.cause if isinstance(error, RayTaskError) else error
@@ -313,20 +227,6 @@ class PPOController:
             self.multiplier.update(mean_score)
         return metrics
 
-    def _wait(self, calls: list[Any], what: str) -> list[Any]:
-        self.progress.waiting_for(what)
-        return self.dispatcher.wait(calls, what)
-
-    def _describe(self, rollouts: list[Rollout]) -> dict[str, float]:
-        """Metrics of the texts and scores, and a few samples into the log."""
-        if not self.normalizer.is_fitted:
-            self.normalizer.fit(service_scores(rollouts))
-        metrics = describe(rollouts) | turn_metrics(rollouts)
-        self.first_score = metrics["reward/score_mean"] if self.first_score is None else self.first_score
-        metrics["reward/score_gain"] = metrics["reward/score_mean"] - self.first_score
-        self.log.samples([sample_row(r, self.version) for r in rollouts[: self.config.logger.samples_per_update]])
-        return metrics
-
     def _publish(self) -> dict[str, float]:
         """Give every engine the weights of the next version."""
         metrics = {}
@@ -340,3 +240,95 @@ class PPOController:
         metrics |= self.dispatcher.publish(self.version + 1)
         self.version += 1
         return metrics | {"perf/sync_s": time.perf_counter() - start}
+
+    # ---- commits
+
+    def _commit(self, total: int) -> None:
+        """After an update: begin a commit where one is due. The last one is waited for."""
+        if self.commits is None:
+            self._append_to_ledger()
+            return
+        self.commits.wait_until_decided()
+        due = self.updates % self.config.checkpoint.every == 0 or self.updates == total
+        takes_turns = self.config.ppo.max_staleness == 0
+        if due or takes_turns:
+            self._boundary = self.state_dict()
+        if due:
+            self._begin_commit(self.commits, self._boundary)
+            if takes_turns:
+                self.commits.request_votes()  # the learner has nothing to do before the next rollouts are there
+        if self.updates == total:
+            self.commits.wait_until_decided()
+
+    def _append_to_ledger(self, committed: State | None = None) -> None:
+        """The rows of rollouts that a commit's state has closed; None: all there are, in a run without commits."""
+        self.ledger.committed(self.log.run_dir / LEDGER_FILE, committed[0]["ledger"] if committed else None)
+
+    def _recover(self, error: BaseException) -> None:
+        """Go back to the last commit with new learner ranks; again, where one of these is lost meanwhile."""
+        try:
+            self.restore(self.recovery.restart(error))
+        except (LearnerLostError, RayActorError, CollectiveError) as again:
+            if self.recovery.is_spent:
+                raise
+            self._recover(again)
+
+    def _begin_commit(self, commits: Committer, state: State | None) -> None:
+        quality = (self.quality_metric, float(np.mean(self.qualities))) if self.qualities else None
+        commits.begin(self.updates, self.version, state or self.state_dict(), quality)
+
+    def _commit_and_leave(self) -> None:
+        """Rollouts that are sampled and scored are saved too, but not where actors and learner take turns: resumed, they
+        are sampled again beside the same neighbours, or their log-probabilities would differ in the last bits."""
+        if self.commits is not None and self.updates:
+            self.progress.waiting_for(f"the commit of update {self.updates}")
+            self.commits.wait_until_decided()
+            if self.commits.newest != self.updates:
+                self._begin_commit(self.commits, self._boundary if self.config.ppo.max_staleness == 0 else None)
+                self.commits.wait_until_decided()
+        saved = self.commits.newest if self.commits else 0
+        lost = "checkpoint.every is 0: nothing is saved" if self.commits is None else "no update has been committed"
+        assert self.stop.signum is not None
+        raise Interrupted(self.stop.signum, f"everything up to update {saved} is committed" if saved > 0 else lost)
+
+    def state_dict(self) -> State:
+        """What the driver adds to a commit."""
+        ledger, arrays = self.ledger.state_dict()
+        state = {
+            "ledger": ledger,
+            **{name: getattr(self, name).state_dict() for name in PARTS},
+            **{name: getattr(self, name) for name in NUMBERS},
+            "normalizer": asdict(self.normalizer),
+            "rng": self.rng.bit_generator.state,
+            "random": random_state(),
+            "logs": self.log.mark("ppo"),
+            "wandb_id": self.log.wandb_id,
+        }
+        return state, arrays
+
+    def restore(self, commit: Commit | None) -> None:
+        """Go to a commit, or with new ranks to the start of the run, in a new driver or in one that goes on: learner,
+        ledger, prompts, random state and logs; then the engines get its weights, and nothing samples before. Leases of
+        before are fenced. A learner that has published a later version must be a new one: engines take no older one of it.
+
+        Raises:
+            CheckpointError: a rank refuses the commit; nothing has been touched.
+        """
+        if commit is not None:
+            load_learner(self.learner, commit)
+        state, arrays = commit.driver_state() if commit is not None else self._start
+        self.ledger.load_state_dict(state["ledger"], arrays, self.log.run_dir / LEDGER_FILE)
+        self.dispatcher.abandon_leases()
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        for name in NUMBERS:
+            setattr(self, name, state[name])
+        self.normalizer = ScoreNormalizer(**state["normalizer"])
+        self.rng.bit_generator.state = state["rng"]
+        set_random_state(state["random"])
+        # Not the phases: what this driver was busy with stays true.
+        self.log.cut("ppo", {name: count for name, count in state["logs"].items() if name != "phases.jsonl"})
+        self._boundary = state, arrays
+        if self.commits is not None:
+            self.commits.resume_at(commit)
+        self.dispatcher.publish(self.version)

@@ -31,10 +31,10 @@ from controller.data.prompts import PromptStream
 from controller.ledger.entries import Key, Lease
 from controller.ledger.ledger import Ledger
 from controller.loop.fleet import Fleet
-from controller.loop.liveness import Stragglers, Watch
+from controller.loop.liveness import LivenessMonitor, Stragglers
 
 PATIENCE_S = 2.0  # how long a completion waits for others that are scored with it, where actors and learner overlap
-LOOK_S = 0.5  # between two looks for silent actors and stragglers
+CHECK_S = 0.5  # between two looks for silent actors and stragglers
 
 Failed = Callable[[BaseException], None]
 
@@ -57,7 +57,10 @@ class Dispatcher:
     ):
         actors = fleet.actors
         self._fleet, self._actors = fleet, actors  # the list in which a new actor takes its place
-        self._ledger, self._stream, self._ppo, self._timeout_s = ledger, stream, ppo, cluster.step_timeout_s
+        self._ledger = ledger
+        self._stream = stream
+        self._ppo = ppo
+        self._timeout_s = cluster.step_timeout_s
         self._scorers = scorers
         self._share = -(-(ledger.max_staleness + 1) * ledger.rollouts_per_update // len(actors))
         # Where phases take turns, scoring begins when the last completion is there: each may then use every core.
@@ -77,25 +80,29 @@ class Dispatcher:
         self._usage = [(0.0, 0.0) for _ in actors]  # seconds of generating, scoring
         self._tokens = 0
         self.num_lost = self.num_silent = 0
-        self._watch_actors = Watch(lambda number: self._actors[number].pulse.remote(), cluster.actor_silence_s)
-        self._ranks, self._learner_works, self._round = range(cluster.num_learner_ranks), False, 0
-        self._watch_learner = Watch(fleet.pulse_learner, cluster.learner_silence_s)
-        self._stragglers, self._look_at = Stragglers(cluster.hedge_after_s), 0.0
+        self._actor_liveness = LivenessMonitor(
+            lambda number: self._actors[number].pulse.remote(), cluster.actor_silence_s
+        )
+        self._ranks = range(cluster.num_learner_ranks)
+        self._learner_works = False
+        self._round = 0
+        self._learner_liveness = LivenessMonitor(fleet.pulse_learner, cluster.learner_silence_s)
+        self._stragglers, self._next_check_s = Stragglers(cluster.hedge_after_s), 0.0
         for number in self._serving:
-            self._ask(number)
+            self._request_delivery(number)
 
     # ---- what the controller calls
 
-    def feed(self, updates_left: int) -> None:
+    def admit_rollouts(self, updates_left: int) -> None:
         """Admit as many rollouts as the staleness bound allows now and the updates left will use, and hand them out."""
         wanted = updates_left * self._ledger.rollouts_per_update - self._ledger.num_open
         groups = min(self._ledger.capacity(), wanted) // self._ppo.samples_per_prompt
         if groups > 0:
             self._ledger.admit(self._stream.next_requests(groups))
         for number in sorted(self._serving):
-            self._supply(number)
+            self._lease_to(number)
 
-    def next_batch(self, version: int) -> list[Rollout]:
+    def wait_for_batch(self, version: int) -> list[Rollout]:
         """The rollouts of the next update, by a learner at `version`.
 
         Raises:
@@ -109,10 +116,10 @@ class Dispatcher:
         def ready() -> bool:
             if self._interrupted:
                 raise Stopping
-            self._catch_up()
+            self._publish_to_latecomers()
             return self._ledger.ready(n, version)
 
-        self._until(ready, f"{n} rollouts for the update of version {version}")
+        self._serve_until(ready, f"{n} rollouts for the update of version {version}")
         return self._ledger.take(n, version)
 
     def wait(self, calls: list[Any], what: str) -> list[Any]:
@@ -126,11 +133,11 @@ class Dispatcher:
         results: dict[int, Any] = {}
         self._round += 1
         for i, call in enumerate(calls):
-            self._watch(call, partial(results.__setitem__, i), partial(self._learner_failed, self._round))
-        self.serve(lambda: len(results) == len(calls), what)
+            self._on_answer(call, partial(results.__setitem__, i), partial(self._on_learner_error, self._round))
+        self.wait_for_learner(lambda: len(results) == len(calls), what)
         return [results[i] for i in range(len(calls))]
 
-    def hear(self, calls: list[Any], done: Callable[[list[Any]], None]) -> None:
+    def on_answers(self, calls: list[Any], done: Callable[[list[Any]], None]) -> None:
         """Call `done` with the results of remote calls, an error in the place of one that fails, when all are there: from
         within whatever the controller waits for then."""
         answers: dict[int, Any] = {}
@@ -141,17 +148,17 @@ class Dispatcher:
                 done([answers[i] for i in range(len(calls))])
 
         for i, call in enumerate(calls):
-            self._watch(call, partial(take, i), partial(take, i))
+            self._on_answer(call, partial(take, i), partial(take, i))
 
-    def serve(self, done: Callable[[], bool], what: str) -> None:
+    def wait_for_learner(self, done: Callable[[], bool], what: str) -> None:
         """Serve the actors until the learner has done something. Raises TimeoutError naming `what`, and LearnerLostError."""
         self._learner_works = True
         try:
-            self._until(done, what)
+            self._serve_until(done, what)
         finally:
             self._learner_works = False
             for rank in self._ranks:
-                self._watch_learner.forget(rank)
+                self._learner_liveness.forget(rank)
 
     def interrupt(self) -> None:
         """End the wait for rollouts with Stopping, now or when it is next begun. Safe in a signal handler."""
@@ -160,12 +167,12 @@ class Dispatcher:
         self._inbox.put((lambda _: None, None, nothing))
 
     def drain(self) -> None:
-        """Hand out nothing new and wait until nothing is being sampled; the next `feed` goes on.
+        """Hand out nothing new and wait until nothing is being sampled; the next `admit_rollouts` goes on.
 
         A delivered rollout whose group is not whole keeps its lease: the rest of the group may be waiting to be handed out.
         """
         self._paused = True
-        self._until(lambda: not any(self._held), "the actors to finish what they hold")
+        self._serve_until(lambda: not any(self._held), "the actors to finish what they hold")
         self._paused = False
 
     def usage(self) -> dict[str, float]:
@@ -191,25 +198,25 @@ class Dispatcher:
         self._fleet.published(report)
         for number, reason in report.missing.items():
             if lives.get(number) == self._life[number]:  # the others have been lost before
-                self._lose(number, f"it did not take version {version}: {reason}")
+                self._replace_lost(number, f"it did not take version {version}: {reason}")
         # An actor that took another's place meanwhile has the weights that it started with.
         for number in [n for n in self._behind if lives.get(n) == self._life[n]]:
             self._behind.discard(number)
             self._serving.add(number)
-            self._supply(number)
+            self._lease_to(number)
         return report.metrics()
 
     # ---- answers
 
-    def _until(self, done: Callable[[], bool], what: str) -> None:
+    def _serve_until(self, done: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + self._timeout_s
         while not done():
             now = time.monotonic()
-            if now >= self._look_at:
-                self._look_at = now + LOOK_S
-                self._look(now)
+            if now >= self._next_check_s:
+                self._next_check_s = now + CHECK_S
+                self._check_liveness(now)
             try:
-                handle, failed, answer = self._inbox.get(timeout=max(0.0, min(end, self._look_at) - now))
+                handle, failed, answer = self._inbox.get(timeout=max(0.0, min(end, self._next_check_s) - now))
             except queue.Empty:
                 if now < end:
                     continue
@@ -222,17 +229,17 @@ class Dispatcher:
             else:
                 failed(error)
 
-    def _watch(self, call: Any, handle: Callable[[Any], None], failed: Failed | None = None) -> None:
+    def _on_answer(self, call: Any, handle: Callable[[Any], None], failed: Failed | None = None) -> None:
         call.future().add_done_callback(lambda answer: self._inbox.put((handle, failed, answer)))
 
-    def _ask(self, number: int) -> None:
+    def _request_delivery(self, number: int) -> None:
         call, life = self._actors[number].collect.remote(*self._scoring), self._life[number]
-        self._watch(call, partial(self._deliver, number, life), partial(self._failed, number, life))
+        self._on_answer(call, partial(self._on_delivery, number, life), partial(self._on_actor_error, number, life))
 
-    def _deliver(self, number: int, life: int, delivery: Delivery) -> None:
+    def _on_delivery(self, number: int, life: int, delivery: Delivery) -> None:
         if life != self._life[number]:
             return
-        self._ask(number)
+        self._request_delivery(number)
         generate_s, score_s = self._usage[number]
         self._usage[number] = generate_s + delivery.generate_s, score_s + delivery.score_s
         now = time.monotonic()
@@ -245,9 +252,9 @@ class Dispatcher:
             siblings.setdefault(rollout.key, (lease, rollout))
             if len(siblings) == self._ppo.samples_per_prompt:
                 self._ledger.complete_group(list(self._parts.pop(rollout.group).values()))
-        self._supply(number)
+        self._lease_to(number)
 
-    def _supply(self, number: int) -> None:
+    def _lease_to(self, number: int) -> None:
         if self._paused or number not in self._serving:
             return
         leases = self._ledger.lease(self._share - len(self._held[number]), _holder(number))
@@ -256,11 +263,11 @@ class Dispatcher:
 
     def _assign(self, number: int, leases: list[Lease]) -> None:
         self._held[number].update(dict.fromkeys((lease.number for lease in leases), time.monotonic()))
-        work = [Assignment(lease.number, lease.request, self._judges(lease.order)) for lease in leases]
+        work = [Assignment(lease.number, lease.request, self._scorers_of(lease.order)) for lease in leases]
         # Without a result to wait for: what goes wrong with an assignment is the next `collect`'s answer.
         self._actors[number].assign.remote(work, self._ppo.sampling)
 
-    def _judges(self, order: int) -> tuple[str, ...]:
+    def _scorers_of(self, order: int) -> tuple[str, ...]:
         """Who scores the rollout that was admitted as number `order`: the gold judge sees an even share."""
         gold, all_rollouts = self._ppo.gold_rollouts, self._ledger.rollouts_per_update
         sees = (order * gold) % all_rollouts < gold
@@ -268,14 +275,14 @@ class Dispatcher:
 
     # ---- slow and lost actors
 
-    def _look(self, now: float) -> None:
+    def _check_liveness(self, now: float) -> None:
         """For processes that are there and do nothing, and for rollouts that take too long."""
-        silent = self._watch_learner.silent(self._ranks) if self._learner_works else {}
+        silent = self._learner_liveness.silent(self._ranks) if self._learner_works else {}
         if silent:
             raise LearnerLostError(f"learner rank {min(silent)} has not got on for {max(silent.values()):.0f} s")
-        for number, seconds in self._watch_actors.silent(self._serving | self._behind).items():
+        for number, seconds in self._actor_liveness.silent(self._serving | self._behind).items():
             self.num_silent += 1
-            self._lose(number, f"it has generated nothing for {seconds:.0f} s")
+            self._replace_lost(number, f"it has generated nothing for {seconds:.0f} s")
         idle = [number for number in sorted(self._serving) if not self._held[number]]
         if not idle or len(self._serving) == 1:
             return
@@ -289,22 +296,22 @@ class Dispatcher:
             if second:
                 self._assign(number, second)
 
-    def _failed(self, number: int, life: int, error: BaseException) -> None:
+    def _on_actor_error(self, number: int, life: int, error: BaseException) -> None:
         if life != self._life[number]:
             return
         if not _is_loss(error):
             raise error  # of one rollout: a prompt that cannot be sampled
-        self._lose(number, typed_line(error))
+        self._replace_lost(number, typed_line(error))
 
-    def _lose(self, number: int, reason: str) -> None:
+    def _replace_lost(self, number: int, reason: str) -> None:
         """What the actor held is handed out again, and another starts in its place."""
         self._life[number] += 1
         self._serving.discard(number)
         self._behind.discard(number)
-        self._watch_actors.forget(number)
+        self._actor_liveness.forget(number)
         held, self._held[number] = self._held[number], {}
         for lease in held:
-            self._ledger.give_back(lease)
+            self._ledger.release(lease)
         self.num_lost += 1
         self._fleet.lost(number, len(held), reason, self.num_lost)
         fresh: Future[tuple[bool, WeightUpdate | None]] = Future()
@@ -316,24 +323,24 @@ class Dispatcher:
                 fresh.set_exception(error)
 
         threading.Thread(target=replace, name=f"replace-actor-{number}", daemon=True).start()
-        handlers = partial(self._joined, number), partial(self._failed, number, self._life[number])
+        handlers = partial(self._on_joined, number), partial(self._on_actor_error, number, self._life[number])
         fresh.add_done_callback(lambda answer: self._inbox.put((*handlers, answer)))
         for other in sorted(self._serving):
-            self._supply(other)
+            self._lease_to(other)
 
-    def _joined(self, number: int, joined: tuple[bool, WeightUpdate | None]) -> None:
+    def _on_joined(self, number: int, joined: tuple[bool, WeightUpdate | None]) -> None:
         """A new actor is there."""
         self._fleet.joined(number)
-        self._ask(number)
+        self._request_delivery(number)
         if self._fleet.serves(joined, self._ledger.version) and not self._publishing:
             self._serving.add(number)
-            self._supply(number)
+            self._lease_to(number)
         else:
             self._behind.add(number)
 
     # ---- a lost learner
 
-    def _learner_failed(self, round_: int, error: BaseException) -> None:
+    def _on_learner_error(self, round_: int, error: BaseException) -> None:
         if round_ != self._round:
             return  # of a call that nobody waits for any more
         cause = error.cause if isinstance(error, RayTaskError) else error
@@ -341,7 +348,7 @@ class Dispatcher:
             raise LearnerLostError(f"a learner rank is lost: {typed_line(cause)}") from error
         raise error
 
-    def rolled_back(self) -> None:
+    def abandon_leases(self) -> None:
         """Ledger and learner are back at a commit: what the actors hold is nobody's any more, and nothing samples before
         the next `publish`."""
         self._publishing = False
@@ -351,7 +358,7 @@ class Dispatcher:
         self._serving = set()
         self._fleet.learner_restarted()
 
-    def _catch_up(self) -> None:
+    def _publish_to_latecomers(self) -> None:
         """Actors that came while weights went out get them now that the learner has nothing else to do."""
         if self._behind:
             self.publish(self._ledger.version)

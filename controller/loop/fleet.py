@@ -21,8 +21,12 @@ class Fleet:
         max_restarts: int,
         say: Callable[[str], None],
     ):
-        self.actors, self._learner, self._backend = actors, learner, backend
-        self._replace_actor, self._max_restarts, self._say = replace_actor, max_restarts, say
+        self.actors = actors
+        self._learner = learner
+        self._backend = backend
+        self._replace_actor = replace_actor
+        self._max_restarts = max_restarts
+        self._say = say
         self._update: WeightUpdate | None = None
         self._present = set(range(len(actors)))
         self._connected: set[int] | None = set(self._present)  # whom the learner publishes to; None: it is a new one

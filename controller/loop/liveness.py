@@ -24,7 +24,7 @@ class _Pulse:
     answer: "Future[int | None] | None" = None
 
 
-class Watch:
+class LivenessMonitor:
     """Asks processes for a count of what they have done, four times within `silence_s`.
 
     Silence is measured from a question, and an answer counts when it came: how often `silent` is called makes no difference.
@@ -32,7 +32,9 @@ class Watch:
 
     def __init__(self, ask: Callable[[int], Any], silence_s: float, clock: Callable[[], float] = time.monotonic):
         """`ask(number)` is a remote call that counts on, or tries to, at each question; None: all of them may wait."""
-        self._ask, self._silence_s, self._clock = ask, silence_s, clock
+        self._ask = ask
+        self._silence_s = silence_s
+        self._clock = clock
         self._pulses: dict[int, _Pulse] = {}
 
     def silent(self, numbers: Iterable[int]) -> dict[int, float]:

@@ -39,7 +39,9 @@ def once_more(work: Callable[[], Result], stage: str, log: RunLog, say: Callable
 
 class Recovery:
     def __init__(self, learner: LearnerGroup, run_dir: Path, has_commits: bool, max_restarts: int, progress: Progress):
-        self._learner, self._run_dir, self._has_commits = learner, run_dir, has_commits
+        self._learner = learner
+        self._run_dir = run_dir
+        self._has_commits = has_commits
         self._max_restarts, self._progress = max_restarts, progress
         self.num_restarts = 0
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.spread import spread
+from common.statistics import spread
 from contracts.config import EnvironmentConfig, PPOConfig
 from contracts.records import Rollout, Turn
 
@@ -37,7 +37,9 @@ class ScoreNormalizer:
         """Take mean and deviation of `scores`; where there are none, wait for the next batch. Equal ones have no deviation:
         the scorer's own unit stays."""
         if scores:
-            self.mean, self.std, self.is_fitted = float(np.mean(scores)), spread(scores) or 1.0, True
+            self.mean = float(np.mean(scores))
+            self.std = spread(scores) or 1.0
+            self.is_fitted = True
 
     def __call__(self, score: float) -> float:
         return (score - self.mean) / self.std

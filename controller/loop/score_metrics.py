@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from common.spread import spread
-from common.statistics import distinct_n, repeat_fraction
+from common.statistics import distinct_n, repeat_fraction, spread
 from contracts.records import Rollout
 
 

@@ -1,4 +1,4 @@
-"""What a fault that stops a run leaves beside its logs: the rollouts that it is about, readable by their owner alone."""
+"""Rollouts without a score, and what a fault that stops a run leaves: its rollouts, readable by their owner alone."""
 
 import json
 import math
@@ -7,6 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from contracts.records import Rollout
+
+
+class ScoreError(RuntimeError):
+    """Too many rollouts came back without a score."""
+
+
+def scored(rollouts: list[Rollout], max_failed: float, policy_version: int, run_dir: Path) -> list[Rollout]:
+    """Those with a score.
+
+    Args:
+        max_failed: share of the others above which they are too many.
+
+    Raises:
+        ScoreError: they are too many, or all; their texts are in a file.
+    """
+    failed = [r for r in rollouts if r.scores["proxy"].value is None]
+    if len(failed) > max_failed * len(rollouts) or len(failed) == len(rollouts):
+        reasons = sorted({str(r.scores["proxy"].error) for r in failed})
+        raise ScoreError(
+            f"{len(failed)} of {len(rollouts)} rollouts of version {policy_version} have no score "
+            f"(ppo.max_failed_scores allows {max_failed:.0%}), listed in "
+            f"{save_rollouts(run_dir / 'unscored.jsonl', failed)}; reasons: {reasons[:3]}"
+        )
+    return [r for r in rollouts if r.scores["proxy"].value is not None]
 
 
 def save_rollouts(path: Path, rollouts: list[Rollout]) -> Path:

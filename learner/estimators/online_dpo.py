@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.spread import ROUNDING
+from common.statistics import ROUNDING
 from contracts.checks.check import Check
 from contracts.config import PPOConfig
 from contracts.estimators import Estimator, Found, Rollouts

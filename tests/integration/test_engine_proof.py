@@ -50,7 +50,7 @@ def plain_reload() -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     from actors.weight_transfer import HostEngine, HostUpdateInfo
-    from common.processes.weight_layout import layout, view
+    from common.processes.shared_memory import layout, view
 
     def receive(self: HostEngine, info: HostUpdateInfo) -> None:
         slots, _ = layout(info.parameters)
@@ -86,7 +86,7 @@ def test_a_weight_that_is_not_sent_is_named(tmp_path: Path) -> None:
     def leave_out(part: str) -> Callable[[], None]:
         def before() -> None:
             import actors.engine_proof as proof
-            from common.processes.weight_layout import layout, view
+            from common.processes.shared_memory import layout, view
 
             whole = proof.packed
 

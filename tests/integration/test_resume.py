@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from controller.commits import commit_store
-from controller.ledger.log import audit
+from controller.ledger.audit import audit
 from tests.conftest import ROOT, VADER, cache_in
 
 TIMES = ("perf/", "progress/eta_s", "wall_s")

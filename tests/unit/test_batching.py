@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.microbatches import cut_microbatches
-from common.processes.weight_layout import ALIGNMENT, Slot, layout, view
+from common.processes.shared_memory import ALIGNMENT, Slot, layout, view
 from contracts.records import Completion, Microbatch, Prompt, Rollout
 from controller.loop.training_batches import make_batches, with_siblings
 

@@ -76,12 +76,13 @@ class Fixture:
         learner: Any = self.learner
         self.committer = Committer(run_dir, config, facts, learner, dispatcher, self._count, self.said.append)
 
-    def _count(self) -> None:
+    def _count(self, state: Any) -> None:
+        assert state is STATE
         self.committed += 1
 
     def commit(self, step: int) -> None:
         self.committer.begin(step, step, STATE, ("reward/x", 0.5))
-        self.committer.settle()
+        self.committer.wait_until_decided()
 
 
 def test_all_ranks_and_the_driver_or_nothing(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_what_is_no_commit_any_more_is_not_in_the_way_of_one(tmp_path: Path) -> 
     (tmp_path / "checkpoints" / "step_2" / "driver.json").write_text("{}")
     found = commit_store.newest_valid(tmp_path, run.said.append)
     assert found is not None
-    run.committer.resumed(found)
+    run.committer.resume_at(found)
     run.commit(2)
     assert commit_store.verified(tmp_path, 2).step == 2
     assert run.committer.metrics()["fault/commits_failed"] == 0
@@ -199,13 +200,13 @@ def test_votes_of_a_line_that_was_left_do_not_count(tmp_path: Path) -> None:
     late: list[Future[Any]] = [Future() for _ in range(2)]
     run.learner._write = lambda rank: late[rank].result(10)  # type: ignore[method-assign]
     run.committer.begin(2, 2, STATE, None)
-    run.committer.ask()
-    run.committer.resumed(commit_store.verified(tmp_path, 1))
+    run.committer.request_votes()
+    run.committer.resume_at(commit_store.verified(tmp_path, 1))
     del run.learner._write
     run.learner._threads = ThreadPoolExecutor(2)
     run.committer.begin(3, 3, STATE, None)
     for answer in late:
         answer.set_result({"left.safetensors": durable.FileRecord(1, "0")})
-    run.committer.settle()
+    run.committer.wait_until_decided()
     assert commit_store.steps(tmp_path) == [1, 3]
     assert "left.safetensors" not in commit_store.verified(tmp_path, 3).records

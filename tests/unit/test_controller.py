@@ -10,7 +10,8 @@ import pytest
 
 from contracts.config import TandemConfig
 from contracts.records import Completion, Prompt, Rollout, Score
-from controller.loop.controller import PPOController, ScoreError
+from controller.loop.controller import PPOController
+from controller.loop.unscored import ScoreError, scored
 
 
 def controller(tmp_path: Path, **values: Any) -> PPOController:
@@ -50,8 +51,6 @@ def test_an_update_without_any_score_ends_the_run_with_the_reasons(tmp_path: Pat
         Rollout((0, i, 0), Prompt(i, "", (5,)), completion, {"proxy": Score(None, "wrong_type: coroutine")})
         for i in range(2)
     ]
-    loop = controller(tmp_path)
-    loop.config.ppo.max_failed_scores = 1.0
     with pytest.raises(ScoreError, match=r"2 of 2 rollouts of version 3 have no score .* reasons: \['wrong_type"):
-        loop._scored(rollouts)
+        scored(rollouts, max_failed=1.0, policy_version=3, run_dir=tmp_path)
     assert len((tmp_path / "unscored.jsonl").read_text().splitlines()) == 2

@@ -103,54 +103,54 @@ def start(
 def test_without_staleness_the_actors_share_one_update_and_score_at_its_end() -> None:
     actors = [Actor(), Actor()]
     dispatcher, ledger = start(actors)
-    dispatcher.feed(updates_left=3)
+    dispatcher.admit_rollouts(updates_left=3)
     assert [len(a.work) for a in actors] == [2, 2]
     assert [a.asked[-1][1:] for a in actors] == [(4, 5.0), (4, 5.0)]  # the whole update; as long as a step may take
     expected = [*actors[0].prompts, *actors[1].prompts]
     actors[1].finish(1, 0)
     actors[0].finish(0, 1)
-    batch = dispatcher.next_batch(0)
+    batch = dispatcher.wait_for_batch(0)
     assert [r.prompt.prompt_id for r in batch] == expected  # in the order of admission, whoever came first
-    dispatcher.feed(updates_left=2)
+    dispatcher.admit_rollouts(updates_left=2)
     assert [a.work for a in actors] == [[], []]  # the batch is in training: no slot is free
     ledger.trained(1)
-    dispatcher.feed(updates_left=2)
+    dispatcher.admit_rollouts(updates_left=2)
     assert [len(a.work) for a in actors] == [2, 2]
 
 
 def test_with_staleness_actors_work_ahead_within_the_bound() -> None:
     actor = Actor()
     dispatcher, ledger = start([actor], staleness=1)
-    dispatcher.feed(updates_left=5)
+    dispatcher.admit_rollouts(updates_left=5)
     assert len(actor.work) == 8
     actor.finish(0, 1, 2, 3)
-    dispatcher.next_batch(0)
+    dispatcher.wait_for_batch(0)
     assert len(actor.work) == 4  # four in training, four here: the bound
     ledger.trained(1)
-    dispatcher.feed(updates_left=4)
+    dispatcher.admit_rollouts(updates_left=4)
     assert len(actor.work) == 8
     actor.finish(0, 1, 2, 3)
-    dispatcher.next_batch(1)
+    dispatcher.wait_for_batch(1)
     assert ledger.staleness == [1, 1, 1, 1]
 
 
 def test_nothing_is_admitted_that_no_update_will_use() -> None:
     actor = Actor()
     dispatcher, ledger = start([actor], staleness=3)
-    dispatcher.feed(updates_left=2)
+    dispatcher.admit_rollouts(updates_left=2)
     assert len(actor.work) == 8  # not 16
     for version in range(2):
         actor.finish(0, 1, 2, 3, versions=(version,))
-        dispatcher.next_batch(version)
+        dispatcher.wait_for_batch(version)
         ledger.trained(version + 1)
-        dispatcher.feed(updates_left=1 - version)
+        dispatcher.admit_rollouts(updates_left=1 - version)
     assert (actor.work, ledger.num_open) == ([], 0)
 
 
 def test_the_actors_are_served_while_the_learner_works() -> None:
     actor = Actor()
     dispatcher, ledger = start([actor], staleness=1)
-    dispatcher.feed(updates_left=5)
+    dispatcher.admit_rollouts(updates_left=5)
     update: Future[Any] = Future()
     actor.finish(0, 1)
     update.set_result({"loss": 1.0})
@@ -172,32 +172,32 @@ def test_results_come_in_the_order_of_the_calls_and_errors_at_once() -> None:
 def test_a_rollout_that_cannot_be_sampled_ends_the_run() -> None:
     actor = Actor()
     dispatcher, _ = start([actor])
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     actor.asked.pop()[0].set_exception(ValueError("the prompt leaves no room"))
     with pytest.raises(ValueError, match="leaves no room"):
-        dispatcher.next_batch(0)
+        dispatcher.wait_for_batch(0)
 
 
 def test_a_wait_ends_with_a_name() -> None:
     dispatcher, _ = start([Actor()], timeout_s=0.05)
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     with pytest.raises(TimeoutError, match=r"cluster.step_timeout_s\) for 4 rollouts for the update of version 0"):
-        dispatcher.next_batch(0)
+        dispatcher.wait_for_batch(0)
 
 
 def test_drained_actors_get_nothing_new() -> None:
     actor = Actor()
     dispatcher, ledger = start([actor], staleness=1, timeout_s=0.05)
-    dispatcher.feed(updates_left=5)
+    dispatcher.admit_rollouts(updates_left=5)
     actor.finish(0, 1, 2, 3)
-    dispatcher.next_batch(0)
+    dispatcher.wait_for_batch(0)
     with pytest.raises(TimeoutError, match="the actors to finish"):
         dispatcher.drain()
     actor.finish(0, 1, 2, 3)
     dispatcher.drain()
     assert actor.work == []
     ledger.trained(1)
-    dispatcher.feed(updates_left=4)
+    dispatcher.admit_rollouts(updates_left=4)
     assert len(actor.work) == 4
 
 
@@ -206,9 +206,9 @@ def test_a_drain_ends_where_an_actor_was_lost_with_the_rest_of_a_group() -> None
     actors = [Actor(), Actor()]
     fleet, _, _ = crew(actors)
     dispatcher, ledger = start(actors, staleness=1, rollouts=4, samples=2, fleet=fleet, timeout_s=1.0)
-    dispatcher.feed(updates_left=5)
+    dispatcher.admit_rollouts(updates_left=5)
     actors[0].finish(0, 1, 2, 3)
-    dispatcher.next_batch(0)
+    dispatcher.wait_for_batch(0)
     actors[1].finish(0)
     trained: Future[Any] = Future()
     trained.set_result(None)
@@ -223,14 +223,14 @@ def test_rollout_groups_train_as_a_whole() -> None:
     """The second group is complete first; half of the first one waits for its sibling."""
     actor = Actor()
     dispatcher, ledger = start([actor], staleness=1, rollouts=2, samples=2)
-    dispatcher.feed(updates_left=5)
+    dispatcher.admit_rollouts(updates_left=5)
     groups = list(dict.fromkeys(actor.prompts))
     assert actor.prompts == [groups[0], groups[0], groups[1], groups[1]]
     actor.finish(1, 2, 3, versions=(0,))
-    assert [r.prompt.prompt_id for r in dispatcher.next_batch(0)] == [groups[1], groups[1]]
+    assert [r.prompt.prompt_id for r in dispatcher.wait_for_batch(0)] == [groups[1], groups[1]]
     ledger.trained(1)
     actor.finish(0, versions=(0, 1))
-    batch = dispatcher.next_batch(1)
+    batch = dispatcher.wait_for_batch(1)
     assert [(r.prompt.prompt_id, r.key[2]) for r in batch] == [(groups[0], 0), (groups[0], 1)]
 
 
@@ -238,19 +238,19 @@ def test_siblings_are_due_together() -> None:
     """The sibling of a straggler is as urgent as the straggler: an update takes both or none."""
     actor = Actor()
     dispatcher, ledger = start([actor], staleness=2, rollouts=2, samples=2)
-    dispatcher.feed(updates_left=9)
+    dispatcher.admit_rollouts(updates_left=9)
     straggler = actor.prompts[0]
     for version in range(1, 3):  # two updates go by on the other groups
         actor.finish(2, 3, versions=(version - 1,))
-        dispatcher.next_batch(version - 1)
+        dispatcher.wait_for_batch(version - 1)
         ledger.trained(version)
-    dispatcher.feed(updates_left=7)
+    dispatcher.admit_rollouts(updates_left=7)
     actor.finish(0, versions=(0, 1))
     done: Future[Any] = Future()
     done.set_result(None)
     dispatcher.wait([Call(done)], "what came before it")
     actor.finish(0, 1, 2, versions=(2,))
-    batch = dispatcher.next_batch(2)
+    batch = dispatcher.wait_for_batch(2)
     assert [r.prompt.prompt_id for r in batch] == [straggler, straggler]
     assert ledger.staleness == [2, 2]
 
@@ -262,33 +262,33 @@ def test_groups_of_a_lost_actor_do_not_leave_more_due_than_an_update_takes() -> 
     actors = [kept, lost]
     fleet, _, _ = crew(actors)
     dispatcher, ledger = start(actors, staleness=2, samples=2, fleet=fleet, timeout_s=2.0)
-    dispatcher.feed(updates_left=9)
+    dispatcher.admit_rollouts(updates_left=9)
     kept.finish(0, 1, 2, 3)
     lost.finish(0, 2, 4)
     old = [prompt for prompt in lost.prompts for _ in range(2)]
-    dispatcher.next_batch(0)
+    dispatcher.wait_for_batch(0)
     dispatcher.publish(1)
     ledger.trained(1)
-    dispatcher.feed(updates_left=8)
+    dispatcher.admit_rollouts(updates_left=8)
     lost.asked.pop()[0].set_exception(EngineLostError("gone"))
     until(dispatcher, lambda: actors[1] is not lost and len(fleet.present()) == 2)
-    dispatcher._catch_up()
+    dispatcher._publish_to_latecomers()
     kept.finish(0, 1, 2, 3, versions=(1,))  # an update's worth
     until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 8)
     assert not ledger.ready(4, 1), "the three groups would all be due in the one update of version 2"
     actors[1].finish(0, 1, 2, versions=(1,))
     until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 14)
-    first = [r.prompt.prompt_id for r in dispatcher.next_batch(1)]
+    first = [r.prompt.prompt_id for r in dispatcher.wait_for_batch(1)]
     dispatcher.publish(2)
     ledger.trained(2)
-    second = [r.prompt.prompt_id for r in dispatcher.next_batch(2)]
+    second = [r.prompt.prompt_id for r in dispatcher.wait_for_batch(2)]
     assert [p for p in first + second if p in old] == old
 
 
 def test_the_gold_judge_sees_an_even_share() -> None:
     actors = [Actor(), Actor()]
     dispatcher, _ = start(actors, rollouts=8, gold=4)
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     for actor in actors:
         assert [a.scorers for a in actor.work] == [("proxy", "gold"), ("proxy",)] * 2
 
@@ -296,10 +296,10 @@ def test_the_gold_judge_sees_an_even_share() -> None:
 def test_usage_is_that_of_the_busiest_actor_since_the_last_time() -> None:
     actors = [Actor(), Actor()]
     dispatcher, _ = start(actors)
-    dispatcher.feed(updates_left=2)
+    dispatcher.admit_rollouts(updates_left=2)
     actors[0].finish(0, 1, versions=(0, 0, 0), generate_s=2.0)
     actors[1].finish(0, 1, versions=(0,), generate_s=1.0)
-    dispatcher.next_batch(0)
+    dispatcher.wait_for_batch(0)
     assert dispatcher.usage() == {"perf/generate_s": 2.0, "perf/score_s": 1.0, "perf/gen_tokens_per_s": 4.0}
     assert dispatcher.usage() == {"perf/generate_s": 0.0, "perf/score_s": 0.0, "perf/gen_tokens_per_s": 0.0}
 
@@ -340,7 +340,7 @@ def crew(actors: list[Actor], served: bool = True, restarts: int = 3) -> tuple[F
 
 def until(dispatcher: Dispatcher, condition: Any) -> None:
     """Let the dispatcher take in what comes until the condition holds."""
-    dispatcher._until(condition, "the test")
+    dispatcher._serve_until(condition, "the test")
 
 
 def test_the_work_of_a_lost_actor_is_done_by_the_others_and_by_its_successor() -> None:
@@ -348,14 +348,14 @@ def test_the_work_of_a_lost_actor_is_done_by_the_others_and_by_its_successor() -
     actors = [lost, other]
     fleet, learner, said = crew(actors)
     dispatcher, ledger = start(actors, fleet=fleet)
-    dispatcher.feed(updates_left=2)
+    dispatcher.admit_rollouts(updates_left=2)
     expected = [*lost.prompts, *other.prompts]
     other.finish(0, 1)
     lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
     until(dispatcher, lambda: actors[0] is not lost and len(fleet.present()) == 2)
     actors[0].finish(*range(len(actors[0].work)))
     other.finish(*range(len(other.work)))
-    assert [r.prompt.prompt_id for r in dispatcher.next_batch(0)] == expected
+    assert [r.prompt.prompt_id for r in dispatcher.wait_for_batch(0)] == expected
     assert (dispatcher.num_lost, ledger.metrics()["ledger/released"]) == (1, 2)
     assert said == [
         "actor 0 is lost (EngineLostError: out of memory); 2 rollouts are sampled again, a new actor is starting",
@@ -371,7 +371,7 @@ def test_an_answer_of_the_actor_before_counts_no_more() -> None:
     actors = [lost]
     fleet, learner, _ = crew(actors)
     dispatcher, ledger = start(actors, fleet=fleet)
-    dispatcher.feed(updates_left=2)
+    dispatcher.admit_rollouts(updates_left=2)
     learner.refuse = {0: "it does not answer"}
     dispatcher.publish(1)  # lost, though its process still runs
     lost.finish(0, 1)
@@ -384,12 +384,12 @@ def test_a_new_actor_without_the_current_weights_gets_them_before_it_samples() -
     actors = [lost]
     fleet, learner, _ = crew(actors, served=False)
     dispatcher, _ = start(actors, fleet=fleet, timeout_s=0.3)
-    dispatcher.feed(updates_left=2)
+    dispatcher.admit_rollouts(updates_left=2)
     lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
     until(dispatcher, lambda: bool(fleet.present()) and actors[0] is not lost)
     assert actors[0].work == []
     with pytest.raises(TimeoutError):  # the learner is free now, and the new actor never finishes
-        dispatcher.next_batch(0)
+        dispatcher.wait_for_batch(0)
     assert learner.calls == [("connect", 0)]
     assert len(actors[0].work) == 4
 
@@ -401,17 +401,17 @@ def test_an_actor_that_vllms_own_transport_left_out_joins_with_the_next_group() 
     fleet, learner, _ = crew(actors)
     learner.keeps_updates = False
     dispatcher, ledger = start(actors, fleet=fleet)
-    dispatcher.feed(updates_left=2)
+    dispatcher.admit_rollouts(updates_left=2)
     kept.finish(0, 1)
     lost.finish(0, 1)
-    dispatcher.next_batch(0)
+    dispatcher.wait_for_batch(0)
     learner.refuse = {1: "ActorDiedError: the process is gone"}
     dispatcher.publish(1)
     ledger.trained(1)
     until(dispatcher, lambda: actors[1] is not lost and len(fleet.present()) == 2)
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     assert (len(kept.work), actors[1].work) == (2, [])
-    dispatcher._catch_up()
+    dispatcher._publish_to_latecomers()
     assert learner.calls == [("publish", 1), ("connect", 1)]
     assert len(actors[1].work) == 2
 
@@ -421,10 +421,10 @@ def test_an_actor_that_joins_within_a_publish_waits_for_the_next() -> None:
     actors = [kept, lost]
     fleet, learner, _ = crew(actors)
     dispatcher, ledger = start(actors, fleet=fleet)
-    dispatcher.feed(updates_left=2)
+    dispatcher.admit_rollouts(updates_left=2)
     kept.finish(0, 1)
     lost.finish(0, 1)
-    dispatcher.next_batch(0)
+    dispatcher.wait_for_batch(0)
     ledger.trained(1)
     slow, publish = Future[Any](), learner.start("publish", 1)[0].future().result()
     learner.start = lambda *_: [Call(slow)]  # type: ignore[assignment, method-assign, misc]
@@ -440,10 +440,10 @@ def test_an_actor_that_joins_within_a_publish_waits_for_the_next() -> None:
     dispatcher.publish(1)
     thread.join()
     del learner.start
-    dispatcher._supply(1)
+    dispatcher._lease_to(1)
     assert actors[1].work == []
-    dispatcher.feed(updates_left=1)
-    dispatcher._catch_up()
+    dispatcher.admit_rollouts(updates_left=1)
+    dispatcher._publish_to_latecomers()
     assert learner.calls[-1] == ("connect", 1)
     assert len(actors[1].work) == 2
 
@@ -453,41 +453,41 @@ def test_actors_are_replaced_so_many_times_only() -> None:
     actors = [lost]
     fleet, _, _ = crew(actors, restarts=0)
     dispatcher, _ = start(actors, fleet=fleet)
-    dispatcher.feed(updates_left=2)
+    dispatcher.admit_rollouts(updates_left=2)
     lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
     with pytest.raises(ActorLostError, match=r"after 0 others: cluster\.max_actor_restarts is 0"):
-        dispatcher.next_batch(0)
+        dispatcher.wait_for_batch(0)
 
 
 def test_all_answers_are_heard_together_while_the_actors_are_served() -> None:
     actor = Actor()
     dispatcher, _ = start([actor])
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     first, second = Future[int](), Future[int]()
     heard: list[list[Any]] = []
-    dispatcher.hear([Call(first), Call(second)], heard.append)
+    dispatcher.on_answers([Call(first), Call(second)], heard.append)
     second.set_exception(OSError("full"))
     actor.finish(0, 1, 2, 3)
     first.set_result(7)
-    assert len(dispatcher.next_batch(0)) == 4
-    dispatcher.serve(lambda: bool(heard), "the votes")
+    assert len(dispatcher.wait_for_batch(0)) == 4
+    dispatcher.wait_for_learner(lambda: bool(heard), "the votes")
     [[mine, error]] = heard
     assert mine == 7
     assert str(error) == "full"
-    dispatcher.hear([Call(Future())], heard.append)
+    dispatcher.on_answers([Call(Future())], heard.append)
     dispatcher._timeout_s = 0.05
     with pytest.raises(TimeoutError, match="for the votes"):
-        dispatcher.serve(lambda: len(heard) > 1, "the votes")
+        dispatcher.wait_for_learner(lambda: len(heard) > 1, "the votes")
 
 
 def test_an_interrupt_ends_the_wait_for_rollouts_alone() -> None:
     actor = Actor()
     dispatcher, _ = start([actor])
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     timer = threading.Timer(0.1, dispatcher.interrupt)
     timer.start()
     with pytest.raises(Stopping):
-        dispatcher.next_batch(0)
+        dispatcher.wait_for_batch(0)
     update: Future[int] = Future()
     update.set_result(3)
     assert dispatcher.wait([Call(update)], "an update") == [3]  # what is under way ends
@@ -499,20 +499,20 @@ def test_after_a_rollback_late_answers_do_not_mix_with_new_ones() -> None:
     fleet, _, _ = crew([actor])
     dispatcher, ledger = start([actor], rollouts=2, samples=2, staleness=1, fleet=fleet)
     prompts = dispatcher._stream.state_dict()
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     before, actor.work = actor.work, []
     ledger._clear()
-    dispatcher.rolled_back()
+    dispatcher.abandon_leases()
     dispatcher._stream.load_state_dict(prompts)
     dispatcher.publish(0)
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     assert [a.request.key for a in actor.work] == [a.request.key for a in before]
     after, actor.work = actor.work, [before[0]]
     actor.finish(0, versions=(0, 0, 0))
     actor.work = after
-    dispatcher.serve(lambda: ledger.counts["fenced"] == 1, "the late one")
+    dispatcher.wait_for_learner(lambda: ledger.counts["fenced"] == 1, "the late one")
     actor.finish(0, 1)
-    assert [len(r.completion.token_ids) for r in dispatcher.next_batch(0)] == [1, 1]
+    assert [len(r.completion.token_ids) for r in dispatcher.wait_for_batch(0)] == [1, 1]
 
 
 def test_a_silent_actor_is_replaced_as_a_dead_one() -> None:
@@ -521,12 +521,12 @@ def test_a_silent_actor_is_replaced_as_a_dead_one() -> None:
     actors = [stopped]
     fleet, _, said = crew(actors)
     dispatcher, ledger = start(actors, fleet=fleet, actor_silence_s=0.2)
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     until(dispatcher, lambda: actors[0] is not stopped and bool(fleet.present()))
     assert "has generated nothing for" in said[0]
     assert dispatcher.faults() == {"fault/actors_lost": 1, "fault/actors_silent": 1, "fault/rollouts_hedged": 0}
     actors[0].finish(0, 1, 2, 3)
-    assert len(dispatcher.next_batch(0)) == 4
+    assert len(dispatcher.wait_for_batch(0)) == 4
     assert ledger.metrics()["ledger/released"] == 4
 
 
@@ -543,7 +543,7 @@ def test_a_replacement_that_dies_while_it_starts_is_replaced() -> None:
     said: list[str] = []
     fleet = Fleet(actors, Learner(actors), "shared", replace, 2, said.append)  # type: ignore[arg-type]
     dispatcher, _ = start(actors, fleet=fleet)
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
     until(dispatcher, lambda: actors[0] is not lost and bool(fleet.present()))
     assert (len(actors[0].work), dispatcher.num_lost) == (4, 2)
@@ -554,7 +554,7 @@ def test_a_replacement_that_dies_while_it_starts_is_replaced() -> None:
 def test_a_straggler_is_hedged_and_the_first_reply_counts(samples: int) -> None:
     slow, idle = Actor(), Actor()
     dispatcher, ledger = start([slow, idle], samples=samples, hedge_after_s=0.05)
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     late, kept = list(slow.work), [*slow.prompts, *idle.prompts]
     idle.finish(0, 1)
     until(dispatcher, lambda: len(idle.work) == 2)
@@ -563,7 +563,7 @@ def test_a_straggler_is_hedged_and_the_first_reply_counts(samples: int) -> None:
     slow.finish(0)  # the first reply for one of them, the second for the other is the hedge's
     until(dispatcher, lambda: len(slow.work) == 1 and not dispatcher._inbox.qsize())
     idle.finish(1)
-    assert [r.prompt.prompt_id for r in dispatcher.next_batch(0)] == kept
+    assert [r.prompt.prompt_id for r in dispatcher.wait_for_batch(0)] == kept
     ledger.trained(1)
     slow.finish(0)
     idle.finish(0)
@@ -576,9 +576,9 @@ def test_a_straggler_is_hedged_and_the_first_reply_counts(samples: int) -> None:
 def test_one_actor_is_never_hedged() -> None:
     slow = Actor()
     dispatcher, ledger = start([slow], hedge_after_s=0.01, timeout_s=0.7)
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     with pytest.raises(TimeoutError):
-        dispatcher.next_batch(0)
+        dispatcher.wait_for_batch(0)
     assert ledger.metrics()["ledger/hedged"] == 0
 
 
@@ -610,22 +610,22 @@ def test_after_a_rollback_actors_get_the_weights_of_the_commit_and_old_work_is_f
     dispatcher, ledger = start(actors, fleet=fleet)
     state, arrays = ledger.state_dict()
     stream = dispatcher._stream.state_dict()
-    dispatcher.feed(updates_left=3)
+    dispatcher.admit_rollouts(updates_left=3)
     old = [*first.prompts, *second.prompts]
     second.finish(0, 1)
     until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 2)
     ledger.load_state_dict(state, arrays, tmp_path / "ledger.jsonl")
     dispatcher._stream.load_state_dict(stream)
-    dispatcher.rolled_back()
+    dispatcher.abandon_leases()
     dispatcher.publish(0)
     assert learner.calls == [("connect", 0)]
-    dispatcher.feed(updates_left=3)
+    dispatcher.admit_rollouts(updates_left=3)
     assert [*first.prompts[2:], *second.prompts] == old  # the same prompts again, beside what the first still works at
     first.finish(0, 1)
     until(dispatcher, lambda: ledger.metrics()["ledger/fenced"] == 2)
     first.finish(0, 1)
     second.finish(0, 1)
-    assert [r.prompt.prompt_id for r in dispatcher.next_batch(0)] == old
+    assert [r.prompt.prompt_id for r in dispatcher.wait_for_batch(0)] == old
 
 
 def test_an_actor_that_joins_with_weights_of_before_the_rollback_gets_new_ones(tmp_path: Path) -> None:
@@ -645,11 +645,11 @@ def test_an_actor_that_joins_with_weights_of_before_the_rollback_gets_new_ones(t
     lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
     until(dispatcher, lambda: not fleet.present())
     ledger.load_state_dict(state, arrays, tmp_path / "ledger.jsonl")
-    dispatcher.rolled_back()
+    dispatcher.abandon_leases()
     dispatcher.publish(0)
     gate.set()
     until(dispatcher, lambda: bool(fleet.present()))
-    dispatcher.feed(updates_left=1)
+    dispatcher.admit_rollouts(updates_left=1)
     assert actors[0].work == []  # version 0, but of a learner that is gone
-    dispatcher._catch_up()
+    dispatcher._publish_to_latecomers()
     assert len(actors[0].work) == 4

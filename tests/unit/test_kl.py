@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from contracts.config import KLConfig
-from learner.kl import AdaptiveKLController, FixedKLController, kl_k1, kl_k2, kl_k3, make_kl_controller
+from learner.coefficients import AdaptiveKLController, FixedKLController, make_kl_controller
+from learner.kl import kl_k1, kl_k2, kl_k3
 
 POLICY_LOGITS = [0.3, -1.2, 0.9, 0.1]
 REF_LOGITS = [-0.4, 0.2, 0.5, -0.1]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score
+from controller.ledger.audit import audit, main
 from controller.ledger.ledger import Ledger, LedgerError, StalenessError
-from controller.ledger.log import NAME, audit, main, rejoin, replay
+from controller.ledger.log import NAME, rejoin, replay
 
 
 def request(prompt_id: int, sample: int = 0, epoch: int = 0) -> RolloutRequest:
@@ -104,8 +105,8 @@ def test_a_dead_holder_gives_back_its_leases_and_its_late_reply_is_fenced():
     ledger.admit(requests(0, 1, 2, 3))
     lost = ledger.lease(2, "a")
     kept = ledger.lease(1, "b")
-    assert [ledger.give_back(lease.number) for lease in lost] == [True, True]
-    assert ledger.give_back(lost[0].number) is False
+    assert [ledger.release(lease.number) for lease in lost] == [True, True]
+    assert ledger.release(lost[0].number) is False
     assert ledger.complete(lost[0].number, sampled(lost[0].request, 0)) is False
     again = ledger.lease(4, "c")
     assert [(lease.request.key[1], lease.attempt) for lease in again] == [(0, 2), (1, 2), (3, 1)]
@@ -182,7 +183,7 @@ def test_too_many_stragglers_hold_up_the_update_before_the_last():
     serve(ledger, 1, 1)
     assert not ledger.ready(1, 1)  # then 0 and 1 would both be due in the one update of version 2
     for lease in (first, second):
-        ledger.give_back(lease.number)  # sampled again by version 1, they are due at version 3
+        ledger.release(lease.number)  # sampled again by version 1, they are due at version 3
     assert ledger.ready(1, 1)
     assert (first.request.key, second.request.key) == ((0, 0, 0), (0, 1, 0))
 
@@ -195,7 +196,7 @@ def test_a_group_is_due_with_its_oldest_lease_also_when_it_generated_nothing():
     serve(ledger, 2, 0)
     ledger.take(2, 0)
     ledger.trained(1)
-    ledger.give_back(second.number)
+    ledger.release(second.number)
     [again] = ledger.lease(1, "b")  # alone it would be due at 3
     assert ledger.complete_group([(lease.number, sampled(lease.request)) for lease in (first, again)])
     assert ids(ledger.take(2, 2)) == [0, 0]
@@ -307,6 +308,19 @@ def test_memory_and_commits_do_not_grow_with_history(tmp_path: Path):
         ledger.committed(log)
     assert max(sizes) - min(sizes) < 50  # numbers gain digits
     assert len(replay(log)[0]) == 30 * 4
+
+
+def test_what_closes_while_a_commit_is_written_waits_for_the_next(tmp_path: Path):
+    log = tmp_path / NAME
+    ledger = Ledger(1, 0)
+    run_updates(ledger, [0], None)
+    state, _ = ledger.state_dict()
+    run_updates(ledger, [1], None)
+    assert ledger.state_dict()[0]["log"]["offset"] == 0  # nothing is durable yet, and asking changes nothing
+    ledger.committed(log, state)
+    assert [row.get("key", row.get("commit")) for row in replay(log)[0]] == [[0, 0, 0], 1]
+    ledger.committed(log, ledger.state_dict()[0])
+    assert [row.get("key", row.get("commit")) for row in replay(log)[0]] == [[0, 0, 0], 1, [0, 1, 0], 2]
 
 
 # ---- the log and its audit

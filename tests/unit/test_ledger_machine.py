@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from contracts.records import Completion, Prompt, Rollout
 from controller.data.prompts import PromptStream
+from controller.ledger.audit import audit
 from controller.ledger.ledger import Lease, Ledger
-from controller.ledger.log import audit
 
 PROMPTS = [Prompt(i, "", (i,)) for i in (4, 11, 2, 7, 5)]
 HOLDERS = st.sampled_from(["a", "b", "c"])
@@ -131,7 +131,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def death(self, holder: str) -> None:
         """What it has delivered keeps its lease."""
         for number in [number for number in self.at_work if self.leases[number][1] == holder]:
-            assert self.ledger.give_back(number) is True
+            assert self.ledger.release(number) is True
             self.late.append(self.leases.pop(number)[0])
 
     @rule(data=st.data())
@@ -204,7 +204,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if when_it_fails == "before the log":
             self.crash(same_process=False, corrupt=0)
         else:
-            self.ledger.committed(self.log)
+            self.ledger.committed(self.log, json.loads(self.saved[-1][0]))
 
     @rule(same_process=st.booleans(), corrupt=st.integers(0, 2))
     def crash(self, same_process: bool, corrupt: int) -> None:

@@ -9,11 +9,11 @@ import torch
 
 from contracts.config import CombinedConfig, PPOConfig
 from contracts.estimators import chosen_correction, chosen_estimator
+from learner.coefficients import Multiplier
 from learner.estimators.online_dpo import pair_metrics, preference_pairs
 from learner.estimators.raft import best_of_groups
 from learner.estimators.rwr import effective_share, reward_weights
 from learner.losses import likelihood_loss
-from learner.multiplier import Multiplier
 from learner.outcomes import normalised
 
 EVERY = torch.ones(5, dtype=torch.bool)

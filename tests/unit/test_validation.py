@@ -14,8 +14,8 @@ from vllm.config.model import _get_and_verify_max_len as vllm_length
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from common.models.positions import positions
+from contracts.checks.check import Leaf, leaves
 from contracts.checks.overrides import closest
-from contracts.checks.ranges import CHOICES, RANGES
 from contracts.checks.validation import ConfigError, check_machine, validate, validate_service
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.records import Example, RatedExample
@@ -85,10 +85,18 @@ def test_defaults_with_paths_pass(config):
     validate(config)
 
 
-@pytest.mark.parametrize(("entry", "key"), [(entry, key) for entry in RANGES for key in entry.keys])
-def test_each_range(config, entry, key):
-    value = OUTSIDE[entry.rule]
-    expected = f"{key} must be {entry.rule}; found {value}; write for example "
+def schema() -> list[Leaf]:
+    """Every key, also of what is null or empty by default."""
+    filled = TandemConfig()
+    filled.data.gold = SourceConfig()
+    filled.reward_service.scorers = {"any": ScorerConfig()}
+    return list(leaves(filled))
+
+
+@pytest.mark.parametrize(("rule", "key"), [(leaf.rule.text, leaf.key) for leaf in schema() if leaf.rule])
+def test_each_range(config, rule, key):
+    value = OUTSIDE[rule]
+    expected = f"{key} must be {rule}; found {value}; write for example "
     assert any(line.startswith(expected) for line in conflicts(put(config, **{key.replace(".", "__"): value})))
 
 
@@ -122,10 +130,30 @@ def test_floats_of_scorers_and_environments_are_finite(config):
     assert line.endswith("found inf; write a number, however large")
 
 
-@pytest.mark.parametrize("key", CHOICES)
+@pytest.mark.parametrize("key", [leaf.key for leaf in schema() if leaf.options])
 def test_each_choice(config, key):
     lines = conflicts(put(config, **{key.replace(".", "__"): "other"}))
     assert any(line.startswith(f"{key} must be one of ") and "found other; write " in line for line in lines)
+
+
+def test_every_number_and_every_text_declares_what_it_may_hold() -> None:
+    """Bounds, choices, or the reason why there are neither."""
+    open_kinds = (int, float, str, Any)
+    wanting = [
+        leaf.key
+        for leaf in schema()
+        if {leaf.annotation, *get_args(leaf.annotation)}.intersection(open_kinds)
+        and not (leaf.rule or leaf.options or leaf.free)
+    ]
+    assert wanting == []
+
+
+def test_a_section_may_narrow_a_key_of_its_class_and_choices_may_be_known_late() -> None:
+    found = {leaf.key: leaf for leaf in schema()}
+    assert found["evaluate.sampling.top_p"].rule.text == "in (0, 1]"
+    assert found["ppo.sampling.top_p"].rule.text.startswith("1, as the log-probabilities")
+    assert found["method"].options == tuple(method_titles())
+    assert found["preference.loss"].options == (None, "dpo", "rank")
 
 
 def test_a_choice_suggests_the_closest_name(config):

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from actors.weight_receiver import WeightReceiver
-from common.processes.shared_memory import Segment
-from common.processes.weight_layout import layout
+from common.processes.shared_memory import Segment, layout
 from contracts.weights import LoadReport, Parameters, WeightsRefused, WeightUpdate, checksum
 from learner.engine import Ranks, TrainEngine
 from learner.models import load_policy

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from controller.loop.liveness import Stragglers, Watch
+from controller.loop.liveness import LivenessMonitor, Stragglers
 
 
 class Process:
@@ -39,7 +39,7 @@ def clock() -> Clock:
 
 def test_who_gets_on_is_asked_four_times_and_is_not_silent(clock: Clock) -> None:
     process = Process()
-    watch = Watch(lambda number: process.ask(), 60, clock)
+    watch = LivenessMonitor(lambda number: process.ask(), 60, clock)
     for second in range(240):
         clock.now = 100.0 + second
         assert watch.silent([0]) == {}
@@ -49,7 +49,7 @@ def test_who_gets_on_is_asked_four_times_and_is_not_silent(clock: Clock) -> None
 
 
 def test_who_does_not_answer_is_silent_since_the_question(clock: Clock) -> None:
-    watch = Watch(lambda number: Process().ask(), 60, clock)
+    watch = LivenessMonitor(lambda number: Process().ask(), 60, clock)
     watch.silent([3])
     clock.now += 60
     assert watch.silent([3]) == {}
@@ -59,7 +59,7 @@ def test_who_does_not_answer_is_silent_since_the_question(clock: Clock) -> None:
 
 def test_an_answer_that_is_the_one_of_before_is_silence(clock: Clock) -> None:
     process = Process()
-    watch = Watch(lambda number: process.ask(), 60, clock)
+    watch = LivenessMonitor(lambda number: process.ask(), 60, clock)
     found: list[float] = []
     for second in range(0, 110, 1):
         clock.now = 100.0 + second
@@ -73,7 +73,7 @@ def test_an_answer_that_is_the_one_of_before_is_silence(clock: Clock) -> None:
 
 def test_an_asker_who_was_away_blames_nobody(clock: Clock) -> None:
     process = Process()
-    watch = Watch(lambda number: process.ask(), 60, clock)
+    watch = LivenessMonitor(lambda number: process.ask(), 60, clock)
     watch.silent([0])
     process.answer(1)
     clock.now += 1000  # nobody looked
@@ -85,7 +85,7 @@ def test_an_asker_who_was_away_blames_nobody(clock: Clock) -> None:
 def test_one_in_the_place_of_another_starts_anew(clock: Clock) -> None:
     first, second = Process(), Process()
     processes = [first]
-    watch = Watch(lambda number: processes[-1].ask(), 60, clock)
+    watch = LivenessMonitor(lambda number: processes[-1].ask(), 60, clock)
     watch.silent([0])
     first.answer(900)
     watch.silent([0])
@@ -100,7 +100,7 @@ def test_one_in_the_place_of_another_starts_anew(clock: Clock) -> None:
 
 def test_an_error_is_no_sign_of_life(clock: Clock) -> None:
     process = Process()
-    watch = Watch(lambda number: process.ask(), 60, clock)
+    watch = LivenessMonitor(lambda number: process.ask(), 60, clock)
     for second in range(70):
         clock.now = 100.0 + second
         silent = watch.silent([0])
@@ -123,7 +123,7 @@ def test_the_deadline_of_a_rollout() -> None:
 def test_a_rank_that_writes_excuses_those_that_wait_for_it(clock: Clock) -> None:
     """Rank 0 writes a commit for 400 s, while rank 1 waits for it in a collective; then both hang."""
     ranks = [Process(), Process()]
-    watch = Watch(lambda number: ranks[number].ask(), 60, clock)
+    watch = LivenessMonitor(lambda number: ranks[number].ask(), 60, clock)
     silent_at: list[int] = []
     for second in range(520):
         clock.now = 100.0 + second
@@ -138,7 +138,7 @@ def test_a_rank_that_writes_excuses_those_that_wait_for_it(clock: Clock) -> None
 
 def test_a_stopped_rank_is_silent_although_another_has_written(clock: Clock) -> None:
     writes, stopped = Process(), Process()
-    watch = Watch(lambda number: (writes, stopped)[number].ask(), 60, clock)
+    watch = LivenessMonitor(lambda number: (writes, stopped)[number].ask(), 60, clock)
     silent: dict[int, float] = {}
     for second in range(200):
         clock.now = 100.0 + second

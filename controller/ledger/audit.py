@@ -1,0 +1,123 @@
+"""The audit of a run's rollouts, from its log: every one that was admitted is trained, quarantined or open, once."""
+
+import argparse
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from controller.ledger.entries import Key
+from controller.ledger.log import NAME, Row, replay
+
+
+@dataclass
+class Audit:
+    """The accounts of a run."""
+
+    admitted: int = 0
+    trained: int = 0
+    quarantined: int = 0
+    open: int = 0
+    rolled_back: int = 0
+    updates: int = 0
+    samples_per_prompt: int = 0
+    by_version: Counter[int] = field(default_factory=Counter)  # rollouts that each policy version trained on
+    reasons: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"admitted {self.admitted} = trained {self.trained} + quarantined {self.quarantined} + open {self.open}",
+            f"updates {self.updates}, samples per prompt {self.samples_per_prompt}, rolled back {self.rolled_back}",
+            *(f"  quarantined {number}: {reason}" for reason, number in self.reasons.most_common()),
+            *(f"  WRONG: {fault}" for fault in self.faults),
+            "does NOT balance" if self.faults else "balances: no rollout lost, none trained twice",
+        ]
+        return "\n".join(lines)
+
+
+def audit(log: Path) -> Audit:
+    """Count the surviving line of a run: every admitted rollout is trained or quarantined once, or open at the end.
+
+    The count of admissions is the ledger's own, so the keys are checked for themselves too: every prompt has all of its
+    samples, and every finished epoch the same prompts.
+    """
+    rows, undone = replay(log)
+    ends = [row for row in rows if "key" in row]
+    commits = [row for row in rows if "commit" in row]
+    last: Row = commits[-1] if commits else {"commit": 0, "version": 0, "admitted": 0, "open": []}
+    result = Audit(last["admitted"], updates=last["commit"], rolled_back=sum("key" in row for row in undone))
+    times: Counter[Key] = Counter()
+    for row in ends:
+        times[tuple(row["key"])] += 1
+        if "trained" in row:
+            result.trained += 1
+            result.by_version[row["trained"]] += 1
+        else:
+            result.quarantined += 1
+            result.reasons[row["quarantined"]] += 1
+    for key in map(tuple, last["open"]):
+        times[key] += 1
+        result.open += 1
+    result.faults += [f"rollout {key} ended {number} times" for key, number in times.items() if number > 1]
+    total = result.trained + result.quarantined + result.open
+    if total != result.admitted:
+        result.faults.append(f"{result.admitted} rollouts were admitted, {total} are accounted for")
+    _check_stream(list(times), result)
+    return result
+
+
+def _check_stream(keys: list[Key], result: Audit) -> None:
+    prompts: defaultdict[int, Counter[int]] = defaultdict(Counter)  # epoch -> prompt -> samples
+    for epoch, prompt_id, sample_index in keys:
+        prompts[epoch][prompt_id] += 1
+        result.samples_per_prompt = max(result.samples_per_prompt, sample_index + 1)
+    for epoch, samples in sorted(prompts.items()):
+        for prompt_id, number in samples.items():
+            if number != result.samples_per_prompt:
+                result.faults.append(
+                    f"epoch {epoch}, prompt {prompt_id}: {number} of {result.samples_per_prompt} samples are accounted for"
+                )
+        missing = prompts[0].keys() - samples.keys()
+        if missing and epoch < max(prompts):
+            result.faults.append(f"epoch {epoch} lacks {len(missing)} prompts of epoch 0, the first is {min(missing)}")
+
+
+def way(log: Path, key: Key) -> list[str]:
+    """What the log says of one rollout, one line each."""
+    rows, undone = replay(log)
+    lines = []
+    for row, mark in [*((r, " (rolled back)") for r in undone), *((r, "") for r in rows)]:
+        if tuple(row.get("key", ())) == key:
+            end = f"trained into version {row['trained']}" if "trained" in row else f"quarantined: {row['quarantined']}"
+            by = f"sampled by {row['holder'] or 'nobody'} with version {row.get('sampled', '-')}, lease {row['leases']}"
+            lines.append(f"admitted at version {row['admitted_at']}, {by}, {end} in update {row['update']}{mark}")
+    commits = [row for row in rows if "commit" in row]
+    if commits and list(key) in commits[-1]["open"]:
+        lines.append(f"open at the last commit (update {commits[-1]['commit']})")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m controller.ledger RUN [--key EPOCH,PROMPT,SAMPLE]`; 0 where the accounts balance."""
+    parser = argparse.ArgumentParser("python -m controller.ledger", description="audit the rollouts of a run")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--key", help="show the way of one rollout: EPOCH,PROMPT_ID,SAMPLE_INDEX")
+    options = parser.parse_args(arguments)
+    log = options.run / NAME
+    if not log.exists():
+        print(f"{log} does not exist: this run has committed nothing")
+        return 1
+    if options.key:
+        epoch, prompt_id, sample_index = map(int, options.key.split(","))
+        lines = way(log, (epoch, prompt_id, sample_index))
+        print("\n".join(lines) or f"no row of {log} names rollout {options.key}")
+        return 0 if lines else 1
+    try:
+        result = audit(log)
+    except ValueError as error:
+        print(error)
+        return 1
+    print(result)
+    for version, number in sorted(result.by_version.items()):
+        print(f"  version {version}: trained on {number} rollouts")
+    return 1 if result.faults else 0
