@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.text.encoding import DataError
+from common.text.tokenizers import load_config
 from contracts.config import SourceConfig, TandemConfig
 from contracts.methods import results_needed, runs
 from contracts.records import Example, ExamplePair, PreferencePair, Prompt, RatedExample, RatedText
@@ -70,11 +71,8 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
     Raises:
         DataError: a source cannot be read, has too many unusable rows or tokens without embeddings.
     """
-    from transformers import AutoConfig
-
     data, needed, inputs = config.data, results_needed(config), Inputs()
-    options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    vocab_size = AutoConfig.from_pretrained(config.model.path, **options).get_text_config().vocab_size
+    vocab_size = load_config(config.model.path, config.model).get_text_config().vocab_size
 
     def load(work: Callable[..., Any], name: str, source: SourceConfig, *arguments: Any) -> Any:
         report = LoadReport()
