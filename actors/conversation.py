@@ -24,7 +24,7 @@ from functools import lru_cache
 import numpy as np
 
 from actors.environment import environment_maker
-from common.text.tokenizers import load_tokenizer
+from common.text.tokenizers import load_config, load_tokenizer
 from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.environments import Environment, EnvironmentFault, checked_ids, checked_step
 from contracts.interfaces import Engine
@@ -52,10 +52,7 @@ class Limits:
     @classmethod
     def of(cls, model: ModelConfig, environment: EnvironmentConfig, max_model_len: int) -> "Limits":
         """Those of a configuration; reads the model's."""
-        from transformers import AutoConfig
-
-        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        vocab_size = AutoConfig.from_pretrained(model.path, **options).get_text_config().vocab_size
+        vocab_size = load_config(model.path, model).get_text_config().vocab_size
         return cls(vocab_size, max_model_len, environment.max_turn_tokens, environment.min_turn_tokens)
 
 

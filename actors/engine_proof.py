@@ -31,6 +31,7 @@ from common.models.precision import cpu_flags
 from common.models.twin import LARGEST, NoTwin, telling_weights, twin_config
 from common.processes.process_env import worker_env
 from common.processes.shared_memory import layout, view
+from common.text.tokenizers import load_config
 from contracts.config import EngineConfig, ModelConfig
 from contracts.interfaces import EngineLostError
 from contracts.weights import Parameters
@@ -107,10 +108,7 @@ def prove_engine(model: ModelConfig, max_model_len: int, memory: Path | None = N
     Raises:
         EngineUnproven: naming the model, and the numbers or what vLLM said.
     """
-    from transformers import AutoConfig
-
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(model.path, **options)
+    config = load_config(model.path, model)
     remembered = memory / f"{_key(config, model.dtype, max_model_len)}.json" if memory else None
     answer = _recall(remembered) if remembered else None
     if answer is None:
@@ -356,13 +354,10 @@ def end_with_parent() -> None:
 
 
 def main(model: ModelConfig, max_model_len: int, folder: Path) -> None:
-    from transformers import AutoConfig
-
     import actors.vllm_engine  # noqa: F401
 
     end_with_parent()
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    answer = prove_here(AutoConfig.from_pretrained(model.path, **options), model, max_model_len)
+    answer = prove_here(load_config(model.path, model), model, max_model_len)
     (folder / "answer.json").write_text(json.dumps(answer))
 
 

@@ -244,4 +244,4 @@ def declared(name: str, metrics: Mapping[str, Metric]) -> Metric | None:
     if name in metrics:
         return metrics[name]
     families = (metric for metric in metrics.values() if "<" in metric.name)
-    return next((metric for metric in families if re.fullmatch(re.sub("<.*?>", r"\\w+", metric.name), name)), None)
+    return next((metric for metric in families if re.fullmatch(re.sub("<.*?>", "[^/]+", metric.name), name)), None)

@@ -55,7 +55,7 @@ def find(kind: Kind, name: str) -> Any:
         path, attribute = f"{kind.package}.{name}", kind.attribute
     try:
         return getattr(importlib.import_module(path), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever somebody's module raises where it is imported
         raise UnknownPlugin(
-            f"{kind.title} {name}: {error}; write package.module:NAME of a module that Python finds"
+            f"{kind.title} {name}: {type(error).__name__}: {error}; write package.module:NAME of one that imports"
         ) from error

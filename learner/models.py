@@ -7,13 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from common.models.forward import Form, backbone_name, head_logits, hidden_states
 from common.models.loading import refuse_unloaded
 from common.models.packed_attention import Packed
 from common.models.proof import POLICY, SCALAR, Proof, prove
 from common.models.twin import make_twin
+from common.text.tokenizers import load_config
 from contracts.config import LearnerConfig, ModelConfig
 from learner.lean_layers import make_lean
 from learner.losses import selected_logprobs
@@ -82,7 +83,7 @@ def load_policy(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: b
         Unproven: no form computes it right.
         LoadingError: the checkpoint lacks weights of the model.
     """
-    proof = prove_policy(_read_config(path, model), model, learner, on_cpu)
+    proof = prove_policy(load_config(path, model), model, learner, on_cpu)
     lm, _ = _load(AutoModelForCausalLM, path, model, proof)
     return PolicyModel(_prepare(lm, learner, on_cpu), proof.layout)
 
@@ -90,7 +91,7 @@ def load_policy(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: b
 def load_scalar(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool, seed: int) -> ScalarModel:
     """A reward or value model from a checkpoint of either kind. A language model gets a new head, drawn from
     N(0, 1/sqrt(d + 1)) (Stiennon 2020), the same on every rank. Raises as `load_policy`."""
-    config = scalar_config(_read_config(path, model))
+    config = scalar_config(load_config(path, model))
     proof = prove_scalar(config, model, learner, on_cpu)
     new = () if is_classifier(config) else ("score.weight",)
     classifier, lacks = _load(AutoModelForSequenceClassification, path, model, proof, new, config=config)
@@ -138,10 +139,6 @@ def scalar_config(config: Any) -> Any:
 
 def is_classifier(config: Any) -> bool:
     return any("SequenceClassification" in name for name in config.architectures or [])
-
-
-def _read_config(path: str, model: ModelConfig) -> Any:
-    return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def _load(

@@ -77,9 +77,9 @@ class FrontReplica:
                 return False
             return True
 
-        leaves = {spec.application: name for name, spec in self.front.scorers.items() if spec.application}
+        leaves = _leaves(self.front.scorers)
         found = await asyncio.gather(*map(answers, leaves))
-        return [name for name, is_there in zip(leaves.values(), found, strict=True) if not is_there]
+        return [spec.name for spec, is_there in zip(leaves.values(), found, strict=True) if not is_there]
 
     def _handle(self, application: str) -> Any:
         if application not in self._handles:
@@ -153,8 +153,7 @@ class RewardService:
         if http.port is not None and not is_loopback(http.host) and not token_digests(http.token_file):
             raise ScorerError(f"reward_service.http.host={http.host} is not served without a token_file")
         serve.start(proxy_location="Disabled")
-        leaves = {spec.application: spec for spec in specs.values() if spec.application}
-        targets = [self._leaf(spec) for spec in leaves.values()]
+        targets = [self._leaf(spec) for spec in _leaves(specs).values()]
         self.scorers, self.specs = scorers, specs
         serve.run_many([*targets, self._front()], wait_for_applications_running=False)
 
@@ -166,8 +165,8 @@ class RewardService:
             RuntimeError: where a new version cannot serve; the old ones then still do.
         """
         specs = resolve(scorers, self.config, self.tokenizer)
-        before = {spec.application for spec in self.specs.values() if spec.application}
-        new = {s.application: s for s in specs.values() if s.application and s.application not in before}
+        before, after = _leaves(self.specs), _leaves(specs)
+        new = {name: spec for name, spec in after.items() if name not in before}
         if new:
             targets = [self._leaf(spec) for spec in new.values()]
             serve.run_many(targets, wait_for_applications_running=False)
@@ -180,7 +179,7 @@ class RewardService:
         self.scorers, self.specs = scorers, specs
         serve.run_many([self._front()], wait_for_applications_running=False)
         _wait({FRONT}, timeout_s)
-        for name in before - {spec.application for spec in specs.values()}:
+        for name in before.keys() - after:
             self._delete(name)
 
     def wait(self, timeout_s: float) -> None:
@@ -189,7 +188,7 @@ class RewardService:
         Raises:
             RuntimeError: where one cannot start, with its own error, or after `timeout_s`.
         """
-        _wait({FRONT, *(spec.application for spec in self.specs.values() if spec.application)}, timeout_s)
+        _wait({FRONT, *_leaves(self.specs)}, timeout_s)
 
     def client(self) -> HandleClient:
         """A client that accepts the versions of now and no others: within a run, scores must stay on one scale."""
@@ -239,6 +238,11 @@ class RewardService:
             ray_actor_options={"num_cpus": self.cluster.cpus_per_process, "runtime_env": {"env_vars": self.env}},
         )(FrontReplica if config.http.port is None else HttpFrontReplica)
         return serve.RunTarget(target=deployment.bind(*arguments), name=FRONT, route_prefix=None)
+
+
+def _leaves(specs: dict[str, ScorerSpec]) -> dict[str, ScorerSpec]:
+    """By application: what has replicas."""
+    return {spec.application: spec for spec in specs.values() if spec.application}
 
 
 def _wait(names: set[str], timeout_s: float) -> None:

@@ -136,7 +136,8 @@ class Front:
     # ---- one model or function
 
     async def _leaf(self, scorer: ScorerSpec, request: _Request) -> list[Score]:
-        fitted = [self._fitted(item, scorer, request.truncate) for item in request.items]
+        longest = scorer.max_tokens if request.truncate else None
+        fitted = [last_tokens(item, longest) if longest else item for item in request.items]
         keys = [_key(scorer, item) for item in fitted]
         distinct = dict(zip(keys, fitted, strict=True))
         order = sorted(distinct, key=lambda key: len(distinct[key].token_ids))  # neighbours in length travel together
@@ -146,13 +147,6 @@ class Front:
             replace(results[key], is_truncated=item is not original)
             for key, item, original in zip(keys, fitted, request.items, strict=True)
         ]
-
-    def _fitted(self, item: ScoringItem, scorer: ScorerSpec, truncate: bool) -> ScoringItem:
-        """The last tokens, the EOS among them, of an item that is too long: from the right, truncation would take it."""
-        excess = len(item.token_ids) - (scorer.max_tokens or len(item.token_ids))
-        if excess <= 0 or not truncate:
-            return item
-        return replace(item, token_ids=item.token_ids[excess:], prompt_tokens=max(0, item.prompt_tokens - excess))
 
     def _known(self, key: bytes, item: ScoringItem, scorer: ScorerSpec, request: _Request) -> Score | None:
         """What can be said of an item without asking a replica. What would fail deep inside is refused here."""
@@ -201,6 +195,14 @@ class Front:
     def _killed(self, scorer: ScorerSpec, key: bytes) -> None:
         if self._quarantine.count(key):
             self.metrics.quarantined.labels(scorer.name).inc()
+
+
+def last_tokens(item: ScoringItem, count: int) -> ScoringItem:
+    """The last tokens, the EOS among them, of an item that is too long: from the right, truncation would take it."""
+    excess = len(item.token_ids) - count
+    if excess <= 0:
+        return item
+    return replace(item, token_ids=item.token_ids[excess:], prompt_tokens=max(0, item.prompt_tokens - excess))
 
 
 def _key(scorer: ScorerSpec, item: ScoringItem) -> bytes:

@@ -13,7 +13,8 @@ import socket
 import time
 import traceback
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import uvicorn
 from starlette.applications import Starlette
@@ -29,7 +30,7 @@ from contracts.scoring import RETRYABLE
 from reward_service import protocols
 from reward_service.access import Bodies, Refused, RequireToken
 from reward_service.encoder import Encoder
-from reward_service.front import Front, UnknownScorer
+from reward_service.front import Front, UnknownScorer, last_tokens
 from reward_service.protocols import BadRequest, Entry
 from reward_service.scorer_kind import ScorerSpec
 
@@ -63,8 +64,8 @@ class HttpService:
         routes = [
             Route("/v1/rewards", self._posted(self._native), methods=["POST"]),
             Route("/get_reward", self._posted(self._openrlhf), methods=["POST"]),
-            Route("/classify", self._posted(self._classify), methods=["POST"]),
-            Route("/pooling", self._posted(self._pooling), methods=["POST"]),
+            Route("/classify", self._posted(partial(self._pooled, "classify")), methods=["POST"]),
+            Route("/pooling", self._posted(partial(self._pooled, "pooling")), methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/healthz", self._healthz),
             Route("/readyz", self._readyz),
@@ -128,12 +129,6 @@ class HttpService:
         scorer = self._scorer(body.content.get("model"))
         entries = await self._entries(protocols.openrlhf_entries, request, body.size, len(request.query))
         return protocols.openrlhf_answer(self._complete(await self._scores(scorer, entries)))
-
-    async def _classify(self, body: "_Body") -> dict[str, Any]:
-        return await self._pooled("classify", body)
-
-    async def _pooling(self, body: "_Body") -> dict[str, Any]:
-        return await self._pooled("pooling", body)
 
     async def _pooled(self, path: Literal["classify", "pooling"], body: "_Body") -> dict[str, Any]:
         request = protocols.read(protocols.PoolingRequest, body.content)
@@ -214,9 +209,9 @@ class HttpService:
         return Response(self.front.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-class _Body:
-    def __init__(self, content: dict[str, Any], size: int):
-        self.content, self.size = content, size
+class _Body(NamedTuple):
+    content: dict[str, Any]
+    size: int
 
 
 class _Counted:
@@ -249,8 +244,7 @@ def _kept(entry: Entry, tokens: int | None) -> Entry:
     """vLLM's `truncate_prompt_tokens`: the last so many (-1: as many as the model takes). The first go, never the EOS."""
     if not isinstance(entry, ScoringItem) or tokens is None or not 0 < tokens < len(entry.token_ids):
         return entry
-    excess = len(entry.token_ids) - tokens
-    return ScoringItem(entry.token_ids[excess:], max(0, entry.prompt_tokens - excess), entry.label)
+    return last_tokens(entry, tokens)
 
 
 class HttpServer:

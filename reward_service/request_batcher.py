@@ -91,9 +91,8 @@ class Batcher:
                 scores = await loop.run_in_executor(self._executor, self._score, [item.sequence for item in batch])
                 if len(scores) != len(batch):
                     raise RuntimeError(f"{len(scores)} scores for {len(batch)} sequences")
-            except (
-                Exception
-            ) as fault:  # the callers' error; a loop that ended here would leave every later call waiting
+            except Exception as fault:
+                # The callers' error; a loop that ended here would leave every later call waiting.
                 for future in (f for waiting in futures for f in waiting if not f.done()):
                     future.set_exception(fault)
                 continue

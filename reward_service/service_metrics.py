@@ -1,6 +1,7 @@
 """What the service counts, for Prometheus. Names and labels hold no text of prompts or completions."""
 
 from collections.abc import Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -17,26 +18,20 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", "HTTP requests", "route", "status")
-        self.seconds = self._histogram("request_seconds", "HTTP requests", "route", SECONDS)
-        self.items = self._counter("items", "Items answered; code is ok or the error's", "scorer", "code")
-        self.scores = self._histogram("score", "Scores given", "scorer", SCORES)
-        self.spread = self._histogram("ensemble_spread", "Disagreement of parts", "scorer", SPREADS)
-        self.cached = self._counter("cached_items", "Items answered from the cache", "scorer")
-        self.rejected = self._counter("rejected_requests", "Requests turned away", "reason")
-        self.quarantined = self._counter("quarantined_items", "Items that are tried no more", "scorer")
-        self.deaths = self._counter("lost_calls", "Calls whose replica died", "application")
-        self.queued = self._gauge("queued_items", "Items waiting or being scored")
-        self.version = self._gauge("version_info", "1 for the version that is served", "scorer", "version")
-
-    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
-        return Counter(name, meaning, labels, namespace=NAMESPACE, registry=self.registry)
-
-    def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
-        return Gauge(name, meaning, labels, namespace=NAMESPACE, registry=self.registry)
-
-    def _histogram(self, name: str, meaning: str, label: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, meaning, [label], namespace=NAMESPACE, registry=self.registry, buckets=buckets)
+        counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
+        gauge = partial(Gauge, namespace=NAMESPACE, registry=self.registry)
+        histogram = partial(Histogram, namespace=NAMESPACE, registry=self.registry)
+        self.requests = counter("requests", "HTTP requests", ["route", "status"])
+        self.seconds = histogram("request_seconds", "HTTP requests", ["route"], buckets=SECONDS)
+        self.items = counter("items", "Items answered; code is ok or the error's", ["scorer", "code"])
+        self.scores = histogram("score", "Scores given", ["scorer"], buckets=SCORES)
+        self.spread = histogram("ensemble_spread", "Disagreement of parts", ["scorer"], buckets=SPREADS)
+        self.cached = counter("cached_items", "Items answered from the cache", ["scorer"])
+        self.rejected = counter("rejected_requests", "Requests turned away", ["reason"])
+        self.quarantined = counter("quarantined_items", "Items that are tried no more", ["scorer"])
+        self.deaths = counter("lost_calls", "Calls whose replica died", ["application"])
+        self.queued = gauge("queued_items", "Items waiting or being scored")
+        self.version = gauge("version_info", "1 for the version that is served", ["scorer", "version"])
 
     def count(self, scorer: str, scores: Iterable[Score]) -> None:
         for score in scores:

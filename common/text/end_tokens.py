@@ -8,6 +8,7 @@ log-probabilities, and scores a text that ends twice.
 from typing import TYPE_CHECKING
 
 from common.text.encoding import DataError, answer_end_ids
+from common.text.tokenizers import load_config
 from contracts.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -24,10 +25,9 @@ def end_ids(tokenizer: "Tokenizer", model: ModelConfig, chat: bool) -> tuple[int
     Raises:
         DataError: where one of them is no token of the model.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(model.path, **options)
+    config = load_config(model.path, model)
     try:
         generation = GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
     except OSError:  # no such file; vLLM goes on in the same way

@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: how each is loaded, and its vocabulary and texts where the file of a fast one is enough."""
+"""What a run reads of a checkpoint beside its weights: tokenizer and configuration, each loaded in one way by all rooms."""
 
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -9,11 +9,6 @@ from contracts.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-
-def hub_options(model: ModelConfig) -> dict[str, Any]:
-    """What every loader of transformers is told of the model of a run."""
-    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
 def with_date(tokenizer: "Tokenizer", day: str) -> "Tokenizer":
@@ -27,7 +22,15 @@ def load_tokenizer(path: str, model: ModelConfig) -> "Tokenizer":
     """The tokenizer of a checkpoint as the configuration of its model has it loaded."""
     from transformers import AutoTokenizer
 
-    return with_date(AutoTokenizer.from_pretrained(path, **hub_options(model)), model.template_date)
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return with_date(AutoTokenizer.from_pretrained(path, **options), model.template_date)
+
+
+def load_config(path: str, model: ModelConfig) -> Any:
+    """The configuration of a checkpoint, likewise. Raises OSError or ValueError where there is none."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def local_checkpoint(path: str) -> Path:

@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from common.text.encoding import DataError
+from common.text.tokenizers import load_config
 from contracts.config import TandemConfig
 from contracts.methods import readings
 from contracts.records import ExamplePair, PreferencePair, RatedExample
@@ -59,11 +60,8 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
     Raises:
         DataError: a source cannot be read, has too many unusable rows or tokens without embeddings.
     """
-    from transformers import AutoConfig
-
     inputs = Inputs()
-    options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    vocab_size = AutoConfig.from_pretrained(config.model.path, **options).get_text_config().vocab_size
+    vocab_size = load_config(config.model.path, config.model).get_text_config().vocab_size
     for item, (_, source, loader, limits) in readings(config).items():
         report, base = LoadReport(), f"data.{source}"
         values = [attrgetter(key)(config) for key in limits]
