@@ -28,8 +28,8 @@ from contracts.config import (
     SourceConfig,
     TandemConfig,
 )
-from contracts.placement import weight_backend
 from contracts.records import Prompt
+from contracts.transports import weight_backend
 from controller.cluster.runtime import Runtime
 from controller.data.prompts import PromptStream
 from controller.loop.controller import PPOController

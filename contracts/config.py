@@ -287,7 +287,7 @@ class LearnerConfig:
     attention: str = key("auto", choices=("auto", "sdpa", "eager", "short_causal", "flash_attention_2"))
     gradient_checkpointing: bool = False
     # auto: shared_memory on CPU, on GPUs nccl or (colocated) ipc
-    weight_transfer: str = key("auto", choices=("auto", "shared_memory", "ray_object", "nccl", "ipc"))
+    weight_transfer: str = key("auto", choices=names_in("contracts.transports", "transport_names", "auto"))
 
 
 @dataclass

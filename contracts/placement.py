@@ -87,16 +87,6 @@ def plan(config: TandemConfig) -> Plan:
     return Plan([actor, rank, replica], bundles, actors, learner, scorers)
 
 
-def weight_backend(config: TandemConfig) -> str:
-    """The transport that `learner.weight_transfer` stands for on this cluster."""
-    chosen = config.learner.weight_transfer
-    if chosen != "auto":
-        return chosen
-    if config.cluster.gpus_per_actor == 0:
-        return "shared_memory"
-    return "ipc" if config.cluster.layout == "colocated" else "nccl"
-
-
 def on_one_gpu(plan: Plan, processes: list[int]) -> list[float]:
     """GPUs of the two smallest bundles, of those given, that one GPU has room for; empty where it has for one alone."""
     sizes = sorted(plan.bundles[i].get("GPU", 0.0) for i in {*processes})[:2]

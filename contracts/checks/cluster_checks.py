@@ -3,7 +3,8 @@
 from contracts.checks.check import Check
 from contracts.config import TandemConfig
 from contracts.methods import runs
-from contracts.placement import PlacementError, Resources, check_nodes, on_one_gpu, plan, weight_backend
+from contracts.placement import PlacementError, Resources, check_nodes, on_one_gpu, plan
+from contracts.transports import chosen_transport, find_transport, transport_names, weight_backend
 
 
 def cluster_checks(config: TandemConfig) -> list[Check]:
@@ -11,7 +12,6 @@ def cluster_checks(config: TandemConfig) -> list[Check]:
     cluster, shared = config.cluster, config.cluster.gpus_per_actor + config.cluster.gpus_per_learner_rank
     stated = {name: getattr(cluster, name) for name in ("num_nodes", "gpus_per_node", "cpus_per_node")}
     colocated, on_gpus = cluster.layout == "colocated", cluster.gpus_per_actor > 0
-    transfer = config.learner.weight_transfer
     return [
         Check(
             len({value is None for value in stated.values()}) == 1,
@@ -42,32 +42,35 @@ def cluster_checks(config: TandemConfig) -> list[Check]:
             cluster.num_actors,
             f"{cluster.num_learner_ranks} or less, or cluster.layout=disaggregated",
         ),
-        Check(
-            transfer != "ipc" or colocated,
-            "learner.weight_transfer",
-            "auto or nccl with cluster.layout disaggregated: ipc needs actor and learner rank on one device",
-            transfer,
-            "auto or cluster.layout=colocated",
-        ),
-        Check(
-            transfer != "nccl" or not colocated,
-            "learner.weight_transfer",
-            "auto or ipc with cluster.layout colocated: NCCL cannot join two processes on one device",
-            transfer,
-            "auto or cluster.layout=disaggregated",
-        ),
-        Check(
-            not runs(config, "ppo")
-            or weight_backend(config) not in ("nccl", "ipc")
-            or (on_gpus and cluster.gpus_per_learner_rank > 0),
-            "learner.weight_transfer",
-            f"shared_memory or ray_object unless actors and learner ranks have GPUs (cluster.gpus_per_actor "
-            f"{cluster.gpus_per_actor:g}, cluster.gpus_per_learner_rank {cluster.gpus_per_learner_rank:g})",
-            transfer if transfer != "auto" else f"auto, which is {weight_backend(config)} for actors on GPUs",
-            "shared_memory, or GPUs for both",
-        ),
+        *_transport_checks(config),
         *_whole_gpus(config),
         *_nccl_groups(config),
+    ]
+
+
+def _transport_checks(config: TandemConfig) -> list[Check]:
+    cluster, key, written = config.cluster, "learner.weight_transfer", config.learner.weight_transfer
+    if (chosen := chosen_transport(config)) is None:
+        return []
+    others = [other for other in transport_names() if find_transport(other).layout == cluster.layout]
+    anywhere = [other for other in reversed(transport_names()) if not find_transport(other).needs_gpus]
+    has_gpus = cluster.gpus_per_actor > 0 and cluster.gpus_per_learner_rank > 0
+    return [
+        Check(
+            chosen.layout in (None, cluster.layout),
+            key,
+            f"{' or '.join(['auto', *others])} with cluster.layout {cluster.layout}: {chosen.why}",
+            written,
+            f"auto or cluster.layout={chosen.layout}",
+        ),
+        Check(
+            not runs(config, "ppo") or not chosen.needs_gpus or has_gpus,
+            key,
+            f"{' or '.join(anywhere)} unless actors and learner ranks have GPUs (cluster.gpus_per_actor "
+            f"{cluster.gpus_per_actor:g}, cluster.gpus_per_learner_rank {cluster.gpus_per_learner_rank:g})",
+            written if written != "auto" else f"auto, which is {weight_backend(config)} for actors on GPUs",
+            f"{anywhere[0]}, or GPUs for both",
+        ),
     ]
 
 
@@ -90,7 +93,9 @@ def _nccl_groups(config: TandemConfig) -> list[Check]:
     """Two processes on one GPU cannot be in one NCCL group, and Ray fills a GPU before it takes the next."""
     made, colocated = plan(config), config.cluster.layout == "colocated"
     ranks = on_one_gpu(made, made.learner)
-    joined = [*made.actors, *made.learner[:1]] if runs(config, "ppo") and weight_backend(config) == "nccl" else []
+    transport = chosen_transport(config)
+    is_group = runs(config, "ppo") and transport is not None and transport.one_a_gpu
+    joined = [*made.actors, *made.learner[:1]] if is_group else []
     members = on_one_gpu(made, joined)
     both = "cluster.gpus_per_actor + cluster.gpus_per_learner_rank"
     return [

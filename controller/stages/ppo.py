@@ -10,6 +10,7 @@ from contracts.methods import method_config, method_title
 from contracts.plugins import Kind
 from contracts.scorer_roles import ROLES, SCORER_KINDS, chosen_scorers, judges, scoring_models, starts_value_model
 from contracts.stages import Reading, Stage
+from contracts.transports import TRANSPORTS, weight_backend
 from controller.stages.sft import TEXTS
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
 
 def plugins(config: TandemConfig) -> list[tuple[Kind, str]]:
     scorers = chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES))
-    return [(ESTIMATORS, config.ppo.estimator), *((SCORER_KINDS, entry.kind) for entry in scorers.values())]
+    ours = [(ESTIMATORS, config.ppo.estimator), (TRANSPORTS, weight_backend(config))]
+    return [*ours, *((SCORER_KINDS, entry.kind) for entry in scorers.values())]
 
 
 def inputs(context: "StageContext") -> dict[str, Any]:
@@ -72,7 +74,6 @@ def inputs(context: "StageContext") -> dict[str, Any]:
 
 def run(context: "StageContext") -> dict[str, Any]:
     from common.flatten import flat
-    from contracts.placement import weight_backend
     from controller.commits.commit_store import RunFacts
     from controller.commits.resume import require_scorers
     from controller.data.prompts import PromptStream

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from contracts.config import TandemConfig
-from contracts.placement import weight_backend
+from contracts.transports import weight_backend
 from controller.cluster.runtime import Runtime
 from tests.conftest import kill, make_config
 from tests.integration.test_engines import EOS, logprobs, rollouts, sequences, train
