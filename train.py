@@ -83,7 +83,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
     from controller.record.evaluation import objective
     from controller.record.status_file import StatusFile
     from controller.record.terminal import Progress
-    from controller.report.page import render
+    from controller.report.run_page import render
     from controller.stages.pipeline import Pipeline
     from controller.stages.store import made_of
     from controller.stages.summary import summary_rows

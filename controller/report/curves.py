@@ -7,7 +7,7 @@ from controller.record.evaluation import judged_model, judged_name, judged_title
 from controller.record.number_text import bounds, compact
 from controller.record.reader import Run, number
 from controller.report import svg
-from controller.report.markup import absent, esc, section
+from controller.report.rendering import absent, esc, section
 from controller.report.svg import Scale, Series, line_chart
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from controller.record.evaluation import judged_name, judged_title
 from controller.record.number_text import count, num
 from controller.record.reader import Run, number
-from controller.report.markup import absent, esc, section
+from controller.report.rendering import absent, esc, section
 
 MAX_PROMPT, MAX_COMPLETION = 160, 700  # characters shown; a prompt keeps its end, a completion its beginning
 EACH = 2  # prompts shown for "best", "median" and "worst"

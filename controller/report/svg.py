@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from controller.record.number_text import bounds, compact
 from controller.record.reader import Curve, number
-from controller.report.markup import esc
+from controller.report.rendering import esc
 
 WIDTH, HEIGHT = 340.0, 190.0  # of a small multiple, in px at its natural size
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 24.0, 32.0

@@ -2,7 +2,7 @@
 
 from controller.record.number_text import duration, percent
 from controller.record.reader import Run
-from controller.report.markup import absent, esc, section
+from controller.report.rendering import absent, esc, section
 
 UPDATE_PARTS = (
     ("perf/generate_s", "generate"),

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from studies.five_reasons.charts import forest
-from studies.five_reasons.page import page
 from studies.five_reasons.registration import StudyError
 from studies.five_reasons.results import NAME, as_json, study_of
+from studies.five_reasons.study_page import page
 
 
 def write(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ import math
 from controller.record.number_text import bounds, num
 from controller.report import svg
 from controller.report.curves import room
-from controller.report.markup import esc
+from controller.report.rendering import esc
 from controller.report.svg import Scale
 from studies.five_reasons.contrasts import NOT_JUDGED
 from studies.five_reasons.frontier import best_of_n, path_of

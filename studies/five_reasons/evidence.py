@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from controller.record.number_text import compact, count, num, percent
-from controller.report.markup import absent, esc, interval, section, table
+from controller.report.rendering import absent, esc, interval, section, table
 from studies.five_reasons import negation, negation_rules
 from studies.five_reasons.contrasts import VERDICTS
 from studies.five_reasons.members import Member

@@ -11,7 +11,7 @@ from controller.alarms.rules import loses_to_sft
 from controller.record.evaluation import against_sft, judged_model, judged_title, objective
 from controller.record.reader import Run, load
 from controller.report.members import members_of
-from controller.report.page import page
+from controller.report.run_page import page
 from controller.stages.summary import summary_rows
 from tests.unit.test_report import invented_evaluation, write_run
 

@@ -15,7 +15,7 @@ from controller.record.reader import ReportError, Run, load
 from controller.report import svg
 from controller.report.__main__ import main
 from controller.report.curves import ppo_curves
-from controller.report.page import render
+from controller.report.run_page import render
 from controller.report.samples import chosen
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

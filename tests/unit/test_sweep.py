@@ -18,8 +18,8 @@ from controller.record.evaluation import evaluation_metrics, objective
 from controller.record.reader import ReportError
 from controller.record.redaction import redacted
 from controller.report.__main__ import main
-from controller.report.compare import page
-from controller.report.compare_charts import unbeaten
+from controller.report.comparison_charts import unbeaten
+from controller.report.comparison_page import page
 from controller.report.members import best_of, members_of
 from controller.report.status import main as status
 from controller.stages.store import made_of

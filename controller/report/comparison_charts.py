@@ -8,8 +8,8 @@ from controller.record.number_text import bounds, compact
 from controller.record.reader import number
 from controller.report import svg
 from controller.report.curves import room
-from controller.report.markup import absent, esc, section
 from controller.report.members import Member
+from controller.report.rendering import absent, esc, section
 from controller.report.svg import Scale, Series, line_chart
 
 TRAIL = 7  # versions in the moving mean of a trail; single ones make a knot of several members

@@ -11,7 +11,7 @@ from controller.record.number_text import bounds, compact, count, duration, num,
 from controller.record.reader import Run, number
 from controller.report import svg
 from controller.report.curves import models_of
-from controller.report.markup import absent, esc, interval, section, table
+from controller.report.rendering import absent, esc, interval, section, table
 
 STATUS = {  # word and icon, so that the verdict does not hang on colour
     "good": ("Passed", '<path d="M6 12.5l4 4 8-9"/>'),

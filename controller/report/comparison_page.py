@@ -17,9 +17,9 @@ from controller.alarms import rules
 from controller.record.evaluation import PENALTY
 from controller.record.number_text import bounds, count, duration, num
 from controller.record.reader import Run, number
-from controller.report import compare_charts
-from controller.report.markup import document, esc, interval, section, table
+from controller.report import comparison_charts
 from controller.report.members import Member, best_of
+from controller.report.rendering import document, esc, interval, section, table
 
 
 def render_comparison(members: list[Member], output: str | Path) -> Path:
@@ -34,9 +34,9 @@ def page(members: list[Member], folder: Path) -> str:
     parts = [
         _best(members),
         _table(members, folder),
-        compare_charts.frontier(members),
-        compare_charts.parallel(members),
-        compare_charts.curves(members),
+        comparison_charts.frontier(members),
+        comparison_charts.parallel(members),
+        comparison_charts.curves(members),
         _alarms(members),
         _commands(members),
     ]
@@ -107,7 +107,7 @@ def _table(members: list[Member], folder: Path) -> str:
         ratio = number(member.comparison("length_ratio"))
         rows.append(
             [
-                f'<i class="swatch {compare_charts.colour(place)}"></i>{link}',
+                f'<i class="swatch {comparison_charts.colour(place)}"></i>{link}',
                 esc(member.state),
                 *(esc(_shown(member.settings.get(key))) for key in keys),
                 f"<b>{num(member.objective, 3, signed=True)}</b>",

@@ -10,8 +10,8 @@ from pathlib import Path
 from common.files.durable import replace_text
 from controller.record.number_text import count
 from controller.record.reader import Run, load
-from controller.report import curves, flow, samples, sections, timeline
-from controller.report.markup import document
+from controller.report import curves, evaluation_tables, rollout_flow, samples, timeline
+from controller.report.rendering import document
 
 CONTENTS = (
     ("curves", "Curves"),
@@ -46,20 +46,20 @@ def page(run: Run) -> str:
     # Another method has no updates to draw.
     has_updates = run.setting("method") in (None, "ppo") or bool(run.stages_of("ppo"))
     parts = (
-        sections.verdict(run),
-        sections.key_numbers(run),
+        evaluation_tables.verdict(run),
+        evaluation_tables.key_numbers(run),
         curves.ppo_curves(run) if has_updates else "",
         curves.frontier(run),
-        sections.models(run),
-        sections.reward_models(run),
+        evaluation_tables.models(run),
+        evaluation_tables.reward_models(run),
         curves.training_losses(run),
         samples.side_by_side(run),
         samples.during_ppo(run) if has_updates else "",
-        flow.rollouts(run) if has_updates else "",
+        rollout_flow.rollouts(run) if has_updates else "",
         timeline.time_spent(run),
-        sections.alarm_list(run),
-        sections.configuration(run),
-        sections.reproduce(run),
+        evaluation_tables.alarm_list(run),
+        evaluation_tables.configuration(run),
+        evaluation_tables.reproduce(run),
     )
     body = "".join(parts)
     return document("Tandem run", run.name, _facts(run), CONTENTS, body)

@@ -2,7 +2,7 @@
 
 from controller.record.number_text import count, num
 from controller.record.reader import Run, number
-from controller.report.markup import esc, section, table
+from controller.report.rendering import esc, section, table
 from controller.report.svg import Series, line_chart
 
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (

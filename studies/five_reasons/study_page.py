@@ -4,7 +4,7 @@ Study ──> verdicts, claims, arms, frontier, task, negation, members, tuning,
 """
 
 from controller.record.number_text import compact, count, duration, num, percent
-from controller.report.markup import absent, esc, interval, section, table
+from controller.report.rendering import absent, esc, interval, section, table
 from controller.report.style import CSS
 from studies.five_reasons import charts, evidence
 from studies.five_reasons.charts import TONES
