@@ -12,8 +12,8 @@ from controller.alarms.alarm import WINDOW, Alarm, Limit, beyond, known_values
 from controller.alarms.limits import LIMITS
 from controller.alarms.speed_rules import someone_waits, speed_falls, staleness_over_bound, sync_is_slow
 from controller.record.evaluation import against_sft, judged_title
-from controller.record.number_text import bounds, compact, percent
-from controller.record.reader import Run, number
+from controller.record.number_text import bounds, compact, number, percent
+from controller.record.reader import Run
 
 
 def evaluate(run: Run) -> tuple[list[Alarm], list[str], list[str]]:

@@ -3,8 +3,8 @@
 import statistics
 
 from controller.alarms.alarm import WINDOW, Alarm, Limit, beyond, known_values
-from controller.record.number_text import compact, percent
-from controller.record.reader import Run, number
+from controller.record.number_text import compact, number, percent
+from controller.record.reader import Run
 
 
 def speed_falls(run: Run) -> list[Alarm] | None:

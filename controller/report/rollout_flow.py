@@ -1,32 +1,27 @@
 """How rollouts flowed: how old they were when they trained, what became of each, and which faults were tolerated."""
 
-from controller.record.number_text import count, num
-from controller.record.reader import Run, number
-from controller.report.rendering import esc, section, table
+from markupsafe import Markup
+
+from controller.record.number_text import number
+from controller.record.reader import Run
+from controller.report.curves import RUN, Chart
 from controller.report.svg import Series, line_chart
 
-CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
+CHARTS: tuple[Chart, ...] = (
     (
-        "Staleness",
-        "updates between sampling and training",
+        "Staleness", "updates between sampling and training",
         (("mean", "plain", "staleness/mean"), ("max", "soft", "staleness/max")),
     ),
     ("Effective sample size", "share of tokens", (("share", "plain", "off_policy/ess"),)),
     (
-        "Rollouts under way",
-        "rollouts",
+        "Rollouts under way", "rollouts",
         (("sampled", "plain", "ledger/in_flight"), ("waiting", "soft", "ledger/waiting")),
     ),
     (
-        "Step and its waits",
-        "s",
-        (
-            ("step", "plain", "perf/step_s"),
-            ("rollouts", "proxy", "perf/rollout_s"),
-            ("weights", "gold", "perf/sync_s"),
-        ),
+        "Step and its waits", "s",
+        (("step", "plain", "perf/step_s"), ("rollouts", "proxy", "perf/rollout_s"), ("weights", "gold", "perf/sync_s")),
     ),
-)
+)  # fmt: skip
 FATES = (
     ("admitted", "handed out by the ledger"),
     ("trained", "went into exactly one update"),
@@ -42,44 +37,29 @@ FAULTS = {
     "fault/no_sibling": "rollouts without a scored sibling",
     "fault/wandb": "faults of wandb",
 }
+FROM_THE_START = ("fault/actors_lost", "fault/wandb")  # their last value is the total; the others count one step each
 
 
-def rollouts(run: Run) -> str:
+def rollouts(run: Run) -> Markup | str:
     """Nothing for a run without a ledger; curves only where something can be stale."""
     last = next((row for row in reversed(run.metrics) if "ledger/admitted" in row), None)
     if last is None:
         return ""
-    rows = [
-        [name, esc(text), num(last[f"ledger/{name}"], 0)]
-        for name, text in FATES
-        if number(last.get(f"ledger/{name}")) is not None
-    ]
-    body = table(("Rollouts", "", ""), rows, "short", text_columns=2) + _faults(run)
-    if number(run.setting("ppo.max_staleness")) or any(v for _, v in run.curve("ppo", "staleness/max")):
-        charts = [
-            line_chart(title, [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines], unit=unit)
-            for title, unit, lines in CHARTS
-        ]
-        body = f'<div class="charts">{"".join(charts)}</div>{body}'
-        bound = number(run.setting("ppo.max_staleness"))
-        intro = f"Actors and learner worked at the same time, at most {count(int(bound or 0), 'update')} apart."
-    else:
-        intro = "Actors and learner took turns, so every rollout trained at the version that sampled it."
-    return section("rollouts", "Rollouts: how fresh, and what became of them", body, intro)
+    fates = [(name, text, known) for name, text in FATES if (known := number(last.get(f"ledger/{name}"))) is not None]
+    bound, charts = number(run.setting("ppo.max_staleness")), []
+    if bound or any(v for _, v in run.curve("ppo", "staleness/max")):
+        for title, unit, lines in CHARTS:
+            series = [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines]
+            charts.append(line_chart(title, series, unit=unit))
+    return RUN.rollouts(charts, int(bound or 0), fates, [(name, FAULTS[name], n) for name, n in _faults(run).items()])
 
 
-def _faults(run: Run) -> str:
-    """Totals: counters of a step are summed, those that count from the start are taken at their end."""
-    cumulative = ("fault/actors_lost", "fault/wandb")
+def _faults(run: Run) -> dict[str, float]:
+    """Totals of the run."""
     totals: dict[str, float] = {}
     for row in run.metrics:
         for name in FAULTS:
-            value = number(row.get(name))
-            if value:
-                totals[name] = (
-                    max(totals.get(name, 0.0), value) if name in cumulative else totals.get(name, 0.0) + value
-                )
-    if not totals:
-        return '<p class="quiet">✓ No fault was met.</p>'
-    rows = [[esc(FAULTS[name]), f"<code>{name}</code>", num(value, 0)] for name, value in totals.items()]
-    return table(("Faults that were tolerated", "", ""), rows, "short", text_columns=2)
+            if value := number(row.get(name)):
+                before = totals.get(name, 0.0)
+                totals[name] = max(before, value) if name in FROM_THE_START else before + value
+    return totals

@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import median
 
 from controller.alarms.rules import evaluate
-from controller.record.reader import ReportError, Run, load, number, runs_in
+from controller.record.number_text import number, spoken
+from controller.record.reader import ReportError, Run, load, runs_in
 from controller.record.status_file import Status, read_status
-from controller.record.terminal import format_update, spoken
+from controller.record.terminal import format_update
 
 OVERDUE = 3  # median steps without a new version before it is an alarm
 

@@ -245,6 +245,7 @@ class Pipeline:
         inputs = self._inputs_of("ppo")
         # Of a commit `require_scorers` compares what scored, and a run with a new key for the same service is the same run.
         identity = flat({name: value for name, value in inputs.items() if name not in UNSEEN})
+        identity = {name: value for name, value in identity.items() if value != {}}
         commit = self._find_commit(identity)
         policy = self.checkpoint(config.ppo.init_from)
         scorers = self._judges(judges(config) if config.ppo.gold_rollouts else ROLES[:1])

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from controller.record.evaluation import judged_model
-from controller.record.number_text import bounds
-from controller.record.reader import Curve, number
+from controller.record.number_text import bounds, number
+from controller.record.reader import Curve
 from studies.five_reasons.members import Member
 
 WINDOW = 5  # versions

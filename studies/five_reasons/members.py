@@ -10,7 +10,8 @@ import numpy as np
 
 from contracts.estimators import ESTIMATORS
 from controller.record.evaluation import judged_model
-from controller.record.reader import ReportError, Run, is_run, number, read
+from controller.record.number_text import number
+from controller.record.reader import ReportError, Run, is_run, read
 from controller.record.status_file import read_status
 from studies.five_reasons.registration import Check, Diverged, StudyError
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from common.flatten import flat
-from controller.record.reader import number
+from controller.record.number_text import number
 from studies.five_reasons import negation, two_turn_mdp
 from studies.five_reasons.contrasts import Estimate, absent, estimate, holm_levels, length_matched_wins, verdict
 from studies.five_reasons.frontier import Matched, matched_kl

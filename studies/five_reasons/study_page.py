@@ -3,9 +3,10 @@
 Study ──> verdicts, claims, arms, frontier, task, negation, members, tuning, how to check ──> study.html
 """
 
+from controller.report.style import CSS
+
 from controller.record.number_text import compact, count, duration, num, percent
 from controller.report.rendering import absent, esc, interval, section, table
-from controller.report.style import CSS
 from studies.five_reasons import charts, evidence
 from studies.five_reasons.charts import TONES
 from studies.five_reasons.contrasts import NOT_JUDGED, Estimate

@@ -9,7 +9,7 @@ from controller.alarms.live import AlarmWatch
 from controller.alarms.rules import evaluate
 from controller.record.reader import Run
 from controller.report import rollout_flow
-from controller.report.run_page import page
+from controller.report.run_page import run_page
 
 
 def run_of(max_staleness: int, versions: int = 3, **metrics: float) -> Run:
@@ -73,8 +73,8 @@ def test_faults_of_steps_add_up_and_counters_do_not() -> None:
 
 def test_the_contents_name_only_what_is_there() -> None:
     run = run_of(1)
-    assert 'href="#rollouts"' in page(run)
-    assert 'href="#rollouts"' not in page(Run(Path("x"), stages=[{"name": "sft"}]))
+    assert 'href="#rollouts"' in run_page(run)
+    assert 'href="#rollouts"' not in run_page(Run(Path("x"), stages=[{"name": "sft"}]))
 
 
 def test_a_long_run_is_looked_at_less_often_and_an_alarm_comes_all_the_same() -> None:
