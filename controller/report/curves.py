@@ -141,8 +141,8 @@ def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> Markup |
         tooltip = element("title", "", f"version {step:g}\nKL {compact(kx)} nats\n{title.lower()} {compact(v)}")
         plane.body.append(element("circle", "version", tooltip, style=share, cx=cx, cy=cy, r=3.4))
     for model, xb, yb in marks:
-        tooltip = f"{names[model]}, evaluation\nKL {compact(xb[0])} nats\n{title.lower()} {compact(yb[0])}"
-        plane.body.append(_mark(plane, model, names[model], tooltip, xb, yb, dots))
+        told = f"{names[model]}, evaluation\nKL {compact(xb[0])} nats\n{title.lower()} {compact(yb[0])}"
+        plane.body.append(_mark(plane, model, names[model], told, xb, yb, dots))
     return plane.figure(title, f"{title} against KL")
 
 

@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     for path in parser.parse_args(arguments).run:
         for run in runs_in(path) or [path]:
             try:
-                print("\n".join(lines_of(run)))
+                print("\n".join(map(printable, lines_of(run))))
             except ReportError as error:
-                print(f"status: {error}", file=sys.stderr)
+                print(printable(f"status: {error}"), file=sys.stderr)
                 code = 2
     return code

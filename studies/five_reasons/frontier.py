@@ -87,7 +87,7 @@ def matched_kl(members: Sequence[Member], reference: str = "ppo") -> list[Matche
         if own is None or sft is None or kl is None or not one_turn:
             continue
         path, ppo = paths.get(member.seed, (Path([], [], 0), None))
-        gold = list(ppo.judged["own"]["gold"].values()) if ppo and ppo.is_judged else []
+        gold = list(ppo.scores["own"]["gold"].values()) if ppo and ppo.is_judged else []
         # A mean over the window less the first version, which stands alone, of independent rollouts.
         scored = path.rollouts
         error = float(np.nanstd(gold)) * math.sqrt(1 / scored + 1 / (scored * WINDOW)) if gold and scored else math.nan
