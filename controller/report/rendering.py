@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from controller.record.number_text import bounds, compact, count, duration, num, percent
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 NUMBERS = (bounds, compact, count, duration, num, percent)
 
 

@@ -270,6 +270,35 @@ def test_one_point_and_a_torn_last_line_render(tmp_path):
     assert "metrics.jsonl: 1 line could not be read" in text
 
 
+def test_a_line_ends_at_its_newline_alone(tmp_path):
+    """JSON may hold U+2028 and the like as they are, and models write them."""
+    row = {"stage": "ppo", "step": 1, "completion": "one\u2028two\x85three"}
+    jsonl(tmp_path / "metrics.jsonl", ppo_metrics(1, random.Random(1)))
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    run = load(tmp_path)
+    assert [found["completion"] for found in run.samples] == [row["completion"]]
+    assert run.problems == []
+
+
+@pytest.mark.parametrize(
+    ("found", "word"),
+    [
+        ({"passed": True, "state": "passed", "text": "Passed: it rose."}, "Passed"),
+        ({"passed": False, "state": "failed", "text": "Inconclusive: by its text."}, "Not passed"),
+        ({"passed": False, "state": "inconclusive", "text": "Who knows."}, "Inconclusive"),
+        # Files from before there was a state.
+        ({"passed": True, "text": "Passed: it rose."}, "Passed"),
+        ({"passed": False, "text": "Not passed: it fell."}, "Not passed"),
+        ({"passed": False, "text": "Inconclusive: it did not clearly change."}, "Inconclusive"),
+    ],
+)
+def test_the_state_of_a_verdict_is_a_field(found, word, tmp_path):
+    run = write_run(tmp_path / "run", 3)
+    (run / "evaluation.json").write_text(json.dumps(invented_evaluation() | {"verdict": found}))
+    html = render(run).read_text()
+    assert f'<p class="word">{word}</p>' in html
+
+
 def test_a_directory_without_a_run_is_a_clear_error(tmp_path, capsys):
     with pytest.raises(ReportError, match="Is it a run directory"):
         render(tmp_path)
