@@ -1,5 +1,7 @@
 """Errors in one line, for people. Many have several lines, and some have no text at all."""
 
+from typing import Any
+
 
 def error_lines(error: BaseException) -> list[str]:
     """The lines of its text; its type alone where it has none."""
@@ -10,3 +12,9 @@ def typed_line(error: BaseException) -> str:
     """Its type and the first line of its text, as far as there is one."""
     name, line = type(error).__name__, error_lines(error)[0]
     return name if line == name else f"{name}: {line}"
+
+
+def last_line(error: Any) -> str:
+    """The last line of its text, where Ray puts what a process raised; of an error its type before."""
+    text = (str(error).strip().splitlines() or [""])[-1]
+    return f"{type(error).__name__}: {text}" if isinstance(error, BaseException) else text

@@ -15,7 +15,6 @@ from omegaconf import MISSING
 from contracts.checks.check import Check, shown
 from contracts.checks.cluster_checks import cluster_checks, placement_conflicts, stated_nodes
 from contracts.checks.estimator_checks import estimator_checks
-from contracts.checks.overrides import closest
 from contracts.checks.ranges import CHOICES, RANGES
 from contracts.checks.scorer_checks import http_checks, scorer_checks
 from contracts.config import SamplingConfig, TandemConfig
@@ -23,6 +22,7 @@ from contracts.environments import SHIPPED, is_import_path
 from contracts.estimators import ESTIMATORS
 from contracts.methods import PREFERENCE_LOSSES, SOURCES, reads, runs, sources_read
 from contracts.placement import Resources
+from contracts.plugins import closest
 from contracts.scorer_roles import has_gold, scoring_models
 
 

@@ -48,7 +48,7 @@ from controller.loop.dispatcher import Dispatcher, Stopping
 from controller.loop.fleet import Fleet
 from controller.loop.recovery import Recovery
 from controller.loop.rewards import ScoreNormalizer, episodes, paid_metrics, service_scores, shaped, turn_metrics
-from controller.loop.score_metrics import describe, sample_row
+from controller.loop.score_metrics import rollout_metrics, sample_row
 from controller.loop.training_batches import make_batches, with_siblings
 from controller.loop.unscored import save_rollouts
 from controller.record.run_log import RunLog
@@ -321,7 +321,7 @@ class PPOController:
         """Metrics of the texts and scores, and a few samples into the log."""
         if not self.normalizer.is_fitted:
             self.normalizer.fit(service_scores(rollouts))
-        metrics = describe(rollouts) | turn_metrics(rollouts)
+        metrics = rollout_metrics(rollouts) | turn_metrics(rollouts)
         self.first_score = metrics["reward/score_mean"] if self.first_score is None else self.first_score
         metrics["reward/score_gain"] = metrics["reward/score_mean"] - self.first_score
         self.log.samples([sample_row(r, self.version) for r in rollouts[: self.config.logger.samples_per_update]])

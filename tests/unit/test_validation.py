@@ -11,12 +11,12 @@ import pytest
 from transformers import AutoConfig
 from vllm.config.model import _get_and_verify_max_len as vllm_length
 
-from contracts.checks.overrides import closest
 from contracts.checks.ranges import CHOICES, RANGES
 from contracts.checks.service_validation import validate_service
 from contracts.checks.validation import ConfigError, check_machine, validate
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.methods import METHODS
+from contracts.plugins import closest
 from contracts.records import Example, RatedExample
 from controller.data.inputs import Inputs
 from controller.start_checks.amounts import check_amounts, check_model
