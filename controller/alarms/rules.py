@@ -25,8 +25,8 @@ def evaluate(run: Run) -> tuple[list[Alarm], list[str], list[str]]:
         curve = run.curve("ppo", limit.metric)
         if not any(value is not None for _, value in curve):
             unknown.append(limit.metric)
-        elif alarm := beyond(limit, curve):
-            alarms.append(alarm)
+        elif fired := beyond(limit, curve):
+            alarms += fired
         else:
             silent.append(limit.metric)
     for name, check in CHECKS:
@@ -131,8 +131,7 @@ def kl_too_far(run: Run) -> list[Alarm] | None:
         "unlike any that it was trained on.",
         "Raise ppo.kl.coef, use the adaptive controller, or make fewer updates.",
     )  # fmt: skip
-    alarm = beyond(limit, curve)
-    return [alarm] if alarm else []
+    return beyond(limit, curve)
 
 
 def entropy_collapses(run: Run) -> list[Alarm] | None:
@@ -145,8 +144,7 @@ def entropy_collapses(run: Run) -> list[Alarm] | None:
         f"The policy is nearly deterministic: its entropy is under 20% of the initial {compact(first)} nats.",
         "Raise ppo.kl.coef or lower the learning rate; a higher temperature helps only for a while.",
     )  # fmt: skip
-    alarm = beyond(limit, [*curve])
-    return [alarm] if alarm else []
+    return beyond(limit, [*curve])
 
 
 def length_moves(run: Run) -> list[Alarm] | None:

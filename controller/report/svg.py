@@ -165,12 +165,12 @@ def thinned(curve: Curve, limit: int = MAX_POINTS) -> Curve:
     return kept
 
 
-def smoothed(curve: Curve, width: int) -> Curve:
-    """Centred moving mean over `width` points. At an end it has one side alone: a mean that narrowed to the last point would
-    let every curve end with that point's noise."""
+def smoothed(curve: Curve, width: int, narrows: bool = False) -> Curve:
+    """Centred moving mean over `width` points. At an end it has one side alone, or none if it `narrows`: then a curve ends
+    with the noise of its last point, and begins with its first as it is."""
     out: Curve = []
-    half = width // 2
     for i, (step, value) in enumerate(curve):
+        half = min(width // 2, i, len(curve) - 1 - i) if narrows else width // 2
         near = [v for _, v in curve[max(0, i - half) : i + half + 1] if v is not None]
         out.append((step, sum(near) / len(near) if near and value is not None else None))
     return out
