@@ -19,6 +19,7 @@ import hydra
 from omegaconf import DictConfig
 
 from common.command_line import command_line_problems, flags_first
+from common.error_text import last_line
 from common.files.outcome import write_outcome
 from common.models.precision import choose_dtypes
 from contracts.checks.validation import ConfigError, raise_conflicts, validate
@@ -86,7 +87,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
     from controller.record.evaluation import objective
     from controller.record.status_file import StatusFile
     from controller.record.terminal import Progress
-    from controller.report.page import render
+    from controller.report.run_page import render
 
     with Progress(config.logger.heartbeat_s) as progress:
         progress.line(f"Tandem: stage={config.stage}, run directory {config.run_dir}")
@@ -123,9 +124,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
 
 def root_cause(error: BaseException) -> str:
     """One line: Ray wraps what an actor raised in its own error."""
-    cause = getattr(error, "cause", None) or error.__cause__ or error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+    return last_line(getattr(error, "cause", None) or error.__cause__ or error)
 
 
 def resume_command(config: TandemConfig) -> str:

@@ -1,6 +1,7 @@
 """Errors in one line, for people. Many have several lines, and some have no text at all."""
 
 import re
+from typing import Any
 
 COUNT = re.compile(r"\d+ validation errors? for .+")
 
@@ -18,3 +19,9 @@ def typed_line(error: BaseException) -> str:
     if COUNT.fullmatch(line):
         line = " ".join(part.strip() for part in lines[:2]).partition(" [type=")[0][:200]
     return name if line == name else f"{name}: {line}"
+
+
+def last_line(error: Any) -> str:
+    """The last line of its text, where Ray puts what a process raised; of an error its type before."""
+    text = (str(error).strip().splitlines() or [""])[-1]
+    return f"{type(error).__name__}: {text}" if isinstance(error, BaseException) else text

@@ -11,6 +11,7 @@ example of each kind.
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,6 +26,12 @@ class Kind:
     title: str  # in errors
     package: str  # whose modules are ours, but for those that begin with an underscore
     attribute: str  # of such a module: the declaration
+
+
+def closest(name: str, options: Iterable[str]) -> str | None:
+    """The option most like `name`, or None where none is alike."""
+    matches = difflib.get_close_matches(name, list(options), n=1)
+    return matches[0] if matches else None
 
 
 @cache
@@ -48,10 +55,8 @@ def find(kind: Kind, name: str) -> Any:
     path, colon, attribute = name.partition(":")
     if not colon:
         if name not in names(kind):
-            near = difflib.get_close_matches(name, names(kind), n=1)
-            raise UnknownPlugin(
-                f"{name!r} is no {kind.title}; write {near[0] if near else ', '.join(names(kind))}, or package.module:NAME"
-            )
+            instead = closest(name, names(kind)) or ", ".join(names(kind))
+            raise UnknownPlugin(f"{name!r} is no {kind.title}; write {instead}, or package.module:NAME")
         path, attribute = f"{kind.package}.{name}", kind.attribute
     try:
         return getattr(importlib.import_module(path), attribute)

@@ -125,7 +125,7 @@ class SweepReport(Callback):
 def report_sweep(directory: Path) -> None:
     """Write the comparison of a sweep's members and say which is the best, with its command."""
     from controller.record.reader import ReportError
-    from controller.report.compare import render_comparison
+    from controller.report.comparison_page import render_comparison
     from controller.report.members import best_of, members_of
 
     redact_sweep(directory)  # of one whose members could not even be composed

@@ -96,7 +96,7 @@ def set_weights(
     }
 
 
-def describe(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, has_values: bool) -> dict[str, float]:
+def batch_metrics(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, has_values: bool) -> dict[str, float]:
     """Metrics of the batch before the update."""
     sums = torch.zeros(9, dtype=torch.float64, device=ranks.device)
     largest = torch.zeros((), device=ranks.device)

@@ -24,7 +24,7 @@ from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.records import Example, Microbatch, TrainingBatch
 from contracts.weights import PublishReport
 from learner.engine import Ranks, TrainEngine, frozen
-from learner.global_batch import describe, set_advantages, set_weights
+from learner.global_batch import batch_metrics, set_advantages, set_weights
 from learner.losses import kl_loss, likelihood_loss, policy_loss, value_loss
 from learner.models import freeze_below, load_policy, load_scalar
 from learner.passes import Pass, Places, Timer, over_steps
@@ -148,7 +148,7 @@ class PPOTask:
                 self._skip((ppo.epochs - epoch - 1) * len(passes), train_policy)
                 break
         metrics = over_steps(steps) | {"policy/optimizer_steps": float(len(steps))}
-        described = describe(everything, batch, self.ranks, self.value is not None)
+        described = batch_metrics(everything, batch, self.ranks, self.value is not None)
         return metrics | compared | off_policy | described | timer.seconds
 
     def _skip(self, steps: int, train_policy: bool) -> None:

@@ -14,8 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from contracts.checks.check import Check
-from contracts.checks.overrides import closest
 from contracts.checks.validation import ConfigError
+from contracts.plugins import closest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the directory that is uploaded; .gitignore counts as well.

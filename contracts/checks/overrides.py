@@ -1,20 +1,13 @@
 """Keys on the command line that the configuration does not have, each with the closest one that it has."""
 
-import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from contracts.config import TandemConfig
+from contracts.plugins import closest
 
 ANY = "*"  # stands for a name that the user chooses, as in `reward_service.scorers.*.path`
-
-
-def closest(name: str, options: Iterable[str]) -> str | None:
-    """The option most like `name`, or None where none is alike."""
-    matches = difflib.get_close_matches(name, list(options), n=1)
-    return matches[0] if matches else None
 
 
 def schema_section(annotation: Any) -> Any:

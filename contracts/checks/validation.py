@@ -15,7 +15,6 @@ from omegaconf import MISSING
 from contracts.checks.check import Check, key_checks
 from contracts.checks.cluster_checks import cluster_checks, placement_conflicts, stated_nodes
 from contracts.checks.estimator_checks import estimator_checks
-from contracts.checks.overrides import closest
 from contracts.checks.scorer_checks import http_checks, scorer_checks
 from contracts.checks.tracker_checks import tracker_conflicts
 from contracts.config import SamplingConfig, TandemConfig
@@ -23,7 +22,7 @@ from contracts.environments import SHIPPED, is_import_path
 from contracts.estimators import known_estimator
 from contracts.methods import SOURCES, reads, runs, sources_read
 from contracts.placement import Resources
-from contracts.plugins import names
+from contracts.plugins import closest, names
 from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.scorer_roles import has_gold, scoring_models
 

@@ -30,11 +30,12 @@ class Limit:
     after: int = 0  # versions up to this one do not count
 
 
-def beyond(limit: Limit, curve: Curve) -> Alarm | None:
+def beyond(limit: Limit, curve: Curve) -> list[Alarm]:
+    """The alarm, if it fires."""
     known = [(step, value) for step, value in curve if value is not None and step > limit.after]
     out = [(s, v) for s, v in known if (v > limit.limit if limit.side == "above" else v < limit.limit)]
     if not out:
-        return None
+        return []
     worst = (max if limit.side == "above" else min)(value for _, value in out)
     ended = "still so at the end" if out[-1][0] == known[-1][0] else f"last at version {out[-1][0]:.0f}"
     finding = (
@@ -42,7 +43,7 @@ def beyond(limit: Limit, curve: Curve) -> Alarm | None:
         f"{out[0][0]:.0f}, {ended}; worst {compact(worst)}."
     )
     passing = len(out) < 0.05 * len(known) and out[-1][0] != known[-1][0]
-    return Alarm("note" if passing else "alarm", limit.title, finding, limit.meaning, limit.advice)
+    return [Alarm("note" if passing else "alarm", limit.title, finding, limit.meaning, limit.advice)]
 
 
 def known_values(run: Run, metric: str) -> list[float]:

@@ -12,8 +12,8 @@ from controller.alarms.alarm import WINDOW, Alarm, Limit, beyond, known_values
 from controller.alarms.limits import LIMITS
 from controller.alarms.speed_rules import someone_waits, speed_falls, staleness_over_bound, sync_is_slow
 from controller.record.evaluation import against_sft, judged_title
-from controller.record.number_text import bounds, compact, percent
-from controller.record.reader import Run, number
+from controller.record.number_text import bounds, compact, number, percent
+from controller.record.reader import Run
 from controller.record.run_log import TRACKER_FAULTS
 
 
@@ -26,8 +26,8 @@ def evaluate(run: Run) -> tuple[list[Alarm], list[str], list[str]]:
         curve = run.curve("ppo", limit.metric)
         if not any(value is not None for _, value in curve):
             unknown.append(limit.metric)
-        elif alarm := beyond(limit, curve):
-            alarms.append(alarm)
+        elif fired := beyond(limit, curve):
+            alarms += fired
         else:
             silent.append(limit.metric)
     for name, check in CHECKS:
@@ -132,8 +132,7 @@ def kl_too_far(run: Run) -> list[Alarm] | None:
         "unlike any that it was trained on.",
         "Raise ppo.kl.coef, use the adaptive controller, or make fewer updates.",
     )  # fmt: skip
-    alarm = beyond(limit, curve)
-    return [alarm] if alarm else []
+    return beyond(limit, curve)
 
 
 def entropy_collapses(run: Run) -> list[Alarm] | None:
@@ -146,8 +145,7 @@ def entropy_collapses(run: Run) -> list[Alarm] | None:
         f"The policy is nearly deterministic: its entropy is under 20% of the initial {compact(first)} nats.",
         "Raise ppo.kl.coef or lower the learning rate; a higher temperature helps only for a while.",
     )  # fmt: skip
-    alarm = beyond(limit, [*curve])
-    return [alarm] if alarm else []
+    return beyond(limit, [*curve])
 
 
 def length_moves(run: Run) -> list[Alarm] | None:

@@ -3,8 +3,8 @@
 import statistics
 
 from controller.alarms.alarm import WINDOW, Alarm, Limit, beyond, known_values
-from controller.record.number_text import compact, percent
-from controller.record.reader import Run, number
+from controller.record.number_text import compact, number, percent
+from controller.record.reader import Run
 
 
 def speed_falls(run: Run) -> list[Alarm] | None:
@@ -57,8 +57,7 @@ def staleness_over_bound(run: Run) -> list[Alarm] | None:
         f"Some rollout was sampled more than ppo.max_staleness ({bound:g}) updates before it trained.",
         "A fault of the ledger: `python -m controller.ledger RUN` audits it.",
     )  # fmt: skip
-    alarm = beyond(limit, curve)
-    return [alarm] if alarm else []
+    return beyond(limit, curve)
 
 
 def someone_waits(run: Run) -> list[Alarm] | None:

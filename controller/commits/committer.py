@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayActorError
 
+from common.error_text import last_line
 from common.files.durable import FileRecord
 from contracts.config import CheckpointConfig
 from contracts.interfaces import LearnerLostError
@@ -204,7 +205,4 @@ def load_learner(learner: LearnerGroup, commit: Commit) -> None:
 
 def _reason(error: Any) -> str:
     """One line; Ray wraps what a rank raised."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    text = lines[-1] if lines else ""
-    return f"{type(cause).__name__}: {text}" if isinstance(cause, BaseException) else text
+    return last_line(getattr(error, "cause", None) or error)

@@ -6,7 +6,6 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterable
-from difflib import get_close_matches
 from glob import glob
 from io import StringIO
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from common.text.encoding import DataError
 from contracts.config import SourceConfig
+from contracts.plugins import closest
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
@@ -21,9 +21,9 @@ SPLIT = re.compile(r"(?:^|(?<=[-_.]))(train|validation|valid|val|dev|test|eval)(
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # beside shards; they hold no rows
 
 
-def _closest(word: str, known: Iterable[str]) -> str:
-    found = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    found = closest(word, known)
+    return f"; did you mean {found!r}?" if found else ""
 
 
 def _raw(path: Path, base: str) -> bytes:
@@ -143,7 +143,7 @@ def _read_saved(path: Path, split: str, base: str) -> list[dict]:
     if isinstance(saved, datasets.Dataset):
         return _rows(saved)
     if split not in saved:
-        raise DataError(f"{base}.split: {path} has {', '.join(saved)}; found {split!r}{_closest(split, saved)}")
+        raise DataError(f"{base}.split: {path} has {', '.join(saved)}; found {split!r}{_did_you_mean(split, saved)}")
     return _rows(saved[split])
 
 
@@ -164,7 +164,7 @@ def _shards(path: Path, split: str, base: str) -> list[Path]:
         return files
     if split not in splits.values():
         names = sorted(set(splits.values())) or ["train"]
-        raise DataError(f"{base}.split: {path} has {', '.join(names)}; found {split!r}{_closest(split, names)}")
+        raise DataError(f"{base}.split: {path} has {', '.join(names)}; found {split!r}{_did_you_mean(split, names)}")
     return [file for file in files if splits.get(file) == split]
 
 
@@ -219,7 +219,7 @@ def load_rows(source: SourceConfig, base: str = "data.x") -> list[dict]:
         rows = [row for file in _shards(path, source.split, base) for row in _read_file(file, base)]
     elif _kind(path) in EXTENSIONS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{base}.path: no such file: {path.absolute()}{_closest(path.name, siblings)}")
+        raise DataError(f"{base}.path: no such file: {path.absolute()}{_did_you_mean(path.name, siblings)}")
     else:
         rows = _read_hub(source.path, source.split, base)
     rows = rows[: source.max_rows]
@@ -253,12 +253,12 @@ def detect_format(source: SourceConfig, columns: Iterable[str], base: str = "dat
         )
     if source.format not in needs:
         raise DataError(
-            f"{base}.format: one of auto, {', '.join(needs)}; found {source.format!r}{_closest(source.format, needs)}"
+            f"{base}.format: one of auto, {', '.join(needs)}; found {source.format!r}{_did_you_mean(source.format, needs)}"
         )
     for column in needs[source.format]:
         if column not in columns:
             raise DataError(
                 f"{base}.format: {source.format} needs the column {column!r}; {source.path} has {there}"
-                f"{_closest(column, columns)}"
+                f"{_did_you_mean(column, columns)}"
             )
     return source.format

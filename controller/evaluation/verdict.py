@@ -9,6 +9,8 @@ from typing import Any
 
 from contracts.config import EvaluateConfig
 
+STATES = {"passed": "Passed", "failed": "Not passed", "inconclusive": "Inconclusive"}
+
 
 def _number(value: Any) -> float:
     """A measured number, or NaN for one that is absent: comparisons with NaN are false, so it passes no check."""
@@ -63,7 +65,10 @@ def _reservations(length_change: float, eos_share: float, kl: float, config: Eva
     return [unknown if math.isnan(value) else clause for passed, value, clause, unknown in rows if not passed]
 
 
-def _text(gold: tuple[float, float, float], proxy: tuple[float, float, float], reservations: list[str]) -> str:
+def _finding(
+    gold: tuple[float, float, float], proxy: tuple[float, float, float], reservations: list[str]
+) -> tuple[str, str]:
+    """The state, and why."""
     proxy_direction = _direction(proxy)
     learned = {
         "rose": f"the learned score rose ({_shown(proxy)})",
@@ -75,21 +80,19 @@ def _text(gold: tuple[float, float, float], proxy: tuple[float, float, float], r
     besides = f"; besides, {against}" if reservations else ""
     match _direction(gold):
         case "rose" if not reservations:
-            return (
-                f"Passed: the gold score rose over SFT's ({_shown(gold)}) within the limits of length, EOS share and "
-                f"KL, and {learned}."
-            )
+            within = "within the limits of length, EOS share and KL"
+            return "passed", f"the gold score rose over SFT's ({_shown(gold)}) {within}, and {learned}."
         case "rose":
-            return f"Not passed: the gold score rose over SFT's ({_shown(gold)}), but {against}."
+            return "failed", f"the gold score rose over SFT's ({_shown(gold)}), but {against}."
         case "fell" if proxy_direction == "rose":
-            return f"Not passed: {learned} while the gold score fell below SFT's ({_shown(gold)}){besides}."
+            return "failed", f"{learned} while the gold score fell below SFT's ({_shown(gold)}){besides}."
         case "fell":
-            return f"Not passed: the gold score fell below SFT's ({_shown(gold)}), and {learned}{besides}."
+            return "failed", f"the gold score fell below SFT's ({_shown(gold)}), and {learned}{besides}."
         case "unclear" if proxy_direction == "rose":
-            return f"Not passed: {learned}, but the gold score did not clearly change ({_shown(gold)}){besides}."
+            return "failed", f"{learned}, but the gold score did not clearly change ({_shown(gold)}){besides}."
         case "unclear":
-            return f"Inconclusive: the gold score did not clearly change ({_shown(gold)}), and {learned}{besides}."
-    return f"Inconclusive: the gold gain over SFT is not known, and {learned}{besides}."
+            return "inconclusive", f"the gold score did not clearly change ({_shown(gold)}), and {learned}{besides}."
+    return "inconclusive", f"the gold gain over SFT is not known, and {learned}{besides}."
 
 
 def verdict(model: dict[str, Any], against_sft: dict[str, Any], config: EvaluateConfig) -> dict[str, Any]:
@@ -101,8 +104,8 @@ def verdict(model: dict[str, Any], against_sft: dict[str, Any], config: Evaluate
         config: `max_length_change` (relative), `min_eos_share` and `max_kl`.
 
     Returns:
-        {"passed", "text" (one sentence), "checks": [{"name", "value", "side", "limit", "passed"}]}. What was not measured
-        (absent, None or NaN) has the value NaN and does not pass.
+        {"passed", "state" (passed | failed | inconclusive), "text" (one sentence), "checks": [{"name", "value", "side",
+        "limit", "passed"}]}. What was not measured (absent, None or NaN) has the value NaN and does not pass.
     """
     gold, proxy = _interval(against_sft.get("gold_gain")), _interval(against_sft.get("proxy_gain"))
     length_change = _number(against_sft.get("length_ratio")) - 1.0
@@ -126,8 +129,10 @@ def verdict(model: dict[str, Any], against_sft: dict[str, Any], config: Evaluate
         _check("KL from the reference, nats a sequence", kl, "at most", config.max_kl, kl <= config.max_kl),
     ]
     reservations = _reservations(length_change, eos_share, kl, config)
+    state, reason = _finding(gold, proxy, reservations)
     return {
         "passed": all(check["passed"] for check in checks),
-        "text": _text(gold, proxy, reservations),
+        "state": state,
+        "text": f"{STATES[state]}: {reason}",
         "checks": checks,
     }

@@ -47,7 +47,7 @@ from controller.loop.dispatcher import Dispatcher, Stopping
 from controller.loop.fleet import Fleet
 from controller.loop.recovery import Recovery
 from controller.loop.rewards import ScoreNormalizer, episodes, paid_metrics, service_scores, shaped, turn_metrics
-from controller.loop.score_metrics import describe, sample_row
+from controller.loop.score_metrics import rollout_metrics, sample_row
 from controller.loop.training_batches import make_batches, with_siblings
 from controller.loop.unscored import save_rollouts, scored
 from controller.record.run_log import RunLog
@@ -183,7 +183,7 @@ class PPOController:
 
     def _describe(self, rollouts: list[Rollout]) -> dict[str, float]:
         """Metrics of the texts and scores, and a few samples into the log."""
-        metrics = describe(rollouts) | turn_metrics(rollouts)
+        metrics = rollout_metrics(rollouts) | turn_metrics(rollouts)
         self.first_score = metrics["reward/score_mean"] if self.first_score is None else self.first_score
         metrics["reward/score_gain"] = metrics["reward/score_mean"] - self.first_score
         self.log.samples([sample_row(r, self.version) for r in rollouts[: self.config.logger.samples_per_update]])

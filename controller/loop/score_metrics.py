@@ -8,7 +8,7 @@ from common.statistics import distinct_n, repeat_fraction, spread
 from contracts.records import Rollout
 
 
-def describe(rollouts: list[Rollout]) -> dict[str, float]:
+def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     """Metrics of rollouts that all have a score of the proxy."""
     values = [s for r in rollouts if (s := r.scores["proxy"].value) is not None]
     gold = [g.value for r in rollouts if (g := r.scores.get("gold")) and g.value is not None]

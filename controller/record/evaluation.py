@@ -36,6 +36,24 @@ def against_sft(evaluation: dict[str, Any]) -> dict[str, Any]:
     return (evaluation.get("comparisons") or {}).get(f"{judged_name(evaluation)}_vs_sft") or {}
 
 
+def verdict_state(evaluation: dict[str, Any]) -> str:
+    """passed | failed | inconclusive, or empty where nothing was judged. A file from before `state` says it by `passed` and
+    the first word of its text."""
+    found = evaluation.get("verdict") or {}
+    if not found:
+        return ""
+    old = "inconclusive" if str(found.get("text")).lower().startswith("inconclusive") else "failed"
+    return str(found.get("state") or ("passed" if found.get("passed") else old))
+
+
+def verdict_reason(evaluation: dict[str, Any]) -> str:
+    """Its sentence without the word that says the state."""
+    text = str((evaluation.get("verdict") or {}).get("text") or "").strip()
+    head, colon, reason = text.partition(": ")
+    reason = reason if colon and head in ("Passed", "Not passed", "Inconclusive") else text
+    return reason[:1].upper() + reason[1:]
+
+
 def evaluation_metrics(evaluation: dict[str, Any], max_kl: float) -> dict[str, float]:
     """What is known of the judged model against SFT as flat metrics: gold_gain, proxy_gain, win_rate, kl, length_ratio,
     objective.

@@ -1,10 +1,16 @@
 """Numbers for people, in alarms and on pages."""
 
+import math
 from typing import Any
 
-from controller.record.reader import number
-
 MISSING = "–"
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for null, NaN, text and whatever else a broken run may have left."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def num(value: Any, digits: int = 2, signed: bool = False) -> str:
@@ -34,24 +40,27 @@ def percent(value: Any, digits: int = 0) -> str:
     return MISSING if known is None else f"{num(known * 100, digits)}%"
 
 
-def duration(seconds: Any) -> str:
+def duration(seconds: Any, whole_minutes: bool = False) -> str:
     known = number(seconds)
     if known is None:
         return MISSING
-    if known < 9.95:
-        return f"{known:.1f} s"
     if known < 89.5:
-        return f"{known:.0f} s"
-    if known < 5400:
-        return f"{known / 60:.{1 if known < 600 and known % 60 else 0}f} min"
-    return f"{known / 3600:.1f} h"
+        return f"{known:.{1 if known < 9.95 else 0}f} s"
+    if known >= 5400:
+        return f"{known / 3600:.1f} h"
+    return f"{known / 60:.{1 if known < 600 and known % 60 and not whole_minutes else 0}f} min"
 
 
-def bounds(values: Any) -> tuple[float | None, float | None, float | None]:
-    """(mean, low, high) of {"mean", "low", "high"}, of a bare number, or of nothing."""
-    if isinstance(values, dict):
-        return number(values.get("mean")), number(values.get("low")), number(values.get("high"))
-    return number(values), None, None
+def spoken(seconds: float) -> str:
+    """As a person would say it: "7.5 s", "31 s", "4 min", "2.5 h"."""
+    return duration(seconds, whole_minutes=True)
+
+
+def bounds(values: Any, times: float = 1.0) -> tuple[float | None, float | None, float | None]:
+    """(mean, low, high) of {"mean", "low", "high"}, of a bare number, or of nothing; each so many times."""
+    found = [values.get(name) for name in ("mean", "low", "high")] if isinstance(values, dict) else [values, None, None]
+    mean, low, high = (None if (known := number(value)) is None else known * times for value in found)
+    return mean, low, high
 
 
 def count(n: int, noun: str) -> str:

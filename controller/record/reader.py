@@ -11,6 +11,7 @@ import yaml
 from common.error_text import error_lines
 from contracts.methods import method_title
 from controller.record.evaluation import objective
+from controller.record.number_text import count, number
 from controller.record.redaction import redacted, redacted_override
 
 RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "hydra/overrides.yaml")
@@ -85,13 +86,6 @@ class Run:
         return next((stage for stage in self.stages if stage.get("name") == name), {})
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or None for null, NaN, text and whatever else a broken run may have left."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
 def is_run(path: Path) -> bool:
     return path.is_dir() and any((path / name).exists() for name in RUN_FILES)
 
@@ -141,7 +135,8 @@ def _jsonl(run: Run, name: str) -> list[dict[str, Any]]:
         run.missing.append(name)
         return []
     rows, broken = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not `splitlines`: JSON may hold U+2028 and other ends of lines as they are.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if not line.strip():
             continue
         try:
@@ -153,7 +148,7 @@ def _jsonl(run: Run, name: str) -> list[dict[str, Any]]:
         else:
             broken += 1  # a process that was killed leaves half a line
     if broken:
-        run.problems.append(f"{name}: {broken} line{'s' if broken > 1 else ''} could not be read and count for nothing")
+        run.problems.append(f"{name}: {count(broken, 'line')} could not be read and count for nothing")
     return rows
 
 

@@ -18,6 +18,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from controller.record.number_text import spoken
+
 PLAIN_WIDTH = 110  # columns of a table that goes to a file
 
 
@@ -171,15 +173,6 @@ def format_update(metrics: Mapping[str, float | None], eta_s: float | None = Non
     if eta_s is not None and eta_s == eta_s:
         parts.append(f"ETA {spoken(eta_s)}")
     return " | ".join(parts)
-
-
-def spoken(seconds: float) -> str:
-    """As a person would say it: "7.5 s", "31 s", "4 min", "2.5 h"."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 89.5:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _coloured(text: str) -> Text:

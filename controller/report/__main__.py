@@ -5,9 +5,9 @@ import argparse
 from pathlib import Path
 
 from controller.record.reader import ReportError, is_run
-from controller.report.compare import render_comparison
+from controller.report.comparison_page import render_comparison
 from controller.report.members import members_of
-from controller.report.page import render
+from controller.report.run_page import render
 
 
 def main(arguments: list[str] | None = None) -> None:

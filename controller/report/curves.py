@@ -1,17 +1,21 @@
 """Everything drawn over versions or steps: the PPO small multiples, the frontier, the losses of SFT and reward models."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+from markupsafe import Markup
 
 from contracts.catalogue import catalogue, charted
 from contracts.metrics import ESTIMATOR, Metric
 from controller.alarms.limits import limits_of
 from controller.record.evaluation import judged_model, judged_name, judged_title
-from controller.record.number_text import bounds, compact
-from controller.record.reader import Run, number
+from controller.record.number_text import bounds, compact, number
+from controller.record.reader import Run
 from controller.report import svg
-from controller.report.markup import absent, esc, section
-from controller.report.svg import Scale, Series, line_chart
+from controller.report.rendering import macros
+from controller.report.svg import Scale, Series, across, element, line, line_chart, text, upright
+
+RUN = macros("run.html")
 
 
 def models_of(run: Run) -> list[tuple[str, str, str]]:
@@ -51,14 +55,29 @@ def described(chart: Chart, metrics: Mapping[str, Metric]) -> tuple[str, str, tu
     return title, metrics[lines[0][2]].unit, lines
 
 
-def ppo_curves(run: Run) -> str:
+def series_of(run: Run, stage: str, lines: Iterable[Line]) -> list[Series]:
+    """Of the metrics that the run has; not every estimator has all."""
+    found = [Series(name, css, run.curve(stage, metric)) for name, css, metric in lines]
+    return [s for s in found if s.curve]
+
+
+# Of the stages that train on data alone: of SFT, and of those in PPO's place.
+SFT_CHART: Chart = ("SFT loss", (("training", "sft", "sft/loss"), ("held out", "soft", "sft/eval_loss")))
+METHOD_CHARTS: tuple[tuple[str, Chart], ...] = (
+    ("filtered_sft", ("Filtered SFT loss", (("training", "ppo", "sft/loss"), ("held out", "soft", "sft/eval_loss")))),
+    ("preference", "preference/loss"),
+    ("preference", "preference/accuracy"),
+    ("preference", "preference/token_logprob"),
+)
+ON_DATA = ("sft", "reward_model", "preference", "filtered_sft")  # how the names of these stages begin
+
+
+def ppo_curves(run: Run) -> Markup:
     metrics = catalogue()
     charts, constant, longest = [], [], 0
-    heading = f"{run.loop_title}, version by version"
     for chart in (*PPO_CHARTS, *charted(ESTIMATOR, metrics)):
         title, unit, lines = described(chart, metrics)
-        series = [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines]
-        series = [s for s in series if s.curve]
+        series = series_of(run, "ppo", lines)
         if not series:
             continue
         values = [value for s in series for _, value in s.curve]
@@ -71,49 +90,20 @@ def ppo_curves(run: Run) -> str:
         if lines[0][2] == "kl/ref_seq" and max_kl is not None:
             limits.append((max_kl, "limit of the verdict"))
         charts.append(line_chart(title, series, unit=unit, limits=limits))
-    if not charts and not constant:
-        cached = f"{run.loop_title} came from the cache: its curves are in the run that trained it."
-        missing = cached if run.stage("ppo").get("cached") else f"No metrics of {run.loop_title} in this run yet."
-        return section("curves", heading, absent(missing))
-    intro = (
-        "One point per update: the rollouts that it trained on, and the step that it took to the next version. The number "
-        "is the last value; hover for the others."
-    )
-    if longest >= svg.SMOOTH_FROM:
-        intro += " Thin: each update. Bold: moving mean."
-    body = f'<div class="charts">{"".join(charts)}</div>'
-    if constant:
-        body += f'<p class="note">The same at every version: {esc(", ".join(constant))}.</p>'
-    return section("curves", heading, body, intro)
+    return RUN.curves(run, charts, constant, is_smoothed=longest >= svg.SMOOTH_FROM)
 
 
-def frontier(run: Run) -> str:
+def frontier(run: Run) -> Markup:
     """Gold and learned score against the distance from the reference (Gao et al. 2022, figure 1)."""
     panels = [
         _frontier_panel(run, "Gold judge", "gold", "reward/gold_mean"),
         _frontier_panel(run, "Learned score (proxy)", "proxy", "reward/score_mean"),
     ]
-    drawn = "".join(panel for panel in panels if panel)
-    if not drawn:
-        return section(
-            "frontier", "Frontier", absent("Needs a KL and a score: no metrics of rollouts, no evaluation yet.")
-        )
-    versions = [step for step, _ in run.curve("ppo", "kl/ref_seq")]
-    key = ""
-    if versions:
-        key = (
-            f'<p class="ramp"><span>version {versions[0]:.0f}</span><i></i><span>{versions[-1]:.0f}</span>'
-            "<em>small points: rollouts in training</em><em>large marks: evaluation prompts, bars are 95% intervals"
-            "</em></p>"
-        )
-    intro = (
-        "How much was gained for how much drift. A good run climbs steeply on the left panel; where the right panel goes "
-        "on climbing while the left one bends down, the reward model is being exploited."
-    )
-    return section("frontier", "Frontier: score against KL", f'{key}<div class="pair">{drawn}</div>', intro)
+    versions = [f"{step:.0f}" for step, _ in run.curve("ppo", "kl/ref_seq")]
+    return RUN.frontier([panel for panel in panels if panel], versions)
 
 
-def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> str:
+def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> Markup | None:
     kl = dict(run.curve("ppo", "kl/ref_seq"))
     points = [(step, kl.get(step), value) for step, value in run.curve("ppo", metric)]
     trail = [(step, x, y) for step, x, y in points if x is not None and y is not None]
@@ -122,44 +112,29 @@ def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> str:
     best = [(bounds(row.get(measure))[0], row) for row in judged_model(run.evaluation).get("best_of_n") or []]
     best_of_n = [(float(row["kl"]), value) for value, row in best if value is not None]
     if not trail and not marks:
-        return ""
-    xs = [x for _, x, _ in trail] + [x for x, _ in best_of_n] + [v for _, xb, _ in marks for v in xb if v is not None]
-    ys = (
-        [y for _, _, y in trail]
-        + [y for _, y in best_of_n]
-        + [v for _, _, yb in marks for v in yb if v is not None]
-        + [y for _, y in levels]
-    )
-    width, height = 480.0, 320.0
-    x = Scale(*svg.padded([0.0, *xs], 0.06), 48.0, width - 14.0)
-    y = Scale(*room(ys), height - 36.0, 26.0)
-    body = [svg.axes(x, y, "KL from the reference, nats a sequence", "score")]
-    names = {css: title for _, title, css in models_of(run)}
+        return None
+    known = [(x, y) for _, x, y in trail] + best_of_n
+    xs = [x for x, _ in known] + [v for _, xb, _ in marks for v in xb if v is not None]
+    ys = [y for _, y in known] + [v for _, _, yb in marks for v in yb if v is not None] + [y for _, y in levels]
+    plane = svg.plane(xs, ys, ("KL from the reference, nats a sequence", "score"))
+    x, y = plane.x, plane.y
+    names = {css: name for _, name, css in models_of(run)}
     for model, level in levels:
-        body.append(
-            f'<line class="level {model}" x1="{x.start}" x2="{x.end}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>'
-            f'<text class="mark-text {model}" x="{x.end - 4:.1f}" y="{y(level) - 5:.1f}" text-anchor="end">'
-            f"{esc(names[model])}</text>"
-        )
+        plane.body.append(across(f"level {model}", x.start, x.end, y(level)))
+        plane.body.append(text(f"mark-text {model}", x.end - 4, y(level) - 5, names[model], "end"))
     if best_of_n:  # of 1, 2, 4, ... samples, over the bound of its KL
-        line = " ".join(f"{x(kx):.1f},{y(v):.1f}" for kx, v in best_of_n)
-        body.append(f'<polyline class="edge" points="{line}"/>')
+        plane.body.append(line("edge", plane.at(best_of_n)))
+    dots = plane.at((kx, v) for _, kx, v in trail)
     if len(trail) > 1:
-        line = " ".join(f"{x(kx):.1f},{y(v):.1f}" for _, kx, v in trail)
-        body.append(f'<polyline class="trail" points="{line}"/>')
-    for i, (step, kx, v) in enumerate(trail):
-        share = 100 * i / max(1, len(trail) - 1)
-        text = f"version {step:g}\nKL {compact(kx)} nats\n{title.lower()} {compact(v)}"
-        body.append(
-            f'<circle class="version" style="--at:{share:.0f}%" cx="{x(kx):.1f}" cy="{y(v):.1f}" r="3.4">'
-            f"<title>{esc(text)}</title></circle>"
-        )
-    dots = [(x(kx), y(v)) for _, kx, v in trail]
-    body += [_mark(model, names[model], xb, yb, x, y, title, dots) for model, xb, yb in marks]
-    return (
-        f'<figure class="chart wide"><figcaption><b>{esc(title)}</b></figcaption><svg viewBox="0 0 {width:.0f} '
-        f'{height:.0f}" role="img" aria-label="{esc(title)} against KL">{"".join(body)}</svg></figure>'
-    )
+        plane.body.append(line("trail", dots))
+    for i, ((step, kx, v), (cx, cy)) in enumerate(zip(trail, dots, strict=True)):
+        share = f"--at:{100 * i / max(1, len(trail) - 1):.0f}%"
+        tooltip = element("title", "", f"version {step:g}\nKL {compact(kx)} nats\n{title.lower()} {compact(v)}")
+        plane.body.append(element("circle", "version", tooltip, style=share, cx=cx, cy=cy, r=3.4))
+    for model, xb, yb in marks:
+        told = f"{names[model]}, evaluation\nKL {compact(xb[0])} nats\n{title.lower()} {compact(yb[0])}"
+        plane.body.append(_mark(plane, model, names[model], told, xb, yb, dots))
+    return plane.figure(title, f"{title} against KL")
 
 
 Bounds = tuple[float | None, float | None, float | None]
@@ -177,23 +152,17 @@ def _evaluation_marks(
         if css != "base":
             furthest = max(furthest, bounds(values.get("kl"))[0] or 0.0)
     marks, levels = [], []
-    for model, kl_bounds, bounds_ in found:
-        if bounds_[0] is None:
+    for model, kl, score in found:
+        if score[0] is None:
             continue
-        if kl_bounds[0] is not None and kl_bounds[0] <= 2 * (furthest or math.inf):
-            marks.append((model, kl_bounds, bounds_))
+        if kl[0] is not None and kl[0] <= 2 * (furthest or math.inf):
+            marks.append((model, kl, score))
         else:
-            levels.append((model, bounds_[0]))
+            levels.append((model, score[0]))
     return marks, levels
 
 
-def room(values: list[float]) -> tuple[float, float]:
-    """As `svg.padded`, but scores have no natural zero to stop at."""
-    room = (max(values) - min(values)) * 0.1 or 1.0
-    return min(values) - room, max(values) + room
-
-
-def _emptiest(at: tuple[float, float], dots: list[tuple[float, float]], x: Scale) -> tuple[float, float, str]:
+def _emptiest(at: svg.Point, dots: Sequence[svg.Point], x: Scale) -> tuple[float, float, str]:
     """Of the four corners beside a mark, the one where a label covers the fewest points."""
     corners = [(dx, dy, "start" if dx > 0 else "end") for dx in (11.0, -11.0) for dy in (-11.0, 20.0)]
 
@@ -206,81 +175,47 @@ def _emptiest(at: tuple[float, float], dots: list[tuple[float, float]], x: Scale
 
 
 def _mark(
-    model: str, name: str, xb: Bounds, yb: Bounds, x: Scale, y: Scale, title: str, dots: list[tuple[float, float]]
-) -> str:
-    at_x, at_y = x(xb[0] or 0.0), y(yb[0] or 0.0)
-    out = ""
+    plane: svg.Plane, model: str, name: str, tooltip: str, xb: Bounds, yb: Bounds, dots: Sequence[svg.Point]
+) -> Markup:
+    [(at_x, at_y)] = plane.at([(xb[0] or 0.0, yb[0] or 0.0)])
+    out = [element("title", "", tooltip)]
     if xb[1] is not None and xb[2] is not None:
-        out += (
-            f'<line class="whisker {model}" x1="{x(xb[1]):.1f}" x2="{x(xb[2]):.1f}" y1="{at_y:.1f}" y2="{at_y:.1f}"/>'
-        )
+        out.append(across(f"whisker {model}", plane.x(xb[1]), plane.x(xb[2]), at_y))
     if yb[1] is not None and yb[2] is not None:
-        out += (
-            f'<line class="whisker {model}" x1="{at_x:.1f}" x2="{at_x:.1f}" y1="{y(yb[1]):.1f}" y2="{y(yb[2]):.1f}"/>'
-        )
+        out.append(upright(f"whisker {model}", at_x, plane.y(yb[1]), plane.y(yb[2])))
     # Shape as well as colour tells the models apart.
     shape = {
-        "base": f'<rect class="mark base" x="{at_x - 5:.1f}" y="{at_y - 5:.1f}" width="10" height="10"/>',
-        "sft": f'<path class="mark sft" d="M{at_x:.1f} {at_y - 7:.1f}l7 7-7 7-7-7z"/>',
-        "ppo": f'<circle class="mark ppo" cx="{at_x:.1f}" cy="{at_y:.1f}" r="6.2"/>',
+        "base": element("rect", "mark base", x=at_x - 5, y=at_y - 5, width=10, height=10),
+        "sft": element("path", "mark sft", d=f"M{at_x:.1f} {at_y - 7:.1f}l7 7-7 7-7-7z"),
+        "ppo": element("circle", "mark ppo", cx=at_x, cy=at_y, r=6.2),
     }[model]
-    dx, dy, anchor = _emptiest((at_x, at_y), dots, x)
-    text = f"{name}, evaluation\nKL {compact(xb[0])} nats\n{title.lower()} {compact(yb[0])}"
-    return (
-        f"<g><title>{esc(text)}</title>{out}{shape}"
-        f'<text class="mark-text {model}" x="{at_x + dx:.1f}" y="{at_y + dy:.1f}" text-anchor="{anchor}">'
-        f"{esc(name)}</text></g>"
-    )
+    dx, dy, anchor = _emptiest((at_x, at_y), dots, plane.x)
+    return element("g", "", *out, shape, text(f"mark-text {model}", at_x + dx, at_y + dy, name, anchor))
 
 
-def training_losses(run: Run) -> str:
+def training_losses(run: Run) -> Markup:
     """Loss of SFT, loss and accuracy of the reward models and of stage preference."""
-    charts = []
-    sft = [
-        Series("training", "sft", run.curve("sft", "sft/loss")),
-        Series("held out", "soft", run.curve("sft", "sft/eval_loss")),
-    ]
-    if any(s.curve for s in sft):
-        charts.append(line_chart("SFT loss", sft, unit="nats a token", x_label="step"))
     models = run.stages_of("reward_model/")
     colours = {"reward_model/proxy": "proxy", "reward_model/gold": "gold"}
-    for metric in ("reward_model/loss", "reward_model/accuracy"):
-        series = [Series(m.partition("/")[2], colours.get(m, "plain"), run.curve(m, metric)) for m in models]
-        if any(s.curve for s in series):
-            title, unit, _ = described(metric, catalogue())
-            charts.append(line_chart(title, series, unit=f"{unit}, reward models", x_label="step"))
-    charts += _method_charts(run)
-    notes = [
-        f"{esc(stage.get('name'))} came from the cache: its curve is in the run that trained it."
-        for stage in run.stages
-        if stage.get("cached")
-        and str(stage.get("name")).startswith(("sft", "reward_model", "preference", "filtered_sft"))
-        and not run.stages_of(str(stage["name"]))
-    ]
-    body = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
-    body += "".join(absent(note) for note in notes)
-    intro = "Each should flatten out; a held-out loss that turns up again means too many epochs." if charts else ""
-    before, after = (number((run.stage("sft").get("metrics") or {}).get(k)) for k in ("eval_loss_before", "eval_loss"))
-    if before is not None and after is not None:
-        intro = f"SFT took the held-out loss from {compact(before)} to {compact(after)} nats a token. {intro}"
-    missing = absent("No losses of stages that train on data alone yet.")
-    return section("losses", "Trained on data alone: losses", body or missing, intro)
-
-
-# Of the stages that stand in PPO's place.
-METHOD_CHARTS: tuple[tuple[str, Chart], ...] = (
-    ("filtered_sft", ("Filtered SFT loss", (("training", "ppo", "sft/loss"), ("held out", "soft", "sft/eval_loss")))),
-    ("preference", "preference/loss"),
-    ("preference", "preference/accuracy"),
-    ("preference", "preference/token_logprob"),
-)
-
-
-def _method_charts(run: Run) -> list[str]:
-    charts = []
-    for stage, chart in METHOD_CHARTS:
+    drawn = []
+    for stage, chart in (("sft", SFT_CHART), *METHOD_CHARTS):
         title, unit, lines = described(chart, catalogue())
-        series = [Series(name, css, run.curve(stage, metric)) for name, css, metric in lines]
-        if any(s.curve for s in series):
-            charts.append(line_chart(title, series, unit=unit, x_label="step"))
-    return charts
+        drawn.append((title, unit, series_of(run, stage, lines)))
+    of_models = []
+    for metric in ("reward_model/loss", "reward_model/accuracy"):
+        title, unit, _ = described(metric, catalogue())
+        found = [Series(m.partition("/")[2], colours.get(m, "plain"), run.curve(m, metric)) for m in models]
+        of_models.append((title, f"{unit}, reward models", found))
+    charts = [
+        line_chart(title, series, unit=unit, x_label="step")
+        for title, unit, series in [drawn[0], *of_models, *drawn[1:]]
+        if any(s.curve for s in series)
+    ]
+    cached = [
+        stage["name"]
+        for stage in run.stages
+        if stage.get("cached") and str(stage.get("name")).startswith(ON_DATA) and not run.stages_of(str(stage["name"]))
+    ]
+    sft = run.stage("sft").get("metrics") or {}
+    before, after = (number(sft.get(name)) for name in ("eval_loss_before", "eval_loss"))
+    return RUN.losses(charts, cached, None if before is None or after is None else (before, after))

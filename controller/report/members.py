@@ -1,7 +1,7 @@
 """The runs that a page compares: state, numbers, and the keys whose values differ."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,17 @@ def members_of(paths: Sequence[str | Path]) -> list[Member]:
             "that of a sweep"
         )
     members = [_member(read(path)) for path in runs]
-    flat = [flat(member.run.config) for member in members]
-    keys = sorted({key for row in flat for key in row})
-    known = [row for row in flat if row]
+    configs = [flat(member.run.config) for member in members]
+    keys = sorted({key for row in configs for key in row})
+    known = [row for row in configs if row]
     varied = [key for key in keys if not key.startswith(SAME) and len({str(row.get(key)) for row in known}) > 1]
-    for member, row in zip(members, flat, strict=True):
+    for member, row in zip(members, configs, strict=True):
         member.settings = {key: row[key] for key in varied if key in row}
     return sorted(members, key=lambda m: (m.objective is None, -(m.objective or 0.0), m.run.path.name))
+
+
+def settings_that_differ(members: Iterable[Member]) -> list[str]:
+    return sorted({key for member in members for key in member.settings})
 
 
 def _member(run: Run) -> Member:

@@ -7,9 +7,11 @@ from pathlib import Path
 from statistics import median
 
 from controller.alarms.rules import evaluate
-from controller.record.reader import ReportError, Run, load, number, runs_in
+from controller.record.number_text import number, spoken
+from controller.record.reader import ReportError, Run, load, runs_in
 from controller.record.status_file import Status, read_status
-from controller.record.terminal import format_update, spoken
+from controller.record.terminal import format_update
+from controller.report.rendering import printable
 
 OVERDUE = 3  # median steps without a new version before it is an alarm
 
@@ -75,6 +77,11 @@ def _progress(run: Run, status: Status) -> list[str]:
     return out
 
 
+def _harmless(text: str) -> str:
+    """What a run has written, without what a terminal would obey."""
+    return printable(text.replace("\r", "\0"))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m controller.status", description="Where a run stands.")
     parser.add_argument(
@@ -84,8 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     for path in parser.parse_args(arguments).run:
         for run in runs_in(path) or [path]:
             try:
-                print("\n".join(lines_of(run)))
+                print("\n".join(map(_harmless, lines_of(run))))
             except ReportError as error:
-                print(f"status: {error}", file=sys.stderr)
+                print(_harmless(f"status: {error}"), file=sys.stderr)
                 code = 2
     return code

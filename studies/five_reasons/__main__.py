@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from studies.five_reasons.charts import forest
-from studies.five_reasons.page import page
 from studies.five_reasons.registration import StudyError
 from studies.five_reasons.results import NAME, as_json, study_of
+from studies.five_reasons.study_page import study_page
 
 
 def write(path: Path, text: str) -> None:
@@ -38,13 +38,13 @@ def main(arguments: list[str] | None = None) -> None:
     write(given.directory / NAME, json.dumps(as_json(study), indent=1) + "\n")
     write(given.directory / "study.svg", forest(study, alone=True) + "\n")
     target = given.directory / "study.html"
-    write(target, page(study))
-    for judged in study.claims:
-        low, high = judged.interval
+    write(target, study_page(study))
+    for finding in study.claims:
+        low, high = finding.interval
         print(
-            f"  {judged.claim.number}. {judged.claim.title}: "
-            f"{judged.verdict}{' (preliminary)' if judged.is_preliminary else ''} | {judged.estimate.mean:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}] {judged.estimate.missing}"
+            f"  {finding.claim.number}. {finding.claim.title}: "
+            f"{finding.verdict}{' (preliminary)' if finding.is_preliminary else ''} | {finding.estimate.mean:+.3f} "
+            f"[{low:+.3f}, {high:+.3f}] {finding.estimate.missing}"
         )
     for problem in study.problems:
         print(f"  warning: {problem}")

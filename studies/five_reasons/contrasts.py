@@ -141,7 +141,7 @@ def cells(
         for cell in contrast.contrast:
             arm, _, model = cell.partition(":")
             member = by_key.get((arm, seed))
-            scores = member.judged.get(model or "own", {}).get(contrast.metric) if member else None
+            scores = member.scores.get(model or "own", {}).get(contrast.metric) if member else None
             if scores:
                 row[cell] = scores
         if len(row) == len(contrast.contrast):

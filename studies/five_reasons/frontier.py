@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from controller.record.evaluation import judged_model
-from controller.record.number_text import bounds
-from controller.record.reader import Curve, number
+from controller.record.number_text import bounds, number
+from controller.report.svg import smoothed
 from studies.five_reasons.members import Member
 
 WINDOW = 5  # versions
@@ -35,8 +35,11 @@ class Path:
 
 
 def path_of(member: Member) -> Path:
-    kl, gold = (_smoothed(member.run.curve("ppo", name)) for name in ("kl/ref_seq", "reward/gold_mean"))
-    known = [(kl[step], score) for step, score in gold.items() if step in kl]
+    # They narrow towards both ends: gains count from the first version alone.
+    curves = (member.run.curve("ppo", name) for name in ("kl/ref_seq", "reward/gold_mean"))
+    kl, gold = (dict(smoothed(curve, WINDOW, narrows=True)) for curve in curves)
+    both = [(kl.get(step), score) for step, score in gold.items()]
+    known = [(x, y) for x, y in both if x is not None and y is not None]
     scored = number(member.run.setting("ppo.gold_rollouts")) or 0
     if not known:
         return Path([], [], 0)
@@ -45,16 +48,6 @@ def path_of(member: Member) -> Path:
     gains = [y - known[0][1] for _, y in known]
     firsts = [i for i, x in enumerate(farthest) if i == 0 or x > farthest[i - 1]]
     return Path([farthest[i] for i in firsts], [gains[i] for i in firsts], int(scored))
-
-
-def _smoothed(curve: Curve) -> dict[float, float]:
-    """Centred moving mean by step. It narrows towards both ends: gains count from the first version alone."""
-    means = {}
-    for i, (step, value) in enumerate(curve):
-        half = min(WINDOW // 2, i, len(curve) - 1 - i)
-        if value is not None:
-            means[step] = float(np.mean([v for _, v in curve[i - half : i + half + 1] if v is not None]))
-    return means
 
 
 def best_of_n(member: Member, judge: str) -> Path:
@@ -87,7 +80,7 @@ def matched_kl(members: Sequence[Member], reference: str = "ppo") -> list[Matche
         if own is None or sft is None or kl is None or not one_turn:
             continue
         path, ppo = paths.get(member.seed, (Path([], [], 0), None))
-        gold = list(ppo.judged["own"]["gold"].values()) if ppo and ppo.is_judged else []
+        gold = list(ppo.scores["own"]["gold"].values()) if ppo and ppo.is_judged else []
         # A mean over the window less the first version, which stands alone, of independent rollouts.
         scored = path.rollouts
         error = float(np.nanstd(gold)) * math.sqrt(1 / scored + 1 / (scored * WINDOW)) if gold and scored else math.nan

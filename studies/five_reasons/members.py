@@ -10,7 +10,8 @@ import numpy as np
 
 from contracts.estimators import find_estimator
 from controller.record.evaluation import judged_model
-from controller.record.reader import ReportError, Run, is_run, number, read
+from controller.record.number_text import number
+from controller.record.reader import ReportError, Run, is_run, read
 from controller.record.status_file import read_status
 from studies.five_reasons.registration import Check, Diverged, StudyError
 
@@ -30,7 +31,7 @@ class Member:
     state: str
     facts: dict[str, Any] = field(default_factory=dict)  # of its status.json
     # By model ("base", "sft", and "own" for what the arm has made), metric and prompt.
-    judged: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    scores: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
 
     @property
     def error(self) -> str:
@@ -38,11 +39,11 @@ class Member:
 
     @property
     def is_judged(self) -> bool:
-        return "own" in self.judged
+        return "own" in self.scores
 
     def mean(self, model: str, metric: str) -> float | None:
         """Over the prompts that have it."""
-        values = [v for v in self.judged.get(model, {}).get(metric, {}).values() if math.isfinite(v)]
+        values = [v for v in self.scores.get(model, {}).get(metric, {}).values() if math.isfinite(v)]
         return float(np.mean(values)) if values else None
 
     def evaluated(self, model: str, name: str) -> float | None:
@@ -153,20 +154,20 @@ def _member(path: Path) -> Member | None:
     seed = int(number(run.setting("ppo.seed")) or float(settings.get("ppo.seed", 0)))
     member = Member(settings["arm"], seed, run, state, status.facts)
     if run.evaluation and state == "done":  # else it is left from an earlier run in the same directory
-        member.judged = _judged(run.samples)
+        member.scores = _scores(run.samples)
     return member
 
 
-def _judged(samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
+def _scores(samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
     """A run that was evaluated twice has its lines twice: the later count. A judge that failed gives NaN."""
-    judged: dict[str, dict[str, dict[int, float]]] = {}
+    scores: dict[str, dict[str, dict[int, float]]] = {}
     for row in samples:
         if row.get("stage") != "evaluate" or "prompt_id" not in row:
             continue
         model = row["model"] if row.get("model") in BEFORE else "own"
-        table = judged.setdefault(model, {})
+        table = scores.setdefault(model, {})
         for metric, column in COLUMNS.items():
             if column in row:
                 value = row[column]
                 table.setdefault(metric, {})[row["prompt_id"]] = math.nan if value is None else float(value)
-    return judged
+    return scores

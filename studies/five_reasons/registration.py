@@ -43,6 +43,17 @@ class Contrast(_Strict):
         return self
 
     @property
+    def formula(self) -> str:
+        """`ppo − rank`, with `arm (SFT)` for the model before an arm."""
+        text = ""
+        for cell, weight in self.contrast.items():
+            arm, _, model = cell.partition(":")
+            size = "" if abs(weight) == 1 else f"{abs(weight):g} × "
+            before = f" ({model.upper() if model == 'sft' else model})" if model else ""
+            text += f" {'−' if weight < 0 else '+'} {size}{arm}{before}"
+        return text.strip().removeprefix("+ ")
+
+    @property
     def arms(self) -> list[str]:
         """The arms whose runs it needs, in order; none for the negation test."""
         if self.metric == "negation_auc":

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from common.flatten import flat
-from controller.record.reader import number
+from controller.record.number_text import number
 from studies.five_reasons import negation, two_turn_mdp
 from studies.five_reasons.contrasts import Estimate, absent, estimate, holm_levels, length_matched_wins, verdict
 from studies.five_reasons.frontier import Matched, matched_kl
@@ -36,7 +36,7 @@ TUNING = "five_reasons_tuning"  # beside the study's directory
 
 
 @dataclass
-class Judged:
+class Finding:
     """A claim with what was found."""
 
     claim: Claim
@@ -85,7 +85,7 @@ class Study:
     registered_at: float | None
     problems: list[str]  # what a reader must know before any number
     members: list[Member]
-    claims: list[Judged]
+    claims: list[Finding]
     arms: list[Arm]
     matched: list[Matched]
     negation: dict[str, Any] | None
@@ -117,7 +117,7 @@ def study_of(directory: str | Path, tuning: Sequence[Path] = ()) -> Study:
     return Study(root, plan, sha, registered_at, problems, members, claims, arms, path, found, areas, tried, mdp)
 
 
-def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: Preregistration) -> list[Judged]:
+def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: Preregistration) -> list[Finding]:
     """Verdicts on all claims, at Holm's levels."""
 
     def of(contrast: Contrast) -> Estimate:
@@ -129,7 +129,7 @@ def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: 
 
     estimates = [of(claim) for claim in plan.claims]
     levels = holm_levels([e.p_value for e in estimates], plan.alpha)
-    judged = []
+    findings = []
     for claim, primary, level in zip(plan.claims, estimates, levels, strict=True):
         wins = None
         if len(claim.contrast) == 2 and claim.metric == "gold":
@@ -138,8 +138,8 @@ def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: 
         rows = [(contrast, of(contrast)) for contrast in claim.secondary]
         few = claim.metric != "negation_auc" and 0 < len(primary.seeds) < plan.seeds
         conclusion = verdict(*primary.interval(1 - level), claim.margin)
-        judged.append(Judged(claim, primary, level, conclusion, rows, wins, few))
-    return judged
+        findings.append(Finding(claim, primary, level, conclusion, rows, wins, few))
+    return findings
 
 
 def _arm(name: str, members: Sequence[Member], plan: Preregistration) -> Arm:
@@ -233,7 +233,7 @@ def as_json(study: Study) -> dict[str, Any]:
             "cores": psutil.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         },
-        "claims": [_claim_json(judged, study.sha) for judged in study.claims],
+        "claims": [_claim_json(finding, study.sha) for finding in study.claims],
         "arms": [
             {
                 "arm": arm.name,
@@ -276,16 +276,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _claim_json(judged: Judged, sha: str) -> dict[str, Any]:
-    rows = {"number": judged.claim.number, "title": judged.claim.title, "verdict": judged.verdict}
+def _claim_json(finding: Finding, sha: str) -> dict[str, Any]:
+    rows = {"number": finding.claim.number, "title": finding.claim.title, "verdict": finding.verdict}
     return rows | {
         "preregistration": sha,
-        "preliminary": judged.is_preliminary,
-        "metric": judged.claim.metric,
-        "contrast": judged.claim.contrast,
-        "margin": judged.claim.margin,
-        "p_value": judged.estimate.p_value,
-        "estimate": judged.estimate.as_dict(1 - judged.level),
-        "secondary": [c.model_dump() | e.as_dict() for c, e in judged.secondary],
-        "wins_at_equal_length": judged.wins.as_dict() if judged.wins else None,
+        "preliminary": finding.is_preliminary,
+        "metric": finding.claim.metric,
+        "contrast": finding.claim.contrast,
+        "margin": finding.claim.margin,
+        "p_value": finding.estimate.p_value,
+        "estimate": finding.estimate.as_dict(1 - finding.level),
+        "secondary": [c.model_dump() | e.as_dict() for c, e in finding.secondary],
+        "wins_at_equal_length": finding.wins.as_dict() if finding.wins else None,
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from controller.record.evaluation import PENALTY
-from controller.record.reader import number
+from controller.record.number_text import number
 from studies.five_reasons.members import Member, members_of_study
 from studies.five_reasons.registration import Check, StudyError
 

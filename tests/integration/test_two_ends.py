@@ -17,7 +17,7 @@ from contracts.config import EnvironmentConfig, SamplingConfig, TandemConfig
 from contracts.records import Prompt, Rollout, RolloutRequest, Score
 from controller.cluster.runtime import environments
 from controller.loop.rewards import ScoreNormalizer, shaped
-from controller.loop.score_metrics import describe
+from controller.loop.score_metrics import rollout_metrics
 from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from tests.conftest import kill, make_config
@@ -124,7 +124,7 @@ def test_both_end_a_turn_and_neither_comes_early(
             assert paid == pytest.approx(1.0 - penalty)
 
     ended = np.mean([r.completion.finish_reason == "stop" for r in rollouts])
-    assert describe(rollouts)["completion/eos_frac"] == pytest.approx(ended)
+    assert rollout_metrics(rollouts)["completion/eos_frac"] == pytest.approx(ended)
 
     # The learner's and the reference's log-probabilities are those of the engine.
     rows = [shaped(r, ScoreNormalizer(), config.ppo, environment) for r in rollouts]

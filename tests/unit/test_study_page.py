@@ -349,8 +349,8 @@ def test_members_are_in_the_order_of_the_sweep_with_every_score(study: Path) -> 
     assert list(dict.fromkeys(m.arm for m in members)) == [*ARMS, "dpo"]
     assert [m.seed for m in members if m.arm == "ppo"] == [1, 2, 3]
     ppo = members[0]
-    assert set(ppo.judged) == {"base", "sft", "own"}
-    assert set(ppo.judged["own"]) == {"gold", "proxy", "vader", "length", "kl", "ended"}
+    assert set(ppo.scores) == {"base", "sft", "own"}
+    assert set(ppo.scores["own"]) == {"gold", "proxy", "vader", "length", "kl", "ended"}
     assert ppo.mean("own", "ended") == pytest.approx(1 - 1 / PROMPTS)
     assert ppo.kl == 4.0
     assert path_of(ppo).kl[-1] == pytest.approx(4.0)
@@ -372,9 +372,9 @@ def test_a_run_that_was_judged_twice_counts_once_and_a_failed_judge_is_nan(tmp_p
     with path.open("a") as file:
         file.write(json.dumps({"stage": "ppo", "prompt_id": 0, "gold": 99.0}) + "\n" + json.dumps(row) + "\n")
     (member,) = members_of_study(tmp_path)
-    assert member.judged["own"]["proxy"][0] == 7.0
-    assert math.isnan(member.judged["own"]["gold"][0])
-    assert len(member.judged["own"]["gold"]) == PROMPTS
+    assert member.scores["own"]["proxy"][0] == 7.0
+    assert math.isnan(member.scores["own"]["gold"][0])
+    assert len(member.scores["own"]["gold"]) == PROMPTS
 
 
 @pytest.mark.parametrize(

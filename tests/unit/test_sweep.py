@@ -19,8 +19,8 @@ from controller.record.evaluation import evaluation_metrics, objective
 from controller.record.reader import ReportError
 from controller.record.redaction import redacted
 from controller.report.__main__ import main
-from controller.report.compare import page
-from controller.report.compare_charts import unbeaten
+from controller.report.comparison_charts import unbeaten
+from controller.report.comparison_page import comparison_page
 from controller.report.members import best_of, members_of
 from controller.report.status import main as status
 from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
@@ -131,7 +131,7 @@ def test_any_runs_can_be_compared(sweep: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_one_member_alone_and_none_at_all(sweep: Path, tmp_path: Path) -> None:
-    assert "No best member" in page(members_of([sweep / "2-ppo.kl.coef=0.5"]), sweep)
+    assert "No best member" in comparison_page(members_of([sweep / "2-ppo.kl.coef=0.5"]), sweep)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ReportError, match="no run directory in"):
         members_of([tmp_path / "empty"])

@@ -15,9 +15,9 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from common.models.positions import positions
 from contracts.checks.check import Leaf, leaves
-from contracts.checks.overrides import closest
 from contracts.checks.validation import ConfigError, check_machine, validate, validate_service
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
+from contracts.plugins import closest
 from contracts.records import Example, RatedExample
 from contracts.stages import method_titles
 from controller.data.inputs import Inputs

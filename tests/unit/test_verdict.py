@@ -68,6 +68,7 @@ def test_text_of_each_kind_of_run(gold, proxy, text):
     result = judge(gold, proxy)
     assert result["text"] == text
     assert result["passed"] is text.startswith("Passed")
+    assert result["state"] == {"Passed": "passed", "Not passed": "failed"}.get(text.split(":")[0], "inconclusive")
     assert passed(result) == [gold is ROSE, True, True, True]
 
 

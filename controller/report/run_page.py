@@ -1,18 +1,24 @@
 """One static HTML page about one run, drawn from the files in its directory: `python -m controller.report RUN`.
 
-    RUN/*.jsonl, *.json, config.yaml -> data.load -> Run -> sections, curves, samples, alarms -> one page
+    RUN/*.jsonl, *.json, config.yaml -> reader.load -> Run -> tables, curves, samples, alarms -> one page
 
 The page needs no network, no account and no script. It renders half-finished runs as well and says what is missing.
 """
 
+import shlex
 from pathlib import Path
 
+import yaml
+from markupsafe import Markup
+
 from common.files.durable import replace_text
+from controller.alarms import rules
 from controller.record.number_text import count
 from controller.record.reader import Run, load
-from controller.report import curves, flow, samples, sections, timeline
-from controller.report.markup import document
+from controller.report import curves, evaluation_tables, rollout_flow, samples, timeline
+from controller.report.rendering import macros
 
+PAGE, RUN = macros("page.html"), curves.RUN
 CONTENTS = (
     ("curves", "Curves"),
     ("frontier", "Frontier"),
@@ -37,32 +43,32 @@ def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
     run = load(run_dir)
     target = Path(output) if output is not None else Path(run_dir) / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(target, page(run))  # a browser that reloads never sees half a page
+    replace_text(target, run_page(run))  # a browser that reloads never sees half a page
     return target
 
 
-def page(run: Run) -> str:
-    """The whole page."""
+def run_page(run: Run) -> Markup:
     # Another method has no updates to draw.
     has_updates = run.setting("method") in (None, "ppo") or bool(run.stages_of("ppo"))
-    parts = (
-        sections.verdict(run),
-        sections.key_numbers(run),
+    configuration = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100) if run.config else ""
+    again = None if run.overrides is None else shlex.join(["python", "train.py", *run.overrides])
+    sections = (
+        evaluation_tables.verdict(run),
+        evaluation_tables.key_numbers(run),
         curves.ppo_curves(run) if has_updates else "",
         curves.frontier(run),
-        sections.models(run),
-        sections.reward_models(run),
+        evaluation_tables.models(run),
+        evaluation_tables.reward_models(run),
         curves.training_losses(run),
         samples.side_by_side(run),
         samples.during_ppo(run) if has_updates else "",
-        flow.rollouts(run) if has_updates else "",
+        rollout_flow.rollouts(run) if has_updates else "",
         timeline.time_spent(run),
-        sections.alarm_list(run),
-        sections.configuration(run),
-        sections.reproduce(run),
+        RUN.alarms(*rules.evaluate(run)),
+        RUN.configuration(configuration),
+        RUN.reproduce(run.stages, again, f"python -m controller.report {shlex.quote(str(run.path))}"),
     )
-    body = "".join(parts)
-    return document("Tandem run", run.name, _facts(run), CONTENTS, body)
+    return PAGE.page("Tandem run", run.name, _facts(run), CONTENTS, sections)
 
 
 def _facts(run: Run) -> str:

@@ -1,0 +1,62 @@
+"""How rollouts flowed: how old they were when they trained, what became of each, and which faults were tolerated."""
+
+from markupsafe import Markup
+
+from contracts.catalogue import catalogue
+from contracts.metrics import declared
+from controller.record.number_text import number
+from controller.record.reader import Run
+from controller.record.run_log import TRACKER_FAULTS
+from controller.report.curves import RUN, Chart, described
+from controller.report.svg import Series, line_chart
+
+CHARTS: tuple[Chart, ...] = (
+    ("Staleness", (("mean", "plain", "staleness/mean"), ("max", "soft", "staleness/max"))),
+    "off_policy/ess",
+    ("Rollouts under way", (("sampled", "plain", "ledger/in_flight"), ("waiting", "soft", "ledger/waiting"))),
+    (
+        "Step and its waits",
+        (("step", "plain", "perf/step_s"), ("rollouts", "proxy", "perf/rollout_s"), ("weights", "gold", "perf/sync_s")),
+    ),
+)
+FATES = ("admitted", "trained", "quarantined", "released", "fenced", "open")
+FAULTS = ("fault/actors_lost", "fault/actors_without_update", "fault/unscored", "fault/no_sibling")
+
+
+def rollouts(run: Run) -> Markup | str:
+    """Nothing for a run without a ledger; curves only where something can be stale."""
+    last = next((row for row in reversed(run.metrics) if "ledger/admitted" in row), None)
+    if last is None:
+        return ""
+    fates = [
+        (name, _meaning(f"ledger/{name}"), known)
+        for name in FATES
+        if (known := number(last.get(f"ledger/{name}"))) is not None
+    ]
+    bound, charts = number(run.setting("ppo.max_staleness")), []
+    if bound or any(v for _, v in run.curve("ppo", "staleness/max")):
+        for title, unit, lines in (described(chart, catalogue()) for chart in CHARTS):
+            series = [Series(name, css, run.curve("ppo", metric)) for name, css, metric in lines]
+            charts.append(line_chart(title, series, unit=unit))
+    return RUN.rollouts(charts, int(bound or 0), fates, [(name, _meaning(name), n) for name, n in _faults(run).items()])
+
+
+def _faults(run: Run) -> dict[str, float]:
+    """Totals: counters of a step are summed, those that count from the start are taken at their end."""
+    names, cumulative, totals = dict.fromkeys(FAULTS), {"fault/actors_lost"}, dict[str, float]()
+    for row in run.metrics:
+        if row.get("stage") == TRACKER_FAULTS:
+            of_trackers = [name for name in row if name.startswith("fault/")]
+            names |= dict.fromkeys(of_trackers)
+            cumulative.update(of_trackers)
+        for name in names:
+            if value := number(row.get(name)):
+                before = totals.get(name, 0.0)
+                totals[name] = max(before, value) if name in cumulative else before + value
+    return totals
+
+
+def _meaning(name: str) -> str:
+    metric = declared(name, catalogue())
+    text = metric.meaning if metric else ""
+    return text[:1].lower() + text[1:].removesuffix(".")
