@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Any, NamedTuple, TypeVar
 
+from contracts.plugins import Kind, names
+
 T = TypeVar("T")
 Choices = tuple[Any, ...]
 
@@ -79,5 +81,11 @@ def section(kind: Callable[[], T], **narrower: Rule) -> T:
 
 
 def names_in(module: str, table: str, *more: str) -> Callable[[], Choices]:
-    """Choices that a module declares which reads the configuration itself."""
-    return lambda: (*more, *getattr(importlib.import_module(module), table))
+    """Choices that a module declares which reads the configuration itself: in a table, as plugins of a kind, or by a
+    function."""
+
+    def choices() -> Choices:
+        found = getattr(importlib.import_module(module), table)
+        return (*more, *(names(found) if isinstance(found, Kind) else found() if callable(found) else found))
+
+    return choices
