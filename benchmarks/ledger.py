@@ -42,8 +42,8 @@ def throughput(holders: int, rollouts: int, rollouts_per_update: int, max_stalen
         ledger.take(rollouts_per_update, ledger.version)
         ledger.trained(ledger.version + 1)
         if log:
-            ledger.state_dict()
-            ledger.committed(log)
+            state, _ = ledger.state_dict()
+            ledger.committed(log, state)
     return rollouts / (time.perf_counter() - start)
 
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import train
 from common.command_line import command_line_problems
 from contracts.checks.overrides import unknown_overrides
+from contracts.checks.reference import page
 from contracts.checks.validation import validate
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.placement import PlacementError, check_nodes, plan
@@ -102,6 +103,13 @@ def test_a_large_preset_fits_its_nodes_and_no_fewer(file: str, nodes: int, gpus:
         check_nodes(plan(config), [node | {"GPU": gpus / 2}] * nodes)
     assert config.learner.zero_stage == 3
     assert "has NOT been run" in (ROOT / f"conf/{file}.yaml").read_text()
+
+
+def test_the_reference_of_all_keys_is_made_from_the_schema() -> None:
+    made = page()
+    assert (ROOT / "docs/configuration.md").read_text() == made
+    assert "| `clip` | 0.2 | in (0, 1) |" in made
+    assert "| `top_p` | 1.0 | in (0, 1]; `ppo.sampling.top_p`: 1, as the log-probabilities" in made
 
 
 def test_the_laptop_is_the_default() -> None:

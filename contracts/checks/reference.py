@@ -1,0 +1,72 @@
+"""The reference of all keys, from the schema: `python -m contracts.checks.reference > docs/configuration.md` writes it."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args
+
+from omegaconf import MISSING
+
+from contracts.checks.check import Leaf, leaves, shown
+from contracts.config import ScorerConfig, SourceConfig, TandemConfig
+
+HEADER = """# Configuration
+
+Every key, as `contracts/config.py` declares it. Written by `python -m contracts.checks.reference > docs/configuration.md`.
+A number must also be finite. How values work together is checked when a run starts (`contracts/checks/`).
+"""
+
+
+def _sections(section: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    yield name, section
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _sections(value, f"{name}.{field.name}".lstrip("."))
+
+
+def _comments(section: type) -> dict[str, str]:
+    """What the source says of each key: above its line, and behind it."""
+    found: dict[str, str] = {}
+    above = ""
+    for line in inspect.getsource(section).splitlines():
+        comment = (line.split("  # ") if line.strip()[:1] != "#" else ["", line.strip(" #")])[1:]
+        key = re.match(r"    (\w+):", line)
+        if key:
+            found[key[1]] = " ".join([above, *comment]).strip()
+        above = f"{above} {comment[0]}" if comment and not key else ""
+    return found
+
+
+def _may_be(leaf: Leaf) -> str:
+    if leaf.rule:
+        return leaf.rule.text
+    options = leaf.options or ((True, False) if bool in (leaf.annotation, *get_args(leaf.annotation)) else ())
+    return ", ".join(map(shown, options)) or leaf.free
+
+
+def page() -> str:
+    """docs/configuration.md: a table for each class of the schema, under the names of its sections."""
+    config = TandemConfig()
+    config.data.gold = SourceConfig()
+    found = [*_sections(config), ("reward_service.scorers.NAME", ScorerConfig())]
+    everywhere, parts = {leaf.key: leaf for leaf in leaves(config)}, [HEADER]
+    for kind in dict.fromkeys(type(section) for _, section in found):
+        names = [name for name, section in found if type(section) is kind]
+        title = ", ".join(f"`{name}`" if name else "At the top" for name in names)
+        parts.append(f"\n## {title}\n\n| key | default | may be | |\n|---|---|---|---|\n")
+        comments = _comments(kind)
+        for leaf in leaves(kind()):
+            if "." in leaf.key:
+                continue
+            may_be = _may_be(leaf)
+            for here in [everywhere[key] for name in names if (key := f"{name}.{leaf.key}") in everywhere]:
+                may_be += f"; `{here.key}`: {_may_be(here)}" if _may_be(here) != _may_be(leaf) else ""
+            default = "to be given" if leaf.value == MISSING else shown(leaf.value)
+            parts.append(f"| `{leaf.key}` | {default} | {may_be} | {comments[leaf.key].replace('|', '/')} |\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
