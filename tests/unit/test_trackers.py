@@ -222,8 +222,9 @@ def test_a_tracker_that_raises_or_hangs_costs_the_run_nothing(tmp_path: Path, ca
 
 
 def test_a_tracker_of_another_package(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The example of docs/dashboards.md, with nothing of Tandem changed."""
-    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/dashboards.md").read_text(), flags=re.DOTALL)
+    """The example of docs/extending.md, with nothing of Tandem changed."""
+    section = (ROOT / "docs/extending.md").read_text().split("\n## A tracker\n")[1]
+    [example] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()
