@@ -35,7 +35,7 @@ class _Waiting:
         return self.expires > time.monotonic() and any(not f.done() for f in self.futures)
 
 
-class Batcher:
+class RequestBatcher:
     """Batches for `score`, which runs in `executor` and returns one Score a sequence.
 
     Args:

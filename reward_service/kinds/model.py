@@ -9,7 +9,7 @@ from contracts.checks.check import Check, shown
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
 from reward_service.reading import EOS, LAST, chosen_read_at, make_reading
-from reward_service.request_batcher import Batcher
+from reward_service.request_batcher import RequestBatcher
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, version_of
 
 CALLS = 4  # to a replica: enough for its batches
@@ -89,7 +89,7 @@ class ModelScorer(Scorer):
         arguments = (path, service.dtype, service.batch_tokens, service.max_tokens, reading)
         model = thread.submit(RewardModel, *arguments).result()
         thread.submit(check_golden, path, model.score, service.golden_tolerance).result()
-        self._batcher = Batcher(model.score, thread, service.batch_tokens)
+        self._batcher = RequestBatcher(model.score, thread, service.batch_tokens)
 
     @property
     def busy_s(self) -> float:

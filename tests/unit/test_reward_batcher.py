@@ -11,7 +11,7 @@ import pytest
 from common.microbatches import cut_padded
 from contracts.records import Score
 from reward_service.isolate import isolate
-from reward_service.request_batcher import Batcher
+from reward_service.request_batcher import RequestBatcher
 
 Sequence = tuple[int, ...]
 
@@ -86,7 +86,7 @@ def test_what_arrives_during_a_batch_travels_in_the_next() -> None:
         return lengths(batch)
 
     async def run() -> list[list[Score]]:
-        batcher = Batcher(score, ThreadPoolExecutor(1), 100)
+        batcher = RequestBatcher(score, ThreadPoolExecutor(1), 100)
         calls = [asyncio.create_task(batcher.score([(1,)], 5))]
         await asyncio.to_thread(first_runs.wait, 5)
         calls += [asyncio.create_task(batcher.score([(1, n), (7, 7)], 5)) for n in range(3)]
@@ -107,7 +107,7 @@ def test_the_oldest_goes_first_with_its_neighbours_in_length() -> None:
         return lengths(batch)
 
     async def run() -> None:
-        batcher = Batcher(score, ThreadPoolExecutor(1), 40)
+        batcher = RequestBatcher(score, ThreadPoolExecutor(1), 40)
         sizes = [20, 3, 18, 2, 40, 1]
         await batcher.score([tuple(range(n)) for n in sizes], 5)
 
@@ -125,7 +125,7 @@ def test_a_call_of_many_has_the_same_batches_whatever_else_waits(is_late: bool) 
         return lengths(batch)
 
     async def run() -> None:
-        batcher = Batcher(score, ThreadPoolExecutor(1), 160)
+        batcher = RequestBatcher(score, ThreadPoolExecutor(1), 160)
         short = [(n, *[0] * (n % 5)) for n in range(32)]
         long = [(n, *[0] * (8 + n % 3)) for n in range(32)]
         calls = [asyncio.create_task(batcher.score(short, 5)), asyncio.create_task(batcher.score([(1,), (2, 2)], 5))]
@@ -150,7 +150,7 @@ def test_late_items_are_time_outs_and_are_computed_no_more() -> None:
         return lengths(batch)
 
     async def run() -> tuple[list[Score], list[Score]]:
-        batcher = Batcher(score, ThreadPoolExecutor(1), 1)
+        batcher = RequestBatcher(score, ThreadPoolExecutor(1), 1)
         late = await batcher.score([(1,), (2,), (3,), (4,)], 0.05)
         return late, await batcher.score([(5,)], 5)
 
@@ -171,7 +171,7 @@ def test_a_failure_of_the_batcher_reaches_its_callers_and_ends_nothing() -> None
         return lengths(batch)
 
     async def run() -> list[Score]:
-        batcher = Batcher(score, ThreadPoolExecutor(1), 100)
+        batcher = RequestBatcher(score, ThreadPoolExecutor(1), 100)
         with pytest.raises(RuntimeError, match="out of memory"):
             await batcher.score([(1,)], 5)
         assert batcher.busy_s == 0
@@ -182,7 +182,7 @@ def test_a_failure_of_the_batcher_reaches_its_callers_and_ends_nothing() -> None
 
 def test_how_long_a_batch_runs_is_known() -> None:
     async def run() -> float:
-        batcher = Batcher(lambda batch: time.sleep(0.2) or lengths(batch), ThreadPoolExecutor(1), 100)
+        batcher = RequestBatcher(lambda batch: time.sleep(0.2) or lengths(batch), ThreadPoolExecutor(1), 100)
         call = asyncio.create_task(batcher.score([(1,)], 5))
         await asyncio.sleep(0.1)
         busy = batcher.busy_s

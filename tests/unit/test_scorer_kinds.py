@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from controller.stages.store import unseen
 from transformers import AutoTokenizer
 
 from actors.environment import environment_maker
@@ -18,6 +17,7 @@ from contracts.config import EnvironmentConfig, HttpConfig, RewardServiceConfig,
 from contracts.plugins import UnknownPlugin, names
 from contracts.records import Prompt, Score, ScoringItem
 from contracts.scorer_roles import SCORER_KINDS, num_models
+from controller.pipeline.ingredients import unseen
 from controller.start_checks.rehearsal import rehearse
 from reward_service.app import ScorerReplica
 from reward_service.front import Front, FrontLimits
