@@ -45,7 +45,7 @@ def load_decoder(path: str) -> Callable[[Sequence[int]], str]:
         return lambda ids: fast.decode(list(ids), skip_special_tokens=False)
     from transformers import AutoTokenizer
 
-    slow = AutoTokenizer.from_pretrained(path)
+    slow = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return lambda ids: slow.decode(list(ids), skip_special_tokens=False)
 
 

@@ -13,7 +13,7 @@ import mmap
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,12 +129,6 @@ def record(path: Path) -> FileRecord:
         digest = hashlib.file_digest(file, "sha256")
         os.fsync(file.fileno())
         return FileRecord(file.tell(), digest.hexdigest())
-
-
-def is_inside(name: str) -> bool:
-    """Whether the name of a file, relative to a directory, names one below it by the way of no other directory."""
-    path = PurePosixPath(name)
-    return bool(path.parts) and path.as_posix() == name and not path.is_absolute() and ".." not in path.parts
 
 
 def problem(path: Path, expected: FileRecord, content: bool = True) -> str | None:

@@ -26,6 +26,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from common.files import durable
+from common.files.checkpoint_files import is_inside
 from common.files.durable import FileRecord, RawTensor
 
 FOLDER, MANIFEST, FORMAT = "checkpoints", "MANIFEST.json", 2
@@ -124,7 +125,7 @@ def read_commit(path: Path) -> Commit:
             raise CheckpointError(f"{MANIFEST} does not have the SHA-256 that it names")
         if content["format"] != FORMAT:
             raise CheckpointError(f"{MANIFEST} has format {content['format']}, this version reads {FORMAT}")
-        if strange := [name for name in content["files"] if not durable.is_inside(name)]:
+        if strange := [name for name in content["files"] if not is_inside(name)]:
             raise CheckpointError(f"{MANIFEST} names {strange[0]!r}, which is no file of the commit")
         return Commit(
             path,

@@ -380,7 +380,7 @@ def test_an_environment_refuses_a_template_that_rewrites_answers(make: Make) -> 
 # As Gemma and Llama 3.1: the system's turn goes before the loop, and the loop over what is left.
 LLAMA = "{{ bos_token }}{% if messages[0].role == 'system' %}{% set intro = messages[0].content %}{% set messages = messages[1:] %}{% else %}{% set intro = 'Be brief.' %}{% endif %}<|im_start|>system\n{{ intro }}<|im_end|>\n{% for m in messages %}{% if loop.first %}{% set _ = 1 %}{% endif %}<|im_start|>{{ m.role }}{% for call in m.tool_calls or [] %}{{ call.function.name }}{% if not loop.last %}, {% endif %}{% endfor %}{{ '\n' }}{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 COUNTS = "{% set ns = namespace(n=0) %}" + HEAD + "{% set ns.n = ns.n + 1 %}{{ ns.n }} {{ m['content'] }}" + TAIL
-TURN_BY_TURN = ["trim", "nogen", "inst", "date", "tools", "phi", LLAMA, COUNTS + ASK, HEAD + "{{ m.content }}{{ loop.previtem.role }}" + TAIL + ASK]  # fmt: skip
+TURN_BY_TURN = ["trim", "nogen", "inst", "date", "tools", "phi", LLAMA, COUNTS + ASK, HEAD + "{{ m.content }}{% if not loop.first %}{{ loop.previtem.role }}{% endif %}" + TAIL + ASK]  # fmt: skip
 LOOKS_AHEAD = [
     "thinkgen",
     "qwen3",
