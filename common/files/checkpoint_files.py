@@ -30,7 +30,7 @@ def checkpoint_files(root: Path) -> list[Path]:
     Raises:
         ValueError: naming a file that a load would read, or leave, although it is not of this checkpoint.
     """
-    files = sorted(file for file in root.rglob("*") if counts(file.relative_to(root)))
+    files = sorted(file for file in root.rglob("*") if counts(PurePosixPath(file.relative_to(root))))
     for link in (file for file in files if file.is_symlink()):
         if not _may_be_followed(root.resolve(), link.resolve()):
             raise ValueError(

@@ -86,12 +86,13 @@ def _marked(template: str) -> Marked | None:
 
 def _aliases(tree: nodes.Template) -> tuple[set[str], int]:
     """Names of the messages or of those from some number on, and how many the slices may skip together."""
-    assigned = [node for node in tree.find_all(nodes.Assign) if isinstance(node.target, nodes.Name)]
+    assigned = [(n, n.target.name) for n in tree.find_all(nodes.Assign) if isinstance(n.target, nodes.Name)]
     found, known = {"messages"}, 0
     while len(found) > known:
         known = len(found)
-        found |= {node.target.name for node in assigned if _is_alias(node.node, found)}
-    return found, sum(node.arg.start.value for node in tree.find_all(nodes.Getitem) if _is_rest(node, found))
+        found |= {name for node, name in assigned if _is_alias(node.node, found)}
+    rests = [node for node in tree.find_all(nodes.Getitem) if _is_rest(node, found)]
+    return found, sum(const.value for node in rests for const in node.arg.find_all(nodes.Const))
 
 
 def _is_alias(node: nodes.Node, aliases: set[str]) -> bool:
