@@ -42,7 +42,7 @@ def reward_model(folder: Path) -> None:
     torch.manual_seed(1)
     model = ModelConfig(path=str(MODEL), dtype="bfloat16")
     load_scalar(str(MODEL), model, LearnerConfig(attention="sdpa"), on_cpu=True, seed=1).lm.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False).save_pretrained(folder)
 
 
 def train(folder: Path, updates: int, layers: int | None) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def matmul_peak(path: str, tokens: int, dtype: torch.dtype) -> dict[str, float]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
     shapes = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     result = {}
     for width_out, width_in in sorted(shapes):
@@ -79,7 +79,7 @@ def padded_loop(job: dict[str, Any], sequences: list[np.ndarray]) -> float:
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": getattr(torch, job["dtype"]), "attn_implementation": "sdpa"}
-    model = AutoModelForCausalLM.from_pretrained(job["model"], **options)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], trust_remote_code=False, **options)
     ids = torch.from_numpy(np.stack(sequences))  # lengths are equal: the mask is all ones
 
     def once() -> None:

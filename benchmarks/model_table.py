@@ -105,7 +105,7 @@ def form_of(lm: Any, layout: str) -> str:
 def class_scores(path: Path, rows: list[list[int]]) -> torch.Tensor:
     """Of every row at its last token, by the checkpoint's own class, row by row in float32."""
     classifier = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
+        path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     )
     classifier.eval().config.get_text_config().pad_token_id = None  # else the class takes the last token for padding
     return torch.cat([classifier(torch.tensor([row]), use_cache=False).logits[0] for row in rows])

@@ -83,7 +83,9 @@ def in_process(job: dict[str, Any]) -> dict[str, Any]:
     alone = [model.score([s])[0].value for s in short[:32]]
     together = [s.value for s in model.score(short[:32])]
     result["bfloat16_batch_gap_mean"] = sum(abs(a - b) for a, b in zip(alone, together, strict=True)) / len(alone)
-    plain = AutoModelForSequenceClassification.from_pretrained(job["checkpoint"], dtype=torch.float32).eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        job["checkpoint"], dtype=torch.float32, trust_remote_code=False
+    ).eval()
     expected = []
     sample = [*short[:24], *long[:6]]
     with torch.inference_mode():
@@ -250,7 +252,7 @@ def prepare(model: str, texts: Path, folder: Path) -> dict[str, Any]:
     from contracts.config import LearnerConfig, ModelConfig
     from learner.models import load_scalar
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     corpus = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
     checkpoint = folder / "reward_model"
     # `sdpa`, since what is saved must also load where Tandem's own attention is not registered.

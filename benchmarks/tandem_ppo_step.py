@@ -77,7 +77,7 @@ def make_config(job: dict[str, Any], run_dir: str) -> TandemConfig:
 def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
     """Seconds and peak memory of the block: `updates` has the metrics of every update, the first one included."""
     config = make_config(job, run_dir)
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     prompts = [Prompt(i, tokenizer.decode(ids), tuple(ids)) for i, ids in enumerate(job["prompts"])]
     stream = PromptStream(prompts, samples_per_prompt=1, seed=config.seed)
     policy, reward = job["model"], job["reward_model"]

@@ -64,13 +64,15 @@ class Clock(TrainerCallback):
 
 
 def make_trainer(job: dict[str, Any], directory: str, clock: Clock) -> PPOTrainer:
-    tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left", trust_remote_code=False)
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
     options = {"dtype": getattr(torch, job["dtype"]), "attn_implementation": "sdpa"}
-    policy = AutoModelForCausalLM.from_pretrained(job["model"], **options)
-    reference = AutoModelForCausalLM.from_pretrained(job["model"], **options)
+    policy = AutoModelForCausalLM.from_pretrained(job["model"], trust_remote_code=False, **options)
+    reference = AutoModelForCausalLM.from_pretrained(job["model"], trust_remote_code=False, **options)
     value, reward = (
-        AutoModelForSequenceClassification.from_pretrained(job["reward_model"], num_labels=1, **options)
+        AutoModelForSequenceClassification.from_pretrained(
+            job["reward_model"], num_labels=1, trust_remote_code=False, **options
+        )
         for _ in range(2)
     )
     args = PPOConfig(

@@ -37,7 +37,7 @@ def make_prompts(tokenizer: object, texts: list[str], count: int) -> list[list[i
 def parameters(path: str) -> tuple[int, int]:
     """(weights of the linear layers between embedding and LM head, weights of the LM head)."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
     backbone = getattr(model, model.base_model_prefix)
     body = sum(m.weight.numel() for m in backbone.modules() if isinstance(m, nn.Linear))
     return body, model.get_output_embeddings().weight.numel()
@@ -45,7 +45,7 @@ def parameters(path: str) -> tuple[int, int]:
 
 def main(job_path: Path) -> None:
     job = json.loads(job_path.read_text())
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     texts = [json.loads(line)["text"] for line in Path(job["texts"]).read_text().splitlines()]
     job["prompts"] = make_prompts(tokenizer, texts, job["rollouts"] * job["updates"])
     job["body_parameters"], job["head_parameters"] = parameters(job["model"])

@@ -151,6 +151,7 @@ def _load(
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         attn_implementation=proof.attention,
+        use_safetensors=True,
         output_loading_info=True,
         **options,
     )

@@ -21,7 +21,7 @@ class Encoder:
         from transformers import AutoTokenizer
 
         root = str(local_checkpoint(tokenizer_path))
-        self.tokenizer = AutoTokenizer.from_pretrained(root)
+        self.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
         self.hash = tokenizer_hash(self.tokenizer)
         self.end_ids = end_ids(self.tokenizer, ModelConfig(path=root), chat=True)
         self._ends = tuple(str(self.tokenizer.decode([end])) for end in self.end_ids)

@@ -40,7 +40,7 @@ def check_reward_model(path: str, key: str) -> None:
         OSError, ValueError: where no model can be loaded from there.
     """
     refuse_adapter(path, key)
-    refuse_quantised(AutoConfig.from_pretrained(path), path, key)
+    refuse_quantised(AutoConfig.from_pretrained(path, trust_remote_code=False), path, key)
     # One label whatever the configuration says: a head of another shape is refused with its shape.
     model, info = loading_report(AutoModelForSequenceClassification, path, num_labels=1)
     refuse_unloaded(info, path, key, model=model)
@@ -68,10 +68,14 @@ class RewardModel:
     ):
         on_cpu = not torch.cuda.is_available()
         check_reward_model(path, "path")
-        proof = prove_scores(AutoConfig.from_pretrained(path), on_cpu)
+        proof = prove_scores(AutoConfig.from_pretrained(path, trust_remote_code=False), on_cpu)
         self.layout = proof.layout
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=getattr(torch, dtype), attn_implementation=proof.attention
+            path,
+            num_labels=1,
+            dtype=getattr(torch, dtype),
+            attn_implementation=proof.attention,
+            trust_remote_code=False,
         ).eval()
         if not on_cpu:
             self.model.cuda()

@@ -101,5 +101,9 @@ def make_reading(path: str, read_at: str | None, append: str | None, tokenizer_p
 
     root = local_checkpoint(path)
     has_own = any((root / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-    tokenizer = AutoTokenizer.from_pretrained(root if has_own else local_checkpoint(tokenizer_path))
-    return AtLast(tokenizer, AutoConfig.from_pretrained(root).get_text_config().pad_token_id, append)
+    tokenizer = AutoTokenizer.from_pretrained(
+        root if has_own else local_checkpoint(tokenizer_path), trust_remote_code=False
+    )
+    return AtLast(
+        tokenizer, AutoConfig.from_pretrained(root, trust_remote_code=False).get_text_config().pad_token_id, append
+    )

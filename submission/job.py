@@ -19,7 +19,19 @@ from contracts.checks.overrides import quoted, unknown_overrides
 from contracts.checks.validation import ConfigError, raise_conflicts, validate
 from contracts.config import TandemConfig, to_config
 from contracts.stages import checkpoint_keys
-from submission.targets import ROOT, TARGETS, RayJobs, Slurm, Target, composed, form_checks, is_target, to_target
+from submission.targets import (
+    ROOT,
+    TARGETS,
+    RayJobs,
+    Slurm,
+    Target,
+    composed,
+    directive_checks,
+    form_checks,
+    is_target,
+    name_checks,
+    to_target,
+)
 
 RECORDS = ROOT / ".cache/jobs"  # what this machine has submitted, so that a job's name is enough to reach it
 LEAVE_S = 15  # for the engines to end, once the state is saved
@@ -130,8 +142,9 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
             f"target.stop_wait_s={math.ceil(grace_s) + LEAVE_S}, or a smaller checkpoint.grace_s",
         )
     )
+    checks += name_checks(target)
     if isinstance(target, Slurm):
-        checks += form_checks(target)
+        checks += form_checks(target) + directive_checks(target, config.run_dir)
     if isinstance(target, RayJobs):
         checks += [
             Check(
@@ -173,10 +186,12 @@ def _paths(config: TandemConfig) -> dict[str, str]:
 
 
 def new_id(config: TandemConfig) -> str:
-    """Readable, and unlike any other: as demo-ppo-1125-013005-7f3a. Lower case, for Kubernetes."""
+    """Readable, and unlike any other: as demo-ppo-1125-013005-7f3a. Lower case and from a letter on, for Kubernetes, whose
+    names of services (RFC 1035) are made from it."""
     tail = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     head = re.sub(r"[^a-z0-9]+", "-", f"{config.name}-{config.stage}".lower()).strip("-") or "job"
-    return f"{head[: MAX_ID - len(tail) - 4].strip('-')}-{tail}"
+    head = head if head[0].isalpha() else f"job-{head}"
+    return f"{head[: MAX_ID - len(f'-{tail}-r99')].strip('-')}-{tail}"
 
 
 def next_id(job_id: str) -> str:

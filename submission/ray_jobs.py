@@ -25,6 +25,7 @@ STOPPED_EXIT_CODE = 128 + 15  # Ray keeps no exit code of a job that was stopped
 POLL_S = 0.5
 RECONNECT_S = 5.0
 MAX_LOST = 60
+NEEDED = ("hydra", "omegaconf", "torch", "transformers", "ray")  # of Tandem's packages
 
 
 class ClusterError(RuntimeError):
@@ -48,6 +49,18 @@ def resolve_authentication(address: str) -> None:
         ) from error
     if answer.status_code == 401:
         os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def entrypoint(job: Job) -> str:
+    """The job's shell line behind a question to its Python, which takes a twentieth of a second: Ray's own is on the PATH of
+    every node, and would say no more than that a module is not there. Exit code 2: refused."""
+    python = job.target.python
+    ask = f"from importlib.util import find_spec; raise SystemExit(None in map(find_spec, {NEEDED}))"
+    message = (
+        f"target.python={python} must be the Python of Tandem's environment on the head node; it is not there, or lacks "
+        f"one of {', '.join(NEEDED)}; write for example target.python=/shared/tandem/.venv/bin/python"
+    )
+    return f"{shlex.join([python, '-c', ask])} || {{ echo {shlex.quote(message)} >&2; exit 2; }}; {job.command}"
 
 
 class Cluster:
@@ -96,7 +109,7 @@ class Cluster:
         files = {"working_dir": str(ROOT), "excludes": self.target.excludes}
         try:
             self.client.submit_job(
-                entrypoint=job.command,
+                entrypoint=entrypoint(job),
                 submission_id=job.id,
                 metadata=job.metadata,
                 runtime_env={**files, "env_vars": environment},

@@ -9,6 +9,7 @@ What the script adds to symmetric-run, each because it was missed there:
 A train.py that was told to end and has saved its state exits with REQUEUE_EXIT_CODE: the job is queued again and goes on.
 """
 
+import re
 import shlex
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from submission.targets import Slurm
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 LOG = "slurm.log"
+PLAIN = re.compile(r"[\w./:,=@%+-]+", re.ASCII)
 
 SCRIPT = """\
 #!/bin/bash
@@ -27,7 +29,6 @@ SCRIPT = """\
 set -u
 mark={mark}
 export PATH={bin}:$PATH # symmetric-run calls ray by its name
-export TANDEM_PID=/tmp/tandem-$SLURM_JOB_ID.pid
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={node_wait_s}
 {environment}trap : TERM # the warning is for the tasks; this shell must live to queue the job again
 TANDEM_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -45,13 +46,14 @@ driver() {{ # on the first node, when Ray runs on all
     {command}
 }}
 node() {{ # one shell a node. setsid: a signal for the task is one for this shell alone
-    rm -f "$TANDEM_PID.told"
+    TANDEM_PID=$(mktemp -d)/pid || exit 1 # nobody else can write there, or know its name
+    export TANDEM_PID
     {setup}trap 'touch "$TANDEM_PID.told"; [[ -e $TANDEM_PID ]] && kill -TERM "$(cat "$TANDEM_PID")"' TERM
     setsid ray symmetric-run --address "$TANDEM_HEAD:{port}" --min-nodes "$SLURM_JOB_NUM_NODES" \\
         --num-cpus={cpus} --num-gpus={gpus} --disable-usage-stats -- bash -c driver &
     ray=$!
     while wait "$ray"; code=$?; [[ $code -gt 128 ]] && kill -0 "$ray" 2>/dev/null; do :; done # a trap ends `wait`, too
-    rm -f "$TANDEM_PID" "$TANDEM_PID.told"
+    rm -rf "$(dirname "$TANDEM_PID")"
     exit $code
 }}
 export -f driver node
@@ -84,7 +86,7 @@ def render(job: Job, cluster: ClusterConfig) -> str:
     assert isinstance(target, Slurm)
     return SCRIPT.format(
         id=job.id,
-        directives="\n".join(f"#SBATCH {option}" for option in directives(job, target, cluster)),
+        directives="\n".join(f"#SBATCH {quoted_option(option)}" for option in directives(job, target, cluster)),
         mark=shlex.quote(f"{job.run_dir}/{FILE}"),
         token=shlex.quote(f"{job.run_dir}/ray_token"),
         bin=shlex.quote(str(Path(target.python).parent)),
@@ -119,9 +121,19 @@ def directives(job: Job, target: Slurm, cluster: ClusterConfig) -> list[str]:
         f"--signal=TERM@{target.stop_wait_s}",
         "--requeue",
         "--open-mode=append",
-        f"--output={job.run_dir}/{LOG}",
+        f"--output={job.run_dir.replace('%', '%%')}/{LOG}",  # %j and others stand for something else
         *(f"--{name}={value}" for name, value in optional.items() if value is not None),
     ]
+
+
+def quoted_option(option: str) -> str:
+    """As sbatch reads a directive (`_get_argument` of its opt.c): what is between quotes stays together, `#` begins a
+    comment elsewhere, a backslash takes the next character as it is, and nothing is expanded. No line goes on in the next:
+    `directive_checks` of submission/targets.py refuses what would need it."""
+    if PLAIN.fullmatch(option):
+        return option
+    escaped = option.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def whole(number: float | None) -> int:

@@ -99,6 +99,47 @@ def form_checks(target: Slurm) -> list[Check]:
     return checks
 
 
+OPTION = re.compile(r"[a-z][a-z0-9-]*")
+VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # of RFC 1123
+SUBDOMAIN = re.compile(rf"(?=.{{1,253}}$){LABEL.pattern}(\.{LABEL.pattern})*")
+
+
+def directive_checks(target: Slurm, run_dir: str) -> list[Check]:
+    """Whether a line `#SBATCH --name=value` can carry these: it ends where a line does."""
+    values = {"run_dir": run_dir, "target.partition": target.partition, "target.account": target.account}
+    values |= {f"target.options.{name}": value for name, value in target.options.items()}
+    rule = "one line without control characters, as an #SBATCH directive is"
+    checks = [
+        Check(value is None or str(value).isprintable(), key, rule, repr(value), "a value without them")
+        for key, value in values.items()
+    ]
+    rule = "the long name of an option of sbatch"
+    return checks + [
+        Check(OPTION.fullmatch(name) is not None, f"target.options.{name!r}", rule, repr(name), "as qos or mem-per-gpu")
+        for name in target.options
+    ]
+
+
+def name_checks(target: "Target") -> list[Check]:
+    """Whether names have the form that the shell and Kubernetes ask for."""
+    rule = "a name of letters, digits and _ that begins with no digit"
+    checks = [
+        Check(VARIABLE.fullmatch(name) is not None, f"target.env.{name!r}", rule, repr(name), "another name")
+        for name in target.env
+    ]
+    if isinstance(target, KubeRay):
+        names = {"target.namespace": (LABEL, target.namespace), "target.volume_claim": (SUBDOMAIN, target.volume_claim)}
+        rule = "a name of lower-case letters, digits and - (RFC 1123), at most 63 long between dots"
+        checks += [
+            Check(
+                name is None or form.fullmatch(name) is not None, key, rule, repr(name), "the name that kubectl shows"
+            )
+            for key, (form, name) in names.items()
+        ]
+    return checks
+
+
 Target = RayJobs | KubeRay | Slurm
 TARGETS: dict[str, type[Any]] = {"ray_jobs": RayJobs, "kuberay": KubeRay, "slurm": Slurm}
 

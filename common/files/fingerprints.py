@@ -13,8 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+from common.files.checkpoint_files import checkpoint_files
 from common.files.durable import replace_text
-from contracts.scoring import GOLDEN_FILE
 
 PIECE_BYTES, READ_BYTES = 32 << 20, 1 << 20
 REMEMBERED = 4096  # files
@@ -34,12 +34,12 @@ def checkpoint_fingerprint(path: str, revision: str | None = None, memory: Path 
 
     Raises:
         OSError: there is no such checkpoint, here or on the hub.
-        ValueError: `path` is no directory and no hub id.
+        ValueError: `path` is no directory and no hub id, or a load would read files that are not of this directory.
     """
     root = Path(path)
     if not root.is_dir():
         return _sha256(f"{path}\0{_hub_commit(path, revision)}".encode())
-    files = sorted(file for file in root.rglob("*") if file.is_file() and _counts(file.relative_to(root)))
+    files = checkpoint_files(root)
     hashes = file_hashes(files, memory)
     return _sha256("".join(f"{f.relative_to(root)}\0{h}\n" for f, h in zip(files, hashes, strict=True)).encode())
 
@@ -63,10 +63,6 @@ def file_hashes(files: list[Path], memory: Path | None = None) -> list[str]:
         memory.parent.mkdir(parents=True, exist_ok=True)
         replace_text(memory, json.dumps(dict(list((_read(memory) | settled).items())[-REMEMBERED:])))
     return [hashes.get(identity) or _known[identity] for identity in found]
-
-
-def _counts(name: Path) -> bool:
-    return name.name != GOLDEN_FILE and name.suffix != ".md" and not any(part.startswith(".") for part in name.parts)
 
 
 def _identity(file: Path) -> str:

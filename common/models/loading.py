@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from common.files.checkpoint_files import checkpoint_files
 from contracts.checks.check import Check
 
 SHOWN = 4  # names in a message
@@ -56,11 +57,13 @@ def loading_report(kind: Any, path: str, **options: Any) -> tuple[Any, dict[str,
     would say, in the time that it takes to make the modules, whatever their size.
 
     Raises:
-        OSError: where there is no such checkpoint.
-        ValueError: where `kind` has no class for it.
+        OSError: where there is no such checkpoint, or its weights are no safetensors.
+        ValueError: where `kind` has no class for it, or its files are not all its own.
     """
+    if Path(path).is_dir():
+        checkpoint_files(Path(path))
     options |= {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    return kind.from_pretrained(path, **options)
+    return kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
 
 
 def refuse_unloaded(

@@ -94,13 +94,14 @@ def prove(
         compute: the code under proof, on a model of the class in float32.
         attention: a value of `learner.attention`; `auto` tries every form.
         trains: compare gradients too.
-        build_options: of `from_config`.
+        build_options: of `from_config`. Code of a checkpoint runs only where they say so.
 
     A process remembers what it has proved: policy, reference and the next update's copy are of one configuration.
 
     Raises:
         Unproven: with what each form said.
     """
+    build_options = {"trust_remote_code": False} | build_options
     start = time.perf_counter()
     key = json.dumps([kind.name, attention, on_cpu, trains, config.to_dict()], sort_keys=True, default=str)
     if key in _PROVED:

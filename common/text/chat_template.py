@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common.text.template_turns import turn_starts
 from contracts.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ Turn = dict[
     str, Any
 ]  # {"role": ..., "content": ...} and what else the template knows: tool_calls, reasoning_content, ...
 Turns = list[Turn]
+
+
+MAX_RENDERED_TURNS = 1_000_000  # of one conversation, a few seconds
 
 
 class DataError(ValueError):
@@ -60,15 +64,18 @@ def render(tokenizer: "Tokenizer", turns: Turns, tools: list | None = None, ask:
         raise DataError("data.chat: the tokenizer has no chat template; write data.chat: false and plain text columns")
     import jinja2
 
-    day = date.fromisoformat(tokenizer.init_kwargs.get("template_date", ModelConfig.template_date))
     try:
         shown = tokenizer.apply_chat_template(
-            turns, tools=tools, tokenize=False, add_generation_prompt=ask, strftime_now=lambda form: day.strftime(form)
+            turns, tools=tools, tokenize=False, add_generation_prompt=ask, strftime_now=_day(tokenizer).strftime
         )
     # A template reads what it likes of a row: what is of another type there fails as Python does.
     except (jinja2.exceptions.TemplateError, TypeError, AttributeError, ValueError, KeyError) as error:
         raise LeftOut("refused by the chat template", str(error)) from None
     return str(shown)
+
+
+def _day(tokenizer: "Tokenizer") -> date:
+    return date.fromisoformat(tokenizer.init_kwargs.get("template_date", ModelConfig.template_date))
 
 
 def template_form(tokenizer: "Tokenizer") -> Form:
@@ -141,13 +148,15 @@ def show(tokenizer: "Tokenizer", turns: Turns, tools: list | None, learnt: list[
     """Render a conversation and find the answers in it.
 
     An answer is where the template, asked for it, would let it begin, and ends with its end token. An earlier one counts
-    only if it is shown as it was given. Only for these, one rendering each is needed; all else is two, however many turns.
+    only if it is shown as it was given. A template that writes turn by turn (common/text/template_turns.py) is rendered
+    three times, however many turns; another one twice, and twice more up to each earlier answer.
 
     Args:
         learnt: of each turn, whether it may train.
 
     Raises:
-        LeftOut: where the template prompts for the last answer otherwise than it writes it.
+        LeftOut: where the template prompts for the last answer otherwise than it writes it, or would have to write more than
+            `MAX_RENDERED_TURNS`.
     """
     opening, ends = template_form(tokenizer)
 
@@ -168,22 +177,42 @@ def show(tokenizer: "Tokenizer", turns: Turns, tools: list | None, learnt: list[
             f"the prompt is ...{asked[start:]!r}, with the answer it is ...{whole[start:]!r}; give answers the form that "
             "the prompt opens, or another template",
         )
-    answers, rewritten = [], 0
-    for index in range(last):
-        if turns[index]["role"] == "assistant" and learnt[index]:
-            found = _kept(asked, prompt(index), lambda i=index: render(tokenizer, turns[: i + 1], tools), ends)  # type: ignore[misc]
-            answers += [found] if found else []
-            rewritten += found is None
-    return Shown(whole[:stop], [*answers, (len(asked), stop)], rewritten)
+    earlier = [i for i in range(last) if turns[i]["role"] == "assistant" and learnt[i]]
+    starts = turn_starts(tokenizer, turns, tools, _day(tokenizer).strftime, whole) if len(earlier) > 1 else {}
+    others = [i for i in earlier if i not in starts]
+    if (count := sum(2 * i + 1 for i in others)) > MAX_RENDERED_TURNS:
+        raise LeftOut(
+            "too many answers for its chat template",
+            f"{template_name(tokenizer)} writes a turn by what follows it, so each of {len(others)} answers takes "
+            f"renderings of its own, {count} turns in all, more than {MAX_RENDERED_TURNS}; divide the conversation, or give "
+            "answers the weight 0",
+        )
+    found = []
+    for index in earlier:
+        if index in starts:
+            at, ask, layout = starts[index], asked[starts[last] :], whole[starts[last + 1] :]
+            alone = partial(str, whole[at : starts[index + 1]] + layout)
+        else:
+            at, ask, alone = 0, prompt(index), partial(render, tokenizer, turns[: index + 1], tools)
+        found.append(_kept(asked, at, ask, alone, ends))
+    answers = [place for place in found if place]
+    return Shown(whole[:stop], [*answers, (len(asked), stop)], len(found) - len(answers))
 
 
-def _kept(history: str, prompt: str, alone: Callable[[], str], ends: tuple[str, ...]) -> tuple[int, int] | None:
-    """Where an earlier answer stands in `history`, if it stands there as the template writes it when it is the last."""
-    if not history.startswith(prompt):
+def _kept(
+    history: str, at: int, prompt: str, alone: Callable[[], str], ends: tuple[str, ...]
+) -> tuple[int, int] | None:
+    """Where an earlier answer stands in `history`, if it stands there as the template writes it when it is the last.
+
+    Args:
+        prompt: from `at` on, what the policy is shown for this answer.
+        alone: from `at` on, the conversation that ends with it.
+    """
+    if not history.startswith(prompt, at):
         return None
     given = alone()
     stop = _end_of(given, len(prompt), ends) if given.startswith(prompt) else None
-    return (len(prompt), stop) if stop is not None and history.startswith(given[:stop]) else None
+    return (at + len(prompt), at + stop) if stop is not None and history.startswith(given[:stop], at) else None
 
 
 def _end_of(text: str, start: int, ends: tuple[str, ...]) -> int | None:

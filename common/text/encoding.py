@@ -204,12 +204,14 @@ def _earlier(
         context = before + text[begin:start]
         head = encode(context)
         piece = head[1:] if before else head
-        ids, mask = ids + piece, mask + [False] * len(piece)
+        ids += piece
+        mask += [False] * len(piece)
         if stop == answers[-1][1]:
             break
         answer = _after(encode, context, head, text[start:stop])
-        ids, mask = ids + answer, mask + [True] * len(answer)
-        before, begin = next(end for end in ends if text[:stop].endswith(end)), stop
+        ids += answer
+        mask += [True] * len(answer)
+        before, begin = next(end for end in ends if text.endswith(end, 0, stop)), stop
     return mask if ids == history else None
 
 

@@ -64,5 +64,5 @@ def load_decoder(path: str) -> Callable[[Sequence[int]], str]:
     if tokenizer is None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)

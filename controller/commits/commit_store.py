@@ -26,6 +26,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from common.files import durable
+from common.files.checkpoint_files import is_inside
 from common.files.code_digest import package_versions
 from common.files.durable import FileRecord, RawTensor
 
@@ -70,6 +71,17 @@ class Commit:
         """Why it is no valid commit, or None. Without `content` the files' sizes alone are compared."""
         if self.path.stat().st_uid != os.getuid():
             return f"{self.path} belongs to another user"
+        if self.path.name != f"step_{self.step}":
+            return f"{MANIFEST} is of step {self.step}"
+        ranks = [f"rank_{rank}.safetensors" for rank in range(self.world_size)]
+        if lacking := [name for name in (DRIVER, ARRAYS, *ranks) if name not in self.records]:
+            return f"{MANIFEST} names no {', '.join(lacking)}"
+        root = self.path.resolve()
+        if links := [name for name in self.records if (root / name).resolve() != root / name]:
+            return f"{links[0]} is a link, and a commit holds its files itself"
+        policy = (file.relative_to(root).as_posix() for file in (root / "policy").rglob("*") if not file.is_dir())
+        if strange := sorted({*policy} - {*self.records}):  # whoever loads the policy may take it
+            return f"{strange[0]} is not in {MANIFEST}"
         found = (durable.problem(self.path / name, record, content) for name, record in self.records.items())
         return next((reason for reason in found if reason), None)
 
@@ -118,6 +130,8 @@ def read_commit(path: Path) -> Commit:
             raise CheckpointError(f"{MANIFEST} does not have the SHA-256 that it names")
         if content["format"] != FORMAT:
             raise CheckpointError(f"{MANIFEST} has format {content['format']}, this version reads {FORMAT}")
+        if strange := [name for name in content["files"] if not is_inside(name)]:
+            raise CheckpointError(f"{MANIFEST} names {strange[0]!r}, which is no file of the commit")
         return Commit(
             path=path,
             step=content["step"],
@@ -129,7 +143,7 @@ def read_commit(path: Path) -> Commit:
         )
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
 
 

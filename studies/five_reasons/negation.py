@@ -147,7 +147,7 @@ def measure(run: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     config, paths = loaded_config(run), checkpoints(run)
-    tokenizer = AutoTokenizer.from_pretrained(paths["sft"])
+    tokenizer = AutoTokenizer.from_pretrained(paths["sft"], trust_remote_code=False)
     triples, left_out = find_triples(config, tokenizer)
     if len(triples) < 2:
         raise StudyError(f"{len(triples)} of the texts of data.test can be negated by the rules; left out: {left_out}")

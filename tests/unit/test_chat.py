@@ -5,18 +5,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from actors.environment import TwoTurn
+from common.text import chat_template
 from common.text.chat_template import render
 from common.text.encoding import (
     DataError,
     LeftOut,
     Notes,
     Turns,
+    encode_conversation,
     encode_example,
     encode_prompt,
     item_of_messages,
@@ -24,6 +27,7 @@ from common.text.encoding import (
     told_ids,
     turn_end_ids,
 )
+from common.text.template_turns import turn_starts
 from common.text.tokenizers import load_tokenizer, with_date
 from contracts.config import ModelConfig
 from contracts.environments import EnvironmentFault
@@ -370,3 +374,98 @@ def test_an_environment_goes_on_as_the_template_does(make: Make, template: str) 
 def test_an_environment_refuses_a_template_that_rewrites_answers(make: Make) -> None:
     with pytest.raises(EnvironmentFault, match="rewrites earlier answers, so a conversation cannot go on behind one"):
         TwoTurn(make("empty_think"), chat=True)
+
+
+# ---- long conversations
+
+# As Gemma and Llama 3.1: the system's turn goes before the loop, and the loop over what is left.
+LLAMA = "{{ bos_token }}{% if messages[0].role == 'system' %}{% set intro = messages[0].content %}{% set messages = messages[1:] %}{% else %}{% set intro = 'Be brief.' %}{% endif %}<|im_start|>system\n{{ intro }}<|im_end|>\n{% for m in messages %}{% if loop.first %}{% set _ = 1 %}{% endif %}<|im_start|>{{ m.role }}{% for call in m.tool_calls or [] %}{{ call.function.name }}{% if not loop.last %}, {% endif %}{% endfor %}{{ '\n' }}{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+COUNTS = "{% set ns = namespace(n=0) %}" + HEAD + "{% set ns.n = ns.n + 1 %}{{ ns.n }} {{ m['content'] }}" + TAIL
+TURN_BY_TURN = ["trim", "nogen", "inst", "date", "tools", "phi", LLAMA, COUNTS + ASK, HEAD + "{{ m.content }}{% if not loop.first %}{{ loop.previtem.role }}{% endif %}" + TAIL + ASK]  # fmt: skip
+LOOKS_AHEAD = [
+    "thinkgen",
+    "qwen3",
+    "empty_think",
+    "returns",
+    COUNTS + "{% if add_generation_prompt %}{% if ns.n > 2 %}<|im_start|>assistant\n{% else %}<|im_start|>\n{% endif %}{% endif %}",
+    HEAD + "{% if messages | length > 3 %}!{% endif %}{{ m.content }}" + TAIL + ASK,
+    HEAD + "{{ m.content }}{{ messages[loop.index0 - 1].content }}" + TAIL + ASK,
+    HEAD + "{{ m.content }}{{ loop.nextitem.content }}" + TAIL + ASK,
+    HEAD + "{{ m.content }}{{ messages[1].content }}" + TAIL + ASK,
+    "{% macro all() %}{{ messages | length }}{% endmacro %}" + HEAD + "{{ all() }}{{ m.content }}" + TAIL + ASK,
+    "{% set n = messages[1:] %}" + HEAD + "{{ n | length }}{{ m.content }}" + TAIL + ASK,
+    HEAD + "{% if m.content == 'Stop.' %}{% break %}{% endif %}{{ m.content }}" + TAIL + ASK,
+    "{% for m in messages[:-1] %}{{ m.content }}{% endfor %}" + HEAD + "{{ m.content }}" + TAIL + ASK,
+    HEAD + "{% set l = loop %}{% for c in m.content %}{{ c }}{{ l.last }}{% endfor %}" + TAIL + ASK,
+    "{% if messages %}" + HEAD + "{{ m.content }}" + TAIL + "{% endif %}" + ASK,
+]  # fmt: skip
+CONTENTS = [
+    "Name a prime.",
+    "Seven.",
+    "  Another? \n",
+    THOUGHT,
+    "\n\nOne more",
+    "",
+    "<|im_end|>",
+    "Stop.",
+    "x\ue000y",
+    "Ende",
+]
+
+
+def conversations() -> list[Turns]:
+    random, found = Random(7), []
+    for count in (4, 5, 6, 9, 14):
+        made = turns(*random.choices(CONTENTS, k=count))
+        found += [made, [{"role": "system", "content": "Help."}, *made], made[1:]]
+        found += [[{**turn, "weight": random.randrange(2)} for turn in made]]
+        found += [[*made[:2], {"role": "tool", "content": "4"}, *made[1:]]]
+    return found
+
+
+@pytest.mark.parametrize("template", [*TURN_BY_TURN, *LOOKS_AHEAD])
+def test_one_rendering_finds_what_one_for_each_answer_finds(
+    make: Make, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, known = make(template), []
+
+    def starts(*arguments: Any) -> dict[int, int]:
+        known.append(turn_starts(*arguments))
+        return known[-1]
+
+    def found(conversation: Turns) -> Any:
+        notes = Notes()
+        try:
+            example = encode_conversation(tokenizer, conversation, notes=notes)
+        except LeftOut as error:
+            return str(error)
+        return example, notes.rewritten
+
+    for conversation in conversations():
+        monkeypatch.setattr(chat_template, "turn_starts", starts)
+        linear = found(conversation)
+        monkeypatch.setattr(chat_template, "turn_starts", lambda *_: {})
+        assert linear == found(conversation)
+    assert any(known) is (template in TURN_BY_TURN)
+
+
+def test_a_long_conversation_trains_with_a_fixed_number_of_renderings(make: Make) -> None:
+    tokenizer, rendered = make("trim"), []
+    apply = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda messages, **options: (
+        rendered.append(len(messages)) or apply(messages, **options)
+    )
+    example = encode_example(tokenizer, "", turns(*["word"] * 400), chat=True)
+    assert sum(example.loss_mask) == 2 * 200
+    assert [count for count in rendered if count > 2] == [400, 399]
+
+
+def test_too_many_answers_of_a_template_that_looks_ahead(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDERED_TURNS", 100)
+    conversation = turns(*["word"] * 16)
+    encode_example(make("trim"), "", conversation, chat=True)
+    item_of_messages(make("qwen3"), conversation)
+    with pytest.raises(
+        LeftOut, match=r"each of 7 answers takes renderings of its own, 105 turns in all, more than 100"
+    ):
+        encode_example(make("qwen3"), "", conversation, chat=True)

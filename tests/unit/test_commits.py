@@ -1,6 +1,7 @@
 """Commits on disk: what is torn, missing or changed is found; the newest valid one counts; the best one stays."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,31 @@ def lie(path: Path) -> None:
     path.write_text(json.dumps(manifest))
 
 
+def rewrite(**changes: Any) -> Any:
+    """A manifest with other content, and the SHA-256 of that."""
+
+    def change(path: Path) -> None:
+        content = json.loads(path.read_text())["content"]
+        content.update({key: value(content[key]) if callable(value) else value for key, value in changes.items()})
+        path.write_text(json.dumps({"sha256": commit_store._digest(content), "content": content}))
+
+    return change
+
+
+def to_link(path: Path) -> None:
+    outside = Path(tempfile.mkdtemp(dir=path.parents[4])) / path.name
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def more(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def without(name: str) -> Any:
+    return lambda files: {key: value for key, value in files.items() if key != name}
+
+
 @pytest.mark.parametrize(
     ("harm", "file", "reason"),
     [
@@ -78,6 +104,27 @@ def lie(path: Path) -> None:
         (truncate, MANIFEST, "MANIFEST.json cannot be read: JSONDecodeError"),
         (lie, MANIFEST, "MANIFEST.json does not have the SHA-256 that it names"),
         (Path.unlink, MANIFEST, "MANIFEST.json is missing"),
+        (
+            rewrite(files={}),
+            MANIFEST,
+            "MANIFEST.json names no driver.json, driver.safetensors, rank_0",
+        ),
+        (rewrite(files=without("driver.json")), MANIFEST, "MANIFEST.json names no driver.json"),
+        (rewrite(world_size=2), MANIFEST, "MANIFEST.json names no rank_1.safetensors"),
+        (rewrite(step=7), MANIFEST, "MANIFEST.json is of step 7"),
+        (rewrite(files=lambda f: f | {"../x": [0, ""]}), MANIFEST, "names '../x', which is no file of the commit"),
+        (rewrite(files=lambda f: f | {"policy/../x": [0, ""]}), MANIFEST, "names 'policy/../x', which is no file"),
+        (rewrite(files=lambda f: f | {"/etc/hosts": [0, ""]}), MANIFEST, "names '/etc/hosts', which is no file"),
+        (rewrite(files=lambda f: f | {"": [0, ""]}), MANIFEST, "names '', which is no file of the commit"),
+        (rewrite(files=["driver.json"]), MANIFEST, "MANIFEST.json cannot be read"),
+        (to_link, "rank_0.safetensors", "rank_0.safetensors is a link, and a commit holds its files itself"),
+        (to_link, "policy/config.json", "policy/config.json is a link, and a commit holds its files itself"),
+        (to_link, "policy", "policy/config.json is a link, and a commit holds its files itself"),
+        (
+            more,
+            "policy/model-00002-of-00002.safetensors",
+            "policy/model-00002-of-00002.safetensors is not in MANIFEST.json",
+        ),
     ],
 )
 def test_a_damaged_commit_is_passed_over_loudly(harm: Any, file: str, reason: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -74,4 +75,19 @@ def test_nothing_is_exported_that_does_not_verify(
     flip(step_path(run_dir, 4) / "rank_0.safetensors")
     assert main([str(run_dir), "--step", step, str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_leaves_that_the_manifest_does_not_name(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    """What a link points to, or a file beside the commit's own."""
+    (tmp_path / "elsewhere.txt").write_text("not of the run")
+    (step_path(run_dir, 4) / "policy/notes.txt").symlink_to(tmp_path / "elsewhere.txt")
+    assert main([str(run_dir), "--step", "4", str(tmp_path / "out")]) == 1
+    assert "policy/notes.txt is not in MANIFEST.json" in capsys.readouterr().err
+    config = step_path(run_dir, 2) / "policy/config.json"
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
+    config.unlink()
+    config.symlink_to(tmp_path / "config.json")
+    assert main([str(run_dir), "--step", "2", str(tmp_path / "out")]) == 1
+    assert "policy/config.json is a link" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

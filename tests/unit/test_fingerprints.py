@@ -11,6 +11,7 @@ import pytest
 
 from common.files import fingerprints
 from common.files.fingerprints import PIECE_BYTES, checkpoint_fingerprint, file_hashes
+from common.models.loading import loading_report
 
 
 @pytest.fixture(autouse=True)
@@ -160,3 +161,77 @@ def test_a_hub_id_is_the_commit_that_it_stands_for(tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match="Repo id"):
         checkpoint_fingerprint(str(tmp_path / "no/such/directory"))
     fingerprints._hub_commit.cache_clear()
+
+
+# ---- what a load reads is what was hashed
+
+NAME = "model-00001-of-00001.safetensors"
+
+
+def index_of(*names: Any) -> bytes:
+    return json.dumps({"weight_map": {f"w{i}": name for i, name in enumerate(names)}}).encode()
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        checkpoint_fingerprint(str(path))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../other/x.safetensors", "/x.bin", ".hidden/x.safetensors", "a/../x", "", "x.md"])
+def test_an_index_names_files_of_its_own_directory(name: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path, {"config.json": b"{}", NAME: b"", "model.safetensors.index.json": index_of(NAME)})
+    checkpoint_fingerprint(str(tmp_path))
+    checkpoint(tmp_path, {"model.safetensors.index.json": index_of(NAME, name)})
+    assert refused(tmp_path).endswith(
+        f"must name files of its own directory; found {name!r}; write a checkpoint with all its files"
+    )
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"weight_map": []}', b"{}", index_of(["x"]), index_of(1), b"\xff"])
+def test_an_index_that_cannot_be_read(content: bytes, tmp_path: Path) -> None:
+    checkpoint(tmp_path, {NAME: b"", "model.safetensors.index.json": content})
+    assert "model.safetensors.index.json" in refused(tmp_path)
+
+
+def test_weights_that_another_reader_would_take_are_refused(tmp_path: Path) -> None:
+    """vLLM loads what it finds where there is no index, transformers the file of the usual name."""
+    checkpoint(tmp_path, {"model.safetensors": b"", "model-00002-of-00002.safetensors": b""})
+    assert "must hold one set of weights; found model-00002-of-00002.safetensors beside another" in refused(tmp_path)
+    checkpoint(tmp_path, {"model.safetensors.index.json": index_of("model-00002-of-00002.safetensors")})
+    assert "found model.safetensors beside model.safetensors.index.json; write a directory without it" in refused(
+        tmp_path
+    )
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_weights_are_no_pickle(name: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path, {"config.json": b"{}", name: b""})
+    assert f"must hold its weights as safetensors; found {name}, a pickle" in refused(tmp_path)
+    with pytest.raises(ValueError, match="must hold its weights as safetensors"):
+        loading_report(None, str(tmp_path))
+    checkpoint(tmp_path, {"model.safetensors": b""})
+    checkpoint_fingerprint(str(tmp_path))  # nobody reads the other one
+
+
+def test_links_lead_nowhere_else(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "other", {"shard": b"other", "sub/shard": b"other"})
+    path = Path(checkpoint(tmp_path / "model", {"config.json": b"{}", "weights": b"own"}))
+    (tmp_path / "link").symlink_to(path)
+    assert checkpoint_fingerprint(str(tmp_path / "link")) == checkpoint_fingerprint(str(path))
+    (path / "model.safetensors").symlink_to("weights")
+    checkpoint_fingerprint(str(path))
+    for target in (tmp_path / "other/shard", tmp_path / "other/sub", tmp_path / "nothing", path):
+        (path / "model.safetensors").unlink()
+        (path / "model.safetensors").symlink_to(target)
+        assert "must be a file, or a link to one of the same directory or of a hub cache; it leads to" in refused(path)
+
+
+def test_a_snapshot_of_a_hub_cache_is_links_into_its_blobs(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "hub/models--a--b/blobs", {"0a": b"weights", "0b": b"{}"})
+    snapshot = tmp_path / "hub/models--a--b/snapshots/1234"
+    snapshot.mkdir(parents=True)
+    for name, blob in (("model.safetensors", "0a"), ("config.json", "0b")):
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    plain = checkpoint(tmp_path / "plain", {"model.safetensors": b"weights", "config.json": b"{}"})
+    assert checkpoint_fingerprint(str(snapshot)) == checkpoint_fingerprint(plain)

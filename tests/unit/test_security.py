@@ -26,6 +26,7 @@ from tests.conftest import ROOT
 
 CANARY = "canary-77ab01"
 OURS = ("contracts", "actors", "reward_service", "learner", "controller")
+LOADERS = (*OURS, "common", "studies", "submission", "benchmarks", "hydra_plugins")
 
 
 def mode(path: Path) -> int:
@@ -196,3 +197,27 @@ def test_a_sweep_whose_members_cannot_be_composed_leaves_no_secret(tmp_path: Pat
     assert refused.returncode == 1
     assert (tmp_path / "sweep/multirun.yaml").exists()
     assert files_with(CANARY, tmp_path) == []
+
+
+def test_every_load_says_whether_code_of_a_checkpoint_may_run() -> None:
+    """Without it transformers asks on stdin, and a run that nobody watches waits for the answer."""
+    silent = []
+    for source in (path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in (*LOADERS, "train.py")):
+        tree = ast.parse(source.read_text())
+        said = {
+            ast.unparse(target)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and "trust_remote_code" in ast.unparse(node.value)
+            for target in node.targets
+        }
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(".from_pretrained"):
+                continue
+            if ast.unparse(node.func).startswith("GenerationConfig."):  # it is no code's name
+                continue
+            named = {word.arg for word in node.keywords} | {
+                "trust_remote_code" for word in node.keywords if word.arg is None and ast.unparse(word.value) in said
+            }
+            if "trust_remote_code" not in named:
+                silent.append(f"{source.relative_to(ROOT)}: {ast.unparse(node)}")
+    assert silent == []

@@ -1,8 +1,10 @@
 """The batch script of SLURM and the manifest of KubeRay."""
 
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import yaml
 from contracts.checks.overrides import quoted
 from contracts.checks.validation import ConfigError
 from submission import kuberay, slurm
-from submission.job import Job, to_job
-from submission.targets import KubeRay, Slurm
+from submission.job import Job, checked_job, to_job
+from submission.ray_jobs import entrypoint
+from submission.targets import KubeRay, RayJobs, Slurm
 
 PLACES = ["run_dir=/shared/runs/a", "cache_dir=/shared/cache"]
 TWO_NODES = [*PLACES, "cluster=multi_node"]
@@ -106,6 +109,91 @@ def test_the_form_of_times_and_sizes(option: str, good: list[str], bad: list[str
 def test_the_time_is_said_once() -> None:
     with pytest.raises(ConfigError, match=r"target\.options\.time must be absent; found 1:00:00; write target\.time"):
         to_job(["target=slurm", "+target.options.time=1:00:00", *TWO_NODES])
+
+
+def as_sbatch_reads(line: str) -> list[str]:
+    """The rules of `_get_argument` in opt.c of SLURM, written anew: words of a directive."""
+    words, word, quote, escaped, begun = [], "", "", False, False
+    for character in line:
+        if not quote and character.isspace():
+            words, word, begun = [*words, word] if begun else words, "", False
+        elif escaped:
+            word, escaped = word + character, False
+        elif character == "\\":
+            escaped = begun = True
+        elif quote and character == quote:
+            quote = ""
+        elif not quote and character in "\"'":
+            quote, begun = character, True
+        elif not quote and character == "#":
+            break
+        else:
+            word, begun = word + character, True
+    assert not quote
+    return [*words, word] if begun else words
+
+
+VALUES = ["high", "a b", "it's", 'say "x"', "a\\b", "\\", "a#b", "# x", "$HOME `id` $(id); x", "a&b|c>d", "ü é"]
+VALUES += ["", " x ", "'", '"']
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_sbatch_reads_a_directive_as_it_was_written(value: str) -> None:
+    job = Job("a", [], f"/runs/{value}", Slurm(partition=value, options={"comment": value}))
+    _, config = to_job(["target=slurm", *TWO_NODES])
+    lines = slurm.render(job, config.cluster).splitlines()
+    words = [as_sbatch_reads(line.removeprefix("#SBATCH ")) for line in lines if line.startswith("#SBATCH ")]
+    assert words == [[option] for option in slurm.directives(job, job.target, config.cluster)]  # type: ignore[arg-type]
+    assert [f"--comment={value}"] in words
+    assert [f"--partition={value}"] in words
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run_dir", "/shared/a\nb"),
+        ("target.partition", "a\nhostname"),
+        ("target.account", "a\rb"),
+        ("+target.options.comment", "a\n#SBATCH --uid=0"),
+    ],
+)
+def test_what_a_directive_cannot_carry_is_refused(key: str, value: str) -> None:
+    job, config = to_job(["target=slurm", *TWO_NODES])
+    target = Slurm()
+    if key == "run_dir":
+        config.run_dir = value
+    elif key.startswith("target."):
+        setattr(target, key.removeprefix("target."), value)
+    else:
+        target.options["comment"] = value
+    name = re.escape(key.lstrip("+"))
+    with pytest.raises(
+        ConfigError, match=f"{name} must be one line without control characters.*found {re.escape(repr(value))}"
+    ):
+        checked_job(config, job.overrides, target)
+
+
+def test_names_of_options_and_variables() -> None:
+    job, config = to_job(["target=slurm", *TWO_NODES])
+    target = Slurm(options={"a b": "c"}, env={"A;B": "c", "OK_1": "d"})
+    with pytest.raises(ConfigError) as error:
+        checked_job(config, job.overrides, target)
+    assert "target.options.'a b' must be the long name of an option of sbatch" in str(error.value)
+    assert "target.env.'A;B' must be a name of letters, digits and _" in str(error.value)
+    assert "OK_1" not in str(error.value)
+
+
+def test_a_percent_sign_of_the_run_directory_is_one() -> None:
+    _, config = to_job(["target=slurm", *TWO_NODES])
+    found = slurm.directives(Job("a", [], "/a%j", Slurm()), Slurm(), config.cluster)
+    assert "--output=/a%%j/slurm.log" in found
+
+
+def test_the_pid_file_has_a_name_that_nobody_guesses(tmp_path: Path) -> None:
+    script = rendered(tmp_path).read_text()
+    assert "/tmp/" not in script.replace(str(tmp_path), "")
+    assert batch(tmp_path, TMPDIR=str(tmp_path)).wait() == 0
+    assert [path for path in tmp_path.iterdir() if path.name.startswith("tmp.")] == []  # and it is gone
 
 
 def test_the_script_is_valid_shell(tmp_path: Path) -> None:
@@ -381,6 +469,22 @@ def test_pods_pass_the_schema_of_kubernetes() -> None:
             kubernetes.validate(known, "1.34", strict=True)
 
 
+@pytest.mark.parametrize("name", ["7b", "2026", "-x", "ÄÖ", "a" * 90, "7" * 90])
+def test_names_begin_with_a_letter(name: str) -> None:
+    found = manifest(*TWO_NODES, f"name='{name}'")["metadata"]["name"]
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", found)
+    assert len(found) <= 47 - len("-r99")
+
+
+@pytest.mark.parametrize(
+    "option", ["target.namespace=ML", "target.namespace=a.b", "target.namespace=-a", "target.volume_claim=a_b"]
+)
+def test_names_of_kubernetes_have_its_form(option: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{option.split('=')[0]} must be a name of lower-case letters"):
+        to_job(["target=kuberay", option, *TWO_NODES])
+    to_job(["target=kuberay", "target.volume_claim=a.b-1", "target.namespace=7ml", *TWO_NODES])
+
+
 def test_a_layout_of_one_node_has_no_workers() -> None:
     found = manifest(*PLACES, "cluster=single_node_8gpu")
     assert found["spec"]["rayClusterSpec"]["workerGroupSpecs"] == []
@@ -390,3 +494,28 @@ def test_the_programs_behind_the_verbs() -> None:
     job = Job("a", [], "/run", KubeRay(namespace="ml"))
     assert kuberay.commands(job, "f.yaml")["stop"] == ["kubectl", "--namespace=ml", "delete", "rayjob", "a"]
     assert slurm.commands(Job("a", [], "/run", Slurm()), "f")["stop"] == ["scancel", "--name=a"]
+
+
+# ---- Ray Jobs
+
+
+@pytest.mark.parametrize("python", ["absent-python", "bare"])
+def test_a_python_without_tandems_packages_is_named(python: str, tmp_path: Path) -> None:
+    bare = tmp_path / "bare python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # without site-packages
+    bare.chmod(0o755)
+    given = str(bare) if python == "bare" else python
+    done = subprocess.run(
+        ["sh", "-c", entrypoint(Job("a", [], "/run", RayJobs(python=given)))], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"target.python={given} must be the Python of Tandem's environment on the head node" in done.stderr
+    assert "hydra" in done.stderr.splitlines()[-1]
+
+
+def test_a_python_that_has_them_runs_the_job_in_the_place_of_the_shell(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import os, sys; print(os.getpid(), sys.argv[1:])")
+    job = Job("a", ["name=a b"], "/run", RayJobs(python=sys.executable))
+    started = subprocess.Popen(["sh", "-c", entrypoint(job)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert started.communicate()[0] == f"{started.pid} ['name=a b']\n"
+    assert started.returncode == 0
