@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from contracts.records import Example
 from contracts.stages import TASKS, find_stage
 from controller.data.inputs import Inputs
 from controller.pipeline.pipeline import Pipeline
-from controller.pipeline.store import StageStore
+from controller.pipeline.store import StageStore, code_of
 from tests.unit.test_stages import run_of
 
 PAGE = Path(__file__).parents[2] / "docs/extending.md"
@@ -137,7 +138,7 @@ def test_it_runs_once_and_is_cached(name: str, config: TandemConfig, tmp_path: P
     store, log = run_of(tmp_path, "run")
     pipeline: Any = object.__new__(Pipeline)  # without its proofs and checks
     pipeline.config, pipeline.run_dir, pipeline.log = config, tmp_path / "run", log
-    pipeline.store = StageStore(store.cache_dir, log, "auto", print)
+    pipeline.store = StageStore(store.cache_dir, log, "auto", print, partial(code_of, config))
     pipeline.context = type("Shared", (), {"made_for": staticmethod(Context)})()
     pipeline.progress = type("Progress", (), {"line": print, "phase": Context.phase})
     config.stage = name
