@@ -84,9 +84,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if (
-            self.is_idle
-        ):  # no other has been sent behind it; uvicorn closes after idle_s, unless the answer is not taken
+        # Where no other request has been sent behind it. uvicorn closes after idle_s, unless the answer is not taken.
+        if self.is_idle:
             self._wait_for_head(self._limits.idle_s + self._limits.head_s)
 
     def pause_writing(self) -> None:
