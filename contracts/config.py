@@ -321,7 +321,11 @@ class HttpConfig:
     token_file: str | None = key(None, free="a file")
     max_items: int = key(256, least=1)  # of one request
     max_body_mib: float = key(8.0, above=0)
-    max_pending_mib: float = key(64.0, above=0)  # bodies of all requests together, above which new ones are turned away
+    # Bodies of all requests together, above which new ones are turned away; of one client (a token used from one address)
+    # half as much.
+    max_pending_mib: float = key(64.0, above=0)
+    # that wait for one scorer or are scored by it, of one client; of all of them: max_queued_items
+    max_client_items: int = key(1024, least=1)
 
 
 @dataclass
@@ -334,7 +338,8 @@ class RewardServiceConfig:
     dtype: str = key("auto", choices=DTYPES)  # as model.dtype
     max_tokens: int = key(1024, least=1)
     deadline_s: float = key(120.0, above=0)
-    max_queued_items: int = key(4096, least=1)  # above which requests are turned away
+    # Of each scorer, above which requests are turned away; the PPO loop's own are counted for themselves.
+    max_queued_items: int = key(4096, least=1)
     cache_items: int = key(16384, least=0)  # scores that are remembered
     # mean deviation from the checkpoint's golden scores above which it is not served
     golden_tolerance: float = key(0.15, above=0)

@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from common.error_text import typed_line
 from common.models.precision import choose_dtypes
 from contracts.checks.overrides import unknown_overrides
 from contracts.checks.validation import ConfigError, validate_service
@@ -110,8 +111,13 @@ def reload(service: "RewardService", overrides: list[str], timeout_s: float) -> 
     try:
         _, scorers = read_config(overrides)
         service.update(scorers, timeout_s)
-    except (ConfigError, ScorerError, RuntimeError) as error:
-        return f"nothing has changed: {' '.join(str(error).split())}"
+    # Nothing that a file holds may end the service: nor what a library written in Rust raises where it panics, which is no
+    # Exception, nor the exit of a module that a kind of scorer is in. Signals are no exceptions here.
+    except BaseException as error:
+        service.count_reload("failed")
+        known = isinstance(error, ConfigError | ScorerError | RuntimeError)
+        return f"nothing has changed: {' '.join(str(error).split()) if known else typed_line(error)}"
+    service.count_reload("ok")
     return "now serving " + ", ".join(f"{name} ({spec.version})" for name, spec in service.specs.items())
 
 

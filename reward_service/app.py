@@ -17,6 +17,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 
+from common.error_text import typed_line
 from contracts.checks.scorer_checks import is_loopback
 from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
@@ -57,8 +58,12 @@ class FrontReplica:
         self.front = Front(scorers, limits, self._call, Metrics())
 
     async def _call(self, application: str, items: list[ScoringItem], deadline_s: float) -> list[Score]:
+        call = self._handle(application).score.remote(items, deadline_s)
         try:
-            return await self._handle(application).score.remote(items, deadline_s)
+            return await call
+        except asyncio.CancelledError:  # nobody waits for it any more, so its replica need not compute it
+            call.cancel()
+            raise
         except (RayActorError, ReplicaUnavailableError) as fault:
             self.front.metrics.deaths.labels(application).inc()
             raise ReplicaDied(type(fault).__name__) from None
@@ -93,6 +98,10 @@ class FrontReplica:
         items = [ScoringItem(tuple(ids), start) for ids, start in zip(sequences, prompt_tokens, strict=True)]
         return await self.front.score(self.front.find(scorer, version), items, deadline_s, remember=False)
 
+    def count_reload(self, result: str) -> None:
+        """`ok` or `failed`, by handle."""
+        self.front.metrics.reloads.labels(result).inc()
+
 
 class HttpFrontReplica(FrontReplica):
     """The same with an HTTP server in it. Serve's own proxy takes 8 ms of CPU for a request, buffers bodies without a limit
@@ -112,7 +121,9 @@ class HttpFrontReplica(FrontReplica):
         super().__init__(scorers, limits)
         encoder = await asyncio.to_thread(Encoder, tokenizer)
         service = HttpService(self.front, encoder, http, self.missing)
-        self._server = HttpServer(service.application(digests), http)
+        self._server = HttpServer(
+            service.application(digests), http, lambda reason: self.front.metrics.connections.labels(reason).inc()
+        )
         await self._server.start()
 
     async def __del__(self) -> None:
@@ -140,6 +151,7 @@ class RewardService:
         self._free_places, self._places = list(placement or []), dict[str, dict[str, Any]]()
         self.scorers: dict[str, ScorerConfig] = {}
         self.specs: dict[str, ScorerSpec] = {}
+        self._served: serve.RunTarget | None = None  # the front of these
 
     def start(self, scorers: dict[str, ScorerConfig]) -> None:
         """Deploy, all at once; `wait` says when every replica can score.
@@ -149,13 +161,11 @@ class RewardService:
         """
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         specs = resolve(scorers, self.config, self.tokenizer)
-        http = self.config.http
-        if http.port is not None and not is_loopback(http.host) and not token_digests(http.token_file):
-            raise ScorerError(f"reward_service.http.host={http.host} is not served without a token_file")
+        front = self._front(specs)
         serve.start(proxy_location="Disabled")
         targets = [self._leaf(spec) for spec in _leaves(specs).values()]
-        self.scorers, self.specs = scorers, specs
-        serve.run_many([*targets, self._front()], wait_for_applications_running=False)
+        self.scorers, self.specs, self._served = scorers, specs, front
+        serve.run_many([*targets, front], wait_for_applications_running=False)
 
     def update(self, scorers: dict[str, ScorerConfig], timeout_s: float) -> None:
         """Serve these scorers instead. What has not changed goes on; requests are answered throughout.
@@ -165,22 +175,46 @@ class RewardService:
             RuntimeError: where a new version cannot serve; the old ones then still do.
         """
         specs = resolve(scorers, self.config, self.tokenizer)
+        front = self._front(specs)
+        if self.config.http.port is not None:
+            self._check_tokenizer()
         before, after = _leaves(self.specs), _leaves(specs)
         new = {name: spec for name, spec in after.items() if name not in before}
-        if new:
-            targets = [self._leaf(spec) for spec in new.values()]
-            serve.run_many(targets, wait_for_applications_running=False)
-            try:
+        try:
+            if new:
+                serve.run_many([self._leaf(spec) for spec in new.values()], wait_for_applications_running=False)
                 _wait(set(new), timeout_s)
+            try:
+                serve.run_many([front], wait_for_applications_running=False)
+                _wait({FRONT}, timeout_s)
             except RuntimeError:
-                for name in new:
-                    self._delete(name)
+                assert self._served is not None
+                serve.run_many([self._served], wait_for_applications_running=False)
+                _wait({FRONT}, timeout_s)
                 raise
-        self.scorers, self.specs = scorers, specs
-        serve.run_many([self._front()], wait_for_applications_running=False)
-        _wait({FRONT}, timeout_s)
+        except BaseException:
+            for name in new:
+                self._delete(name)
+            raise
+        self.scorers, self.specs, self._served = scorers, specs, front
         for name in before.keys() - after:
             self._delete(name)
+
+    def count_reload(self, result: str) -> None:
+        """`ok` or `failed`, in the front's metrics."""
+        try:
+            serve.get_app_handle(FRONT).count_reload.remote(result).result(timeout_s=PING_S)
+        except (RayError, RayServeException, TimeoutError):  # it restarts, and counts from 0 then
+            logging.getLogger("ray.serve").error("a reload that %s was not counted", result)
+
+    def _check_tokenizer(self) -> None:
+        """Raises ScorerError where requests could not be read by it."""
+        from reward_service.encoder import Encoder
+
+        try:
+            Encoder(self.tokenizer)
+        except Exception as error:  # whatever a library raises on a file that it cannot read
+            raise ScorerError(f"{self.tokenizer}: {typed_line(error)}") from None
 
     def wait(self, timeout_s: float) -> None:
         """Return once every replica can score.
@@ -223,12 +257,19 @@ class RewardService:
         target = deployment.bind(spec.entry, self.config, self.tokenizer)
         return serve.RunTarget(target=target, name=str(spec.application), route_prefix=None)
 
-    def _front(self) -> serve.RunTarget:
-        config = self.config
-        limits = FrontLimits(config.max_queued_items, config.cache_items, config.deadline_s)
-        arguments: tuple = (self.specs, limits)
-        if config.http.port is not None:
-            arguments += (self.tokenizer, config.http, token_digests(config.http.token_file))
+    def _front(self, specs: dict[str, ScorerSpec]) -> serve.RunTarget:
+        """Raises ScorerError where the tokens cannot be read, or would let everyone in."""
+        config, http = self.config, self.config.http
+        limits = FrontLimits(config.max_queued_items, config.cache_items, config.deadline_s, http.max_client_items)
+        arguments: tuple = (specs, limits)
+        if http.port is not None:
+            try:
+                digests = token_digests(http.token_file)
+            except (OSError, ValueError) as error:
+                raise ScorerError(f"reward_service.http.token_file={http.token_file}: {error}") from None
+            if not digests and not is_loopback(http.host):
+                raise ScorerError(f"reward_service.http.host={http.host} is not served without a token_file")
+            arguments += (self.tokenizer, http, digests)
         deployment = serve.deployment(
             name=FRONT,
             num_replicas=1,  # it holds cache, quarantine and counters
@@ -236,7 +277,7 @@ class RewardService:
             max_queued_requests=CALLS_A_FRONT,
             max_surge_percent=100,  # its successor starts before it goes
             ray_actor_options={"num_cpus": self.cluster.cpus_per_process, "runtime_env": {"env_vars": self.env}},
-        )(FrontReplica if config.http.port is None else HttpFrontReplica)
+        )(FrontReplica if http.port is None else HttpFrontReplica)
         return serve.RunTarget(target=deployment.bind(*arguments), name=FRONT, route_prefix=None)
 
 

@@ -87,6 +87,8 @@ class HandleClient:
                 found = call.result(timeout_s=max(0.1, end - time.monotonic()))
                 problem = f"{len(found)} scores for {count} sequences" if len(found) != count else None
             except (RayError, RayServeException, TimeoutError) as fault:  # the front died or hangs: Serve restarts it
+                if isinstance(fault, TimeoutError):  # nobody waits for it any more
+                    call.cancel()
                 if isinstance(fault, RayTaskError) and isinstance(fault.cause, LookupError):
                     raise LookupError(f"scorer {scorer}: {fault.cause}") from None
                 found, problem = [], type(fault).__name__

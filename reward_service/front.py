@@ -13,7 +13,7 @@ No score is invented: an item without one carries an error. Nothing here knows R
 
 import asyncio
 import time
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
@@ -40,6 +40,7 @@ class FrontLimits:
     max_queued_items: int
     cache_items: int
     deadline_s: float
+    max_client_items: int = 1024
 
 
 @dataclass
@@ -50,7 +51,42 @@ class _Request:
     expires: float  # on the monotonic clock
     truncate: bool
     remember: bool
+    client: str | None  # who asks over HTTP; None: the PPO loop
     parts: dict[str, asyncio.Task] = field(default_factory=dict)  # a part that two composites share is scored once
+
+
+class Places:
+    """How many items wait for a scorer or are scored by it, and whose they are: one scorer that is slow keeps nobody from
+    another one, and one client leaves places to the next. The PPO loop's own are counted for themselves."""
+
+    def __init__(self, limits: FrontLimits):
+        self._limits = limits
+        self._taken: Counter[tuple[str, str | None]] = Counter()  # by scorer and client; None: the loop
+        self._of_http: Counter[str] = Counter()  # by scorer
+
+    @property
+    def taken(self) -> int:
+        return self._taken.total()
+
+    def problem(self, scorers: set[str], client: str | None, count: int) -> str | None:
+        """Why there are not so many places more."""
+        for scorer in scorers:
+            own = self._taken[scorer, client]
+            waiting = own if client is None else self._of_http[scorer]
+            if waiting + count > self._limits.max_queued_items:
+                return f"overloaded: {waiting} items are waiting"
+            if client is not None and own + count > self._limits.max_client_items:
+                return f"overloaded: {own} items of yours are waiting"
+        return None
+
+    def take(self, scorers: set[str], client: str | None, count: int) -> None:
+        """With a negative `count`, give back."""
+        for scorer in scorers:
+            self._taken[scorer, client] += count
+            if not self._taken[scorer, client]:
+                del self._taken[scorer, client]
+            if client is not None:
+                self._of_http[scorer] += count
 
 
 class Front:
@@ -66,12 +102,21 @@ class Front:
             if s.application
         }
         self._alone: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self.queued = 0
+        self._places = Places(limits)
         self._latency_s = 0.0  # of requests, smoothed
 
     def backlog_s(self) -> float:
         """For how long a caller who is turned away should wait: as long as requests take of late, queueing included."""
         return min(30.0, max(1.0, self._latency_s))
+
+    @property
+    def queued(self) -> int:
+        """Items that wait or are scored, once for each scorer that a composite is made of."""
+        return self._places.taken
+
+    def _leaves(self, scorer: ScorerSpec) -> set[str]:
+        """The models and functions that a scorer asks."""
+        return set().union(*(self._leaves(self.scorers[part]) for part in scorer.parts)) or {scorer.name}
 
     def find(self, name: str | None, version: str | None = None) -> ScorerSpec:
         """The scorer of this name (`name@version` pins), or of this checkpoint; the first one without a name.
@@ -100,22 +145,30 @@ class Front:
         deadline_s: float | None = None,
         truncate: bool = False,
         remember: bool = True,
+        client: str | None = None,
     ) -> list[Score]:
         """One Score an item, in order. With `truncate`, an item that is too long for a model loses its first tokens. Without
-        `remember` nothing comes from the cache: what is scored together then does not depend on what was asked before."""
-        limit = self.limits
-        if self.queued + len(items) > limit.max_queued_items:
+        `remember` nothing comes from the cache: what is scored together then does not depend on what was asked before.
+
+        A caller that is cancelled gives its places back at once.
+
+        Args:
+            client: who asks over HTTP; None: the PPO loop.
+        """
+        leaves = self._leaves(scorer)
+        if problem := self._places.problem(leaves, client, len(items)):
             self.metrics.rejected.labels("overloaded").inc()
-            return [Score(None, f"overloaded: {self.queued} items are waiting", version=scorer.version)] * len(items)
-        deadline_s = min(deadline_s or limit.deadline_s, limit.deadline_s)
+            return [Score(None, problem, version=scorer.version)] * len(items)
+        longest = self.limits.deadline_s
         start = time.monotonic()
-        request = _Request(items, start + deadline_s, truncate, remember)
-        self.queued += len(items)
+        expires = start + (longest if deadline_s is None else min(deadline_s, longest))
+        request = _Request(items, expires, truncate, remember, client)
+        self._places.take(leaves, client, len(items))
         self.metrics.queued.set(self.queued)
         try:
             scores = await self._scores(scorer, request)
         finally:
-            self.queued -= len(items)
+            self._places.take(leaves, client, -len(items))
             self.metrics.queued.set(self.queued)
         self._latency_s += 0.2 * (time.monotonic() - start - self._latency_s)
         self.metrics.count(scorer.name, scores)
@@ -169,7 +222,7 @@ class Front:
             return known
         dispatcher = self._dispatchers[scorer.name]
         try:
-            return self._remembered(key, await dispatcher.score(item, request.expires))
+            return self._remembered(key, await dispatcher.score(item, request.expires, request.client))
         except ReplicaDied:
             self._killed(scorer, key)
         # One suspect at a time, so that no innocent item is in flight with another suspect when that one kills.

@@ -1,26 +1,30 @@
 """The service over HTTP: routes, statuses and limits. An ASGI application over a `Front`; nothing here knows Ray.
 
-    token? ─> body within limits? ─> protocol (protocols.py) ─> Front.score ─> answer
+    connection (connections.py) ─> token? ─> body within limits? ─> protocol (protocols.py) ─> Front.score ─> answer
 
 `/v1/rewards` answers item by item. The protocols of others have no place for an item's error, so there one item without a
 score is a status: 422 where a retry cannot help, 503 or 504 where it can. A reward is never made up to fill the gap.
+
+A request's deadline begins when its body is there, and holds for reading it too. A client that leaves ends its request.
 """
 
 import asyncio
 import json
 import logging
+import math
 import socket
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import uvicorn
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -28,18 +32,21 @@ from contracts.config import HttpConfig
 from contracts.records import Score, ScoringItem
 from contracts.scoring import RETRYABLE
 from reward_service import protocols
-from reward_service.access import Bodies, Refused, RequireToken
+from reward_service.access import OPEN_ROUTES, Bodies, Refused, RequireToken, client_of
+from reward_service.connections import LIMITS, BoundedProtocol, ConnectionLimits
 from reward_service.encoder import Encoder
+from reward_service.encoding_pool import EncodingPool, Late, StoppableEncoder
 from reward_service.front import Front, UnknownScorer, last_tokens
 from reward_service.protocols import BadRequest, Entry
 from reward_service.scorer_kind import ScorerSpec
 
-Handler = Callable[[Any], Awaitable[dict[str, Any]]]
 logger = logging.getLogger("ray.serve")
-CONNECTIONS = 1024  # above which uvicorn itself answers 503
-IDLE_S = 30
+REQUESTS = (
+    960  # under way, above which others get 503; the connections that are left can be ended, /healthz has one of them
+)
 STOP_S = 15  # for answers that have begun
-INLINE_BYTES = 16_384  # a longer body is tokenised in a thread, so that other requests are answered meanwhile
+INLINE_BYTES = 4096  # a longer body is read in a thread, so that other requests are answered meanwhile
+GONE = 499  # of a client that has left: nobody sees it but /metrics
 
 
 def refusal(fault: Refused) -> JSONResponse:
@@ -57,15 +64,20 @@ class HttpService:
 
     def __init__(self, front: Front, encoder: Encoder, config: HttpConfig, ready: Callable[[], Awaitable[list[str]]]):
         self.front, self.encoder, self.config, self._ready = front, encoder, config, ready
+        self.pool = EncodingPool()
         self.bodies = Bodies(int(config.max_body_mib * 2**20), int(config.max_pending_mib * 2**20))
 
     def application(self, digests: tuple[str, ...]) -> Starlette:
         """Args: digests of the tokens that are accepted; none: open."""
         routes = [
-            Route("/v1/rewards", self._posted(self._native), methods=["POST"]),
-            Route("/get_reward", self._posted(self._openrlhf), methods=["POST"]),
-            Route("/classify", self._posted(partial(self._pooled, "classify")), methods=["POST"]),
-            Route("/pooling", self._posted(partial(self._pooled, "pooling")), methods=["POST"]),
+            Route("/v1/rewards", self._posted(protocols.NativeRequest, self._native), methods=["POST"]),
+            Route("/get_reward", self._posted(protocols.OpenRLHFRequest, self._openrlhf), methods=["POST"]),
+            Route(
+                "/classify", self._posted(protocols.PoolingRequest, partial(self._pooled, "classify")), methods=["POST"]
+            ),
+            Route(
+                "/pooling", self._posted(protocols.PoolingRequest, partial(self._pooled, "pooling")), methods=["POST"]
+            ),
             Route("/v1/models", self._models),
             Route("/healthz", self._healthz),
             Route("/readyz", self._readyz),
@@ -87,59 +99,69 @@ class HttpService:
 
     # ---- scoring
 
-    def _posted(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    def _posted(self, kind: type[BaseModel], handler: "Handler") -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
-            with self.bodies.reserved(request.headers.get("content-length")):
-                body = await self.bodies.read(request)
-                try:
-                    parsed = json.loads(body)
-                    if not isinstance(parsed, dict):
-                        raise BadRequest("the body must be a JSON object")
-                    if "model" in request.query_params:  # for clients whose bodies cannot name a scorer
-                        parsed.setdefault("model", request.query_params["model"])
-                    return JSONResponse(await handler(_Body(parsed, len(body))))
-                except (json.JSONDecodeError, UnicodeDecodeError):
-                    raise Refused(400, "bad_request", "the body is not JSON") from None
-                except RecursionError:
-                    raise Refused(400, "bad_request", "the body is nested too deeply") from None
-                except BadRequest as fault:
-                    raise Refused(400, "bad_request", str(fault)) from None
-                except (Refused, asyncio.CancelledError):
-                    raise
-                except Exception as fault:  # ours; logged without its text, which may quote the request
-                    where = traceback.extract_tb(fault.__traceback__)[-1]
-                    logger.error("%s at %s:%d", type(fault).__name__, where.filename, where.lineno or 0)
-                    raise Refused(500, "internal", "the service failed on this request") from None
+            client = client_of(request)
+            try:
+                with self.bodies.room(client) as take:
+                    body = await self.bodies.read(request, take)
+                    return await _unless_gone(request.receive, self._answer(kind, handler, request, body, client))
+            except ClientDisconnect:
+                return Response(status_code=GONE)
 
         return answer
 
-    async def _native(self, body: "_Body") -> dict[str, Any]:
-        request = protocols.read(protocols.NativeRequest, body.content)
+    async def _answer(
+        self, kind: type[BaseModel], handler: "Handler", request: Request, body: bytes, client: str
+    ) -> Response:
+        ask = _Ask(client, len(body), time.monotonic(), request.query_params.get("model"))
+        try:
+            expires = ask.arrived + self.front.limits.deadline_s
+            content = await self._read(ask, expires, lambda check: protocols.read(kind, _parsed(body, ask.model)))
+            return JSONResponse(await handler(content, ask))
+        except BadRequest as fault:
+            raise Refused(400, "bad_request", str(fault)) from None
+        except Late:
+            raise Refused(504, "timeout", "the body was not read before the deadline", retry_after_s=1) from None
+        except (Refused, asyncio.CancelledError):
+            raise
+        except Exception as fault:  # ours; logged without its text, which may quote the request
+            where = traceback.extract_tb(fault.__traceback__)[-1]
+            logger.error("%s at %s:%d", type(fault).__name__, where.filename, where.lineno or 0)
+            raise Refused(500, "internal", "the service failed on this request") from None
+
+    async def _read(self, ask: "_Ask", expires: float, work: Callable[[Callable[[], None]], Any]) -> Any:
+        """What `work` reads of a body, a long one in the pool. Raises Late."""
+        if ask.size < INLINE_BYTES:
+            return work(lambda: None)
+        return await self.pool.run(ask.client, expires, work)
+
+    async def _native(self, request: protocols.NativeRequest, ask: "_Ask") -> dict[str, Any]:
         scorer = self._scorer(request.model, request.version)
-        entries = await self._entries(protocols.native_entries, request, body.size, len(request.items))
-        deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
+        if request.deadline_ms:
+            ask = ask._replace(deadline_s=request.deadline_ms / 1000)
+        entries = await self._entries(protocols.native_entries, request, ask, len(request.items))
         truncate = request.on_overflow == "truncate_left_keep_eos"
-        scores = await self._scores(scorer, entries, deadline_s, truncate)
+        scores = await self._scores(scorer, entries, ask, truncate)
         if all(score.code == "overloaded" for score in scores):
             raise self._overloaded(scores[0])
         return protocols.native_answer(request, scorer.name, scorer.version, entries, scores)
 
-    async def _openrlhf(self, body: "_Body") -> dict[str, Any]:
-        request = protocols.read(protocols.OpenRLHFRequest, body.content)
-        scorer = self._scorer(body.content.get("model"))
-        entries = await self._entries(protocols.openrlhf_entries, request, body.size, len(request.query))
-        return protocols.openrlhf_answer(self._complete(await self._scores(scorer, entries)))
+    async def _openrlhf(self, request: protocols.OpenRLHFRequest, ask: "_Ask") -> dict[str, Any]:
+        scorer = self._scorer(ask.model)
+        entries = await self._entries(protocols.openrlhf_entries, request, ask, len(request.query))
+        return protocols.openrlhf_answer(self._complete(await self._scores(scorer, entries, ask)))
 
-    async def _pooled(self, path: Literal["classify", "pooling"], body: "_Body") -> dict[str, Any]:
-        request = protocols.read(protocols.PoolingRequest, body.content)
+    async def _pooled(
+        self, path: Literal["classify", "pooling"], request: protocols.PoolingRequest, ask: "_Ask"
+    ) -> dict[str, Any]:
         scorer = self._scorer(request.model)
         several = isinstance(request.input, list) and not isinstance(request.input[0], int)
-        entries = await self._entries(
-            protocols.pooling_entries, request, body.size, len(request.input) if several else 1
-        )
+        count = len(request.input) if several and request.input else 1
+        entries = await self._entries(protocols.pooling_entries, request, ask, count)
         keep = request.truncate_prompt_tokens
         entries = [_kept(entry, keep) for entry in entries]
-        scores = self._complete(await self._scores(scorer, entries, truncate=keep is not None))
+        scores = self._complete(await self._scores(scorer, entries, ask, truncate=keep is not None))
         return protocols.pooling_answer(path, request, scorer.name, entries, scores)
 
     def _scorer(self, name: Any, version: str | None = None) -> ScorerSpec:
@@ -149,19 +171,27 @@ class HttpService:
             status, code = (410, "version_gone") if fault.is_gone else (404, "unknown_model")
             raise Refused(status, code, str(fault)) from None
 
-    async def _entries(self, read: Callable[..., list[Entry]], request: Any, size: int, count: int) -> list[Entry]:
+    async def _entries(self, read: Callable[..., list[Entry]], request: Any, ask: "_Ask", count: int) -> list[Entry]:
         if count > self.config.max_items:
             raise Refused(413, "too_many_items", f"a request has at most {self.config.max_items} items")
-        if size < INLINE_BYTES:
-            return read(request, self.encoder)
-        return await asyncio.to_thread(read, request, self.encoder)
+        try:
+            return await self._read(
+                ask, self._expires(ask), lambda check: read(request, StoppableEncoder(self.encoder, check))
+            )
+        except Late:
+            return [Score(None, "timeout: not read before the deadline")] * count
 
     async def _scores(
-        self, scorer: ScorerSpec, entries: list[Entry], deadline_s: float | None = None, truncate: bool = False
+        self, scorer: ScorerSpec, entries: list[Entry], ask: "_Ask", truncate: bool = False
     ) -> list[Score]:
         items = [entry for entry in entries if isinstance(entry, ScoringItem)]
-        found = iter(await self.front.score(scorer, items, deadline_s, truncate))
+        left_s = self._expires(ask) - time.monotonic()
+        found = iter(await self.front.score(scorer, items, left_s, truncate, client=ask.client))
         return [next(found) if isinstance(entry, ScoringItem) else entry for entry in entries]
+
+    def _expires(self, ask: "_Ask") -> float:
+        longest = self.front.limits.deadline_s
+        return ask.arrived + (longest if ask.deadline_s is None else min(ask.deadline_s, longest))
 
     def _complete(self, scores: list[Score]) -> list[Score]:
         """For protocols that know no error of an item. Raises Refused unless every item has a score."""
@@ -209,16 +239,58 @@ class HttpService:
         return Response(self.front.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-class _Body(NamedTuple):
-    content: dict[str, Any]
-    size: int
+class _Ask(NamedTuple):
+    """What is known of a request beside its content."""
+
+    client: str
+    size: int  # bytes of the body
+    arrived: float  # on the monotonic clock
+    model: str | None  # of the URL, for clients whose bodies cannot name a scorer
+    deadline_s: float | None = None
+
+
+Handler = Callable[[Any, _Ask], Awaitable[dict[str, Any]]]
+
+
+def _parsed(body: bytes, model: str | None) -> dict[str, Any]:
+    """Raises BadRequest."""
+    try:
+        parsed = json.loads(body)
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except ValueError:  # no JSON, no UTF-8, or an integer of more digits than Python reads
+        raise BadRequest("the body is not JSON") from None
+    if not isinstance(parsed, dict):
+        raise BadRequest("the body must be a JSON object")
+    if model is not None:
+        parsed.setdefault("model", model)
+    return parsed
+
+
+async def _unless_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, Response]) -> Response:
+    """What `work` returns. Where the client leaves before, it is cancelled, and ClientDisconnect is raised."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    answer, left = asyncio.create_task(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        left.cancel()
 
 
 class _Counted:
-    """ASGI middleware: counts requests by route and status, and answers what nobody foresaw with a bare 500."""
+    """ASGI middleware: counts requests by route and status, turns away those above `REQUESTS`, and answers what nobody
+    foresaw with a bare 500."""
 
     def __init__(self, app: Any, service: HttpService):
-        self.app, self.service = app, service
+        self.app, self.service, self.under_way = app, service, 0
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
@@ -232,10 +304,15 @@ class _Counted:
                 status = str(message["status"])
             await send(message)
 
-        route = self.service.route_of(scope["path"])
+        route, app = self.service.route_of(scope["path"]), self.app
+        if self.under_way >= REQUESTS and scope["path"] not in OPEN_ROUTES:
+            app = refusal(Refused(503, "overloaded", f"{REQUESTS} requests are under way", retry_after_s=1))
+            metrics.rejected.labels("requests").inc()
+        self.under_way += 1
         try:
-            await self.app(scope, receive, noted)
+            await app(scope, receive, noted)
         finally:
+            self.under_way -= 1
             metrics.requests.labels(route, status).inc()
             metrics.seconds.labels(route).observe(time.perf_counter() - start)
 
@@ -250,16 +327,28 @@ def _kept(entry: Entry, tokens: int | None) -> Entry:
 class HttpServer:
     """The socket of the HTTP side: uvicorn within the front's process and event loop."""
 
-    def __init__(self, application: Starlette, http: HttpConfig):
+    def __init__(
+        self,
+        application: Starlette,
+        http: HttpConfig,
+        ended: Callable[[str], None],
+        limits: ConnectionLimits = LIMITS,
+    ):
+        """
+        Args:
+            ended: is told why a connection was ended before a request on it was answered.
+        """
         self._http = http
         config = uvicorn.Config(
             application,
+            http=partial(BoundedProtocol, limits=limits, ended=ended),  # type: ignore[arg-type]
+            ws="none",
+            lifespan="off",
             log_config=None,
             log_level="error",
             access_log=False,
             server_header=False,
-            limit_concurrency=CONNECTIONS,
-            timeout_keep_alive=IDLE_S,
+            timeout_keep_alive=math.ceil(limits.idle_s),
             timeout_graceful_shutdown=STOP_S,
         )
         self._server = uvicorn.Server(config)

@@ -2,12 +2,16 @@
 
 Under load most requests have one item and a call costs milliseconds of its own, so items of many requests share one. At most
 `calls` are under way: what a replica's death takes with it stays small, and what waits here can still expire here.
+
+Nobody waits behind all that another has asked for: the PPO loop's calls and those of HTTP take turns, and within a call of
+HTTP its clients do, item by item. HTTP leaves half of the calls to a loop that uses the scorer.
 """
 
 import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from contracts.records import Score, ScoringItem
 
@@ -34,15 +38,23 @@ class ReplicaDispatcher:
 
     def __init__(self, call: Call, application: str, calls: int, items: int):
         self._call, self._application, self._calls, self._items = call, application, calls, items
-        self._waiting: deque[_Waiting] = deque()
+        # By client, whose turn it is first; None: the loop.
+        self._waiting: dict[str | None, dict[asyncio.Future[Score], _Waiting]] = {}
         self._under_way: set[asyncio.Task] = set()
+        self._of_http = 0  # of those under way
+        self._has_loop = self._was_loop = False  # one asks at all; its call was the last
         self._will_pump = False
 
-    async def score(self, item: ScoringItem, expires: float) -> Score:
-        """The score of one item, or a time-out at `expires` (monotonic clock). Raises ReplicaDied."""
+    async def score(self, item: ScoringItem, expires: float, client: str | None = None) -> Score:
+        """The score of one item, or a time-out at `expires` (monotonic clock). Raises ReplicaDied.
+
+        Args:
+            client: who asks over HTTP; None: the PPO loop.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Score] = loop.create_future()
-        self._waiting.append((item, expires, future))
+        self._has_loop = self._has_loop or client is None
+        self._waiting.setdefault(client, {})[future] = (item, expires, future)
         if not self._will_pump:  # after whoever else is about to ask
             self._will_pump = True
             loop.call_soon(self._pump)
@@ -50,6 +62,8 @@ class ReplicaDispatcher:
             return await asyncio.wait_for(future, max(0.0, expires - time.monotonic()))
         except TimeoutError:
             return Score(None, "timeout: no score before the deadline")
+        finally:  # where the deadline or the end of its request came first
+            self._forget(client, future)
 
     async def score_alone(self, item: ScoringItem, expires: float) -> Score:
         """The same in a call of its own, once a replica is known to be there: a call that one which is dead already refuses
@@ -66,32 +80,70 @@ class ReplicaDispatcher:
         await self._send([(item, expires, future)])
         return await future
 
+    def _forget(self, client: str | None, future: asyncio.Future[Score]) -> None:
+        queue = self._waiting.get(client, {})
+        if queue.pop(future, None) and not queue:
+            del self._waiting[client]
+
     def _pump(self) -> None:
         self._will_pump = False
-        while self._waiting and len(self._under_way) < self._calls:
-            batch: list[_Waiting] = []
-            while self._waiting and len(batch) < self._items:
-                entry = self._waiting.popleft()
-                if not entry[2].done():  # expired, or its request was given up
-                    batch.append(entry)
-            if batch:
-                task = asyncio.create_task(self._send(batch))
-                self._under_way.add(task)
-                task.add_done_callback(self._ended)
+        while len(self._under_way) < self._calls:
+            for is_loop in (not self._was_loop, self._was_loop):
+                if batch := self._next_batch(is_loop):
+                    break
+            else:
+                return
+            self._was_loop = is_loop
+            self._of_http += not is_loop
+            task = asyncio.create_task(self._send(batch))
+            self._under_way.add(task)
+            task.add_done_callback(partial(self._ended, is_loop))
 
-    def _ended(self, task: asyncio.Task) -> None:
+    def _next_batch(self, is_loop: bool) -> list[_Waiting]:
+        if not is_loop and self._has_loop and self._of_http >= max(1, self._calls // 2):
+            return []
+        batch: list[_Waiting] = []
+        turns = deque(client for client in self._waiting if (client is None) == is_loop)
+        while turns and len(batch) < self._items:
+            client = turns.popleft()
+            queue = self._waiting.pop(client)
+            entry = queue.pop(next(iter(queue)))
+            if not entry[2].done():  # expired, or its request was given up, just now
+                batch.append(entry)
+            if queue:
+                self._waiting[client] = queue  # behind the others
+                turns.append(client)
+        return batch
+
+    def _ended(self, is_loop: bool, task: asyncio.Task) -> None:
         self._under_way.discard(task)
+        self._of_http -= not is_loop
         self._pump()
 
     async def _send(self, batch: list[_Waiting]) -> None:
+        """Until it is answered, or nobody waits for it any more."""
         left_s = max(expires for _, expires, _ in batch) - time.monotonic()
         items = [item for item, _, _ in batch]
+        call = asyncio.ensure_future(self._call(self._application, items, left_s))
+        wanted = {future for _, _, future in batch}
+
+        def forget(future: asyncio.Future[Score]) -> None:
+            wanted.discard(future)
+            if not wanted:
+                call.cancel()
+
+        for future in tuple(wanted):
+            future.add_done_callback(forget)
         try:
-            scores = await asyncio.wait_for(self._call(self._application, items, left_s), max(0.0, left_s))
+            scores = await asyncio.wait_for(call, max(0.0, left_s))
             if len(scores) != len(items):
                 scores = [Score(None, f"wrong_count: {len(scores)} scores for {len(items)} items")] * len(items)
         except TimeoutError:
             scores = [Score(None, "timeout: no score before the deadline")] * len(items)
+        except asyncio.CancelledError:
+            if wanted:  # the task itself was cancelled
+                raise
+            return
         except Unavailable as fault:
             scores = [Score(None, f"unavailable: {fault}")] * len(items)
         except Exception as fault:  # every waiting request's, ReplicaDied above all; this task has nobody to tell

@@ -68,7 +68,12 @@ class RequestBatcher:
         futures = [self._enqueue(sequence, call, expires) for sequence in sequences]
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
-        await asyncio.wait(futures, timeout=deadline_s)
+        try:
+            await asyncio.wait(futures, timeout=deadline_s)
+        except asyncio.CancelledError:  # the caller has left: what only it waits for is computed no more
+            for future in futures:
+                future.cancel()
+            raise
         late = Score(None, f"timeout: not scored within {deadline_s:.0f} s")
         return [f.result() if f.done() else late for f in futures]
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from common.error_text import error_lines
+from common.error_text import error_lines, typed_line
 from common.files.source_code import source_digest
 from contracts.config import RewardServiceConfig, ScorerConfig
 from reward_service.scorer_kind import ScorerSpec, scorer_kind, version_of
@@ -33,7 +33,8 @@ def resolve(
         tokenizer: the checkpoint whose token ids are scored; a model that reads them otherwise is refused.
 
     Raises:
-        ScorerError: naming every checkpoint and function that does not exist, and composites of themselves.
+        ScorerError: naming every checkpoint and function that does not exist or cannot be read, and composites of
+            themselves.
     """
     specs: dict[str, ScorerSpec] = {}
     shared: dict[str, str] = {}  # two names for one checkpoint or function share its replicas
@@ -62,10 +63,13 @@ def resolve(
             if not kind.is_composite:
                 ours = f"reward-{name}-{found.version}"
                 found = replace(found, application=shared.setdefault(f"{entry} {found.version}", ours))
-        except (OSError, ValueError) as error:
-            if isinstance(error, ScorerError):
-                raise
-            problems.append(f"{name}: {error_lines(error)[0]}")
+        except ScorerError:
+            raise
+        except (
+            Exception
+        ) as error:  # whatever a library raises on a file that it cannot read; it is this scorer's reason
+            known = isinstance(error, OSError | ValueError)
+            problems.append(f"{name}: {error_lines(error)[0] if known else typed_line(error)}")
             return None
         specs[name] = found
         return found

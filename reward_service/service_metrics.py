@@ -28,6 +28,8 @@ class Metrics:
         self.spread = histogram("ensemble_spread", "Disagreement of parts", ["scorer"], buckets=SPREADS)
         self.cached = counter("cached_items", "Items answered from the cache", ["scorer"])
         self.rejected = counter("rejected_requests", "Requests turned away", ["reason"])
+        self.connections = counter("ended_connections", "Connections cut off: slow, long or too many", ["reason"])
+        self.reloads = counter("reloads", "SIGHUPs; result is ok or failed, which has changed nothing", ["result"])
         self.quarantined = counter("quarantined_items", "Items that are tried no more", ["scorer"])
         self.deaths = counter("lost_calls", "Calls whose replica died", ["application"])
         self.queued = gauge("queued_items", "Items waiting or being scored")

@@ -11,6 +11,7 @@ from contracts.plugins import UnknownPlugin, find, names
 from contracts.scorer_roles import CHECKPOINTS, SCORER_KINDS
 
 MIN_TOKEN_LENGTH = 16
+MAX_TOKEN_FILE_BYTES = 2**20
 
 
 def scorer_checks(config: RewardServiceConfig) -> list[Check]:
@@ -68,6 +69,25 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def read_tokens(token_file: str) -> list[str]:
+    """The tokens of a file, one a line.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is no regular file, is longer than tokens are, or no text.
+    """
+    path = Path(token_file)
+    if path.exists() and not path.is_file():
+        raise ValueError("no regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_TOKEN_FILE_BYTES + 1)
+    if len(content) > MAX_TOKEN_FILE_BYTES:
+        raise ValueError(f"more than {MAX_TOKEN_FILE_BYTES} bytes")
+    try:
+        return content.decode().split()
+    except UnicodeDecodeError:
+        raise ValueError("no text") from None
+
+
 def http_checks(http: HttpConfig) -> list[Check]:
     checks: list[Check] = [
         Check(
@@ -84,17 +104,27 @@ def http_checks(http: HttpConfig) -> list[Check]:
             http.token_file,
             "reward_service.http.token_file=FILE or reward_service.http.host=127.0.0.1",
         ),
+        Check(
+            http.max_items <= http.max_client_items,
+            "reward_service.http.max_items",
+            f"at most reward_service.http.max_client_items ({http.max_client_items}): one request must fit",
+            http.max_items,
+            "a smaller number",
+        ),
     ]
     if http.port is not None and http.token_file is not None:
-        path = Path(http.token_file)
-        tokens = path.read_text().split() if path.is_file() else []
-        short = sum(len(token) < MIN_TOKEN_LENGTH for token in tokens)
+        try:
+            tokens = read_tokens(http.token_file)
+            unfit = sum(len(token) < MIN_TOKEN_LENGTH or not token.isascii() for token in tokens)
+            fits, found = bool(tokens) and not unfit, f"{len(tokens)} tokens, {unfit} of them shorter or not ASCII"
+        except (OSError, ValueError) as error:
+            fits, found = False, f"what cannot be read ({error})"
         checks.append(
             Check(
-                bool(tokens) and not short,
+                fits,
                 "reward_service.http.token_file",
                 f"a file with one token of {MIN_TOKEN_LENGTH} characters or more a line",
-                f"{http.token_file} with {len(tokens)} tokens, {short} of them shorter",
+                f"{http.token_file} with {found}",
                 "for example the output of `openssl rand -hex 32` into it",
             )
         )

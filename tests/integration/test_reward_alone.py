@@ -80,6 +80,17 @@ def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpo
     assert client.score([{"text": "Another film"}])[0].value is not None
 
     (checkpoint / "config.json").write_text(json.dumps(config | {"score_mean": 10.5}))
+    for file, part in ((checkpoint / "tokenizer.json", slice(0, -100)), (tmp_path / "tokens", slice(0, 0))):
+        whole = file.read_bytes()
+        file.write_bytes(whole[part] + b"\xff\xfe")
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline().startswith("nothing has changed: ")
+        file.write_bytes(whole)
+        assert client.score([{"text": f"A film after {file.name}"}])[0].version == after.version
+    metrics = requests.get(url + "/metrics", headers={"Authorization": f"Bearer {FIRST}"}, timeout=5).text
+    assert 'tandem_reward_reloads_total{result="failed"} 3.0' in metrics
+
+    (checkpoint / "config.json").write_text(json.dumps(config | {"score_mean": 10.5}))
     (tmp_path / "tokens").write_text(f"{SECOND}\n")
     process.send_signal(signal.SIGHUP)
     assert process.stdout.readline().startswith("now serving")

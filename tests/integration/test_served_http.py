@@ -1,10 +1,12 @@
 """The service over real HTTP: a real (tiny) model, rule functions in real processes; and what may happen to them."""
 
 import signal
+import socket
 import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,31 @@ def test_limits_are_statuses_and_memory_is_bounded(url: str, client: HttpClient)
             assert int(answer.headers["retry-after"]) >= 1
     assert memory() - before < 300 * 2**20
     assert client.score(texts(1, "after"))[0].value is not None
+
+
+def test_clients_that_leave_free_their_places_at_once(url: str, client: HttpClient) -> None:
+    for n in range(4):
+        with suppress(requests.ReadTimeout):
+            body = {"items": texts(200, f"left {n} " + "word " * 80)}
+            headers = {"Authorization": f"Bearer {TOKEN}"}
+            requests.post(url + "/v1/rewards", json=body, headers=headers, timeout=(5, 0.3))
+    time.sleep(1)
+    text = requests.get(url + "/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10).text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["tandem_reward_queued_items"]) == 0
+    assert float(values['tandem_reward_requests_total{route="/v1/rewards",status="499"}']) >= 1
+    assert client.score(texts(1, "next"))[0].value is not None
+
+
+def test_idle_connections_shut_nobody_out(url: str, client: HttpClient) -> None:
+    port = int(url.rpartition(":")[2])
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(1200)]
+    try:
+        assert requests.get(url + "/healthz", timeout=5).status_code == 200
+        assert client.score(texts(1, "beside them"))[0].value is not None
+    finally:
+        for connection in idle:
+            connection.close()
 
 
 def test_security_over_the_wire(url: str) -> None:

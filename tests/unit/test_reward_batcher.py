@@ -190,3 +190,24 @@ def test_how_long_a_batch_runs_is_known() -> None:
         return busy
 
     assert 0.05 < asyncio.run(run()) < 0.2
+
+
+def test_what_a_caller_that_has_left_asked_for_is_computed_no_more() -> None:
+    computed: list[Sequence] = []
+
+    def score(batch: list[Sequence]) -> list[Score]:
+        computed.extend(batch)
+        time.sleep(0.1)
+        return lengths(batch)
+
+    async def run() -> list[Score]:
+        batcher = RequestBatcher(score, ThreadPoolExecutor(1), 1)
+        first = asyncio.create_task(batcher.score([(1,)], 5))
+        left = asyncio.create_task(batcher.score([(2, 2), (3, 3)], 5))
+        stays = asyncio.create_task(batcher.score([(3, 3)], 5))
+        await asyncio.sleep(0.05)
+        left.cancel()
+        return [*await first, *await stays]
+
+    assert [s.value for s in asyncio.run(run())] == [1.0, 2.0]
+    assert computed == [(1,), (3, 3)]

@@ -17,7 +17,7 @@ import pytest
 from common.text.encoding import item_of_messages, item_of_text
 from contracts.config import HttpConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
-from reward_service.access import is_allowed, token_digests
+from reward_service.access import token_digests, token_of
 from reward_service.encoder import Encoder
 from reward_service.front import Front, FrontLimits
 from reward_service.http import HttpService
@@ -368,7 +368,8 @@ def test_overload_is_503_with_a_pause_and_harms_nobody_else(encoder: Encoder) ->
 
 def test_bodies_share_one_budget(encoder: Encoder) -> None:
     server = Server(encoder, max_body_mib=1, max_pending_mib=1)
-    with server.service.bodies.reserved(None):  # a body of unknown length is being read
+    with server.service.bodies.room("another") as take:
+        take(2**20)
         response = server.post("/v1/rewards", items({"text": "a"}))
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert server.post("/v1/rewards", items({"text": "a"})).status_code == 200
@@ -431,9 +432,9 @@ def test_tokens_are_compared_as_digests(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text(f"{TOKEN}\n")
     digests = token_digests(str(tmp_path / "tokens"))
     assert TOKEN not in "".join(digests)
-    assert is_allowed(f"Bearer {TOKEN}", digests)
-    assert not is_allowed("Bearer " + digests[0], digests)
-    assert not is_allowed(f"Bearer {TOKEN}", ())
+    assert token_of(f"Bearer {TOKEN}", digests) == digests[0]
+    assert token_of("Bearer " + digests[0], digests) is None
+    assert token_of(f"Bearer {TOKEN}", ()) is None
     assert token_digests(None) == ()
 
 
