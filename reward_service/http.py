@@ -7,7 +7,6 @@ score is a status: 422 where a retry cannot help, 503 or 504 where it can. A rew
 """
 
 import asyncio
-import json
 import logging
 import socket
 import time
@@ -92,14 +91,10 @@ class HttpService:
             with self.bodies.reserved(request.headers.get("content-length")):
                 body = await self.bodies.read(request)
                 try:
-                    parsed = json.loads(body)
-                    if not isinstance(parsed, dict):
-                        raise BadRequest("the body must be a JSON object")
+                    parsed = protocols.parse(body)
                     if "model" in request.query_params:  # for clients whose bodies cannot name a scorer
                         parsed.setdefault("model", request.query_params["model"])
                     return JSONResponse(await handler(_Body(parsed, len(body))))
-                except (json.JSONDecodeError, UnicodeDecodeError):
-                    raise Refused(400, "bad_request", "the body is not JSON") from None
                 except RecursionError:
                     raise Refused(400, "bad_request", "the body is nested too deeply") from None
                 except BadRequest as fault:
@@ -126,7 +121,7 @@ class HttpService:
 
     async def _openrlhf(self, body: "_Body") -> dict[str, Any]:
         request = protocols.read(protocols.OpenRLHFRequest, body.content)
-        scorer = self._scorer(body.content.get("model"))
+        scorer = self._scorer(request.model)
         entries = await self._entries(protocols.openrlhf_entries, request, body.size, len(request.query))
         return protocols.openrlhf_answer(self._complete(await self._scores(scorer, entries)))
 
@@ -139,12 +134,13 @@ class HttpService:
         )
         keep = request.truncate_prompt_tokens
         entries = [_kept(entry, keep) for entry in entries]
-        scores = self._complete(await self._scores(scorer, entries, truncate=keep is not None))
+        scores = await self._scores(scorer, entries, truncate=keep is not None)
+        scores = self._complete([protocols.packable(request, score) for score in scores])
         return protocols.pooling_answer(path, request, scorer.name, entries, scores)
 
-    def _scorer(self, name: Any, version: str | None = None) -> ScorerSpec:
+    def _scorer(self, name: str | None, version: str | None = None) -> ScorerSpec:
         try:
-            return self.front.find(name if isinstance(name, str) else None, version)
+            return self.front.find(name, version)
         except UnknownScorer as fault:
             status, code = (410, "version_gone") if fault.is_gone else (404, "unknown_model")
             raise Refused(status, code, str(fault)) from None

@@ -4,7 +4,9 @@ Pure translation: JSON in, items out; scores in, JSON out. docs/reward_service.m
 """
 
 import base64
+import json
 import math
+import re
 import struct
 import time
 import uuid
@@ -17,6 +19,8 @@ from contracts.records import Score, ScoringItem
 from contracts.scoring import RETRYABLE
 from reward_service.encoder import Encoder
 
+FLOAT32_MAX = 3.4028234663852886e38
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes one
 Entry = ScoringItem | Score  # an item, or why it cannot be one
 
 
@@ -70,6 +74,7 @@ class NativeRequest(BaseModel):
 
 
 class OpenRLHFRequest(BaseModel):
+    model: str | None = None  # ours: its client can only write it into the URL
     query: list[str] | str
     prompts: list[Any] | None = None
     labels: list[Any] | None = None
@@ -109,6 +114,30 @@ class PoolingRequest(BaseModel):
     def has_activation(self) -> bool:
         """Raw logits unless a sigmoid is asked for."""
         return bool(self.use_activation if self.use_activation is not None else self.activation)
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises:
+        BadRequest: it is none, has an integer of more digits than Python reads, or half a character (a lone surrogate,
+            which no tokenizer and no answer can carry).
+        RecursionError: it is nested too deeply.
+    """
+    try:
+        text = body.decode(json.detect_encoding(body))  # strictly, unlike json.loads of bytes
+        parsed = json.loads(text)
+        if SURROGATE.search(text):  # of two in a row most make a character
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        raise BadRequest("the body is not JSON") from None
+    except UnicodeError:
+        raise BadRequest("the body is not UTF-8, or has half of a surrogate pair") from None
+    except ValueError:
+        raise BadRequest("the body has an integer of too many digits") from None
+    if not isinstance(parsed, dict):
+        raise BadRequest("the body must be a JSON object")
+    return parsed
 
 
 def read(kind: type[BaseModel], body: Any) -> Any:
@@ -207,6 +236,13 @@ def openrlhf_answer(scores: list[Score]) -> dict[str, Any]:
     if all(score.spread is not None for score in scores):
         logs["spread"] = [score.spread for score in scores]
     return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+
+
+def packable(request: PoolingRequest, score: Score) -> Score:
+    """The score, or `non_finite` where the float32 that base64 carries cannot hold it."""
+    if request.encoding_format == "float" or score.raw is None or abs(score.raw) <= FLOAT32_MAX:
+        return score
+    return Score(None, "non_finite: beyond the range of float32, which base64 carries; ask for encoding_format=float")
 
 
 def pooling_answer(

@@ -10,6 +10,7 @@ it is `async`: nobody awaits what it returns.
 
 import asyncio
 import json
+import math
 import os
 import re
 import selectors
@@ -87,9 +88,16 @@ class FunctionScorer(Scorer):
         self._pool = FunctionPool(entry)
 
     async def score(self, items: list[ScoringItem], deadline_s: float) -> list[Score]:
-        futures = self._pool.submit(self._texts(items))
-        answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
-        return [score for answer in answers for score in answer]
+        texts: list[Text] = []
+        unread: dict[int, Score] = {}
+        for index, item in enumerate(items):
+            try:
+                texts += self._texts([item])
+            except Failed as fault:  # it is of this item alone
+                unread[index] = Score(None, str(fault))
+        answers = await asyncio.gather(*map(asyncio.wrap_future, self._pool.submit(texts, deadline_s)))
+        found = (score for answer in answers for score in answer)
+        return [unread[index] if index in unread else next(found) for index in range(len(items))]
 
 
 class FunctionError(RuntimeError):
@@ -189,19 +197,21 @@ class FunctionPool:
         for process in self._threads.map(FunctionProcess, [entry] * entry.processes):
             self._idle.put(process)
 
-    def submit(self, texts: list[Text]) -> list[Future[list[Score]]]:
-        """Futures of the scores of each `batch_size` texts, in order."""
-        size = self._entry.batch_size
-        return [self._threads.submit(self._score, texts[i : i + size]) for i in range(0, len(texts), size)]
+    def submit(self, texts: list[Text], deadline_s: float = math.inf) -> list[Future[list[Score]]]:
+        """Futures of the scores of each `batch_size` texts, in order. No call of the function begins after the deadline."""
+        size, expires = self._entry.batch_size, time.monotonic() + deadline_s
+        return [self._threads.submit(self._score, texts[i : i + size], expires) for i in range(0, len(texts), size)]
 
-    def _score(self, texts: list[Text]) -> list[Score]:
+    def _score(self, texts: list[Text], expires: float) -> list[Score]:
         process = self._idle.get()
         try:
-            return isolate(lambda part: self._call(process, part), texts)
+            return isolate(lambda part: self._call(process, part, expires), texts)
         finally:
             self._idle.put(process)
 
-    def _call(self, process: FunctionProcess, texts: list[Text]) -> list[float]:
+    def _call(self, process: FunctionProcess, texts: list[Text], expires: float) -> list[float]:
+        if time.monotonic() > expires:
+            raise Failed("timeout: no score before the deadline")
         if any(text in self._quarantine for text in texts):
             raise Failed(f"poison: {KILLS} processes of the function had to be ended")
         try:

@@ -329,3 +329,26 @@ def test_a_part_without_a_score_leaves_the_whole_without_one() -> None:
     service, _ = front({"a": total, "b": lambda items: [Score(None, "non_finite"), Score(1.0)]}, both)
     scores = score(service, "both", [item(4), item(1, 4)])
     assert [(s.value, s.error) for s in scores] == [(None, "non_finite: b"), (6.0, None)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "values_of_a", "code"),
+    [
+        ("weighted_sum", {"weights": (1e10, 1.0)}, 1e300, "non_finite"),
+        ("weighted_sum", {"weights": (1e10, -1e10)}, 1e300, "non_finite"),  # inf - inf
+        ("ensemble", {"std_coef": 0.0}, 1e200, "non_finite"),  # of the square within the spread
+        ("ensemble", {"std_coef": 1.0}, 1e308, "non_finite"),
+    ],
+)
+def test_a_formula_that_overflows_costs_its_own_item(kind: str, options: dict, values_of_a: float, code: str) -> None:
+    both = spec("both", kind, parts=("a", "b"), **options)
+
+    def large(items: list[ScoringItem]) -> list[Score]:
+        return [Score(values_of_a if POISON in i.token_ids else 1.0) for i in items]
+
+    answers = {"a": large, "b": lambda items: [Score(-s.value if s.value != 1.0 else 1.0) for s in large(items)]}
+    if options.get("weights") == (1e10, -1e10):
+        answers["b"] = large
+    service, _ = front(answers, both)
+    scores = score(service, "both", [item(1), item(POISON), item(2)])
+    assert [s.code for s in scores] == [None, code, None]
