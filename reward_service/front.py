@@ -61,7 +61,7 @@ class Front:
         self._cache: OrderedDict[bytes, Score] = OrderedDict()
         self._quarantine: Quarantine[bytes] = Quarantine()
         self._dispatchers = {
-            s.name: ReplicaDispatcher(call, s.application, s.calls, s.call_items)
+            s.name: ReplicaDispatcher(call, s.application, s.calls, s.call_items, s.call_s)
             for s in scorers.values()
             if s.application
         }

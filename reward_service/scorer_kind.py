@@ -46,6 +46,7 @@ class ScorerSpec:
     max_tokens: int | None = None  # of a model
     calls: int = 4  # to its replicas at a time
     call_items: int = 32  # of one call
+    call_s: float | None = None  # that a call should take at most, or it has fewer items; None: it may take its time
     parts: tuple[str, ...] = ()  # of a composite: names of scorers
     source: str | None = None  # checkpoint or function: another name under which clients may ask for it
     read_at: str | None = None  # of a model: eos or last

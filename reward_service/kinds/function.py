@@ -4,8 +4,9 @@ A function takes lists and returns one number an item, as TRL's reward functions
 
     def brevity(completions: list[str], **_) -> list[float]: ...
 
-It is given `prompts`, `completions` and `labels` as far as it names them. It is no generator, and it is refused where
-it is `async`: nobody awaits what it returns.
+It is given `prompts`, `completions` and `labels` as far as it names them: up to `batch_size` items a call, fewer of a slow
+function. Each number is of its item alone. It is no generator, and it is refused where it is `async`: nobody awaits what it
+returns.
 """
 
 import asyncio
@@ -30,6 +31,7 @@ from reward_service.isolate import KILLS, Failed, Quarantine, isolate
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, Text, text_reader, version_of
 
 START_S = 60.0
+CALL_S = 0.1
 
 
 class Function(ScorerKind):
@@ -44,10 +46,8 @@ class Function(ScorerKind):
                 entry.timeout_s,
                 "for example 5.0 (the default)",
             ),
-            *(
-                Check(getattr(entry, name) >= 1, f"{key}.{name}", "at least 1", getattr(entry, name), "1 (the default)")
-                for name in ("processes", "batch_size")
-            ),
+            Check(entry.processes >= 1, f"{key}.processes", "at least 1", entry.processes, "1 (the default)"),
+            Check(entry.batch_size >= 1, f"{key}.batch_size", "at least 1", entry.batch_size, "32 (the default)"),
             Check(
                 entry.memory_gib > 0, f"{key}.memory_gib", "above 0", entry.memory_gib, "for example 2.0 (the default)"
             ),
@@ -66,10 +66,17 @@ class Function(ScorerKind):
         return source_digest(entry.function) if entry.function else ""
 
     def spec(self, name: str, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str | None) -> ScorerSpec:
-        # What is in one call waits for the slowest of it: a function that may hang is called as the pool calls it.
-        calls, source = entry.processes * service.replicas, entry.function or ""
-        version = function_version(source)
-        return ScorerSpec(name, entry, version, calls=calls, call_items=entry.batch_size, source=source)
+        source = entry.function or ""
+        return ScorerSpec(
+            name,
+            entry,
+            function_version(source),
+            calls=entry.processes * service.replicas,
+            call_items=entry.batch_size,
+            # Far below the time-out, which is one for the whole call: a slow function gets its items one by one.
+            call_s=min(CALL_S, entry.timeout_s / 4),
+            source=source,
+        )
 
     def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
         return FunctionScorer(entry, tokenizer)

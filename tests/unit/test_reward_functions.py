@@ -15,6 +15,7 @@ from common.text.tokenizers import load_decoder
 from contracts.config import ScorerConfig
 from contracts.records import Score, ScoringItem
 from contracts.scoring import RETRYABLE
+from reward_service.isolate import Failed, isolate
 from reward_service.kinds.function import FunctionError, FunctionPool, FunctionScorer, Text
 from reward_service.scorer_kind import ThreadScorer, text_reader
 from tests.conftest import SMOLLM
@@ -201,7 +202,7 @@ def test_the_wrong_number_of_scores_is_none(pool: Callable[..., FunctionPool]) -
 
 
 def test_a_process_that_was_killed_is_started_again(pool: Callable[..., FunctionPool]) -> None:
-    length = pool("length")
+    length = pool("length", batch_size=1)
     [process] = children()
     process.send_signal(signal.SIGKILL)
     process.wait(5)
@@ -278,9 +279,15 @@ def test_what_nobody_waits_for_any_more_is_not_called(pool: Callable[..., Functi
     assert [s.error for s in late] == ["timeout: no score before the deadline"]
 
 
-def test_one_that_hangs_in_a_batch_costs_one_time_out_more_not_one_a_half(pool: Callable[..., FunctionPool]) -> None:
-    odd = pool("odd", batch_size=16, timeout_s=1.0)
-    start = time.monotonic()
-    scores = run(odd, *["ab"] * 9, "hang", *["abc"] * 6)
+def test_one_that_hangs_in_a_batch_costs_one_time_out_more_not_one_a_half() -> None:
+    calls: list[list[str]] = []
+
+    def score(texts: list[str]) -> list[float]:
+        calls.append(texts)
+        if "hang" in texts:
+            raise Failed("timeout: late", is_kill=True)
+        return [float(len(text)) for text in texts]
+
+    scores = isolate(score, [*["ab"] * 9, "hang", *["abc"] * 6])
     assert [s.code or s.value for s in scores] == [*[2.0] * 9, "timeout", *[3.0] * 6]
-    assert time.monotonic() - start < 4.0  # two time-outs; halving would take five
+    assert sum("hang" in texts for texts in calls) == 2
