@@ -26,14 +26,14 @@ from starlette.routing import Route
 from contracts.config import HttpConfig
 from contracts.records import Score, ScoringItem
 from contracts.scoring import RETRYABLE
-from reward_service import protocols
+from reward_service import openapi, protocols
 from reward_service.access import Bodies, Refused, RequireToken
 from reward_service.encoder import Encoder
 from reward_service.front import Front, UnknownScorer, last_tokens
 from reward_service.protocols import BadRequest, Entry
 from reward_service.scorer_kind import ScorerSpec
 
-Handler = Callable[[Any], Awaitable[dict[str, Any]]]
+Handler = Callable[[Any], Awaitable[protocols.Answer]]
 logger = logging.getLogger("ray.serve")
 CONNECTIONS = 1024  # above which uvicorn itself answers 503
 IDLE_S = 30
@@ -69,6 +69,7 @@ class HttpService:
             Route("/healthz", self._healthz),
             Route("/readyz", self._readyz),
             Route("/metrics", self._metrics),
+            Route("/openapi.json", self._openapi),
         ]
         self._paths = {route.path for route in routes}
         handlers = {
@@ -108,7 +109,7 @@ class HttpService:
 
         return answer
 
-    async def _native(self, body: "_Body") -> dict[str, Any]:
+    async def _native(self, body: "_Body") -> protocols.Answer:
         request = protocols.read(protocols.NativeRequest, body.content)
         scorer = self._scorer(request.model, request.version)
         entries = await self._entries(protocols.native_entries, request, body.size, len(request.items))
@@ -119,13 +120,13 @@ class HttpService:
             raise self._overloaded(scores[0])
         return protocols.native_answer(request, scorer.name, scorer.version, entries, scores)
 
-    async def _openrlhf(self, body: "_Body") -> dict[str, Any]:
+    async def _openrlhf(self, body: "_Body") -> protocols.Answer:
         request = protocols.read(protocols.OpenRLHFRequest, body.content)
         scorer = self._scorer(request.model)
         entries = await self._entries(protocols.openrlhf_entries, request, body.size, len(request.query))
         return protocols.openrlhf_answer(self._complete(await self._scores(scorer, entries)))
 
-    async def _pooled(self, path: Literal["classify", "pooling"], body: "_Body") -> dict[str, Any]:
+    async def _pooled(self, path: Literal["classify", "pooling"], body: "_Body") -> protocols.Answer:
         request = protocols.read(protocols.PoolingRequest, body.content)
         scorer = self._scorer(request.model)
         several = isinstance(request.input, list) and not isinstance(request.input[0], int)
@@ -200,6 +201,9 @@ class HttpService:
         missing = await self._ready()
         status = "waiting for " + ", ".join(missing) if missing else "ok"
         return JSONResponse({"status": status}, 503 if missing else 200)
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi.description())
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.front.metrics.text(), media_type="text/plain; version=0.0.4")
