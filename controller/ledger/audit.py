@@ -107,14 +107,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not log.exists():
         print(f"{log} does not exist: this run has committed nothing")
         return 1
-    if options.key:
-        epoch, prompt_id, sample_index = map(int, options.key.split(","))
-        lines = way(log, (epoch, prompt_id, sample_index))
-        print("\n".join(lines) or f"no row of {log} names rollout {options.key}")
-        return 0 if lines else 1
     try:
+        if options.key:
+            epoch, prompt_id, sample_index = map(int, options.key.split(","))
+            lines = way(log, (epoch, prompt_id, sample_index))
+            print("\n".join(lines) or f"no row of {log} names rollout {options.key}")
+            return 0 if lines else 1
         result = audit(log)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(error)
         return 1
     print(result)

@@ -11,10 +11,49 @@ The file is only ever appended to. A run that went back to an older commit keeps
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 NAME = "ledger.jsonl"
 Row = dict[str, Any]
+Count = Annotated[int, Field(ge=0)]
+Key = tuple[Count, Count, Count]  # (epoch, prompt_id, sample_index)
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Ended(_Line):
+    key: Key
+    update: Count
+    sampled: list[int] = []
+    admitted_at: int
+    leases: Count
+    holder: str
+
+
+class _Trained(_Ended):
+    trained: Count
+
+
+class _Quarantined(_Ended):
+    quarantined: str
+
+
+class _Commit(_Line):
+    commit: Count
+    version: Count
+    admitted: Count
+    open: list[Key]
+
+
+class _Resume(_Line):
+    resume: Count
+
+
+_ROW: TypeAdapter[BaseModel] = TypeAdapter(_Trained | _Quarantined | _Commit | _Resume)
 
 
 def rejoin(log: Path, offset: int, rows: str) -> int:
@@ -54,10 +93,7 @@ def replay(log: Path) -> tuple[list[Row], list[Row]]:
     undone: list[Row] = []
     offset = 0
     for line in log.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
+        row = _read(line)
         if row and "resume" in row:
             undone += [r for start, r in alive if start >= row["resume"] and r]
             alive = [(start, r) for start, r in alive if start < row["resume"]]
@@ -68,3 +104,11 @@ def replay(log: Path) -> tuple[list[Row], list[Row]]:
     if damaged:
         raise ValueError(f"{log} is damaged at byte {damaged[0]}")
     return [row for _, row in alive if row], undone
+
+
+def _read(line: bytes) -> Row | None:
+    """The row of a line, or None where it is none of ours."""
+    try:
+        return _ROW.validate_json(line).model_dump(exclude_unset=True)
+    except ValidationError:
+        return None
