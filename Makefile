@@ -6,7 +6,7 @@ ARGS ?=
 # Where studies/five_reasons/conf/arm comes from: a tuning that was run here, and for arms that it has not the one of the study in docs.
 TUNING := --tuning runs/five_reasons_tuning docs/results/study.json
 
-.PHONY: help setup demo demo-long study-quick study study-tuning test test-unit test-full test-chaos lint bench lock clean
+.PHONY: help setup demo demo-long study-quick study study-tuning test test-unit test-full test-chaos test-fuzz lint bench lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -44,13 +44,16 @@ test-unit: setup ## the tests that start no engine
 	$(PY) -m pytest tests/unit
 
 test: lint ## everything CI runs, under 25 minutes on two cores
-	$(PY) -m pytest -m "not gpu and not full and not chaos"
+	$(PY) -m pytest -m "not gpu and not full and not chaos and not fuzz"
 
 test-full: lint ## the longer proofs too
-	$(PY) -m pytest -m "not gpu and not chaos"
+	$(PY) -m pytest -m "not gpu and not chaos and not fuzz"
 
 test-chaos: setup ## kill and stop the processes of whole runs, then 15 minutes of it at random
 	$(PY) -m pytest -m chaos --soak-minutes 15
+
+test-fuzz: setup ## 10,000 requests of all kinds to the reward service, and what others may write into files
+	$(PY) -m pytest -m fuzz
 
 bench: setup ## the benchmarks, one after another
 	$(PY) benchmarks/ppo_step.py

@@ -305,7 +305,7 @@ class ScorerConfig:
     function: str | None = key(None, free=KIND)  # function: package.module:name or path/file.py:name
     timeout_s: float = key(5.0, free=KIND)  # function: for one call, after which its process is ended
     processes: int = key(1, free=KIND)  # function: calls at a time
-    batch_size: int = key(1, free=KIND)  # function: items a call
+    batch_size: int = key(32, free=KIND)  # function: items a call, at most; a slow one gets fewer
     memory_gib: float = key(2.0, free=KIND)  # function: address space of one process
     parts: list[str] = key([], free=KIND)  # weighted_sum, ensemble: names of scorers
     weights: list[float] = key([], free=KIND)  # weighted_sum: of each part

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from common.models.forward import Form, backbone_name, head_logits, hidden_states
-from common.models.loading import refuse_unloaded
+from common.models.loading import normaliser, refuse_unloaded
 from common.models.packed_attention import Packed
 from common.models.proof import POLICY, SCALAR, Proof, prove
 from common.models.twin import make_twin
@@ -68,8 +68,9 @@ class ScalarModel(nn.Module):
         head = FloatLinear(old.in_features, 1, bias=False, dtype=old.weight.dtype)
         head.weight = old.weight
         classifier.score = head
-        self.mean: float = float(getattr(classifier.config, "score_mean", None) or 0.0)
-        self.std: float = float(getattr(classifier.config, "score_std", None) or 1.0)
+        self.mean: float
+        self.std: float
+        self.mean, self.std = normaliser(classifier.config, classifier.config.name_or_path, "path")
 
     def forward(self, packed: Packed, select: torch.Tensor) -> torch.Tensor:
         """float32 [M] at the positions `select` [M] of the packed row."""

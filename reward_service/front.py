@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from contracts.records import Score, ScoringItem
-from reward_service.isolate import KILLS, Quarantine
+from reward_service.isolate import KILLS, Quarantine, finite
 from reward_service.replica_dispatcher import Call, ReplicaDied, ReplicaDispatcher
 from reward_service.scorer_kind import ScorerSpec
 from reward_service.service_metrics import Metrics
@@ -97,7 +97,7 @@ class Front:
         self._cache: OrderedDict[bytes, Score] = OrderedDict()
         self._quarantine: Quarantine[bytes] = Quarantine()
         self._dispatchers = {
-            s.name: ReplicaDispatcher(call, s.application, s.calls, s.call_items)
+            s.name: ReplicaDispatcher(call, s.application, s.calls, s.call_items, s.call_s)
             for s in scorers.values()
             if s.application
         }
@@ -184,7 +184,7 @@ class Front:
             found = await asyncio.gather(*(request.parts[name] for name in scorer.parts))
             parts = dict(zip(scorer.parts, found, strict=True))
             scores = scorer.kind.combine(scorer.entry, parts)
-        return [replace(score, version=scorer.version) for score in scores]
+        return [replace(finite(score), version=scorer.version) for score in scores]
 
     # ---- one model or function
 

@@ -9,7 +9,6 @@ A request's deadline begins when its body is there, and holds for reading it too
 """
 
 import asyncio
-import json
 import logging
 import math
 import socket
@@ -31,7 +30,7 @@ from starlette.routing import Route
 from contracts.config import HttpConfig
 from contracts.records import Score, ScoringItem
 from contracts.scoring import RETRYABLE
-from reward_service import protocols
+from reward_service import openapi, protocols
 from reward_service.access import OPEN_ROUTES, Bodies, Refused, RequireToken, client_of
 from reward_service.connections import LIMITS, BoundedProtocol, ConnectionLimits
 from reward_service.encoder import Encoder
@@ -82,6 +81,7 @@ class HttpService:
             Route("/healthz", self._healthz),
             Route("/readyz", self._readyz),
             Route("/metrics", self._metrics),
+            Route("/openapi.json", self._openapi),
         ]
         self._paths = {route.path for route in routes}
         handlers = {
@@ -119,6 +119,8 @@ class HttpService:
             expires = ask.arrived + self.front.limits.deadline_s
             content = await self._read(ask, expires, lambda check: protocols.read(kind, _parsed(body, ask.model)))
             return JSONResponse(await handler(content, ask))
+        except RecursionError:
+            raise Refused(400, "bad_request", "the body is nested too deeply") from None
         except BadRequest as fault:
             raise Refused(400, "bad_request", str(fault)) from None
         except Late:
@@ -136,7 +138,7 @@ class HttpService:
             return work(lambda: None)
         return await self.pool.run(ask.client, expires, work)
 
-    async def _native(self, request: protocols.NativeRequest, ask: "_Ask") -> dict[str, Any]:
+    async def _native(self, request: protocols.NativeRequest, ask: "_Ask") -> protocols.Answer:
         scorer = self._scorer(request.model, request.version)
         if request.deadline_ms:
             ask = ask._replace(deadline_s=request.deadline_ms / 1000)
@@ -147,26 +149,27 @@ class HttpService:
             raise self._overloaded(scores[0])
         return protocols.native_answer(request, scorer.name, scorer.version, entries, scores)
 
-    async def _openrlhf(self, request: protocols.OpenRLHFRequest, ask: "_Ask") -> dict[str, Any]:
-        scorer = self._scorer(ask.model)
+    async def _openrlhf(self, request: protocols.OpenRLHFRequest, ask: "_Ask") -> protocols.Answer:
+        scorer = self._scorer(request.model)
         entries = await self._entries(protocols.openrlhf_entries, request, ask, len(request.query))
         return protocols.openrlhf_answer(self._complete(await self._scores(scorer, entries, ask)))
 
     async def _pooled(
         self, path: Literal["classify", "pooling"], request: protocols.PoolingRequest, ask: "_Ask"
-    ) -> dict[str, Any]:
+    ) -> protocols.Answer:
         scorer = self._scorer(request.model)
         several = isinstance(request.input, list) and not isinstance(request.input[0], int)
         count = len(request.input) if several and request.input else 1
         entries = await self._entries(protocols.pooling_entries, request, ask, count)
         keep = request.truncate_prompt_tokens
         entries = [_kept(entry, keep) for entry in entries]
-        scores = self._complete(await self._scores(scorer, entries, ask, truncate=keep is not None))
+        scores = await self._scores(scorer, entries, ask, truncate=keep is not None)
+        scores = self._complete([protocols.packable(request, score) for score in scores])
         return protocols.pooling_answer(path, request, scorer.name, entries, scores)
 
-    def _scorer(self, name: Any, version: str | None = None) -> ScorerSpec:
+    def _scorer(self, name: str | None, version: str | None = None) -> ScorerSpec:
         try:
-            return self.front.find(name if isinstance(name, str) else None, version)
+            return self.front.find(name, version)
         except UnknownScorer as fault:
             status, code = (410, "version_gone") if fault.is_gone else (404, "unknown_model")
             raise Refused(status, code, str(fault)) from None
@@ -235,6 +238,9 @@ class HttpService:
         status = "waiting for " + ", ".join(missing) if missing else "ok"
         return JSONResponse({"status": status}, 503 if missing else 200)
 
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi.description())
+
     async def _metrics(self, request: Request) -> Response:
         return Response(self.front.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -249,19 +255,12 @@ class _Ask(NamedTuple):
     deadline_s: float | None = None
 
 
-Handler = Callable[[Any, _Ask], Awaitable[dict[str, Any]]]
+Handler = Callable[[Any, _Ask], Awaitable[protocols.Answer]]
 
 
 def _parsed(body: bytes, model: str | None) -> dict[str, Any]:
     """Raises BadRequest."""
-    try:
-        parsed = json.loads(body)
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
-    except ValueError:  # no JSON, no UTF-8, or an integer of more digits than Python reads
-        raise BadRequest("the body is not JSON") from None
-    if not isinstance(parsed, dict):
-        raise BadRequest("the body must be a JSON object")
+    parsed = protocols.parse(body)
     if model is not None:
         parsed.setdefault("model", model)
     return parsed

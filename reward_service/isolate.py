@@ -1,4 +1,4 @@
-"""A bad item costs only itself: a batch that fails is halved until what fails is one item."""
+"""A bad item costs only itself: what fails of a batch is tried in smaller ones until it is one item."""
 
 import math
 from collections import OrderedDict
@@ -48,13 +48,16 @@ def isolate(score: Callable[[list[Item]], list[float]], items: list[Item]) -> li
     """Scores of `items` in order, each as if it had been alone.
 
     A batch is halved where `score` raises, answers with another number of values, or with one that is not a finite number:
-    the NaN of one sequence can reach its neighbours through padding. What is left of a failure is an error of its item,
-    with the type of an exception and without its text, which may quote the completion.
+    the NaN of one sequence can reach its neighbours through padding. Where its process did not survive, the items are tried
+    one by one: each half that has the bad one would cost a process, and the whole time-out, again. What is left of a
+    failure is an error of its item, with the type of an exception and without its text, which may quote the completion.
     """
+    size = (len(items) + 1) // 2
     try:
         values = score(items)
     except Failed as fault:
         problem: str | None = str(fault)
+        size = 1 if fault.is_kill else size
     except Exception as fault:  # poison, tolerated on purpose: it is the item's error, and the service counts it
         problem = f"poison: {type(fault).__name__}"
     else:
@@ -63,8 +66,8 @@ def isolate(score: Callable[[list[Item]], list[float]], items: list[Item]) -> li
             return [Score(float(value), raw=float(value)) for value in values]
     if len(items) == 1:
         return [Score(None, problem)]
-    middle = len(items) // 2
-    return isolate(score, items[:middle]) + isolate(score, items[middle:])
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    return [found for part in parts for found in isolate(score, part)]
 
 
 def _problem(values: object, count: int) -> str | None:
@@ -81,3 +84,11 @@ def _problem(values: object, count: int) -> str | None:
         except OverflowError:
             return "non_finite: an integer beyond the range of float"
     return None
+
+
+def finite(score: Score) -> Score:
+    """The score, or `non_finite` in place of one that is infinite or no number: nothing may train on it, and JSON cannot
+    carry it."""
+    if all(math.isfinite(number) for number in (score.value, score.raw, score.spread) if number is not None):
+        return score
+    return Score(None, "non_finite", version=score.version)

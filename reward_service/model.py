@@ -6,27 +6,42 @@ where there is one.
 """
 
 import copy
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from common.microbatches import cut_padded
 from common.models.forward import Form, hidden_states
-from common.models.loading import LoadingError, loading_report, refuse_adapter, refuse_quantised, refuse_unloaded
+from common.models.loading import (
+    LoadingError,
+    loading_report,
+    normaliser,
+    refuse_adapter,
+    refuse_quantised,
+    refuse_unloaded,
+)
 from common.models.packed_attention import Packed
 from common.models.positions import positions
 from common.models.proof import SCALAR, Proof, prove
 from common.text.tokenizers import local_checkpoint
 from contracts.records import Score
 from contracts.scoring import GOLDEN_FILE
-from reward_service.isolate import isolate
+from reward_service.isolate import finite, isolate
 from reward_service.reading import Reading, at_eos
 
 WARM_UP = (1, 2, 3)  # token ids that every vocabulary has
+
+
+class _Golden(BaseModel):
+    token_ids: list[int]
+    score: float = Field(allow_inf_nan=False)
+
+
+_GOLDEN = TypeAdapter(list[_Golden])
 
 
 def check_reward_model(path: str, key: str) -> None:
@@ -40,7 +55,9 @@ def check_reward_model(path: str, key: str) -> None:
         OSError, ValueError: where no model can be loaded from there.
     """
     refuse_adapter(path, key)
-    refuse_quantised(AutoConfig.from_pretrained(path, trust_remote_code=False), path, key)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    refuse_quantised(config, path, key)
+    normaliser(config, path, key)
     # One label whatever the configuration says: a head of another shape is refused with its shape.
     model, info = loading_report(AutoModelForSequenceClassification, path, num_labels=1)
     refuse_unloaded(info, path, key, model=model)
@@ -81,8 +98,7 @@ class RewardModel:
             self.model.cuda()
         self.head = self.model.score.float()  # in bfloat16 the rounding of this product would be the score's resolution
         config = self.model.config
-        self.mean = float(getattr(config, "score_mean", None) or 0.0)
-        self.std = float(getattr(config, "score_std", None) or 1.0)
+        self.mean, self.std = normaliser(config, path, "path")
         self.vocab_size = config.get_text_config().vocab_size
         known = positions(config.get_text_config())
         self.positions = known[0] if known else None  # beyond which learned ones end, for every item of a batch
@@ -122,7 +138,7 @@ class RewardModel:
     def _normalised(self, score: Score) -> Score:
         if score.raw is not None:
             score.value = (score.raw - self.mean) / self.std
-        return score
+        return finite(score)
 
     @torch.inference_mode()
     def _forward(self, batch: list[tuple[int, ...]]) -> list[float]:
@@ -156,16 +172,22 @@ def check_golden(path: str, score: Callable[[list[list[int]]], list[Score]], tol
     normaliser, a head that was not loaded, the wrong token read.
 
     Raises:
-        RuntimeError: where an item has no score, or the mean deviation is above `tolerance` (score units).
+        RuntimeError: where an item has no score, the mean deviation is above `tolerance` (score units), or the golden
+            scores cannot be read.
     """
     file = local_checkpoint(path) / GOLDEN_FILE
-    rows = json.loads(file.read_text()) if file.exists() else []
-    scores = score([row["token_ids"] for row in rows] or [list(WARM_UP)])
+    try:
+        rows = _GOLDEN.validate_json(file.read_bytes()) if file.exists() else []
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RuntimeError(f"{path}: {GOLDEN_FILE} has no golden scores: {where}: {first['msg']}") from None
+    scores = score([row.token_ids for row in rows] or [list(WARM_UP)])
     failed = [s.error for s in scores if s.value is None and s.code != "too_long"]
     if failed:
         raise RuntimeError(f"{path}: no score for a first batch: {failed[0]}")
-    gaps = [abs(s.value - row["score"]) for s, row in zip(scores, rows, strict=bool(rows)) if s.value is not None]
-    if gaps and math.fsum(gaps) / len(gaps) > tolerance:
+    gaps = [abs(s.value - row.score) for s, row in zip(scores, rows, strict=bool(rows)) if s.value is not None]
+    if gaps and not math.fsum(gaps) / len(gaps) <= tolerance:
         raise RuntimeError(
             f"{path}: {GOLDEN_FILE} is missed by {math.fsum(gaps) / len(gaps):.3f} on average "
             f"(reward_service.golden_tolerance allows {tolerance}): this is not the model that was trained"

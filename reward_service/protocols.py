@@ -4,19 +4,24 @@ Pure translation: JSON in, items out; scores in, JSON out. docs/reward_service.m
 """
 
 import base64
+import json
 import math
+import re
 import struct
 import time
 import uuid
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import TypedDict  # pydantic reads the one of typing from Python 3.12 on
 
 from common.text.encoding import Turns
 from contracts.records import Score, ScoringItem
 from contracts.scoring import RETRYABLE
 from reward_service.encoder import Encoder
 
+FLOAT32_MAX = 3.4028234663852886e38
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes one
 Entry = ScoringItem | Score  # an item, or why it cannot be one
 
 
@@ -70,6 +75,7 @@ class NativeRequest(BaseModel):
 
 
 class OpenRLHFRequest(BaseModel):
+    model: str | None = None  # ours: its client can only write it into the URL
     query: list[str] | str
     prompts: list[Any] | None = None
     labels: list[Any] | None = None
@@ -109,6 +115,30 @@ class PoolingRequest(BaseModel):
     def has_activation(self) -> bool:
         """Raw logits unless a sigmoid is asked for."""
         return bool(self.use_activation if self.use_activation is not None else self.activation)
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises:
+        BadRequest: it is none, has an integer of more digits than Python reads, or half a character (a lone surrogate,
+            which no tokenizer and no answer can carry).
+        RecursionError: it is nested too deeply.
+    """
+    try:
+        text = body.decode(json.detect_encoding(body))  # strictly, unlike json.loads of bytes
+        parsed = json.loads(text)
+        if SURROGATE.search(text):  # of two in a row most make a character
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        raise BadRequest("the body is not JSON") from None
+    except UnicodeError:
+        raise BadRequest("the body is not UTF-8, or has half of a surrogate pair") from None
+    except ValueError:
+        raise BadRequest("the body has an integer of too many digits") from None
+    if not isinstance(parsed, dict):
+        raise BadRequest("the body must be a JSON object")
+    return parsed
 
 
 def read(kind: type[BaseModel], body: Any) -> Any:
@@ -169,9 +199,111 @@ def pooling_entries(request: PoolingRequest, encoder: Encoder) -> list[Entry]:
 # ---- answers
 
 
+class ScoredItem(TypedDict):
+    id: str | int
+    status: Literal["ok"]
+    reward: float | None
+    raw: float | None
+    tokens: int
+    truncated: bool
+    cached: bool
+    spread: NotRequired[float]
+
+
+class FailedItem(TypedDict):
+    id: str | int
+    status: Literal["error"]
+    code: str
+    retryable: bool
+    detail: NotRequired[str]
+
+
+class NativeAnswer(TypedDict):
+    request_id: str
+    model: str
+    version: str
+    items: list[ScoredItem | FailedItem]
+
+
+class OpenRLHFAnswer(TypedDict):
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float | None]]
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: None
+
+
+class Class(TypedDict):
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Pooled(TypedDict):
+    index: int
+    object: Literal["pooling"]
+    data: list[float] | str
+
+
+class _Listed(TypedDict):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    usage: Usage
+
+
+class ClassifyAnswer(_Listed):
+    data: list[Class]
+
+
+class PoolingAnswer(_Listed):
+    data: list[Pooled]
+
+
+Answer = NativeAnswer | OpenRLHFAnswer | ClassifyAnswer | PoolingAnswer
+
+
+class ServedModel(TypedDict):
+    id: str
+    object: Literal["model"]
+    kind: str
+    version: str
+    tokenizer_hash: str
+    max_tokens: int | None
+    read_at: str | None
+    parts: list[str]
+
+
+class ModelsAnswer(TypedDict):
+    object: Literal["list"]
+    data: list[ServedModel]
+
+
+class StatusAnswer(TypedDict):
+    status: str
+
+
+class Refusal(TypedDict):
+    code: str
+    message: str
+
+
+class RefusedAnswer(TypedDict):
+    """Every answer that is not 200."""
+
+    error: Refusal
+
+
 def native_answer(
     request: NativeRequest, name: str, version: str, entries: list[Entry], scores: list[Score]
-) -> dict[str, Any]:
+) -> NativeAnswer:
     return {
         "request_id": request.request_id or uuid.uuid4().hex,
         "model": name,
@@ -183,13 +315,12 @@ def native_answer(
     }
 
 
-def _native_item(item_id: str | int, entry: Entry, score: Score, normalize: bool) -> dict[str, Any]:
-    answer: dict[str, Any]
+def _native_item(item_id: str | int, entry: Entry, score: Score, normalize: bool) -> ScoredItem | FailedItem:
     if score.value is None:
         code, _, detail = (score.error or "unavailable").partition(": ")
-        answer = {"id": item_id, "status": "error", "code": code, "retryable": code in RETRYABLE}
-        return answer | ({"detail": detail} if detail else {})
-    answer = {
+        failed: FailedItem = {"id": item_id, "status": "error", "code": code, "retryable": code in RETRYABLE}
+        return {**failed, "detail": detail} if detail else failed
+    answer: ScoredItem = {
         "id": item_id,
         "status": "ok",
         "reward": score.value if normalize else score.raw,
@@ -198,42 +329,38 @@ def _native_item(item_id: str | int, entry: Entry, score: Score, normalize: bool
         "truncated": score.is_truncated,
         "cached": score.is_cached,
     }
-    return answer | ({} if score.spread is None else {"spread": score.spread})
+    return answer if score.spread is None else {**answer, "spread": score.spread}
 
 
-def openrlhf_answer(scores: list[Score]) -> dict[str, Any]:
-    rewards = [score.value for score in scores]
+def openrlhf_answer(scores: list[Score]) -> OpenRLHFAnswer:
+    """Every one of the scores has a value."""
+    rewards = [score.value for score in scores if score.value is not None]
     logs = {"raw": [score.raw for score in scores]}
     if all(score.spread is not None for score in scores):
         logs["spread"] = [score.spread for score in scores]
     return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
 
 
+def packable(request: PoolingRequest, score: Score) -> Score:
+    """The score, or `non_finite` where the float32 that base64 carries cannot hold it."""
+    if request.encoding_format == "float" or score.raw is None or abs(score.raw) <= FLOAT32_MAX:
+        return score
+    return Score(None, "non_finite: beyond the range of float32, which base64 carries; ask for encoding_format=float")
+
+
 def pooling_answer(
     path: Literal["classify", "pooling"], request: PoolingRequest, name: str, entries: list[Entry], scores: list[Score]
-) -> dict[str, Any]:
-    values = [_activated(s.raw, request.has_activation) for s in scores if s.raw is not None]
-    data: list[dict[str, Any]]
-    if path == "classify":
-        data = [{"index": i, "label": "LABEL_0", "probs": [v], "num_classes": 1} for i, v in enumerate(values)]
-    else:
-        is_text = request.encoding_format == "base64"
-        data = [
-            {
-                "index": i,
-                "object": "pooling",
-                "data": base64.b64encode(struct.pack("=f", v)).decode() if is_text else [v],
-            }
-            for i, v in enumerate(values)
-        ]
+) -> ClassifyAnswer | PoolingAnswer:
+    """Every one of the scores has a value."""
+    raw = [score.value if score.raw is None else score.raw for score in scores]
+    values = [_activated(number, request.has_activation) for number in raw if number is not None]
     tokens = sum(len(entry.token_ids) for entry in entries if isinstance(entry, ScoringItem))
     prefix = "classify" if path == "classify" else "pool"
-    return {
+    common: _Listed = {
         "id": f"{prefix}-{request.request_id or uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
         "model": request.model or name,
-        "data": data,
         "usage": {
             "prompt_tokens": tokens,
             "total_tokens": tokens,
@@ -241,6 +368,17 @@ def pooling_answer(
             "prompt_tokens_details": None,
         },
     }
+    if path == "classify":
+        classes: list[Class] = [
+            {"index": i, "label": "LABEL_0", "probs": [v], "num_classes": 1} for i, v in enumerate(values)
+        ]
+        return {**common, "data": classes}
+    is_text = request.encoding_format == "base64"
+    pooled: list[Pooled] = [
+        {"index": i, "object": "pooling", "data": base64.b64encode(struct.pack("=f", v)).decode() if is_text else [v]}
+        for i, v in enumerate(values)
+    ]
+    return {**common, "data": pooled}
 
 
 def _activated(raw: float, has_activation: bool) -> float:

@@ -1,7 +1,9 @@
 """One queue for the replicas of a scorer: a call takes what waits by then, whoever asked.
 
 Under load most requests have one item and a call costs milliseconds of its own, so items of many requests share one. At most
-`calls` are under way: what a replica's death takes with it stays small, and what waits here can still expire here.
+`calls` are under way: what a replica's death takes with it stays small, and what waits here can still expire here. What is
+in one call waits for the slowest of it: where calls are to take `call_s`, they grow while they take less, and one that took
+longer is followed by smaller ones, down to single items.
 
 Nobody waits behind all that another has asked for: the PPO loop's calls and those of HTTP take turns, and within a call of
 HTTP its clients do, item by item. HTTP leaves half of the calls to a loop that uses the scorer.
@@ -33,11 +35,14 @@ class ReplicaDispatcher:
 
     Args:
         call: sends items with a deadline in seconds; raises ReplicaDied or Unavailable.
-        calls: under way at a time. items: of one call.
+        calls: under way at a time. items: of one call, at most.
+        call_s: seconds that a call should take at most; None: it has as many items as wait.
     """
 
-    def __init__(self, call: Call, application: str, calls: int, items: int):
-        self._call, self._application, self._calls, self._items = call, application, calls, items
+    def __init__(self, call: Call, application: str, calls: int, items: int, call_s: float | None = None):
+        self._call, self._application, self._calls, self._most = call, application, calls, items
+        self._call_s = call_s
+        self._items = items if call_s is None else 1  # of the next call
         # By client, whose turn it is first; None: the loop.
         self._waiting: dict[str | None, dict[asyncio.Future[Score], _Waiting]] = {}
         self._under_way: set[asyncio.Task] = set()
@@ -122,7 +127,8 @@ class ReplicaDispatcher:
 
     async def _send(self, batch: list[_Waiting]) -> None:
         """Until it is answered, or nobody waits for it any more."""
-        left_s = max(expires for _, expires, _ in batch) - time.monotonic()
+        start = time.monotonic()
+        left_s = max(expires for _, expires, _ in batch) - start
         items = [item for item, _, _ in batch]
         call = asyncio.ensure_future(self._call(self._application, items, left_s))
         wanted = {future for _, _, future in batch}
@@ -151,6 +157,17 @@ class ReplicaDispatcher:
                 if not future.done():
                     future.set_exception(fault)
             return
+        finally:
+            self._fit(len(items), time.monotonic() - start)
         for (_, _, future), score in zip(batch, scores, strict=True):
             if not future.done():
                 future.set_result(score)
+
+    def _fit(self, count: int, took_s: float) -> None:
+        """How many items the next calls have, after one of `count`."""
+        if self._call_s is None:
+            return
+        if took_s > self._call_s:
+            self._items = max(1, count // 2)
+        elif count == self._items:
+            self._items = min(self._most, 2 * count)

@@ -6,21 +6,20 @@ read where a configuration is checked, too: a module imports torch and Ray insid
 
 import asyncio
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.text.tokenizers import load_decoder
+from common.text.tokenizers import known_ids, load_decoder
 from contracts import plugins
 from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
 from contracts.scorer_roles import CHECKPOINTS, ROLES, SCORER_KINDS
 from contracts.scoring import RETRYABLE
-from reward_service.isolate import isolate
+from reward_service.isolate import Failed, finite, isolate
 
 VERSION_LENGTH = 16  # hexadecimal digits
 STUCK_S = 300.0  # of one batch, after which a replica counts as hung and Serve replaces it
@@ -47,6 +46,7 @@ class ScorerSpec:
     max_tokens: int | None = None  # of a model
     calls: int = 4  # to its replicas at a time
     call_items: int = 32  # of one call
+    call_s: float | None = None  # that a call should take at most, or it has fewer items; None: it may take its time
     parts: tuple[str, ...] = ()  # of a composite: names of scorers
     source: str | None = None  # checkpoint or function: another name under which clients may ask for it
     read_at: str | None = None  # of a model: eos or last
@@ -171,25 +171,31 @@ class CompositeKind(ScorerKind):
             return Score(None, f"{code}: {name}: {detail}" if detail else f"{code}: {name}")
         values = [s.value for s in scores.values() if s.value is not None]
         try:
-            value = self.formula(entry, values)
-        except OverflowError:  # of a square, or within a sum
-            value = math.inf
-        if not math.isfinite(value):  # though every part is
+            value, spread = float(self.formula(entry, values)), self.spread(values)
+        except OverflowError:  # of a square, or within a sum, though every part is finite
             return Score(None, "non_finite")
-        return Score(
+        except Exception as fault:  # poison, tolerated on purpose, as what a rule function raises: it is this item's
+            return Score(None, f"poison: {type(fault).__name__}")
+        score = Score(
             value,
             raw=value,
-            spread=self.spread(values),
+            spread=spread,
             is_cached=all(s.is_cached for s in scores.values()),
             is_truncated=any(s.is_truncated for s in scores.values()),
         )
+        return finite(score)
 
 
 def text_reader(tokenizer: str) -> Callable[[list[ScoringItem]], list[Text]]:
-    """From scoring items to what a rule sees of them, by the tokenizer of a checkpoint."""
-    decode = load_decoder(tokenizer)
+    """From scoring items to what a rule sees of them, by the tokenizer of a checkpoint.
+
+    The function raises Failed where an item has a token id that is no token: no text says what it was.
+    """
+    decode, known = load_decoder(tokenizer), known_ids(tokenizer)
 
     def texts(items: list[ScoringItem]) -> list[Text]:
+        if not all(known.issuperset(item.token_ids) for item in items):
+            raise Failed("out_of_vocabulary")
         # Without its EOS, which every scoring input has and no text shows.
         return [
             (decode(i.token_ids[: i.prompt_tokens]), decode(i.token_ids[i.prompt_tokens : -1]), i.label) for i in items

@@ -46,6 +46,7 @@ def cache_in(folder: Path) -> Path:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-minutes", type=float, default=2.0, help="of random harm in test_soak.py")
     parser.addoption("--soak-seed", type=int, default=1)
+    parser.addoption("--fuzz-seed", type=int, default=1, help="of the requests in test_service_fuzz.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

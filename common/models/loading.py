@@ -4,7 +4,9 @@ transformers fills what a checkpoint lacks with random numbers, other ones at ea
 on. Its report on both (`from_pretrained(..., output_loading_info=True)`) is judged here, for every model that is loaded.
 """
 
+import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from contracts.checks.check import Check
 
 SHOWN = 4  # names in a message
 BLOCK = 4096  # rows of a matrix that are compared at a time
+MIN_STD = 1e-6  # of scores before their normaliser; `stage=reward_model` writes 1 where all are equal
 # Tables that a model computes itself and that checkpoints of older releases have on disk.
 COMPUTED = re.compile(r"(^|\.)(inv_freq|(cos|sin)_cached|(attn|attention)\.(masked_)?bias|position_ids)$")
 
@@ -50,6 +53,24 @@ def refuse_quantised(config: Any, path: str, key: str) -> None:
             instead = "the checkpoint that it was quantised from, or one that is dequantised"
             rule = "a model in float32, bfloat16 or float16"
             raise LoadingError(Check(False, f"{key}={path}", rule, found, instead).message)
+
+
+def normaliser(config: Any, path: str, key: str) -> tuple[float, float]:
+    """Mean and standard deviation by which a checkpoint's scores are normalised; 0 and 1 where its configuration has none.
+
+    Raises:
+        LoadingError: where one is no number, or the standard deviation so small that it only enlarges rounding.
+    """
+    found = [getattr(config, name, None) for name in ("score_mean", "score_std")]
+    mean, std = (default if value is None else value for value, default in zip(found, (0.0, 1.0), strict=True))
+    for name, value, least in (("score_mean", mean, -math.inf), ("score_std", std, MIN_STD)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        if not is_number or value < least:
+            rule = "a finite number" if name == "score_mean" else f"a finite number, {MIN_STD:g} or more"
+            raise LoadingError(
+                Check(False, f"{name} in the config.json of {key}={path}", rule, value, "what training wrote").message
+            )
+    return float(mean), float(std)
 
 
 def loading_report(kind: Any, path: str, **options: Any) -> tuple[Any, dict[str, Any]]:

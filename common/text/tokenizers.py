@@ -58,6 +58,16 @@ def vocabulary(path: str) -> dict[str, int] | None:
     return fast.get_vocab(with_added_tokens=True) if fast else None
 
 
+def known_ids(path: str) -> frozenset[int]:
+    """The ids of a checkpoint's tokenizer that are tokens, added ones included."""
+    tokens = vocabulary(path)
+    if tokens is None:
+        from transformers import AutoTokenizer
+
+        tokens = AutoTokenizer.from_pretrained(path).get_vocab()
+    return frozenset(tokens.values())
+
+
 def load_decoder(path: str) -> Callable[[Sequence[int]], str]:
     """Token ids to text, control tokens shown, by the tokenizer of a checkpoint. A fast tokenizer needs no torch for it."""
     tokenizer = _fast(path)

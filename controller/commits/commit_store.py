@@ -20,11 +20,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import load_file
 
+from common.error_text import typed_line
 from common.files import durable
 from common.files.checkpoint_files import is_inside
 from common.files.code_digest import package_versions
@@ -123,6 +125,30 @@ def _digest(content: Any) -> str:
 
 def read_commit(path: Path) -> Commit:
     """Raises CheckpointError where there is no manifest that can be believed."""
+    try:
+        commit = _read_manifest(path)
+        _Types.model_validate({**vars(commit), **vars(commit.run)})
+    except (ValidationError, RecursionError, AttributeError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {typed_line(error)}") from error
+    return commit
+
+
+class _Types(BaseModel):
+    """What a manifest holds: JSON of others may hold anything."""
+
+    model_config = ConfigDict(strict=True)
+    step: Annotated[int, Field(ge=0)]
+    version: Annotated[int, Field(ge=0)]
+    world_size: Annotated[int, Field(ge=1)]
+    quality: tuple[str, Annotated[float, Field(allow_inf_nan=False)]] | None
+    records: dict[Annotated[str, Field(pattern=r"^[^\x00]+$")], tuple[Annotated[int, Field(ge=0)], str]]
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    scorers: dict[str, str | None]
+    packages: dict[str, str]
+
+
+def _read_manifest(path: Path) -> Commit:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         content = manifest["content"]

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from common.error_text import error_lines
 from common.text.encoding import DataError
 from contracts.config import SourceConfig
 from contracts.plugins import closest
@@ -73,6 +74,8 @@ def _read_json(path: Path, base: str) -> list[dict]:
         except json.JSONDecodeError as error:
             place = f"{number + error.lineno - 1}, column {error.colno}"
             raise DataError(f"{rule} {place}, is not valid JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:  # an integer of too many digits, or too many brackets
+            raise DataError(f"{rule} {number}, cannot be read ({error_lines(error)[0]})") from None
         found = value if whole else [value]
         if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
             raise DataError(f'{rule} {number}, holds something else: {part[:40]!r}. Write a row as {{"text": "..."}}')
@@ -83,7 +86,7 @@ def _read_json(path: Path, base: str) -> list[dict]:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
 
 

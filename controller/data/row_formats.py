@@ -6,13 +6,14 @@ Every value is checked; one that cannot be used costs its row (LeftOut). Texts s
 """
 
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
+from common.error_text import error_lines
 from common.text.encoding import LeftOut, Turn, Turns, as_turns
 from contracts.config import DataConfig, SourceConfig
 from controller.data.prompts import first_words
@@ -123,8 +124,8 @@ def _parsed(value: Any, what: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise LeftOut(f"{what} is a text but no JSON", f"{error.msg} in {value[:40]!r}") from None
+    except (ValueError, RecursionError) as error:
+        raise LeftOut(f"{what} is a text but no JSON", f"{error_lines(error)[0]} in {value[:40]!r}") from None
 
 
 def _turn(given: Any, column: str) -> Turn:
@@ -194,8 +195,8 @@ def ratings(row: dict, source: SourceConfig) -> list[float]:
 def _number(value: Any, column: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise LeftOut(f"{column} is not a number", f"found {value!r}")
-    if not math.isfinite(value):
-        raise LeftOut(f"{column} is not finite", f"found {value}")
+    if not abs(value) <= sys.float_info.max:
+        raise LeftOut(f"{column} is not finite", f"found {value:.20}" if isinstance(value, float) else "a huge integer")
     return float(value)
 
 

@@ -1,12 +1,52 @@
 """The audit of a run's rollouts, from its log: every one that was admitted is trained, quarantined or open, once."""
 
 import argparse
+import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from common.error_text import typed_line
 from controller.ledger.entries import Key
 from controller.ledger.log import NAME, Row, replay
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Line(BaseModel):
+    """A row of the log, which others may have written."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Ended(_Line):
+    key: tuple[Count, Count, Count]
+    update: Count
+    sampled: list[int] = []
+    admitted_at: int
+    leases: Count
+    holder: str
+
+
+class _Trained(_Ended):
+    trained: Count
+
+
+class _Quarantined(_Ended):
+    quarantined: str
+
+
+class _Commit(_Line):
+    commit: Count
+    version: Count
+    admitted: Count
+    open: list[tuple[Count, Count, Count]]
+
+
+_ROWS = TypeAdapter(list[_Trained | _Quarantined | _Commit])
 
 
 @dataclass
@@ -41,7 +81,7 @@ def audit(log: Path) -> Audit:
     The count of admissions is the ledger's own, so the keys are checked for themselves too: every prompt has all of its
     samples, and every finished epoch the same prompts.
     """
-    rows, undone = replay(log)
+    rows, undone = _replayed(log)
     ends = [row for row in rows if "key" in row]
     commits = [row for row in rows if "commit" in row]
     last: Row = commits[-1] if commits else {"commit": 0, "version": 0, "admitted": 0, "open": []}
@@ -66,6 +106,16 @@ def audit(log: Path) -> Audit:
     return result
 
 
+def _replayed(log: Path) -> tuple[list[Row], list[Row]]:
+    """As `replay`. Raises ValueError where a row is none of a ledger's, too."""
+    rows, undone = replay(log)
+    try:
+        _ROWS.validate_json(json.dumps([*rows, *undone]))
+    except ValidationError as error:
+        raise ValueError(f"{log} has a row that is none of a ledger: {typed_line(error)}") from None
+    return rows, undone
+
+
 def _check_stream(keys: list[Key], result: Audit) -> None:
     prompts: defaultdict[int, Counter[int]] = defaultdict(Counter)  # epoch -> prompt -> samples
     for epoch, prompt_id, sample_index in keys:
@@ -84,7 +134,7 @@ def _check_stream(keys: list[Key], result: Audit) -> None:
 
 def way(log: Path, key: Key) -> list[str]:
     """What the log says of one rollout, one line each."""
-    rows, undone = replay(log)
+    rows, undone = _replayed(log)
     lines = []
     for row, mark in [*((r, " (rolled back)") for r in undone), *((r, "") for r in rows)]:
         if tuple(row.get("key", ())) == key:
@@ -107,14 +157,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not log.exists():
         print(f"{log} does not exist: this run has committed nothing")
         return 1
-    if options.key:
-        epoch, prompt_id, sample_index = map(int, options.key.split(","))
-        lines = way(log, (epoch, prompt_id, sample_index))
-        print("\n".join(lines) or f"no row of {log} names rollout {options.key}")
-        return 0 if lines else 1
     try:
+        if options.key:
+            epoch, prompt_id, sample_index = map(int, options.key.split(","))
+            lines = way(log, (epoch, prompt_id, sample_index))
+            print("\n".join(lines) or f"no row of {log} names rollout {options.key}")
+            return 0 if lines else 1
         result = audit(log)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(error)
         return 1
     print(result)

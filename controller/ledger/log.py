@@ -54,10 +54,7 @@ def replay(log: Path) -> tuple[list[Row], list[Row]]:
     undone: list[Row] = []
     offset = 0
     for line in log.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
+        row = _read(line)
         if row and "resume" in row:
             undone += [r for start, r in alive if start >= row["resume"] and r]
             alive = [(start, r) for start, r in alive if start < row["resume"]]
@@ -67,4 +64,13 @@ def replay(log: Path) -> tuple[list[Row], list[Row]]:
     damaged = [start for start, row in alive if row is None]
     if damaged:
         raise ValueError(f"{log} is damaged at byte {damaged[0]}")
-    return [row for _, row in alive if row], undone
+    return [row for _, row in alive if row is not None], undone
+
+
+def _read(line: bytes) -> Row | None:
+    """The row of a line, or None where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("resume", 0)) is int else None

@@ -122,7 +122,9 @@ class StageStore:
                 return {}, "stage.json is damaged"
             if content["fingerprint"] != checkpoint_fingerprint(str(directory / "model"), memory=self.memory):
                 return {}, "the files of its model are not those that were written"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if problem := _unreadable(directory / "log"):
+                return {}, problem
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             return {}, f"{type(error).__name__}: {error}"
         return content, None
 
@@ -165,6 +167,15 @@ class StageStore:
 def file_name(name: str) -> str:
     """Of a stage: reward_model/proxy has a slash, an import path a colon."""
     return re.sub(r"[/:]", "-", name)
+
+
+def _unreadable(folder: Path) -> str | None:
+    """Why the lines of a stage's log cannot be those of a run, or None."""
+    for name in LOGS:
+        lines = (folder / name).read_text(encoding="utf-8").split("\n") if (folder / name).exists() else []
+        if not all(isinstance(json.loads(line), dict) for line in lines if line):
+            return f"log/{name} has a line that is no row"
+    return None
 
 
 def _plain(inputs: dict[str, Any]) -> Any:

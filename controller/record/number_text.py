@@ -10,7 +10,11 @@ def number(value: Any) -> float | None:
     """A finite number, or None for null, NaN, text and whatever else a broken run may have left."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        found = float(value)
+    except OverflowError:  # an integer beyond the range of float
+        return None
+    return found if math.isfinite(found) else None
 
 
 def num(value: Any, digits: int = 2, signed: bool = False) -> str:
@@ -51,7 +55,7 @@ def duration(seconds: Any, whole_minutes: bool = False) -> str:
     return f"{known / 60:.{1 if known < 600 and known % 60 and not whole_minutes else 0}f} min"
 
 
-def spoken(seconds: float) -> str:
+def spoken(seconds: Any) -> str:
     """As a person would say it: "7.5 s", "31 s", "4 min", "2.5 h"."""
     return duration(seconds, whole_minutes=True)
 

@@ -141,7 +141,7 @@ def _jsonl(run: Run, name: str) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
             rows.append(row)
@@ -159,7 +159,7 @@ def _json(run: Run, name: str) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         run.problems.append(f"{name} is not valid JSON ({error})")
         return None
 
@@ -175,7 +175,7 @@ def _yaml(run: Run) -> dict[str, Any]:
             run.missing.append("config.yaml")
             return {}
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no date, no Unicode, too deep
         # Not shown as it is: what cannot be parsed cannot be cleared of secrets either.
         run.problems.append(f"config.yaml or hydra/overrides.yaml is not valid YAML ({error_lines(error)[0]})")
         return {}

@@ -18,9 +18,11 @@ import psutil
 
 from common.files.code_digest import code_digest
 from common.files.durable import replace_text
+from controller.record.number_text import number
 
 NAME = "status.json"
 BEAT_S = 5.0
+TIMES = ("started", "beat", "waiting_s", "ended")  # in seconds
 SILENT_S = 12 * BEAT_S  # without a heartbeat a running job counts as lost
 
 Waiting = tuple[str, float]  # what for, and for how many seconds
@@ -77,17 +79,20 @@ class Status:
 
 
 def read_status(run_dir: str | Path) -> Status:
-    """The status of a run directory. A job that says "running" but is gone, or silent for long, is "lost"."""
+    """The status of a run directory. A job that says "running" but is gone, or silent for long, is "lost". Times that are no
+    numbers are none; a file that cannot be read, or that others have written over, says nothing."""
     try:
         facts = json.loads((Path(run_dir) / NAME).read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         facts = {}
     if not isinstance(facts, dict):
         return Status("", {})
-    state = str(facts.get("state", ""))
+    facts = {name: number(value) if name in TIMES else value for name, value in facts.items()}
+    state, pid, beat = str(facts.get("state", "")), facts.get("pid"), facts.get("beat")
     if state == "running":
         here = facts.get("host") == socket.gethostname()
-        gone = here and not psutil.pid_exists(int(facts.get("pid", 0)))
-        if gone or time.time() - float(facts.get("beat", 0.0)) > SILENT_S:
+        known = isinstance(pid, int) and 0 < pid < 2**31
+        gone = here and not (known and psutil.pid_exists(pid))
+        if gone or beat is None or time.time() - beat > SILENT_S:
             state = "lost"
     return Status(state, facts)

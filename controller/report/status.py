@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from controller.alarms.rules import evaluate
-from controller.record.number_text import number, spoken
+from controller.record.number_text import MISSING, number, spoken
 from controller.record.reader import ReportError, Run, load, runs_in
 from controller.record.status_file import Status, read_status
 from controller.record.terminal import format_update
@@ -48,12 +48,16 @@ def _state_in_words(status: Status) -> str:
         return ""
     words = [status.state]
     if status.state == "running":
-        words = [f"running for {spoken(time.time() - facts['started'])}"]
+        words = [f"running for {_since(facts.get('started'))}"]
         if facts.get("waiting_for"):
-            words.append(f"waiting for: {facts['waiting_for']} ({spoken(facts['waiting_s'])})")
+            words.append(f"waiting for: {facts['waiting_for']} ({spoken(facts.get('waiting_s'))})")
     if status.state in ("running", "lost"):
-        words.append(f"last heartbeat {spoken(max(0.0, time.time() - facts['beat']))} ago (pid {facts.get('pid')})")
+        words.append(f"last heartbeat {_since(facts.get('beat'))} ago (pid {facts.get('pid')})")
     return "; ".join([*words, *([str(facts["error"])] if facts.get("error") else [])])
+
+
+def _since(then: float | None) -> str:
+    return MISSING if then is None else spoken(max(0.0, time.time() - then))
 
 
 def _progress(run: Run, status: Status) -> list[str]:
@@ -63,7 +67,8 @@ def _progress(run: Run, status: Status) -> list[str]:
         return [f"stage {run.metrics[-1].get('stage')}, step {run.metrics[-1].get('step')}"] if run.metrics else []
     planned = number(run.setting("ppo.updates"))
     running = status.state == "running"
-    line = format_update(ppo[-1], number(ppo[-1].get("progress/eta_s")) if running else None)
+    last = {name: number(value) for name, value in ppo[-1].items()}
+    line = format_update(last, last.get("progress/eta_s") if running else None)
     if planned is not None:
         line = line.replace(" |", f" of {planned:.0f} |", 1)
     out = [line]

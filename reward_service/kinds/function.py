@@ -4,12 +4,14 @@ A function takes lists and returns one number an item, as TRL's reward functions
 
     def brevity(completions: list[str], **_) -> list[float]: ...
 
-It is given `prompts`, `completions` and `labels` as far as it names them. It is no generator, and it is refused where
-it is `async`: nobody awaits what it returns.
+It is given `prompts`, `completions` and `labels` as far as it names them: up to `batch_size` items a call, fewer of a slow
+function. Each number is of its item alone. It is no generator, and it is refused where it is `async`: nobody awaits what it
+returns.
 """
 
 import asyncio
 import json
+import math
 import os
 import re
 import selectors
@@ -29,6 +31,7 @@ from reward_service.isolate import KILLS, Failed, Quarantine, isolate
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, Text, text_reader, version_of
 
 START_S = 60.0
+CALL_S = 0.1
 
 
 class Function(ScorerKind):
@@ -43,10 +46,8 @@ class Function(ScorerKind):
                 entry.timeout_s,
                 "for example 5.0 (the default)",
             ),
-            *(
-                Check(getattr(entry, name) >= 1, f"{key}.{name}", "at least 1", getattr(entry, name), "1 (the default)")
-                for name in ("processes", "batch_size")
-            ),
+            Check(entry.processes >= 1, f"{key}.processes", "at least 1", entry.processes, "1 (the default)"),
+            Check(entry.batch_size >= 1, f"{key}.batch_size", "at least 1", entry.batch_size, "32 (the default)"),
             Check(
                 entry.memory_gib > 0, f"{key}.memory_gib", "above 0", entry.memory_gib, "for example 2.0 (the default)"
             ),
@@ -65,10 +66,17 @@ class Function(ScorerKind):
         return source_digest(entry.function) if entry.function else ""
 
     def spec(self, name: str, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str | None) -> ScorerSpec:
-        # What is in one call waits for the slowest of it: a function that may hang is called as the pool calls it.
-        calls, source = entry.processes * service.replicas, entry.function or ""
-        version = function_version(source)
-        return ScorerSpec(name, entry, version, calls=calls, call_items=entry.batch_size, source=source)
+        source = entry.function or ""
+        return ScorerSpec(
+            name,
+            entry,
+            function_version(source),
+            calls=entry.processes * service.replicas,
+            call_items=entry.batch_size,
+            # Far below the time-out, which is one for the whole call: a slow function gets its items one by one.
+            call_s=min(CALL_S, entry.timeout_s / 4),
+            source=source,
+        )
 
     def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
         return FunctionScorer(entry, tokenizer)
@@ -87,9 +95,16 @@ class FunctionScorer(Scorer):
         self._pool = FunctionPool(entry)
 
     async def score(self, items: list[ScoringItem], deadline_s: float) -> list[Score]:
-        futures = self._pool.submit(self._texts(items))
-        answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
-        return [score for answer in answers for score in answer]
+        texts: list[Text] = []
+        unread: dict[int, Score] = {}
+        for index, item in enumerate(items):
+            try:
+                texts += self._texts([item])
+            except Failed as fault:  # it is of this item alone
+                unread[index] = Score(None, str(fault))
+        answers = await asyncio.gather(*map(asyncio.wrap_future, self._pool.submit(texts, deadline_s)))
+        found = (score for answer in answers for score in answer)
+        return [unread[index] if index in unread else next(found) for index in range(len(items))]
 
 
 class FunctionError(RuntimeError):
@@ -189,19 +204,21 @@ class FunctionPool:
         for process in self._threads.map(FunctionProcess, [entry] * entry.processes):
             self._idle.put(process)
 
-    def submit(self, texts: list[Text]) -> list[Future[list[Score]]]:
-        """Futures of the scores of each `batch_size` texts, in order."""
-        size = self._entry.batch_size
-        return [self._threads.submit(self._score, texts[i : i + size]) for i in range(0, len(texts), size)]
+    def submit(self, texts: list[Text], deadline_s: float = math.inf) -> list[Future[list[Score]]]:
+        """Futures of the scores of each `batch_size` texts, in order. No call of the function begins after the deadline."""
+        size, expires = self._entry.batch_size, time.monotonic() + deadline_s
+        return [self._threads.submit(self._score, texts[i : i + size], expires) for i in range(0, len(texts), size)]
 
-    def _score(self, texts: list[Text]) -> list[Score]:
+    def _score(self, texts: list[Text], expires: float) -> list[Score]:
         process = self._idle.get()
         try:
-            return isolate(lambda part: self._call(process, part), texts)
+            return isolate(lambda part: self._call(process, part, expires), texts)
         finally:
             self._idle.put(process)
 
-    def _call(self, process: FunctionProcess, texts: list[Text]) -> list[float]:
+    def _call(self, process: FunctionProcess, texts: list[Text], expires: float) -> list[float]:
+        if time.monotonic() > expires:
+            raise Failed("timeout: no score before the deadline")
         if any(text in self._quarantine for text in texts):
             raise Failed(f"poison: {KILLS} processes of the function had to be ended")
         try:

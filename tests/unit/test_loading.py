@@ -4,13 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from common.models.loading import LoadingError, loading_report, refuse_adapter, refuse_unloaded
+from common.models.loading import LoadingError, loading_report, normaliser, refuse_adapter, refuse_unloaded
 from contracts.checks.validation import ConfigError
 from contracts.config import ModelConfig, TandemConfig
 from controller.start_checks.amounts import check_model
@@ -201,3 +202,23 @@ def test_tied_matrices_in_two_files_and_without_the_prefix_of_the_backbone(row: 
         return
     with pytest.raises(LoadingError, match=r"found a lm_head\.weight other than transformer\.wte\.weight"):
         judge(str(tmp_path), AutoModelForCausalLM)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), "1", True, [1.0], 10**400])
+def test_a_normaliser_that_is_no_number_is_refused(number: object) -> None:
+    for name in ("score_mean", "score_std"):
+        with pytest.raises(LoadingError, match=f"{name} in the config.json of path=/m must be a finite number"):
+            normaliser(SimpleNamespace(**{name: number}), "/m", "path")
+
+
+@pytest.mark.parametrize("std", [0, 0.0, -1.0, 1e-300, 5e-324, 1e-7])
+def test_a_normaliser_that_would_only_enlarge_rounding_is_refused(std: float) -> None:
+    with pytest.raises(
+        LoadingError, match=r"score_std in the config\.json of path=/m must be a finite number, 1e-06 or more"
+    ):
+        normaliser(SimpleNamespace(score_std=std), "/m", "path")
+
+
+def test_a_normaliser_is_the_checkpoints_or_none() -> None:
+    assert normaliser(SimpleNamespace(score_mean=None), "/m", "path") == (0.0, 1.0)
+    assert normaliser(SimpleNamespace(score_mean=-2, score_std=0.5), "/m", "path") == (-2.0, 0.5)

@@ -138,6 +138,32 @@ def test_items_of_many_requests_share_calls() -> None:
     assert len(replicas.calls) == -(-100 // CALL_ITEMS)
 
 
+@pytest.mark.parametrize(("call_s", "sizes"), [(0.2, [1, 2, 4, 8, 8, 8, 8, 1]), (0.001, [1] * 40), (None, [8] * 5)])
+def test_calls_of_a_function_grow_while_they_are_quick(call_s: float | None, sizes: list[int]) -> None:
+    """One that is slow has its items one by one, so that none waits for the others of its call."""
+    rule = spec("f", "function", calls=1, call_items=CALL_ITEMS, call_s=call_s)
+
+    async def quick(items: list[ScoringItem]) -> list[Score]:
+        await asyncio.sleep(0.002)
+        return total(items)
+
+    service, replicas = front({"m": total}, rule)
+    replicas.answers["f"] = quick
+    assert values(score(service, "f", [item(n) for n in range(1, 41)])) == [float(n) for n in range(1, 41)]
+    assert [len(items) for _, items in replicas.calls] == sizes
+
+
+def test_after_a_slow_call_come_smaller_ones() -> None:
+    async def slow_of_many(items: list[ScoringItem]) -> list[Score]:
+        await asyncio.sleep(0.3 if len(items) > 2 else 0)
+        return total(items)
+
+    service, replicas = front({"m": total}, spec("f", "function", calls=1, call_items=CALL_ITEMS, call_s=0.2))
+    replicas.answers["f"] = slow_of_many
+    score(service, "f", [item(n) for n in range(1, 14)])
+    assert [len(items) for _, items in replicas.calls] == [1, 2, 4, 2, 4]
+
+
 def test_an_item_that_expires_in_the_queue_is_not_sent() -> None:
     async def slow(items: list[ScoringItem]) -> list[Score]:
         await asyncio.sleep(0.2)
@@ -329,3 +355,26 @@ def test_a_part_without_a_score_leaves_the_whole_without_one() -> None:
     service, _ = front({"a": total, "b": lambda items: [Score(None, "non_finite"), Score(1.0)]}, both)
     scores = score(service, "both", [item(4), item(1, 4)])
     assert [(s.value, s.error) for s in scores] == [(None, "non_finite: b"), (6.0, None)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "values_of_a", "code"),
+    [
+        ("weighted_sum", {"weights": (1e10, 1.0)}, 1e300, "non_finite"),
+        ("weighted_sum", {"weights": (1e10, -1e10)}, 1e300, "non_finite"),  # inf - inf
+        ("ensemble", {"std_coef": 0.0}, 1e200, "non_finite"),  # of the square within the spread
+        ("ensemble", {"std_coef": 1.0}, 1e308, "non_finite"),
+    ],
+)
+def test_a_formula_that_overflows_costs_its_own_item(kind: str, options: dict, values_of_a: float, code: str) -> None:
+    both = spec("both", kind, parts=("a", "b"), **options)
+
+    def large(items: list[ScoringItem]) -> list[Score]:
+        return [Score(values_of_a if POISON in i.token_ids else 1.0) for i in items]
+
+    answers = {"a": large, "b": lambda items: [Score(-s.value if s.value != 1.0 else 1.0) for s in large(items)]}
+    if options.get("weights") == (1e10, -1e10):
+        answers["b"] = large
+    service, _ = front(answers, both)
+    scores = score(service, "both", [item(1), item(POISON), item(2)])
+    assert [s.code for s in scores] == [None, code, None]

@@ -1,5 +1,6 @@
 """Rule functions in real processes: answers, and what happens to those that hang, crash, grow or talk."""
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -10,9 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from common.text.tokenizers import load_decoder
 from contracts.config import ScorerConfig
-from contracts.records import Score
-from reward_service.kinds.function import FunctionError, FunctionPool, Text
+from contracts.records import Score, ScoringItem
+from contracts.scoring import RETRYABLE
+from reward_service.isolate import Failed, isolate
+from reward_service.kinds.function import FunctionError, FunctionPool, FunctionScorer, Text
+from reward_service.scorer_kind import ThreadScorer, text_reader
+from tests.conftest import SMOLLM
 
 ROOT = Path(__file__).parents[2]
 RULES = """
@@ -196,7 +202,7 @@ def test_the_wrong_number_of_scores_is_none(pool: Callable[..., FunctionPool]) -
 
 
 def test_a_process_that_was_killed_is_started_again(pool: Callable[..., FunctionPool]) -> None:
-    length = pool("length")
+    length = pool("length", batch_size=1)
     [process] = children()
     process.send_signal(signal.SIGKILL)
     process.wait(5)
@@ -240,3 +246,48 @@ time.sleep(60)
     replica.stdout.close()
     gone, _ = psutil.wait_procs([worker], timeout=5)
     assert gone == [worker]
+
+
+# ---- token ids
+
+
+def test_a_token_id_that_is_no_token_costs_its_own_item(rules: Path) -> None:
+    """-1 and 2**32 are beyond what the decoder takes; 49152 and 2**31 are ids of nothing, which it would leave out."""
+    scorer = FunctionScorer(ScorerConfig(kind="function", function=f"{rules}:length"), str(SMOLLM))
+    try:
+        good = [ScoringItem((28, 2)), ScoringItem((28, 28, 2)), ScoringItem((), 0)]
+        bad = [ScoringItem((28, number, 2)) for number in (-1, 49152, 2**31, 2**32, 10**400)]
+        scores = asyncio.run(scorer.score([good[0], *bad, good[1]], 10.0))
+    finally:
+        scorer._pool.close()
+    alone = [len(load_decoder(str(SMOLLM))(item.token_ids[:-1])) for item in good[:2]]
+    assert [scores[0].value, scores[-1].value] == alone
+    assert [(s.value, s.error) for s in scores[1:-1]] == [(None, "out_of_vocabulary")] * 5
+    assert not {"out_of_vocabulary"} & RETRYABLE
+
+
+def test_a_text_reader_of_a_kind_of_ones_own_costs_one_item() -> None:
+    texts = text_reader(str(SMOLLM))
+    scorer = ThreadScorer(lambda items: [float(len(completion)) for _, completion, _ in texts(items)])
+    scores = asyncio.run(scorer.score([ScoringItem((28, 2)), ScoringItem((-1, 2)), ScoringItem((28, 2**40, 2))], 10.0))
+    assert [s.error for s in scores] == [None, "out_of_vocabulary", "out_of_vocabulary"]
+
+
+def test_what_nobody_waits_for_any_more_is_not_called(pool: Callable[..., FunctionPool]) -> None:
+    length = pool("length")
+    late = [score for future in length.submit([("", "a", None)], -1.0) for score in future.result(10)]
+    assert [s.error for s in late] == ["timeout: no score before the deadline"]
+
+
+def test_one_that_hangs_in_a_batch_costs_one_time_out_more_not_one_a_half() -> None:
+    calls: list[list[str]] = []
+
+    def score(texts: list[str]) -> list[float]:
+        calls.append(texts)
+        if "hang" in texts:
+            raise Failed("timeout: late", is_kill=True)
+        return [float(len(text)) for text in texts]
+
+    scores = isolate(score, [*["ab"] * 9, "hang", *["abc"] * 6])
+    assert [s.code or s.value for s in scores] == [*[2.0] * 9, "timeout", *[3.0] * 6]
+    assert sum("hang" in texts for texts in calls) == 2

@@ -189,6 +189,11 @@ def test_a_deadline_is_an_error_of_the_item(encoder: Encoder) -> None:
         ([1], "the body must be a JSON object"),
         (b"{nonsense", "the body is not JSON"),
         (b"\xff\xfe", "the body is not JSON"),
+        (b"\xed\xa0\x80", "the body is not UTF-8"),
+        (b'{"items": [{"text": "half of a pair: \\ud83d"}]}', "the body is not UTF-8, or has half of a surrogate pair"),
+        (b'{"items": [{"text": "a", "id": "\\uDC00"}]}', "the body is not UTF-8, or has half of a surrogate pair"),
+        (b'{"items": [{"text": "a", "\\udbff": 1}]}', "the body is not UTF-8, or has half of a surrogate pair"),
+        (b'{"items": [{"token_ids": [' + b"9" * 5000 + b"]}]}", "the body has an integer of too many digits"),
         (b"[" * 200_000, "the body is "),
     ],
 )
@@ -197,6 +202,27 @@ def test_what_cannot_be_read_is_named(encoder: Encoder, body: Any, message: str)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "bad_request"
     assert response.json()["error"]["message"].startswith(message)
+
+
+def test_a_whole_surrogate_pair_is_a_character(encoder: Encoder) -> None:
+    server = Server(encoder)
+    answers = server.run(
+        ("/v1/rewards", b'{"items": [{"text": "\\ud83d\\ude00"}]}'), ("/v1/rewards", items({"text": "😀"}))
+    )
+    assert [answer.json()["items"][0]["status"] for answer in answers] == ["ok", "ok"]
+    assert len(set(server.items)) == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/rewards", "/get_reward", "/classify", "/pooling"])
+def test_no_body_breaks_a_route(encoder: Encoder, path: str) -> None:
+    """What is wrong anywhere in a body is a 400, never a 500."""
+    good = {"items": [{"text": "a"}], "query": ["a"], "input": ["a"], "prompts": ["x"], "labels": ["y"]}
+    wanted = {"/v1/rewards": ("items",), "/get_reward": ("query", "prompts", "labels")}.get(path, ("input",))
+    for key in wanted:
+        for value in ('"\\ud800"', '["\\ud800"]', '[{"\\ud800": 1}]', "9" * 5000, "[" + "9" * 5000 + "]"):
+            body = {name: good[name] for name in wanted if name != key}
+            raw = json.dumps(body)[:-1] + (", " if body else "") + f'"{key}": {value}' + "}"
+            assert Server(encoder).post(path, raw.encode()).status_code == 400, raw[:80]
 
 
 # ---- the exact payloads of others
@@ -480,3 +506,28 @@ def test_security_no_text_in_logs(encoder: Encoder, caplog: pytest.LogCaptureFix
     assert secret not in caplog.text
     assert "ValueError at " in caplog.text
     assert all(secret not in json.dumps(a.json()) for a in answers)
+
+
+# ---- scores that no answer can carry
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_a_score_that_is_no_number_costs_its_own_item(encoder: Encoder, number: float) -> None:
+    def odd(given: list[ScoringItem]) -> list[Score]:
+        return [Score(number, raw=1.0) if len(item.token_ids) > 3 else Score(1.0, raw=1.0) for item in given]
+
+    answer = Server(encoder, odd).post("/v1/rewards", items({"text": "a"}, {"text": "a b c d e"}, {"text": "b"}))
+    assert answer.status_code == 200
+    assert [item.get("code", item.get("reward")) for item in answer.json()["items"]] == [1.0, "non_finite", 1.0]
+
+
+def test_a_score_beyond_float32_is_no_base64(encoder: Encoder) -> None:
+    server = Server(encoder, lambda given: [Score(1e300, raw=1e300) for _ in given])
+    plain = server.post("/pooling", {"input": "a"})
+    assert plain.json()["data"][0]["data"] == [1e300]
+    packed = server.post("/pooling", {"input": "a", "encoding_format": "base64"})
+    assert (packed.status_code, packed.json()["error"]["code"]) == (422, "non_finite")
+
+
+def test_a_model_that_is_no_name_is_not_the_first_one(encoder: Encoder) -> None:
+    assert Server(encoder).post("/get_reward", {"query": "a", "model": 5}).status_code == 400

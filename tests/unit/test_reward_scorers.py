@@ -230,3 +230,22 @@ def test_a_checkpoint_without_golden_scores_must_still_score(tmp_path: Path) -> 
     check_golden(str(tmp_path), lambda s: [Score(5.0)] * len(s), tolerance=0.1)
     with pytest.raises(RuntimeError, match="poison: RuntimeError"):
         check_golden(str(tmp_path), lambda s: [Score(None, "poison: RuntimeError")] * len(s), tolerance=0.1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"token_ids": [1], "score": NaN}]',
+        '[{"token_ids": [1], "score": 1e999}]',
+        '[{"token_ids": [1]}]',
+        '[{"token_ids": "abc", "score": 1}]',
+        '{"token_ids": [1], "score": 1}',
+        "[" * 100_000,
+        '[{"token_ids": [1], "score"',
+        "\xff",
+    ],
+)
+def test_golden_scores_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "golden.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(RuntimeError, match=r"golden\.json has no golden scores: "):
+        check_golden(str(tmp_path), lambda s: [Score(1.0)] * len(s), tolerance=0.1)
