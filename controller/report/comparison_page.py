@@ -21,10 +21,11 @@ from controller.record.number_text import bounds, count, num, number
 from controller.report import comparison_charts
 from controller.report.comparison_charts import COMPARISON
 from controller.report.members import Member, best_of, settings_that_differ
+from controller.report.rendering import links
 from controller.report.run_page import PAGE
 from controller.report.svg import colour
 
-ANCHORS = ("members", "frontier", "parallel", "curves", "alarms", "commands")
+CONTENTS = links("members", "frontier", "parallel", "curves", "alarms", "commands")
 
 
 def render_comparison(members: list[Member], output: str | Path) -> Path:
@@ -46,8 +47,7 @@ def comparison_page(members: list[Member], folder: Path) -> Markup:
         COMPARISON.alarms(_alarms(members)),
         COMPARISON.commands([(m.label, shlex.join(m.command)) for m in members], shlex.join(this_page)),
     )
-    contents = [(anchor, anchor.capitalize()) for anchor in ANCHORS]
-    return PAGE.page("Tandem sweep", title, _facts(members), contents, sections)
+    return PAGE.page("Tandem sweep", title, _facts(members), CONTENTS, sections)
 
 
 def _facts(members: list[Member]) -> str:

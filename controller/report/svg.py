@@ -18,6 +18,10 @@ WIDTH, HEIGHT = 340.0, 190.0  # of a small multiple, in px at its natural size
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 24.0, 32.0
 MAX_POINTS = 300  # of one line; beyond that only the extremes of each stretch are drawn
 MAX_HOVERS = 60
+JUDGES = (  # of the frontier's two panels: title, key in evaluation.json, metric
+    ("Gold judge", "gold", "reward/gold_mean"),
+    ("Learned score (proxy)", "proxy", "reward/score_mean"),
+)
 FEW = 3  # points that are marked: a line says too little of where they lie
 SMOOTH_FROM = 20  # points from which on a moving mean is drawn over the raw line
 
