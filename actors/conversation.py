@@ -24,7 +24,7 @@ from functools import lru_cache
 import numpy as np
 
 from actors.environment import environment_maker
-from common.text.tokenizers import load_config, load_tokenizer
+from common.text.tokenizers import load_tokenizer, vocab_size
 from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.environments import Environment, EnvironmentFault, checked_ids, checked_step
 from contracts.interfaces import Engine
@@ -52,8 +52,8 @@ class Limits:
     @classmethod
     def of(cls, model: ModelConfig, environment: EnvironmentConfig, max_model_len: int) -> "Limits":
         """Those of a configuration; reads the model's."""
-        vocab_size = load_config(model.path, model).get_text_config().vocab_size
-        return cls(vocab_size, max_model_len, environment.max_turn_tokens, environment.min_turn_tokens)
+        size = vocab_size(model.path, model)
+        return cls(size, max_model_len, environment.max_turn_tokens, environment.min_turn_tokens)
 
 
 def turn_seed(rollout_seed: int, turn: int) -> int:

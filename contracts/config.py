@@ -121,7 +121,7 @@ class PreferenceConfig:
     """Stage preference trains the SFT model on data.preferences, without a reward model: docs/preference.md."""
 
     # rank: log-likelihoods without a reference; null: as `method` says, else dpo
-    loss: str | None = key(None, choices=names_in("contracts.preference_losses", "loss_names"))
+    loss: str | None = key(None, choices=names_in("contracts.preference_losses", "PREFERENCE_LOSSES"))
     # of a difference in nats a sequence (dpo) or a token (rank); null: 0.1 and 2
     beta: float | None = key(None, above=0)
     # of the preferred text's negative log-likelihood a token; null: 0 (dpo) and 1 (rank)
@@ -287,7 +287,7 @@ class LearnerConfig:
     attention: str = key("auto", choices=("auto", "sdpa", "eager", "short_causal", "flash_attention_2"))
     gradient_checkpointing: bool = False
     # auto: shared_memory on CPU, on GPUs nccl or (colocated) ipc
-    weight_transfer: str = key("auto", choices=names_in("contracts.transports", "transport_names", "auto"))
+    weight_transfer: str = key("auto", choices=names_in("contracts.transports", "TRANSPORTS", "auto"))
 
 
 @dataclass

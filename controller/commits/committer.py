@@ -156,9 +156,7 @@ class Committer:
                 pending.commit.records.update({name: FileRecord(*record) for name, record in votes.items()})
             pending.commit.records.update(commit_store.write_driver_state(pending.folder, pending.state))
             commit_store.publish(pending.folder, pending.commit)
-        except (
-            Exception
-        ) as error:  # whatever it was, DeepSpeed's and the disk's included: no commit, and the run goes on
+        except Exception as error:  # whatever it was, DeepSpeed's and the disk's included: no commit, the run goes on
             self._fail(step, pending.folder, error)
             return
         self._in_a_row = 0
