@@ -16,6 +16,19 @@ from common.processes.process_env import driver_env
 
 os.environ.update(driver_env())
 
+
+def take_own_cores(worker: str, workers: int) -> None:
+    """Of several pytest workers each has its own share, before any library counts them: threads that share a core wait for
+    one another at every operator."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // workers)
+    first = int(worker.removeprefix("gw")) * share % len(cores)
+    os.sched_setaffinity(0, cores[first : first + share])
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    take_own_cores(os.environ["PYTEST_XDIST_WORKER"], int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+
 import pytest
 import torch
 
