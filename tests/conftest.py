@@ -16,19 +16,6 @@ from common.processes.process_env import driver_env
 
 os.environ.update(driver_env())
 
-
-def take_own_cores(worker: str, workers: int) -> None:
-    """Of several pytest workers each has its own share, before any library counts them: threads that share a core wait for
-    one another at every operator."""
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // workers)
-    first = int(worker.removeprefix("gw")) * share % len(cores)
-    os.sched_setaffinity(0, cores[first : first + share])
-
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    take_own_cores(os.environ["PYTEST_XDIST_WORKER"], int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
-
 import pytest
 import torch
 
@@ -60,6 +47,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-minutes", type=float, default=2.0, help="of random harm in test_soak.py")
     parser.addoption("--soak-seed", type=int, default=1)
     parser.addoption("--fuzz-seed", type=int, default=1, help="of the requests in test_service_fuzz.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Of several pytest workers each has its own share of the cores, and what it starts has it too: threads that share a
+    core wait for one another at every operator."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+        first = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) * share % len(cores)
+        os.sched_setaffinity(0, cores[first : first + share])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,6 @@ They steer libraries, never Tandem: what a user chooses is in the configuration.
 """
 
 import logging
-import os
 from typing import Any
 
 from common.processes.cores import usable_cores
