@@ -24,7 +24,7 @@ def cores(folder: Path, own: str, files: dict[str, str], machine: int = 8) -> in
 
 
 @pytest.mark.parametrize(
-    "own, files, expected",
+    ("own", "files", "expected"),
     [
         (OWN_2, {}, 8),
         (OWN_2, {"kubepods/pod1/box/cpu.max": "max 100000\n"}, 8),
