@@ -5,6 +5,8 @@ PY := .venv/bin/python
 ARGS ?=
 # Where studies/five_reasons/conf/arm comes from: a tuning that was run here, and for arms that it has not the one of the study in docs.
 TUNING := --tuning runs/five_reasons_tuning docs/results/study.json
+# Most of the tests' time is the start of processes, which uses one core: two files at a time, each with its own cores.
+TWO := -n 2 --dist loadfile
 
 .PHONY: help setup demo demo-long study-quick study study-tuning test test-unit test-full test-chaos test-fuzz lint bench lock clean
 help: ## list the targets
@@ -41,13 +43,13 @@ lint: setup ## style, format, types, import direction
 	.venv/bin/lint-imports
 
 test-unit: setup ## the tests that start no engine
-	$(PY) -m pytest tests/unit
+	$(PY) -m pytest $(TWO) tests/unit
 
 test: lint ## everything CI runs, under 25 minutes on two cores
-	$(PY) -m pytest -m "not gpu and not full and not chaos and not fuzz"
+	$(PY) -m pytest $(TWO) -m "not gpu and not full and not chaos and not fuzz"
 
 test-full: lint ## the longer proofs too
-	$(PY) -m pytest -m "not gpu and not chaos and not fuzz"
+	$(PY) -m pytest $(TWO) -m "not gpu and not chaos and not fuzz"
 
 test-chaos: setup ## kill and stop the processes of whole runs, then 15 minutes of it at random
 	$(PY) -m pytest -m chaos --soak-minutes 15

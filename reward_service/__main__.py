@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from common.processes.process_env import driver_env, scorer_env
+from common.processes.process_env import driver_env, fitting_threads, scorer_env
 from common.processes.ray_access import start_ray
 
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
@@ -84,7 +84,8 @@ def serve(overrides: list[str]) -> None:
     received: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # after ray.init, which sets handlers of its own
         signal.signal(number, lambda number, frame: received.put(number))
-    env = scorer_env(cluster.threads_per_reward_replica, on_cpu=cluster.gpus_per_reward_replica == 0)
+    threads = fitting_threads(cluster, cluster.threads_per_reward_replica)
+    env = scorer_env(threads, on_cpu=cluster.gpus_per_reward_replica == 0)
     service = RewardService(config.reward_service, cluster, env, tokenizer_of(config, scorers))
     try:
         service.start(scorers)

@@ -23,7 +23,10 @@ class Refused(Exception):
 
     def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None):
         super().__init__(message)
-        self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
+        self.status = status
+        self.code = code
+        self.message = message
+        self.retry_after_s = retry_after_s
 
 
 def token_digests(token_file: str | None) -> tuple[str, ...]:
@@ -62,7 +65,9 @@ class RequireToken:
     """ASGI middleware: 401 on every route but `OPEN_ROUTES`, whether the route exists or not."""
 
     def __init__(self, app: ASGI, digests: tuple[str, ...], refuse: Callable[[Refused], ASGI]):
-        self.app, self.digests, self.refuse = app, digests, refuse
+        self.app = app
+        self.digests = digests
+        self.refuse = refuse
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         if scope["type"] != "lifespan" and self.digests and scope.get("path") not in OPEN_ROUTES:
@@ -86,7 +91,9 @@ class Bodies:
     large. What is announced takes no room before it is there."""
 
     def __init__(self, max_bytes: int, max_pending_bytes: int):
-        self.max_bytes, self.max_pending_bytes, self.pending = max_bytes, max_pending_bytes, 0
+        self.max_bytes = max_bytes
+        self.max_pending_bytes = max_pending_bytes
+        self.pending = 0
         self.max_client_bytes = max(max_bytes, max_pending_bytes // 2)
         self._of_client: Counter[str] = Counter()
 

@@ -147,7 +147,10 @@ class RewardService:
             tokenizer: the checkpoint whose token ids are scored.
             placement: Ray options with the resources of a replica of each model; what it has no place for goes anywhere.
         """
-        self.config, self.cluster, self.env, self.tokenizer = config, cluster, env, tokenizer
+        self.config = config
+        self.cluster = cluster
+        self.env = env
+        self.tokenizer = tokenizer
         self._free_places, self._places = list(placement or []), dict[str, dict[str, Any]]()
         self.scorers: dict[str, ScorerConfig] = {}
         self.specs: dict[str, ScorerSpec] = {}
@@ -164,7 +167,9 @@ class RewardService:
         front = self._front(specs)
         serve.start(proxy_location="Disabled")
         targets = [self._leaf(spec) for spec in _leaves(specs).values()]
-        self.scorers, self.specs, self._served = scorers, specs, front
+        self.scorers = scorers
+        self.specs = specs
+        self._served = front
         serve.run_many([*targets, front], wait_for_applications_running=False)
 
     def update(self, scorers: dict[str, ScorerConfig], timeout_s: float) -> None:
@@ -196,7 +201,9 @@ class RewardService:
             for name in new:
                 self._delete(name)
             raise
-        self.scorers, self.specs, self._served = scorers, specs, front
+        self.scorers = scorers
+        self.specs = specs
+        self._served = front
         for name in before.keys() - after:
             self._delete(name)
 

@@ -91,7 +91,9 @@ class Places:
 
 class Front:
     def __init__(self, scorers: dict[str, ScorerSpec], limits: FrontLimits, call: Call, metrics: Metrics):
-        self.scorers, self.limits, self.metrics = scorers, limits, metrics
+        self.scorers = scorers
+        self.limits = limits
+        self.metrics = metrics
         for spec in scorers.values():
             metrics.version.labels(spec.name, spec.version).set(1)
         self._cache: OrderedDict[bytes, Score] = OrderedDict()

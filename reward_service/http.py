@@ -62,7 +62,10 @@ class HttpService:
     """The routes' handlers."""
 
     def __init__(self, front: Front, encoder: Encoder, config: HttpConfig, ready: Callable[[], Awaitable[list[str]]]):
-        self.front, self.encoder, self.config, self._ready = front, encoder, config, ready
+        self.front = front
+        self.encoder = encoder
+        self.config = config
+        self._ready = ready
         self.pool = EncodingPool()
         self.bodies = Bodies(int(config.max_body_mib * 2**20), int(config.max_pending_mib * 2**20))
 
@@ -289,7 +292,9 @@ class _Counted:
     foresaw with a bare 500."""
 
     def __init__(self, app: Any, service: HttpService):
-        self.app, self.service, self.under_way = app, service, 0
+        self.app = app
+        self.service = service
+        self.under_way = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":

@@ -16,7 +16,9 @@ class HttpClient:
     """Native protocol of the reward service. May be shared by threads."""
 
     def __init__(self, url: str, token: str | None = None, budget_s: float = 120.0, request_items: int = 64):
-        self.url, self.budget_s, self.request_items = url.rstrip("/"), budget_s, request_items
+        self.url = url.rstrip("/")
+        self.budget_s = budget_s
+        self.request_items = request_items
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._local = threading.local()
 

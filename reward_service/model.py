@@ -102,7 +102,9 @@ class RewardModel:
         self.vocab_size = config.get_text_config().vocab_size
         known = positions(config.get_text_config())
         self.positions = known[0] if known else None  # beyond which learned ones end, for every item of a batch
-        self.batch_tokens, self.max_tokens, self.reading = batch_tokens, max_tokens, reading
+        self.batch_tokens = batch_tokens
+        self.max_tokens = max_tokens
+        self.reading = reading
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Score]:
         """Scores in the order given. An item that cannot be scored gets its reason; the others are unharmed.

@@ -40,7 +40,10 @@ class ReplicaDispatcher:
     """
 
     def __init__(self, call: Call, application: str, calls: int, items: int, call_s: float | None = None):
-        self._call, self._application, self._calls, self._most = call, application, calls, items
+        self._call = call
+        self._application = application
+        self._calls = calls
+        self._most = items
         self._call_s = call_s
         self._items = items if call_s is None else 1  # of the next call
         # By client, whose turn it is first; None: the loop.

@@ -43,7 +43,9 @@ class RequestBatcher:
     """
 
     def __init__(self, score: Callable[[list[Sequence]], list[Score]], executor: Executor, batch_tokens: int):
-        self._score, self._executor, self._batch_tokens = score, executor, batch_tokens
+        self._score = score
+        self._executor = executor
+        self._batch_tokens = batch_tokens
         self._waiting: dict[tuple[int, Sequence], _Waiting] = {}
         self._arrivals = self._calls = 0
         self._running: asyncio.Task | None = None

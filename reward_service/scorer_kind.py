@@ -73,7 +73,9 @@ class ThreadScorer(Scorer):
     """Calls a function of items in one thread. What it raises, or returns for a number, costs the one item that it is of."""
 
     def __init__(self, score: Callable[[list[ScoringItem]], list[float]]):
-        self._score, self._thread, self._since = score, ThreadPoolExecutor(1), 0.0
+        self._score = score
+        self._thread = ThreadPoolExecutor(1)
+        self._since = 0.0
 
     @property
     def busy_s(self) -> float:

@@ -49,6 +49,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seed", type=int, default=1, help="of the requests in test_service_fuzz.py")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Of several pytest workers each has its own share of the cores, and what it starts has it too: threads that share a
+    core wait for one another at every operator."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+        first = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) * share % len(cores)
+        os.sched_setaffinity(0, cores[first : first + share])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

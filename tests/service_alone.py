@@ -31,7 +31,8 @@ async def serve(port: int, scorers: dict[str, ScorerConfig]) -> None:
 
     limits = FrontLimits(config.max_queued_items, config.cache_items, config.deadline_s)
     front = Front(specs, limits, call, Metrics())
-    server = HttpServer(HttpService(front, Encoder(str(SMOLLM)), config.http, missing).application(()), config.http)
+    service = HttpService(front, Encoder(str(SMOLLM)), config.http, missing)
+    server = HttpServer(service.application(()), config.http, lambda reason: None)
     await server.start()
     print("serving", flush=True)
     await asyncio.sleep(3600)

@@ -4,9 +4,9 @@ They steer libraries, never Tandem: what a user chooses is in the configuration.
 """
 
 import logging
-import os
 from typing import Any
 
+from common.processes.cores import usable_cores
 from contracts.config import ClusterConfig
 
 
@@ -65,7 +65,13 @@ def driver_env() -> dict[str, str]:
 
 def embedded_cpus() -> int:
     """Of the Ray that a driver starts for itself. Ray Serve's own processes need room beside ours: two at least."""
-    return max(os.cpu_count() or 1, 2)
+    return max(usable_cores(), 2)
+
+
+def fitting_threads(cluster: ClusterConfig, threads: int) -> int:
+    """Of a process that is to have `threads`: no more than the cores of this machine, where the processes of an embedded
+    Ray are. Threads above that wait for one another at every operator."""
+    return min(threads, usable_cores()) if cluster.address == "local" else threads
 
 
 def ray_options(cluster: ClusterConfig, namespace: str) -> dict[str, Any]:

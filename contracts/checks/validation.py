@@ -332,7 +332,8 @@ def check_machine(
     """Compare a configuration with the machine it is to start on.
 
     Threads are compared for each kind of process on its own, as one phase runs at a time, and only on an embedded
-    cluster: a cluster that we join spreads the processes over machines we do not see here.
+    cluster: a cluster that we join spreads the processes over machines we do not see here. One process has no more threads
+    there than cores in any case.
 
     Args:
         nodes: what an embedded cluster will have; None where we join one.
@@ -362,5 +363,5 @@ def check_machine(
         f"warning: {count_key} * {threads_key} = {count} * {threads} threads share {cpu_count} cores; write "
         f"{threads_key}={max(1, cpu_count // count)}"
         for count_key, threads_key, count, threads in phases
-        if cluster.address == "local" and count * threads > cpu_count
+        if cluster.address == "local" and count * min(threads, cpu_count) > cpu_count
     ]

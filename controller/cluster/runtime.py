@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import torch
 
-from common.processes.process_env import embedded_cpus, scorer_env, worker_env
+from common.processes.process_env import embedded_cpus, fitting_threads, scorer_env, worker_env
 from common.processes.ray_access import start_ray
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.placement import Resources
@@ -24,8 +24,11 @@ def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
         "actor": (cluster.threads_per_actor, cluster.gpus_per_actor),
         "learner": (cluster.threads_per_learner_rank, cluster.gpus_per_learner_rank),
     }
-    scorer = scorer_env(cluster.threads_per_reward_replica, on_cpu=cluster.gpus_per_reward_replica == 0)
-    return {role: worker_env(threads, on_cpu=gpus == 0) for role, (threads, gpus) in roles.items()} | {"reward": scorer}
+    environments = {
+        role: worker_env(fitting_threads(cluster, threads), on_cpu=gpus == 0) for role, (threads, gpus) in roles.items()
+    }
+    threads = fitting_threads(cluster, cluster.threads_per_reward_replica)
+    return environments | {"reward": scorer_env(threads, on_cpu=cluster.gpus_per_reward_replica == 0)}
 
 
 def embedded_nodes() -> list[Resources]:

@@ -99,6 +99,7 @@ def _read_csv(path: Path, base: str) -> list[dict]:
         # "NA", "null" and "None" are words of a text; only an empty cell is a missing value. Read in one piece: of a piece
         # whose cells all look like numbers, the texts would be written anew ("007" as "7").
         table = pandas.read_csv(StringIO(text), keep_default_na=False, na_values=[""], low_memory=False)
+        rows = datasets.Dataset.from_pandas(table, preserve_index=False)
     except ValueError as error:
         raise DataError(f"{base}.path: {path} cannot be read as csv: {error}") from error
     if not isinstance(table.index, pandas.RangeIndex):  # pandas took the first cells for names of the rows
@@ -106,7 +107,7 @@ def _read_csv(path: Path, base: str) -> list[dict]:
             f"{base}.path: the first line of a .csv file names every column; {path} has rows with more cells. Write texts "
             "with commas in quotes"
         )
-    return _rows(datasets.Dataset.from_pandas(table, preserve_index=False))
+    return _rows(rows)
 
 
 def _read_parquet(path: Path, base: str) -> list[dict]:

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from common.files.durable import replace_text
+from common.processes.cores import usable_cores
 from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import TandemConfig
@@ -79,7 +80,7 @@ class Pipeline:
         rehearse_environment(config, tokenizer, data, progress)
         nodes = embedded_nodes() if config.cluster.address == "local" else None
         free_gib = psutil.virtual_memory().available / 2**30
-        for warning in check_machine(config, free_gib, psutil.cpu_count() or 1, nodes):
+        for warning in check_machine(config, free_gib, usable_cores(), nodes):
             progress.line(warning)
         self.context.proofs.append(begin_proofs(config))
 

@@ -148,7 +148,7 @@ class Cache:
         self.said: list[str] = []
         self.log = RunLog(folder / "run", {}, LoggerConfig(wandb="disabled"), "test")
         self.store = StageStore(folder / "cache", self.log, True, self.said.append, lambda name: {"a.py": "1"})
-        self.log.metrics("sft", 1, {"loss": 1.0})
+        self.log.log("sft", 1, {"loss": 1.0})
         self.result = self.store.run("sft", {"seed": 1}, self._work)
         self.folder = Path(self.result.path).parent
         self.content = json.loads((self.folder / "stage.json").read_text())
