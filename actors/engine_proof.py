@@ -79,11 +79,9 @@ class Differences:
             "after a publish of other weights it differs from transformers": (self.published, self.limit),
             "after a publish of its first weights it differs from what it was": (self.returned, FLOAT32_TOLERANCE),
         }
-        for what, (number, limit) in said.items():
-            if not number <= limit:
-                return (
-                    f"{what} by {number:.2g} nats (rounding is below {limit:.2g}, other weights make {self.moved:.2g})"
-                )
+        for what, (nats, limit) in said.items():
+            if not nats <= limit:
+                return f"{what} by {nats:.2g} nats (rounding is below {limit:.2g}, other weights make {self.moved:.2g})"
         return None
 
 
@@ -143,9 +141,8 @@ def _key(config: Any, dtype: str, max_model_len: int) -> str:
     root = Path(__file__).parent.parent
     code = [hashlib.sha256((root / name).read_bytes()).hexdigest() for name in SOURCES]
     cpu = [platform.machine(), *sorted(cpu_flags())]  # they choose the kernels
-    whole = json.dumps(
-        [plain, dtype, max_model_len, code, installed_versions(PACKAGES), cpu], sort_keys=True, default=str
-    )
+    parts = [plain, dtype, max_model_len, code, installed_versions(PACKAGES), cpu]
+    whole = json.dumps(parts, sort_keys=True, default=str)
     return "engine-" + hashlib.sha256(whole.encode()).hexdigest()[:32]
 
 
@@ -163,10 +160,8 @@ def _ask(model: ModelConfig, max_model_len: int) -> dict[str, Any]:
         if answer.exists():
             return json.loads(answer.read_text())
         said = [line for line in done.stderr.splitlines() if line.strip()]
-        return {
-            "formats": {},
-            "error": f"the proof ended with {done.returncode}: {said[-1][:300] if said else 'it said nothing'}",
-        }
+        last = said[-1][:300] if said else "it said nothing"
+        return {"formats": {}, "error": f"the proof ended with {done.returncode}: {last}"}
 
 
 # ---- in the process of the proof

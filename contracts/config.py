@@ -31,10 +31,8 @@ KL_PLACES = ("none", "reward", "k2", "k3")
 AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 HEAD_ALONE = Rule("0 (the head alone) or more", lambda value: value >= 0)
 BETAS = Rule("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
-UNBIASED = Rule(
-    "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio",
-    lambda value: value == 1,
-)
+BIASED = "the log-probabilities of a truncated, renormalised distribution bias the policy ratio"
+UNBIASED = Rule(f"1, as {BIASED}", lambda value: value == 1)
 
 
 @dataclass
@@ -400,9 +398,8 @@ class EnvironmentConfig:
 
 @dataclass
 class LoggerConfig:
-    trackers: list[str] = key(
-        ["wandb"], free="tracker_checks look for them"
-    )  # or package.module:NAME: docs/dashboards.md
+    # or package.module:NAME: docs/dashboards.md
+    trackers: list[str] = key(["wandb"], free="tracker_checks look for them")
     wandb: str = key("auto", choices=("auto", "offline", "online", "disabled"))  # docs/dashboards.md
     project: str = key("tandem", free=WORD)
     wandb_text: bool = False  # also send sampled prompts and completions to all trackers; they may be confidential
@@ -415,9 +412,8 @@ class LoggerConfig:
 @dataclass
 class TandemConfig:
     stage: str = key("pipeline", choices=names_in("contracts.stages", "stage_names", "pipeline"))
-    method: str = key(
-        "ppo", choices=names_in("contracts.stages", "method_titles")
-    )  # what follows SFT: docs/preference.md
+    # what follows SFT: docs/preference.md
+    method: str = key("ppo", choices=names_in("contracts.stages", "method_titles"))
     name: str = key("demo", free=WORD)
     seed: int = key(1, least=0)
     run_dir: str = key(MISSING, free=DIRECTORY)

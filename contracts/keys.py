@@ -41,9 +41,8 @@ def within(least: float | None, above: float | None, most: float | None, below: 
         text = "0 or more" if least == 0 else f"at least {low}"
 
     def holds(value: float) -> bool:
-        return (value > low if least is None else value >= low) and (
-            high is None or (value < high if most is None else value <= high)
-        )
+        is_above = value > low if least is None else value >= low
+        return is_above and (high is None or (value < high if most is None else value <= high))
 
     return Rule(f"{text}, {why}" if why else text, holds)
 

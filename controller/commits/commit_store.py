@@ -98,10 +98,8 @@ def write_driver_state(partial: Path, state: State) -> dict[str, FileRecord]:
         for name, a in arrays.items()
         if a.size
     }
-    return {
-        DRIVER: durable.write_json(partial / DRIVER, plain),
-        ARRAYS: durable.write_tensors(partial / ARRAYS, raw, {}),
-    }
+    records = {DRIVER: durable.write_json(partial / DRIVER, plain)}
+    return records | {ARRAYS: durable.write_tensors(partial / ARRAYS, raw, {})}
 
 
 def publish(partial: Path, commit: Commit) -> None:

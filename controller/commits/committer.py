@@ -174,14 +174,11 @@ class Committer:
         shutil.rmtree(folder, ignore_errors=True)
         self._num_failed += 1
         self._in_a_row += 1
-        most = self._config.max_failures
-        self._say(
-            f"WARNING: no commit of update {step}: {_reason(error)} ({self._in_a_row} in a row, {most} end the run)"
-        )
+        most, reason = self._config.max_failures, _reason(error)
+        self._say(f"WARNING: no commit of update {step}: {reason} ({self._in_a_row} in a row, {most} end the run)")
         if self._in_a_row >= most:
-            raise CheckpointError(
-                f"{most} commits in a row have failed (checkpoint.max_failures), the last one: {_reason(error)}"
-            ) from error
+            told = f"{most} commits in a row have failed (checkpoint.max_failures), the last one: {reason}"
+            raise CheckpointError(told) from error
 
 
 def load_learner(learner: LearnerGroup, commit: Commit) -> None:

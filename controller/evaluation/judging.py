@@ -71,14 +71,10 @@ def judge_models(
 
     def sample(epoch: int, index: int) -> list[Rollout]:
         """One scored completion of every prompt."""
-        requests = [
-            RolloutRequest(epoch, index, p, sampling_seed(config.evaluate.seed, epoch, p.prompt_id, index))
-            for p in prompts
-        ]
-        calls = [
-            actor.rollout.remote(requests[i :: len(actors)], sampling, judges, timeout_s)
-            for i, actor in enumerate(actors)
-        ]
+        seeds = [sampling_seed(config.evaluate.seed, epoch, p.prompt_id, index) for p in prompts]
+        requests = [RolloutRequest(epoch, index, p, seed) for p, seed in zip(prompts, seeds, strict=True)]
+        parts = [requests[i :: len(actors)] for i in range(len(actors))]
+        calls = [a.rollout.remote(part, sampling, judges, timeout_s) for a, part in zip(actors, parts, strict=True)]
         return sorted((r for answer in ray.get(calls, timeout=timeout_s) for r in answer), key=lambda r: r.key)
 
     rollouts: dict[str, list[Rollout]] = {}

@@ -115,9 +115,5 @@ def verdict(model: dict[str, Any], against_sft: dict[str, Any], config: Evaluate
     checks = [gained, *(check for check, _ in limits)]
     reservations = [clause for check, clause in limits if not check["passed"]]
     state, reason = _finding(gold, proxy, reservations)
-    return {
-        "passed": all(check["passed"] for check in checks),
-        "state": state,
-        "text": f"{STATES[state]}: {reason}",
-        "checks": checks,
-    }
+    passed, text = all(check["passed"] for check in checks), f"{STATES[state]}: {reason}"
+    return {"passed": passed, "state": state, "text": text, "checks": checks}

@@ -79,9 +79,8 @@ def parallel(members: Sequence[Member]) -> Markup:
     scale = Scale(0.0, 1.0, bottom, top)
     body = []
     for i, (place, member) in reversed(list(enumerate(known))):  # the best is drawn last, over the others
-        points = [
-            (x, scale(share)) for x, (_, shares, _) in zip(at, axes, strict=True) if (share := shares[i]) is not None
-        ]
+        places = [(x, shares[i]) for x, (_, shares, _) in zip(at, axes, strict=True)]
+        points = [(x, scale(share)) for x, share in places if share is not None]
         css = f"line {colour(place)}" + (" first" if place == 0 else "")
         body.append(element("g", "thread", element("title", "", member.label), line(css, points)))
     for x, (title, _, marks) in zip(at, axes, strict=True):

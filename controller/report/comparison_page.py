@@ -93,13 +93,15 @@ def _table(members: list[Member], folder: Path) -> Markup:
 
 def _short(keys: Sequence[str]) -> dict[str, str]:
     """The last part of each key, and as many more as it takes to tell them apart."""
+
+    def is_enough(tail: str) -> bool:
+        return sum(key == tail or key.endswith(f".{tail}") for key in keys) == 1
+
     out = {}
     for key in keys:
         parts = key.split(".")
-        tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        out[key] = next(
-            tail for tail in tails if sum(k == tail or k.endswith(f".{tail}") for k in keys) == 1 or tail == key
-        )
+        tails = (".".join(parts[-n:]) for n in range(1, len(parts)))
+        out[key] = next(filter(is_enough, tails), key)
     return out
 
 

@@ -35,11 +35,9 @@ Row = tuple[str, Any, int, bool, Markup]  # label, mean and interval, digits, wh
 
 
 def verdict(run: Run) -> Markup:
-    found = (run.evaluation.get("verdict") or {}).get("checks") or []
+    found, alarms = (run.evaluation.get("verdict") or {}).get("checks") or [], rules.evaluate(run)[0]
     checks = [check for check in found if isinstance(check, dict)]
-    return RUN.verdict(
-        run, verdict_state(run.evaluation), verdict_reason(run.evaluation), checks, rules.evaluate(run)[0]
-    )
+    return RUN.verdict(run, verdict_state(run.evaluation), verdict_reason(run.evaluation), checks, alarms)
 
 
 def _span(low: float | None, high: float | None, share: bool = False) -> str:
