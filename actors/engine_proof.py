@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 from common.error_text import typed_line
 from common.files.durable import write_json
+from common.files.fingerprints import json_digest
 from common.files.source_code import installed_versions
 from common.models.precision import cpu_flags
 from common.models.proof import row_logprobs
@@ -141,9 +142,7 @@ def _key(config: Any, dtype: str, max_model_len: int) -> str:
     root = Path(__file__).parent.parent
     code = [hashlib.sha256((root / name).read_bytes()).hexdigest() for name in SOURCES]
     cpu = [platform.machine(), *sorted(cpu_flags())]  # they choose the kernels
-    parts = [plain, dtype, max_model_len, code, installed_versions(PACKAGES), cpu]
-    whole = json.dumps(parts, sort_keys=True, default=str)
-    return "engine-" + hashlib.sha256(whole.encode()).hexdigest()[:32]
+    return "engine-" + json_digest([plain, dtype, max_model_len, code, installed_versions(PACKAGES), cpu])[:32]
 
 
 def _ask(model: ModelConfig, max_model_len: int) -> dict[str, Any]:

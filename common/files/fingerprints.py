@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from common.files.checkpoint_files import checkpoint_files
 from common.files.durable import replace_text
@@ -84,6 +85,11 @@ def _piece(file: Path, start: int) -> bytes:
             digest.update(buffer[:count])
             left -= count
     return digest.digest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 (hex) of a value as JSON has it, whatever the order of its keys; of what JSON does not have, as a text."""
+    return _sha256(json.dumps(value, sort_keys=True, default=str).encode())
 
 
 def _sha256(content: bytes) -> str:

@@ -13,7 +13,6 @@
 No pointer file names the newest: discovery looks for the newest manifest that verifies.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from common.files import durable
 from common.files.checkpoint_files import is_inside
 from common.files.code_digest import package_versions
 from common.files.durable import FileRecord, RawTensor
+from common.files.fingerprints import json_digest
 
 FOLDER, MANIFEST, FORMAT = "checkpoints", "MANIFEST.json", 2
 DRIVER, ARRAYS = "driver.json", "driver.safetensors"
@@ -113,12 +113,8 @@ def publish(partial: Path, commit: Commit) -> None:
         "quality": commit.quality,
         "files": commit.records,
     }
-    durable.write_json(partial / MANIFEST, {"sha256": _digest(content), "content": content})
+    durable.write_json(partial / MANIFEST, {"sha256": json_digest(content), "content": content})
     durable.publish(partial, commit.path)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _Content(BaseModel):
@@ -141,7 +137,7 @@ def read_commit(path: Path) -> Commit:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         content = manifest["content"]
-        if manifest["sha256"] != _digest(content):
+        if manifest["sha256"] != json_digest(content):
             raise CheckpointError(f"{MANIFEST} does not have the SHA-256 that it names")
         if content["format"] != FORMAT:
             raise CheckpointError(f"{MANIFEST} has format {content['format']}, this version reads {FORMAT}")

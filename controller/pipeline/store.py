@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from common.files.code_digest import changed_code, stage_code
-from common.files.fingerprints import checkpoint_fingerprint
+from common.files.fingerprints import checkpoint_fingerprint, json_digest
 from contracts.config import TandemConfig
 from contracts.plugins import source_file
 from contracts.records import StageResult
 from contracts.stages import find_stage
-from controller.pipeline.ingredients import MEMORY, digest_of
+from controller.pipeline.ingredients import MEMORY
 from controller.record.run_log import LOGS, RunLog
 
 SHOWN = 4  # changed files that are named
@@ -54,10 +54,10 @@ class StageStore:
 
     def directory(self, name: str, inputs: dict[str, Any]) -> Path:
         prefix = self._prefix(name, inputs)
-        return prefix.with_name(f"{prefix.name}-{digest_of(self.code(name))[:8]}")
+        return prefix.with_name(f"{prefix.name}-{json_digest(self.code(name))[:8]}")
 
     def _prefix(self, name: str, inputs: dict[str, Any]) -> Path:
-        return self.cache_dir / "stages" / f"{file_name(name)}-{digest_of(_plain(inputs))[:12]}"
+        return self.cache_dir / "stages" / f"{file_name(name)}-{json_digest(_plain(inputs))[:12]}"
 
     @contextmanager
     def alone(

@@ -154,11 +154,11 @@ def _step(marks: Sequence[float]) -> float:
 # ---- curves
 
 
-def thinned(curve: Curve, limit: int = MAX_POINTS) -> Curve:
-    """At most about `limit` points: of each stretch its lowest and its highest, so that no spike is lost."""
-    if len(curve) <= limit:
+def thinned(curve: Curve) -> Curve:
+    """At most about `MAX_POINTS`: of each stretch its lowest and its highest, so that no spike is lost."""
+    if len(curve) <= MAX_POINTS:
         return curve
-    width = math.ceil(2 * len(curve) / limit)
+    width = math.ceil(2 * len(curve) / MAX_POINTS)
     kept: Curve = []
     for start in range(0, len(curve), width):
         known = [point for point in curve[start : start + width] if point[1] is not None]
