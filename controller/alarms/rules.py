@@ -20,7 +20,8 @@ from controller.record.run_log import TRACKER_FAULTS
 def evaluate(run: Run) -> tuple[list[Alarm], list[str], list[str]]:
     """(alarms, what was checked without a finding, what could not be checked for lack of a metric)."""
     alarms, silent, unknown = list[Alarm](), list[str](), list[str]()
-    for name, rule in [*((limit.metric, limit) for limit in LIMITS), *CHECKS]:
+    rules: list[tuple[str, Rule]] = [*((limit.metric, limit) for limit in LIMITS), *CHECKS]
+    for name, rule in rules:
         try:
             found = list(rule(run))
         except NotMeasured:

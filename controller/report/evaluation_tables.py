@@ -40,7 +40,8 @@ def verdict(run: Run) -> Markup:
     return RUN.verdict(run, verdict_state(run.evaluation), verdict_reason(run.evaluation), checks, alarms)
 
 
-def _span(low: float | None, high: float | None, share: bool = False) -> str:
+def _span(values: Any, share: bool = False) -> str:
+    _, low, high = bounds(values)
     if low is None or high is None:
         return ""
     times, digits = (100, 0) if share else (1, 2)
@@ -50,14 +51,12 @@ def _span(low: float | None, high: float | None, share: bool = False) -> str:
 def key_numbers(run: Run) -> Markup | str:
     """What a run has of them."""
     against, model = against_sft(run.evaluation), judged_model(run.evaluation)
-    gain, *gain_span = bounds(against.get("gold_gain"))
-    rate, *rate_span = bounds(against.get("win_rate"))
-    kl = bounds(model.get("kl"))[0]
+    gain, rate, kl = (bounds(v)[0] for v in (against.get("gold_gain"), against.get("win_rate"), model.get("kl")))
     kl = kl if kl is not None else svg.last(run.curve("ppo", "kl/ref_seq"))
     ratio = number(against.get("length_ratio"))
     tiles: list[tuple[Any, Tile]] = [
-        (gain, ("Gold gain over SFT", num(gain, 2, signed=True), "", _span(*gain_span))),
-        (rate, ("Win rate against SFT", percent(rate), "", _span(*rate_span, share=True))),
+        (gain, ("Gold gain over SFT", num(gain, 2, signed=True), "", _span(against.get("gold_gain")))),
+        (rate, ("Win rate against SFT", percent(rate), "", _span(against.get("win_rate"), share=True))),
         (kl, ("KL from reference", num(kl, 1), "nats", "a sequence")),
         (ratio, ("Length against SFT", f"× {num(ratio, 2)}", "", f"{percent(model.get('eos_share'))} end with EOS")),
     ]

@@ -32,11 +32,11 @@ def time_spent(run: Run) -> Markup:
     names = dict.fromkeys(phase for phases in lanes.values() for phase in phases)
     colours = {phase: f"p{i % 6}" for i, phase in enumerate(names)}
 
-    def row(phase: str, spans: list[Span]) -> tuple[str, int, float, Markup]:
+    def lane(phase: str, spans: list[Span]) -> tuple[str, int, float, Markup]:
         took = sum(end - start for start, end in spans)
         return phase, len(spans), took, _lane(phase, spans, begin, whole, colours[phase])
 
-    stages = {stage: [row(*lane) for lane in phases.items()] for stage, phases in lanes.items()}
+    stages = {stage: [lane(*named) for named in phases.items()] for stage, phases in lanes.items()}
     return RUN.time(stages, whole, _time_ticks(whole), _parts_of_an_update(run))
 
 

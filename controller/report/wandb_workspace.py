@@ -18,7 +18,7 @@ from common.error_text import typed_line
 from contracts.catalogue import catalogue, charted
 from controller.alarms.limits import limits_of
 
-Chart = tuple[str, list[str]]  # title, metrics
+Chart = tuple[str, list[Any]]  # title, metrics
 
 
 @cache
