@@ -11,13 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
 from contracts.checks.check import Check
 from contracts.checks.cluster_checks import stated_nodes
 from contracts.checks.overrides import quoted, unknown_overrides
 from contracts.checks.validation import ConfigError, raise_conflicts, validate
-from contracts.config import TandemConfig, to_config
+from contracts.config import TandemConfig, register_schema, to_config
 from contracts.stages import checkpoint_keys
 from submission.targets import (
     ROOT,
@@ -38,7 +36,7 @@ RECORDS = ROOT / ".cache/jobs"  # what this machine has submitted, so that a job
 LEAVE_S = 15  # for the engines to end, once the state is saved
 MAX_ID = 47  # KubeRay makes names of Kubernetes services from it
 
-ConfigStore.instance().store(name="tandem", node=TandemConfig)
+register_schema()
 
 
 @dataclass(frozen=True)
