@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,10 @@ def file_hashes(files: list[Path], memory: Path | None = None) -> list[str]:
     now, hashes = time.time(), dict[str, str]()
     with ThreadPoolExecutor(os.cpu_count() or 1, "sha256") as pool:
         # All pieces at once: a checkpoint may be one large file, or many.
-        waiting = [(file, identity, list(_pieces(pool, file))) for file, identity in new]
+        waiting = []
+        for file, identity in new:
+            starts = range(0, file.stat().st_size, PIECE_BYTES)
+            waiting.append((file, identity, [pool.submit(_piece, file, start) for start in starts]))
         for file, identity, pieces in waiting:
             hashes[identity] = _sha256(b"".join(piece.result() for piece in pieces))
             stat = file.stat()
@@ -70,11 +72,6 @@ def _identity(file: Path) -> str:
     """With the time of the inode's last change, which no program can set back."""
     stat = file.stat()
     return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-
-
-def _pieces(pool: ThreadPoolExecutor, file: Path) -> Iterator[Future[bytes]]:
-    for start in range(0, file.stat().st_size, PIECE_BYTES):
-        yield pool.submit(_piece, file, start)
 
 
 def _piece(file: Path, start: int) -> bytes:
