@@ -78,5 +78,5 @@ def known_ids(path: str) -> frozenset[int]:
 def load_decoder(path: str) -> Callable[[Sequence[int]], str]:
     """Token ids to text, control tokens shown, by the tokenizer of a checkpoint. A fast tokenizer needs no torch for it."""
     fast = _fast(path)
-    tokenizer = _slow(path) if fast is None else fast
+    tokenizer: Any = _slow(path) if fast is None else fast
     return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
