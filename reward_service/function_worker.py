@@ -4,19 +4,16 @@ Started as `python -m reward_service.function_worker FUNCTION MEMORY_GIB`. What 
 may be a text of a completion.
 """
 
-import ctypes
 import importlib
 import importlib.util
 import inspect
 import json
-import os
 import resource
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-PR_SET_PDEATHSIG = 1  # Linux: end with the replica, even one that was killed
+from reward_service.processes import belong_to_parent, own_channels
 
 
 def load(function: str) -> Callable[..., Any]:
@@ -92,12 +89,8 @@ def limit_memory(gib: float) -> None:
 
 
 def main(function_name: str, memory_gib: float) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    replies = os.fdopen(os.dup(1), "w")
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+    belong_to_parent()
+    requests, replies = own_channels()
     try:
         function = load(function_name)
         limit_memory(memory_gib)
@@ -105,7 +98,7 @@ def main(function_name: str, memory_gib: float) -> None:
         answer(replies, {"error": f"{type(error).__name__}: {error}"})
         return
     answer(replies, {"ready": True})
-    for line in sys.stdin:
+    for line in requests:
         try:
             answer(replies, {"scores": plain_scores(function(**arguments_for(function, json.loads(line))))})
         except Refused as refused:

@@ -28,6 +28,7 @@ from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
 from reward_service.isolate import KILLS, Failed, Quarantine, isolate
+from reward_service.processes import end_family
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, Text, text_reader, version_of
 
 START_S = 60.0
@@ -39,18 +40,7 @@ class Function(ScorerKind):
         form, found = "package.module:name or path/file.py:name", entry.function
         return [
             Check(bool(re.fullmatch(r".+:\w+", found or "")), f"{key}.function", form, found, "rules.py:f"),
-            Check(
-                0 < entry.timeout_s < service.deadline_s,
-                f"{key}.timeout_s",
-                f"above 0 and below reward_service.deadline_s ({service.deadline_s})",
-                entry.timeout_s,
-                "for example 5.0 (the default)",
-            ),
-            Check(entry.processes >= 1, f"{key}.processes", "at least 1", entry.processes, "1 (the default)"),
-            Check(entry.batch_size >= 1, f"{key}.batch_size", "at least 1", entry.batch_size, "32 (the default)"),
-            Check(
-                entry.memory_gib > 0, f"{key}.memory_gib", "above 0", entry.memory_gib, "for example 2.0 (the default)"
-            ),
+            *process_checks(key, entry, service),
         ]
 
     def problems(self, key: str, entry: ScorerConfig) -> list[str]:
@@ -80,6 +70,22 @@ class Function(ScorerKind):
 
     def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
         return FunctionScorer(entry, tokenizer)
+
+
+def process_checks(key: str, entry: ScorerConfig, service: RewardServiceConfig) -> list[Check]:
+    """The rules on the processes of a scorer."""
+    return [
+        Check(
+            0 < entry.timeout_s < service.deadline_s,
+            f"{key}.timeout_s",
+            f"above 0 and below reward_service.deadline_s ({service.deadline_s})",
+            entry.timeout_s,
+            "for example 5.0 (the default)",
+        ),
+        Check(entry.processes >= 1, f"{key}.processes", "at least 1", entry.processes, "1 (the default)"),
+        Check(entry.batch_size >= 1, f"{key}.batch_size", "at least 1", entry.batch_size, "32 (the default)"),
+        Check(entry.memory_gib > 0, f"{key}.memory_gib", "above 0", entry.memory_gib, "for example 2.0 (the default)"),
+    ]
 
 
 def function_version(function: str) -> str:
@@ -114,6 +120,8 @@ class FunctionError(RuntimeError):
 class FunctionProcess:
     """One process, which is started again when it had to be ended."""
 
+    runs = "function"
+
     def __init__(self, entry: ScorerConfig):
         self._entry = entry
         self._process: subprocess.Popen | None = None
@@ -122,36 +130,39 @@ class FunctionProcess:
 
     def start(self) -> None:
         """Raises FunctionError."""
-        entry = self._entry
-        command = [sys.executable, "-m", "reward_service.function_worker", str(entry.function), str(entry.memory_gib)]
         # The caller's path, which Ray extends by the driver's directory.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self._buffer = b""
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=env)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *self._module()],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            env=env,
+            start_new_session=True,
+        )
         try:
             reply = self._read(START_S)
         except Failed as fault:
             self.end()
-            raise FunctionError(f"{entry.function}: its process does not start ({fault})") from None
+            raise FunctionError(f"{self._name}: its process does not start ({fault})") from None
         if "error" in reply:
             self.end()
-            raise FunctionError(f"{entry.function}: {reply['error']}")
+            raise FunctionError(f"{self._name}: {reply['error']}")
+
+    @property
+    def _name(self) -> str:
+        return str(self._entry.function)
+
+    def _module(self) -> list[str]:
+        """What the process runs: a module and its arguments."""
+        return ["reward_service.function_worker", self._name, str(self._entry.memory_gib)]
 
     def __call__(self, texts: list[Text]) -> list[float]:
         """What the function returns. Raises Failed; its process is then ended where that is needed."""
-        if self._process is None:
-            self.start()
-        assert self._process is not None
-        assert self._process.stdin is not None
         prompts, completions, labels = (list(column) for column in zip(*texts, strict=True))
-        request = json.dumps({"prompts": prompts, "completions": completions, "labels": labels})
-        try:
-            self._process.stdin.write(request.encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            self.end()
-            raise Failed("unavailable: its process ended between two calls") from None
+        self._send({"prompts": prompts, "completions": completions, "labels": labels})
         try:
             reply = self._read(self._entry.timeout_s)
         except Failed:
@@ -163,6 +174,19 @@ class FunctionProcess:
             raise Failed(reply["refused"])
         return reply["scores"]
 
+    def _send(self, request: Any) -> None:
+        """Raises Failed, FunctionError."""
+        if self._process is None:
+            self.start()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self.end()
+            raise Failed("unavailable: its process ended between two calls") from None
+
     def _read(self, timeout_s: float) -> dict[str, Any]:
         assert self._process is not None
         assert self._process.stdout is not None
@@ -171,7 +195,7 @@ class FunctionProcess:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
                 if not selector.select(max(0.0, end - time.monotonic())):
-                    raise Failed(f"timeout: the function took longer than {timeout_s:g} s", is_kill=True)
+                    raise Failed(f"timeout: the {self.runs} took longer than {timeout_s:g} s", is_kill=True)
                 piece = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not piece:
                     raise Failed("poison: its process ended", is_kill=True)
@@ -181,8 +205,7 @@ class FunctionProcess:
 
     def end(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            end_family(self._process)
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None and not stream.closed:
                     try:
@@ -195,13 +218,15 @@ class FunctionProcess:
 class FunctionPool:
     """`entry.processes` processes; calls wait for a free one. Raises FunctionError where the function cannot be imported."""
 
+    process: type[FunctionProcess] = FunctionProcess
+
     def __init__(self, entry: ScorerConfig):
         self._entry = entry
         self._idle: Queue[FunctionProcess] = Queue()
         self._quarantine: Quarantine[Text] = Quarantine()
         # A process ends with the thread that started it (function_worker.py), so these threads start them all.
         self._threads = ThreadPoolExecutor(entry.processes)
-        for process in self._threads.map(FunctionProcess, [entry] * entry.processes):
+        for process in self._threads.map(self.process, [entry] * entry.processes):
             self._idle.put(process)
 
     def submit(self, texts: list[Text], deadline_s: float = math.inf) -> list[Future[list[Score]]]:
