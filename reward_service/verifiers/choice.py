@@ -7,7 +7,10 @@ from reward_service.verifier import BadRow, Option, Options, Row, Verified, Veri
 from reward_service.verifiers._answers import verdict
 
 OPEN, CLOSE = r"[\s*_`'\"“(\[{$]*(?:\\text\{|\\textbf\{|\\mathrm\{|\\mathbf\{)?[\s*_`'\"“(\[{]*", r"[*_`'\"”)\]}$]*"
-SAID = r"(?:final\s+|correct\s+|right\s+|best\s+|my\s+)*(?:answer|choice|option)\b[\s*_`]*(?:is|:|=|would be|must be)[\s*_`]*:?"
+SAID = (
+    r"(?:final\s+|correct\s+|right\s+|best\s+|my\s+)*(?:answer|choice|option)\b[\s*_`]*"
+    r"(?:is|:|=|would be|must be)[\s*_`]*:?"
+)
 STATEMENTS = (
     rf"{SAID}\s*(?:(?:choice|option|letter)\s+)?{OPEN}@{CLOSE}",
     rf"\\boxed\s*\{{{OPEN}@{CLOSE}",

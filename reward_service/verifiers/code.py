@@ -1,7 +1,8 @@
-"""The last fenced block of the completion passes the tests of its row, in processes of its own (reward_service/sandbox.py)."""
+"""The last fenced block of a completion passes the tests of its row, in processes of its own: reward_service/sandbox.py."""
 
 import ast
 import json
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from reward_service.sandbox import GRACE_S, Limits, Tests, encloses, outputs, passed
@@ -21,10 +22,8 @@ def read(row: Row, options: Options) -> Wanted:
     name = options["answer"]
     value: Any = column(row, name)
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
+        with suppress(ValueError, RecursionError):  # a list of Python
             value = json.loads(value)
-        except (ValueError, RecursionError):  # a list of Python
-            pass
     if isinstance(value, dict) and isinstance(value.get("inputs"), list) and isinstance(value.get("outputs"), list):
         if len(value["inputs"]) != len(value["outputs"]):
             raise BadRow(f"{name} must have as many outputs as inputs; write one for each")
@@ -55,14 +54,9 @@ def statements(name: str, sources: list[str]) -> Tests:
         for statement in body:
             (context if isinstance(statement, CONTEXT) else tests).append(statement)
     called = {node.func.id for test in tests for node in ast.walk(test) if _calls_name(node)}  # type: ignore[attr-defined]
-    for statement in context:
-        if (
-            isinstance(statement, ast.FunctionDef)
-            and statement.name.startswith("test")
-            and statement.name not in called
-        ):
-            if not statement.args.args:
-                tests += ast.parse(f"{statement.name}()").body
+    functions = [one for one in context if isinstance(one, ast.FunctionDef) and not one.args.args]
+    for name_of_test in [one.name for one in functions if one.name.startswith("test") and one.name not in called]:
+        tests += ast.parse(f"{name_of_test}()").body
     tests = [test for test in tests if not (isinstance(test, ast.Expr) and isinstance(test.value, ast.Constant))]
     if not tests:
         raise BadRow(f"{name} must be {WANTED}; found no test; write asserts, or a call of the function that has them")

@@ -15,45 +15,23 @@ LIBRARY_S = 2  # of parsing, and of comparing: beyond, the answer has no score
 MAX_CHARACTERS = 400
 TOLERANCE = Fraction(1, 2 * 10**6)  # half of the sixth decimal
 SAID = re.compile(
-    r"(?:final\s+answer|answer|result|solution)\b(?:\s+(?:to|for|of)\b[^.\n:=]{0,60}?)?[\s*_]*(?:\bis\b|:|=|\bequals\b|\bwould be\b)"
-    r"(?:\s*\bequal to\b)?[\s*_]*:?",
+    r"(?:final\s+answer|answer|result|solution)\b(?:\s+(?:to|for|of)\b[^.\n:=]{0,60}?)?[\s*_]*"
+    r"(?:\bis\b|:|=|\bequals\b|\bwould be\b)(?:\s*\bequal to\b)?[\s*_]*:?",
     re.IGNORECASE,
 )
 HASHES = re.compile(r"####")
 WORDS = re.compile(r"[A-Za-z]{2,}")
 COMMANDS = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+")
 FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "log",
-        "ln",
-        "lg",
-        "exp",
-        "sqrt",
-        "pi",
-        "max",
-        "min",
-        "gcd",
-        "lcm",
-        "det",
-    ]
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt pi max min gcd lcm det".split()  # noqa: SIM905
 )
 END = re.compile(
     r"(?<=[^\s.])[.!?](?=\s|$)|[;\n]|,?\s+(?:because|since|as|which|where|so)\b|\s+\((?=\s*[A-Za-z])|,\s+(?=[A-Za-z]{3})"
 )
-PLAIN = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
-         "√": r"\sqrt", "**": "^", "²": "^2", "³": "^3", "\u00a0": " "}  # fmt: skip
+PLAIN = {
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ",
+    "≥": r"\ge ", "√": r"\sqrt", "**": "^", "²": "^2", "³": "^3", "\u00a0": " ",
+}  # fmt: skip
 # In a sentence with a number: it is no answer, or more than the number.
 DENIED = (
     r"\b(?:not|isn't|wrong|incorrect|cannot|can't|or|about|around|roughly|unless|hundred|thousand|million|billion|dozen|half)\b"
@@ -263,10 +241,15 @@ def compared(right: list[Any], given: list[Any]) -> bool:
         return False
 
 
+def prepare(options: Options) -> None:
+    """The first comparison takes seconds, the others milliseconds."""
+    compared(parsed("x+1"), parsed("1+x"))
+
+
 VERIFIER = Verifier(
     read=read,
     verify=verify,
-    prepare=lambda options: None if compared(parsed("x+1"), parsed("1+x")) else None,  # the first one takes a second
+    prepare=prepare,
     least_timeout_s=lambda options: 2.0 * LIBRARY_S,
     options={"boxed": flag(False)},
     requires={"math_verify": "math-verify", "latex2sympy2_extended": "latex2sympy2_extended"},

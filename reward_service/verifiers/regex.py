@@ -2,6 +2,7 @@
 all of it."""
 
 import re
+from collections import deque
 
 from reward_service.verifier import Option, Options, Row, Verified, Verifier
 from reward_service.verifiers import exact
@@ -22,9 +23,7 @@ def read(row: Row, options: Options) -> set[str]:
 
 def verify(completion: str, right: set[str], options: Options) -> Verified:
     pattern = re.compile(options["pattern"])  # which re remembers
-    last = None
-    for last in pattern.finditer(completion):
-        continue
+    last = next(iter(deque(pattern.finditer(completion), maxlen=1)), None)
     if last is None:
         return verdict(False, False)
     group = "answer" if "answer" in pattern.groupindex else min(1, pattern.groups)
