@@ -14,6 +14,7 @@ import psutil
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # Linux
 END_S = 2.0  # after which a process that does not go is left to the system
+MARK = "TANDEM_FAMILY"  # of the environment: nothing reads it but `end_family`
 ROUNDS = 20  # of looking for processes that were started while others were ended
 
 
@@ -58,8 +59,12 @@ def _children_of_threads() -> Iterator[str]:
             yield file.read()
 
 
-def end_family(process: subprocess.Popen) -> None:
-    """End a process that leads a session of its own, and everything that was started from it."""
+def end_family(process: subprocess.Popen, mark: str) -> None:
+    """End a process that leads a session of its own, and everything that was started from it.
+
+    Args:
+        mark: what `MARK` is in its environment. It finds those whose parent ended before them.
+    """
     with suppress(ProcessLookupError, psutil.NoSuchProcess):
         family = psutil.Process(process.pid)
         family.suspend()  # it starts nothing more, and stays the parent of what its children leave behind
@@ -74,3 +79,7 @@ def end_family(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.wait()
+    for other in psutil.process_iter(["environ"]):
+        if (other.info["environ"] or {}).get(MARK) == mark:
+            with suppress(psutil.NoSuchProcess):
+                other.kill()

@@ -21,7 +21,7 @@ from typing import Any
 from reward_service.processes import end_children
 
 RUNNER = Path(__file__).with_name("sandbox_runner.py")
-GRACE_S = 2.0  # for what surrounds the tests
+GRACE_S = 1.5  # for what surrounds the tests
 
 
 class SandboxError(RuntimeError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from reward_service.function_worker import Refused, answer, limit_memory, plain_scores
 from reward_service.processes import belong_to_parent, end_children, own_channels
-from reward_service.verifier import BadRow, Verifier, find_verifier
+from reward_service.verifier import BadRow, Verifier, column, find_verifier
 
 REMEMBERED_ROWS = 1024  # what was read off them
 
@@ -39,8 +39,8 @@ class Rows:
                 row = None
             if not isinstance(row, dict):
                 raise BadRow("row must be JSON of an object")
-            if label is not None:
-                row.setdefault(self._options["answer"], label)
+            if label is not None and column(row, self._options["answer"]) is None:
+                row[self._options["answer"]] = label
             self._read[key] = self._verifier.right(row, self._options)
             if len(self._read) > REMEMBERED_ROWS:
                 self._read.popitem(last=False)

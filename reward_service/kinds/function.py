@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import secrets
 import selectors
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
 from reward_service.isolate import KILLS, Failed, Quarantine, isolate
-from reward_service.processes import end_family
+from reward_service.processes import MARK, end_family
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, Text, text_reader, version_of
 
 START_S = 60.0
@@ -126,12 +127,13 @@ class FunctionProcess:
         self._entry = entry
         self._process: subprocess.Popen | None = None
         self._buffer = b""
+        self._mark = secrets.token_hex(8)
         self.start()
 
     def start(self) -> None:
         """Raises FunctionError."""
         # The caller's path, which Ray extends by the driver's directory.
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), MARK: self._mark}
         self._buffer = b""
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
@@ -205,7 +207,7 @@ class FunctionProcess:
 
     def end(self) -> None:
         if self._process is not None:
-            end_family(self._process)
+            end_family(self._process, self._mark)
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None and not stream.closed:
                     try:

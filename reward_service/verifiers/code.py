@@ -129,7 +129,7 @@ VERIFIER = Verifier(
     options={
         "partial": flag(False),
         "fenced": flag(True),
-        "seconds": _number(2.0, 0.1, 600),
+        "seconds": _number(3.0, 0.1, 600),
         "memory_mib": _whole(512, 64, 1 << 20),
         "processes": _whole(8, 1, 256),
         "isolation": one_of("auto", "required"),

@@ -229,7 +229,11 @@ CHOICE: Table = [
     ("I", ["The answer is I."], ["I think it is C", "I do not know"]),
 ]
 EXACT: Table = [
-    ("New  York", ["new york", "I say\nNEW YORK\n\n", "new\u00a0york", "ｎｅｗ york"], ["newyork", "york", "new york city"]),
+    (
+        "New  York",
+        ["new york", "I say\nNEW YORK\n\n", "new\u00a0york", "ｎｅｗ york"],
+        ["newyork", "york", "new york city"],
+    ),
     (["yes", "true"], ["True", "yes "], ["yes.", "no", "The answer is yes", "", "yes true"]),
     (5, ["5"], ["5.0", "five", "55"]),
 ]
