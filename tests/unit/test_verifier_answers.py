@@ -296,7 +296,8 @@ CODE: Table = [
     ),
     (
         [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11"}],
-        [block("a, b = map(int, input().split())\nprint(a + b)"), block("import sys\nprint(sum(map(int, sys.stdin.read().split())))")],
+        [block("a, b = map(int, input().split())\nprint(a + b)"),
+         block("import sys\nprint(sum(map(int, sys.stdin.read().split())))")],
         [block("print(3)"), block("a, b = map(int, input().split())\nprint(a, b)"), block("print(input())"), block("")],
     ),
 ]  # fmt: skip
