@@ -1,5 +1,6 @@
 """The records that move between components: one type per stage of a prompt's way."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,13 @@ class Prompt:
     prompt_id: int  # row number in its source; with epoch and sample_index it is the key of a rollout
     text: str  # as a person reads it, for samples and reports
     token_ids: tuple[int, ...]  # what the policy sees, chat template included
+    row: str | None = None  # JSON object, keys sorted: the columns of its row that data.prompts.keep leaves it
+    messages: str | None = None  # JSON list: its turns, where the data has messages and no text
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What `row` holds; empty where nothing was kept."""
+        return json.loads(self.row) if self.row is not None else {}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class ScoringItem:
     token_ids: tuple[int, ...]  # the scoring input: prompt, completion and exactly one EOS
     prompt_tokens: int = 0  # how many of them are the prompt: rule functions see the two apart
     label: str | None = None  # what a rule function compares with, such as the right answer
+    row: str | None = None  # as of `Prompt`; JSON text, which travels between processes as it is
+    messages: str | None = None  # as of `Prompt`
 
 
 @dataclass
@@ -71,6 +81,7 @@ class Score:
     spread: float | None = None  # of an ensemble: standard deviation over its parts, in score units
     is_cached: bool = False
     is_truncated: bool = False
+    parts: dict[str, float] | None = None  # what the value is made of, by name, as far as the scorer says
 
     @property
     def code(self) -> str | None:

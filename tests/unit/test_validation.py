@@ -31,6 +31,8 @@ OUTSIDE = {
     "at least 2, as the best of one is SFT": 1,
     "0 or more": -1,
     "null or 0 or more": -1,
+    "null or a list of different columns": ["answer", "answer"],
+    "null or left to data.prompts and data.eval_prompts": ["answer"],
     "above 0": 0,
     "null or above 0": 0,
     "null or at least 1": 0,
