@@ -7,6 +7,17 @@ from typing import Any
 import numpy as np
 
 
+def row_text(columns: dict[str, Any]) -> str:
+    """The form of `Prompt.row`: one text for equal columns.
+
+    Raises:
+        TypeError, ValueError, RecursionError: for what JSON cannot carry, half a character among it.
+    """
+    text = json.dumps(columns, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    text.encode()
+    return text
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A tokenised dataset input."""
@@ -112,6 +123,13 @@ class Rollout:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt.token_ids) + len(self.completion.token_ids)
+
+    @property
+    def shown_fields(self) -> dict[str, Any]:
+        """For a line of samples.jsonl: the columns of its row, and the parts of its scores by scorer, as far as there are
+        any."""
+        parts = {name: score.parts for name, score in self.scores.items() if score.parts}
+        return ({"row": self.prompt.columns} if self.prompt.row else {}) | ({"parts": parts} if parts else {})
 
     @property
     def group(self) -> tuple[int, int]:

@@ -3,14 +3,13 @@
 JSON text is compact between processes, can be part of a cache's key, and keeps nested values as they are.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from common.text.encoding import DataError
 from contracts.config import SourceConfig
 from contracts.plugins import closest
+from contracts.records import row_text
 
 
 @dataclass
@@ -22,7 +21,7 @@ class KeptColumns:
 
     def row(self, row: dict) -> str | None:
         """The JSON text of a row's columns, with null for a value that it does not have; None where nothing is kept."""
-        return _json({column: row.get(column) for column in self.columns}) if self.columns else None
+        return row_text({column: row.get(column) for column in self.columns}) if self.columns else None
 
 
 def kept_columns(rows: list[dict], source: SourceConfig, prompt: Iterable[str], base: str) -> KeptColumns:
@@ -78,7 +77,7 @@ def require_values(rows: dict[int, dict], source: SourceConfig, base: str) -> No
 
 def _problem(row: dict, column: str) -> str | None:
     try:
-        _json(row.get(column))
+        row_text({column: row.get(column)})
     except UnicodeEncodeError:
         return "a lone surrogate, which is not valid Unicode"
     except TypeError as error:  # Object of type bytes is not JSON serializable
@@ -86,10 +85,3 @@ def _problem(row: dict, column: str) -> str | None:
     except (ValueError, RecursionError) as error:  # Out of range float values are not JSON compliant: nan
         return str(error).partition(": ")[0] or type(error).__name__
     return None
-
-
-def _json(value: Any) -> str:
-    """Raises TypeError, ValueError, RecursionError."""
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    text.encode()
-    return text

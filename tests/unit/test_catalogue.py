@@ -57,7 +57,7 @@ def written() -> set[str]:
                 found = [node.slice]
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "timer":
                 found = [*node.args]
-            names |= {name for name in map(pattern, found) if name and re.fullmatch(r"[a-z_]+/[a-z_0-9*]+", name)}
+            names |= {name for name in map(pattern, found) if name and re.fullmatch(r"[a-z_]+(/[a-z_0-9*]+)+", name)}
     return names - OTHERS
 
 

@@ -136,7 +136,7 @@ def test_a_named_column_has_a_value_in_every_row(write: Any, tmp_path: Path, tok
 def test_a_named_column_that_is_nowhere(tmp_path: Path, tokenizer: Any) -> None:
     source = jsonl(tmp_path, [{"prompt": "One", "answer": "1"}], keep=["answr"])
     with pytest.raises(
-        DataError, match="data.prompts.keep must name columns of the data; no row of .* has 'answr'"
+        DataError, match=r"data.prompts.keep must name columns of the data; no row of .* has 'answr'"
     ) as caught:
         load(source, tokenizer)
     assert "did you mean 'answer'?; there are prompt, answer" in str(caught.value)

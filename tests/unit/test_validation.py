@@ -763,16 +763,17 @@ def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemCon
     ]
 
 
-def test_a_rule_that_nobody_awaits_is_refused(config: TandemConfig, tmp_path: Path) -> None:
+def test_a_rule_in_no_known_form_is_refused(config: TandemConfig, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 1024}))
     config = put(config, model__path=str(tmp_path / "model"), data__gold=None)
     rules = tmp_path / "rules.py"
     rules.write_text(
-        "async def f(completions): return [0.0]\n"
-        "@awaited\nasync def g(completions): return [0.0]\n"
-        "async def h(completions): ...\ndef h(completions): return [0.0]\n"
-        "class judge:\n    async def i(self): ...\n"
+        "def f(sentence): return 0.0\n"
+        "async def g(completions): return [0.0]\n"
+        "def h(x): ...\ndef h(completions): return [0.0]\n"
+        "@made_of\ndef i(sentence): return 0.0\n"  # whoever imports it says so
+        "def j(data_source, solution_str, ground_truth, router): return 0.0\n"
     )
 
     def with_rule(name: str) -> TandemConfig:
@@ -780,10 +781,11 @@ def test_a_rule_that_nobody_awaits_is_refused(config: TandemConfig, tmp_path: Pa
 
     for name in ("g", "h", "i"):
         check_model(with_rule(name))
-    assert refused(with_rule("f")) == [
-        "reward_service.scorers.proxy.function must be a plain function: nobody awaits what it returns; found async def "
-        f"{rules}:f; write it without async"
-    ]
+    for name, why in (("f", "it takes no completions"), ("j", "there is nothing to give it for 'router'")):
+        assert refused(with_rule(name)) == [
+            f"reward_service.scorers.proxy.function={rules}:{name} must be a function that is called in a known form: "
+            f"{why}; accepted are {ACCEPTED}"
+        ]
     rules.write_text("async def f(:")  # whoever imports it says so
     check_model(with_rule("f"))
 
