@@ -94,33 +94,34 @@ def dapo(data_source, solution_str, ground_truth, extra_info):
     right = solution_str == ground_truth
     return {"score": 1.0 if right else -1.0, "acc": right, "pred": solution_str, "index": extra_info["index"]}
 
-asked = 0
+begun = 0
 
 async def compute_score_async(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    global asked
-    asked += 1
-    while asked < 20:  # until all of them are under way
+    global begun
+    begun += 1
+    while begun < 20:  # until all of them are under way
         await asyncio.sleep(0)
     return {"score": float(solution_str == ground_truth)}
 
-
+'''
+OPENRLHF = """
 # ---- OpenRLHF's documentation
+import torch
 
 def rewards_of_queries(queries, prompts, labels):
-    import torch
     return torch.tensor([float(query == prompt + label) for query, prompt, label in zip(queries, prompts, labels)])
 
 def rewards_with_logs(queries, prompts, labels, **kwargs):
-    import torch
     reward = torch.tensor([float(query.endswith(str(label))) for query, label in zip(queries, labels)])
     return {"rewards": reward, "scores": reward / 2, "extra_logs": {"custom": reward.mean().item(), "each": reward + 1}}
-'''
+"""
 
 
 @pytest.fixture(scope="module")
 def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("forms") / "rules.py"
     path.write_text(RULES)
+    path.with_name("openrlhf.py").write_text(OPENRLHF)  # torch takes seconds to import
     return path
 
 
@@ -128,8 +129,8 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def score(rules: Path) -> Iterator[Callable[..., list[Score]]]:
     made: list[FunctionPool] = []
 
-    def scores(name: str, *texts: Text, **options: Any) -> list[Score]:
-        made.append(FunctionPool(ScorerConfig(kind="function", function=f"{rules}:{name}", **options)))
+    def scores(name: str, *texts: Text, file: str = "rules.py", **options: Any) -> list[Score]:
+        made.append(FunctionPool(ScorerConfig(kind="function", function=f"{rules.with_name(file)}:{name}", **options)))
         return [found for future in made[-1].submit(list(texts)) for found in future.result(30)]
 
     yield scores
@@ -263,9 +264,9 @@ def test_verls_async_compute_score_runs_for_all_items_of_a_call_at_once(score: C
 
 def test_openrlhfs_reward_func(score: Callable[..., list[Score]]) -> None:
     items = [Text("2+3=", "5", "5"), Text("2+3=", "5", None, '{"label": "6"}')]
-    assert said(score("rewards_of_queries", *items, batch_size=2)) == [1.0, 0.0]
+    assert said(score("rewards_of_queries", *items, file="openrlhf.py", batch_size=2)) == [1.0, 0.0]
     items = [Text("2+3=", "5", None, '{"label": 5}'), Text("2+3=", "6", None, '{"label": 5}')]
-    scores = score("rewards_with_logs", *items, batch_size=2)
+    scores = score("rewards_with_logs", *items, file="openrlhf.py", batch_size=2)
     assert [s.value for s in scores] == [1.0, 0.0]
     # Calls begin with one item, so the mean of a call is the item's own here.
     assert [s.parts and sorted(s.parts) for s in scores] == [["custom", "each", "scores"]] * 2

@@ -22,6 +22,7 @@ from contracts.records import Example, RatedExample
 from contracts.stages import method_titles
 from controller.data.inputs import Inputs
 from controller.start_checks.amounts import check_amounts, check_model
+from reward_service.call_forms import ACCEPTED
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {
