@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,11 @@ class Prompt:
     def columns(self) -> dict[str, Any]:
         """What `row` holds; empty where nothing was kept."""
         return json.loads(self.row) if self.row is not None else {}
+
+    @property
+    def row_digest(self) -> str:
+        """16 hexadecimal digits of `row`, by which the ledger's log knows it; empty where nothing was kept."""
+        return "" if self.row is None else blake2b(self.row.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.text.tokenizers import known_ids, load_decoder
 from contracts import plugins
@@ -116,6 +116,11 @@ class ScorerKind:
     def problems(self, key: str, entry: ScorerConfig) -> list[str]:
         """What else can be said against it before anything starts, without a run of code that is not ours."""
         return []
+
+    def needs_rows(self, entry: ScorerConfig) -> Callable[[dict[str, Any]], str | None] | None:
+        """Says of a row's columns what its scores need and they do not have, None where nothing; None in its place where it
+        needs nothing of a row, or that is not known without a run of code that is not ours."""
+        return None
 
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
         """A digest of the files that its scores come from, beside the source of the kind; empty where there are none.

@@ -75,9 +75,9 @@ class Function(ScorerKind):
             return [f"{key}.function={entry.function} must be a function that is called in a known form: {error}"]
         return []
 
-    def lacks(self, entry: ScorerConfig, row: dict[str, Any]) -> str | None:
+    def needs_rows(self, entry: ScorerConfig) -> Callable[[dict[str, Any]], str | None] | None:
         form = form_in_source(str(entry.function))
-        return form.lacks(row) if form else None
+        return form and form.lacks
 
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
         return source_digest(entry.function) if entry.function else ""

@@ -18,10 +18,11 @@ from contracts.checks.check import Leaf, leaves
 from contracts.checks.validation import ConfigError, check_machine, validate, validate_service
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.plugins import closest
-from contracts.records import Example, RatedExample
+from contracts.records import Example, Prompt, RatedExample
 from contracts.stages import method_titles
 from controller.data.inputs import Inputs
 from controller.start_checks.amounts import check_amounts, check_model
+from controller.start_checks.row_checks import check_rows
 from reward_service.call_forms import ACCEPTED
 
 # A value that breaks each rule of the table of ranges.
@@ -762,6 +763,37 @@ def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemCon
     assert refused(with_scorers(config, proxy={**rule, "function": f"{tmp_path}/rulse.py:f"})) == [
         f"reward_service.scorers.proxy: {tmp_path}/rulse.py:f: there is no source file {tmp_path}/rulse.py"
     ]
+
+
+def test_rows_without_what_a_rule_asks_for_are_refused(config: TandemConfig, tmp_path: Path) -> None:
+    (tmp_path / "rules.py").write_text(
+        "def trl(completions, answer, hint=None): ...\n"
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None): ...\n"
+        "def ours(texts, rows): ...\n"
+    )
+
+    def check(name: str, **rows: str | None) -> None:
+        scorers = {"proxy": {"kind": "weighted_sum", "parts": ["rule"], "weights": [1.0]}}
+        rule = {"rule": {"kind": "function", "function": f"{tmp_path}/rules.py:{name}"}}
+        prompts = {
+            source: [Prompt(0, "", (1,), '{"answer": "1"}'), Prompt(4, "", (2,), row)] for source, row in rows.items()
+        }
+        check_rows(with_scorers(config, **scorers, **rule), Inputs(prompts))
+
+    for source in ("prompts", "eval_prompts"):
+        check("trl", **{source: '{"answer": null}'})
+        check("ours", **{source: None})
+        with pytest.raises(ConfigError) as caught:
+            check("trl", **{source: '{"answr": "1"}'})
+        assert str(caught.value) == (
+            f"reward_service.scorers.rule needs answer of every row, which row 4 of data.{source} does not have; found "
+            f"answr; add it to the data, and to data.{source}.keep where that names columns"
+        )
+    with pytest.raises(
+        ConfigError, match=r"rule needs ground_truth .or reward_model with one. of every row, which row 0"
+    ):
+        check("compute_score", prompts='{"ground_truth": "1"}')
+    check_rows(config, Inputs({"prompts": [Prompt(0, "", (1,))]}))
 
 
 def test_a_rule_in_no_known_form_is_refused(config: TandemConfig, tmp_path: Path) -> None:
