@@ -31,6 +31,8 @@ KL_PLACES = ("none", "reward", "k2", "k3")
 AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 HEAD_ALONE = Rule("0 (the head alone) or more", lambda value: value >= 0)
 BETAS = Rule("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
+COLUMNS = Rule("a list of different columns", lambda value: len({*value}) == len(value))
+NO_PROMPTS = Rule("left to data.prompts and data.eval_prompts", lambda value: False)
 UNBIASED = Rule(
     "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio",
     lambda value: value == 1,
@@ -65,15 +67,20 @@ class SourceConfig:
     rating_column: str = key("rating", free=COLUMN)  # one number
     ratings_column: str = key("ratings", free=COLUMN)  # a list of numbers, one for each rater
     max_rows: int | None = key(None, least=1)
+    # prompts, eval_prompts: columns that travel with a prompt to rule functions, environments and samples.jsonl, each with
+    # a value in every row; null: all that are not the prompt, a missing value as null
+    keep: list[str] | None = key(None, rule=COLUMNS)
 
 
 @dataclass
 class DataConfig:
-    sft: SourceConfig = field(default_factory=SourceConfig)
+    sft: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
     prompts: SourceConfig = field(default_factory=SourceConfig)  # what PPO completes
-    preferences: SourceConfig = field(default_factory=SourceConfig)  # trains PPO's reward model, and stage preference
-    gold: SourceConfig | None = None  # trains the judge that PPO never sees
-    test: SourceConfig = field(default_factory=SourceConfig)  # held-out preferences
+    # trains PPO's reward model, and stage preference
+    preferences: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
+    # trains the judge that PPO never sees
+    gold: SourceConfig | None = field(default=None, metadata=section(SourceConfig, keep=NO_PROMPTS).metadata)
+    test: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)  # held-out preferences
     eval_prompts: SourceConfig = field(default_factory=SourceConfig)  # held-out prompts
     # Turn a text into a prompt of its first words and a completion of the rest; null takes prompts as they are.
     prompt_words: int | None = key(None, least=1)

@@ -30,7 +30,7 @@ def belong_to_parent() -> None:
 def own_channels() -> tuple[IO[str], IO[str]]:
     """(requests, replies): standard input and output, for this process's own use. What others read and print is nothing from
     then on: it may be a text of a completion, and it must not be taken for a reply."""
-    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    requests, replies = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)

@@ -100,6 +100,15 @@ class Verifier:
             return str(problem)
         return None
 
+    def found_problem(self, row: Row, options: Options) -> str | None:
+        """The same with what the row has in place of an answer, for the checks before a start."""
+        problem = self.row_problem(row, options)
+        if problem is None:
+            return None
+        found = repr(column(row, options["answer"]))
+        shown = found if len(found) <= SHOWN_CHARACTERS else found[:SHOWN_CHARACTERS] + "..."
+        return f"{problem}; found {options['answer']} = {shown}"
+
     def option_checks(self, key: str, options: Options) -> list[Check]:
         """The rules on `options` as a configuration has them; `key` leads there."""
         unknown = [name for name in options if name not in self.options]
@@ -151,20 +160,3 @@ def answer_text(row: Row, options: Options) -> str:
     if not text.strip():
         raise BadRow(f"{name} must be more than white space; write the answer")
     return text
-
-
-def row_problems(verifier: Verifier, options: Options, rows: list[tuple[str, Row | None]], most: int = 5) -> list[str]:
-    """What is wrong with rows, for the checks before engines start: a line each, at most `most` and one with their count.
-
-    Args:
-        options: as `Verifier.chosen`.
-        rows: (where it is, as in "data.prompts: prompts.jsonl, row 12", and its kept columns).
-    """
-    found = []
-    for where, row in rows:
-        problem = verifier.row_problem(row or {}, options)
-        if problem:
-            value = repr(column(row or {}, options["answer"]))
-            shown = value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + "..."
-            found.append(f"{where}: {problem}; found {options['answer']} = {shown}")
-    return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more of {len(rows)} rows"]

@@ -11,7 +11,8 @@ import sys
 from collections import OrderedDict
 from typing import Any
 
-from reward_service.function_worker import Refused, answer, limit_memory, plain_scores
+from reward_service.function_answers import Refused, plain_scores
+from reward_service.function_worker import answer, limit_memory
 from reward_service.processes import belong_to_parent, end_children, own_channels
 from reward_service.verifier import BadRow, Verifier, column, find_verifier
 
@@ -48,16 +49,11 @@ class Rows:
 
 
 def score(verifier: Verifier, options: dict[str, Any], rows: Rows, item: list) -> dict[str, Any]:
-    """The reply for one item: a value and parts, or an error in the words of an item."""
+    """The reply for one item: what the verifier says, or an error in the words of an item."""
     completion, row, label = item
     try:
         found = verifier.verify(completion, rows.right(row, label), options)
-        if not isinstance(found, dict):
-            return {"value": plain_scores([found])[0]}
-        if "score" not in found:
-            raise Refused("wrong_type: parts without score")
-        parts = dict(zip(map(str, found), plain_scores(list(found.values())), strict=True))
-        return {"value": parts["score"], "parts": parts}
+        return {"found": plain_scores([found], {})[0]}
     except BadRow as problem:
         return {"error": f"bad_row: {problem}"}
     except Refused as refused:

@@ -1,12 +1,12 @@
 """Rule functions in processes of their own, so that one that hangs, crashes or grows can be ended without harm to others.
 
-A function takes lists and returns one number an item, as TRL's reward functions do:
+A function takes lists, of items and of columns of their rows, and returns one score an item:
 
-    def brevity(completions: list[str], **_) -> list[float]: ...
+    def right(texts: list[str], rows: list[dict]) -> list[float]: ...
 
-It is given `prompts`, `completions` and `labels` as far as it names them: up to `batch_size` items a call, fewer of a slow
-function. Each number is of its item alone. It is no generator, and it is refused where it is `async`: nobody awaits what it
-returns.
+Those written for TRL, verl and OpenRLHF run as they are (reward_service/call_forms.py); one in no known form is refused
+before anything starts. It gets up to `batch_size` items a call, fewer of a slow function. Each score is of its item alone.
+It may be `async`, and is no generator.
 """
 
 import asyncio
@@ -19,21 +19,33 @@ import selectors
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from common.files.source_code import is_async, source_digest
+from common.files.source_code import source_digest, source_signature
 from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
+from reward_service.call_forms import CallForm, UnknownForm, call_form
+from reward_service.function_answers import Plain
 from reward_service.isolate import KILLS, Failed, Quarantine, isolate
 from reward_service.processes import MARK, end_family
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, Text, text_reader, version_of
 
 START_S = 60.0
 CALL_S = 0.1
+# An item's entry in each field of a request (call_forms.FIELDS). What is JSON already stays as it is.
+JSON_OF: dict[str, Callable[[Text], str]] = {
+    "prompts": lambda text: json.dumps(text.prompt),
+    "completions": lambda text: json.dumps(text.completion),
+    "labels": lambda text: json.dumps(text.label),
+    "rows": lambda text: text.row or "null",
+    "messages": lambda text: text.messages or "null",
+    "completion_ids": lambda text: json.dumps(text.completion_ids),
+}
 
 
 class Function(ScorerKind):
@@ -47,11 +59,16 @@ class Function(ScorerKind):
     def problems(self, key: str, entry: ScorerConfig) -> list[str]:
         """It is imported when the reward service starts, in a pipeline after SFT."""
         try:
-            rule, found = "a plain function: nobody awaits what it returns", f"async def {entry.function}"
-            check = Check(not is_async(str(entry.function)), f"{key}.function", rule, found, "it without async")
+            form_in_source(str(entry.function))
         except ValueError as error:
             return [f"{key}: {error}"]
-        return [] if check.holds else [check.message]
+        except UnknownForm as error:
+            return [f"{key}.function={entry.function} must be a function that is called in a known form: {error}"]
+        return []
+
+    def needs_rows(self, entry: ScorerConfig) -> Callable[[dict[str, Any]], str | None] | None:
+        form = form_in_source(str(entry.function))
+        return form and form.lacks
 
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
         return source_digest(entry.function) if entry.function else ""
@@ -89,6 +106,17 @@ def process_checks(key: str, entry: ScorerConfig, service: RewardServiceConfig) 
     ]
 
 
+def form_in_source(function: str) -> CallForm | None:
+    """How its source says that a function is called; None where only an import tells.
+
+    Raises:
+        ValueError: there is no such source.
+        UnknownForm: in no form that is known.
+    """
+    signature = source_signature(function)
+    return None if signature is None else call_form(signature)
+
+
 def function_version(function: str) -> str:
     """Covers its name, its source file and what that imports from beside it. Raises ValueError without such a source."""
     return version_of(source_digest(function))
@@ -115,7 +143,7 @@ class FunctionScorer(Scorer):
 
 
 class FunctionError(RuntimeError):
-    """The function cannot be imported, or must be awaited, with the reason."""
+    """The function cannot be imported, or is in no form that is known, with the reason."""
 
 
 class FunctionProcess:
@@ -128,6 +156,7 @@ class FunctionProcess:
         self._process: subprocess.Popen | None = None
         self._buffer = b""
         self._mark = secrets.token_hex(8)
+        self._wants: list[str] = []  # what is sent of an item
         self.start()
 
     def start(self) -> None:
@@ -152,6 +181,7 @@ class FunctionProcess:
         if "error" in reply:
             self.end()
             raise FunctionError(f"{self._name}: {reply['error']}")
+        self._wants = reply.get("wants", [])
 
     @property
     def _name(self) -> str:
@@ -161,10 +191,9 @@ class FunctionProcess:
         """What the process runs: a module and its arguments."""
         return ["reward_service.function_worker", self._name, str(self._entry.memory_gib)]
 
-    def __call__(self, texts: list[Text]) -> list[float]:
+    def __call__(self, texts: list[Text]) -> list[Plain]:
         """What the function returns. Raises Failed; its process is then ended where that is needed."""
-        prompts, completions, labels = (list(column) for column in zip(*texts, strict=True))
-        self._send({"prompts": prompts, "completions": completions, "labels": labels})
+        self._send("{" + ",".join(f'"{field}":[{",".join(map(JSON_OF[field], texts))}]' for field in self._wants) + "}")
         try:
             reply = self._read(self._entry.timeout_s)
         except Failed:
@@ -176,14 +205,14 @@ class FunctionProcess:
             raise Failed(reply["refused"])
         return reply["scores"]
 
-    def _send(self, request: Any) -> None:
+    def _send(self, request: str) -> None:
         """Raises Failed, FunctionError."""
         if self._process is None:
             self.start()
         assert self._process is not None
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.write(request.encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             self.end()
@@ -243,7 +272,7 @@ class FunctionPool:
         finally:
             self._idle.put(process)
 
-    def _call(self, process: FunctionProcess, texts: list[Text], expires: float) -> list[float]:
+    def _call(self, process: FunctionProcess, texts: list[Text], expires: float) -> list[Plain]:
         if time.monotonic() > expires:
             raise Failed("timeout: no score before the deadline")
         if any(text in self._quarantine for text in texts):

@@ -5,16 +5,17 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from common.files.source_code import source_digest
 from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.plugins import UnknownPlugin, names
 from contracts.records import Score, ScoringItem
-from reward_service.isolate import KILLS, Failed, Quarantine
+from reward_service.isolate import KILLS, Failed, Quarantine, isolate
 from reward_service.kinds.function import CALL_S, FunctionError, FunctionPool, FunctionProcess, process_checks
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, text_reader, version_of
 from reward_service.verifier import EXTRA, VERIFIERS, find_verifier
@@ -64,6 +65,11 @@ class VerifierKind(ScorerKind):
             source=entry.verifier,
         )
 
+    def row_check(self, entry: ScorerConfig) -> Callable[[dict[str, Any]], str | None] | None:
+        verifier = find_verifier(entry.verifier or "")
+        options = verifier.chosen(entry.answer, entry.options)
+        return None if verifier.missing() else lambda row: verifier.found_problem(row, options)
+
     def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
         return VerifierScorer(entry, tokenizer)
 
@@ -80,8 +86,8 @@ class VerifierScorer(Scorer):
         scores: dict[int, Score] = {}
         for index, item in enumerate(items):
             try:
-                ((_, completion, label),) = self._texts([item])
-                readable[index] = (completion, item.row, label)
+                (text,) = self._texts([item])
+                readable[index] = (text.completion, text.row, text.label)
             except Failed as fault:  # it is of this item alone
                 scores[index] = Score(None, str(fault))
         answers = await asyncio.gather(
@@ -105,7 +111,7 @@ class VerifierProcess(FunctionProcess):
 
     def verified(self, items: list[Item], expires: float) -> Iterator[Score]:
         """A Score an item, each within `timeout_s`. Raises Failed at the item that ends it; the process is then ended."""
-        self._send(items)
+        self._send(json.dumps(items))
         for _ in items:
             left = max(0.0, expires - time.monotonic())
             try:
@@ -118,17 +124,11 @@ class VerifierProcess(FunctionProcess):
             yield _score(reply)
 
 
-def _score(reply: dict) -> Score:
+def _score(reply: dict[str, Any]) -> Score:
     if "error" in reply:
         return Score(None, reply["error"])
-    try:
-        value, parts = float(reply["value"]), reply.get("parts")
-        numbers = [value, *(parts or {}).values()]
-        if all(math.isfinite(number) for number in numbers):
-            return Score(value, raw=value, parts=parts and {name: float(number) for name, number in parts.items()})
-    except OverflowError:  # an integer beyond the range of float
-        pass
-    return Score(None, "non_finite")
+    (score,) = isolate(lambda _: [reply["found"]], [None])
+    return score
 
 
 class VerifierPool(FunctionPool):

@@ -4,6 +4,7 @@ The answer is what the completion says last: in \\boxed{...}, after "the answer 
 """
 
 import re
+import threading
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -161,6 +162,11 @@ def expression(text: str) -> str | None:
     return None if any(len(word) > 2 for word in words) else text
 
 
+def _bound() -> int | None:
+    """The library bounds itself by a signal, which the main thread alone can have."""
+    return LIBRARY_S if threading.current_thread() is threading.main_thread() else None
+
+
 def parsed(text: str) -> list[Any]:
     """By math-verify; empty where it cannot read it. Raises TimeoutError."""
     from math_verify import LatexExtractionConfig, parse
@@ -175,7 +181,7 @@ def parsed(text: str) -> list[Any]:
                 f"\\boxed{{{latex}}}",
                 [LatexExtractionConfig()],
                 "no_fallback",
-                parsing_timeout=LIBRARY_S,
+                parsing_timeout=_bound(),
                 raise_on_error=True,
             )
         )
@@ -234,7 +240,7 @@ def compared(right: list[Any], given: list[Any]) -> bool:
     if not right or not given:
         return False
     try:
-        return bool(library(right, given, timeout_seconds=LIBRARY_S, raise_on_error=True))
+        return bool(library(right, given, timeout_seconds=_bound(), raise_on_error=True))
     except TimeoutException:
         raise TimeoutError from None
     except Exception:  # what it cannot compare is not shown to be right

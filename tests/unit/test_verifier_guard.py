@@ -16,12 +16,14 @@ from common.text.encoding import item_of_text
 from contracts.checks.validation import ConfigError, validate_service
 from contracts.config import HttpConfig, RewardServiceConfig, ScorerConfig, TandemConfig
 from contracts.plugins import names
-from contracts.records import Score, ScoringItem
+from contracts.records import Prompt, Score, ScoringItem
+from controller.data.inputs import Inputs
+from controller.start_checks.row_checks import check_rows
 from reward_service.kinds.function import FunctionError
 from reward_service.kinds.verifier import VerifierPool, VerifierScorer
 from reward_service.resolve import resolve
-from reward_service.verifier import VERIFIERS, BadRow, Verifier, find_verifier, row_problems
-from tests.conftest import SMOLLM
+from reward_service.verifier import VERIFIERS, BadRow, Verifier, find_verifier
+from tests.conftest import SMOLLM, make_config
 
 SLEEP = "98765.4321"  # seconds: by these the processes are found that were left behind
 TIMEOUT_S = 1.0
@@ -139,10 +141,10 @@ OUTCOMES: dict[str, float | str] = {
     "nan": "non_finite",
     "huge": "non_finite: an integer beyond the range of float",
     "nan_part": "non_finite",
-    "none": "wrong_type: NoneType instead of a number",
+    "none": "not_applicable: None in place of a score",
     "text": "wrong_type: str instead of a number",
-    "bool": "wrong_type: bool instead of a number",
-    "no_score": "wrong_type: parts without score",
+    "bool": 1.0,
+    "no_score": "wrong_type: dict without a score",
     "parts": 0.5,
 }
 
@@ -160,7 +162,7 @@ def test_each_costs_itself_alone_and_leaves_nothing_behind(pool: Callable[..., V
     assert neighbours == [1.0, 0.0] * len(OUTCOMES)
     assert left_behind() == []  # while the pool goes on
     (parts,) = run(guarded, "parts")
-    assert (parts.value, parts.parts) == (0.5, {"score": 0.5, "format": 1.0})
+    assert (parts.value, parts.parts) == (0.5, {"format": 1.0})
 
 
 def test_what_ends_two_processes_is_not_tried_again(pool: Callable[..., VerifierPool]) -> None:
@@ -250,7 +252,7 @@ def resolve_kind() -> Any:
         ({"verifier": "nothing:MINE"}, "No module named 'nothing'"),
         ({"verifier": "math", "options": {"box": True}}, r"options\.box must be an option of this verifier \(boxed\)"),
         ({"verifier": "math", "options": {"boxed": 1}}, r"options\.boxed must be true or false; found 1; write false"),
-        ({"verifier": "math", "timeout_s": 4.0}, "timeout_s must be above 4, the seconds that the verifier takes for itself"),
+        ({"verifier": "math", "timeout_s": 4.0}, "timeout_s must be above 4, the seconds that the verifier takes"),
         ({"verifier": "code", "options": {"seconds": 10}}, r"timeout_s must be above 11\.5"),
         ({"verifier": "code", "options": {"memory_mib": 1.5}}, r"options\.memory_mib must be a whole number"),
         ({"verifier": "regex"}, r"options\.pattern must be set"),
@@ -277,31 +279,32 @@ def test_a_version_covers_source_answer_and_options(stand_ins: None, tmp_path: P
     (tmp_path / "stand_ins.py").write_text(STAND_INS + "changed = 1\n")
     seen.append(version())
     assert len(set(seen)) == 4
-    ours = [
-        resolve({"p": ScorerConfig(kind="verifier", verifier=name)}, RewardServiceConfig())["p"]
-        for name in names(VERIFIERS)
-    ]
-    assert len({spec.version for spec in ours}) == 7
+    ours = {name: ScorerConfig(kind="verifier", verifier=name) for name in names(VERIFIERS)}
+    assert len({spec.version for spec in resolve(ours, RewardServiceConfig()).values()}) == 7
 
 
-def test_rows_are_checked_with_their_place() -> None:
-    """What the checks before engines start say, worked out by hand."""
-    verifier = find_verifier("choice")
-    options = verifier.chosen("letter", {"letters": "ABCD"})
-    rows: list[tuple[str, dict[str, Any] | None]] = [
-        ("p.jsonl, row 1", {"letter": "A"}),
-        ("p.jsonl, row 2", {"letter": "E" * 100}),
-        ("p.jsonl, row 3", None),
-        ("p.jsonl, row 4", {"letter": None}),
-    ]
+def test_rows_are_checked_with_their_place_before_a_start(tmp_path: Path) -> None:
+    """What is said, worked out by hand."""
+    config = make_config(SMOLLM, tmp_path)
+    choice = ScorerConfig(kind="verifier", verifier="choice", answer="letter", options={"letters": "ABCD"})
+    config.reward_service.scorers = {"proxy": choice}
+    config.data.prompts.path = "p.jsonl"
+    columns = [{"letter": "A"}, {"letter": "E" * 100}, {}, {"letter": None}, *[{"letter": "x y"}] * 4]
+    prompts = [Prompt(n, "", (n,), json.dumps(row)) for n, row in enumerate(columns, start=1)]
     rule = "letter must be one letter of options.letters (ABCD); write the letter of the choice"
     missing = "letter must be there and not null; write the column, or the name of another one"
-    assert row_problems(verifier, options, rows) == [
-        f"p.jsonl, row 2: {rule}; found letter = '{'E' * 59}...",
-        f"p.jsonl, row 3: {missing}; found letter = None",
-        f"p.jsonl, row 4: {missing}; found letter = None",
+    where = "reward_service.scorers.proxy: data.prompts (p.jsonl),"
+    with pytest.raises(ConfigError) as said:
+        check_rows(config, Inputs({"prompts": prompts}))
+    assert str(said.value).splitlines() == [
+        f"{where} row 2: {rule}; found letter = '{'E' * 59}...",
+        f"{where} row 3: {missing}; found letter = None",
+        f"{where} row 4: {missing}; found letter = None",
+        f"{where} row 5: {rule}; found letter = 'x y'",
+        f"{where} row 6: {rule}; found letter = 'x y'",
+        f"{where} and 2 more of 8 rows",
     ]
-    assert row_problems(verifier, options, rows, most=1)[1] == "and 2 more of 4 rows"
+    check_rows(config, Inputs({"prompts": prompts[:1]}))
 
 
 WORDS = "must be a number or an expression that math-verify reads"
