@@ -3,6 +3,7 @@ costs itself alone, and leaves nothing behind."""
 
 import asyncio
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from reward_service.kinds.function import FunctionError
 from reward_service.kinds.verifier import VerifierPool, VerifierScorer
 from reward_service.resolve import resolve
 from reward_service.verifier import VERIFIERS, BadRow, Verifier, find_verifier
-from tests.conftest import SMOLLM, make_config
+from tests.conftest import ROOT, SMOLLM, make_config
 
 SLEEP = "98765.4321"  # seconds: by these the processes are found that were left behind
 TIMEOUT_S = 1.0
@@ -353,3 +354,32 @@ def test_rows_that_do_not_fit_are_named(name: str, row: dict[str, Any], said: st
     assert said in problem
     with pytest.raises(BadRow):
         verifier.right(row, options)
+
+
+def test_the_documented_verifier_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/verifiers.md").read_text(), re.DOTALL)
+    (tmp_path / "my_verifiers").mkdir()
+    (tmp_path / "my_verifiers/longest.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    documented = VerifierPool(ScorerConfig(kind="verifier", verifier="my_verifiers.longest:MINE"))
+    try:
+        row, none = json.dumps({"words": ["a", "abc", "ab"]}), json.dumps({"words": []})
+        items = [("it is abc", row, None), ("abc it is", row, None), ("a b c d e abc", row, None), ("abc", none, None)]
+        scores = [score for future in documented.submit_items(items) for score in future.result(30)]
+    finally:
+        documented.close()
+    assert [(s.value, s.parts) for s in scores[:3]] == [
+        (1.0, {"short": 1.0}),
+        (0.0, {"short": 1.0}),
+        (1.0, {"short": 0.0}),
+    ]
+    assert scores[3].error == "bad_row: words must be a list of words; write one or more"
+
+
+def test_every_verifier_is_documented() -> None:
+    page = (ROOT / "docs/verifiers.md").read_text()
+    for name in names(VERIFIERS):
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        verifier = find_verifier(name)
+        assert f"`{verifier.answer}`" in line
+        assert all(f"`{option}`" in line for option in verifier.options)
