@@ -31,6 +31,8 @@ KL_PLACES = ("none", "reward", "k2", "k3")
 AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 HEAD_ALONE = Rule("0 (the head alone) or more", lambda value: value >= 0)
 BETAS = Rule("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
+COLUMNS = Rule("a list of different columns", lambda value: len({*value}) == len(value))
+NO_PROMPTS = Rule("left to data.prompts and data.eval_prompts", lambda value: False)
 UNBIASED = Rule(
     "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio",
     lambda value: value == 1,
@@ -65,15 +67,20 @@ class SourceConfig:
     rating_column: str = key("rating", free=COLUMN)  # one number
     ratings_column: str = key("ratings", free=COLUMN)  # a list of numbers, one for each rater
     max_rows: int | None = key(None, least=1)
+    # prompts, eval_prompts: columns that travel with a prompt to rule functions, environments and samples.jsonl, each with
+    # a value in every row; null: all that are not the prompt, a missing value as null
+    keep: list[str] | None = key(None, rule=COLUMNS)
 
 
 @dataclass
 class DataConfig:
-    sft: SourceConfig = field(default_factory=SourceConfig)
+    sft: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
     prompts: SourceConfig = field(default_factory=SourceConfig)  # what PPO completes
-    preferences: SourceConfig = field(default_factory=SourceConfig)  # trains PPO's reward model, and stage preference
-    gold: SourceConfig | None = None  # trains the judge that PPO never sees
-    test: SourceConfig = field(default_factory=SourceConfig)  # held-out preferences
+    # trains PPO's reward model, and stage preference
+    preferences: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
+    # trains the judge that PPO never sees
+    gold: SourceConfig | None = field(default=None, metadata=section(SourceConfig, keep=NO_PROMPTS).metadata)
+    test: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)  # held-out preferences
     eval_prompts: SourceConfig = field(default_factory=SourceConfig)  # held-out prompts
     # Turn a text into a prompt of its first words and a completion of the rest; null takes prompts as they are.
     prompt_words: int | None = key(None, least=1)
@@ -294,7 +301,8 @@ class LearnerConfig:
 class ScorerConfig:
     """One scorer of the reward service: docs/reward_service.md."""
 
-    # model | function | weighted_sum | ensemble (reward_service/kinds), or package.module:KIND: docs/extending.md
+    # model | function | verifier | weighted_sum | ensemble (reward_service/kinds), or package.module:KIND:
+    # docs/extending.md
     kind: str = key("model", free=KIND)
     path: str | None = key(None, free=MODEL)  # model: directory of a checkpoint with one label, or a hub id
     # model: where the score is read. eos | last (as transformers' own class does, of what the chat template writes); null:
@@ -303,14 +311,20 @@ class ScorerConfig:
     # model: text in place of a completion's EOS, read at last; null: what the template writes
     append: str | None = key(None, free="a text")
     function: str | None = key(None, free=KIND)  # function: package.module:name or path/file.py:name
-    timeout_s: float = key(5.0, free=KIND)  # function: for one call, after which its process is ended
-    processes: int = key(1, free=KIND)  # function: calls at a time
-    batch_size: int = key(32, free=KIND)  # function: items a call, at most; a slow one gets fewer
-    memory_gib: float = key(2.0, free=KIND)  # function: address space of one process
+    # verifier: math | choice | exact | regex | json_schema | code | reasoning_gym, or package.module:NAME:
+    # docs/verifiers.md
+    verifier: str | None = key(None, free=KIND)
+    # verifier: the column of a row with what is right; null: the verifier's own, answer for most
+    answer: str | None = key(None, free="a column")
+    # function: for one call, verifier: for one item, after which its process is ended
+    timeout_s: float = key(5.0, free=KIND)
+    processes: int = key(1, free=KIND)  # function, verifier: calls at a time
+    batch_size: int = key(32, free=KIND)  # function, verifier: items a call, at most; a slow one gets fewer
+    memory_gib: float = key(2.0, free=KIND)  # function, verifier: address space of one process
     parts: list[str] = key([], free=KIND)  # weighted_sum, ensemble: names of scorers
     weights: list[float] = key([], free=KIND)  # weighted_sum: of each part
     std_coef: float = key(1.0, free=KIND)  # ensemble: k in mean - k x standard deviation of the parts
-    options: dict[str, Any] = field(default_factory=dict)  # of a kind of your own
+    options: dict[str, Any] = field(default_factory=dict)  # of a verifier, or of a kind of your own
 
 
 @dataclass

@@ -24,7 +24,7 @@ class Metric:
     title: str = ""  # of a chart of it alone; empty: it has none
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z_]+/[a-z_0-9<>]+", self.name) or self.better not in ("up", "down", "neither"):
+        if not re.fullmatch(r"[a-z_]+(/[a-z_0-9<>]+){1,2}", self.name) or self.better not in ("up", "down", "neither"):
             raise ValueError(f"a metric is named group/name, and better is up, down or neither; found {self}")
 
 
@@ -61,6 +61,8 @@ CORE = (
     Metric("reward/spread_mean", SCORE, "Disagreement of an ensemble: standard deviation over its parts, mean over "
         "rollouts.", "down", REWARD),
     Metric("reward/spread_max", SCORE, "The same of the rollout on which the parts disagree most.", "down", REWARD),
+    Metric("score/<scorer>/<part>", SCORE, "A part of the score, as `score/proxy/format`, where the scorer says what its "
+        "scores are made of; mean over the rollouts that have it.", "neither", REWARD),
     Metric("reward/versions", "versions", "How many versions of the scorer gave the scores of the update. Above 1 "
         "they are not on one scale.", "down", REWARD),
 

@@ -29,6 +29,7 @@ class _Ended(_Line):
     admitted_at: int
     leases: Count
     holder: str
+    row: str = ""  # digest of the columns that its scorers saw
 
 
 class _Trained(_Ended):
@@ -79,7 +80,7 @@ def audit(log: Path) -> Audit:
     """Count the surviving line of a run: every admitted rollout is trained or quarantined once, or open at the end.
 
     The count of admissions is the ledger's own, so the keys are checked for themselves too: every prompt has all of its
-    samples, and every finished epoch the same prompts.
+    samples, and every finished epoch the same prompts. All samples of a prompt were scored with the same row.
     """
     rows, undone = _replayed(log)
     ends = [row for row in rows if "key" in row]
@@ -103,6 +104,7 @@ def audit(log: Path) -> Audit:
     if total != result.admitted:
         result.faults.append(f"{result.admitted} rollouts were admitted, {total} are accounted for")
     _check_stream(list(times), result)
+    _check_rows(ends, result)
     return result
 
 
@@ -132,6 +134,15 @@ def _check_stream(keys: list[Key], result: Audit) -> None:
             result.faults.append(f"epoch {epoch} lacks {len(missing)} prompts of epoch 0, the first is {min(missing)}")
 
 
+def _check_rows(ends: list[Row], result: Audit) -> None:
+    seen: defaultdict[int, set[str]] = defaultdict(set)
+    for row in ends:
+        seen[row["key"][1]].add(row.get("row", ""))
+    result.faults += [
+        f"prompt {n} was scored with {len(rows)} different rows" for n, rows in seen.items() if len(rows) > 1
+    ]
+
+
 def way(log: Path, key: Key) -> list[str]:
     """What the log says of one rollout, one line each."""
     rows, undone = _replayed(log)
@@ -140,7 +151,8 @@ def way(log: Path, key: Key) -> list[str]:
         if tuple(row.get("key", ())) == key:
             end = f"trained into version {row['trained']}" if "trained" in row else f"quarantined: {row['quarantined']}"
             by = f"sampled by {row['holder'] or 'nobody'} with version {row.get('sampled', '-')}, lease {row['leases']}"
-            lines.append(f"admitted at version {row['admitted_at']}, {by}, {end} in update {row['update']}{mark}")
+            end += f" in update {row['update']}" + (f", scored with row {row['row']}" if row.get("row") else "")
+            lines.append(f"admitted at version {row['admitted_at']}, {by}, {end}{mark}")
     commits = [row for row in rows if "commit" in row]
     if commits and list(key) in commits[-1]["open"]:
         lines.append(f"open at the last commit (update {commits[-1]['commit']})")

@@ -313,7 +313,8 @@ class Ledger:
         entry.state = State.CLOSED
         del self._open[entry.request.key]
         way = {"admitted_at": entry.admitted_at, "leases": entry.attempts, "holder": entry.holder}
-        self._rows.append(json.dumps({"key": entry.request.key, **end, **way}, separators=(",", ":")))
+        row = {"row": digest} if (digest := entry.request.prompt.row_digest) else {}
+        self._rows.append(json.dumps({"key": entry.request.key, **end, **way, **row}, separators=(",", ":")))
 
     # ---- commits
 

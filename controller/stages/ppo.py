@@ -172,5 +172,6 @@ STAGE = Stage(
         "actors/weight_transfer.py",
         "reward_service/app.py",
         "reward_service/function_worker.py",
+        "reward_service/verifier_worker.py",
     ),
 )
