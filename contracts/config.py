@@ -198,7 +198,13 @@ class PPOConfig:
     minibatches: int = key(1, least=1)  # optimizer steps an epoch
     gamma: float = key(1.0, least=0, most=1)
     lam: float = key(0.95, least=0, most=1)
-    clip: float = key(0.2, above=0, below=1)
+    # What advantages are multiplied with. clip: PPO's surrogate of each token's ratio | gspo: the same of a sequence's |
+    # cispo: log-likelihoods, weighted by the clipped ratio. raft, rwr and online_dpo have none.
+    objective: str = key("clip", choices=names_in("contracts.objectives", "objective_names"))
+    clip: float = key(0.2, above=0, below=1)  # the ratio stays within 1 - clip and 1 + clip
+    # The two bounds apart, as in 1 - clip_low and 1 + clip_high; null: clip, of gspo 3e-4 and 4e-4, of cispo none below.
+    clip_low: float | None = key(None, above=0, below=1)
+    clip_high: float | None = key(None, above=0)
     dual_clip: float | None = key(3.0, above=1)
     value_clip: float | None = key(0.2, above=0)
     # KL of the policy from before an update, nats a token, beyond which no further epoch of the update begins. The first

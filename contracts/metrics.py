@@ -79,8 +79,9 @@ CORE = (
 
     Metric("policy/approx_kl", "nats a token", "KL of the policy from itself before the update (k3), mean over the "
         "optimizer steps, each before it is taken: about 0 at the first.", "neither", POLICY, "Change in one update"),
-    Metric("policy/clipfrac", "share of tokens", "Tokens whose loss PPO's clip decides, so that they give no "
-        "gradient; mean over the steps. Not by likelihood.", "down", POLICY, "Clipped tokens"),
+    Metric("policy/clipfrac", "share of tokens", "Tokens whose loss the clip decides, so that they give no "
+        "gradient; of `ppo.objective=cispo` those whose weight it bounds. Mean over the steps. Not by likelihood.",
+        "down", POLICY, "Clipped tokens"),
     Metric("policy/ratio_mean", "ratio", "Probability of a token now over that before the update; mean over the "
         "steps.", "neither", POLICY),
     Metric("policy/ratio_max", "ratio", "The largest such ratio of any token at any step.", "neither", POLICY,

@@ -28,11 +28,14 @@ def policy_loss(
     clip: float,
     dual_clip: float | None,
     weights: Tensor | None = None,
+    *,
+    clip_high: float | None = None,
+    of_sequences: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate of PPO, with the dual clip.
 
     rho = exp(clamp(log pi - log pi_prox, -20, 20))
-    L   = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), and min(L, -A dual_clip) where A < 0; times the weight
+    L   = max(-A rho, -A clip(rho, 1 - clip, 1 + clip_high)), and min(L, -A dual_clip) where A < 0; times the weight
 
     Without the dual clip the loss of a bad token that has become likely is unbounded. With `off_policy_weights` as weights
     it is the decoupled PPO of AReaL: the trust region is around the proximal policy, whoever sampled.
@@ -45,9 +48,11 @@ def policy_loss(
         proximal_logprobs: [B, C], before this batch's updates.
         advantages: [B, C], whitened.
         mask: bool [B, C], tokens that train.
-        clip: half-width of the trust region of rho.
+        clip: half-width of the trust region of rho; with `clip_high` its part below 1.
         dual_clip: greater than 1, or None for none.
         weights: [B, C], 0 or more, without gradient; None for 1.
+        clip_high: the part of the trust region above 1; None for `clip`.
+        of_sequences: rho is the geometric mean over a row, with the gradient of the token alone (`learner.objectives.gspo`).
 
     Returns:
         The weighted sum over the mask (float32 scalar) and detached scalars without weights. Sums over the mask: `clipped`
@@ -55,9 +60,10 @@ def policy_loss(
         A maximum: `ratio_max`, 0 where the mask is empty.
     """
     advantages = torch.where(mask, advantages.detach().float(), 0.0)
-    log_ratio, ratio = _ratios(policy_logprobs, proximal_logprobs, mask)
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    log_ratio, ratio = ratios(policy_logprobs, proximal_logprobs, mask)
+    rho = _mean_ratio(log_ratio, mask) if of_sequences else ratio
+    unclipped = -advantages * rho
+    clipped = -advantages * rho.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
     losses = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
@@ -84,15 +90,22 @@ def likelihood_loss(
     """
     logprobs = torch.where(mask, policy_logprobs.float(), 0.0)
     scale = torch.where(mask, coefficients.detach().float() * weights.detach().float(), 0.0)
-    ratios = _ratios(policy_logprobs.detach(), proximal_logprobs, mask)
-    return -(scale * logprobs).sum(), _ratio_statistics(*ratios, mask)
+    return -(scale * logprobs).sum(), _ratio_statistics(
+        *ratios(policy_logprobs.detach(), proximal_logprobs, mask), mask
+    )
 
 
-def _ratios(policy_logprobs: Tensor, proximal_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def ratios(policy_logprobs: Tensor, proximal_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """log rho, clamped to +-20, and rho; 0 and 1 outside the mask."""
     difference = torch.where(mask, policy_logprobs.float() - proximal_logprobs.detach().float(), 0.0)
     log_ratio = difference.clamp(-20.0, 20.0)
     return log_ratio, log_ratio.exp()
+
+
+def _mean_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """exp of the mean of log rho over the mask of each row, [B, C], with the gradient of its own token's log rho alone."""
+    mean = log_ratio.detach().sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (mean + (log_ratio - log_ratio.detach())).exp()
 
 
 @torch.no_grad()

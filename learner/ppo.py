@@ -21,11 +21,12 @@ from common.microbatches import cut_microbatches
 from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
+from contracts.objectives import chosen_clip, find_objective
 from contracts.records import Example, Microbatch, TrainingBatch
 from contracts.weights import PublishReport
 from learner.engine import Ranks, TrainEngine, frozen
 from learner.global_batch import batch_metrics, set_advantages, set_weights
-from learner.losses import kl_loss, likelihood_loss, policy_loss, value_loss
+from learner.losses import kl_loss, likelihood_loss, value_loss
 from learner.models import freeze_below, load_policy, load_scalar
 from learner.passes import Pass, Places, Timer, over_steps
 from learner.rank_state import RankState
@@ -245,8 +246,9 @@ class PPOTask:
         if self.estimator.loss == "likelihood":
             loss, stats = likelihood_loss(policy_logprobs, p.proximal_logprobs, p.advantages, mask, p.weights)
         else:
-            loss, stats = policy_loss(
-                policy_logprobs, p.proximal_logprobs, p.advantages, mask, ppo.clip, ppo.dual_clip, p.weights
+            objective = find_objective(ppo.objective)
+            loss, stats = objective.loss(
+                policy_logprobs, p.proximal_logprobs, p.advantages, mask, chosen_clip(ppo), p.weights
             )
         if not self.estimator.has_kl_loss:
             return loss, torch.zeros_like(loss), stats

@@ -235,6 +235,19 @@ def plain_likelihood(
     return sum(losses) / 2
 
 
+def plain_objective(ppo: PPOConfig, now: list[torch.Tensor], old: list[float], t: int, a: float) -> torch.Tensor:
+    """The loss of token t of a completion, as the papers write it."""
+    low, high = {"clip": (0.2, 0.2), "gspo": (3e-4, 4e-4), "cispo": (math.inf, 0.2)}[ppo.objective]
+    low, high = ppo.clip_low or low, ppo.clip_high or high
+    rho = torch.exp(now[t] - old[t])
+    if ppo.objective == "cispo":
+        return -min(max(rho.item(), 1 - low), 1 + high) * a * now[t]
+    if ppo.objective == "gspo":  # not in the form of GSPO-token
+        rho = torch.exp(sum(p - q for p, q in zip(now, old, strict=True)) / len(now))
+    loss = torch.maximum(-a * rho, -a * rho.clamp(1 - low, 1 + high))
+    return torch.minimum(loss, torch.tensor(-3 * a).double()) if a < 0 else loss
+
+
 def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
     """The policy after all epochs, and metrics."""
     ppo, n = task.config.ppo, len(ROLLOUTS)
@@ -268,7 +281,9 @@ def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
         "masked": lambda w: w if ppo.off_policy.low <= w <= ppo.off_policy.high else 0.0,
     }[ppo.off_policy.correction]
     weights = [[bound(w) for w in row] for row in raw]
-    adam = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
+    adam = torch.optim.AdamW(
+        policy.parameters(), lr=ppo.optimizer.learning_rate, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0
+    )
     losses = []
     for _ in range(ppo.epochs):
         total = torch.zeros((), dtype=torch.float64)
@@ -277,15 +292,11 @@ def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
             total = total + plain_likelihood(ppo, [sum(row) for row in rewards], now, ref, weights)
         for i in range(n):
             for t, logprob in enumerate(now[i]):
-                rho, a = torch.exp(logprob - old[i][t]), advantages[i][t]
-                loss = torch.maximum(-a * rho, -a * rho.clamp(0.8, 1.2))
-                if a < 0:
-                    loss = torch.minimum(loss, torch.tensor(-3 * a).double())
-                loss = loss * (not likelihood)
+                loss = plain_objective(ppo, now[i], old[i], t, advantages[i][t]) * (not likelihood)
                 if in_loss:
                     loss = loss + BETA * (torch.exp(ref[i][t] - logprob) - 1 + logprob - ref[i][t])
                 share = {
-                    "grpo": 1 / n / len(old[i]),
+                    "grpo": 1 / tokens if ppo.aggregation == "tokens" else 1 / n / len(old[i]),
                     "dr_grpo": 1 / n / ppo.sampling.max_completion_tokens,
                     "rloo": 1 / n,
                     "reinforce_plus_plus": 1 / tokens,
@@ -359,6 +370,47 @@ def test_update_equals_the_papers(
             assert 0 < found["off_policy/ess"] < 0.99
             assert 0 < found[f"off_policy/{correction}_frac"] < 1
             numbers["loss"] = loss
+
+
+def cispo(ppo: PPOConfig) -> None:
+    ppo.objective, ppo.clip_high = "cispo", 0.02
+
+
+def clip_higher(ppo: PPOConfig) -> None:
+    ppo.clip_low, ppo.clip_high, ppo.aggregation = 0.01, 0.03, "tokens"
+
+
+def gspo(ppo: PPOConfig) -> None:
+    ppo.objective = "gspo"
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("change", [cispo, clip_higher, gspo])
+def test_update_equals_the_objectives(
+    change: Callable[[PPOConfig], None],
+    holes: bool,
+    config: TandemConfig,
+    make_task: Callable[[TandemConfig], PPOTask],
+) -> None:
+    """After the first step of three, so that the bounds are at work; with observations inside the completions, too."""
+    config.ppo.estimator, config.ppo.epochs, config.ppo.off_policy.correction = "grpo", 3, "none"
+    config.ppo.optimizer.learning_rate = 3e-3
+    change(config.ppo)
+    task = make_task(config)
+    before = weights_of(task.policy.model)
+    expected, numbers = plain_update(task, holes)
+    theirs = dict(expected.named_parameters())
+    step = max((theirs[name] - before[name]).abs().max().item() for name in before)
+    assert step > 1e-5
+    for budget, held_tokens in ((1000, 0), (1, 9)):
+        config.learner.held_tokens = held_tokens
+        task = make_task(config)
+        metrics = task.update(batch_of(budget, holes), BETA, train_policy=True)
+        mine = weights_of(task.policy.model)
+        assert max((mine[name] - theirs[name]).abs().max().item() for name in mine) < 2e-3 * step
+        loss = metrics["policy/loss"] + BETA * metrics.get("policy/kl_loss", 0.0)
+        assert loss == pytest.approx(numbers["loss"], rel=1e-3, abs=1e-5)
+        assert 0 < metrics["policy/clipfrac"] < 1
 
 
 def test_without_a_value_model_there_is_nothing_of_it(
