@@ -206,6 +206,9 @@ class PPOConfig:
     clip_low: float | None = key(None, above=0, below=1)
     clip_high: float | None = key(None, above=0)
     dual_clip: float | None = key(3.0, above=1)
+    # Of the entropy of the distributions that tokens are sampled from, nats a token, which joins the policy's loss with a
+    # minus. 0 is the advice: the KL penalty keeps a policy broad, and where there is none clip_high does.
+    entropy_coef: float = key(0.0, least=0)
     value_clip: float | None = key(0.2, above=0)
     # KL of the policy from before an update, nats a token, beyond which no further epoch of the update begins. The first
     # one is always whole: every rollout trains.

@@ -93,6 +93,9 @@ CORE = (
         "Loss of the policy"),
     Metric("policy/kl_loss", "nats a token", "The KL term of the loss before its coefficient (k2 or k3); mean over "
         "the steps. Only where the penalty is part of the loss.", "down", POLICY),
+    Metric("policy/entropy_bonus", "nats a token", "The entropy in the loss before its coefficient "
+        "(`ppo.entropy_coef`): that of `policy/entropy`, of the tokens that train, before each step; mean over the steps.",
+        "neither", POLICY),
     Metric("policy/ptx_loss", "nats a token", "The text loss beside it (`ppo.ptx_coef`), before its coefficient; mean "
         "over the steps.", "down", POLICY),
     Metric("policy/grad_norm", "L2 norm before clipping", "Gradient of the policy, all terms of the loss; mean over "

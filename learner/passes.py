@@ -52,7 +52,8 @@ class Pass:
     behavior_logprobs: Tensor
     old_values: Tensor  # 0 without a value model
     entropy: Tensor
-    live: tuple[Tensor, Tensor | None] | None  # policy_logprobs and values with their graphs, until used
+    # policy_logprobs, their entropy and values with their graphs, until used
+    live: tuple[Tensor, Tensor, Tensor | None] | None
     weights: Tensor = field(default_factory=lambda: torch.empty(0))  # of each token in the policy's losses
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))

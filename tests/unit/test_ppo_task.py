@@ -121,7 +121,7 @@ class PlainPPO:
         groups = [{"params": list(self.value.model.parameters())}, {"params": [head], "lr": rest.head_learning_rate}]
         self.adams = [adam(self.policy.parameters(), ppo.optimizer), adam(groups, rest)]
 
-    def logprobs(self, model: Any, r: Rollout) -> tuple[list[torch.Tensor], list[float]]:
+    def logprobs(self, model: Any, r: Rollout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """log p of each completion token, and the entropy of its distribution."""
         ids, start = [*r.prompt.token_ids, *r.completion.token_ids.tolist()], len(r.prompt.token_ids)
         logits = model(torch.tensor([ids])).logits[0] / self.config.ppo.sampling.temperature
@@ -132,7 +132,7 @@ class PlainPPO:
                 row[list(ENDS)] = -math.inf
             p = torch.softmax(row, 0)
             result.append(torch.log(p[ids[t]]))
-            entropies.append(float(-(p[p > 0] * p[p > 0].log()).sum()))
+            entropies.append(-(p[p > 0] * p[p > 0].log()).sum())
         return result, entropies
 
     def values(self, r: Rollout) -> list[torch.Tensor]:
@@ -150,6 +150,7 @@ class PlainPPO:
                 old = [float(x) for x in logprobs]
                 ref = [float(x) for x in self.logprobs(self.reference, r)[0]]
                 v = [float(x) for x in self.values(r)]
+                entropies = [float(x) for x in entropies]
                 rewards = [-KL_COEF * (p - q) for p, q in zip(old, ref, strict=True)]
                 if rewards:
                     rewards[-1] += score
@@ -175,11 +176,13 @@ class PlainPPO:
         tokens = sum(len(r.completion.token_ids) for r in rollouts)
         steps = []
         for _ in range(ppo.epochs):
-            policy_loss, value_loss = torch.zeros(2, dtype=torch.float64)
+            policy_loss, value_loss, entropy = torch.zeros(3, dtype=torch.float64)
             clipped = value_clipped = 0
             ratios = []
             for i, r in enumerate(rollouts):
-                now = zip(self.logprobs(self.policy, r)[0], self.values(r), strict=True)
+                logprobs, entropies = self.logprobs(self.policy, r)
+                entropy = entropy + sum(entropies)
+                now = zip(logprobs, self.values(r), strict=True)
                 for t, (logprob, value) in enumerate(now):
                     a, low, high = known["adv"][i][t], 1 - ppo.clip, 1 + ppo.clip
                     ratio = torch.exp(logprob - known["old"][i][t])
@@ -206,7 +209,9 @@ class PlainPPO:
                 "value/loss": value_loss.item() / tokens,
                 "value/clipfrac": value_clipped / tokens,
             }
-            total = ppo.combined.initial * policy_loss / tokens
+            if ppo.entropy_coef:
+                step["policy/entropy_bonus"] = entropy.item() / tokens
+            total = ppo.combined.initial * (policy_loss - ppo.entropy_coef * entropy) / tokens
             if ptx:
                 nll = plain_nll(self.policy, ptx)
                 step["policy/ptx_loss"] = nll.item()
@@ -293,8 +298,16 @@ def with_lambda(config: TandemConfig) -> None:
     config.ppo.combined.initial, config.ppo.optimizer.max_grad_norm = 0.25, 0.5
 
 
+def with_entropy(config: TandemConfig) -> None:
+    several_epochs(config)
+    cooler_and_without_early_eos(config)
+    config.ppo.entropy_coef, config.ppo.combined.initial = 0.3, 0.5
+    config.learner.held_tokens = 15
+
+
 @pytest.mark.parametrize(
-    "change", [plain, several_epochs, other_constants, cooler_and_without_early_eos, with_ptx, with_lambda]
+    "change",
+    [with_entropy, plain, several_epochs, other_constants, cooler_and_without_early_eos, with_ptx, with_lambda],
 )
 def test_update_equals_plain_ppo(
     change: Callable[[TandemConfig], None], config: TandemConfig, make_task: Callable[..., PPOTask]
