@@ -167,6 +167,14 @@ class OffPolicyConfig:
 
 
 @dataclass
+class DynamicSamplingConfig:
+    """Groups whose scores are equal give way to groups of fresh prompts: DAPO. Estimators that compare groups alone."""
+
+    # times rollouts_per_update that an update may sample to fill its batch; null: equal groups stay in it
+    max_batches: int | None = key(None, least=2)
+
+
+@dataclass
 class RWRConfig:
     temperature: float = key(1.0, above=0)  # of the weights exp(outcome / temperature), score units
 
@@ -220,6 +228,7 @@ class PPOConfig:
     kl: KLConfig = field(default_factory=KLConfig)
     rwr: RWRConfig = field(default_factory=RWRConfig)
     dpo_beta: float = key(0.1, above=0)  # of online_dpo: how strongly the reference holds the policy
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     # Updates that may lie between sampling and training. 0: actors and learner take turns; from 1 on both work all the
     # time, on (max_staleness + 1) * rollouts_per_update rollouts.
     max_staleness: int = key(1, least=0)

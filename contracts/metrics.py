@@ -54,6 +54,14 @@ CORE = (
     Metric("reward/total_mean", f"{PAID}, a sequence", "What the tokens of a rollout are paid together: the score, "
         "the penalty for a missing EOS, and the KL penalty where it is part of the reward. An environment's own "
         "rewards keep their unit.", "up", REWARD),
+    Metric("reward/equal_groups_frac", "share of groups", "Groups whose scores are all equal, among those sampled for the "
+        "update: they teach nothing by comparison. Only of estimators that compare groups.", "down", REWARD,
+        "Groups of equal scores"),
+    Metric("reward/sampling_rounds", "rounds", "How often the update had its batch filled: 1, or more with "
+        "`ppo.dynamic_sampling`.", "down", REWARD),
+    Metric("reward/trained_rollouts", "rollouts", "Rollouts that the update trains on: fewer than "
+        "`ppo.rollouts_per_update` where scores or siblings fail, or the budget of `ppo.dynamic_sampling` is spent.", "up",
+        REWARD),
     Metric("reward/kl_penalty_mean", f"{PAID}, a sequence", "The part of the KL penalty in it: -`kl/coef` x "
         "`kl/ref_seq`. Only where the penalty is part of the reward.", "neither", REWARD),
     Metric("reward/paid_abs_max", PAID, "The largest amount that a token is paid, in either direction and before the "
@@ -155,6 +163,8 @@ CORE = (
         "down", ASYNC),
     Metric("ledger/scored", "rollouts so far", "Sampled, and answered by the reward service.", "neither", ASYNC),
     Metric("ledger/trained", "rollouts so far", "Went into exactly one update.", "up", ASYNC),
+    Metric("ledger/filtered", "rollouts so far", "Of groups of equal scores, which made room for others "
+        "(`ppo.dynamic_sampling`).", "neither", ASYNC),
     Metric("ledger/open", "rollouts", "Neither trained nor set aside at the end of the update.", "neither", ASYNC),
     Metric("ledger/in_flight", "rollouts", "At an actor at the end of the update; hedged ones count twice.", "neither",
         ASYNC),
