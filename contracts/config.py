@@ -175,6 +175,14 @@ class DynamicSamplingConfig:
 
 
 @dataclass
+class OverlongConfig:
+    """A penalty that grows linearly over the last tokens before sampling.max_completion_tokens: DAPO."""
+
+    buffer_tokens: int | None = key(None, least=1)  # over which it grows; null: there is none
+    penalty: float = key(1.0, above=0)  # of a completion that fills the limit, score units
+
+
+@dataclass
 class RWRConfig:
     temperature: float = key(1.0, above=0)  # of the weights exp(outcome / temperature), score units
 
@@ -222,6 +230,8 @@ class PPOConfig:
     # one is always whole: every rollout trains.
     target_approx_kl: float | None = key(0.02, above=0)
     whiten_advantages: bool | None = None  # null: as the estimator's paper has it
+    # Over the tokens of the global batch, or of each rollout group; whitening over groups wants several samples of a prompt.
+    whiten_over: str = key("batch", choices=("batch", "group"))
     # Mean over tokens, over means or sums of sequences, or over the token budget; null: as the estimator's paper has it.
     aggregation: str | None = key(None, choices=AGGREGATIONS)
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
@@ -241,6 +251,9 @@ class PPOConfig:
     ptx_batch_size: int = key(16, least=1)
     combined: CombinedConfig = field(default_factory=CombinedConfig)
     missing_eos_penalty: float = key(0.3, least=0)  # score units
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
+    # Completions that the token limit cut off train nothing; their scores still count in what others are compared with.
+    mask_truncated: bool = False
     value_warmup_updates: int = key(2, least=0)  # updates that train only the value model
     trainable_layers: int | None = key(None, least=1)  # of the policy
     value_trainable_layers: int | None = key(None, rule=HEAD_ALONE)

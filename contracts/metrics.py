@@ -54,6 +54,8 @@ CORE = (
     Metric("reward/total_mean", f"{PAID}, a sequence", "What the tokens of a rollout are paid together: the score, "
         "the penalty for a missing EOS, and the KL penalty where it is part of the reward. An environment's own "
         "rewards keep their unit.", "up", REWARD),
+    Metric("reward/overlong_mean", f"{PAID}, a rollout", "What rollouts are paid less for the tokens that they have in the "
+        "buffer before the limit (`ppo.overlong`), mean; 0 where none is that long.", "up", REWARD),
     Metric("reward/equal_groups_frac", "share of groups", "Groups whose scores are all equal, among those sampled for the "
         "update: they teach nothing by comparison. Only of estimators that compare groups.", "down", REWARD,
         "Groups of equal scores"),

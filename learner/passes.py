@@ -23,6 +23,8 @@ class Places:
         first = torch.tensor(self.packed.starts, device=device) + torch.from_numpy(mb.prompt_lens).to(device)
         self.select = first[self.rows] + self.steps - 1  # [M], into the packed row
         self.targets = self.packed.input_ids[0, self.select + 1]
+        # bool [B, C], of sequences that train: `mask` has those of sequences, too, that are only compared with
+        self.trains = self.mask & torch.from_numpy(mb.trains).to(device)[:, None]
 
     def spread(self, flat: Tensor) -> Tensor:
         """[M] -> [B, C], 0 where no token trains; differentiable."""

@@ -202,6 +202,7 @@ class PPOTask:
         timer: Timer,
     ) -> dict[str, float]:
         """One optimizer step of both models. Returns means over the tokens of the global minibatch."""
+        tokens = max(tokens, 1)  # of a minibatch in which nothing trains the gradient is 0
         use_ptx, spread = train_policy and self.config.ppo.ptx_coef > 0, self.config.ppo.entropy_coef
         sums = torch.zeros(8, dtype=torch.float64, device=self.ranks.device)
         ratio_max = torch.zeros((), device=self.ranks.device)
@@ -213,7 +214,7 @@ class PPOTask:
                     policy_logprobs, entropy = live[:2] if live else self._logprobs(self.policy, p.places, spread > 0)
                 with timer("perf/policy_backward_s"):
                     loss, kl, stats = self._policy_losses(policy_logprobs, p)
-                    bonus = entropy.sum() if spread else torch.zeros_like(loss)
+                    bonus = torch.where(p.places.trains, entropy, 0.0).sum() if spread else torch.zeros_like(loss)
                     scaled = policy_coef * (loss + kl_coef * kl - spread * bonus) / tokens
                     self.policy.backward(scaled, is_last and not use_ptx)
                 sums[:3] += torch.stack([stats["clipped"], stats["approx_kl"], stats["ratio"]])
@@ -224,7 +225,9 @@ class PPOTask:
                     values = live[2] if live else None
                     values = self._values(self.value, p.places) if values is None else values
                 with timer("perf/value_backward_s"):
-                    loss, stats = value_loss(values, p.old_values, p.returns, p.places.mask, self.config.ppo.value_clip)
+                    loss, stats = value_loss(
+                        values, p.old_values, p.returns, p.places.trains, self.config.ppo.value_clip
+                    )
                     self.value.backward(loss / tokens, is_last)
                 sums[6:] += torch.stack([loss.detach(), stats["clipped"]])
         metrics = {}
@@ -236,7 +239,7 @@ class PPOTask:
                 metrics["policy/grad_norm"] = self.policy.step()
             if self.value:
                 metrics["value/grad_norm"] = self.value.step()
-        means = (self.ranks.sum(sums) / max(tokens, 1)).tolist()
+        means = (self.ranks.sum(sums) / tokens).tolist()
         if train_policy:
             metrics |= self._policy_means(means) | {"policy/ratio_max": self.ranks.max(ratio_max).item()}
         if self.value:
@@ -245,7 +248,7 @@ class PPOTask:
 
     def _policy_losses(self, policy_logprobs: Tensor, p: Pass) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss, KL term (0 where it is none) and statistics, summed over a microbatch."""
-        ppo, mask = self.config.ppo, p.places.mask
+        ppo, mask = self.config.ppo, p.places.trains
         if self.estimator.loss == "likelihood":
             loss, stats = likelihood_loss(policy_logprobs, p.proximal_logprobs, p.advantages, mask, p.weights)
         else:

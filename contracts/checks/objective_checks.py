@@ -7,7 +7,55 @@ from contracts.estimators import Estimator
 
 def objective_checks(ppo: PPOConfig, estimator: Estimator) -> list[Check]:
     """Relations between the keys of `ppo` that choose the loss."""
-    return [*_likelihood_checks(ppo, estimator), *_sampling_checks(ppo, estimator)]
+    return [
+        *_likelihood_checks(ppo, estimator),
+        *_sampling_checks(ppo, estimator),
+        *_length_checks(ppo, estimator),
+        *_whitening_checks(ppo, estimator),
+    ]
+
+
+def _length_checks(ppo: PPOConfig, estimator: Estimator) -> list[Check]:
+    buffer, longest = ppo.overlong.buffer_tokens, ppo.sampling.max_completion_tokens
+    return [
+        Check(
+            buffer is None or buffer < longest,
+            "ppo.overlong.buffer_tokens",
+            f"null or below ppo.sampling.max_completion_tokens ({longest}): the penalty is for the last tokens before it",
+            buffer,
+            f"for example {max(1, longest // 5)}, or null for none",
+        ),
+        Check(
+            not (ppo.mask_truncated and estimator.loss == "likelihood"),
+            "ppo.mask_truncated",
+            f"false with ppo.estimator {ppo.estimator}, which chooses what trains by itself and may choose what is cut off",
+            ppo.mask_truncated,
+            "ppo.mask_truncated=false, and a ppo.missing_eos_penalty, by which it ranks",
+        ),
+    ]
+
+
+def _whitening_checks(ppo: PPOConfig, estimator: Estimator) -> list[Check]:
+    if ppo.whiten_over == "batch":
+        return []
+    whitens = estimator.whiten if ppo.whiten_advantages is None else ppo.whiten_advantages
+    return [
+        Check(
+            whitens,
+            "ppo.whiten_over",
+            f"batch (the default) where advantages are not whitened (ppo.estimator {ppo.estimator}, ppo.whiten_advantages "
+            f"{shown(ppo.whiten_advantages)})",
+            ppo.whiten_over,
+            "ppo.whiten_over=batch" + ("" if estimator.loss == "likelihood" else " or ppo.whiten_advantages=true"),
+        ),
+        Check(
+            ppo.samples_per_prompt >= 2,
+            "ppo.samples_per_prompt",
+            "at least 2 with ppo.whiten_over group",
+            ppo.samples_per_prompt,
+            "ppo.samples_per_prompt=4 or ppo.whiten_over=batch",
+        ),
+    ]
 
 
 def _sampling_checks(ppo: PPOConfig, estimator: Estimator) -> list[Check]:

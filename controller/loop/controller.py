@@ -47,7 +47,15 @@ from controller.loop.dispatcher import Dispatcher, Stopping
 from controller.loop.dynamic_sampling import EQUAL, group_metrics, next_round, require_enough, with_spread
 from controller.loop.fleet import Fleet
 from controller.loop.recovery import Recovery
-from controller.loop.rewards import ScoreNormalizer, episodes, paid_metrics, service_scores, shaped, turn_metrics
+from controller.loop.rewards import (
+    ScoreNormalizer,
+    episodes,
+    overlong_metrics,
+    paid_metrics,
+    service_scores,
+    shaped,
+    turn_metrics,
+)
 from controller.loop.score_metrics import rollout_metrics, sample_row
 from controller.loop.training_batches import make_batches, with_siblings
 from controller.loop.unscored import save_rollouts, scored
@@ -229,8 +237,9 @@ class PPOController:
             token_budget=self.config.learner.microbatch_tokens,
             rng=self.rng,
             policy_version=self.version,
+            mask_truncated=ppo.mask_truncated,
         )
-        metrics = paid_metrics(worth)
+        metrics = paid_metrics(worth) | overlong_metrics(rollouts, ppo)
         start = time.perf_counter()
         references = [ray.put(batch) for batch in batches]
         update = self.learner.start_each("update", references, self.kl.coef, train_policy, multiplier)

@@ -159,8 +159,11 @@ def rollout(i: int) -> Rollout:
 ROLLOUTS = [rollout(i) for i in range(len(COMPLETIONS))]
 
 
-def batch_of(budget: int, holes: bool = False) -> TrainingBatch:
-    """`holes`: the second token of every completion is an observation."""
+CUT_OFF = (1, 4)  # what `mask_truncated` leaves out, one of each prompt
+
+
+def batch_of(budget: int, holes: bool = False, mask_truncated: bool = False) -> TrainingBatch:
+    """`holes`: the second token of every completion is an observation. `mask_truncated`: CUT_OFF are."""
     rollouts = ROLLOUTS
     if holes:
         masks = [np.arange(len(tokens)) != 1 for tokens in COMPLETIONS]
@@ -168,7 +171,11 @@ def batch_of(budget: int, holes: bool = False) -> TrainingBatch:
             replace(r, completion=replace(r.completion, loss_mask=mask))
             for r, mask in zip(ROLLOUTS, masks, strict=True)
         ]
-    (batch,) = make_batches(rollouts, SCORES, 1, 1, budget, np.random.default_rng(0))
+    ends = ["length" if i in CUT_OFF else "stop" for i in range(len(rollouts))]
+    rollouts = [
+        replace(r, completion=replace(r.completion, finish_reason=end)) for r, end in zip(rollouts, ends, strict=True)
+    ]
+    (batch,) = make_batches(rollouts, SCORES, 1, 1, budget, np.random.default_rng(0), mask_truncated=mask_truncated)
     return batch
 
 
@@ -199,12 +206,21 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().double().clone() for name, p in model.lm.named_parameters()}
 
 
-def plain_advantages(estimator: str, rewards: list[list[float]]) -> list[list[float]]:
+def plain_whitened(ppo: PPOConfig, rows: list[list[float]]) -> list[list[float]]:
+    """Over the tokens that train of the batch, or of each prompt."""
+    result = []
+    for i, row in enumerate(rows):
+        together = [j for j in range(len(rows)) if ppo.whiten_over == "batch" or NUMBERS[j] == NUMBERS[i]]
+        flat = np.array([x for j in together for x in rows[j] if not (ppo.mask_truncated and j in CUT_OFF)])
+        result.append([(x - flat.mean()) / math.sqrt(flat.var(ddof=1) + 1e-8) for x in row])
+    return result
+
+
+def plain_advantages(ppo: PPOConfig, rewards: list[list[float]]) -> list[list[float]]:
+    estimator = ppo.estimator
     totals = [sum(row) for row in rewards]
     if estimator == "reinforce_plus_plus":
-        to_go = [[sum(row[t:]) for t in range(len(row))] for row in rewards]
-        flat = np.array([x for row in to_go for x in row])
-        return [[(x - flat.mean()) / math.sqrt(flat.var(ddof=1) + 1e-8) for x in row] for row in to_go]
+        return plain_whitened(ppo, [[sum(row[t:]) for t in range(len(row))] for row in rewards])
     result = []
     for i, row in enumerate(rewards):
         group = [totals[j] for j in range(len(totals)) if NUMBERS[j] == NUMBERS[i]]
@@ -215,7 +231,7 @@ def plain_advantages(estimator: str, rewards: list[list[float]]) -> list[list[fl
             "rloo": totals[i] - np.mean(others),
         }[estimator]
         result.append([float(advantage)] * len(row))
-    return result
+    return plain_whitened(ppo, result) if ppo.whiten_advantages else result
 
 
 def plain_likelihood(
@@ -272,8 +288,9 @@ def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
     rewards = [[-BETA * (p - q) * in_reward for p, q in zip(a, b, strict=True)] for a, b in zip(old, ref, strict=True)]
     for row, score in zip(rewards, SCORES, strict=True):
         row[-1] += score
-    advantages = rewards if likelihood else plain_advantages(ppo.estimator, rewards)
-    tokens = sum(len(row) for row in old)
+    advantages = rewards if likelihood else plain_advantages(ppo, rewards)
+    trained = [i for i in range(n) if not (ppo.mask_truncated and i in CUT_OFF)]
+    tokens, n_trained = sum(len(old[i]) for i in trained), len(trained)
     raw = [[math.exp(p - b) for p, b in zip(x, y, strict=True)] for x, y in zip(old, sampled, strict=True)]
     bound = {
         "none": lambda w: 1.0,
@@ -290,19 +307,19 @@ def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
         now = [logprobs(policy, i) for i in range(n)]
         if likelihood:
             total = total + plain_likelihood(ppo, [sum(row) for row in rewards], now, ref, weights)
-        for i in range(n):
+        for i in trained:
             for t, logprob in enumerate(now[i]):
                 loss = plain_objective(ppo, now[i], old[i], t, advantages[i][t]) * (not likelihood)
                 if in_loss:
                     loss = loss + BETA * (torch.exp(ref[i][t] - logprob) - 1 + logprob - ref[i][t])
                 share = {
-                    "grpo": 1 / tokens if ppo.aggregation == "tokens" else 1 / n / len(old[i]),
-                    "dr_grpo": 1 / n / ppo.sampling.max_completion_tokens,
-                    "rloo": 1 / n,
+                    "grpo": 1 / tokens if ppo.aggregation == "tokens" else 1 / n_trained / len(old[i]),
+                    "dr_grpo": 1 / n_trained / ppo.sampling.max_completion_tokens,
+                    "rloo": 1 / n_trained,
                     "reinforce_plus_plus": 1 / tokens,
                     "raft": 1 / tokens,
-                    "rwr": 1 / n,
-                    "online_dpo": 1 / n,
+                    "rwr": 1 / n_trained,
+                    "online_dpo": 1 / n_trained,
                 }
                 total = total + weights[i][t] * share[ppo.estimator] * loss
         adam.zero_grad()
@@ -384,8 +401,49 @@ def gspo(ppo: PPOConfig) -> None:
     ppo.objective = "gspo"
 
 
+def gspo_and_what_is_cut_off(ppo: PPOConfig) -> None:
+    gspo(ppo)
+    ppo.mask_truncated = True
+
+
+def without_what_is_cut_off(ppo: PPOConfig) -> None:
+    clip_higher(ppo)
+    ppo.mask_truncated = True
+
+
+def budget_without_what_is_cut_off(ppo: PPOConfig) -> None:
+    ppo.estimator, ppo.mask_truncated, ppo.clip = "dr_grpo", True, 0.01
+    ppo.clip_low = ppo.clip_high = 0.01
+
+
+def group_mean_and_deviation_of_the_batch(ppo: PPOConfig) -> None:
+    ppo.estimator, ppo.whiten_advantages, ppo.clip_low, ppo.clip_high = "dr_grpo", True, 0.01, 0.02
+
+
+def whitened_by_group(ppo: PPOConfig) -> None:
+    ppo.estimator, ppo.whiten_over, ppo.clip_low, ppo.clip_high = "reinforce_plus_plus", "group", 0.01, 0.02
+
+
+def whitened_without_what_is_cut_off(ppo: PPOConfig) -> None:
+    whitened_by_group(ppo)
+    ppo.whiten_over, ppo.mask_truncated = "batch", True
+
+
+CHANGES = [
+    cispo,
+    clip_higher,
+    gspo,
+    gspo_and_what_is_cut_off,
+    without_what_is_cut_off,
+    budget_without_what_is_cut_off,
+    group_mean_and_deviation_of_the_batch,
+    whitened_by_group,
+    whitened_without_what_is_cut_off,
+]
+
+
 @pytest.mark.parametrize("holes", [False, True])
-@pytest.mark.parametrize("change", [cispo, clip_higher, gspo])
+@pytest.mark.parametrize("change", CHANGES)
 def test_update_equals_the_objectives(
     change: Callable[[PPOConfig], None],
     holes: bool,
@@ -405,7 +463,8 @@ def test_update_equals_the_objectives(
     for budget, held_tokens in ((1000, 0), (1, 9)):
         config.learner.held_tokens = held_tokens
         task = make_task(config)
-        metrics = task.update(batch_of(budget, holes), BETA, train_policy=True)
+        batch = batch_of(budget, holes, config.ppo.mask_truncated)
+        metrics = task.update(batch, BETA, train_policy=True)
         mine = weights_of(task.policy.model)
         assert max((mine[name] - theirs[name]).abs().max().item() for name in mine) < 2e-3 * step
         loss = metrics["policy/loss"] + BETA * metrics.get("policy/kl_loss", 0.0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from contracts.checks.check import key_checks
 from contracts.checks.estimator_checks import estimator_checks
-from contracts.config import PPOConfig, TandemConfig
+from contracts.config import OverlongConfig, PPOConfig, TandemConfig
 from contracts.objectives import Clip, chosen_clip, find_objective, objective_names
 from tests.conftest import ROOT
 
@@ -186,6 +186,38 @@ def refused(ppo: PPOConfig) -> list[str]:
             {"estimator": "rwr", "clip_high": 0.3},
             "ppo.clip_high must be null (the default) with ppo.estimator rwr, whose likelihoods have neither a ratio nor a "
             "clip; found 0.3; write ppo.clip_high=null, or another ppo.estimator",
+        ),
+        (
+            {"overlong": OverlongConfig(buffer_tokens=48)},
+            "ppo.overlong.buffer_tokens must be null or below ppo.sampling.max_completion_tokens (48): the penalty is for "
+            "the last tokens before it; found 48; write for example 9, or null for none",
+        ),
+        (
+            {"overlong": OverlongConfig(buffer_tokens=0)},
+            "ppo.overlong.buffer_tokens must be null or at least 1; found 0; write for example null (the default)",
+        ),
+        (
+            {"overlong": OverlongConfig(penalty=-1.0)},
+            "ppo.overlong.penalty must be above 0; found -1.0; write for example 1.0 (the default)",
+        ),
+        (
+            {"entropy_coef": -0.1},
+            "ppo.entropy_coef must be 0 or more; found -0.1; write for example 0.0 (the default)",
+        ),
+        (
+            {"estimator": "raft", "samples_per_prompt": 2, "mask_truncated": True},
+            "ppo.mask_truncated must be false with ppo.estimator raft, which chooses what trains by itself and may choose "
+            "what is cut off; found True; write ppo.mask_truncated=false, and a ppo.missing_eos_penalty, by which it ranks",
+        ),
+        (
+            {"estimator": "dr_grpo", "samples_per_prompt": 2, "whiten_over": "group"},
+            "ppo.whiten_over must be batch (the default) where advantages are not whitened (ppo.estimator dr_grpo, "
+            "ppo.whiten_advantages null); found group; write ppo.whiten_over=batch or ppo.whiten_advantages=true",
+        ),
+        (
+            {"whiten_over": "group"},
+            "ppo.samples_per_prompt must be at least 2 with ppo.whiten_over group; found 1; write ppo.samples_per_prompt=4 "
+            "or ppo.whiten_over=batch",
         ),
     ],
 )
