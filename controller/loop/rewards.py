@@ -5,12 +5,11 @@ Turn k of a conversation ends at token e_k and is worth
     u_k = r_k               the environment's own reward, as it is
     u_k = (s_k - m) / d     where the environment leaves it open: the reward service's score of everything up to e_k
     u_k -= missing_eos_penalty where the turn did not end by itself
+    u_K -= overlong_penalty of the last turn, by the length of the whole conversation
 
     per_turn:    token e_k is paid u_k, for every k
     cumulative:  the last token is paid u_1 + ... + u_K
     separate:    token e_k is paid u_k, and every turn trains as an episode of its own whose prompt is all that came before
-
-The last of these is paid less by `overlong_penalty`, which knows of the length alone.
 
 A completion without turns is a conversation of one turn, for which the two are the same. m and d are mean and standard
 deviation of the service's scores in the first batch, which is the reference policy's; d is 1 where these are all equal but

@@ -396,6 +396,45 @@ def test_the_first_step_starts_at_ratio_one_and_no_kl(config: TandemConfig, make
     assert metrics["reward/total_mean"] == pytest.approx(sum(SCORES) / len(SCORES), abs=1e-6)
 
 
+def test_what_is_cut_off_teaches_the_value_model_nothing_either(
+    config: TandemConfig, make_task: Callable[..., PPOTask]
+) -> None:
+    """Without whitening, the update is that of a batch without it; a minibatch of nothing else changes no weight."""
+    config.ppo.whiten_advantages, config.ppo.mask_truncated = False, True
+    ended = [
+        replace(r, completion=replace(r.completion, finish_reason="stop" if i % 2 else "length"))
+        for i, r in enumerate(ROLLOUTS)
+    ]
+    every, kept = ended, ended[1::2]
+    found = []
+    for rollouts, scores in ((every, SCORES), (kept, SCORES[1::2])):
+        for budget in (8, 1000):
+            task = make_task(config)
+            before = weights_of(task.policy), weights_of(task.value)
+            (batch,) = make_batches(rollouts, scores, 1, 1, budget, np.random.default_rng(0), mask_truncated=True)
+            metrics = task.update(batch, KL_COEF, train_policy=True)
+            found.append((weights_of(task.policy), weights_of(task.value), metrics))
+    for policy, value, metrics in found[1:]:
+        assert_same(policy, found[0][0], before[0], 1e-3)
+        assert_same(value, found[0][1], before[1], 1e-3)
+        for name in ("policy/loss", "value/loss", "policy/ratio_mean", "policy/grad_norm"):
+            assert metrics[name] == pytest.approx(found[0][2][name], rel=1e-3, abs=1e-6)
+    assert found[0][2]["kl/ref_seq"] != pytest.approx(found[2][2]["kl/ref_seq"], rel=1e-2)  # metrics are of all
+
+    config.ppo.optimizer.learning_rate = config.ppo.value_optimizer.learning_rate = 1e-3
+    task = make_task(config)
+    policy, value = weights_of(task.policy), weights_of(task.value)
+    (batch,) = make_batches(every, SCORES, 1, 5, 8, np.random.default_rng(0), mask_truncated=True)
+    idle = next(i for i, tokens in enumerate(batch.global_loss_tokens) if not tokens)
+    alone = TrainingBatch(batch.minibatches[idle : idle + 1], [0], [0], batch.global_sequences[idle : idle + 1])
+    # Of one rollout the numbers begin at 0.
+    alone.minibatches[0][0].rows[:], alone.minibatches[0][0].groups[:] = 0, 0
+    metrics = task.update(alone, KL_COEF, train_policy=True)
+    assert metrics["policy/loss"] == metrics["value/loss"] == metrics["policy/grad_norm"] == 0
+    assert all(torch.equal(policy[name], w) for name, w in weights_of(task.policy).items())
+    assert all(torch.equal(value[name], w) for name, w in weights_of(task.value).items())
+
+
 def test_value_warm_up_leaves_the_policy_alone(config: TandemConfig, make_task: Callable[..., PPOTask]) -> None:
     config.learner.held_tokens = 1000
     task = make_task(config)
