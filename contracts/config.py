@@ -174,6 +174,22 @@ class OffPolicyConfig:
 
 
 @dataclass
+class DynamicSamplingConfig:
+    """Groups whose scores are equal give way to groups of fresh prompts: DAPO. Estimators that compare groups alone."""
+
+    # times rollouts_per_update that an update may sample to fill its batch; null: equal groups stay in it
+    max_batches: int | None = key(None, least=2)
+
+
+@dataclass
+class OverlongConfig:
+    """A penalty that grows linearly over the last tokens before sampling.max_completion_tokens: DAPO."""
+
+    buffer_tokens: int | None = key(None, least=1)  # over which it grows; null: there is none
+    penalty: float = key(1.0, above=0)  # of a completion that fills the limit, score units
+
+
+@dataclass
 class RWRConfig:
     temperature: float = key(1.0, above=0)  # of the weights exp(outcome / temperature), score units
 
@@ -205,19 +221,31 @@ class PPOConfig:
     minibatches: int = key(1, least=1)  # optimizer steps an epoch
     gamma: float = key(1.0, least=0, most=1)
     lam: float = key(0.95, least=0, most=1)
-    clip: float = key(0.2, above=0, below=1)
+    # What advantages are multiplied with. clip: PPO's surrogate of each token's ratio | gspo: the same of a sequence's |
+    # cispo: log-likelihoods, weighted by the clipped ratio. raft, rwr and online_dpo have none.
+    objective: str = key("clip", choices=names_in("contracts.objectives", "objective_names"))
+    clip: float = key(0.2, above=0, below=1)  # the ratio stays within 1 - clip and 1 + clip
+    # The two bounds apart, as in 1 - clip_low and 1 + clip_high; null: clip, of gspo 3e-4 and 4e-4, of cispo none below.
+    clip_low: float | None = key(None, above=0, below=1)
+    clip_high: float | None = key(None, above=0)
     dual_clip: float | None = key(3.0, above=1)
+    # Of the entropy of the distributions that tokens are sampled from, nats a token, which joins the policy's loss with a
+    # minus. 0 is the advice: the KL penalty keeps a policy broad, and where there is none clip_high does.
+    entropy_coef: float = key(0.0, least=0)
     value_clip: float | None = key(0.2, above=0)
     # KL of the policy from before an update, nats a token, beyond which no further epoch of the update begins. The first
     # one is always whole: every rollout trains.
     target_approx_kl: float | None = key(0.02, above=0)
     whiten_advantages: bool | None = None  # null: as the estimator's paper has it
+    # Over the tokens of the global batch, or of each rollout group; whitening over groups wants several samples of a prompt.
+    whiten_over: str = key("batch", choices=("batch", "group"))
     # Mean over tokens, over means or sums of sequences, or over the token budget; null: as the estimator's paper has it.
     aggregation: str | None = key(None, choices=AGGREGATIONS)
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     rwr: RWRConfig = field(default_factory=RWRConfig)
     dpo_beta: float = key(0.1, above=0)  # of online_dpo: how strongly the reference holds the policy
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     # Updates that may lie between sampling and training. 0: actors and learner take turns; from 1 on both work all the
     # time, on (max_staleness + 1) * rollouts_per_update rollouts.
     max_staleness: int = key(1, least=0)
@@ -230,6 +258,9 @@ class PPOConfig:
     ptx_batch_size: int = key(16, least=1)
     combined: CombinedConfig = field(default_factory=CombinedConfig)
     missing_eos_penalty: float = key(0.3, least=0)  # score units
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
+    # Completions that the token limit cut off train nothing; their scores still count in what others are compared with.
+    mask_truncated: bool = False
     value_warmup_updates: int = key(2, least=0)  # updates that train only the value model
     trainable_layers: int | None = key(None, least=1)  # of the policy
     value_trainable_layers: int | None = key(None, rule=HEAD_ALONE)

@@ -54,6 +54,16 @@ CORE = (
     Metric("reward/total_mean", f"{PAID}, a sequence", "What the tokens of a rollout are paid together: the score, "
         "the penalty for a missing EOS, and the KL penalty where it is part of the reward. An environment's own "
         "rewards keep their unit.", "up", REWARD),
+    Metric("reward/overlong_mean", f"{PAID}, a rollout", "What rollouts are paid less for the tokens that they have in the "
+        "buffer before the limit (`ppo.overlong`), mean; 0 where none is that long.", "up", REWARD),
+    Metric("reward/equal_groups_frac", "share of groups", "Groups whose scores are all equal, among those sampled for the "
+        "update: they teach nothing by comparison. Only of estimators that compare groups.", "down", REWARD,
+        "Groups of equal scores"),
+    Metric("reward/sampling_rounds", "rounds", "How often the update had its batch filled: 1, or more with "
+        "`ppo.dynamic_sampling`.", "down", REWARD),
+    Metric("reward/trained_rollouts", "rollouts", "Rollouts that the update trains on: fewer than "
+        "`ppo.rollouts_per_update` where scores or siblings fail, or the budget of `ppo.dynamic_sampling` is spent.", "up",
+        REWARD),
     Metric("reward/kl_penalty_mean", f"{PAID}, a sequence", "The part of the KL penalty in it: -`kl/coef` x "
         "`kl/ref_seq`. Only where the penalty is part of the reward.", "neither", REWARD),
     Metric("reward/paid_abs_max", PAID, "The largest amount that a token is paid, in either direction and before the "
@@ -81,8 +91,9 @@ CORE = (
 
     Metric("policy/approx_kl", "nats a token", "KL of the policy from itself before the update (k3), mean over the "
         "optimizer steps, each before it is taken: about 0 at the first.", "neither", POLICY, "Change in one update"),
-    Metric("policy/clipfrac", "share of tokens", "Tokens whose loss PPO's clip decides, so that they give no "
-        "gradient; mean over the steps. Not by likelihood.", "down", POLICY, "Clipped tokens"),
+    Metric("policy/clipfrac", "share of tokens", "Tokens whose loss the clip decides, so that they give no "
+        "gradient; of `ppo.objective=cispo` those whose weight it bounds. Mean over the steps. Not by likelihood.",
+        "down", POLICY, "Clipped tokens"),
     Metric("policy/ratio_mean", "ratio", "Probability of a token now over that before the update; mean over the "
         "steps.", "neither", POLICY),
     Metric("policy/ratio_max", "ratio", "The largest such ratio of any token at any step.", "neither", POLICY,
@@ -94,6 +105,9 @@ CORE = (
         "Loss of the policy"),
     Metric("policy/kl_loss", "nats a token", "The KL term of the loss before its coefficient (k2 or k3); mean over "
         "the steps. Only where the penalty is part of the loss.", "down", POLICY),
+    Metric("policy/entropy_bonus", "nats a token", "The entropy in the loss before its coefficient "
+        "(`ppo.entropy_coef`): that of `policy/entropy`, of the tokens that train, before each step; mean over the steps.",
+        "neither", POLICY),
     Metric("policy/ptx_loss", "nats a token", "The text loss beside it (`ppo.ptx_coef`), before its coefficient; mean "
         "over the steps.", "down", POLICY),
     Metric("policy/grad_norm", "L2 norm before clipping", "Gradient of the policy, all terms of the loss; mean over "
@@ -153,6 +167,8 @@ CORE = (
         "down", ASYNC),
     Metric("ledger/scored", "rollouts so far", "Sampled, and answered by the reward service.", "neither", ASYNC),
     Metric("ledger/trained", "rollouts so far", "Went into exactly one update.", "up", ASYNC),
+    Metric("ledger/filtered", "rollouts so far", "Of groups of equal scores, which made room for others "
+        "(`ppo.dynamic_sampling`).", "neither", ASYNC),
     Metric("ledger/open", "rollouts", "Neither trained nor set aside at the end of the update.", "neither", ASYNC),
     Metric("ledger/in_flight", "rollouts", "At an actor at the end of the update; hedged ones count twice.", "neither",
         ASYNC),

@@ -177,6 +177,7 @@ class Microbatch:
     loss_mask: np.ndarray  # bool [B, C], sampled tokens: they train; false on observations and padding
     groups: np.ndarray  # int64 [B], which of the global batch's rollout groups each sequence belongs to, from 0 on
     rows: np.ndarray  # int64 [B], number of each sequence in the global batch, in the order of the rollouts' keys
+    trains: np.ndarray  # bool [B], false for a sequence that counts in comparisons, but not in any loss
 
     @property
     def num_tokens(self) -> int:
@@ -189,8 +190,9 @@ class TrainingBatch:
 
     minibatches: list[list[Microbatch]]
     # Over all ranks, per minibatch: the denominators that make one gradient of any partition.
-    global_loss_tokens: list[int]
-    global_sequences: list[int]
+    global_loss_tokens: list[int]  # of sequences that train
+    global_trained: list[int]  # these sequences
+    global_sequences: list[int]  # all
 
 
 @dataclass

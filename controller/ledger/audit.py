@@ -1,4 +1,4 @@
-"""The audit of a run's rollouts, from its log: every one that was admitted is trained, quarantined or open, once."""
+"""The audit of a run's rollouts, from its log: every one that was admitted is trained, quarantined, filtered or open."""
 
 import argparse
 import json
@@ -40,6 +40,10 @@ class _Quarantined(_Ended):
     quarantined: str
 
 
+class _Filtered(_Ended):
+    filtered: str
+
+
 class _Commit(_Line):
     commit: Count
     version: Count
@@ -47,7 +51,7 @@ class _Commit(_Line):
     open: list[tuple[Count, Count, Count]]
 
 
-_ROWS = TypeAdapter(list[_Trained | _Quarantined | _Commit])
+_ROWS = TypeAdapter(list[_Trained | _Quarantined | _Filtered | _Commit])
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Audit:
     admitted: int = 0
     trained: int = 0
     quarantined: int = 0
+    filtered: int = 0
     open: int = 0
     rolled_back: int = 0
     updates: int = 0
@@ -66,8 +71,10 @@ class Audit:
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        filtered = f" + filtered {self.filtered}" if self.filtered else ""
         lines = [
-            f"admitted {self.admitted} = trained {self.trained} + quarantined {self.quarantined} + open {self.open}",
+            f"admitted {self.admitted} = trained {self.trained} + quarantined {self.quarantined}{filtered} "
+            f"+ open {self.open}",
             f"updates {self.updates}, samples per prompt {self.samples_per_prompt}, rolled back {self.rolled_back}",
             *(f"  quarantined {number}: {reason}" for reason, number in self.reasons.most_common()),
             *(f"  WRONG: {fault}" for fault in self.faults),
@@ -77,7 +84,8 @@ class Audit:
 
 
 def audit(log: Path) -> Audit:
-    """Count the surviving line of a run: every admitted rollout is trained or quarantined once, or open at the end.
+    """Count the surviving line of a run: every admitted rollout is trained, quarantined or filtered once, or open at the
+    end.
 
     The count of admissions is the ledger's own, so the keys are checked for themselves too: every prompt has all of its
     samples, and every finished epoch the same prompts. All samples of a prompt were scored with the same row.
@@ -93,6 +101,8 @@ def audit(log: Path) -> Audit:
         if "trained" in row:
             result.trained += 1
             result.by_version[row["trained"]] += 1
+        elif "filtered" in row:
+            result.filtered += 1
         else:
             result.quarantined += 1
             result.reasons[row["quarantined"]] += 1
@@ -100,7 +110,7 @@ def audit(log: Path) -> Audit:
         times[key] += 1
         result.open += 1
     result.faults += [f"rollout {key} ended {number} times" for key, number in times.items() if number > 1]
-    total = result.trained + result.quarantined + result.open
+    total = result.trained + result.quarantined + result.filtered + result.open
     if total != result.admitted:
         result.faults.append(f"{result.admitted} rollouts were admitted, {total} are accounted for")
     _check_stream(list(times), result)
@@ -149,7 +159,8 @@ def way(log: Path, key: Key) -> list[str]:
     lines = []
     for row, mark in [*((r, " (rolled back)") for r in undone), *((r, "") for r in rows)]:
         if tuple(row.get("key", ())) == key:
-            end = f"trained into version {row['trained']}" if "trained" in row else f"quarantined: {row['quarantined']}"
+            end = next(f"{name}: {row[name]}" for name in ("trained", "filtered", "quarantined") if name in row)
+            end = f"trained into version {row['trained']}" if "trained" in row else end
             by = f"sampled by {row['holder'] or 'nobody'} with version {row.get('sampled', '-')}, lease {row['leases']}"
             end += f" in update {row['update']}" + (f", scored with row {row['row']}" if row.get("row") else "")
             lines.append(f"admitted at version {row['admitted_at']}, {by}, {end}{mark}")

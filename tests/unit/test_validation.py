@@ -41,6 +41,7 @@ OUTSIDE = {
     "null or 0 (the head alone) or more": -1,
     "in [0, 1]": 1.5,
     "in (0, 1)": 1.0,
+    "null or in (0, 1)": 1.0,
     "in [0, 1), as tokens with w = 1 must train": 1.0,
     "above 1, as tokens with w = 1 must train": 1.0,
     "in (0, 1]": 0.0,
