@@ -111,6 +111,9 @@ import torch
 def rewards_of_queries(queries, prompts, labels):
     return torch.tensor([float(query == prompt + label) for query, prompt, label in zip(queries, prompts, labels)])
 
+def one_at_a_time(queries, originals, answers):
+    return {"rewards": torch.tensor(float(queries[0] == originals[0] + answers[0]))}
+
 def rewards_with_logs(queries, prompts, labels, **kwargs):
     reward = torch.tensor([float(query.endswith(str(label))) for query, label in zip(queries, labels)])
     return {"rewards": reward, "scores": reward / 2, "extra_logs": {"custom": reward.mean().item(), "each": reward + 1}}
@@ -273,6 +276,11 @@ def test_openrlhfs_reward_func(score: Callable[..., list[Score]]) -> None:
     assert [(s.parts["scores"], s.parts["each"]) for s in scores if s.parts] == [(0.5, 2.0), (0.0, 1.0)]
 
 
+def test_openrlhf_gives_one_item_by_place(score: Callable[..., list[Score]]) -> None:
+    items = [Text("2+3=", "5", "5"), Text("2+3=", "6", "5"), Text("2+3=", "7", "7")]
+    assert said(score("one_at_a_time", *items, file="openrlhf.py", batch_size=3)) == [1.0, 0.0, 1.0]
+
+
 # ---- which form
 
 
@@ -359,11 +367,12 @@ def test_a_signature_read_off_the_source_is_that_of_the_function(tmp_path: Path)
         ([{"score": 1, "format": True, "why": "text", "none": None}], [{"score": 1, "format": 1.0}]),
         ([{"score": None, "format": 1.0}, 2.0], [None, 2.0]),
         ({"score": [1.0, None], "a": [1, 2]}, [{"score": 1.0, "a": 1}, None]),
+        ({"rewards": 0.5, "scores": 1.0}, [{"score": 0.5, "scores": 1.0}]),
         ({"rewards": (1.0, 0.0), "extra_logs": {"m": 0.5}}, [{"score": 1.0, "m": 0.5}, {"score": 0.0, "m": 0.5}]),
     ],
 )
 def test_answers(answer: Any, plain: list) -> None:
-    assert plain_scores(answer, {}) == plain
+    assert plain_scores(answer, len(plain), {}) == plain
 
 
 @pytest.mark.parametrize(
@@ -373,11 +382,11 @@ def test_answers(answer: Any, plain: list) -> None:
         ([{"score": "1"}], "wrong_type: str instead of a number"),
         ([{"score": 1.0, "a/b": 1.0}], "wrong_type: a part's name must be of letters, digits, _, - and ."),
         ({"score": [1.0, 2.0], "a": [1]}, "wrong_count: 1 values of a part for 2 scores"),
-        ({"score": 1.0}, "wrong_type: float instead of a list"),
+        (1.0, "wrong_type: float instead of a list"),
         ([{"score": 1.0, "a": 10**400}], "non_finite: an integer beyond the range of float"),
     ],
 )
 def test_answers_that_are_none(answer: Any, error: str) -> None:
     with pytest.raises(Refused) as caught:
-        plain_scores(answer, {})
+        plain_scores(answer, 1, {})
     assert str(caught.value) == error
