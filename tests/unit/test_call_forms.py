@@ -3,6 +3,7 @@ becomes of what it answers."""
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from common.files.source_code import source_signature
-from contracts.config import ScorerConfig
+from contracts.checks.check import leaves
+from contracts.checks.overrides import unknown_overrides
+from contracts.config import ScorerConfig, TandemConfig
 from contracts.records import Score, row_text
 from reward_service.call_forms import ByName, OneByOne, Queries, UnknownForm, call_form
 from reward_service.function_answers import Refused, plain_scores
@@ -390,3 +393,50 @@ def test_answers_that_are_none(answer: Any, error: str) -> None:
     with pytest.raises(Refused) as caught:
         plain_scores(answer, 1, {})
     assert str(caught.value) == error
+
+
+# ---- docs/coming_from.md
+
+
+def page() -> str:
+    return (Path(__file__).parents[2] / "docs/coming_from.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("boxed_is_right", text(r"\boxed{5}", ground_truth="5"), text("5", ground_truth="5")),
+        ("reward_func", Text("2+3=", "5", None, '{"label": "5"}'), Text("2+3=", "6", None, '{"label": "5"}')),
+        ("compute_score", text("5", reward_model={"ground_truth": "5"}), text("6", reward_model={"ground_truth": "5"})),
+    ],
+)
+def test_the_pages_functions_run(name: str, right: Text, wrong: Text, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page(), re.DOTALL)
+    [block] = [block for block in blocks if f"def {name}(" in block]
+    (tmp_path / "rules.py").write_text(block)
+    assert form_in_source(f"{tmp_path}/rules.py:{name}") is not None
+    pool = FunctionPool(ScorerConfig(kind="function", function=f"{tmp_path}/rules.py:{name}"))
+    try:
+        found = [score for future in pool.submit([right, wrong]) for score in future.result(60)]
+    finally:
+        pool.close()
+    assert [score.value for score in found] == [1.0, 0.0]
+
+
+def test_every_key_of_the_page_is_one_of_the_configuration() -> None:
+    """Of the tables the last column; of the text every `key` of a section, and every override of a command."""
+    keys = {leaf.key for leaf in leaves(TandemConfig())} | {
+        f"reward_service.scorers.proxy.{leaf.key}" for leaf in leaves(ScorerConfig())
+    }
+    rows = [line.split("|") for line in page().splitlines() if line.startswith("| ")]
+    cells = [row[-2] for row in rows if len(row) == 7 and row[-2].strip() != "Tandem"]
+    named = [key for cell in cells for key in re.findall(r"`([^`]+)`", cell)]
+    spans = re.findall(r"(?<![\w.-])`((?:data|ppo|reward_service|engine)\.[\w.]+)", re.sub(r"\| [^\n]*\n", "", page()))
+    commands = [
+        word for block in re.findall(r"```bash\n(.*?)```", page(), re.DOTALL) for word in block.split() if "=" in word
+    ]
+    assert len(named) > 15
+    assert len(spans) > 3
+    assert [key for key in (*named, *spans) if key not in keys and not any(k.startswith(f"{key}.") for k in keys)] == []
+    assert len(commands) > 8
+    assert unknown_overrides(commands) == []
