@@ -33,10 +33,8 @@ HEAD_ALONE = Rule("0 (the head alone) or more", lambda value: value >= 0)
 BETAS = Rule("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 COLUMNS = Rule("a list of different columns", lambda value: len({*value}) == len(value))
 NO_PROMPTS = Rule("left to data.prompts and data.eval_prompts", lambda value: False)
-UNBIASED = Rule(
-    "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio",
-    lambda value: value == 1,
-)
+BIASED = "the log-probabilities of a truncated, renormalised distribution bias the policy ratio"
+UNBIASED = Rule(f"1, as {BIASED}", lambda value: value == 1)
 
 
 @dataclass
@@ -128,7 +126,7 @@ class PreferenceConfig:
     """Stage preference trains the SFT model on data.preferences, without a reward model: docs/preference.md."""
 
     # rank: log-likelihoods without a reference; null: as `method` says, else dpo
-    loss: str | None = key(None, choices=names_in("contracts.preference_losses", "loss_names"))
+    loss: str | None = key(None, choices=names_in("contracts.preference_losses", "PREFERENCE_LOSSES"))
     # of a difference in nats a sequence (dpo) or a token (rank); null: 0.1 and 2
     beta: float | None = key(None, above=0)
     # of the preferred text's negative log-likelihood a token; null: 0 (dpo) and 1 (rank)
@@ -325,7 +323,7 @@ class LearnerConfig:
     attention: str = key("auto", choices=("auto", "sdpa", "eager", "short_causal", "flash_attention_2"))
     gradient_checkpointing: bool = False
     # auto: shared_memory on CPU, on GPUs nccl or (colocated) ipc
-    weight_transfer: str = key("auto", choices=names_in("contracts.transports", "transport_names", "auto"))
+    weight_transfer: str = key("auto", choices=names_in("contracts.transports", "TRANSPORTS", "auto"))
 
 
 @dataclass
@@ -445,9 +443,8 @@ class EnvironmentConfig:
 
 @dataclass
 class LoggerConfig:
-    trackers: list[str] = key(
-        ["wandb"], free="tracker_checks look for them"
-    )  # or package.module:NAME: docs/dashboards.md
+    # or package.module:NAME: docs/dashboards.md
+    trackers: list[str] = key(["wandb"], free="tracker_checks look for them")
     wandb: str = key("auto", choices=("auto", "offline", "online", "disabled"))  # docs/dashboards.md
     project: str = key("tandem", free=WORD)
     wandb_text: bool = False  # also send sampled prompts and completions to all trackers; they may be confidential
@@ -460,9 +457,8 @@ class LoggerConfig:
 @dataclass
 class TandemConfig:
     stage: str = key("pipeline", choices=names_in("contracts.stages", "stage_names", "pipeline"))
-    method: str = key(
-        "ppo", choices=names_in("contracts.stages", "method_titles")
-    )  # what follows SFT: docs/preference.md
+    # what follows SFT: docs/preference.md
+    method: str = key("ppo", choices=names_in("contracts.stages", "method_titles"))
     name: str = key("demo", free=WORD)
     seed: int = key(1, least=0)
     run_dir: str = key(MISSING, free=DIRECTORY)

@@ -87,8 +87,8 @@ def run(context: "StageContext") -> dict[str, Any]:
 
     config, runtime, progress = method_config(context.config), context.runtime, context.progress
     # Of a commit `require_scorers` compares what scored, and a run with a new key for the same service is the same run.
-    identity = flat({name: value for name, value in inputs(context).items() if name not in UNSEEN})
-    identity = {name: value for name, value in identity.items() if value != {}}
+    seen = {name: value for name, value in inputs(context).items() if name not in UNSEEN}
+    identity = flat(seen, keeps_empty=False)
     commit = _find_commit(context, identity)
     policy = context.checkpoint(config.ppo.init_from)
     scorers = context.reward_models(judges(config) if config.ppo.gold_rollouts else ROLES[:1])
