@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from contracts.keys import Rule, key, names_in, section
+from contracts.keys import Allowed, Rule, key, names_in, section
 
 
 def _is_day(value: str) -> bool:
@@ -79,7 +79,7 @@ class DataConfig:
     # trains PPO's reward model, and stage preference
     preferences: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
     # trains the judge that PPO never sees
-    gold: SourceConfig | None = field(default=None, metadata=section(SourceConfig, keep=NO_PROMPTS).metadata)
+    gold: SourceConfig | None = field(default=None, metadata={"narrower": {"keep": Allowed(NO_PROMPTS)}})
     test: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)  # held-out preferences
     eval_prompts: SourceConfig = field(default_factory=SourceConfig)  # held-out prompts
     # Turn a text into a prompt of its first words and a completion of the rest; null takes prompts as they are.

@@ -16,6 +16,7 @@ from typing import Any
 
 Request = dict[str, list]  # by the names of FIELDS, one entry an item; of `rows` a dict each
 FIELDS = ("prompts", "completions", "labels", "rows", "messages", "completion_ids")
+PLACED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 OURS = ("texts", "rows", "labels")  # of parameters, those that no other library has
 OF_TRLS_DATA = ("prompt", "completion", "completion_ids")  # columns that TRL leaves out
 ACCEPTED = (
@@ -59,6 +60,15 @@ class CallForm:
     def lacks(self, row: dict[str, Any], label: Any = None) -> str | None:
         """What the function needs of a row and this one does not have."""
         return None
+
+    def lacks_in_data(self, row: dict[str, Any]) -> str | None:
+        """The same of a row of a data set, which has no label beside it."""
+        return self.lacks(row) or ("label" if self.needs_label and not {"label", "labels"} & row.keys() else None)
+
+    @property
+    def needs_label(self) -> bool:
+        labels = self.parameters.get("labels")
+        return labels is not None and labels.default is Parameter.empty
 
     def call(self, function: Callable[..., Any], request: Request, log: "Logged") -> Any:
         """What it answers: a value for all items, or something to be awaited."""
@@ -175,18 +185,29 @@ async def _all(answers: list) -> list:
 
 
 class Queries(CallForm):
-    """OpenRLHF's: a query is prompt and completion."""
+    """OpenRLHF's: a query is prompt and completion. It gives queries, prompts and labels by their places, whatever their
+    names (openrlhf/utils/agent.py)."""
 
-    given = ("queries", "prompts", "labels")
+    def __init__(self, signature: Signature):
+        places = [p.name for p in signature.parameters.values() if p.kind in PLACED]
+        self.given = tuple(places[:3])
+        super().__init__(signature)
+
+    def _can_give(self, parameter: Parameter) -> bool:
+        return parameter.name in self.given
+
+    @property
+    def needs_label(self) -> bool:
+        return len(self.given) == 3
 
     @property
     def wants(self) -> list[str]:
-        return ["prompts", "completions", *(["labels", "rows"] if self.takes_all or self.names("labels") else [])]
+        return ["prompts", "completions", *(["labels", "rows"] if self.needs_label else [])]
 
     def call(self, function: Callable[..., Any], request: Request, log: Logged) -> Any:
         prompts = request["prompts"]
         queries = [prompt + said for prompt, said in zip(prompts, request["completions"], strict=True)]
-        return function(**self._chosen({"queries": queries, "prompts": prompts, "labels": request.get("labels")}))
+        return function(*[queries, prompts, request.get("labels")][: len(self.given)])
 
 
 def call_form(signature: Signature) -> CallForm:

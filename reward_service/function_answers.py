@@ -21,10 +21,11 @@ class Refused(ValueError):
     """What a function returned is no list of scores; the text is an item's error, "code: detail"."""
 
 
-def plain_scores(value: Any, logged: dict[str, list]) -> list[Plain]:
+def plain_scores(value: Any, count: int, logged: dict[str, list]) -> list[Plain]:
     """Scores in the order of the items, numbers of numpy and torch as Python's.
 
     Args:
+        count: of items.
         logged: what the function has logged beside them, a list of values for all items by name.
 
     Raises:
@@ -35,6 +36,8 @@ def plain_scores(value: Any, logged: dict[str, list]) -> list[Plain]:
         columns |= {key: found for key, found in value.items() if key not in (name, "extra_logs")}
         columns |= value["extra_logs"] if isinstance(value.get("extra_logs"), dict) else {}
         value = _plain(value[name])
+        if count == 1 and isinstance(value, int | float):  # OpenRLHF calls with one item at a time
+            value = [value]
     if not isinstance(value, list | tuple):
         raise Refused(_wrong_type(value, "a list"))
     scores = [_score(item) for item in value]

@@ -47,9 +47,10 @@ def scores_of(function: Callable[..., Any], form: CallForm, request: Request) ->
     for row, label in zip_longest(rows, labels):
         if missing := form.lacks(row, label):
             raise Refused(f"{MISSING}: the function needs {missing}")
-    logged = Logged(max(map(len, request.values()), default=0))
+    count = max(map(len, request.values()), default=0)
+    logged = Logged(count)
     answer = form.call(function, request, logged)
-    return plain_scores(LOOP.run_until_complete(answer) if inspect.isawaitable(answer) else answer, logged)
+    return plain_scores(LOOP.run_until_complete(answer) if inspect.isawaitable(answer) else answer, count, logged)
 
 
 def limit_memory(gib: float) -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 TANDEM = Path(__file__).resolve().parents[2]
 PACKAGES = ("actors", "common", "contracts", "controller", "learner", "reward_service")
@@ -76,7 +77,7 @@ def source_signature(function: str) -> inspect.Signature | None:
     given = made[-1].args
     plain = [*given.posonlyargs, *given.args]
     defaults = [*[None] * (len(plain) - len(given.defaults)), *given.defaults, *given.kw_defaults]
-    kinds = [inspect.Parameter.POSITIONAL_ONLY] * len(given.posonlyargs)
+    kinds: list[Any] = [inspect.Parameter.POSITIONAL_ONLY] * len(given.posonlyargs)
     kinds += [inspect.Parameter.POSITIONAL_OR_KEYWORD] * len(given.args)
     kinds += [inspect.Parameter.KEYWORD_ONLY] * len(given.kwonlyargs)
     parameters = [

@@ -68,7 +68,7 @@ class Function(ScorerKind):
 
     def needs_rows(self, entry: ScorerConfig) -> Callable[[dict[str, Any]], str | None] | None:
         form = form_in_source(str(entry.function))
-        return form and form.lacks
+        return form.lacks_in_data if form else None
 
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
         return source_digest(entry.function) if entry.function else ""

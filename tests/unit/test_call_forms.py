@@ -3,6 +3,7 @@ becomes of what it answers."""
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from common.files.source_code import source_signature
-from contracts.config import ScorerConfig
+from contracts.checks.check import leaves
+from contracts.checks.overrides import unknown_overrides
+from contracts.config import ScorerConfig, TandemConfig
 from contracts.records import Score, row_text
 from reward_service.call_forms import ByName, OneByOne, Queries, UnknownForm, call_form
 from reward_service.function_answers import Refused, plain_scores
@@ -110,6 +113,9 @@ import torch
 
 def rewards_of_queries(queries, prompts, labels):
     return torch.tensor([float(query == prompt + label) for query, prompt, label in zip(queries, prompts, labels)])
+
+def one_at_a_time(queries, originals, answers):
+    return {"rewards": torch.tensor(float(queries[0] == originals[0] + answers[0]))}
 
 def rewards_with_logs(queries, prompts, labels, **kwargs):
     reward = torch.tensor([float(query.endswith(str(label))) for query, label in zip(queries, labels)])
@@ -273,6 +279,11 @@ def test_openrlhfs_reward_func(score: Callable[..., list[Score]]) -> None:
     assert [(s.parts["scores"], s.parts["each"]) for s in scores if s.parts] == [(0.5, 2.0), (0.0, 1.0)]
 
 
+def test_openrlhf_gives_one_item_by_place(score: Callable[..., list[Score]]) -> None:
+    items = [Text("2+3=", "5", "5"), Text("2+3=", "6", "5"), Text("2+3=", "7", "7")]
+    assert said(score("one_at_a_time", *items, file="openrlhf.py", batch_size=3)) == [1.0, 0.0, 1.0]
+
+
 # ---- which form
 
 
@@ -359,11 +370,12 @@ def test_a_signature_read_off_the_source_is_that_of_the_function(tmp_path: Path)
         ([{"score": 1, "format": True, "why": "text", "none": None}], [{"score": 1, "format": 1.0}]),
         ([{"score": None, "format": 1.0}, 2.0], [None, 2.0]),
         ({"score": [1.0, None], "a": [1, 2]}, [{"score": 1.0, "a": 1}, None]),
+        ({"rewards": 0.5, "scores": 1.0}, [{"score": 0.5, "scores": 1.0}]),
         ({"rewards": (1.0, 0.0), "extra_logs": {"m": 0.5}}, [{"score": 1.0, "m": 0.5}, {"score": 0.0, "m": 0.5}]),
     ],
 )
 def test_answers(answer: Any, plain: list) -> None:
-    assert plain_scores(answer, {}) == plain
+    assert plain_scores(answer, len(plain), {}) == plain
 
 
 @pytest.mark.parametrize(
@@ -373,11 +385,58 @@ def test_answers(answer: Any, plain: list) -> None:
         ([{"score": "1"}], "wrong_type: str instead of a number"),
         ([{"score": 1.0, "a/b": 1.0}], "wrong_type: a part's name must be of letters, digits, _, - and ."),
         ({"score": [1.0, 2.0], "a": [1]}, "wrong_count: 1 values of a part for 2 scores"),
-        ({"score": 1.0}, "wrong_type: float instead of a list"),
+        (1.0, "wrong_type: float instead of a list"),
         ([{"score": 1.0, "a": 10**400}], "non_finite: an integer beyond the range of float"),
     ],
 )
 def test_answers_that_are_none(answer: Any, error: str) -> None:
     with pytest.raises(Refused) as caught:
-        plain_scores(answer, {})
+        plain_scores(answer, 1, {})
     assert str(caught.value) == error
+
+
+# ---- docs/coming_from.md
+
+
+def page() -> str:
+    return (Path(__file__).parents[2] / "docs/coming_from.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("boxed_is_right", text(r"\boxed{5}", ground_truth="5"), text("5", ground_truth="5")),
+        ("reward_func", Text("2+3=", "5", None, '{"label": "5"}'), Text("2+3=", "6", None, '{"label": "5"}')),
+        ("compute_score", text("5", reward_model={"ground_truth": "5"}), text("6", reward_model={"ground_truth": "5"})),
+    ],
+)
+def test_the_pages_functions_run(name: str, right: Text, wrong: Text, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page(), re.DOTALL)
+    [block] = [block for block in blocks if f"def {name}(" in block]
+    (tmp_path / "rules.py").write_text(block)
+    assert form_in_source(f"{tmp_path}/rules.py:{name}") is not None
+    pool = FunctionPool(ScorerConfig(kind="function", function=f"{tmp_path}/rules.py:{name}"))
+    try:
+        found = [score for future in pool.submit([right, wrong]) for score in future.result(60)]
+    finally:
+        pool.close()
+    assert [score.value for score in found] == [1.0, 0.0]
+
+
+def test_every_key_of_the_page_is_one_of_the_configuration() -> None:
+    """Of the tables the last column; of the text every `key` of a section, and every override of a command."""
+    keys = {leaf.key for leaf in leaves(TandemConfig())} | {
+        f"reward_service.scorers.proxy.{leaf.key}" for leaf in leaves(ScorerConfig())
+    }
+    rows = [line.split("|") for line in page().splitlines() if line.startswith("| ")]
+    cells = [row[-2] for row in rows if len(row) == 7 and row[-2].strip() != "Tandem"]
+    named = [key for cell in cells for key in re.findall(r"`([^`]+)`", cell)]
+    spans = re.findall(r"(?<![\w.-])`((?:data|ppo|reward_service|engine)\.[\w.]+)", re.sub(r"\| [^\n]*\n", "", page()))
+    commands = [
+        word for block in re.findall(r"```bash\n(.*?)```", page(), re.DOTALL) for word in block.split() if "=" in word
+    ]
+    assert len(named) > 15
+    assert len(spans) > 3
+    assert [key for key in (*named, *spans) if key not in keys and not any(k.startswith(f"{key}.") for k in keys)] == []
+    assert len(commands) > 8
+    assert unknown_overrides(commands) == []

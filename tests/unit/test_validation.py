@@ -770,6 +770,7 @@ def test_rows_without_what_a_rule_asks_for_are_refused(config: TandemConfig, tmp
         "def trl(completions, answer, hint=None): ...\n"
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None): ...\n"
         "def ours(texts, rows): ...\n"
+        "def reward_func(queries, prompts, labels): ...\n"
     )
 
     def check(name: str, **rows: str | None) -> None:
@@ -789,6 +790,8 @@ def test_rows_without_what_a_rule_asks_for_are_refused(config: TandemConfig, tmp
             f"reward_service.scorers.rule needs answer of every row, which row 4 of data.{source} does not have; found "
             f"answr; add it to the data, and to data.{source}.keep where that names columns"
         )
+    with pytest.raises(ConfigError, match=r"rule needs label of every row, which row 0 of data.prompts does not have"):
+        check("reward_func", prompts='{"label": 5}')
     with pytest.raises(
         ConfigError, match=r"rule needs ground_truth .or reward_model with one. of every row, which row 0"
     ):
