@@ -25,7 +25,7 @@ class Metric:
     title: str = ""  # of a chart of it alone; empty: it has none
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z_]+/[a-z_0-9<>]+", self.name) or self.better not in ("up", "down", "neither"):
+        if not re.fullmatch(r"[a-z_]+(/[a-z_0-9<>]+){1,2}", self.name) or self.better not in ("up", "down", "neither"):
             raise ValueError(f"a metric is named group/name, and better is up, down or neither; found {self}")
 
 

@@ -196,5 +196,7 @@ def sample_rows(judged: dict[str, Judged], judges: list[str]) -> list[dict[str, 
             row = {"stage": "evaluate", "model": name, "prompt_id": r.prompt.prompt_id, "prompt": r.prompt.text}
             row |= {"completion": r.completion.text, "tokens": len(r.completion.sampled_ids)}
             row |= {judge: float(values[i]) for judge, values in scores.items()}
-            rows.append(row | {"kl": float(j.log_ratio[i]), "eos": r.completion.finish_reason == "stop"})
+            rows.append(
+                row | {"kl": float(j.log_ratio[i]), "eos": r.completion.finish_reason == "stop"} | r.shown_fields
+            )
     return rows

@@ -47,6 +47,7 @@ def _row(rollout: Rollout) -> dict[str, Any]:
     return {
         "key": rollout.key,
         "prompt": rollout.prompt.text,
+        **({"row": rollout.prompt.columns} if rollout.prompt.row else {}),
         "completion": completion.text,
         "prompt_ids": rollout.prompt.token_ids,
         "token_ids": completion.token_ids.tolist(),

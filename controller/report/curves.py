@@ -33,6 +33,7 @@ Chart = str | tuple[str, tuple[Line, ...]]
 PPO_CHARTS: tuple[Chart, ...] = (
     ("Score", (("learned", "proxy", "reward/score_mean"), ("gold", "gold", "reward/gold_mean"))),
     "kl/ref_seq",
+    "reward/equal_groups_frac",
     ("Length", (("mean", "plain", "completion/len_mean"), ("p95", "soft", "completion/len_p95"))),
     "completion/eos_frac",
     "value/explained_var",

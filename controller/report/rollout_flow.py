@@ -19,7 +19,7 @@ CHARTS: tuple[Chart, ...] = (
         (("step", "plain", "perf/step_s"), ("rollouts", "proxy", "perf/rollout_s"), ("weights", "gold", "perf/sync_s")),
     ),
 )
-FATES = ("admitted", "trained", "quarantined", "released", "fenced", "open")
+FATES = ("admitted", "trained", "quarantined", "filtered", "released", "fenced", "open")
 FAULTS = ("fault/actors_lost", "fault/actors_without_update", "fault/unscored", "fault/no_sibling")
 
 
