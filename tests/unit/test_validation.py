@@ -27,6 +27,7 @@ from reward_service.call_forms import ACCEPTED
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {
+    "null or at least 2": 1,
     "at least 1": 0,
     "at least 2, as one prompt has no confidence interval": 1,
     "at least 2, as the newest commit may turn out bad": 1,
