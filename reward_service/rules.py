@@ -24,3 +24,9 @@ def exact_answer(completions: list[str], labels: list[Any]) -> list[float | None
         None if answer is None else float(last_number(text) == answer)
         for text, answer in zip(completions, answers, strict=True)
     ]
+
+
+def mentions_answer(completions: list[str], answer: list[Any]) -> list[float]:
+    """1 where the column `answer` stands anywhere in the completion. An example of a reward that can be hacked: it pays for
+    naming many answers. docs/verifiers.md shows what becomes of it; the verifiers read what a completion states as its one."""
+    return [float(str(right) in text) for text, right in zip(completions, answer, strict=True)]
