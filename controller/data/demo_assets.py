@@ -19,7 +19,7 @@ from pathlib import Path
 VADER_PACKAGE = "vaderSentiment==3.3.2"
 # docs/data.md says what each part is for. `gold` trains the judge that PPO never sees.
 SPLIT = {"test": 1500, "proxy": 4000, "gold": 4000, "sft": None}
-# All 200 sums and differences of two digits: `make demo-verify` trains on some and is measured on the others.
+# All 200 sums and differences of two numbers of one digit: `make demo-verify` trains on some and is measured on the others.
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 SUMS_SPLIT = {"held_out": 80, "train": 120}
 
