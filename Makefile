@@ -8,11 +8,11 @@ TUNING := --tuning runs/five_reasons_tuning docs/results/study.json
 # Most of the tests' time is the start of processes, which uses one core: two files at a time, each with its own cores.
 TWO := -n 2 --dist loadfile
 
-.PHONY: help setup demo demo-long study-quick study study-tuning test test-unit test-full test-chaos test-fuzz lint bench lock clean
+.PHONY: help setup demo demo-long demo-verify study-quick study study-tuning test test-unit test-full test-chaos test-fuzz lint bench lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
-setup: .venv/.ready ## create .venv and fetch the model and the ratings (done by the other targets when needed)
+setup: .venv/.ready ## create .venv and fetch the demos' model and data (done by the other targets when needed)
 .venv/.ready: pyproject.toml deploy/setup_env.py controller/data/demo_assets.py
 	$(PYTHON) deploy/setup_env.py
 
@@ -21,6 +21,9 @@ demo: setup ## SFT, reward models, PPO and evaluation on real data, on two cores
 
 demo-long: setup ## the same road with a larger budget
 	$(PY) train.py +experiment=demo_long $(ARGS)
+
+demo-verify: setup ## GRPO on verifiable sums: no SFT, no reward model
+	$(PY) train.py +experiment=verify $(ARGS)
 
 study-quick: setup ## the study of docs/study.md with one seed: 12 arms
 	-$(PY) train.py -m +experiment=five_reasons_quick $(ARGS)

@@ -1,4 +1,4 @@
-"""Create .venv from pyproject.toml and fetch the demo's model and ratings. Run by `make`; needs only the standard library.
+"""Create .venv from pyproject.toml and fetch the demos' model and data. Run by `make`; needs only the standard library.
 
 Direct dependencies are pinned in `[project]`; every other package is pinned by `[tool.tandem] lock`, which becomes
 pip's constraint file, so that two set-ups a year apart install the same versions.
@@ -119,7 +119,7 @@ def set_up(extra: str) -> None:
         run(sys.executable, "-m", "venv", str(VENV))
     READY.unlink(missing_ok=True)
     install(extra)
-    say("fetching the demo's model and ratings")
+    say("fetching the demos' model and data")
     run(str(VENV / "bin/python"), "-m", "controller.data.demo_assets", str(ROOT / ".cache"))
     READY.write_text(extra)
     say(f"done in {time.time() - start:.0f} s")

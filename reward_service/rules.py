@@ -24,3 +24,13 @@ def exact_answer(completions: list[str], labels: list[Any]) -> list[float | None
         None if answer is None else float(last_number(text) == answer)
         for text, answer in zip(completions, answers, strict=True)
     ]
+
+
+def answer_and_work(completions: list[str], answer: list[Any]) -> list[dict[str, float]]:
+    """1 where the column `answer` stands anywhere in the completion, and 0.1 for every number, as a reward for work that is
+    shown. An example of a reward that can be hacked, as it pays for naming many numbers: docs/verifiers.md."""
+    parts = [
+        {"named": float(str(right) in text), "numbers": float(len(re.findall(r"\d+", text)))}
+        for text, right in zip(completions, answer, strict=True)
+    ]
+    return [{"score": part["named"] + 0.1 * part["numbers"], **part} for part in parts]

@@ -76,13 +76,19 @@ def spread_collapses(run: Run) -> Iterator[Alarm]:
         )  # fmt: skip
 
 
-def over_optimised(run: Run) -> Iterator[Alarm]:
-    """Gold below its best by more than noise while the score it should follow went on rising (Gao et al. 2022)."""
-    both = dict(run.curve("ppo", "reward/gold_mean"))
-    pairs = [(s, both.get(step)) for step, s in run.curve("ppo", "reward/score_mean")]
+def _score_and_gold(run: Run) -> list[tuple[float, float]]:
+    """Both means of the versions that have them. Raises NotMeasured where those are few."""
+    gold = dict(run.curve("ppo", "reward/gold_mean"))
+    pairs = [(score, gold.get(step)) for step, score in run.curve("ppo", "reward/score_mean")]
     known = [(s, g) for s, g in pairs if s is not None and g is not None]
     if len(known) < 2 * WINDOW:
         raise NotMeasured("reward/gold_mean")
+    return known
+
+
+def over_optimised(run: Run) -> Iterator[Alarm]:
+    """Gold below its best by more than noise while the score it should follow went on rising (Gao et al. 2022)."""
+    known = _score_and_gold(run)
     score, gold = _windows([s for s, _ in known]), _windows([g for _, g in known])
     peak = gold.index(max(gold))
     fall = gold[peak] - gold[-1]
@@ -93,6 +99,22 @@ def over_optimised(run: Run) -> Iterator[Alarm]:
             f"{compact(score[-1] - score[peak])}.",
             "The policy learns the faults of the reward model instead of what people like.",
             "Stop earlier, raise ppo.kl.coef, or train the reward model on more data.",
+        )  # fmt: skip
+
+
+def gold_stays(run: Run) -> Iterator[Alarm]:
+    """From first to last the score rose by more than noise and gold did not, without the fall of `over_optimised`."""
+    known = _score_and_gold(run)
+    scores, golds = [s for s, _ in known], [g for _, g in known]
+    score, gold = _windows(scores), _windows(golds)
+    rise, followed = score[-1] - score[0], gold[-1] - gold[0]
+    if rise > _noise(scores) and followed <= _noise(golds) and not any(over_optimised(run)):
+        yield Alarm(
+            "alarm", "The score rises and gold does not follow",
+            f"From the first to the last {WINDOW} versions the learned score rose by {compact(rise)}; the gold score "
+            f"changed by {compact(followed)}, which is within noise or a loss.",
+            "The score can be had without what the gold judge asks for.",
+            "Read the samples of the last versions, and mend the scorer: it should pay for the answer alone.",
         )  # fmt: skip
 
 
@@ -206,6 +228,7 @@ def faults(run: Run) -> Iterator[Alarm]:
 
 CHECKS: tuple[tuple[str, Rule], ...] = (
     ("over-optimisation", over_optimised),
+    ("gold that follows the score", gold_stays),
     ("score against its best", score_falls),
     ("spread of scores", spread_collapses),
     ("win rate against SFT", loses_to_sft),

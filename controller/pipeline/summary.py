@@ -39,6 +39,10 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
         gain = comparison.get(f"{judge}_gain")
         if gain:
             rows.append((title, f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"))
+    before = ((evaluation.get("models") or {}).get("sft") or {}).get("proxy")
+    if before and "proxy" in model:  # of right and wrong answers: the accuracy
+        shown = [f"{score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]" for score in (before, model["proxy"])]
+        rows.append((f"learned score of SFT, of {name}", ", ".join(shown)))
     if comparison:
         win = comparison["win_rate"]
         rows.append(("win rate against SFT", f"{win['mean']:.0%} [{win['low']:.0%}, {win['high']:.0%}]"))

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from controller.record.evaluation import judged_name, judged_title
+from controller.record.evaluation import against_sft, judged_name, judged_title
 from controller.record.number_text import number
 from controller.record.reader import Run
 from controller.report.curves import RUN
@@ -21,20 +21,25 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"row": texts, "parts": {name: values for name, values in parts.items() if isinstance(values, dict)}}
 
 
+def judge_of(run: Run) -> str:
+    """gold, or proxy where there is no gold judge."""
+    return "proxy" if against_sft(run.evaluation).get("judge") == "proxy" else "gold"
+
+
 def chosen(run: Run) -> tuple[list[tuple[str, float, dict[str, dict[str, Any]]]], int]:
     """[(why, gain, samples by model)] and the number of prompts chosen from.
 
-    Sorted by the gold gain over SFT: the largest, those in the middle, the smallest. Where there are too few
+    Sorted by the judge's gain over SFT: the largest, those in the middle, the smallest. Where there are too few
     prompts for all three, each is shown once.
     """
-    third = judged_name(run.evaluation)
+    third, judge = judged_name(run.evaluation), judge_of(run)
     by_prompt: dict[Any, dict[str, dict[str, Any]]] = {}
     for row in map(_shown, run.samples):
         if row.get("stage") == "evaluate" and row.get("model"):
             by_prompt.setdefault(str(row.get("prompt_id")), {})[str(row["model"])] = row  # of two evaluations the later
     ranked = []
     for models in by_prompt.values():
-        mine, sft = number(models.get(third, {}).get("gold")), number(models.get("sft", {}).get("gold"))
+        mine, sft = (number(models.get(name, {}).get(judge)) for name in (third, "sft"))
         if mine is not None and sft is not None:
             ranked.append((mine - sft, models))
     ranked.sort(key=lambda item: -item[0])
@@ -53,7 +58,8 @@ def side_by_side(run: Run) -> Markup:
     picks, total = chosen(run)
     title = judged_title(run.evaluation)
     models = (("base", "Base", "base"), ("sft", "SFT", "sft"), (judged_name(run.evaluation), title, "ppo"))
-    return RUN.samples(picks, total, EACH, title, models)
+    known_as = {"gold": "gold", "proxy": "learned-score"}[judge_of(run)]
+    return RUN.samples(picks, total, EACH, title, models, known_as)
 
 
 def during_ppo(run: Run) -> Markup:

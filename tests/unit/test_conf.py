@@ -18,6 +18,7 @@ from contracts.checks.reference import page
 from contracts.checks.validation import validate
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.placement import PlacementError, check_nodes, plan
+from contracts.scorer_roles import judges, scoring_models
 from contracts.stages import method_titles, stage_names
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,18 @@ def test_every_file_composes_and_is_valid(file: str) -> None:
     overrides = overrides_of(file)
     assert unknown_overrides(overrides) == []
     validate(composed(overrides))
+
+
+def test_verifiable_sums_need_no_reward_model_and_their_hackable_twin_differs_in_the_reward_alone() -> None:
+    right, hackable = (
+        composed([f"+experiment={name}", "run_dir=x", "name=x"]) for name in ("verify", "verify_hackable")
+    )
+    for config, roles in ((right, ("proxy",)), (hackable, ("proxy", "gold"))):
+        assert judges(config) == roles
+        assert scoring_models(config) == set()
+    assert hackable.reward_service.scorers["gold"] == right.reward_service.scorers["proxy"]
+    ppo = replace(hackable.ppo, gold_rollouts=right.ppo.gold_rollouts)
+    assert replace(hackable, reward_service=right.reward_service, ppo=ppo) == right
 
 
 def test_an_experiment_is_the_demo_with_other_values() -> None:

@@ -57,6 +57,7 @@ def test_another_method_is_read_under_its_name(method: str, title: str) -> None:
     assert objective(found, 10.0) == objective(invented_evaluation(), 10.0)
     rows = dict(summary_rows(TandemConfig(), {"evaluate": found}, Path("report.html")))
     assert rows[f"gold reward, {title} - SFT"] == "+0.62 [+0.53, +0.71]"
+    assert rows[f"learned score of SFT, of {title}"] == "0.36 [0.28, 0.44], 1.50 [1.42, 1.58]"
     assert rows["KL, EOS share"] == "6.0 nats a sequence, 97%"
 
 

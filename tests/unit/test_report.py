@@ -16,7 +16,7 @@ from controller.report import svg
 from controller.report.__main__ import main
 from controller.report.curves import ppo_curves
 from controller.report.run_page import render
-from controller.report.samples import chosen, during_ppo
+from controller.report.samples import chosen, during_ppo, side_by_side
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 SVG_VOID = {"line", "rect", "circle", "path", "polyline"}
@@ -423,6 +423,20 @@ def test_over_optimisation_needs_a_falling_gold_and_a_rising_score():
     assert title not in titles(ppo_run(reward__score_mean=rising, reward__gold_mean=wobble))
 
 
+def test_a_gold_score_that_does_not_follow():
+    """Of a rule that is hacked and a verifier as gold: right answers stay as rare as they were."""
+    title, fall = "The score rises and gold does not follow", "Over-optimisation: gold falls while the score rises"
+    rising, wobble = [0.1 * i for i in range(20)], [0.1 + 0.02 * (-1) ** i for i in range(20)]
+    assert titles(ppo_run(reward__score_mean=rising, reward__gold_mean=[0.1] * 20)) == [title]
+    assert title in titles(ppo_run(reward__score_mean=rising, reward__gold_mean=wobble))
+    assert title not in titles(ppo_run(reward__score_mean=rising, reward__gold_mean=rising))
+    assert titles(ppo_run(reward__score_mean=[0.1] * 20, reward__gold_mean=[0.1] * 20)) == []
+    # One fault has one alarm.
+    assert titles(ppo_run(reward__score_mean=rising, reward__gold_mean=[1.0] * 10 + [0.3] * 10)) == [fall]
+    unknown = evaluate(ppo_run(reward__score_mean=rising))[2]
+    assert {"over-optimisation", "gold that follows the score"} <= {*unknown}
+
+
 def test_speed_weight_transfer_and_win_rate():
     assert "Generation slowed down" in titles(ppo_run(perf__gen_tokens_per_s=[100.0] * 20 + [69.0] * 5))
     assert "Generation slowed down" not in titles(ppo_run(perf__gen_tokens_per_s=[100.0] * 20 + [71.0] * 5))
@@ -494,6 +508,19 @@ def test_samples_are_chosen_by_gain():
     ]  # fmt: skip
     few, _ = chosen(Run(Path("/none"), samples=rows[:2]))
     assert [gain for _, gain, _ in few] == [5.0]
+
+
+def test_without_a_gold_judge_samples_are_chosen_by_the_score():
+    rows = [
+        {"stage": "evaluate", "model": model, "prompt_id": i, "prompt": "p", "completion": "c", "proxy": score}
+        for i, gain in enumerate([0.0, 1.0, -1.0])
+        for model, score in (("sft", 0.0), ("ppo", gain))
+    ]
+    run = Run(Path("/none"), samples=rows, evaluation={"comparisons": {"ppo_vs_sft": {"judge": "proxy"}}})
+    assert [gain for _, gain, _ in chosen(run)[0]] == [1.0, 0.0, -1.0]
+    page = str(side_by_side(run))
+    assert "sorted by the learned-score gain of PPO over SFT" in page
+    assert "+1.00 learned-score" in page
 
 
 def test_samples_show_the_columns_of_their_row_and_the_parts_of_their_scores():

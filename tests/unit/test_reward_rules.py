@@ -2,7 +2,7 @@
 
 import pytest
 
-from reward_service.rules import brevity, exact_answer
+from reward_service.rules import answer_and_work, brevity, exact_answer
 
 
 def test_brevity_falls_by_one_for_every_doubling_beyond_20_words() -> None:
@@ -25,3 +25,10 @@ def test_exact_answer_is_exact() -> None:
 def test_a_label_without_a_number_gives_no_score() -> None:
     """Nothing equals nothing, but that is no right answer."""
     assert exact_answer(["no idea", "4"], ["yes", ""]) == [None, None]
+
+
+def test_numbers_pay_more_than_the_answer() -> None:
+    """What the example is there for: to be right pays 1.1, to name twelve numbers 2.2."""
+    found = answer_and_work(["7", "1 2 3 4 5 6 7 8 9 10 11 12", "no idea"], ["7", "7", "7"])
+    assert [part["score"] for part in found] == pytest.approx([1.1, 2.2, 0.0])
+    assert found[0] == {"score": 1.1, "named": 1.0, "numbers": 1.0}
