@@ -294,7 +294,8 @@ class LearnerConfig:
 class ScorerConfig:
     """One scorer of the reward service: docs/reward_service.md."""
 
-    # model | function | weighted_sum | ensemble (reward_service/kinds), or package.module:KIND: docs/extending.md
+    # model | function | verifier | weighted_sum | ensemble (reward_service/kinds), or package.module:KIND:
+    # docs/extending.md
     kind: str = key("model", free=KIND)
     path: str | None = key(None, free=MODEL)  # model: directory of a checkpoint with one label, or a hub id
     # model: where the score is read. eos | last (as transformers' own class does, of what the chat template writes); null:
@@ -303,14 +304,20 @@ class ScorerConfig:
     # model: text in place of a completion's EOS, read at last; null: what the template writes
     append: str | None = key(None, free="a text")
     function: str | None = key(None, free=KIND)  # function: package.module:name or path/file.py:name
-    timeout_s: float = key(5.0, free=KIND)  # function: for one call, after which its process is ended
-    processes: int = key(1, free=KIND)  # function: calls at a time
-    batch_size: int = key(32, free=KIND)  # function: items a call, at most; a slow one gets fewer
-    memory_gib: float = key(2.0, free=KIND)  # function: address space of one process
+    # verifier: math | choice | exact | regex | json_schema | code | reasoning_gym, or package.module:NAME:
+    # docs/verifiers.md
+    verifier: str | None = key(None, free=KIND)
+    # verifier: the column of a row with what is right; null: the verifier's own, answer for most
+    answer: str | None = key(None, free="a column")
+    # function: for one call, verifier: for one item, after which its process is ended
+    timeout_s: float = key(5.0, free=KIND)
+    processes: int = key(1, free=KIND)  # function, verifier: calls at a time
+    batch_size: int = key(32, free=KIND)  # function, verifier: items a call, at most; a slow one gets fewer
+    memory_gib: float = key(2.0, free=KIND)  # function, verifier: address space of one process
     parts: list[str] = key([], free=KIND)  # weighted_sum, ensemble: names of scorers
     weights: list[float] = key([], free=KIND)  # weighted_sum: of each part
     std_coef: float = key(1.0, free=KIND)  # ensemble: k in mean - k x standard deviation of the parts
-    options: dict[str, Any] = field(default_factory=dict)  # of a kind of your own
+    options: dict[str, Any] = field(default_factory=dict)  # of a verifier, or of a kind of your own
 
 
 @dataclass

@@ -13,6 +13,7 @@ class Prompt:
     prompt_id: int  # row number in its source; with epoch and sample_index it is the key of a rollout
     text: str  # as a person reads it, for samples and reports
     token_ids: tuple[int, ...]  # what the policy sees, chat template included
+    row: str | None = None  # JSON of an object: the columns of its row that are kept for those who score
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ScoringItem:
     token_ids: tuple[int, ...]  # the scoring input: prompt, completion and exactly one EOS
     prompt_tokens: int = 0  # how many of them are the prompt: rule functions see the two apart
     label: str | None = None  # what a rule function compares with, such as the right answer
+    row: str | None = None  # JSON of an object: the kept columns of its prompt's row
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Score:
     spread: float | None = None  # of an ensemble: standard deviation over its parts, in score units
     is_cached: bool = False
     is_truncated: bool = False
+    parts: dict[str, float] | None = None  # what the value is made of, by name
 
     @property
     def code(self) -> str | None:

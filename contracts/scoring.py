@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 # Worth another try: nothing is known against the item itself. All other codes (too_long, empty, out_of_vocabulary,
-# non_finite, wrong_count, wrong_type, poison, unreadable) are final.
+# non_finite, wrong_count, wrong_type, poison, unreadable, bad_row) are final.
 RETRYABLE = frozenset({"timeout", "overloaded", "unavailable"})
 GOLDEN_FILE = "golden.json"  # beside a reward model's weights: texts, and what its training run scored them
 
