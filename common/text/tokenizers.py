@@ -68,11 +68,11 @@ def known_ids(path: str) -> frozenset[int]:
     return frozenset(tokens.values())
 
 
-def load_decoder(path: str) -> Callable[[Sequence[int]], str]:
-    """Token ids to text, control tokens shown, by the tokenizer of a checkpoint. A fast tokenizer needs no torch for it."""
+def load_decoder(path: str, with_controls: bool = True) -> Callable[[Sequence[int]], str]:
+    """Token ids to text, control tokens shown or left out, by the tokenizer of a checkpoint. A fast one needs no torch."""
     tokenizer = _fast(path)
     if tokenizer is None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
+    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=not with_controls)
