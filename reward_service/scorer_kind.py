@@ -72,6 +72,9 @@ class Scorer:
         """What it has counted since it was last asked, by name, for `tandem_reward_judge_total`."""
         return {}
 
+    async def close(self) -> None:
+        """Connections, where it has some."""
+
 
 class ThreadScorer(Scorer):
     """Calls a function of items in one thread. What it raises, or returns for a number, costs the one item that it is of."""

@@ -32,7 +32,8 @@ from reward_service.judging.scale import Reading, scale_of
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, text_reader, version_of
 
 CALLS = 2  # to an engine: one waits while the other is answered
-# What decides no value.
+TOKENS = 128  # of which vLLM gives log-probabilities at most
+# What decides no value, or counts with its content.
 NO_PART = ("address", "model", "rubric", "token_file", "concurrency", "timeout_s", "engine")
 
 
@@ -152,6 +153,11 @@ def _scale_checks(key: str, judge: JudgeConfig) -> Iterator[Check]:
     are_finite = all(math.isfinite(value) and least <= value <= most for value in values)
     bounds = "in [0, 1], the share of the first" if is_pair else "finite numbers"
     yield Check(are_finite, f"{key}.values", bounds, values, "for example [1, 0]")
+    most_answers = TOP if judge.address else TOKENS
+    few = judge.read == "text" or count <= most_answers
+    yield Check(
+        few, f"{key}.scale", f"at most {most_answers} answers, of which probabilities are given", count, "fewer"
+    )
     if judge.address and judge.read == "probabilities":
         firsts = [answer.strip()[:1] for answer in scale.answers]
         yield Check(
@@ -161,7 +167,6 @@ def _scale_checks(key: str, judge: JudgeConfig) -> Iterator[Check]:
             list(scale.answers),
             "for example [1, 2, 3, 4, 5], or judge.read=text",
         )
-        yield Check(count <= TOP, f"{key}.scale", f"at most {TOP} answers, as many as are given", count, "fewer")
 
 
 def _reason(function: Any, *arguments: Any) -> str | None:
@@ -227,6 +232,10 @@ class JudgeScorer(Scorer):
         counting = self._engine if self._judge.model else self._endpoint
         taken, counting.counts = counting.counts, Counter()
         return dict(taken)
+
+    async def close(self) -> None:
+        if not self._judge.model:
+            await self._endpoint.close()
 
     async def score(self, items: list[ScoringItem], deadline_s: float) -> list[Score]:
         expires = time.monotonic() + deadline_s
