@@ -22,7 +22,8 @@ from typing import Any
 from common.processes.cores import usable_cores
 from common.processes.process_env import scorer_env
 
-os.environ.update({k: v for k, v in scorer_env(usable_cores(), on_cpu=True).items() if k not in os.environ})
+if __name__ == "__main__":  # what a replica's process has, before torch is imported
+    os.environ.update({k: v for k, v in scorer_env(usable_cores(), on_cpu=True).items() if k not in os.environ})
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A judge at an address, against a server that answers as it is told: what is tried again, what is read, what is an error."""
+"""A judge at an address, against a server that answers as it is told: what is tried again, read, refused."""
 
 import asyncio
 import json
@@ -65,7 +65,9 @@ def judge_at(server: Scripted, **values: Any) -> JudgeConfig:
     return JudgeConfig(**{"address": server.url, "model_name": "m", "rubric": "{{ completion }}", **values})
 
 
-def asked(judge: JudgeConfig, *questions: str, deadline_s: float = 5.0) -> tuple[list[Reading | Failed], dict[str, int]]:
+def asked(
+    judge: JudgeConfig, *questions: str, deadline_s: float = 5.0
+) -> tuple[list[Reading | Failed], dict[str, int]]:
     async def go() -> tuple[list[Reading | Failed], dict[str, int]]:
         endpoint = Endpoint(judge, scale_of(judge))
         found = await endpoint.read(list(questions or [QUESTION]), time.monotonic() + deadline_s)
@@ -76,7 +78,9 @@ def asked(judge: JudgeConfig, *questions: str, deadline_s: float = 5.0) -> tuple
 
 
 def test_the_expected_value_of_the_answers_and_what_is_beside_them(server: Scripted) -> None:
-    server.script = [likely(("4", 0.5), (" 5", 0.125), ("5", 0.125), ("2", 0.05), ("Well", 0.1), (" ", 0.05), ("10", 0.05))]
+    server.script = [
+        likely(("4", 0.5), (" 5", 0.125), ("5", 0.125), ("2", 0.05), ("Well", 0.1), (" ", 0.05), ("10", 0.05))
+    ]
     (found,), counts = asked(judge_at(server))
     assert isinstance(found, Reading)
     assert found.value == pytest.approx((4 * 0.5 + 5 * 0.25 + 2 * 0.05) / 0.8)  # 4.1875
@@ -277,7 +281,11 @@ def test_where_requests_go(address: str, url: str) -> None:
         (failing(400), {}, r"refuses what read=probabilities asks for \(HTTP 400\); write read=text"),
         (failing(422), {"read": "text"}, r"refuses what read=text asks for \(HTTP 422\); write another constrain"),
         (failing(503), {}, r"address=.*: no answer \(HTTP 503 of the judge's server\)"),
-        (said("4"), {}, "read=probabilities: the judge's server gives no log-probabilities at address=.*; write read=text"),
+        (
+            said("4"),
+            {},
+            "read=probabilities: the judge's server gives no log-probabilities at address=.*; write read=text",
+        ),
         (lambda body: (200, {}, b"<html>"), {}, "write the base URL of an OpenAI-compatible server"),
     ],
 )
