@@ -18,13 +18,13 @@ rollout without one does (`ppo.max_failed_scores`).
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 
 from actors.environment import environment_maker
-from common.text.tokenizers import load_config, load_tokenizer
+from common.text.tokenizers import load_tokenizer, vocab_size
 from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.environments import Environment, EnvironmentFault, checked_ids, checked_step
 from contracts.interfaces import Engine
@@ -52,8 +52,8 @@ class Limits:
     @classmethod
     def of(cls, model: ModelConfig, environment: EnvironmentConfig, max_model_len: int) -> "Limits":
         """Those of a configuration; reads the model's."""
-        vocab_size = load_config(model.path, model).get_text_config().vocab_size
-        return cls(vocab_size, max_model_len, environment.max_turn_tokens, environment.min_turn_tokens)
+        size = vocab_size(model.path, model)
+        return cls(size, max_model_len, environment.max_turn_tokens, environment.min_turn_tokens)
 
 
 def turn_seed(rollout_seed: int, turn: int) -> int:
@@ -63,25 +63,21 @@ def turn_seed(rollout_seed: int, turn: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{rollout_seed}:{turn}".encode()).digest()[:4]) >> 1
 
 
+@dataclass
 class Conversation:
     """The state of one conversation; who samples the turns is the caller's business."""
 
-    def __init__(
-        self,
-        request: RolloutRequest,
-        sampling: SamplingConfig,
-        make_environment: Callable[[], Environment],
-        limits: Limits,
-        decode: Callable[[list[int]], str],
-    ):
-        self.request = request
-        self.sampling = sampling
-        self.limits = limits
-        self.prompt = request.prompt
-        self.turns: list[Turn] = []
-        self.fault: str | None = None
-        self.done = False  # said by the environment
-        self._make, self._decode = make_environment, decode
+    request: RolloutRequest
+    sampling: SamplingConfig
+    make_environment: Callable[[], Environment]
+    limits: Limits
+    decode: Callable[[list[int]], str]
+    turns: list[Turn] = field(default_factory=list)
+    fault: str | None = None
+    done: bool = False  # said by the environment
+
+    def __post_init__(self) -> None:
+        self.prompt = self.request.prompt
         self._parts: list[Completion] = []  # turns and observations in order
         self._length = 0  # of the completion, tokens
 
@@ -93,7 +89,7 @@ class Conversation:
             Exception: what the environment raises.
         """
         given = self.request.prompt.token_ids
-        self._environment = self._make()
+        self._environment = self.make_environment()
         ids = checked_ids(self._environment.reset(self.request.prompt), self.limits.vocab_size, "reset()")
         longest = len(ids) + self.sampling.max_completion_tokens
         # A prompt that is too long as it came is the engine's to refuse.
@@ -157,7 +153,7 @@ class Conversation:
             np.zeros(count, dtype=np.float32),
             np.full(count, version, dtype=np.int32),
             "length",
-            self._decode(token_ids),
+            self.decode(token_ids),
             loss_mask=np.zeros(count, dtype=bool),
         )
 
@@ -178,28 +174,24 @@ class Conversation:
         )
 
 
+@dataclass
 class Conversations:
     """Runs conversations on an engine: one future each. Environments answer in threads of their own, so that neither a
     slow one nor the caller holds up the engine."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        make_environment: Callable[[], Environment],
-        limits: Limits,
-        decode: Callable[[list[int]], str],
-    ):
-        self._engine = engine
-        self._make = make_environment
-        self._limits = limits
-        self._decode = decode
+    engine: Engine
+    make_environment: Callable[[], Environment]
+    limits: Limits
+    decode: Callable[[list[int]], str]
+
+    def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(STEP_THREADS, thread_name_prefix="environment")
 
     def submit(self, request: RolloutRequest, sampling: SamplingConfig) -> "Future[Rollout]":
         """Begin a conversation. The future fails with what the engine raises; a fault of the environment is a `fault` of
         its rollout."""
         result: Future[Rollout] = Future()
-        conversation = Conversation(request, sampling, self._make, self._limits, self._decode)
+        conversation = Conversation(request, sampling, self.make_environment, self.limits, self.decode)
         self._advance(conversation, conversation.begin, result)
         return result
 
@@ -210,7 +202,7 @@ class Conversations:
             if turn is None:
                 result.set_result(conversation.rollout())
                 return
-            sampled = self._engine.submit(turn.token_ids, turn.sampling, turn.seed)
+            sampled = self.engine.submit(turn.token_ids, turn.sampling, turn.seed)
         except BaseException as error:  # whoever waits for the result must hear of it: nobody looks at this thread
             result.set_exception(error)
             return
@@ -244,9 +236,8 @@ def start_conversations(
     """
     limits = Limits.of(model, environment, config.max_model_len)
     tokenizer = lru_cache(1)(lambda: load_tokenizer(model.path, model))
-    return Conversations(
-        engine,
-        environment_maker(environment, tokenizer),
-        limits,
-        lambda ids: str(tokenizer().decode(ids, skip_special_tokens=True)),
-    )
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer().decode(ids, skip_special_tokens=True))
+
+    return Conversations(engine, environment_maker(environment, tokenizer), limits, decode)

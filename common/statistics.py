@@ -10,6 +10,7 @@ false, so that an unknown interval passes no check. Failed scores are the caller
 an error.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,11 +30,11 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95% confidence interval, in the units of the values."""
+    """A mean with its 95% confidence interval, in the units of the values; NaN is what cannot be known."""
 
-    mean: float
-    low: float
-    high: float
+    mean: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -70,7 +71,7 @@ def _interval(estimate: float, resampled: ArrayLike) -> Interval:
     draws = np.asarray(resampled, dtype=np.float64)
     draws = draws[np.isfinite(draws)]
     if draws.size == 0:
-        return Interval(estimate, float("nan"), float("nan"))
+        return Interval(estimate)
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(estimate, float(low), float(high))
 
@@ -81,10 +82,8 @@ def bootstrap_mean(values: ArrayLike, samples: int, seed: int) -> Interval:
     No value: all NaN. One value: NaN limits.
     """
     vector = _vector("values", values)
-    if vector.size == 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    if vector.size == 1:
-        return Interval(float(vector[0]), float("nan"), float("nan"))
+    if vector.size < 2:
+        return Interval(*vector.tolist())  # the one value, without limits
     means = [vector[rows].mean(axis=1) for rows in _resamples(vector.size, samples, seed)]
     return _interval(float(vector.mean()), np.concatenate(means))
 
@@ -102,13 +101,13 @@ def bootstrap_groups(
         groups: [rows], the group of each.
     """
     if not len(groups):
-        return Interval(float("nan"), float("nan"), float("nan"))
+        return Interval()
     members = [np.flatnonzero(np.asarray(groups) == group) for group in sorted(set(groups))]
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of statistics that a resample does not define
         estimate = float(statistic(np.arange(len(groups))))
         if len(members) == 1:
-            return Interval(estimate, float("nan"), float("nan"))
+            return Interval(estimate)
         draws = [
             float(statistic(np.concatenate([members[group] for group in drawn])))
             for block in _resamples(len(members), samples, seed)
@@ -167,10 +166,10 @@ def length_adjusted_gain(gain: ArrayLike, length_difference: ArrayLike, samples:
     """
     y, x = _paired(gain, length_difference)
     if y.size == 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
+        return Interval()
     estimate = float(_intercepts(y[None], x[None])[0])
     if y.size < 3 or np.isnan(estimate):
-        return Interval(estimate, float("nan"), float("nan"))
+        return Interval(estimate)
     draws = [_intercepts(y[rows], x[rows]) for rows in _resamples(y.size, samples, seed)]
     return _interval(estimate, np.concatenate(draws))
 
@@ -188,7 +187,7 @@ def pair_accuracy(scores: ArrayLike, ratings: ArrayLike, pairs: ArrayLike, sampl
     score, rating = _paired(scores, ratings)
     table = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
     if len(table) == 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
+        return Interval()
     left, right = table.T
     rated = np.sign(rating[left] - rating[right])
     if (rated == 0).any():
@@ -196,7 +195,7 @@ def pair_accuracy(scores: ArrayLike, ratings: ArrayLike, pairs: ArrayLike, sampl
     right_share = 0.5 * (1.0 + rated * np.sign(score[left] - score[right]))  # [m]: 1 right, 0.5 tie, 0 wrong
     estimate = float(right_share.mean())
     if len(table) == 1:
-        return Interval(estimate, float("nan"), float("nan"))
+        return Interval(estimate)
 
     texts, members = np.unique(table, return_inverse=True)
     members = members.reshape(table.shape)
@@ -239,7 +238,7 @@ def distinct_n(token_lists: Sequence[Sequence[int]], n: int = 2) -> float:
     Falls with the amount of text: compare sets of about as many tokens.
     """
     ngrams = [ngram for token_ids in token_lists for ngram in _ngrams(token_ids, n)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else float("nan")
+    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
 
 
 def repeat_fraction(token_ids: Sequence[int], n: int = 4) -> float:

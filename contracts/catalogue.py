@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from contracts.estimators import ESTIMATORS, find_estimator
-from contracts.metrics import CORE, Metric
+from contracts.metrics import Metric, core_metrics
 from contracts.plugins import names
 
 HEADER = """# Metrics
 
-Every number of `metrics.jsonl`, as `contracts/metrics.py` and the estimators declare it. Written by
+Every number of `metrics.jsonl`, as `contracts/metrics.yaml` and the estimators declare it. Written by
 `python -m contracts.catalogue > docs/metrics.md`.
 
 `<n>` in a name stands for what varies. Where nothing else is said, a metric is of the rollouts of one update that have
@@ -27,7 +27,7 @@ is over the optimizer steps of the update. "So far" counts from the start of the
 def catalogue(*estimators: Any) -> dict[str, Metric]:
     """All metrics by name, in the order of docs/metrics.md; of `estimators` those of others than ours."""
     plugins = (*map(find_estimator, names(ESTIMATORS)), *estimators)
-    metrics = (*CORE, *(metric for plugin in plugins for metric in getattr(plugin, "metrics", ())))
+    metrics = (*core_metrics(), *(metric for plugin in plugins for metric in getattr(plugin, "metrics", ())))
     return {metric.name: metric for metric in metrics}
 
 

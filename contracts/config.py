@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from contracts.keys import Rule, key, names_in, section
+from contracts.keys import Allowed, Rule, key, names_in, section
 
 
 def _is_day(value: str) -> bool:
@@ -31,10 +31,10 @@ KL_PLACES = ("none", "reward", "k2", "k3")
 AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 HEAD_ALONE = Rule("0 (the head alone) or more", lambda value: value >= 0)
 BETAS = Rule("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
-UNBIASED = Rule(
-    "1, as the log-probabilities of a truncated, renormalised distribution bias the policy ratio",
-    lambda value: value == 1,
-)
+COLUMNS = Rule("a list of different columns", lambda value: len({*value}) == len(value))
+NO_PROMPTS = Rule("left to data.prompts and data.eval_prompts", lambda value: False)
+BIASED = "the log-probabilities of a truncated, renormalised distribution bias the policy ratio"
+UNBIASED = Rule(f"1, as {BIASED}", lambda value: value == 1)
 
 
 @dataclass
@@ -65,15 +65,20 @@ class SourceConfig:
     rating_column: str = key("rating", free=COLUMN)  # one number
     ratings_column: str = key("ratings", free=COLUMN)  # a list of numbers, one for each rater
     max_rows: int | None = key(None, least=1)
+    # prompts, eval_prompts: columns that travel with a prompt to rule functions, environments and samples.jsonl, each with
+    # a value in every row; null: all that are not the prompt, a missing value as null
+    keep: list[str] | None = key(None, rule=COLUMNS)
 
 
 @dataclass
 class DataConfig:
-    sft: SourceConfig = field(default_factory=SourceConfig)
+    sft: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
     prompts: SourceConfig = field(default_factory=SourceConfig)  # what PPO completes
-    preferences: SourceConfig = field(default_factory=SourceConfig)  # trains PPO's reward model, and stage preference
-    gold: SourceConfig | None = None  # trains the judge that PPO never sees
-    test: SourceConfig = field(default_factory=SourceConfig)  # held-out preferences
+    # trains PPO's reward model, and stage preference
+    preferences: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
+    # trains the judge that PPO never sees
+    gold: SourceConfig | None = field(default=None, metadata={"narrower": {"keep": Allowed(NO_PROMPTS)}})
+    test: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)  # held-out preferences
     eval_prompts: SourceConfig = field(default_factory=SourceConfig)  # held-out prompts
     # Turn a text into a prompt of its first words and a completion of the rest; null takes prompts as they are.
     prompt_words: int | None = key(None, least=1)
@@ -121,7 +126,7 @@ class PreferenceConfig:
     """Stage preference trains the SFT model on data.preferences, without a reward model: docs/preference.md."""
 
     # rank: log-likelihoods without a reference; null: as `method` says, else dpo
-    loss: str | None = key(None, choices=names_in("contracts.preference_losses", "loss_names"))
+    loss: str | None = key(None, choices=names_in("contracts.preference_losses", "PREFERENCE_LOSSES"))
     # of a difference in nats a sequence (dpo) or a token (rank); null: 0.1 and 2
     beta: float | None = key(None, above=0)
     # of the preferred text's negative log-likelihood a token; null: 0 (dpo) and 1 (rank)
@@ -167,6 +172,22 @@ class OffPolicyConfig:
 
 
 @dataclass
+class DynamicSamplingConfig:
+    """Groups whose scores are equal give way to groups of fresh prompts: DAPO. Estimators that compare groups alone."""
+
+    # times rollouts_per_update that an update may sample to fill its batch; null: equal groups stay in it
+    max_batches: int | None = key(None, least=2)
+
+
+@dataclass
+class OverlongConfig:
+    """A penalty that grows linearly over the last tokens before sampling.max_completion_tokens: DAPO."""
+
+    buffer_tokens: int | None = key(None, least=1)  # over which it grows; null: there is none
+    penalty: float = key(1.0, above=0)  # of a completion that fills the limit, score units
+
+
+@dataclass
 class RWRConfig:
     temperature: float = key(1.0, above=0)  # of the weights exp(outcome / temperature), score units
 
@@ -198,19 +219,31 @@ class PPOConfig:
     minibatches: int = key(1, least=1)  # optimizer steps an epoch
     gamma: float = key(1.0, least=0, most=1)
     lam: float = key(0.95, least=0, most=1)
-    clip: float = key(0.2, above=0, below=1)
+    # What advantages are multiplied with. clip: PPO's surrogate of each token's ratio | gspo: the same of a sequence's |
+    # cispo: log-likelihoods, weighted by the clipped ratio. raft, rwr and online_dpo have none.
+    objective: str = key("clip", choices=names_in("contracts.objectives", "objective_names"))
+    clip: float = key(0.2, above=0, below=1)  # the ratio stays within 1 - clip and 1 + clip
+    # The two bounds apart, as in 1 - clip_low and 1 + clip_high; null: clip, of gspo 3e-4 and 4e-4, of cispo none below.
+    clip_low: float | None = key(None, above=0, below=1)
+    clip_high: float | None = key(None, above=0)
     dual_clip: float | None = key(3.0, above=1)
+    # Of the entropy of the distributions that tokens are sampled from, nats a token, which joins the policy's loss with a
+    # minus. 0 is the advice: the KL penalty keeps a policy broad, and where there is none clip_high does.
+    entropy_coef: float = key(0.0, least=0)
     value_clip: float | None = key(0.2, above=0)
     # KL of the policy from before an update, nats a token, beyond which no further epoch of the update begins. The first
     # one is always whole: every rollout trains.
     target_approx_kl: float | None = key(0.02, above=0)
     whiten_advantages: bool | None = None  # null: as the estimator's paper has it
+    # Over the tokens of the global batch, or of each rollout group; whitening over groups wants several samples of a prompt.
+    whiten_over: str = key("batch", choices=("batch", "group"))
     # Mean over tokens, over means or sums of sequences, or over the token budget; null: as the estimator's paper has it.
     aggregation: str | None = key(None, choices=AGGREGATIONS)
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     rwr: RWRConfig = field(default_factory=RWRConfig)
     dpo_beta: float = key(0.1, above=0)  # of online_dpo: how strongly the reference holds the policy
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     # Updates that may lie between sampling and training. 0: actors and learner take turns; from 1 on both work all the
     # time, on (max_staleness + 1) * rollouts_per_update rollouts.
     max_staleness: int = key(1, least=0)
@@ -223,6 +256,9 @@ class PPOConfig:
     ptx_batch_size: int = key(16, least=1)
     combined: CombinedConfig = field(default_factory=CombinedConfig)
     missing_eos_penalty: float = key(0.3, least=0)  # score units
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
+    # Completions that the token limit cut off train nothing; their scores still count in what others are compared with.
+    mask_truncated: bool = False
     value_warmup_updates: int = key(2, least=0)  # updates that train only the value model
     trainable_layers: int | None = key(None, least=1)  # of the policy
     value_trainable_layers: int | None = key(None, rule=HEAD_ALONE)
@@ -287,7 +323,7 @@ class LearnerConfig:
     attention: str = key("auto", choices=("auto", "sdpa", "eager", "short_causal", "flash_attention_2"))
     gradient_checkpointing: bool = False
     # auto: shared_memory on CPU, on GPUs nccl or (colocated) ipc
-    weight_transfer: str = key("auto", choices=names_in("contracts.transports", "transport_names", "auto"))
+    weight_transfer: str = key("auto", choices=names_in("contracts.transports", "TRANSPORTS", "auto"))
 
 
 @dataclass
@@ -440,9 +476,8 @@ class EnvironmentConfig:
 
 @dataclass
 class LoggerConfig:
-    trackers: list[str] = key(
-        ["wandb"], free="tracker_checks look for them"
-    )  # or package.module:NAME: docs/dashboards.md
+    # or package.module:NAME: docs/dashboards.md
+    trackers: list[str] = key(["wandb"], free="tracker_checks look for them")
     wandb: str = key("auto", choices=("auto", "offline", "online", "disabled"))  # docs/dashboards.md
     project: str = key("tandem", free=WORD)
     wandb_text: bool = False  # also send sampled prompts and completions to all trackers; they may be confidential
@@ -455,9 +490,8 @@ class LoggerConfig:
 @dataclass
 class TandemConfig:
     stage: str = key("pipeline", choices=names_in("contracts.stages", "stage_names", "pipeline"))
-    method: str = key(
-        "ppo", choices=names_in("contracts.stages", "method_titles")
-    )  # what follows SFT: docs/preference.md
+    # what follows SFT: docs/preference.md
+    method: str = key("ppo", choices=names_in("contracts.stages", "method_titles"))
     name: str = key("demo", free=WORD)
     seed: int = key(1, least=0)
     run_dir: str = key(MISSING, free=DIRECTORY)

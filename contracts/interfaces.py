@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from contracts.config import SamplingConfig
-from contracts.records import Completion, Score
+from contracts.records import Completion, Prompt, Score
 from contracts.weights import LoadReport, PublishReport, SegmentAddress, WeightUpdate
 
 
@@ -61,8 +61,15 @@ class Engine(Protocol):
 class RewardClient(Protocol):
     """Scores token sequences. Errors are results, so that one bad item costs only itself."""
 
-    def score(self, scorer: str, sequences: list[list[int]], prompt_tokens: list[int] | None = None) -> list[Score]:
-        """`prompt_tokens`: how many tokens of each sequence are the prompt, for scorers that see the two apart."""
+    def score(
+        self,
+        scorer: str,
+        sequences: list[list[int]],
+        prompt_tokens: list[int] | None = None,
+        prompts: list[Prompt] | None = None,
+    ) -> list[Score]:
+        """`prompt_tokens`: how many tokens of each sequence are the prompt, for scorers that see the two apart; `prompts`:
+        what each answers, whose rows go with it."""
 
 
 class WeightTransfer(Protocol):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Any, NamedTuple, TypeVar
 
+from contracts.plugins import Kind, names
+
 T = TypeVar("T")
 Choices = tuple[Any, ...]
 
@@ -39,9 +41,8 @@ def within(least: float | None, above: float | None, most: float | None, below: 
         text = "0 or more" if least == 0 else f"at least {low}"
 
     def holds(value: float) -> bool:
-        return (value > low if least is None else value >= low) and (
-            high is None or (value < high if most is None else value <= high)
-        )
+        is_above = value > low if least is None else value >= low
+        return is_above and (high is None or (value < high if most is None else value <= high))
 
     return Rule(f"{text}, {why}" if why else text, holds)
 
@@ -78,6 +79,12 @@ def section(kind: Callable[[], T], **narrower: Rule) -> T:
     return field(default_factory=kind, metadata={"narrower": allowed})  # type: ignore[return-value]
 
 
-def names_in(module: str, names: str, *more: str) -> Callable[[], Choices]:
-    """Choices that a function of a module lists which reads the configuration itself."""
-    return lambda: (*more, *getattr(importlib.import_module(module), names)())
+def names_in(module: str, name: str, *more: str) -> Callable[[], Choices]:
+    """Choices that a module knows which reads the configuration itself: by a function that lists them, or the names of a
+    kind of plugin."""
+
+    def choices() -> Choices:
+        known = getattr(importlib.import_module(module), name)
+        return (*more, *(names(known) if isinstance(known, Kind) else known()))
+
+    return choices

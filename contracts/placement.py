@@ -136,11 +136,8 @@ def _unplaced(plan: Plan, nodes: list[Resources]) -> int | None:
     """A bundle that is left over when the largest are placed first, each where the least is left; None if all fit. Exact
     where sizes divide each other, as 1, 2, 4 and 8 do; Ray's own packing is no better."""
     left = [dict(node) for node in nodes]
-    order = sorted(
-        range(len(plan.bundles)), key=lambda i: (-plan.bundles[i].get("GPU", 0.0), -plan.bundles[i].get("CPU", 0.0))
-    )
-    for i in order:
-        bundle = plan.bundles[i]
+    order = sorted(enumerate(plan.bundles), key=lambda item: (-item[1].get("GPU", 0.0), -item[1].get("CPU", 0.0)))
+    for i, bundle in order:
         fitting = [node for node in left if all(node.get(r, 0.0) + EPSILON >= amount for r, amount in bundle.items())]
         if not fitting:
             return i

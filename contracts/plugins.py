@@ -41,9 +41,19 @@ def names(kind: Kind) -> tuple[str, ...]:
     return tuple(sorted(module.name for module in modules if not module.name.startswith("_")))
 
 
+def import_path(kind: Kind, name: str) -> str:
+    """Where the declaration behind a name is, as package.module:NAME."""
+    return name if ":" in name else f"{kind.package}.{name}:{kind.attribute}"
+
+
 def source_file(kind: Kind, name: str) -> str | None:
     """Where the module of one of ours is, from the root of the sources; None for an import path."""
-    return None if ":" in name else f"{kind.package.replace('.', '/')}/{name}.py"
+    return None if ":" in name else module_file(import_path(kind, name))
+
+
+def module_file(path: str) -> str:
+    """The file of an import path's module, from the root of the sources, if the module is there."""
+    return f"{path.partition(':')[0].replace('.', '/')}.py"
 
 
 def find(kind: Kind, name: str) -> Any:
@@ -52,14 +62,12 @@ def find(kind: Kind, name: str) -> Any:
     Raises:
         UnknownPlugin: neither one of ours nor an import path that leads somewhere, with what to write instead.
     """
-    path, colon, attribute = name.partition(":")
-    if not colon:
-        if name not in names(kind):
-            instead = closest(name, names(kind)) or ", ".join(names(kind))
-            raise UnknownPlugin(f"{name!r} is no {kind.title}; write {instead}, or package.module:NAME")
-        path, attribute = f"{kind.package}.{name}", kind.attribute
+    if ":" not in name and name not in names(kind):
+        instead = closest(name, names(kind)) or ", ".join(names(kind))
+        raise UnknownPlugin(f"{name!r} is no {kind.title}; write {instead}, or package.module:NAME")
+    module, _, attribute = import_path(kind, name).partition(":")
     try:
-        return getattr(importlib.import_module(path), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever somebody's module raises where it is imported
         raise UnknownPlugin(
             f"{kind.title} {name}: {type(error).__name__}: {error}; write package.module:NAME of one that imports"

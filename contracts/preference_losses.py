@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from contracts.plugins import Kind, find, names
+from contracts.plugins import Kind, find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +22,6 @@ class PreferenceLoss:
     has_reference: bool  # the policy before its first step
     beta: float  # both as the paper has them, where the configuration says null
     nll_coef: float
-
-
-def loss_names() -> tuple[str, ...]:
-    """Of ours."""
-    return names(PREFERENCE_LOSSES)
 
 
 def find_preference_loss(name: str) -> PreferenceLoss:

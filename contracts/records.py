@@ -1,9 +1,22 @@
 """The records that move between components: one type per stage of a prompt's way."""
 
+import json
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+
+
+def row_text(columns: dict[str, Any]) -> str:
+    """The form of `Prompt.row`: one text for equal columns.
+
+    Raises:
+        TypeError, ValueError, RecursionError: for what JSON cannot carry, half a character among it.
+    """
+    text = json.dumps(columns, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    text.encode()
+    return text
 
 
 @dataclass(frozen=True)
@@ -13,7 +26,18 @@ class Prompt:
     prompt_id: int  # row number in its source; with epoch and sample_index it is the key of a rollout
     text: str  # as a person reads it, for samples and reports
     token_ids: tuple[int, ...]  # what the policy sees, chat template included
-    row: str | None = None  # JSON of an object: the columns of its row that are kept for those who score
+    row: str | None = None  # JSON object, keys sorted: the columns of its row that data.prompts.keep leaves it
+    messages: str | None = None  # JSON list: its turns, where the data has messages and no text
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What `row` holds; empty where nothing was kept."""
+        return json.loads(self.row) if self.row is not None else {}
+
+    @property
+    def row_digest(self) -> str:
+        """16 hexadecimal digits of `row`, by which the ledger's log knows it; empty where nothing was kept."""
+        return "" if self.row is None else blake2b(self.row.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -59,7 +83,8 @@ class ScoringItem:
     token_ids: tuple[int, ...]  # the scoring input: prompt, completion and exactly one EOS
     prompt_tokens: int = 0  # how many of them are the prompt: rule functions see the two apart
     label: str | None = None  # what a rule function compares with, such as the right answer
-    row: str | None = None  # JSON of an object: the kept columns of its prompt's row
+    row: str | None = None  # as of `Prompt`; JSON text, which travels between processes as it is
+    messages: str | None = None  # as of `Prompt`
 
 
 @dataclass
@@ -73,7 +98,7 @@ class Score:
     spread: float | None = None  # of an ensemble: standard deviation over its parts, in score units
     is_cached: bool = False
     is_truncated: bool = False
-    parts: dict[str, float] | None = None  # what the value is made of, by name
+    parts: dict[str, float] | None = None  # what the value is made of, by name, as far as the scorer says
 
     @property
     def code(self) -> str | None:
@@ -104,6 +129,13 @@ class Rollout:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt.token_ids) + len(self.completion.token_ids)
+
+    @property
+    def shown_fields(self) -> dict[str, Any]:
+        """For a line of samples.jsonl: the columns of its row, and the parts of its scores by scorer, as far as there are
+        any."""
+        parts = {name: score.parts for name, score in self.scores.items() if score.parts}
+        return ({"row": self.prompt.columns} if self.prompt.row else {}) | ({"parts": parts} if parts else {})
 
     @property
     def group(self) -> tuple[int, int]:
@@ -145,6 +177,7 @@ class Microbatch:
     loss_mask: np.ndarray  # bool [B, C], sampled tokens: they train; false on observations and padding
     groups: np.ndarray  # int64 [B], which of the global batch's rollout groups each sequence belongs to, from 0 on
     rows: np.ndarray  # int64 [B], number of each sequence in the global batch, in the order of the rollouts' keys
+    trains: np.ndarray  # bool [B], false for a sequence that counts in comparisons, but not in any loss
 
     @property
     def num_tokens(self) -> int:
@@ -157,8 +190,9 @@ class TrainingBatch:
 
     minibatches: list[list[Microbatch]]
     # Over all ranks, per minibatch: the denominators that make one gradient of any partition.
-    global_loss_tokens: list[int]
-    global_sequences: list[int]
+    global_loss_tokens: list[int]  # of sequences that train
+    global_trained: list[int]  # these sequences
+    global_sequences: list[int]  # all
 
 
 @dataclass

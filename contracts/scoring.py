@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 # Worth another try: nothing is known against the item itself. All other codes (too_long, empty, out_of_vocabulary,
-# non_finite, wrong_count, wrong_type, poison, unreadable, bad_row) are final.
+# non_finite, wrong_count, wrong_type, missing_column, bad_row, not_applicable, poison, unreadable) are final.
 RETRYABLE = frozenset({"timeout", "overloaded", "unavailable"})
+NOT_APPLICABLE = "not_applicable"  # the scorer has no score for this item, and says so
 GOLDEN_FILE = "golden.json"  # beside a reward model's weights: texts, and what its training run scored them
 
 

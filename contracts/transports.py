@@ -29,15 +29,10 @@ def find_transport(name: str) -> Transport:
     return found
 
 
-def transport_names() -> tuple[str, ...]:
-    """Of ours."""
-    return names(TRANSPORTS)
-
-
 def weight_backend(config: TandemConfig) -> str:
     """The transport that `learner.weight_transfer` stands for on this cluster."""
     chosen = config.learner.weight_transfer
-    suited = (name for name in transport_names() if find_transport(name).is_default(config))
+    suited = (name for name in names(TRANSPORTS) if find_transport(name).is_default(config))
     return chosen if chosen != "auto" else next(suited, "shared_memory")
 
 

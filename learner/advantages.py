@@ -78,12 +78,12 @@ def whiten(advantages: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8)
     Args:
         advantages: any shape.
         mask: bool, same shape.
-        moments: float64 [3], `whitening_moments` summed over the global batch.
+        moments: float64 [..., 3], `whitening_moments` summed over what is whitened together: broadcast to the advantages.
 
     Returns:
         float32, same shape, 0 on masked tokens.
     """
-    count, total, _ = moments.double().unbind()
+    count, total, _ = moments.double().unbind(-1)
     mean = total / count.clamp(min=1)
     spread = variance(moments)
     scale = torch.where(spread > 0, (spread + eps).rsqrt(), (count < 2).double())

@@ -40,13 +40,23 @@ def set_advantages(
         for p in passes:
             p.advantages, p.returns = estimator.of_tokens(p.rewards, p.old_values, p.places.mask, ppo)
     if estimator.whiten:
-        moments = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-        for p in passes:
-            moments += whitening_moments(p.advantages, p.places.mask)
-        ranks.sum(moments)
-        for p in passes:
-            p.advantages = whiten(p.advantages, p.places.mask, moments)
+        _whiten(passes, batch, ranks, ppo.whiten_over)
     return metrics
+
+
+def _whiten(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, over: str) -> None:
+    """Over the tokens of the batch, or of each rollout group, wherever its members lie."""
+    # There are no more groups than sequences, and their numbers begin at 0.
+    size = sum(batch.global_sequences) if over == "group" else 1
+    table = torch.zeros(size, 3, dtype=torch.float64, device=ranks.device)
+    owners = [torch.from_numpy(p.batch.groups * (over == "group")).to(ranks.device) for p in passes]
+    for p, owner in zip(passes, owners, strict=True):
+        valid = torch.where(p.places.trains, p.advantages.double(), 0.0)
+        rows = [p.places.trains.sum(1).double(), valid.sum(1), valid.square().sum(1)]
+        table.index_add_(0, owner, torch.stack(rows, dim=1))
+    ranks.sum(table)
+    for p, owner in zip(passes, owners, strict=True):
+        p.advantages = whiten(p.advantages, p.places.trains, table[owner][:, None])
 
 
 def _rollouts(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, estimator: Estimator) -> Rollouts:
@@ -76,15 +86,15 @@ def set_weights(
     off_policy, budget = chosen_correction(ppo), ppo.sampling.max_completion_tokens
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     largest = torch.zeros((), device=ranks.device)
-    for minibatch, tokens, sequences in zip(passes, batch.global_loss_tokens, batch.global_sequences, strict=True):
+    for minibatch, tokens, sequences in zip(passes, batch.global_loss_tokens, batch.global_trained, strict=True):
         for p in minibatch:
-            mask = p.places.mask
+            mask = p.places.trains
             weights, changed = off_policy_weights(p.proximal_logprobs, p.behavior_logprobs, mask, **asdict(off_policy))
             sums[:3] += whitening_moments(weights, mask)
             sums[3] += changed
             if weights.numel():
                 largest = torch.maximum(largest, weights.max())
-            p.weights = weights * aggregation_weights(mask, estimator.aggregation, tokens, sequences, budget)
+            p.weights = weights * aggregation_weights(mask, estimator.aggregation, tokens, max(sequences, 1), budget)
     if off_policy.correction == "none":
         return {}
     count, total, squares, changed_tokens = ranks.sum(sums).tolist()

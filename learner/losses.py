@@ -1,23 +1,17 @@
-"""The losses, each a *sum* over the tokens or pairs of its mask, and the log-probabilities that they need.
+"""The losses, each a *sum* over the tokens or pairs of its mask.
 
 The caller divides by the count of the global minibatch, which makes one gradient of any partition into microbatches or
 ranks. Masks are bool, and what lies outside a mask is replaced before any arithmetic, not multiplied by zero after it:
 the gradient of 0 * inf is NaN.
 
-Left out: an entropy bonus (InstructGPT has none; the KL penalty keeps the policy broad).
+The entropy bonus (`ppo.entropy_coef`) is off by default: InstructGPT has none, as the KL penalty keeps the policy broad.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from learner.kl import kl_k2, kl_k3
-
-# Rows whose logits are in float32 at once: 64 x 49,152 (SmolLM2) are 13 MB. More rows are not faster on a CPU.
-ROWS_PER_CHUNK = 64
 
 
 def policy_loss(
@@ -28,11 +22,14 @@ def policy_loss(
     clip: float,
     dual_clip: float | None,
     weights: Tensor | None = None,
+    *,
+    clip_high: float | None = None,
+    of_sequences: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate of PPO, with the dual clip.
 
     rho = exp(clamp(log pi - log pi_prox, -20, 20))
-    L   = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), and min(L, -A dual_clip) where A < 0; times the weight
+    L   = max(-A rho, -A clip(rho, 1 - clip, 1 + clip_high)), and min(L, -A dual_clip) where A < 0; times the weight
 
     Without the dual clip the loss of a bad token that has become likely is unbounded. With `off_policy_weights` as weights
     it is the decoupled PPO of AReaL: the trust region is around the proximal policy, whoever sampled.
@@ -45,9 +42,11 @@ def policy_loss(
         proximal_logprobs: [B, C], before this batch's updates.
         advantages: [B, C], whitened.
         mask: bool [B, C], tokens that train.
-        clip: half-width of the trust region of rho.
+        clip: half-width of the trust region of rho; with `clip_high` its part below 1.
         dual_clip: greater than 1, or None for none.
         weights: [B, C], 0 or more, without gradient; None for 1.
+        clip_high: the part of the trust region above 1; None for `clip`.
+        of_sequences: rho is the geometric mean over a row, with the gradient of the token alone (`learner.objectives.gspo`).
 
     Returns:
         The weighted sum over the mask (float32 scalar) and detached scalars without weights. Sums over the mask: `clipped`
@@ -55,9 +54,10 @@ def policy_loss(
         A maximum: `ratio_max`, 0 where the mask is empty.
     """
     advantages = torch.where(mask, advantages.detach().float(), 0.0)
-    log_ratio, ratio = _ratios(policy_logprobs, proximal_logprobs, mask)
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    log_ratio, ratio = ratios(policy_logprobs, proximal_logprobs, mask)
+    rho = _mean_ratio(log_ratio, mask) if of_sequences else ratio
+    unclipped = -advantages * rho
+    clipped = -advantages * rho.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
     losses = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
@@ -84,15 +84,22 @@ def likelihood_loss(
     """
     logprobs = torch.where(mask, policy_logprobs.float(), 0.0)
     scale = torch.where(mask, coefficients.detach().float() * weights.detach().float(), 0.0)
-    ratios = _ratios(policy_logprobs.detach(), proximal_logprobs, mask)
-    return -(scale * logprobs).sum(), _ratio_statistics(*ratios, mask)
+    return -(scale * logprobs).sum(), _ratio_statistics(
+        *ratios(policy_logprobs.detach(), proximal_logprobs, mask), mask
+    )
 
 
-def _ratios(policy_logprobs: Tensor, proximal_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def ratios(policy_logprobs: Tensor, proximal_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """log rho, clamped to +-20, and rho; 0 and 1 outside the mask."""
     difference = torch.where(mask, policy_logprobs.float() - proximal_logprobs.detach().float(), 0.0)
     log_ratio = difference.clamp(-20.0, 20.0)
     return log_ratio, log_ratio.exp()
+
+
+def _mean_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """exp of the mean of log rho over the mask of each row, [B, C], with the gradient of its own token's log rho alone."""
+    mean = log_ratio.detach().sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (mean + (log_ratio - log_ratio.detach())).exp()
 
 
 @torch.no_grad()
@@ -275,101 +282,3 @@ def soft_pairwise_loss(scores: Tensor, preferences: Tensor, mask: Tensor) -> tup
     margins = torch.where(pairs, scores[:, None] - scores[None, :], 0.0)
     losses = F.binary_cross_entropy_with_logits(margins, preferences.float(), reduction="none")
     return torch.where(pairs, losses, 0.0).sum(), pairs.sum()
-
-
-class SelectedLogprobs(torch.autograd.Function):
-    """log_softmax(logits / T) at the targets, without a float32 copy of the logits.
-
-    Row chunks go to float32 and are dropped; the backward pass recomputes them and writes
-    d loss / d logits = (onehot(target) - softmax(logits / T)) * g / T into one buffer of the logits' dtype.
-    Autograd's own log_softmax of bfloat16 logits in float32 would hold three times the memory at least.
-    """
-
-    @staticmethod
-    def _scaled(
-        logits: Tensor, temperature: float, banned_tokens: tuple[int, ...] | None, banned_mask: Tensor | None
-    ) -> Tensor:
-        """A chunk [n, V] of logits / temperature in float32 (float64 stays), banned tokens at -inf."""
-        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
-        if banned_tokens is not None and banned_mask is not None:
-            for token in banned_tokens:
-                scaled[:, token].masked_fill_(banned_mask, -torch.inf)
-        return scaled
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        temperature: float,
-        banned_tokens: tuple[int, ...] | None,
-        banned_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        compute_dtype = torch.promote_types(logits.dtype, torch.float32)
-        num_rows = logits.shape[0]
-        logprobs = torch.empty(num_rows, dtype=compute_dtype, device=logits.device)
-        log_normalizers = torch.empty_like(logprobs)
-        entropy = torch.empty_like(logprobs)
-        for start in range(0, num_rows, ROWS_PER_CHUNK):
-            rows = slice(start, start + ROWS_PER_CHUNK)
-            banned_rows = None if banned_mask is None else banned_mask[rows]
-            scaled = SelectedLogprobs._scaled(logits[rows], temperature, banned_tokens, banned_rows)
-            log_normalizer = scaled.logsumexp(dim=-1)
-            log_normalizers[rows] = log_normalizer
-            logprobs[rows] = scaled.gather(1, targets[rows, None]).squeeze(1) - log_normalizer
-            all_logprobs = scaled.sub_(log_normalizer[:, None])
-            probabilities = all_logprobs.exp()
-            # A banned token has p = 0 and log p = -inf, whose product must be 0.
-            entropy[rows] = -torch.linalg.vecdot(probabilities, all_logprobs.clamp_(min=-1e4))
-        ctx.save_for_backward(logits, targets, log_normalizers, banned_mask)
-        ctx.temperature = temperature
-        ctx.banned_tokens = banned_tokens
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, targets, log_normalizers, banned_mask = ctx.saved_tensors
-        grad_logits = torch.empty_like(logits)
-        for start in range(0, logits.shape[0], ROWS_PER_CHUNK):
-            rows = slice(start, start + ROWS_PER_CHUNK)
-            banned_rows = None if banned_mask is None else banned_mask[rows]
-            scaled = SelectedLogprobs._scaled(logits[rows], ctx.temperature, ctx.banned_tokens, banned_rows)
-            probabilities = scaled.sub_(log_normalizers[rows, None]).exp_()
-            weights = (grad_logprobs[rows] / ctx.temperature)[:, None]
-            grad = probabilities.mul_(-weights).scatter_add_(1, targets[rows, None], weights)
-            # A row outside the loss has weight 0, and 0 * NaN from garbage logits must not reach the model.
-            grad_logits[rows] = grad.masked_fill_(weights == 0, 0.0)
-        return grad_logits, None, None, None, None
-
-
-def selected_logprobs(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    banned_tokens: tuple[int, ...] | None = None,
-    banned_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """log p of the target tokens at the sampling temperature, and the entropy of their distributions.
-
-    log p = log_softmax(float32(logits) / temperature)[target]. The temperature divides logits, not log p.
-
-    Args:
-        logits: [N, V], bfloat16 or float32 (float64 is computed in float64); carries the gradient.
-        targets: int64 [N], in [0, V) on every row, padding included.
-        temperature: greater than 0.
-        banned_tokens: what some rows could not sample (what ends a turn, before `min_completion_tokens` or
-            `min_turn_tokens`).
-        banned_mask: bool [N], the rows where `banned_tokens` have logit -inf; given together with them or not at all.
-
-    Returns:
-        logprobs, float32 [N], -inf where the target is banned; entropy, float32 [N], nats, always without gradient.
-
-    Raises:
-        ValueError: if only one of `banned_tokens` and `banned_mask` is given.
-    """
-    if (banned_tokens is None) != (banned_mask is None):
-        raise ValueError("banned_tokens and banned_mask go together: give both, or neither")
-    logprobs, entropy = SelectedLogprobs.apply(logits, targets, temperature, banned_tokens, banned_mask)
-    return logprobs, entropy

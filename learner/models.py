@@ -17,7 +17,7 @@ from common.models.twin import make_twin
 from common.text.tokenizers import load_config
 from contracts.config import LearnerConfig, ModelConfig
 from learner.lean_layers import make_lean
-from learner.losses import selected_logprobs
+from learner.selected_logprobs import selected_logprobs
 
 
 class PolicyModel(nn.Module):
@@ -35,6 +35,7 @@ class PolicyModel(nn.Module):
         temperature: float = 1.0,
         banned_tokens: tuple[int, ...] | None = None,
         banned_mask: torch.Tensor | None = None,
+        entropy_gradient: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of `targets` [M] at the positions `select` [M] of the packed row.
 
@@ -42,11 +43,11 @@ class PolicyModel(nn.Module):
         20 x slower, and prompts need no logits.
 
         Returns:
-            log p [M] float32, and the entropy [M] of the distributions, without gradient.
+            log p [M] float32, and the entropy [M] of the distributions, with a gradient on demand.
         """
         hidden = hidden_states(self.lm, packed, self.layout)
         logits = head_logits(self.lm, hidden.index_select(0, select))
-        return selected_logprobs(logits, targets, temperature, banned_tokens, banned_mask)
+        return selected_logprobs(logits, targets, temperature, banned_tokens, banned_mask, entropy_gradient)
 
 
 class FloatLinear(nn.Linear):

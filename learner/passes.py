@@ -23,6 +23,8 @@ class Places:
         first = torch.tensor(self.packed.starts, device=device) + torch.from_numpy(mb.prompt_lens).to(device)
         self.select = first[self.rows] + self.steps - 1  # [M], into the packed row
         self.targets = self.packed.input_ids[0, self.select + 1]
+        # bool [B, C], of sequences that train: `mask` has those of sequences, too, that are only compared with
+        self.trains = self.mask & torch.from_numpy(mb.trains).to(device)[:, None]
 
     def spread(self, flat: Tensor) -> Tensor:
         """[M] -> [B, C], 0 where no token trains; differentiable."""
@@ -52,7 +54,8 @@ class Pass:
     behavior_logprobs: Tensor
     old_values: Tensor  # 0 without a value model
     entropy: Tensor
-    live: tuple[Tensor, Tensor | None] | None  # policy_logprobs and values with their graphs, until used
+    # policy_logprobs, their entropy and values with their graphs, until used
+    live: tuple[Tensor, Tensor, Tensor | None] | None
     weights: Tensor = field(default_factory=lambda: torch.empty(0))  # of each token in the policy's losses
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))

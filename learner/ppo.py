@@ -21,11 +21,12 @@ from common.microbatches import cut_microbatches
 from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
+from contracts.objectives import chosen_clip, find_objective
 from contracts.records import Example, Microbatch, TrainingBatch
 from contracts.weights import PublishReport
 from learner.engine import Ranks, TrainEngine, frozen
 from learner.global_batch import batch_metrics, set_advantages, set_weights
-from learner.losses import kl_loss, likelihood_loss, policy_loss, value_loss
+from learner.losses import kl_loss, likelihood_loss, value_loss
 from learner.models import freeze_below, load_policy, load_scalar
 from learner.passes import Pass, Places, Timer, over_steps
 from learner.rank_state import RankState
@@ -163,7 +164,7 @@ class PPOTask:
         with timer("perf/reference_s"), torch.no_grad():
             ref_logprobs, _ = self._logprobs(self.reference, places)
         with timer("perf/policy_forward_s"), torch.set_grad_enabled(hold and train_policy):
-            policy_logprobs, entropy = self._logprobs(self.policy, places)
+            policy_logprobs, entropy = self._logprobs(self.policy, places, self.config.ppo.entropy_coef > 0)
         values = None
         if self.value:
             with timer("perf/value_forward_s"), torch.set_grad_enabled(hold):
@@ -175,15 +176,17 @@ class PPOTask:
             proximal_logprobs=policy_logprobs.detach(),
             behavior_logprobs=torch.from_numpy(mb.behavior_logprobs).to(self.ranks.device),
             old_values=torch.zeros_like(ref_logprobs) if values is None else values.detach(),
-            entropy=entropy,
-            live=(policy_logprobs, values) if hold else None,
+            entropy=entropy.detach(),
+            live=(policy_logprobs, entropy, values) if hold else None,
         )
 
-    def _logprobs(self, model: Any, places: Places) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: Any, places: Places, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         sampling = self.config.ppo.sampling
         early = places.early(sampling.min_completion_tokens, self.config.environment.min_turn_tokens)
         banned = None if early is None else self.end_ids
-        logprobs, entropy = model(places.packed, places.select, places.targets, sampling.temperature, banned, early)
+        logprobs, entropy = model(
+            places.packed, places.select, places.targets, sampling.temperature, banned, early, entropy_gradient
+        )
         return places.spread(logprobs), places.spread(entropy)
 
     def _values(self, value: TrainEngine, places: Places) -> Tensor:
@@ -199,30 +202,34 @@ class PPOTask:
         timer: Timer,
     ) -> dict[str, float]:
         """One optimizer step of both models. Returns means over the tokens of the global minibatch."""
-        use_ptx = train_policy and self.config.ppo.ptx_coef > 0
-        sums = torch.zeros(7, dtype=torch.float64, device=self.ranks.device)
+        tokens = max(tokens, 1)  # of a minibatch in which nothing trains the gradient is 0
+        use_ptx, spread = train_policy and self.config.ppo.ptx_coef > 0, self.config.ppo.entropy_coef
+        sums = torch.zeros(8, dtype=torch.float64, device=self.ranks.device)
         ratio_max = torch.zeros((), device=self.ranks.device)
         for i, p in enumerate(minibatch):
             is_last = i == len(minibatch) - 1
             live, p.live = p.live, None
             if train_policy:
                 with timer("perf/policy_forward_s"):
-                    policy_logprobs = live[0] if live else self._logprobs(self.policy, p.places)[0]
+                    policy_logprobs, entropy = live[:2] if live else self._logprobs(self.policy, p.places, spread > 0)
                 with timer("perf/policy_backward_s"):
                     loss, kl, stats = self._policy_losses(policy_logprobs, p)
-                    scaled = policy_coef * (loss + kl_coef * kl) / tokens
+                    bonus = torch.where(p.places.trains, entropy, 0.0).sum() if spread else torch.zeros_like(loss)
+                    scaled = policy_coef * (loss + kl_coef * kl - spread * bonus) / tokens
                     self.policy.backward(scaled, is_last and not use_ptx)
                 sums[:3] += torch.stack([stats["clipped"], stats["approx_kl"], stats["ratio"]])
-                sums[3:5] += torch.stack([loss.detach(), kl.detach()])
+                sums[3:6] += torch.stack([loss.detach(), kl.detach(), bonus.detach()])
                 ratio_max = torch.maximum(ratio_max, stats["ratio_max"])
             if self.value:
                 with timer("perf/value_forward_s"):
-                    values = live[1] if live else None
+                    values = live[2] if live else None
                     values = self._values(self.value, p.places) if values is None else values
                 with timer("perf/value_backward_s"):
-                    loss, stats = value_loss(values, p.old_values, p.returns, p.places.mask, self.config.ppo.value_clip)
+                    loss, stats = value_loss(
+                        values, p.old_values, p.returns, p.places.trains, self.config.ppo.value_clip
+                    )
                     self.value.backward(loss / tokens, is_last)
-                sums[5:] += torch.stack([loss.detach(), stats["clipped"]])
+                sums[6:] += torch.stack([loss.detach(), stats["clipped"]])
         metrics = {}
         if use_ptx:
             with timer("perf/ptx_s"):
@@ -232,30 +239,32 @@ class PPOTask:
                 metrics["policy/grad_norm"] = self.policy.step()
             if self.value:
                 metrics["value/grad_norm"] = self.value.step()
-        means = (self.ranks.sum(sums) / max(tokens, 1)).tolist()
+        means = (self.ranks.sum(sums) / tokens).tolist()
         if train_policy:
             metrics |= self._policy_means(means) | {"policy/ratio_max": self.ranks.max(ratio_max).item()}
         if self.value:
-            metrics |= {"value/loss": means[5], "value/clipfrac": means[6]}
+            metrics |= {"value/loss": means[6], "value/clipfrac": means[7]}
         return metrics
 
     def _policy_losses(self, policy_logprobs: Tensor, p: Pass) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss, KL term (0 where it is none) and statistics, summed over a microbatch."""
-        ppo, mask = self.config.ppo, p.places.mask
+        ppo, mask = self.config.ppo, p.places.trains
         if self.estimator.loss == "likelihood":
             loss, stats = likelihood_loss(policy_logprobs, p.proximal_logprobs, p.advantages, mask, p.weights)
         else:
-            loss, stats = policy_loss(
-                policy_logprobs, p.proximal_logprobs, p.advantages, mask, ppo.clip, ppo.dual_clip, p.weights
+            objective = find_objective(ppo.objective)
+            loss, stats = objective.loss(
+                policy_logprobs, p.proximal_logprobs, p.advantages, mask, chosen_clip(ppo), p.weights
             )
         if not self.estimator.has_kl_loss:
             return loss, torch.zeros_like(loss), stats
         return loss, kl_loss(policy_logprobs, p.ref_logprobs, mask, self.estimator.kl, p.weights), stats
 
     def _policy_means(self, means: list[float]) -> dict[str, float]:
-        clipped, approx_kl, ratio, loss, kl = means[:5]
+        clipped, approx_kl, ratio, loss, kl, bonus = means[:6]
         metrics = {"policy/approx_kl": approx_kl, "policy/ratio_mean": ratio, "policy/loss": loss}
         metrics |= {"policy/kl_loss": kl} if self.estimator.has_kl_loss else {}
+        metrics |= {"policy/entropy_bonus": bonus} if self.config.ppo.entropy_coef else {}
         return metrics | ({"policy/clipfrac": clipped} if self.estimator.loss == "clipped" else {})
 
     def _ptx_backward(self) -> float:

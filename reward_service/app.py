@@ -98,11 +98,8 @@ class FrontReplica:
             self._handles[application] = serve.get_app_handle(application)
         return self._handles[application]
 
-    async def score(
-        self, scorer: str, sequences: list[list[int]], prompt_tokens: list[int], version: str | None, deadline_s: float
-    ) -> list[Score]:
+    async def score(self, scorer: str, items: list[ScoringItem], version: str | None, deadline_s: float) -> list[Score]:
         """By handle. Raises UnknownScorer."""
-        items = [ScoringItem(tuple(ids), start) for ids, start in zip(sequences, prompt_tokens, strict=True)]
         return await self.front.score(self.front.find(scorer, version), items, deadline_s, remember=False)
 
     def count_reload(self, result: str) -> None:

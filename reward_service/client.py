@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from contracts.records import Score
+from contracts.records import Prompt, Score, ScoringItem
 from contracts.scoring import RETRYABLE
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
@@ -53,23 +53,35 @@ class HandleClient:
     versions: dict[str, str] = field(default_factory=dict)  # pins: another version is an error, not another scale
     call_items: int = 256
 
-    def score(self, scorer: str, sequences: list[list[int]], prompt_tokens: list[int] | None = None) -> list[Score]:
+    def score(
+        self,
+        scorer: str,
+        sequences: list[list[int]],
+        prompt_tokens: list[int] | None = None,
+        prompts: list[Prompt] | None = None,
+    ) -> list[Score]:
         """Scores in the order given, for at most `deadline_s` seconds of failing calls.
 
         Args:
             prompt_tokens: how many tokens of each sequence are the prompt, for scorers that are rule functions.
+            prompts: what each answers, for scorers that see rows.
 
         Raises:
             LookupError: where there is no such scorer, or not in the pinned version.
         """
         lengths = prompt_tokens or [0] * len(sequences)
+        texts = [(p.row, p.messages) for p in prompts] if prompts else [(None, None)] * len(sequences)
+        items = [
+            ScoringItem(tuple(ids), start, None, *given)
+            for ids, start, given in zip(sequences, lengths, texts, strict=True)
+        ]
 
         def attempt(rows: list[int], left_s: float) -> Reply:
-            return self._attempt(scorer, [sequences[r] for r in rows], [lengths[r] for r in rows], left_s)
+            return self._attempt(scorer, [items[r] for r in rows], left_s)
 
         return with_retries(len(sequences), attempt, self.deadline_s)
 
-    def _attempt(self, scorer: str, sequences: list[list[int]], lengths: list[int], left_s: float) -> Reply:
+    def _attempt(self, scorer: str, items: list[ScoringItem], left_s: float) -> Reply:
         from ray import serve
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import RayServeException
@@ -85,7 +97,7 @@ class HandleClient:
                 if isinstance(call, Exception):
                     raise call
                 found = call.result(timeout_s=max(0.1, end - time.monotonic()))
-                problem = f"{len(found)} scores for {count} sequences" if len(found) != count else None
+                problem = f"{len(found)} scores for {count} items" if len(found) != count else None
             except (RayError, RayServeException, TimeoutError) as fault:  # the front died or hangs: Serve restarts it
                 if isinstance(fault, TimeoutError):  # nobody waits for it any more
                     call.cancel()
@@ -94,14 +106,14 @@ class HandleClient:
                 found, problem = [], type(fault).__name__
             return [Score(None, f"unavailable: {problem}")] * count if problem else found
 
-        for start in range(0, len(sequences), size):
+        for start in range(0, len(items), size):
             cut = slice(start, start + size)
             try:
                 handle = serve.get_app_handle(FRONT)
-                call: Any = handle.score.remote(scorer, sequences[cut], lengths[cut], pin, left_s)
+                call: Any = handle.score.remote(scorer, items[cut], pin, left_s)
             except RayServeException as fault:  # the service restarts, or its queue is full
                 call = fault
-            under_way.append((len(sequences[cut]), call))
+            under_way.append((len(items[cut]), call))
             if len(under_way) == CALLS:
                 scores += answer()
         while under_way:

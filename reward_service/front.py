@@ -262,7 +262,6 @@ def last_tokens(item: ScoringItem, count: int) -> ScoringItem:
 
 def _key(scorer: ScorerSpec, item: ScoringItem) -> bytes:
     """What a score depends on. A reward model sees the tokens alone."""
-    seen = (
-        (item.token_ids,) if scorer.kind.is_reward_model else (item.token_ids, item.prompt_tokens, item.label, item.row)
-    )
+    all_of_it = (item.token_ids, item.prompt_tokens, item.label, item.row, item.messages)
+    seen = all_of_it[:1] if scorer.kind.is_reward_model else all_of_it
     return blake2b(repr((scorer.version, seen)).encode(), digest_size=16).digest()

@@ -4,23 +4,26 @@ Started as `python -m reward_service.function_worker FUNCTION MEMORY_GIB`. What 
 may be a text of a completion.
 """
 
-import ctypes
 import importlib
 import importlib.util
 import inspect
 import json
-import os
 import resource
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from asyncio import new_event_loop
+from collections.abc import Callable
+from itertools import zip_longest
 from typing import IO, Any
 
-PR_SET_PDEATHSIG = 1  # Linux: end with the replica, even one that was killed
+from reward_service.call_forms import MISSING, CallForm, Logged, Request, call_form, parsed_request
+from reward_service.function_answers import Plain, Refused, plain_scores
+from reward_service.processes import belong_to_parent, own_channels
+
+LOOP = new_event_loop()  # of async functions, for as long as the process lives
 
 
 def load(function: str) -> Callable[..., Any]:
-    """Raises TypeError for what must be awaited; whatever its module raises."""
+    """Raises TypeError for an async generator; whatever its module raises."""
     module_name, _, name = function.rpartition(":")
     if module_name.endswith(".py"):
         spec = importlib.util.spec_from_file_location("reward_functions", module_name)
@@ -31,56 +34,23 @@ def load(function: str) -> Callable[..., Any]:
     else:
         module = importlib.import_module(module_name)
     loaded = getattr(module, name)
-    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-    if any(is_kind(one) for is_kind in kinds for one in (loaded, getattr(loaded, "__call__", None))):  # noqa: B004
-        raise TypeError(
-            "it must be a plain function: nobody awaits what it returns; found an async one; write it without async"
-        )
+    if any(map(inspect.isasyncgenfunction, (loaded, getattr(loaded, "__call__", None)))):  # noqa: B004
+        raise TypeError("it must return a list: nobody runs through what it yields; found an async generator")
     return loaded
 
 
-def arguments_for(function: Callable[..., Any], request: dict[str, list]) -> dict[str, list]:
-    """What the function asks for: prompts, completions and labels by these names, or all of them with `**kwargs`."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return request
-    return {name: request[name] for name in (p.name for p in parameters) if name in request}
-
-
-class Refused(ValueError):
-    """What a function returned is no list of numbers; the text is an item's error, "code: detail"."""
-
-
-def plain_scores(value: Any) -> list[int | float]:
-    """What a function returned as numbers that JSON can carry, those of numpy and torch as Python's.
-
-    Raises:
-        Refused: where it is something else.
-    """
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, list | tuple):
-        raise Refused(_wrong_type(value, "a list"))
-    return [_number(item) for item in value]
-
-
-def _number(value: Any) -> int | float:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Refused(_wrong_type(value, "a number"))
-    try:
-        float(value)
-    except OverflowError:
-        raise Refused("non_finite: an integer beyond the range of float") from None
-    return value
-
-
-def _wrong_type(value: Any, wanted: str) -> str:
-    hint = ""
-    if inspect.isawaitable(value) or inspect.isasyncgen(value):
-        hint = ": nobody awaits it, write the function without async"
-    elif isinstance(value, Iterator):
-        hint = ": nobody runs through it, return list(...) of it"
-    return f"wrong_type: {type(value).__name__} instead of {wanted}{hint}"
+def scores_of(function: Callable[..., Any], form: CallForm, request: Request) -> list[Plain]:
+    """Raises Refused; whatever the function raises."""
+    rows, labels = request.get("rows", []), request.get("labels", [])
+    if any(row.keys() != rows[0].keys() for row in rows):  # columns are lists of all items: these are asked apart
+        raise Refused("wrong_type: rows with different columns")
+    for row, label in zip_longest(rows, labels):
+        if missing := form.lacks(row, label):
+            raise Refused(f"{MISSING}: the function needs {missing}")
+    count = max(map(len, request.values()), default=0)
+    logged = Logged(count)
+    answer = form.call(function, request, logged)
+    return plain_scores(LOOP.run_until_complete(answer) if inspect.isawaitable(answer) else answer, count, logged)
 
 
 def limit_memory(gib: float) -> None:
@@ -92,22 +62,19 @@ def limit_memory(gib: float) -> None:
 
 
 def main(function_name: str, memory_gib: float) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    replies = os.fdopen(os.dup(1), "w")
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+    belong_to_parent()
+    requests, replies = own_channels()
     try:
         function = load(function_name)
+        form = call_form(inspect.signature(function))
         limit_memory(memory_gib)
     except Exception as error:  # the replica that started this process reports it and does not start
         answer(replies, {"error": f"{type(error).__name__}: {error}"})
         return
-    answer(replies, {"ready": True})
-    for line in sys.stdin:
+    answer(replies, {"wants": form.wants})
+    for line in requests:
         try:
-            answer(replies, {"scores": plain_scores(function(**arguments_for(function, json.loads(line))))})
+            answer(replies, {"scores": scores_of(function, form, parsed_request(line))})
         except Refused as refused:
             answer(replies, {"refused": str(refused)})
         except Exception as error:  # the item's error; its type alone, since its text may quote the completion

@@ -92,7 +92,8 @@ def _score(item: dict[str, Any], version: str | None) -> Score:
     if item.get("status") != "ok":
         detail = f": {item['detail']}" if "detail" in item else ""
         return Score(None, f"{item.get('code', 'unavailable')}{detail}", version=version)
-    return Score(item["reward"], None, item["raw"], version, item.get("spread"), item["cached"], item["truncated"])
+    scored = (item["reward"], None, item["raw"], version, item.get("spread"), item["cached"], item["truncated"])
+    return Score(*scored, parts=item.get("parts"))
 
 
 def _seconds(headers: Any) -> float:

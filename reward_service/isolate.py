@@ -2,15 +2,18 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 from contracts.records import Score
+from contracts.scoring import NOT_APPLICABLE
 
 KILLS = 2  # processes that an item may take down before nobody tries it again
 REMEMBERED_ITEMS = 10_000
 Item = TypeVar("Item")
 Key = TypeVar("Key")
+Answer = float | dict[str, float] | None
 
 
 class Quarantine(Generic[Key]):
@@ -44,8 +47,9 @@ class Failed(RuntimeError):
         self.is_kill = is_kill
 
 
-def isolate(score: Callable[[list[Item]], list[float]], items: list[Item]) -> list[Score]:
-    """Scores of `items` in order, each as if it had been alone.
+def isolate(score: Callable[[list[Item]], Sequence[Answer]], items: list[Item]) -> list[Score]:
+    """Scores of `items` in order, each as if it had been alone. An item that `score` has None for has none, and a dict is a
+    score with named parts.
 
     A batch is halved where `score` raises, answers with another number of values, or with one that is not a finite number:
     the NaN of one sequence can reach its neighbours through padding. Where its process did not survive, the items are tried
@@ -63,11 +67,20 @@ def isolate(score: Callable[[list[Item]], list[float]], items: list[Item]) -> li
     else:
         problem = _problem(values, len(items))
         if problem is None:
-            return [Score(float(value), raw=float(value)) for value in values]
+            return [_scored(value) for value in values]
     if len(items) == 1:
         return [Score(None, problem)]
     parts = [items[start : start + size] for start in range(0, len(items), size)]
     return [found for part in parts for found in isolate(score, part)]
+
+
+def _scored(answer: Answer) -> Score:
+    if answer is None:
+        return Score(None, f"{NOT_APPLICABLE}: None in place of a score")
+    if not isinstance(answer, dict):
+        return Score(float(answer), raw=float(answer))
+    value = float(answer["score"])
+    return Score(value, raw=value, parts={name: float(part) for name, part in answer.items() if name != "score"})
 
 
 def _problem(values: object, count: int) -> str | None:
@@ -75,7 +88,9 @@ def _problem(values: object, count: int) -> str | None:
         return f"wrong_type: {type(values).__name__} instead of a list"
     if len(values) != count:
         return f"wrong_count: {len(values)} scores for {count} items"
-    for value in values:
+    if any(isinstance(value, dict) and "score" not in value for value in values):
+        return "wrong_type: dict without a score"
+    for value in chain.from_iterable(_numbers(value) for value in values):
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"wrong_type: {type(value).__name__} instead of a number"
         try:
@@ -86,9 +101,14 @@ def _problem(values: object, count: int) -> str | None:
     return None
 
 
+def _numbers(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else () if value is None else (value,)
+
+
 def finite(score: Score) -> Score:
     """The score, or `non_finite` in place of one that is infinite or no number: nothing may train on it, and JSON cannot
     carry it."""
-    if all(math.isfinite(number) for number in (score.value, score.raw, score.spread) if number is not None):
+    numbers = (score.value, score.raw, score.spread, *(score.parts or {}).values())
+    if all(math.isfinite(number) for number in numbers if number is not None):
         return score
     return Score(None, "non_finite", version=score.version)

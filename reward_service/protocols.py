@@ -10,13 +10,14 @@ import re
 import struct
 import time
 import uuid
+from dataclasses import replace
 from typing import Any, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import TypedDict  # pydantic reads the one of typing from Python 3.12 on
 
 from common.text.encoding import Turns
-from contracts.records import Score, ScoringItem
+from contracts.records import Score, ScoringItem, row_text
 from contracts.scoring import RETRYABLE
 from reward_service.encoder import Encoder
 
@@ -43,6 +44,11 @@ class Message(BaseModel):
         return self
 
 
+def _row_text(columns: dict[str, Any] | None) -> str | None:
+    """Raises ValueError: json.loads takes NaN, which is no JSON."""
+    return None if columns is None else row_text(columns)
+
+
 class NativeItem(BaseModel):
     model_config = ConfigDict(extra="forbid")
     id: str | int | None = None
@@ -53,6 +59,12 @@ class NativeItem(BaseModel):
     tokenizer_hash: str | None = None
     finish_reason: str | None = None  # told by many callers, needed for nothing: every item is scored with its EOS
     label: str | None = None
+    row: dict[str, Any] | None = None  # what rule functions see beside the texts, as columns of a data set
+
+    @model_validator(mode="after")
+    def has_a_row_of_json(self) -> "NativeItem":
+        _row_text(self.row)
+        return self
 
     @model_validator(mode="after")
     def has_one_content(self) -> "NativeItem":
@@ -85,6 +97,7 @@ class OpenRLHFRequest(BaseModel):
         self.query = [self.query] if isinstance(self.query, str) else self.query
         if not self.query or any(column and len(column) != len(self.query) for column in (self.prompts, self.labels)):
             raise ValueError("query, prompts and labels have one entry an item, and at least one")
+        _row_text({"label": self.labels})
         return self
 
 
@@ -165,21 +178,29 @@ def native_entries(request: NativeRequest, encoder: Encoder) -> list[Entry]:
     entries: list[Entry] = []
     for item in request.items:
         if item.messages is not None:
-            entries.append(encoder.messages(_turns(item.messages), item.label, item.tools))
+            entry = encoder.messages(_turns(item.messages), item.label, item.tools)
         elif item.text is not None:
-            entries.append(encoder.text(item.text, item.label))
+            entry = encoder.text(item.text, item.label)
         else:
-            entries.append(encoder.token_ids(item.token_ids or [], item.tokenizer_hash, item.label))
+            entry = encoder.token_ids(item.token_ids or [], item.tokenizer_hash, item.label)
+        entries.append(_with_row(entry, item.row))
     return entries
+
+
+def _with_row(entry: Entry, columns: dict[str, Any] | None) -> Entry:
+    return replace(entry, row=_row_text(columns)) if isinstance(entry, ScoringItem) and columns is not None else entry
 
 
 def openrlhf_entries(request: OpenRLHFRequest, encoder: Encoder) -> list[Entry]:
     prompts = request.prompts or [None] * len(request.query)
     labels = request.labels or [None] * len(request.query)
-    return [
-        encoder.rendered(query, prompt if isinstance(prompt, str) else None, None if label is None else str(label))
+    entries = [
+        encoder.rendered(query, prompt if isinstance(prompt, str) else None, label if isinstance(label, str) else None)
         for query, prompt, label in zip(request.query, prompts, labels, strict=True)
     ]
+    # A label that is no text is a column of its item's row.
+    rows = [None if label is None or isinstance(label, str) else {"label": label} for label in labels]
+    return [_with_row(entry, row) for entry, row in zip(entries, rows, strict=True)]
 
 
 def pooling_entries(request: PoolingRequest, encoder: Encoder) -> list[Entry]:
@@ -208,6 +229,7 @@ class ScoredItem(TypedDict):
     truncated: bool
     cached: bool
     spread: NotRequired[float]
+    parts: NotRequired[dict[str, float]]
 
 
 class FailedItem(TypedDict):
@@ -329,7 +351,11 @@ def _native_item(item_id: str | int, entry: Entry, score: Score, normalize: bool
         "truncated": score.is_truncated,
         "cached": score.is_cached,
     }
-    return answer if score.spread is None else {**answer, "spread": score.spread}
+    if score.spread is not None:
+        answer["spread"] = score.spread
+    if score.parts is not None:
+        answer["parts"] = score.parts
+    return answer
 
 
 def openrlhf_answer(scores: list[Score]) -> OpenRLHFAnswer:
@@ -338,6 +364,8 @@ def openrlhf_answer(scores: list[Score]) -> OpenRLHFAnswer:
     logs = {"raw": [score.raw for score in scores]}
     if all(score.spread is not None for score in scores):
         logs["spread"] = [score.spread for score in scores]
+    for name in {name: None for score in scores for name in score.parts or {}}:
+        logs.setdefault(name, [(score.parts or {}).get(name) for score in scores])
     return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from decimal import Decimal
+from typing import Any
 
 
 def brevity(completions: list[str], **_: object) -> list[float]:
@@ -10,7 +11,7 @@ def brevity(completions: list[str], **_: object) -> list[float]:
     return [-max(0.0, math.log2(max(1, len(text.split())) / 20)) for text in completions]
 
 
-def exact_answer(completions: list[str], labels: list[str | None]) -> list[float | None]:
+def exact_answer(completions: list[str], labels: list[Any]) -> list[float | None]:
     """1 where the last number of the completion is the label's, 0 where it is not or there is none. Without a number in the
     label there is no score."""
 
@@ -18,7 +19,7 @@ def exact_answer(completions: list[str], labels: list[str | None]) -> list[float
         found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
         return Decimal(found[-1]) if found else None  # exact: as float, all numbers of over 308 digits are one
 
-    answers = [None if label is None else last_number(label) for label in labels]
+    answers = [None if label is None else last_number(str(label)) for label in labels]
     return [
         None if answer is None else float(last_number(text) == answer)
         for text, answer in zip(completions, answers, strict=True)

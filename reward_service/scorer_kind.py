@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from common.text.tokenizers import known_ids, load_decoder
 from contracts import plugins
@@ -23,7 +24,17 @@ from reward_service.isolate import Failed, finite, isolate
 
 VERSION_LENGTH = 16  # hexadecimal digits
 STUCK_S = 300.0  # of one batch, after which a replica counts as hung and Serve replaces it
-Text = tuple[str, str, str | None]  # prompt, completion, label
+
+
+class Text(NamedTuple):
+    """What a rule sees of an item."""
+
+    prompt: str
+    completion: str
+    label: str | None = None
+    row: str | None = None  # as of ScoringItem, as is
+    messages: str | None = None
+    completion_ids: tuple[int, ...] = ()  # without the EOS
 
 
 def scorer_kind(name: str) -> "ScorerKind":
@@ -119,6 +130,16 @@ class ScorerKind:
         """What else can be said against it before anything starts, without a run of code that is not ours."""
         return []
 
+    def needs_rows(self, entry: ScorerConfig) -> Callable[[dict[str, Any]], str | None] | None:
+        """Says of a row's columns what its scores need and they do not have, None where nothing; None in its place where it
+        needs nothing of a row, or that is not known without a run of code that is not ours."""
+        return None
+
+    def row_check(self, entry: ScorerConfig) -> Callable[[dict[str, Any]], str | None] | None:
+        """What says why completions of a prompt cannot be scored, from the kept columns of its row; it is asked of every
+        prompt before anything starts."""
+        return None
+
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
         """A digest of the files that its scores come from, beside the source of the kind; empty where there are none.
 
@@ -193,10 +214,17 @@ class CompositeKind(ScorerKind):
             value,
             raw=value,
             spread=spread,
+            parts=_parts(scores),
             is_cached=all(s.is_cached for s in scores.values()),
             is_truncated=any(s.is_truncated for s in scores.values()),
         )
         return finite(score)
+
+
+def _parts(scores: dict[str, Score]) -> dict[str, float]:
+    """The values of a composite's parts, and as NAME.PART what those are made of."""
+    own = {name: s.value for name, s in scores.items() if s.value is not None}
+    return own | {f"{name}.{part}": value for name, s in scores.items() for part, value in (s.parts or {}).items()}
 
 
 def text_reader(tokenizer: str, with_controls: bool = True) -> Callable[[list[ScoringItem]], list[Text]]:
@@ -209,9 +237,11 @@ def text_reader(tokenizer: str, with_controls: bool = True) -> Callable[[list[Sc
     def texts(items: list[ScoringItem]) -> list[Text]:
         if not all(known.issuperset(item.token_ids) for item in items):
             raise Failed("out_of_vocabulary")
-        # Without its EOS, which every scoring input has and no text shows.
-        return [
-            (decode(i.token_ids[: i.prompt_tokens]), decode(i.token_ids[i.prompt_tokens : -1]), i.label) for i in items
-        ]
+        found = []
+        for item in items:
+            said = item.token_ids[item.prompt_tokens : -1]  # without its EOS, which every scoring input has
+            prompt = decode(item.token_ids[: item.prompt_tokens])
+            found.append(Text(prompt, decode(said), item.label, item.row, item.messages, said))
+        return found
 
     return texts

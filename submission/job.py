@@ -11,13 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
 from contracts.checks.check import Check
 from contracts.checks.cluster_checks import stated_nodes
 from contracts.checks.overrides import quoted, unknown_overrides
 from contracts.checks.validation import ConfigError, raise_conflicts, validate
-from contracts.config import TandemConfig, to_config
+from contracts.config import TandemConfig, register_schema, to_config
 from contracts.stages import checkpoint_keys
 from submission.targets import (
     ROOT,
@@ -30,6 +28,7 @@ from submission.targets import (
     form_checks,
     is_target,
     name_checks,
+    target_name,
     to_target,
 )
 
@@ -37,7 +36,7 @@ RECORDS = ROOT / ".cache/jobs"  # what this machine has submitted, so that a job
 LEAVE_S = 15  # for the engines to end, once the state is saved
 MAX_ID = 47  # KubeRay makes names of Kubernetes services from it
 
-ConfigStore.instance().store(name="tandem", node=TandemConfig)
+register_schema()
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class Job:
 
     def record(self) -> None:
         RECORDS.mkdir(mode=0o700, parents=True, exist_ok=True)  # overrides may hold secrets
-        kind = next(name for name, kind in TARGETS.items() if isinstance(self.target, kind))
-        (RECORDS / f"{self.id}.json").write_text(json.dumps(asdict(self) | {"kind": kind}, indent=1) + "\n")
+        content = asdict(self) | {"kind": target_name(self.target)}
+        (RECORDS / f"{self.id}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def recorded(job_id: str) -> Job | None:
@@ -98,9 +97,8 @@ def checked_job(config: TandemConfig, overrides: list[str], target: Target) -> J
     Raises:
         ConfigError: lists every conflict of the configuration with itself and with the target.
     """
-    conflicts = _messages(lambda: validate(config)) + _messages(
-        lambda: raise_conflicts(_checks(config, overrides, target))
-    )
+    conflicts = _messages(lambda: validate(config))
+    conflicts += _messages(lambda: raise_conflicts(_checks(config, overrides, target)))
     if conflicts:
         raise ConfigError("\n".join(conflicts))
     settled = [o for o in overrides if o.lstrip("+").split("=", 1)[0] not in ("run_dir", "cluster.address")]
@@ -129,9 +127,8 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
         )
         for key, path, example in (("run_dir", config.run_dir, "runs/demo"), ("cache_dir", config.cache_dir, "cache"))
     ]
-    checks.append(
-        Check(address == "auto", "cluster.address", "auto: the job joins the cluster it is sent to", address, "auto")
-    )
+    rule = "auto: the job joins the cluster it is sent to"
+    checks.append(Check(address == "auto", "cluster.address", rule, address, "auto"))
     grace_s = config.checkpoint.grace_s
     checks.append(
         Check(
@@ -158,13 +155,12 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
             if not path.startswith(f"{config.cache_dir}/")
         ]
     else:
-        name = next(name for name, kind in TARGETS.items() if isinstance(target, kind))
         size = {key: getattr(config.cluster, key) for key in ("num_nodes", "gpus_per_node", "cpus_per_node")}
         checks.append(
             Check(
                 stated_nodes(config) is not None,
                 "cluster.num_nodes, cluster.gpus_per_node and cluster.cpus_per_node",
-                f"set with target={name}, which asks for nodes of that size",
+                f"set with target={target_name(target)}, which asks for nodes of that size",
                 size,
                 "all three, as in conf/cluster/multi_node.yaml (cluster=multi_node)",
             )

@@ -30,15 +30,11 @@ def manifest(job: Job, cluster: ClusterConfig) -> dict[str, Any]:
     assert isinstance(target, KubeRay)
     assert cluster.num_nodes is not None
     start = {"num-cpus": f"{cluster.cpus_per_node:g}", "num-gpus": f"{cluster.gpus_per_node:g}"}
-    head = {
-        "rayStartParams": {**start, "dashboard-host": "0.0.0.0"},
-        "template": pod(job.id, target, cluster, head=True),
-    }
+    template = pod(job.id, target, cluster, head=True)
+    head = {"rayStartParams": {**start, "dashboard-host": "0.0.0.0"}, "template": template}
     workers = {
         "groupName": "workers",
-        "replicas": cluster.num_nodes - 1,
-        "minReplicas": cluster.num_nodes - 1,
-        "maxReplicas": cluster.num_nodes - 1,
+        **dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), cluster.num_nodes - 1),
         "rayStartParams": start,
         "template": pod(job.id, target, cluster, head=False),
     }

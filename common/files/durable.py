@@ -141,11 +141,9 @@ def problem(path: Path, expected: FileRecord, content: bool = True) -> str | Non
         return None
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    return (
-        None
-        if found == expected.sha256
-        else f"{path.name} has SHA-256 {found[:12]}… instead of {expected.sha256[:12]}…"
-    )
+    if found != expected.sha256:
+        return f"{path.name} has SHA-256 {found[:12]}… instead of {expected.sha256[:12]}…"
+    return None
 
 
 def replace_text(path: Path, text: str) -> None:

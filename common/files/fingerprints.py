@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from common.files.checkpoint_files import checkpoint_files
 from common.files.durable import replace_text
@@ -53,7 +53,10 @@ def file_hashes(files: list[Path], memory: Path | None = None) -> list[str]:
     now, hashes = time.time(), dict[str, str]()
     with ThreadPoolExecutor(os.cpu_count() or 1, "sha256") as pool:
         # All pieces at once: a checkpoint may be one large file, or many.
-        waiting = [(file, identity, list(_pieces(pool, file))) for file, identity in new]
+        waiting = []
+        for file, identity in new:
+            starts = range(0, file.stat().st_size, PIECE_BYTES)
+            waiting.append((file, identity, [pool.submit(_piece, file, start) for start in starts]))
         for file, identity, pieces in waiting:
             hashes[identity] = _sha256(b"".join(piece.result() for piece in pieces))
             stat = file.stat()
@@ -71,11 +74,6 @@ def _identity(file: Path) -> str:
     return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
-def _pieces(pool: ThreadPoolExecutor, file: Path) -> Iterator[Future[bytes]]:
-    for start in range(0, file.stat().st_size, PIECE_BYTES):
-        yield pool.submit(_piece, file, start)
-
-
 def _piece(file: Path, start: int) -> bytes:
     digest, buffer, left = hashlib.sha256(), memoryview(bytearray(READ_BYTES)), PIECE_BYTES
     with file.open("rb", buffering=0) as content:
@@ -84,6 +82,11 @@ def _piece(file: Path, start: int) -> bytes:
             digest.update(buffer[:count])
             left -= count
     return digest.digest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 (hex) of a value as JSON has it, whatever the order of its keys; of what JSON does not have, as a text."""
+    return _sha256(json.dumps(value, sort_keys=True, default=str).encode())
 
 
 def _sha256(content: bytes) -> str:

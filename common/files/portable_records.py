@@ -44,10 +44,8 @@ def encode(value: Any, store: ArrayStore) -> Any:
     if isinstance(value, dict):
         return {"dict": {str(name): encode(item, store) for name, item in value.items()}}
     if is_dataclass(value) and type(value).__module__ == records.__name__:
-        return {
-            "record": type(value).__name__,
-            **{f.name: encode(getattr(value, f.name), store) for f in fields(value)},
-        }
+        parts = {field.name: encode(getattr(value, field.name), store) for field in fields(value)}
+        return {"record": type(value).__name__, **parts}
     raise TypeError(f"{type(value).__name__} has no portable form: use plain values, arrays and records")
 
 

@@ -7,6 +7,7 @@ together at run time, and files that code reads, are not seen.
 import ast
 import hashlib
 import importlib.util
+import inspect
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 TANDEM = Path(__file__).resolve().parents[2]
 PACKAGES = ("actors", "common", "contracts", "controller", "learner", "reward_service")
@@ -61,16 +63,37 @@ def function_source(function: str) -> Path:
     return path.resolve()
 
 
-def is_async(function: str) -> bool:
-    """Whether the source of a function says that it must be awaited. It is not executed, so what a decorator makes of it, or
-    where it was imported from, is for whoever loads it to say. Raises as `function_source`."""
+def source_signature(function: str) -> inspect.Signature | None:
+    """The signature that the source of a function says, with annotations as texts. It is not executed: None for what is no
+    plain `def`, as one with a decorator or what was imported from elsewhere. Raises as `function_source`."""
     file, name = function_source(function), split_function(function)[1]
     try:
         statements = parsed(file).body
     except SyntaxError:  # for whoever runs it to say
-        return False
+        return None
     made = [s for s in statements if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef) and s.name == name]
-    return bool(made) and isinstance(made[-1], ast.AsyncFunctionDef) and not made[-1].decorator_list
+    if not made or made[-1].decorator_list:
+        return None
+    given = made[-1].args
+    plain = [*given.posonlyargs, *given.args]
+    defaults = [*[None] * (len(plain) - len(given.defaults)), *given.defaults, *given.kw_defaults]
+    kinds: list[Any] = [inspect.Parameter.POSITIONAL_ONLY] * len(given.posonlyargs)
+    kinds += [inspect.Parameter.POSITIONAL_OR_KEYWORD] * len(given.args)
+    kinds += [inspect.Parameter.KEYWORD_ONLY] * len(given.kwonlyargs)
+    parameters = [
+        inspect.Parameter(
+            argument.arg,
+            kind,
+            default=inspect.Parameter.empty if default is None else ast.unparse(default),
+            annotation=inspect.Parameter.empty if argument.annotation is None else ast.unparse(argument.annotation),
+        )
+        for argument, kind, default in zip([*plain, *given.kwonlyargs], kinds, defaults, strict=True)
+    ]
+    if given.vararg:
+        parameters.insert(len(plain), inspect.Parameter(given.vararg.arg, inspect.Parameter.VAR_POSITIONAL))
+    if given.kwarg:
+        parameters.append(inspect.Parameter(given.kwarg.arg, inspect.Parameter.VAR_KEYWORD))
+    return inspect.Signature(parameters)
 
 
 def source_digest(function: str) -> str:

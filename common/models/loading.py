@@ -67,9 +67,8 @@ def normaliser(config: Any, path: str, key: str) -> tuple[float, float]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if not is_number or value < least:
             rule = "a finite number" if name == "score_mean" else f"a finite number, {MIN_STD:g} or more"
-            raise LoadingError(
-                Check(False, f"{name} in the config.json of {key}={path}", rule, value, "what training wrote").message
-            )
+            where = f"{name} in the config.json of {key}={path}"
+            raise LoadingError(Check(False, where, rule, value, "what training wrote").message)
     return float(mean), float(std)
 
 

@@ -122,10 +122,8 @@ def short_causal_attention(
     unknown += ["attention_mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
     unknown += ["is_causal=False"] * (kwargs.get("is_causal") is False)
     if packed is None or unknown:
-        problem = (
-            f"hands {unknown[0]} to its attention" if unknown else "does not pass keyword arguments on to its attention"
-        )
-        raise RuntimeError(f"{type(module).__name__} {problem}: set learner.attention=sdpa")
+        problem = f"hands {unknown[0]}" if unknown else "does not pass keyword arguments on"
+        raise RuntimeError(f"{type(module).__name__} {problem} to its attention: set learner.attention=sdpa")
     heads, groups = query.shape[1], key.shape[1]
     batch, tokens = len(packed.lengths), packed.slots.numel() // len(packed.lengths)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling

@@ -18,10 +18,11 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """What the first core can do; empty where the system does not say."""
     if not cpuinfo.exists():
         return set()
-    lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-    return next(
-        (set(value.split()) for name, _, value in lines if name.strip().lower() in ("flags", "features")), set()
-    )
+    for line in cpuinfo.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip().lower() in ("flags", "features"):
+            return set(value.split())
+    return set()
 
 
 def cpu_dtype(flags: set[str] | None = None) -> str:

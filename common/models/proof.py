@@ -44,9 +44,7 @@ class Proof:
     attention: str
     layout: str
     error: float  # largest difference from the class's own numbers
-    gradient_error: (
-        float | None
-    )  # the same of gradients, against the largest of their tensor; None where nothing trains
+    gradient_error: float | None  # the same of gradients, against the largest of their tensor; None: nothing trains
     seconds: float
     tried: dict[str, str] = field(default_factory=dict)  # faster forms, and why they are not it
 
@@ -64,7 +62,8 @@ class Kind:
     numbers: Callable[[PreTrainedModel, list[int]], Tensor]  # of one row, alone
 
 
-def _logprobs(lm: PreTrainedModel, row: list[int]) -> Tensor:
+def row_logprobs(lm: PreTrainedModel, row: list[int]) -> Tensor:
+    """log p of every token but the first, float32 [len(row) - 1], by the model's own forward pass."""
     ids = torch.tensor([row], device=lm.device)
     logprobs = torch.log_softmax(lm(input_ids=ids, use_cache=False).logits[0, :-1].float(), -1)
     return logprobs.gather(1, ids[0, 1:, None])[:, 0]
@@ -75,7 +74,7 @@ def _score(classifier: PreTrainedModel, row: list[int]) -> Tensor:
     return classifier(input_ids=torch.tensor([row], device=classifier.device), use_cache=False).logits[0].float()
 
 
-POLICY = Kind("policy", AutoModelForCausalLM, _logprobs)
+POLICY = Kind("policy", AutoModelForCausalLM, row_logprobs)
 SCALAR = Kind("scalar", AutoModelForSequenceClassification, _score)
 
 

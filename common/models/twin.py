@@ -24,21 +24,16 @@ CAPS = {
     "linear_value_head_dim": 16, "n_groups": 1, "mamba_n_groups": 1, "mamba_ngroups": 1, "time_step_rank": 4,
     "mamba_dt_rank": 4, "chunk_size": 16, "mamba_chunk_size": 16,
 }  # fmt: skip
-WIDTHS: tuple[str, ...] = (
-    "intermediate_size",
-    "ffn_dim",
-    "n_inner",
-    "ffn_hidden_size",
-    "shared_intermediate_size",
-    "lru_width",
-)
-WIDTHS += ("moe_shared_expert_intermediate_size", "intermediate_size_mlp", "attention_hidden_size")
+WIDTHS = (
+    "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "shared_intermediate_size", "lru_width",
+    "moe_shared_expert_intermediate_size", "intermediate_size_mlp", "attention_hidden_size",
+)  # fmt: skip
 # Of state-space layers: heads x width = expansion x hidden_size.
-SSM_HEADS: tuple[tuple[str, str, str], ...] = (
+SSM_HEADS = (
     ("num_heads", "head_dim", "expand"),
     ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
 )
-SSM_HEADS += (("n_mamba_heads", "mamba_headdim", "mamba_expand"),)
 # What says after how many layers a kind of layer comes again.
 RHYTHM = ("period", "pattern", "offset", "first_k_dense", "interval", "every_n", "step")
 
@@ -121,11 +116,7 @@ def _fewer_layers(text: Any) -> None:
     for name, value in settings:
         if _is_count(value) and any(word in name for word in RHYTHM):
             needed = max(needed, value + 1)
-        if (
-            isinstance(value, list | tuple)
-            and len(value) < layers
-            and any(word in name for word in ("types", "pattern"))
-        ):
+        if isinstance(value, list | tuple) and len(value) < layers and ("types" in name or "pattern" in name):
             needed = max(needed, len(value))
     keep = min(layers, max(2, needed))
     for name, values in by_layer.items():
@@ -151,7 +142,7 @@ def _are_indices(values: Any, layers: int) -> bool:
 def _short_windows(text: Any) -> None:
     for name, value in vars(text).items():
         is_width = ("window" in name and "layers" not in name) or name == "attention_chunk_size"
-        if is_width and isinstance(value, int) and not isinstance(value, bool) and value > WINDOW:
+        if is_width and _is_count(value) and value > WINDOW:
             setattr(text, name, WINDOW)
 
 

@@ -70,9 +70,8 @@ def _marked(template: str) -> Marked | None:
     behind = [name for node in tree.body[at + 1 :] for name in _names(node)]
     if any(name.name not in BEHIND and id(name) not in allowed for name in behind):
         return None
-    if any(
-        _names_known(node.target) and not isinstance(node.node, nodes.Const) for node in tree.find_all(nodes.Assign)
-    ):
+    assigned = [node.target for node in tree.find_all(nodes.Assign) if not isinstance(node.node, nodes.Const)]
+    if any(name.name in BEHIND for target in assigned for name in _names(target)):
         return None
     if any(node.name == "random" for node in tree.find_all(nodes.Filter)):
         return None
@@ -118,10 +117,6 @@ def _allowed_uses(tree: nodes.Template, aliases: set[str]) -> Iterator[int]:
         if isinstance(node.target, nodes.Name) and _is_alias(node.node, aliases):
             yield id(node.target)
             yield from map(id, _names(node.node))
-
-
-def _names_known(target: nodes.Node) -> bool:
-    return any(name.name in BEHIND for name in _names(target))
 
 
 def _names(node: nodes.Node) -> Iterator[nodes.Name]:

@@ -33,6 +33,11 @@ def load_config(path: str, model: ModelConfig) -> Any:
     return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
+def vocab_size(path: str, model: ModelConfig) -> int:
+    """Tokens of a checkpoint's model; models of several parts say it of their text part. Raises as `load_config`."""
+    return int(load_config(path, model).get_text_config().vocab_size)
+
+
 def local_checkpoint(path: str) -> Path:
     """The directory of a checkpoint: itself, or where the hub's cache keeps it."""
     if Path(path).is_dir():

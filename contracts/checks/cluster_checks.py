@@ -4,7 +4,8 @@ from contracts.checks.check import Check
 from contracts.config import TandemConfig
 from contracts.methods import runs
 from contracts.placement import PlacementError, Resources, check_nodes, on_one_gpu, plan
-from contracts.transports import chosen_transport, find_transport, transport_names, weight_backend
+from contracts.plugins import names
+from contracts.transports import TRANSPORTS, chosen_transport, find_transport, weight_backend
 
 
 def cluster_checks(config: TandemConfig) -> list[Check]:
@@ -52,8 +53,8 @@ def _transport_checks(config: TandemConfig) -> list[Check]:
     cluster, key, written = config.cluster, "learner.weight_transfer", config.learner.weight_transfer
     if (chosen := chosen_transport(config)) is None:
         return []
-    others = [other for other in transport_names() if find_transport(other).layout == cluster.layout]
-    anywhere = [other for other in reversed(transport_names()) if not find_transport(other).needs_gpus]
+    others = [other for other in names(TRANSPORTS) if find_transport(other).layout == cluster.layout]
+    anywhere = [other for other in reversed(names(TRANSPORTS)) if not find_transport(other).needs_gpus]
     has_gpus = cluster.gpus_per_actor > 0 and cluster.gpus_per_learner_rank > 0
     return [
         Check(

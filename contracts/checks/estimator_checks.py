@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from contracts.checks.check import Check
+from contracts.checks.objective_checks import objective_checks
 from contracts.checks.overrides import closest
 from contracts.config import PPOConfig
 from contracts.estimators import ESTIMATORS, Estimator, find_estimator
@@ -58,6 +59,7 @@ def estimator_checks(ppo: PPOConfig) -> list[Check]:
             ppo.kl.coef,
             f"for example {PPOConfig().kl.coef} (the default), or ppo.kl.controller=fixed",
         ),
+        *objective_checks(ppo, estimator),
         *estimator.checks(ppo),
         *combined_checks(ppo),
     ]

@@ -49,9 +49,7 @@ def unknown_overrides(arguments: list[str]) -> list[str]:
             continue
         key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
         # What an environment's options are called is for that environment to say.
-        is_open = re.split(r"[./]", key)[0] in ("hydra", "experiment", "arm", "tuning") or key.startswith(
-            "environment.options."
-        )
+        is_open = re.match(r"(hydra|experiment|arm|tuning)([./]|$)|environment\.options\.", key)
         if _generic(key, known) not in known and not is_open:
             instead = closest(_generic(key, known), known)
             messages.append(f"{key} is not a key of the configuration" + (f"; write {instead}" if instead else ""))

@@ -57,9 +57,8 @@ def _kind_checks(key: str, entry: ScorerConfig, service: RewardServiceConfig) ->
         ours = sorted(names(SCORER_KINDS), reverse=True)
         ours.sort(key=lambda name: find(SCORER_KINDS, name).is_composite)
         found = f"{entry.kind} ({error})" if ":" in entry.kind else entry.kind
-        return [
-            Check(False, f"{key}.kind", f"one of {', '.join(ours)}, or package.module:NAME", found, "for example model")
-        ]
+        rule = f"one of {', '.join(ours)}, or package.module:NAME"
+        return [Check(False, f"{key}.kind", rule, found, "for example model")]
 
 
 def is_loopback(host: str) -> bool:

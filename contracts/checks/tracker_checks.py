@@ -17,14 +17,11 @@ def tracker_conflicts(logger: LoggerConfig) -> list[str]:
             conflicts.append(f"logger.trackers: {error}")
             continue
         if not (isinstance(kind, type) and issubclass(kind, Tracker)):
-            conflicts.append(
-                f"logger.trackers: {name} must be a subclass of contracts.trackers.Tracker; found {kind!r}"
-            )
+            rule = "a subclass of contracts.trackers.Tracker"
+            conflicts.append(f"logger.trackers: {name} must be {rule}; found {kind!r}")
         elif kind.is_on(logger) and any(find_spec(module) is None for module in kind.packages):
-            command = f"python -m pip install {' '.join(kind.packages.values())}"
-            conflicts.append(
-                f"logger.trackers: {name} needs what is not installed; write `{command}`, or leave {name} out"
-            )
+            instead = f"`python -m pip install {' '.join(kind.packages.values())}`, or leave {name} out"
+            conflicts.append(f"logger.trackers: {name} needs what is not installed; write {instead}")
     if len(set(logger.trackers)) < len(logger.trackers):
         conflicts.append(f"logger.trackers must name each of them once; found {', '.join(logger.trackers)}")
     return conflicts

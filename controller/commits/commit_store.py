@@ -13,7 +13,6 @@
 No pointer file names the newest: discovery looks for the newest manifest that verifies.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import load_file
 
 from common.error_text import typed_line
@@ -31,6 +30,7 @@ from common.files import durable
 from common.files.checkpoint_files import is_inside
 from common.files.code_digest import package_versions
 from common.files.durable import FileRecord, RawTensor
+from common.files.fingerprints import json_digest
 
 FOLDER, MANIFEST, FORMAT = "checkpoints", "MANIFEST.json", 2
 DRIVER, ARRAYS = "driver.json", "driver.safetensors"
@@ -98,10 +98,8 @@ def write_driver_state(partial: Path, state: State) -> dict[str, FileRecord]:
         for name, a in arrays.items()
         if a.size
     }
-    return {
-        DRIVER: durable.write_json(partial / DRIVER, plain),
-        ARRAYS: durable.write_tensors(partial / ARRAYS, raw, {}),
-    }
+    records = {DRIVER: durable.write_json(partial / DRIVER, plain)}
+    return records | {ARRAYS: durable.write_tensors(partial / ARRAYS, raw, {})}
 
 
 def publish(partial: Path, commit: Commit) -> None:
@@ -115,25 +113,11 @@ def publish(partial: Path, commit: Commit) -> None:
         "quality": commit.quality,
         "files": commit.records,
     }
-    durable.write_json(partial / MANIFEST, {"sha256": _digest(content), "content": content})
+    durable.write_json(partial / MANIFEST, {"sha256": json_digest(content), "content": content})
     durable.publish(partial, commit.path)
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_commit(path: Path) -> Commit:
-    """Raises CheckpointError where there is no manifest that can be believed."""
-    try:
-        commit = _read_manifest(path)
-        _Types.model_validate({**vars(commit), **vars(commit.run)})
-    except (ValidationError, RecursionError, AttributeError) as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read: {typed_line(error)}") from error
-    return commit
-
-
-class _Types(BaseModel):
+class _Content(BaseModel):
     """What a manifest holds: JSON of others may hold anything."""
 
     model_config = ConfigDict(strict=True)
@@ -141,36 +125,32 @@ class _Types(BaseModel):
     version: Annotated[int, Field(ge=0)]
     world_size: Annotated[int, Field(ge=1)]
     quality: tuple[str, Annotated[float, Field(allow_inf_nan=False)]] | None
-    records: dict[Annotated[str, Field(pattern=r"^[^\x00]+$")], tuple[Annotated[int, Field(ge=0)], str]]
+    files: dict[Annotated[str, Field(pattern=r"^[^\x00]+$")], tuple[Annotated[int, Field(ge=0)], str]]
     identity: dict[str, Any]
     config: dict[str, Any]
     scorers: dict[str, str | None]
     packages: dict[str, str]
 
 
-def _read_manifest(path: Path) -> Commit:
+def read_commit(path: Path) -> Commit:
+    """Raises CheckpointError where there is no manifest that can be believed."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         content = manifest["content"]
-        if manifest["sha256"] != _digest(content):
+        if manifest["sha256"] != json_digest(content):
             raise CheckpointError(f"{MANIFEST} does not have the SHA-256 that it names")
         if content["format"] != FORMAT:
             raise CheckpointError(f"{MANIFEST} has format {content['format']}, this version reads {FORMAT}")
         if strange := [name for name in content["files"] if not is_inside(name)]:
             raise CheckpointError(f"{MANIFEST} names {strange[0]!r}, which is no file of the commit")
-        return Commit(
-            path=path,
-            step=content["step"],
-            version=content["version"],
-            run=RunFacts(**{fact.name: content[fact.name] for fact in fields(RunFacts)}),
-            world_size=content["world_size"],
-            quality=tuple(content["quality"]) if content["quality"] else None,
-            records={name: FileRecord(*record) for name, record in content["files"].items()},
-        )
+        found = _Content.model_validate_json(json.dumps(content))  # in which arrays are tuples
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {typed_line(error)}") from error
+    run = RunFacts(**{fact.name: getattr(found, fact.name) for fact in fields(RunFacts)})
+    records = {name: FileRecord(*record) for name, record in found.files.items()}
+    return Commit(path, found.step, found.version, run, found.world_size, found.quality, records)
 
 
 def steps(run_dir: Path) -> list[int]:

@@ -47,40 +47,34 @@ class Waits(Protocol):
     def wait_for_learner(self, until: Callable[[], bool], what: str) -> None: ...
 
 
+@dataclass
 class Committer:
     """All calls come from the controller's one thread; `say` tells the user, `committed` appends the rows that a commit's
     state has for the ledger's log."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: CheckpointConfig,
-        run: RunFacts,
-        learner: LearnerGroup,
-        dispatcher: Waits,
-        committed: Callable[[State], None],
-        say: Callable[[str], None],
-    ):
-        self._run_dir = run_dir
-        self._config = config
-        self._run = run
-        self._learner = learner
-        self._dispatcher = dispatcher
-        self._committed = committed
-        self._say = say
+    run_dir: Path
+    config: CheckpointConfig
+    run: RunFacts
+    learner: LearnerGroup
+    dispatcher: Waits
+    committed: Callable[[State], None]
+    say: Callable[[str], None]
+    newest: int = -1  # step of the last commit
+
+    def __post_init__(self) -> None:
         self._pending: _Pending | None = None
         self._num_bytes = 0  # of the last commit
-        self._in_a_row = self._num_failed = 0
+        self._in_a_row = 0
+        self._num_failed = 0
         self._stall_s = 0.0
-        self.newest = -1  # step of the last commit
-        (run_dir / commit_store.FOLDER).mkdir(mode=0o700, exist_ok=True)
+        (self.run_dir / commit_store.FOLDER).mkdir(mode=0o700, exist_ok=True)
 
     def resume_at(self, commit: Commit | None) -> None:
         """The run stands at `commit`; one that was under way is of a line that was left."""
         self._pending = None
         if commit is not None:
             self.newest, self._num_bytes = commit.step, commit.num_bytes
-        commit_store.sweep(self._run_dir)
+        commit_store.sweep(self.run_dir)
 
     def begin(self, step: int, policy_version: int, state: State, quality: tuple[str, float] | None) -> None:
         """Start a commit of the weights as they are now, and of `state`.
@@ -90,7 +84,7 @@ class Committer:
         """
         self.wait_until_decided()
         start = time.perf_counter()
-        path = commit_store.step_path(self._run_dir, step)
+        path = commit_store.step_path(self.run_dir, step)
         folder = path.with_name(path.name + ".partial")
         try:
             self._require_space()
@@ -105,12 +99,12 @@ class Committer:
             path=path,
             step=step,
             version=policy_version,
-            run=self._run,
-            world_size=len(self._learner.actors),
+            run=self.run,
+            world_size=len(self.learner.actors),
             quality=quality,
             records={},
         )
-        self._pending = _Pending(new, folder, state, self._learner.start("begin_commit", str(folder)))
+        self._pending = _Pending(new, folder, state, self.learner.start("begin_commit", str(folder)))
         self._stall_s += time.perf_counter() - start
 
     def request_votes(self) -> None:
@@ -119,15 +113,15 @@ class Committer:
         pending = self._pending
         if pending is not None and not pending.votes_requested:
             pending.votes_requested = True
-            votes = self._learner.start("state.result")
-            self._dispatcher.on_answers([*pending.begun, *votes], partial(self._decide, pending))
+            votes = self.learner.start("state.result")
+            self.dispatcher.on_answers([*pending.begun, *votes], partial(self._decide, pending))
 
     def wait_until_decided(self) -> None:
         """Return when no commit is under way. Raises as `begin`, and TimeoutError."""
         if self._pending is not None:
             start, step = time.perf_counter(), self._pending.commit.step
             self.request_votes()
-            self._dispatcher.wait_for_learner(lambda: self._pending is None, f"the commit of update {step}")
+            self.dispatcher.wait_for_learner(lambda: self._pending is None, f"the commit of update {step}")
             self._stall_s += time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
@@ -137,8 +131,8 @@ class Committer:
 
     def _require_space(self) -> None:
         if not self._num_bytes:
-            self._num_bytes = sum(self._learner.call("state.num_bytes"))
-        free = shutil.disk_usage(self._run_dir).free
+            self._num_bytes = sum(self.learner.call("state.num_bytes"))
+        free = shutil.disk_usage(self.run_dir).free
         if free < SPARE * self._num_bytes:
             raise OSError(f"{free / 2**20:.0f} MiB are free, a commit needs {SPARE * self._num_bytes / 2**20:.0f}")
 
@@ -156,34 +150,29 @@ class Committer:
                 pending.commit.records.update({name: FileRecord(*record) for name, record in votes.items()})
             pending.commit.records.update(commit_store.write_driver_state(pending.folder, pending.state))
             commit_store.publish(pending.folder, pending.commit)
-        except (
-            Exception
-        ) as error:  # whatever it was, DeepSpeed's and the disk's included: no commit, and the run goes on
+        except Exception as error:  # whatever it was, DeepSpeed's and the disk's included: no commit, the run goes on
             self._fail(step, pending.folder, error)
             return
         self._in_a_row = 0
         self.newest = step
         self._num_bytes = pending.commit.num_bytes
         try:
-            self._committed(pending.state)
-            commit_store.prune(self._run_dir, self._config.keep)
+            self.committed(pending.state)
+            commit_store.prune(self.run_dir, self.config.keep)
         except OSError as error:  # the commit holds the ledger's rows too: the next one appends them
             self._num_failed += 1
-            self._say(f"WARNING: update {step} is committed, but not tidied up after: {_reason(error)}")
+            self.say(f"WARNING: update {step} is committed, but not tidied up after: {_reason(error)}")
         self._stall_s += time.perf_counter() - start
 
     def _fail(self, step: int, folder: Path, error: BaseException) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         self._num_failed += 1
         self._in_a_row += 1
-        most = self._config.max_failures
-        self._say(
-            f"WARNING: no commit of update {step}: {_reason(error)} ({self._in_a_row} in a row, {most} end the run)"
-        )
+        most, reason = self.config.max_failures, _reason(error)
+        self.say(f"WARNING: no commit of update {step}: {reason} ({self._in_a_row} in a row, {most} end the run)")
         if self._in_a_row >= most:
-            raise CheckpointError(
-                f"{most} commits in a row have failed (checkpoint.max_failures), the last one: {_reason(error)}"
-            ) from error
+            told = f"{most} commits in a row have failed (checkpoint.max_failures), the last one: {reason}"
+            raise CheckpointError(told) from error
 
 
 def load_learner(learner: LearnerGroup, commit: Commit) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 
 from common.files import durable
+from common.files.templates import filled
 from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, Commit
 
 POLICY = "policy/"
 UNKNOWN = "not known: see the base model's card"
+SOURCES = {"sft": "SFT", "prompts": "PPO's prompts", "preferences": "reward model"}
 
 
 def chosen(run_dir: Path, step: str | None) -> Commit:
@@ -65,49 +67,17 @@ def export(run_dir: Path, commit: Commit, out: Path) -> None:
 def card(run_dir: Path, commit: Commit) -> str:
     """The model card, from what the run recorded; what nobody recorded is said to be unknown."""
     config = commit.run.config
-    base, data = config["model"]["path"], config["data"]
-    licence, rows = base_licence(base), last_metrics(run_dir, commit.step)
+    base, licence = config["model"]["path"], base_licence(config["model"]["path"])
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": base}
     head |= {"license": licence} if licence else {}
-    scorers = [f"- {name}: version `{version}`" for name, version in sorted(commit.run.scorers.items())]
-    metrics = [f"| {name} | {value:.4g} |" for name, value in rows.items()]
-    sources = [
-        f"- {use}: `{source['path']}`"
-        for name, use in (("sft", "SFT"), ("prompts", "PPO's prompts"), ("preferences", "reward model"))
-        if (source := data.get(name)) and source["path"]
-    ]
-    quality = f"{commit.quality[0]} {commit.quality[1]:.4g} over the last updates" if commit.quality else "not measured"
-    ppo = config["ppo"]
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(head, sort_keys=False).strip(),
-            "---",
-            f"# {config['name']}, after update {commit.step}",
-            "",
-            f"Policy version {commit.version} of a Tandem run: {ppo['estimator']} on completions that a reward model "
-            f"scored; seed {config['seed']}, KL coefficient {ppo['kl']['coef']} against the SFT model.",
-            "",
-            f"- base model: `{base}`, SFT model: fingerprint `{commit.run.identity.get('policy')}`",
-            f"- licence: {licence or UNKNOWN}; the terms of the data apply too",
-            f"- quality: {quality}",
-            f"- computed with {', '.join(f'{name} {version}' for name, version in sorted(commit.run.packages.items()))}",
-            "",
-            "## Data",
-            *sources,
-            f"- fingerprint of the prompts: `{commit.run.identity.get('prompts')}`",
-            "",
-            "## Reward",
-            *scorers,
-            "",
-            f"## Metrics of update {commit.step}",
-            "These are of training: rollouts of the version before, judged by the scorers above. They are no evaluation.",
-            "",
-            "| metric | value |",
-            "|---|---|",
-            *metrics,
-            "",
-        ]
+    return filled(
+        Path(__file__).with_name("model_card.md"),
+        head=yaml.safe_dump(head, sort_keys=False).strip(),
+        licence=licence or UNKNOWN,
+        commit=commit,
+        config=config,
+        sources={use: source["path"] for name, use in SOURCES.items() if (source := config["data"].get(name))},
+        metrics=last_metrics(run_dir, commit.step),
     )
 
 

@@ -66,9 +66,8 @@ class RunDirectory:
 
     def _end_orphans(self, session: str) -> None:
         if not is_ray_session(session):
-            self._say(
-                f"{self.path / SESSION} names no Ray session of this user that is there: ignored ({session[:80]!r})"
-            )
+            found = f"ignored ({session[:80]!r})"
+            self._say(f"{self.path / SESSION} names no Ray session of this user that is there: {found}")
         elif ended := end_orphans(session):
             self._say(f"{ended} processes of an earlier attempt were still there and have been ended")
 
@@ -103,16 +102,12 @@ class RunDirectory:
         if commit is None:
             return None
         if found := differences(commit.run.identity, identity):
-            raise ConfigError(
-                "\n  - ".join(
-                    [
-                        f"{commit.path} is of another run than this configuration describes:",
-                        *found,
-                        "write the values of the commit, another run_dir, or checkpoint.resume=never to start afresh; where "
-                        "checkpoints alone differ, other code has made their stages anew: reuse_stages=true takes the old",
-                    ]
-                )
+            told = f"{commit.path} is of another run than this configuration describes:"
+            instead = (
+                "write the values of the commit, another run_dir, or checkpoint.resume=never to start afresh; where "
+                "checkpoints alone differ, other code has made their stages anew: reuse_stages=true takes the old"
             )
+            raise ConfigError("\n  - ".join([told, *found, instead]))
         return commit
 
     def _set_aside(self) -> None:
@@ -157,9 +152,8 @@ def other_versions(commit: Commit, packages: Mapping[str, str], say: Callable[[s
 def require_scorers(commit: Commit, scorers: Mapping[str, str | None]) -> None:
     """Raises CheckpointError where other reward models or rules would score than before."""
     if found := differences(commit.run.scorers, scorers):
-        raise CheckpointError(
-            "\n  - ".join([f"{commit.path} was scored by other versions than are served now:", *found])
-        )
+        told = f"{commit.path} was scored by other versions than are served now:"
+        raise CheckpointError("\n  - ".join([told, *found]))
 
 
 def resume_command(overrides: list[str], run_dir: str) -> str:
@@ -173,9 +167,8 @@ def is_ray_session(session: str) -> bool:
     would match processes of anybody."""
     path = Path(session)
     try:
-        return (
-            path.is_absolute() and SESSION_NAME.fullmatch(path.name) is not None and path.stat().st_uid == os.getuid()
-        )
+        is_one = path.is_absolute() and SESSION_NAME.fullmatch(path.name) is not None
+        return is_one and path.stat().st_uid == os.getuid()
     except (OSError, ValueError):  # it is gone, and so is who wrote there; or no path at all
         return False
 

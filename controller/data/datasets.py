@@ -28,6 +28,7 @@ from common.text.encoding import (
 )
 from contracts.config import DataConfig, SourceConfig
 from contracts.records import Example, ExamplePair, PreferencePair, Prompt, RatedExample, RatedText
+from controller.data.kept_columns import kept_columns, require_values
 from controller.data.row_files import detect_format, load_rows
 from controller.data.row_formats import (
     Parts,
@@ -37,6 +38,7 @@ from controller.data.row_formats import (
     pair_parts,
     parts,
     preference,
+    prompt_columns,
     ratings,
     shape_of,
 )
@@ -55,6 +57,8 @@ class LoadReport:
     rows: int = 0
     used: int = 0
     left_out: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    kept: list[str] = field(default_factory=list)  # columns that travel with the prompts
+    dropped: dict[str, str] = field(default_factory=dict)  # columns that could not, with the reason
     unread: list[str] = field(default_factory=list)  # columns that nobody reads
     notes: Notes = field(default_factory=Notes)  # of the chat template
 
@@ -106,7 +110,8 @@ class _Source:
         kept = _keep(self.rows, lambda n, row: build(n, convert(row, self.source)), self.data, self.base, self.report)
         columns = dict.fromkeys(column for row in self.rows for column in row)
         read = columns_read(self.form, self.source, self.shape, self.report.notes.template != "")
-        self.report.unread = [column for column in columns if column not in read]
+        known = {*read, *self.report.kept, *self.report.dropped}
+        self.report.unread = [column for column in columns if column not in known]
         return kept
 
     def parts(self, row: dict, words: int | None) -> Parts:
@@ -163,7 +168,11 @@ def load_prompts(
     report: LoadReport | None = None,
     base: str = "data.prompts",
 ) -> list[Prompt]:
-    """Prompts with distinct tokens; `prompt_id` is the row number. A conversation's last answer is not part of it."""
+    """Prompts with distinct tokens; `prompt_id` is the row number. A conversation's last answer is not part of it.
+
+    Raises:
+        DataError: also where `source.keep` names what cannot be kept of every prompt's row.
+    """
     opened = _open(
         source, data, tokenizer, report, base, ("prompt", "text", "rated", "prompt_completion", "messages", "pair")
     )
@@ -174,7 +183,10 @@ def load_prompts(
             f"{base}: a prompt is a column {source.prompt_column!r} or the first words of a text; found a text and "
             f"data.prompt_words: null. Write data.prompt_words: 4, or name {base}.prompt_column"
         )
-    seen: set[tuple[int, ...]] = set()
+    kept = kept_columns(rows, source, prompt_columns(form, source, opened.shape), base)
+    opened.report.kept, opened.report.dropped = kept.columns, kept.dropped
+    seen: dict[tuple[int, ...], str | None] = {}
+    numbers: dict[int, dict] = {}
 
     def build(number: int, row: dict) -> Prompt:
         prompt, completion, tools = opened.parts(row, data.prompt_words)
@@ -188,12 +200,16 @@ def load_prompts(
         if len(ids) + max_completion_tokens > max_model_len:
             detail = f"{len(ids)} + {max_completion_tokens} > {max_model_len}"
             raise LeftOut("prompt and max_completion_tokens over engine.max_model_len", detail)
+        columns = kept.row(rows[number])
         if ids in seen:
-            raise LeftOut("duplicate prompt", bad=False)
-        seen.add(ids)
-        return Prompt(number, readable(prompt), ids)
+            raise LeftOut("duplicate prompt" + " with other columns" * (columns != seen[ids]), bad=False)
+        seen[ids], numbers[number] = columns, rows[number]
+        turns = json.dumps(prompt, ensure_ascii=False, default=str) if isinstance(prompt, list) else None
+        return Prompt(number, readable(prompt), ids, columns, turns)
 
-    return opened.keep(build)
+    prompts = opened.keep(build)
+    require_values(numbers, source, base)
+    return prompts
 
 
 def load_some_prompts(
@@ -315,5 +331,7 @@ def fingerprint(rows_or_examples: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for item in rows_or_examples:
         content = asdict(item) if is_dataclass(item) and not isinstance(item, type) else item
+        if isinstance(item, Prompt):  # what it does not have does not tell it from one of before
+            content = {name: value for name, value in content.items() if value is not None}
         digest.update(json.dumps(content, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()

@@ -70,6 +70,10 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
         if report.left_out:
             left = ", ".join(f"{count} {reason}" for reason, count in report.left_out.most_common())
             say(f"  {base}: {report.used} of {report.rows} rows used; left out: {left}")
+        if report.kept:
+            say(f"  {base}: columns that travel with a prompt: {', '.join(report.kept)}")
+        for column, why in report.dropped.items():
+            say(f"  {base}: WARNING: column {column} does not travel with a prompt: {why}")
         if report.unread:
             say(f"  {base}: columns that nobody reads: {', '.join(report.unread)}")
         for line in report.notes.lines():

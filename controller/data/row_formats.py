@@ -98,6 +98,16 @@ def columns_read(form: str, source: SourceConfig, shape: Shape | None, in_chat: 
     return known | ({*shape.columns, *ALSO_READ[shape.columns[0]]} if shape else set())
 
 
+def prompt_columns(form: str, source: SourceConfig, shape: Shape | None) -> set[str]:
+    """The columns that a prompt is made of."""
+    of_prompt = {
+        "text": {source.text_column},
+        "rated": {source.text_column, source.prompt_column},
+        "messages": {source.messages_column},
+    }.get(form, {source.prompt_column})
+    return of_prompt | ({shape.columns[0], *ALSO_READ[shape.columns[0]]} if shape else set())
+
+
 # ---- values
 
 

@@ -71,14 +71,10 @@ def judge_models(
 
     def sample(epoch: int, index: int) -> list[Rollout]:
         """One scored completion of every prompt."""
-        requests = [
-            RolloutRequest(epoch, index, p, sampling_seed(config.evaluate.seed, epoch, p.prompt_id, index))
-            for p in prompts
-        ]
-        calls = [
-            actor.rollout.remote(requests[i :: len(actors)], sampling, judges, timeout_s)
-            for i, actor in enumerate(actors)
-        ]
+        seeds = [sampling_seed(config.evaluate.seed, epoch, p.prompt_id, index) for p in prompts]
+        requests = [RolloutRequest(epoch, index, p, seed) for p, seed in zip(prompts, seeds, strict=True)]
+        parts = [requests[i :: len(actors)] for i in range(len(actors))]
+        calls = [a.rollout.remote(part, sampling, judges, timeout_s) for a, part in zip(actors, parts, strict=True)]
         return sorted((r for answer in ray.get(calls, timeout=timeout_s) for r in answer), key=lambda r: r.key)
 
     rollouts: dict[str, list[Rollout]] = {}
@@ -136,15 +132,15 @@ def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig
     options = {"samples": config.evaluate.bootstrap_samples, "seed": config.evaluate.seed}
     scores = {name: {judge: j.score(judge) for judge in judges} for name, j in judged.items()}
     models: dict[str, Any] = {}
+
+    def mean(values: np.ndarray) -> dict[str, float]:
+        return statistics.bootstrap_mean(values, **options).as_dict()
+
     for name, j in judged.items():
         tokens = [r.completion.sampled_ids.tolist() for r in j.rollouts]
-        row: dict[str, Any] = {
-            judge: statistics.bootstrap_mean(v[np.isfinite(v)], **options).as_dict()
-            for judge, v in scores[name].items()
-        }
-        models[name] = row | {
-            "length": statistics.bootstrap_mean(j.lengths, **options).as_dict(),
-            "kl": statistics.bootstrap_mean(j.log_ratio, **options).as_dict(),
+        models[name] = {judge: mean(v[np.isfinite(v)]) for judge, v in scores[name].items()} | {
+            "length": mean(j.lengths),
+            "kl": mean(j.log_ratio),
             "eos_share": float(np.mean([r.completion.finish_reason == "stop" for r in j.rollouts])),
             "distinct_1": statistics.distinct_n(tokens, 1),
             "distinct_2": statistics.distinct_n(tokens, 2),
@@ -200,5 +196,7 @@ def sample_rows(judged: dict[str, Judged], judges: list[str]) -> list[dict[str, 
             row = {"stage": "evaluate", "model": name, "prompt_id": r.prompt.prompt_id, "prompt": r.prompt.text}
             row |= {"completion": r.completion.text, "tokens": len(r.completion.sampled_ids)}
             row |= {judge: float(values[i]) for judge, values in scores.items()}
-            rows.append(row | {"kl": float(j.log_ratio[i]), "eos": r.completion.finish_reason == "stop"})
+            rows.append(
+                row | {"kl": float(j.log_ratio[i]), "eos": r.completion.finish_reason == "stop"} | r.shown_fields
+            )
     return rows

@@ -39,30 +39,30 @@ def _check(name: str, value: float, side: str, limit: float, passed: bool) -> di
     return {"name": name, "value": value, "side": side, "limit": limit, "passed": bool(passed)}
 
 
-def _reservations(length_change: float, eos_share: float, kl: float, config: EvaluateConfig) -> list[str]:
-    """What speaks against the run apart from the gold score, one clause each."""
-    direction = "shorter" if length_change < 0 else "longer"
+def _limits(
+    length_change: float, eos_share: float, kl: float, config: EvaluateConfig
+) -> list[tuple[dict[str, Any], str]]:
+    """The checks apart from the gold score, each with the clause that speaks against a run where it fails."""
+    most, least, max_kl = config.max_length_change, config.min_eos_share, config.max_kl
+    way = "shorter" if length_change < 0 else "longer"
     rows = [
         (
-            abs(length_change) <= config.max_length_change,
-            length_change,
-            f"completions got {abs(length_change):.1%} {direction} than SFT's (limit {config.max_length_change:.1%})",
+            _check("length change from SFT, relative", length_change, "within ±", most, abs(length_change) <= most),
+            f"completions got {abs(length_change):.1%} {way} than SFT's (limit {most:.1%})",
             "the change of length is not known",
         ),
         (
-            eos_share >= config.min_eos_share,
-            eos_share,
-            f"only {eos_share:.1%} of the completions end with EOS (limit {config.min_eos_share:.1%})",
+            _check("EOS share of the completions", eos_share, "at least", least, eos_share >= least),
+            f"only {eos_share:.1%} of the completions end with EOS (limit {least:.1%})",
             "the EOS share is not known",
         ),
         (
-            kl <= config.max_kl,
-            kl,
-            f"the KL is {kl:.1f} nats a sequence (limit {config.max_kl:.1f})",
+            _check("KL from the reference, nats a sequence", kl, "at most", max_kl, kl <= max_kl),
+            f"the KL is {kl:.1f} nats a sequence (limit {max_kl:.1f})",
             "the KL is not known",
         ),
     ]
-    return [unknown if math.isnan(value) else clause for passed, value, clause, unknown in rows if not passed]
+    return [(check, unknown if math.isnan(check["value"]) else clause) for check, clause, unknown in rows]
 
 
 def _finding(
@@ -110,29 +110,10 @@ def verdict(model: dict[str, Any], against_sft: dict[str, Any], config: Evaluate
     gold, proxy = _interval(against_sft.get("gold_gain")), _interval(against_sft.get("proxy_gain"))
     length_change = _number(against_sft.get("length_ratio")) - 1.0
     eos_share, (kl, _, _) = _number(model.get("eos_share")), _interval(model.get("kl"))
-    checks = [
-        _check("gold gain over SFT, lower end of its 95% interval", gold[1], "above", 0.0, gold[1] > 0),
-        _check(
-            "length change from SFT, relative",
-            length_change,
-            "within ±",
-            config.max_length_change,
-            abs(length_change) <= config.max_length_change,
-        ),
-        _check(
-            "EOS share of the completions",
-            eos_share,
-            "at least",
-            config.min_eos_share,
-            eos_share >= config.min_eos_share,
-        ),
-        _check("KL from the reference, nats a sequence", kl, "at most", config.max_kl, kl <= config.max_kl),
-    ]
-    reservations = _reservations(length_change, eos_share, kl, config)
+    limits = _limits(length_change, eos_share, kl, config)
+    gained = _check("gold gain over SFT, lower end of its 95% interval", gold[1], "above", 0.0, gold[1] > 0)
+    checks = [gained, *(check for check, _ in limits)]
+    reservations = [clause for check, clause in limits if not check["passed"]]
     state, reason = _finding(gold, proxy, reservations)
-    return {
-        "passed": all(check["passed"] for check in checks),
-        "state": state,
-        "text": f"{STATES[state]}: {reason}",
-        "checks": checks,
-    }
+    passed, text = all(check["passed"] for check in checks), f"{STATES[state]}: {reason}"
+    return {"passed": passed, "state": state, "text": text, "checks": checks}

@@ -1,4 +1,4 @@
-"""The audit of a run's rollouts, from its log: every one that was admitted is trained, quarantined or open, once."""
+"""The audit of a run's rollouts, from its log: every one that was admitted is trained, quarantined, filtered or open."""
 
 import argparse
 import json
@@ -29,6 +29,7 @@ class _Ended(_Line):
     admitted_at: int
     leases: Count
     holder: str
+    row: str = ""  # digest of the columns that its scorers saw
 
 
 class _Trained(_Ended):
@@ -39,6 +40,10 @@ class _Quarantined(_Ended):
     quarantined: str
 
 
+class _Filtered(_Ended):
+    filtered: str
+
+
 class _Commit(_Line):
     commit: Count
     version: Count
@@ -46,7 +51,7 @@ class _Commit(_Line):
     open: list[tuple[Count, Count, Count]]
 
 
-_ROWS = TypeAdapter(list[_Trained | _Quarantined | _Commit])
+_ROWS = TypeAdapter(list[_Trained | _Quarantined | _Filtered | _Commit])
 
 
 @dataclass
@@ -56,6 +61,7 @@ class Audit:
     admitted: int = 0
     trained: int = 0
     quarantined: int = 0
+    filtered: int = 0
     open: int = 0
     rolled_back: int = 0
     updates: int = 0
@@ -65,8 +71,10 @@ class Audit:
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        filtered = f" + filtered {self.filtered}" if self.filtered else ""
         lines = [
-            f"admitted {self.admitted} = trained {self.trained} + quarantined {self.quarantined} + open {self.open}",
+            f"admitted {self.admitted} = trained {self.trained} + quarantined {self.quarantined}{filtered} "
+            f"+ open {self.open}",
             f"updates {self.updates}, samples per prompt {self.samples_per_prompt}, rolled back {self.rolled_back}",
             *(f"  quarantined {number}: {reason}" for reason, number in self.reasons.most_common()),
             *(f"  WRONG: {fault}" for fault in self.faults),
@@ -76,10 +84,11 @@ class Audit:
 
 
 def audit(log: Path) -> Audit:
-    """Count the surviving line of a run: every admitted rollout is trained or quarantined once, or open at the end.
+    """Count the surviving line of a run: every admitted rollout is trained, quarantined or filtered once, or open at the
+    end.
 
     The count of admissions is the ledger's own, so the keys are checked for themselves too: every prompt has all of its
-    samples, and every finished epoch the same prompts.
+    samples, and every finished epoch the same prompts. All samples of a prompt were scored with the same row.
     """
     rows, undone = _replayed(log)
     ends = [row for row in rows if "key" in row]
@@ -92,6 +101,8 @@ def audit(log: Path) -> Audit:
         if "trained" in row:
             result.trained += 1
             result.by_version[row["trained"]] += 1
+        elif "filtered" in row:
+            result.filtered += 1
         else:
             result.quarantined += 1
             result.reasons[row["quarantined"]] += 1
@@ -99,10 +110,11 @@ def audit(log: Path) -> Audit:
         times[key] += 1
         result.open += 1
     result.faults += [f"rollout {key} ended {number} times" for key, number in times.items() if number > 1]
-    total = result.trained + result.quarantined + result.open
+    total = result.trained + result.quarantined + result.filtered + result.open
     if total != result.admitted:
         result.faults.append(f"{result.admitted} rollouts were admitted, {total} are accounted for")
     _check_stream(list(times), result)
+    _check_rows(ends, result)
     return result
 
 
@@ -132,15 +144,26 @@ def _check_stream(keys: list[Key], result: Audit) -> None:
             result.faults.append(f"epoch {epoch} lacks {len(missing)} prompts of epoch 0, the first is {min(missing)}")
 
 
+def _check_rows(ends: list[Row], result: Audit) -> None:
+    seen: defaultdict[int, set[str]] = defaultdict(set)
+    for row in ends:
+        seen[row["key"][1]].add(row.get("row", ""))
+    result.faults += [
+        f"prompt {n} was scored with {len(rows)} different rows" for n, rows in seen.items() if len(rows) > 1
+    ]
+
+
 def way(log: Path, key: Key) -> list[str]:
     """What the log says of one rollout, one line each."""
     rows, undone = _replayed(log)
     lines = []
     for row, mark in [*((r, " (rolled back)") for r in undone), *((r, "") for r in rows)]:
         if tuple(row.get("key", ())) == key:
-            end = f"trained into version {row['trained']}" if "trained" in row else f"quarantined: {row['quarantined']}"
+            end = next(f"{name}: {row[name]}" for name in ("trained", "filtered", "quarantined") if name in row)
+            end = f"trained into version {row['trained']}" if "trained" in row else end
             by = f"sampled by {row['holder'] or 'nobody'} with version {row.get('sampled', '-')}, lease {row['leases']}"
-            lines.append(f"admitted at version {row['admitted_at']}, {by}, {end} in update {row['update']}{mark}")
+            end += f" in update {row['update']}" + (f", scored with row {row['row']}" if row.get("row") else "")
+            lines.append(f"admitted at version {row['admitted_at']}, {by}, {end}{mark}")
     commits = [row for row in rows if "commit" in row]
     if commits and list(key) in commits[-1]["open"]:
         lines.append(f"open at the last commit (update {commits[-1]['commit']})")

@@ -11,12 +11,20 @@ Key = tuple[int, int, int]  # (epoch, prompt_id, sample_index)
 Group = tuple[int, int]  # (epoch, prompt_id), of the rollouts that share a prompt
 
 
+class LedgerError(RuntimeError):
+    """A call that would lose a rollout or count one twice."""
+
+
+class StalenessError(LedgerError):
+    """A rollout is older than `max_staleness` updates."""
+
+
 class State(Enum):
     PENDING = 0
     LEASED = 1
     SCORED = 2
     BATCHED = 3
-    CLOSED = 4  # TRAINED or QUARANTINED: a row of the log
+    CLOSED = 4  # TRAINED, QUARANTINED or FILTERED: a row of the log
 
 
 class Lease(NamedTuple):

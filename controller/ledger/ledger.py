@@ -4,6 +4,7 @@
       ──> PENDING ──────> LEASED ──────────> SCORED ──────> BATCHED ──────────> TRAINED
              ▲               │
              └── release ────┘  (its holder died)           quarantine: from each of the four ──> QUARANTINED
+                                                             filter: from BATCHED ──────────────> FILTERED
 
 The key of a rollout is (epoch, prompt_id, sample_index). Generation is at-least-once: a reply counts only under the lease
 number that is current, so a repeated, late or hedged one changes nothing. What was TRAINED leaves memory as a row of
@@ -29,16 +30,8 @@ import numpy as np
 
 from common.files.portable_records import ArrayStore, decode, encode
 from contracts.records import Rollout, RolloutRequest
-from controller.ledger.entries import Awaited, Entry, Key, Lease, State
+from controller.ledger.entries import Awaited, Entry, Key, Lease, LedgerError, StalenessError, State
 from controller.ledger.log import rejoin
-
-
-class LedgerError(RuntimeError):
-    """A call that would lose a rollout or count one twice."""
-
-
-class StalenessError(LedgerError):
-    """A rollout is older than `max_staleness` updates."""
 
 
 class Ledger:
@@ -57,7 +50,7 @@ class Ledger:
         self.version = 0  # of the weights that every engine serves
         self.updates = 0
         self.counts: Counter[str] = Counter()
-        self.staleness: list[int] = []  # of the rollouts of the last take, in updates
+        self.staleness: list[int] = []  # of the rollouts of the last batch, in updates
         self._open: dict[Key, Entry] = {}  # in order of admission
         self._pending: list[tuple[int, Entry]] = []  # heap by order of admission
         self._leases: dict[int, Entry] = {}
@@ -148,13 +141,8 @@ class Ledger:
 
     @property
     def num_open(self) -> int:
-        """Admitted and neither trained nor quarantined."""
+        """Admitted, and neither trained nor quarantined nor filtered."""
         return len(self._open)
-
-    @property
-    def num_leased(self) -> int:
-        """Leases that have not ended."""
-        return len(self._leases)
 
     def is_late(self, lease_number: int) -> bool:
         """Whether a reply under this lease comes too late to count; it is counted as fenced then."""
@@ -212,6 +200,18 @@ class Ledger:
         self._close(entry, {"quarantined": reason, "update": self.updates})
         self.counts["quarantined"] += 1
 
+    def filter(self, keys: list[Key], reason: str) -> None:
+        """Close sound rollouts of the batch that shall not train; their slots are free for others, of which `take` fills the
+        batch up again. Raises LedgerError where one is not in training."""
+        batched = {entry.request.key: entry for entry in self._batched}
+        if absent := set(keys) - batched.keys():
+            raise LedgerError(f"rollout {min(absent)} cannot be filtered: it is not in training")
+        for key in keys:
+            self._close(batched.pop(key), {"filtered": reason, "update": self.updates})
+        self.counts["filtered"] += len(keys)
+        self._batched = [*batched.values()]
+        self._count_staleness(self.version)
+
     def ready(self, n: int, version: int) -> bool:
         """Whether `take` may be called: `n` rollouts are scored, and those left behind can still be consumed in time.
 
@@ -239,36 +239,42 @@ class Ledger:
     def take(self, n: int, version: int) -> list[Rollout]:
         """The rollouts of the next update, by a learner at `version`: those due first, then the oldest admissions.
 
-        They come in the order of admission. With `max_staleness=0` nothing depends on the order of arrival.
+        They come in the order of admission. With `max_staleness=0` nothing depends on the order of arrival. Called again
+        before `trained`, it adds to the batch what others have left room for, and returns that.
 
         Raises:
             StalenessError: where a scored rollout is too old for `version`.
-            LedgerError: where `ready` is false, the batch before is not trained, or a rollout comes from weights that
-                were rolled back.
+            LedgerError: where `ready` is false, the batch would be too large, as where the one before is not trained, or a
+                rollout comes from weights that were rolled back.
         """
-        if self._batched or not self.ready(n, version):
+        if len(self._batched) + n > self.rollouts_per_update or not self.ready(n, version):
             raise LedgerError(
                 f"{len(self._batched)} rollouts are in training, {self._num_scored} are scored: not ready"
             )
+        taken: list[Entry] = []
         for due in sorted(self._scored):
             entries = sorted(self._scored.pop(due), key=lambda e: e.order)
-            split = n - len(self._batched)
-            self._batched += entries[:split]
+            split = n - len(taken)
+            taken += entries[:split]
             if entries[split:]:
                 self._scored[due] = entries[split:]
                 break
         self._num_scored -= n
-        self._batched.sort(key=lambda e: e.order)
-        for entry in self._batched:
+        taken.sort(key=lambda e: e.order)
+        for entry in taken:
             entry.state = State.BATCHED
-        self.staleness = [version - e.due + self.max_staleness for e in self._batched]
-        rollouts = [e.rollout for e in self._batched if e.rollout is not None]
+        self._batched += taken
+        self._count_staleness(version)
+        rollouts = [e.rollout for e in taken if e.rollout is not None]
         newest = max((int(v[-1]) for r in rollouts if len(v := r.completion.policy_versions)), default=0)
         if newest > version:
             raise LedgerError(
                 f"a rollout was sampled by version {newest}, which the learner at {version} does not know"
             )
         return rollouts
+
+    def _count_staleness(self, version: int) -> None:
+        self.staleness = [version - e.due + self.max_staleness for e in self._batched]
 
     def trained(self, version: int) -> None:
         """The batch has trained and every engine serves the weights of `version`: its slots are free.
@@ -288,7 +294,7 @@ class Ledger:
 
     def metrics(self) -> dict[str, float]:
         """Cumulative counts, what is where, and the staleness of the last batch."""
-        names = ("admitted", "leased", "hedged", "released", "fenced", "scored", "quarantined", "trained")
+        names = ("admitted", "leased", "hedged", "released", "fenced", "scored", "quarantined", "filtered", "trained")
         rows = {f"ledger/{name}": float(self.counts[name]) for name in names}
         rows |= {"ledger/open": float(len(self._open)), "ledger/in_flight": float(len(self._leases))}
         rows["ledger/waiting"] = float(self._num_scored)
@@ -313,7 +319,8 @@ class Ledger:
         entry.state = State.CLOSED
         del self._open[entry.request.key]
         way = {"admitted_at": entry.admitted_at, "leases": entry.attempts, "holder": entry.holder}
-        self._rows.append(json.dumps({"key": entry.request.key, **end, **way}, separators=(",", ":")))
+        row = {"row": digest} if (digest := entry.request.prompt.row_digest) else {}
+        self._rows.append(json.dumps({"key": entry.request.key, **end, **way, **row}, separators=(",", ":")))
 
     # ---- commits
 

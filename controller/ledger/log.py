@@ -2,6 +2,7 @@
 
     {"key":[0,17,1],"trained":6,"update":7,"sampled":[5],"admitted_at":4,"leases":1,"holder":"actor-0"}
     {"key":[0,9,0],"quarantined":"no score","update":7,...}
+    {"key":[0,4,2],"filtered":"the scores of its group are equal","update":7,...}
     {"commit":7,"version":6,"admitted":40,"open":[[0,3,0],...]}     the rows above are durable; what is still open
     {"resume":8123}                                                 rows from that byte on, up to here, were rolled back
 

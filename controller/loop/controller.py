@@ -44,9 +44,18 @@ from controller.data.prompts import PromptStream
 from controller.ledger.ledger import Ledger
 from controller.ledger.log import NAME as LEDGER_FILE
 from controller.loop.dispatcher import Dispatcher, Stopping
+from controller.loop.dynamic_sampling import EQUAL, group_metrics, next_round, require_enough, with_spread
 from controller.loop.fleet import Fleet
 from controller.loop.recovery import Recovery
-from controller.loop.rewards import ScoreNormalizer, episodes, paid_metrics, service_scores, shaped, turn_metrics
+from controller.loop.rewards import (
+    ScoreNormalizer,
+    episodes,
+    overlong_metrics,
+    paid_metrics,
+    service_scores,
+    shaped,
+    turn_metrics,
+)
 from controller.loop.score_metrics import rollout_metrics, sample_row
 from controller.loop.training_batches import make_batches, with_siblings
 from controller.loop.unscored import save_rollouts, scored
@@ -135,7 +144,7 @@ class PPOController:
     def _next_update(self, total: int) -> None:
         train_policy, start = self.updates >= warmup_updates(self.config.ppo), time.perf_counter()
         self.dispatcher.admit_rollouts(total - self.updates)
-        metrics = self._update(train_policy)
+        metrics = self._update(train_policy, total - self.updates)
         self.durations = [*self.durations[-7:], time.perf_counter() - start]
         eta = (total - self.updates - 1) * float(np.median(self.durations))
         metrics |= {"perf/step_s": self.durations[-1], "progress/eta_s": eta, "progress/version": self.version}
@@ -150,21 +159,8 @@ class PPOController:
 
     # ---- one update
 
-    def _update(self, train_policy: bool) -> dict[str, float]:
-        start = time.perf_counter()
-        self.progress.waiting_for(f"rollouts for the update of version {self.version}")
-        sampled = self.dispatcher.wait_for_batch(self.version)
-        metrics = {"perf/rollout_s": time.perf_counter() - start}
-        rollouts = scored(sampled, self.config.ppo.max_failed_scores, self.version, self.log.run_dir)
-        metrics["fault/unscored"] = self._set_aside(sampled, rollouts, lambda r: f"no score: {r.scores['proxy'].error}")
-        if not self.normalizer.is_fitted:
-            self.normalizer.fit(service_scores(rollouts))  # of the reference policy
-        metrics |= self._describe(rollouts)
-        if chosen_estimator(self.config.ppo).needs_groups:
-            # A rollout whose siblings all failed to be scored has nothing to be compared with.
-            paired = with_siblings(rollouts)
-            metrics["fault/no_sibling"] = self._set_aside(rollouts, paired, lambda _: "no scored sibling")
-            rollouts = paired
+    def _update(self, train_policy: bool, updates_left: int) -> dict[str, float]:
+        rollouts, metrics = self._collect(updates_left)
         metrics |= self._train(rollouts, train_policy)
         if train_policy:
             self.kl.update(metrics["kl/ref_seq"], len(rollouts))
@@ -172,6 +168,45 @@ class PPOController:
         self.ledger.trained(self.version)
         metrics["fault/learner_restarts"] = float(self.recovery.num_restarts)
         return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
+
+    def _collect(self, updates_left: int) -> tuple[list[Rollout], dict[str, float]]:
+        """What the update trains on, and metrics of all that was sampled for it: in one round, or with
+        `ppo.dynamic_sampling` in several. Raises NoSpreadError where their budget is spent on too little."""
+        ppo, start, rounds = self.config.ppo, time.perf_counter(), 0
+        compares = chosen_estimator(ppo).needs_groups
+        sampled, described, kept = list[Rollout](), list[Rollout](), list[Rollout]()
+        unscored = alone = 0.0
+        while missing := next_round(self.config, len(kept), len(sampled)):
+            rounds += 1
+            self.progress.waiting_for(f"rollouts for the update of version {self.version}")
+            if rounds > 1:
+                self.dispatcher.admit_rollouts(updates_left)
+            fresh = self.dispatcher.wait_for_batch(self.version, missing)
+            sampled += fresh
+            # Counted over the update: a round may be a single group.
+            known = {r.key for r in scored(sampled, ppo.max_failed_scores, self.version, self.log.run_dir)}
+            rollouts = [r for r in fresh if r.key in known]
+            unscored += self._set_aside(fresh, rollouts, lambda r: f"no score: {r.scores['proxy'].error}")
+            if not self.normalizer.is_fitted:
+                self.normalizer.fit(service_scores(rollouts))  # of the reference policy
+            described += rollouts
+            if compares:
+                # A rollout whose siblings all failed to be scored has nothing to be compared with.
+                paired = with_siblings(rollouts)
+                alone += self._set_aside(rollouts, paired, lambda _: "no scored sibling")
+                rollouts = paired
+            if ppo.dynamic_sampling.max_batches is not None:
+                differ = with_spread(rollouts)
+                keys = {r.key for r in differ}
+                self.ledger.filter([r.key for r in rollouts if r.key not in keys], EQUAL)
+                rollouts = differ
+            kept += rollouts
+        require_enough(self.config, kept, described, self.updates + 1)
+        metrics = {"perf/rollout_s": time.perf_counter() - start, "fault/unscored": unscored}
+        metrics |= self._describe(described)
+        if compares:
+            metrics |= {"fault/no_sibling": alone} | group_metrics(described, kept, rounds)
+        return kept, metrics
 
     def _set_aside(self, rollouts: list[Rollout], kept: list[Rollout], reason: Callable[[Rollout], str]) -> float:
         """The others shall not train. Returns how many they are."""
@@ -202,8 +237,9 @@ class PPOController:
             token_budget=self.config.learner.microbatch_tokens,
             rng=self.rng,
             policy_version=self.version,
+            mask_truncated=ppo.mask_truncated,
         )
-        metrics = paid_metrics(worth)
+        metrics = paid_metrics(worth) | overlong_metrics(rollouts, ppo)
         start = time.perf_counter()
         references = [ray.put(batch) for batch in batches]
         update = self.learner.start_each("update", references, self.kl.coef, train_policy, multiplier)

@@ -102,8 +102,11 @@ class Dispatcher:
         for number in sorted(self._serving):
             self._lease_to(number)
 
-    def wait_for_batch(self, version: int) -> list[Rollout]:
+    def wait_for_batch(self, version: int, number: int | None = None) -> list[Rollout]:
         """The rollouts of the next update, by a learner at `version`.
+
+        Args:
+            number: of them; None: all that an update takes. Fewer where some of these are there and others have closed.
 
         Raises:
             Stopping: after `interrupt`.
@@ -111,7 +114,7 @@ class Dispatcher:
             ActorLostError: more actors are lost than `cluster.max_actor_restarts`.
             Exception: what a new actor cannot start for.
         """
-        n = self._ledger.rollouts_per_update
+        n = self._ledger.rollouts_per_update if number is None else number
 
         def ready() -> bool:
             if self._interrupted:

@@ -5,6 +5,7 @@ Turn k of a conversation ends at token e_k and is worth
     u_k = r_k               the environment's own reward, as it is
     u_k = (s_k - m) / d     where the environment leaves it open: the reward service's score of everything up to e_k
     u_k -= missing_eos_penalty where the turn did not end by itself
+    u_K -= overlong_penalty of the last turn, by the length of the whole conversation
 
     per_turn:    token e_k is paid u_k, for every k
     cumulative:  the last token is paid u_1 + ... + u_K
@@ -72,7 +73,25 @@ def shaped(rollout: Rollout, normalizer: ScoreNormalizer, ppo: PPOConfig, enviro
             result[turn.end - 1] = value
     elif len(result):  # an empty completion has no token to be paid
         result[turns[-1].end - 1] = sum(worth)
+    if len(result):
+        result[turns[-1].end - 1] -= overlong_penalty(len(result), ppo)
     return result
+
+
+def overlong_penalty(tokens: int, ppo: PPOConfig) -> float:
+    """0 up to max_completion_tokens - buffer_tokens, and from there linearly up to `ppo.overlong.penalty` at the limit.
+
+    Source: Yu et al. 2025 (arXiv 2503.14476, DAPO), equation 13, with L_max the limit of sampling, its cache the buffer, and
+    a penalty of 1; there on answers that are worth -1 or 1, here on normalised scores.
+
+    Args:
+        tokens: of a completion, observations included, as the limit counts them.
+    """
+    buffer = ppo.overlong.buffer_tokens
+    if buffer is None:
+        return 0.0
+    beyond = tokens - (ppo.sampling.max_completion_tokens - buffer)
+    return ppo.overlong.penalty * min(max(beyond / buffer, 0.0), 1.0)
 
 
 def episodes(
@@ -117,6 +136,14 @@ def _worth(turn: Turn, normalizer: ScoreNormalizer) -> float:
     if turn.score is None or turn.score.value is None:
         raise ValueError("a turn without a reward or a score cannot be shaped: its rollout leaves the batch before")
     return normalizer(turn.score.value)
+
+
+def overlong_metrics(rollouts: list[Rollout], ppo: PPOConfig) -> dict[str, float]:
+    """What completions are paid less for their length, on average; nothing where length costs nothing."""
+    if ppo.overlong.buffer_tokens is None:
+        return {}
+    penalties = [overlong_penalty(len(rollout.completion.token_ids), ppo) for rollout in rollouts]
+    return {"reward/overlong_mean": -float(np.mean(penalties))}
 
 
 def paid_metrics(paid: list[np.ndarray]) -> dict[str, float]:

@@ -26,7 +26,7 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     metrics["completion/truncated_frac"] = 1 - metrics["completion/eos_frac"]
     if gold:
         metrics["reward/gold_mean"] = float(np.mean(gold))
-    return metrics | score_metrics(rollouts)
+    return metrics | score_metrics(rollouts) | part_metrics(rollouts)
 
 
 def score_metrics(rollouts: list[Rollout], scorer: str = "proxy") -> dict[str, float]:
@@ -40,10 +40,20 @@ def score_metrics(rollouts: list[Rollout], scorer: str = "proxy") -> dict[str, f
     return metrics
 
 
+def part_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    """Of every scorer that says what its scores are made of, the mean of each part over the rollouts that have it."""
+    parts: dict[tuple[str, str], list[float]] = {}
+    for rollout in rollouts:
+        for scorer, score in rollout.scores.items():
+            for name, value in (score.parts or {}).items():
+                parts.setdefault((scorer, name), []).append(value)
+    return {f"score/{scorer}/{name}": float(np.mean(values)) for (scorer, name), values in parts.items()}
+
+
 def sample_row(rollout: Rollout, version: int) -> dict[str, Any]:
     """A line of `samples.jsonl`."""
     completion = rollout.completion
     row = {"stage": "ppo", "step": version, "prompt_id": rollout.prompt.prompt_id, "prompt": rollout.prompt.text}
     row |= {"completion": completion.text, "tokens": len(completion.sampled_ids)}
     row |= {name: score.value for name, score in rollout.scores.items()}
-    return row | {"eos": completion.finish_reason == "stop"}
+    return row | {"eos": completion.finish_reason == "stop"} | rollout.shown_fields

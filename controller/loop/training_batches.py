@@ -23,6 +23,7 @@ def make_batches(
     token_budget: int,
     rng: np.random.Generator,
     policy_version: int = 0,
+    mask_truncated: bool = False,
 ) -> list[TrainingBatch]:
     """One training batch a rank, of the same shape in minibatches and microbatches.
 
@@ -31,25 +32,34 @@ def make_batches(
             that was sampled, or float32 [completion tokens] with what each token is paid.
         token_budget: tokens of a microbatch.
         policy_version: of the learner that trains on them.
+        mask_truncated: completions without an end of their own are in the batch, and in no loss.
 
     Raises:
-        ValueError: with fewer rollouts than ranks x minibatches; where a token is paid that was not sampled.
+        ValueError: with fewer rollouts than ranks x minibatches; where all are cut off and would be masked; where a token is
+            paid that was not sampled.
     """
+    trains = np.array([not mask_truncated or r.completion.finish_reason == "stop" for r in rollouts])
+    if not trains.any():
+        raise ValueError(
+            f"all {len(rollouts)} completions were cut off, and ppo.mask_truncated leaves nothing to train on; write a "
+            "larger ppo.sampling.max_completion_tokens, or ppo.mask_truncated=false with a ppo.missing_eos_penalty"
+        )
     if len(rollouts) < ranks * minibatches:
         raise ValueError(f"{len(rollouts)} scored rollouts cannot fill {minibatches} minibatches on {ranks} ranks")
     numbers = {group: i for i, group in enumerate(sorted({r.group for r in rollouts}))}
     groups = [numbers[r.group] for r in rollouts]
     places = np.argsort(sorted(range(len(rollouts)), key=lambda row: rollouts[row].key))
-    batches = [TrainingBatch([], [], []) for _ in range(ranks)]
+    batches = [TrainingBatch([], [], [], []) for _ in range(ranks)]
     for rows in np.array_split(rng.permutation(len(rollouts)), minibatches):
         cut = cut_microbatches([rollouts[r].num_tokens for r in rows], token_budget, ranks)
-        tokens = sum(len(rollouts[r].completion.sampled_ids) for r in rows)
+        tokens = sum(len(rollouts[r].completion.sampled_ids) for r in rows if trains[r])
         for batch, parts in zip(batches, cut, strict=True):
             chosen = [[int(rows[i]) for i in part] for part in parts]
             batch.minibatches.append(
-                [_microbatch(rollouts, scores, groups, places, part, policy_version) for part in chosen]
+                [_microbatch(rollouts, scores, groups, places, part, policy_version, trains[part]) for part in chosen]
             )
             batch.global_loss_tokens.append(tokens)
+            batch.global_trained.append(int(trains[rows].sum()))
             batch.global_sequences.append(len(rows))
     return batches
 
@@ -61,6 +71,7 @@ def _microbatch(
     places: np.ndarray,
     rows: list[int],
     policy_version: int,
+    trains: np.ndarray,
 ) -> Microbatch:
     chosen = [rollouts[r] for r in rows]
     longest = max(len(r.completion.token_ids) for r in chosen)
@@ -83,6 +94,7 @@ def _microbatch(
         loss_mask=loss_mask,
         groups=np.array([groups[r] for r in rows], dtype=np.int64),
         rows=places[rows].astype(np.int64),
+        trains=trains,
     )
 
 

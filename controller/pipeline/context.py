@@ -37,9 +37,8 @@ class StageContext:
     runtime: Runtime
     # The checkpoint of an earlier stage, by the name of its result, or `base`. Raises ConfigError where there is none.
     checkpoint: Callable[[str], str]
-    proofs: list[Callable[[], list[Any]]] = field(
-        default_factory=list
-    )  # that wait for proofs of vLLM, which are under way
+    # Each waits for proofs of vLLM, which are under way.
+    proofs: list[Callable[[], list[Any]]] = field(default_factory=list)
     result: str = ""  # the result that is made, as reward_model/proxy: the name of its lines in the logs
     path: Path = Path()  # where its checkpoint is to be written
 

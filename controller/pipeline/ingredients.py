@@ -1,14 +1,12 @@
 """What a run is made of: the content of what it reads, and what decides a reward though no configuration shows it."""
 
-import hashlib
-import json
 from dataclasses import asdict
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 from common.files.code_digest import code_digest, stage_code
-from common.files.fingerprints import checkpoint_fingerprint, file_hashes
+from common.files.fingerprints import checkpoint_fingerprint, file_hashes, json_digest
 from common.files.source_code import source_digest
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
@@ -36,8 +34,7 @@ def unseen(config: TandemConfig) -> dict[str, Any]:
         except (ValueError, OSError) as error:
             raise ConfigError(f"reward_service.scorers.{name}: {error}") from None
     values = [asdict(config.environment), {name: asdict(scorer) for name, scorer in service.scorers.items()}]
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-    return {"scoring": [service.dtype, service.max_tokens, contents], "hidden": digest}
+    return {"scoring": [service.dtype, service.max_tokens, contents], "hidden": json_digest(values)}
 
 
 def environment_source(config: TandemConfig) -> str | None:
@@ -72,7 +69,7 @@ def made_of(config: TandemConfig) -> str:
     checkpoints.append(checkpoint_fingerprint(config.model.path, config.model.revision, memory))
     scoring = [unseen(config), environment_source(config), estimator_source(config)] if samples(config) else []
     elsewhere = {stage.name: stage_code(stage.name) for stage in running_stages(config) if ":" in stage.name}
-    return digest_of([code_digest(), file_hashes(files, memory), checkpoints, scoring, elsewhere])
+    return json_digest([code_digest(), file_hashes(files, memory), checkpoints, scoring, elsewhere])
 
 
 def _files(source: str) -> list[Path]:
@@ -80,7 +77,3 @@ def _files(source: str) -> list[Path]:
     path = Path(source)
     found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob(source, recursive=True))
     return sorted(file for file in found if file.is_file())
-
-
-def digest_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

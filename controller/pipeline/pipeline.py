@@ -40,6 +40,7 @@ from controller.record.terminal import Progress
 from controller.start_checks.amounts import check_amounts, check_model
 from controller.start_checks.engine_checks import begin_proofs
 from controller.start_checks.model_checks import check_weights_and_code
+from controller.start_checks.row_checks import check_rows
 
 
 class Pipeline:
@@ -77,6 +78,7 @@ class Pipeline:
             names = [f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends]
             progress.line(f"completions end with any of {', '.join(names)}")
         check_amounts(config, data)
+        check_rows(config, data)
         rehearse_environment(config, tokenizer, data, progress)
         nodes = embedded_nodes() if config.cluster.address == "local" else None
         free_gib = psutil.virtual_memory().available / 2**30

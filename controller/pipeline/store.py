@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from common.files.code_digest import changed_code, stage_code
-from common.files.fingerprints import checkpoint_fingerprint
+from common.files.fingerprints import checkpoint_fingerprint, json_digest
 from contracts.config import TandemConfig
 from contracts.plugins import source_file
 from contracts.records import StageResult
 from contracts.stages import find_stage
-from controller.pipeline.ingredients import MEMORY, digest_of
+from controller.pipeline.ingredients import MEMORY
 from controller.record.run_log import LOGS, RunLog
 
 SHOWN = 4  # changed files that are named
@@ -53,12 +53,11 @@ class StageStore:
     _said: set[str] = field(default_factory=set)
 
     def directory(self, name: str, inputs: dict[str, Any]) -> Path:
-        return self._prefix(name, inputs).with_name(
-            f"{self._prefix(name, inputs).name}-{digest_of(self.code(name))[:8]}"
-        )
+        prefix = self._prefix(name, inputs)
+        return prefix.with_name(f"{prefix.name}-{json_digest(self.code(name))[:8]}")
 
     def _prefix(self, name: str, inputs: dict[str, Any]) -> Path:
-        return self.cache_dir / "stages" / f"{file_name(name)}-{digest_of(_plain(inputs))[:12]}"
+        return self.cache_dir / "stages" / f"{file_name(name)}-{json_digest(_plain(inputs))[:12]}"
 
     @contextmanager
     def alone(
@@ -99,10 +98,8 @@ class StageStore:
                 return None
             if changed:
                 self._say_once(f"WARNING: reuse_stages=true: {directory} was made by other code ({_some(changed)})")
-            texts = {
-                log: file.read_text(encoding="utf-8") for log in LOGS if (file := directory / "log" / log).exists()
-            }
-            self.log.take(name, texts)
+            logs = {log: directory / "log" / log for log in LOGS}
+            self.log.take(name, {log: file.read_text(encoding="utf-8") for log, file in logs.items() if file.exists()})
             return StageResult(name, str(directory / "model"), cached=True, metrics=content["metrics"])
         return None
 

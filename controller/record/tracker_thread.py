@@ -4,6 +4,7 @@ RunLog ── put, never waits ──> queue ──> thread: Tracker(run), log, 
 """
 
 import contextlib
+import json
 import queue
 import re
 import threading
@@ -69,10 +70,14 @@ class TrackerThread:
         self._put("log", lambda tracker: tracker.log(values, stage=stage, step=step, wall_s=wall_s))
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
-        """A new table every `logger.table_every` steps."""
+        """A new table every `logger.table_every` steps. What is nested goes as JSON text: a cell of a table is a text or a
+        number, and of one kind in a column."""
         logger = self.run.logger
         if logger.wandb_text and rows and (step := int(rows[0].get("step", 0))) % logger.table_every == 0:
-            copies, stage = [dict(row) for row in rows], str(rows[0].get("stage", "ppo"))
+            copies, stage = (
+                [{name: _cell(value) for name, value in row.items()} for row in rows],
+                str(rows[0].get("stage", "ppo")),
+            )
             self._put("samples", lambda tracker: tracker.samples(copies, stage=stage, step=step))
 
     def artifact(self, name: str, kind: str, path: str) -> None:
@@ -140,3 +145,7 @@ def start_trackers(
         for name, kind in kinds.items()
         if kind.is_on(logger)
     ]
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value

@@ -14,12 +14,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m controller.report", description="One static HTML page about a run, or several compared."
     )
-    parser.add_argument(
-        "run", type=Path, nargs="+", metavar="RUN", help="run directory, finished or not, or that of a sweep"
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="default: report.html in RUN, or here for several"
-    )
+    told = "run directory, finished or not, or that of a sweep"
+    parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help=told)
+    told = "default: report.html in RUN, or here for several"
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=told)
     given = parser.parse_args(arguments)
     alone = len(given.run) == 1 and (is_run(given.run[0]) or not given.run[0].is_dir())
     try:

@@ -11,7 +11,7 @@ from controller.record.number_text import bounds, compact, number
 from controller.report import svg
 from controller.report.members import Member, settings_that_differ
 from controller.report.rendering import macros
-from controller.report.svg import Scale, Series, colour, element, joined, line, line_chart, text, upright
+from controller.report.svg import JUDGES, Scale, Series, colour, element, joined, line, line_chart, text, upright
 
 COMPARISON = macros("comparison.html")
 TRAIL = 7  # versions in the moving mean of a trail; single ones make a knot of several members
@@ -23,11 +23,8 @@ Axis = tuple[str, list[float | None], list[tuple[float, str]]]  # title, place o
 
 
 def frontier(members: Sequence[Member]) -> Markup:
-    panels = [
-        _frontier_panel(members, "Gold judge", "gold", "reward/gold_mean"),
-        _frontier_panel(members, "Learned score (proxy)", "proxy", "reward/score_mean"),
-    ]
-    return COMPARISON.frontier([panel for panel in panels if panel])
+    panels = [panel for judge in JUDGES if (panel := _frontier_panel(members, *judge))]
+    return COMPARISON.frontier(panels)
 
 
 def _frontier_panel(members: Sequence[Member], title: str, measure: str, metric: str) -> Markup | None:
@@ -68,13 +65,12 @@ def parallel(members: Sequence[Member]) -> Markup:
     """One vertical axis for each key that differs and for what came of it, one line a member."""
     known = [(place, m) for place, m in enumerate(members) if m.settings or m.objective is not None]
     axes = [_axis(key, [m.settings.get(key) for _, m in known]) for key in settings_that_differ(m for _, m in known)]
-    for title, values in (
-        ("KL", [bounds(m.evaluated("kl"))[0] for _, m in known]),
-        ("gold gain", [bounds(m.comparison("gold_gain"))[0] for _, m in known]),
-        ("objective", [m.objective for _, m in known]),
-    ):
-        if any(value is not None for value in values):
-            axes.append(_axis(title, values))
+    results: dict[str, list[float | None]] = {
+        "KL": [bounds(m.evaluated("kl"))[0] for _, m in known],
+        "gold gain": [bounds(m.comparison("gold_gain"))[0] for _, m in known],
+        "objective": [m.objective for _, m in known],
+    }
+    axes += [_axis(title, values) for title, values in results.items() if set(values) != {None}]
     if len(axes) < 2 or len(known) < 2:
         return COMPARISON.parallel(None, 0, 0)
     side, top, bottom = 54.0, 34.0, 236.0
@@ -83,9 +79,8 @@ def parallel(members: Sequence[Member]) -> Markup:
     scale = Scale(0.0, 1.0, bottom, top)
     body = []
     for i, (place, member) in reversed(list(enumerate(known))):  # the best is drawn last, over the others
-        points = [
-            (x, scale(share)) for x, (_, shares, _) in zip(at, axes, strict=True) if (share := shares[i]) is not None
-        ]
+        places = [(x, shares[i]) for x, (_, shares, _) in zip(at, axes, strict=True)]
+        points = [(x, scale(share)) for x, share in places if share is not None]
         css = f"line {colour(place)}" + (" first" if place == 0 else "")
         body.append(element("g", "thread", element("title", "", member.label), line(css, points)))
     for x, (title, _, marks) in zip(at, axes, strict=True):

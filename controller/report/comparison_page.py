@@ -21,10 +21,11 @@ from controller.record.number_text import bounds, count, num, number
 from controller.report import comparison_charts
 from controller.report.comparison_charts import COMPARISON
 from controller.report.members import Member, best_of, settings_that_differ
+from controller.report.rendering import links
 from controller.report.run_page import PAGE
 from controller.report.svg import colour
 
-ANCHORS = ("members", "frontier", "parallel", "curves", "alarms", "commands")
+CONTENTS = links("members", "frontier", "parallel", "curves", "alarms", "commands")
 
 
 def render_comparison(members: list[Member], output: str | Path) -> Path:
@@ -46,8 +47,7 @@ def comparison_page(members: list[Member], folder: Path) -> Markup:
         COMPARISON.alarms(_alarms(members)),
         COMPARISON.commands([(m.label, shlex.join(m.command)) for m in members], shlex.join(this_page)),
     )
-    contents = [(anchor, anchor.capitalize()) for anchor in ANCHORS]
-    return PAGE.page("Tandem sweep", title, _facts(members), contents, sections)
+    return PAGE.page("Tandem sweep", title, _facts(members), CONTENTS, sections)
 
 
 def _facts(members: list[Member]) -> str:
@@ -93,13 +93,15 @@ def _table(members: list[Member], folder: Path) -> Markup:
 
 def _short(keys: Sequence[str]) -> dict[str, str]:
     """The last part of each key, and as many more as it takes to tell them apart."""
+
+    def is_enough(tail: str) -> bool:
+        return sum(key == tail or key.endswith(f".{tail}") for key in keys) == 1
+
     out = {}
     for key in keys:
         parts = key.split(".")
-        tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        out[key] = next(
-            tail for tail in tails if sum(k == tail or k.endswith(f".{tail}") for k in keys) == 1 or tail == key
-        )
+        tails = (".".join(parts[-n:]) for n in range(1, len(parts)))
+        out[key] = next(filter(is_enough, tails), key)
     return out
 
 

@@ -13,7 +13,7 @@ from controller.record.number_text import bounds, compact, number
 from controller.record.reader import Run
 from controller.report import svg
 from controller.report.rendering import macros
-from controller.report.svg import Scale, Series, across, element, line, line_chart, text, upright
+from controller.report.svg import JUDGES, Scale, Series, across, element, line, line_chart, text, upright
 
 RUN = macros("run.html")
 
@@ -33,6 +33,7 @@ Chart = str | tuple[str, tuple[Line, ...]]
 PPO_CHARTS: tuple[Chart, ...] = (
     ("Score", (("learned", "proxy", "reward/score_mean"), ("gold", "gold", "reward/gold_mean"))),
     "kl/ref_seq",
+    "reward/equal_groups_frac",
     ("Length", (("mean", "plain", "completion/len_mean"), ("p95", "soft", "completion/len_p95"))),
     "completion/eos_frac",
     "value/explained_var",
@@ -95,12 +96,9 @@ def ppo_curves(run: Run) -> Markup:
 
 def frontier(run: Run) -> Markup:
     """Gold and learned score against the distance from the reference (Gao et al. 2022, figure 1)."""
-    panels = [
-        _frontier_panel(run, "Gold judge", "gold", "reward/gold_mean"),
-        _frontier_panel(run, "Learned score (proxy)", "proxy", "reward/score_mean"),
-    ]
+    panels = [panel for judge in JUDGES if (panel := _frontier_panel(run, *judge))]
     versions = [f"{step:.0f}" for step, _ in run.curve("ppo", "kl/ref_seq")]
-    return RUN.frontier([panel for panel in panels if panel], versions)
+    return RUN.frontier(panels, versions)
 
 
 def _frontier_panel(run: Run, title: str, measure: str, metric: str) -> Markup | None:

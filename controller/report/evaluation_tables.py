@@ -35,14 +35,13 @@ Row = tuple[str, Any, int, bool, Markup]  # label, mean and interval, digits, wh
 
 
 def verdict(run: Run) -> Markup:
-    found = (run.evaluation.get("verdict") or {}).get("checks") or []
+    found, alarms = (run.evaluation.get("verdict") or {}).get("checks") or [], rules.evaluate(run)[0]
     checks = [check for check in found if isinstance(check, dict)]
-    return RUN.verdict(
-        run, verdict_state(run.evaluation), verdict_reason(run.evaluation), checks, rules.evaluate(run)[0]
-    )
+    return RUN.verdict(run, verdict_state(run.evaluation), verdict_reason(run.evaluation), checks, alarms)
 
 
-def _span(low: float | None, high: float | None, share: bool = False) -> str:
+def _span(values: Any, share: bool = False) -> str:
+    _, low, high = bounds(values)
     if low is None or high is None:
         return ""
     times, digits = (100, 0) if share else (1, 2)
@@ -52,17 +51,15 @@ def _span(low: float | None, high: float | None, share: bool = False) -> str:
 def key_numbers(run: Run) -> Markup | str:
     """What a run has of them."""
     against, model = against_sft(run.evaluation), judged_model(run.evaluation)
-    tiles: list[tuple[Any, Tile]] = []
-    gain, low, high = bounds(against.get("gold_gain"))
-    tiles.append((gain, ("Gold gain over SFT", num(gain, 2, signed=True), "", _span(low, high))))
-    rate, low, high = bounds(against.get("win_rate"))
-    tiles.append((rate, ("Win rate against SFT", percent(rate), "", _span(low, high, share=True))))
-    kl = bounds(model.get("kl"))[0]
+    gain, rate, kl = (bounds(v)[0] for v in (against.get("gold_gain"), against.get("win_rate"), model.get("kl")))
     kl = kl if kl is not None else svg.last(run.curve("ppo", "kl/ref_seq"))
-    tiles.append((kl, ("KL from reference", num(kl, 1), "nats", "a sequence")))
     ratio = number(against.get("length_ratio"))
-    ended = f"{percent(model.get('eos_share'))} end with EOS"
-    tiles.append((ratio, ("Length against SFT", f"× {num(ratio, 2)}", "", ended)))
+    tiles: list[tuple[Any, Tile]] = [
+        (gain, ("Gold gain over SFT", num(gain, 2, signed=True), "", _span(against.get("gold_gain")))),
+        (rate, ("Win rate against SFT", percent(rate), "", _span(against.get("win_rate"), share=True))),
+        (kl, ("KL from reference", num(kl, 1), "nats", "a sequence")),
+        (ratio, ("Length against SFT", f"× {num(ratio, 2)}", "", f"{percent(model.get('eos_share'))} end with EOS")),
+    ]
     scores = run.curve("ppo", "reward/score_mean")
     known = [(step, value) for step, value in scores if value is not None]
     if known and not against:
@@ -76,9 +73,8 @@ def key_numbers(run: Run) -> Markup | str:
     wall = max((row["end_s"] for row in run.phases), default=None)
     wall = wall or max((number(row.get("wall_s")) or 0.0 for row in run.metrics), default=None)
     speed = known_values(run, "perf/gen_tokens_per_s")
-    tiles.append(
-        (wall, ("Wall time", duration(wall), "", f"{sum(speed) / len(speed):.0f} tok/s sampled" if speed else ""))
-    )
+    note = f"{sum(speed) / len(speed):.0f} tok/s sampled" if speed else ""
+    tiles.append((wall, ("Wall time", duration(wall), "", note)))
     shown = [tile for value, tile in tiles if number(value) is not None]
     return RUN.numbers(shown) if shown else ""
 
@@ -127,11 +123,8 @@ def reward_models(run: Run) -> Markup:
         name, metrics = str(stage.get("name", "")), stage.get("metrics") or {}
         if name.startswith(RANKS):
             own, vader = (
-                {
-                    part: metrics.get(f"{metric}{end}")
-                    for part, end in (("mean", ""), ("low", "_low"), ("high", "_high"))
-                }
-                for metric in ("accuracy", "vader_accuracy")
+                {"mean": metrics.get(key), "low": metrics.get(f"{key}_low"), "high": metrics.get(f"{key}_high")}
+                for key in ("accuracy", "vader_accuracy")
             )
             css = "gold" if "gold" in name else "proxy"
             bar = svg.interval_bar([(vader, "plain"), (own, css)], 0.5, 1.0, 0.5)

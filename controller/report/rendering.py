@@ -26,6 +26,11 @@ def esc(text: Any) -> Markup:
     return escape(printable(text))
 
 
+def links(*anchors: str) -> list[tuple[str, str]]:
+    """(anchor, text) for the top of a page."""
+    return [(anchor, anchor.replace("-", " ").capitalize()) for anchor in anchors]
+
+
 def macros(template: str, *folders: Path) -> Any:
     """The macros of a template in one of `folders` or beside this file."""
     pages = Environment(

@@ -19,7 +19,7 @@ CHARTS: tuple[Chart, ...] = (
         (("step", "plain", "perf/step_s"), ("rollouts", "proxy", "perf/rollout_s"), ("weights", "gold", "perf/sync_s")),
     ),
 )
-FATES = ("admitted", "trained", "quarantined", "released", "fenced", "open")
+FATES = ("admitted", "trained", "quarantined", "filtered", "released", "fenced", "open")
 FAULTS = ("fault/actors_lost", "fault/actors_without_update", "fault/unscored", "fault/no_sibling")
 
 
@@ -28,11 +28,8 @@ def rollouts(run: Run) -> Markup | str:
     last = next((row for row in reversed(run.metrics) if "ledger/admitted" in row), None)
     if last is None:
         return ""
-    fates = [
-        (name, _meaning(f"ledger/{name}"), known)
-        for name in FATES
-        if (known := number(last.get(f"ledger/{name}"))) is not None
-    ]
+    counts = {name: number(last.get(f"ledger/{name}")) for name in FATES}
+    fates = [(name, _meaning(f"ledger/{name}"), count) for name, count in counts.items() if count is not None]
     bound, charts = number(run.setting("ppo.max_staleness")), []
     if bound or any(v for _, v in run.curve("ppo", "staleness/max")):
         for title, unit, lines in (described(chart, catalogue()) for chart in CHARTS):

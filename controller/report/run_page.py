@@ -16,22 +16,13 @@ from controller.alarms import rules
 from controller.record.number_text import count
 from controller.record.reader import Run, load
 from controller.report import curves, evaluation_tables, rollout_flow, samples, timeline
-from controller.report.rendering import macros
+from controller.report.rendering import links, macros
 
 PAGE, RUN = macros("page.html"), curves.RUN
-CONTENTS = (
-    ("curves", "Curves"),
-    ("frontier", "Frontier"),
-    ("models", "Models"),
-    ("reward-models", "Reward models"),
-    ("losses", "Losses"),
-    ("samples", "Samples"),
-    ("rollouts", "Rollouts"),
-    ("time", "Time"),
-    ("alarms", "Alarms"),
-    ("configuration", "Configuration"),
-    ("reproduce", "Reproduce"),
-)
+CONTENTS = links(
+    "curves", "frontier", "models", "reward-models", "losses", "samples", "rollouts", "time", "alarms", "configuration",
+    "reproduce",
+)  # fmt: skip
 
 
 def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
@@ -72,14 +63,12 @@ def run_page(run: Run) -> Markup:
 
 
 def _facts(run: Run) -> str:
-    facts = []
-    if run.setting("model.path"):
-        facts.append(Path(str(run.setting("model.path"))).name)
-    if run.setting("stage"):
-        facts.append(f"stage {run.setting('stage')}")
-    if run.setting("seed") is not None:
-        facts.append(f"seed {run.setting('seed')}")
+    model, stage, seed = (run.setting(key) for key in ("model.path", "stage", "seed"))
     versions = len(run.curve("ppo", "reward/score_mean"))
-    if versions:
-        facts.append(count(versions, "policy update"))
-    return " · ".join(facts)
+    facts = [
+        Path(str(model)).name if model else "",
+        f"stage {stage}" if stage else "",
+        "" if seed is None else f"seed {seed}",
+        count(versions, "policy update") if versions else "",
+    ]
+    return " · ".join(filter(None, facts))

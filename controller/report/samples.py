@@ -1,5 +1,6 @@
 """Completions to read: of the judged models on the same prompt, and how they changed while PPO ran."""
 
+import json
 from typing import Any
 
 from markupsafe import Markup
@@ -12,6 +13,14 @@ from controller.report.curves import RUN
 EACH = 2  # prompts shown for "best", "median" and "worst"
 
 
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of samples.jsonl with the columns of its row as texts, and empty tables in place of what it lacks or others
+    have written there."""
+    columns, parts = (row[name] if isinstance(row.get(name), dict) else {} for name in ("row", "parts"))
+    texts = {name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for name, v in columns.items()}
+    return row | {"row": texts, "parts": {name: values for name, values in parts.items() if isinstance(values, dict)}}
+
+
 def chosen(run: Run) -> tuple[list[tuple[str, float, dict[str, dict[str, Any]]]], int]:
     """[(why, gain, samples by model)] and the number of prompts chosen from.
 
@@ -20,7 +29,7 @@ def chosen(run: Run) -> tuple[list[tuple[str, float, dict[str, dict[str, Any]]]]
     """
     third = judged_name(run.evaluation)
     by_prompt: dict[Any, dict[str, dict[str, Any]]] = {}
-    for row in run.samples:
+    for row in map(_shown, run.samples):
         if row.get("stage") == "evaluate" and row.get("model"):
             by_prompt.setdefault(str(row.get("prompt_id")), {})[str(row["model"])] = row  # of two evaluations the later
     ranked = []
@@ -49,7 +58,7 @@ def side_by_side(run: Run) -> Markup:
 
 def during_ppo(run: Run) -> Markup:
     by_version: dict[int, list[dict[str, Any]]] = {}
-    for row in run.samples:
+    for row in map(_shown, run.samples):
         step = number(row.get("step"))
         if row.get("stage") == "ppo" and step is not None:
             by_version.setdefault(int(step), []).append(row)

@@ -89,9 +89,8 @@ def _harmless(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m controller.status", description="Where a run stands.")
-    parser.add_argument(
-        "run", type=Path, nargs="+", metavar="RUN", help="run directory, running or not, or that of a sweep"
-    )
+    told = "run directory, running or not, or that of a sweep"
+    parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help=told)
     code = 0
     for path in parser.parse_args(arguments).run:
         for run in runs_in(path) or [path]:

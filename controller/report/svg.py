@@ -18,6 +18,10 @@ WIDTH, HEIGHT = 340.0, 190.0  # of a small multiple, in px at its natural size
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 24.0, 32.0
 MAX_POINTS = 300  # of one line; beyond that only the extremes of each stretch are drawn
 MAX_HOVERS = 60
+JUDGES = (  # of the frontier's two panels: title, key in evaluation.json, metric
+    ("Gold judge", "gold", "reward/gold_mean"),
+    ("Learned score (proxy)", "proxy", "reward/score_mean"),
+)
 FEW = 3  # points that are marked: a line says too little of where they lie
 SMOOTH_FROM = 20  # points from which on a moving mean is drawn over the raw line
 
@@ -150,11 +154,11 @@ def _step(marks: Sequence[float]) -> float:
 # ---- curves
 
 
-def thinned(curve: Curve, limit: int = MAX_POINTS) -> Curve:
-    """At most about `limit` points: of each stretch its lowest and its highest, so that no spike is lost."""
-    if len(curve) <= limit:
+def thinned(curve: Curve) -> Curve:
+    """At most about `MAX_POINTS`: of each stretch its lowest and its highest, so that no spike is lost."""
+    if len(curve) <= MAX_POINTS:
         return curve
-    width = math.ceil(2 * len(curve) / limit)
+    width = math.ceil(2 * len(curve) / MAX_POINTS)
     kept: Curve = []
     for start in range(0, len(curve), width):
         known = [point for point in curve[start : start + width] if point[1] is not None]

@@ -31,18 +31,12 @@ def time_spent(run: Run) -> Markup:
     whole = (max((row["end_s"] for row in run.phases), default=0.0) - begin) or 1.0
     names = dict.fromkeys(phase for phases in lanes.values() for phase in phases)
     colours = {phase: f"p{i % 6}" for i, phase in enumerate(names)}
-    stages = {
-        stage: [
-            (
-                phase,
-                len(spans),
-                sum(end - start for start, end in spans),
-                _lane(phase, spans, begin, whole, colours[phase]),
-            )
-            for phase, spans in phases.items()
-        ]
-        for stage, phases in lanes.items()
-    }
+
+    def lane(phase: str, spans: list[Span]) -> tuple[str, int, float, Markup]:
+        took = sum(end - start for start, end in spans)
+        return phase, len(spans), took, _lane(phase, spans, begin, whole, colours[phase])
+
+    stages = {stage: [lane(*named) for named in phases.items()] for stage, phases in lanes.items()}
     return RUN.time(stages, whole, _time_ticks(whole), _parts_of_an_update(run))
 
 

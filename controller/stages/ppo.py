@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from contracts.config import TandemConfig
 from contracts.estimators import ESTIMATORS
 from contracts.methods import method_config, method_title
+from contracts.objectives import OBJECTIVES
 from contracts.plugins import Kind
 from contracts.scorer_roles import ROLES, SCORER_KINDS, chosen_scorers, judges, scoring_models, starts_value_model
 from contracts.stages import Reading, Stage
@@ -37,7 +38,8 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
 
 def plugins(config: TandemConfig) -> list[tuple[Kind, str]]:
     scorers = chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES))
-    ours = [(ESTIMATORS, config.ppo.estimator), (TRANSPORTS, weight_backend(config))]
+    ppo = config.ppo
+    ours = [(ESTIMATORS, ppo.estimator), (OBJECTIVES, ppo.objective), (TRANSPORTS, weight_backend(config))]
     return [*ours, *((SCORER_KINDS, entry.kind) for entry in scorers.values())]
 
 
@@ -85,8 +87,8 @@ def run(context: "StageContext") -> dict[str, Any]:
 
     config, runtime, progress = method_config(context.config), context.runtime, context.progress
     # Of a commit `require_scorers` compares what scored, and a run with a new key for the same service is the same run.
-    identity = flat({name: value for name, value in inputs(context).items() if name not in UNSEEN})
-    identity = {name: value for name, value in identity.items() if value != {}}
+    seen = {name: value for name, value in inputs(context).items() if name not in UNSEEN}
+    identity = flat(seen, keeps_empty=False)
     commit = _find_commit(context, identity)
     policy = context.checkpoint(config.ppo.init_from)
     scorers = context.reward_models(judges(config) if config.ppo.gold_rollouts else ROLES[:1])
@@ -172,5 +174,6 @@ STAGE = Stage(
         "actors/weight_transfer.py",
         "reward_service/app.py",
         "reward_service/function_worker.py",
+        "reward_service/verifier_worker.py",
     ),
 )

@@ -1,14 +1,14 @@
 """What can be known of models and data before an engine starts, beyond the configuration itself."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from common.error_text import error_lines
 from common.models.loading import LoadingError, refuse_adapter, refuse_quantised
+from common.text.tokenizers import load_config
 from contracts.checks.validation import ConfigError
-from contracts.config import TandemConfig
+from contracts.config import ModelConfig, TandemConfig
 from contracts.methods import checkpoints_read, results_needed, running_stages
 from contracts.placement import needs
 from controller.data.inputs import Inputs
@@ -27,10 +27,7 @@ def check_model(config: TandemConfig) -> None:
     for key, path in keys.items():
         try:
             refuse_adapter(path, key)
-            revision = config.model.revision if key == "model.path" else None
-            found = AutoConfig.from_pretrained(
-                path, revision=revision, trust_remote_code=config.model.trust_remote_code
-            )
+            found = load_config(path, model_at(config, key))
             refuse_quantised(found, path, key)
             if key == "model.path":
                 problems += _too_many_layers(config, getattr(found.get_text_config(), "num_hidden_layers", None))
@@ -47,6 +44,11 @@ def check_model(config: TandemConfig) -> None:
             problems += scorer_kind(entry.kind).problems(f"reward_service.scorers.{name}", entry)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def model_at(config: TandemConfig, key: str) -> ModelConfig:
+    """How the model that a key names is loaded: the revision is that of `model.path` alone."""
+    return config.model if key == "model.path" else replace(config.model, revision=None)
 
 
 def check_amounts(config: TandemConfig, data: Inputs) -> None:

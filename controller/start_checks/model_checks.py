@@ -5,17 +5,19 @@ from functools import partial
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from common.error_text import error_lines
 from common.models.loading import LoadingError, loading_report, refuse_unloaded
 from common.models.proof import NoClass, Proof, Unproven
+from common.text.tokenizers import load_config
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator
 from contracts.methods import checkpoints_read, reads, results_needed, running_stages, runs
 from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, starts_value_model
 from contracts.stages import POLICY, REWARD_MODEL
+from controller.start_checks.amounts import model_at
 from reward_service.scorer_kind import scorer_kind
 
 
@@ -37,7 +39,7 @@ def check_weights_and_code(config: TandemConfig) -> None:
         raise ConfigError("\n".join(problems))
     for key, use in _uses(config):
         path = paths[key]
-        found = _read(config, key, path)
+        found = load_config(path, model_at(config, key))
         try:
             _prove(config, use, found)
         except NoClass as error:
@@ -109,23 +111,14 @@ def _unloaded(check: Callable[[str, str], None], key: str, path: str) -> str | N
 
 
 def _check_policy(config: TandemConfig, path: str, key: str) -> None:
-    found = _read(config, key, path)
+    model = model_at(config, key)
+    found = load_config(path, model)
     if type(found) in AutoModelForCausalLM._model_mapping:  # else remote code, which runs where the model is proved
-        model, report = loading_report(AutoModelForCausalLM, path, config=found, revision=_revision(config, key))
-        refuse_unloaded(report, path, key, model=model)
+        made, report = loading_report(AutoModelForCausalLM, path, config=found, revision=model.revision)
+        refuse_unloaded(report, path, key, model=made)
 
 
 def _check_scorer(path: str, key: str) -> None:
     from reward_service.model import check_reward_model
 
     check_reward_model(path, key)
-
-
-def _read(config: TandemConfig, key: str, path: str) -> Any:
-    return AutoConfig.from_pretrained(
-        path, revision=_revision(config, key), trust_remote_code=config.model.trust_remote_code
-    )
-
-
-def _revision(config: TandemConfig, key: str) -> str | None:
-    return config.model.revision if key == "model.path" else None

@@ -16,6 +16,10 @@ SHOWN = {"pointwise": ("completion",), "pairwise": ("first", "second")}  # what 
 BESIDE = ("prompt", "label", "row")
 
 
+class NoColumn(Failed):
+    """The row has not what is asked for, whatever the completion is."""
+
+
 class _Row:
     """The columns of a row: `row.answer`, also where a column is called as a method of dictionaries is."""
 
@@ -48,14 +52,16 @@ class Rubric:
         self._columns = [c for node, c in (*attributes, *items) if isinstance(node, nodes.Name) and node.name == "row"]
 
     def __call__(self, row: dict[str, Any], label: str | None, **texts: str) -> str:
-        """Raises Failed where the row lacks what the template asks for, without any text of the item."""
+        """Raises Failed, NoColumn where the row lacks what the template asks for, without any text of the item."""
+        label = row.get("label") if label is None else label
         names = texts if label is None else {**texts, "label": label}
         try:
             return self._template.render(row=_Row(row), **names).strip()
         except UndefinedError:
             lacking = sorted({str(column) for column in self._columns if column not in row})
-            column = f"the row lacks {', '.join(lacking)}, which" if lacking else "something is undefined that"
-            raise Failed(f"bad_row: {column} the rubric asks for") from None
+            if lacking:
+                raise NoColumn(f"missing_column: {', '.join(lacking)}, which the rubric asks for") from None
+            raise NoColumn("bad_row: something is undefined that the rubric asks for") from None
         except Exception as fault:  # whatever the expressions of a template raise on a row: its text may quote the item
             raise Failed(f"bad_row: {type(fault).__name__} in the rubric") from None
 

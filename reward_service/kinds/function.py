@@ -1,12 +1,12 @@
 """Rule functions in processes of their own, so that one that hangs, crashes or grows can be ended without harm to others.
 
-A function takes lists and returns one number an item, as TRL's reward functions do:
+A function takes lists, of items and of columns of their rows, and returns one score an item:
 
-    def brevity(completions: list[str], **_) -> list[float]: ...
+    def right(texts: list[str], rows: list[dict]) -> list[float]: ...
 
-It is given `prompts`, `completions` and `labels` as far as it names them: up to `batch_size` items a call, fewer of a slow
-function. Each number is of its item alone. It is no generator, and it is refused where it is `async`: nobody awaits what it
-returns.
+Those written for TRL, verl and OpenRLHF run as they are (reward_service/call_forms.py); one in no known form is refused
+before anything starts. It gets up to `batch_size` items a call, fewer of a slow function. Each score is of its item alone.
+It may be `async`, and is no generator.
 """
 
 import asyncio
@@ -14,24 +14,38 @@ import json
 import math
 import os
 import re
+import secrets
 import selectors
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from common.files.source_code import is_async, source_digest
+from common.files.source_code import source_digest, source_signature
 from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
+from reward_service.call_forms import CallForm, UnknownForm, call_form
+from reward_service.function_answers import Plain
 from reward_service.isolate import KILLS, Failed, Quarantine, isolate
+from reward_service.processes import MARK, end_family
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, Text, text_reader, version_of
 
 START_S = 60.0
 CALL_S = 0.1
+# An item's entry in each field of a request (call_forms.FIELDS). What is JSON already stays as it is.
+JSON_OF: dict[str, Callable[[Text], str]] = {
+    "prompts": lambda text: json.dumps(text.prompt),
+    "completions": lambda text: json.dumps(text.completion),
+    "labels": lambda text: json.dumps(text.label),
+    "rows": lambda text: text.row or "null",
+    "messages": lambda text: text.messages or "null",
+    "completion_ids": lambda text: json.dumps(text.completion_ids),
+}
 
 
 class Function(ScorerKind):
@@ -39,28 +53,22 @@ class Function(ScorerKind):
         form, found = "package.module:name or path/file.py:name", entry.function
         return [
             Check(bool(re.fullmatch(r".+:\w+", found or "")), f"{key}.function", form, found, "rules.py:f"),
-            Check(
-                0 < entry.timeout_s < service.deadline_s,
-                f"{key}.timeout_s",
-                f"above 0 and below reward_service.deadline_s ({service.deadline_s})",
-                entry.timeout_s,
-                "for example 5.0 (the default)",
-            ),
-            Check(entry.processes >= 1, f"{key}.processes", "at least 1", entry.processes, "1 (the default)"),
-            Check(entry.batch_size >= 1, f"{key}.batch_size", "at least 1", entry.batch_size, "32 (the default)"),
-            Check(
-                entry.memory_gib > 0, f"{key}.memory_gib", "above 0", entry.memory_gib, "for example 2.0 (the default)"
-            ),
+            *process_checks(key, entry, service),
         ]
 
     def problems(self, key: str, entry: ScorerConfig) -> list[str]:
         """It is imported when the reward service starts, in a pipeline after SFT."""
         try:
-            rule, found = "a plain function: nobody awaits what it returns", f"async def {entry.function}"
-            check = Check(not is_async(str(entry.function)), f"{key}.function", rule, found, "it without async")
+            form_in_source(str(entry.function))
         except ValueError as error:
             return [f"{key}: {error}"]
-        return [] if check.holds else [check.message]
+        except UnknownForm as error:
+            return [f"{key}.function={entry.function} must be a function that is called in a known form: {error}"]
+        return []
+
+    def needs_rows(self, entry: ScorerConfig) -> Callable[[dict[str, Any]], str | None] | None:
+        form = form_in_source(str(entry.function))
+        return form.lacks_in_data if form else None
 
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
         return source_digest(entry.function) if entry.function else ""
@@ -80,6 +88,33 @@ class Function(ScorerKind):
 
     def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
         return FunctionScorer(entry, tokenizer)
+
+
+def process_checks(key: str, entry: ScorerConfig, service: RewardServiceConfig) -> list[Check]:
+    """The rules on the processes of a scorer."""
+    return [
+        Check(
+            0 < entry.timeout_s < service.deadline_s,
+            f"{key}.timeout_s",
+            f"above 0 and below reward_service.deadline_s ({service.deadline_s})",
+            entry.timeout_s,
+            "for example 5.0 (the default)",
+        ),
+        Check(entry.processes >= 1, f"{key}.processes", "at least 1", entry.processes, "1 (the default)"),
+        Check(entry.batch_size >= 1, f"{key}.batch_size", "at least 1", entry.batch_size, "32 (the default)"),
+        Check(entry.memory_gib > 0, f"{key}.memory_gib", "above 0", entry.memory_gib, "for example 2.0 (the default)"),
+    ]
+
+
+def form_in_source(function: str) -> CallForm | None:
+    """How its source says that a function is called; None where only an import tells.
+
+    Raises:
+        ValueError: there is no such source.
+        UnknownForm: in no form that is known.
+    """
+    signature = source_signature(function)
+    return None if signature is None else call_form(signature)
 
 
 def function_version(function: str) -> str:
@@ -108,50 +143,57 @@ class FunctionScorer(Scorer):
 
 
 class FunctionError(RuntimeError):
-    """The function cannot be imported, or must be awaited, with the reason."""
+    """The function cannot be imported, or is in no form that is known, with the reason."""
 
 
 class FunctionProcess:
     """One process, which is started again when it had to be ended."""
 
+    runs = "function"
+
     def __init__(self, entry: ScorerConfig):
         self._entry = entry
         self._process: subprocess.Popen | None = None
         self._buffer = b""
+        self._mark = secrets.token_hex(8)
+        self._wants: list[str] = []  # what is sent of an item
         self.start()
 
     def start(self) -> None:
         """Raises FunctionError."""
-        entry = self._entry
-        command = [sys.executable, "-m", "reward_service.function_worker", str(entry.function), str(entry.memory_gib)]
         # The caller's path, which Ray extends by the driver's directory.
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), MARK: self._mark}
         self._buffer = b""
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=env)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *self._module()],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            env=env,
+            start_new_session=True,
+        )
         try:
             reply = self._read(START_S)
         except Failed as fault:
             self.end()
-            raise FunctionError(f"{entry.function}: its process does not start ({fault})") from None
+            raise FunctionError(f"{self._name}: its process does not start ({fault})") from None
         if "error" in reply:
             self.end()
-            raise FunctionError(f"{entry.function}: {reply['error']}")
+            raise FunctionError(f"{self._name}: {reply['error']}")
+        self._wants = reply.get("wants", [])
 
-    def __call__(self, texts: list[Text]) -> list[float]:
+    @property
+    def _name(self) -> str:
+        return str(self._entry.function)
+
+    def _module(self) -> list[str]:
+        """What the process runs: a module and its arguments."""
+        return ["reward_service.function_worker", self._name, str(self._entry.memory_gib)]
+
+    def __call__(self, texts: list[Text]) -> list[Plain]:
         """What the function returns. Raises Failed; its process is then ended where that is needed."""
-        if self._process is None:
-            self.start()
-        assert self._process is not None
-        assert self._process.stdin is not None
-        prompts, completions, labels = (list(column) for column in zip(*texts, strict=True))
-        request = json.dumps({"prompts": prompts, "completions": completions, "labels": labels})
-        try:
-            self._process.stdin.write(request.encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            self.end()
-            raise Failed("unavailable: its process ended between two calls") from None
+        self._send("{" + ",".join(f'"{field}":[{",".join(map(JSON_OF[field], texts))}]' for field in self._wants) + "}")
         try:
             reply = self._read(self._entry.timeout_s)
         except Failed:
@@ -163,6 +205,19 @@ class FunctionProcess:
             raise Failed(reply["refused"])
         return reply["scores"]
 
+    def _send(self, request: str) -> None:
+        """Raises Failed, FunctionError."""
+        if self._process is None:
+            self.start()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(request.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self.end()
+            raise Failed("unavailable: its process ended between two calls") from None
+
     def _read(self, timeout_s: float) -> dict[str, Any]:
         assert self._process is not None
         assert self._process.stdout is not None
@@ -171,7 +226,7 @@ class FunctionProcess:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
                 if not selector.select(max(0.0, end - time.monotonic())):
-                    raise Failed(f"timeout: the function took longer than {timeout_s:g} s", is_kill=True)
+                    raise Failed(f"timeout: the {self.runs} took longer than {timeout_s:g} s", is_kill=True)
                 piece = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not piece:
                     raise Failed("poison: its process ended", is_kill=True)
@@ -181,8 +236,7 @@ class FunctionProcess:
 
     def end(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            end_family(self._process, self._mark)
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None and not stream.closed:
                     try:
@@ -195,13 +249,15 @@ class FunctionProcess:
 class FunctionPool:
     """`entry.processes` processes; calls wait for a free one. Raises FunctionError where the function cannot be imported."""
 
+    process: type[FunctionProcess] = FunctionProcess
+
     def __init__(self, entry: ScorerConfig):
         self._entry = entry
         self._idle: Queue[FunctionProcess] = Queue()
         self._quarantine: Quarantine[Text] = Quarantine()
         # A process ends with the thread that started it (function_worker.py), so these threads start them all.
         self._threads = ThreadPoolExecutor(entry.processes)
-        for process in self._threads.map(FunctionProcess, [entry] * entry.processes):
+        for process in self._threads.map(self.process, [entry] * entry.processes):
             self._idle.put(process)
 
     def submit(self, texts: list[Text], deadline_s: float = math.inf) -> list[Future[list[Score]]]:
@@ -216,7 +272,7 @@ class FunctionPool:
         finally:
             self._idle.put(process)
 
-    def _call(self, process: FunctionProcess, texts: list[Text], expires: float) -> list[float]:
+    def _call(self, process: FunctionProcess, texts: list[Text], expires: float) -> list[Plain]:
         if time.monotonic() > expires:
             raise Failed("timeout: no score before the deadline")
         if any(text in self._quarantine for text in texts):

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from common.error_text import error_lines
 from common.files.fingerprints import checkpoint_fingerprint
+from common.text.encoding import readable
 from common.text.tokenizers import load_tokenizer, local_checkpoint
 from contracts.checks.check import Check
 from contracts.config import JudgeConfig, ModelConfig, RewardServiceConfig, ScorerConfig
@@ -27,7 +28,7 @@ from contracts.records import Score, ScoringItem
 from reward_service.isolate import Failed
 from reward_service.judging.endpoint import TOP, Endpoint, read_token
 from reward_service.judging.questions import Questions
-from reward_service.judging.rubric import Rubric, columns_of, is_text, read_rubric
+from reward_service.judging.rubric import NoColumn, Rubric, columns_of, is_text, read_rubric
 from reward_service.judging.scale import Reading, scale_of
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, text_reader, version_of
 
@@ -119,6 +120,20 @@ class Judge(ScorerKind):
             call_items=judge.engine.max_num_seqs if judge.model else 1,
             source=judge.model or judge.model_name,
         )
+
+    def row_check(self, entry: ScorerConfig) -> Callable[[dict[str, Any]], str | None] | None:
+        rubric = read_rubric(entry.judge)
+
+        def problem(row: dict[str, Any]) -> str | None:
+            try:
+                ask(entry.judge, rubric, row, None, "-", "-")
+            except NoColumn as fault:
+                return str(fault)
+            except Failed:  # it may be of these texts
+                return None
+            return None
+
+        return problem
 
     def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
         return JudgeScorer(entry.judge, service.dtype, tokenizer)
@@ -252,15 +267,9 @@ class JudgeScorer(Scorer):
 
     def _ask(self, item: ScoringItem) -> list[str]:
         """The question on an item; pairwise with the completion first, and second. Raises Failed."""
-        ((prompt, completion, label),) = self._texts([item])
-        row = columns_of(item.row)
-        if self._judge.mode == "pointwise":
-            return [self._rubric(row, label, prompt=prompt, completion=completion)]
-        reference = row.get(str(self._judge.reference))
-        if not isinstance(reference, str):
-            raise Failed(f"bad_row: the row has no text in {self._judge.reference}, judge.reference")
-        pairs = ((completion, reference), (reference, completion))
-        return [self._rubric(row, label, prompt=prompt, first=first, second=second) for first, second in pairs]
+        (text,) = self._texts([item])
+        prompt = readable(json.loads(text.messages)) if text.messages else text.prompt
+        return ask(self._judge, self._rubric, columns_of(text.row), text.label, prompt, text.completion)
 
     async def _read(self, questions: list[str], expires: float) -> list[Reading | Failed]:
         if not questions:
@@ -279,6 +288,21 @@ class JudgeScorer(Scorer):
         except Exception:
             self._since = -math.inf  # it answers no more: the health check has the replica replaced
             raise
+
+
+def ask(
+    judge: JudgeConfig, rubric: Rubric, row: dict[str, Any], label: str | None, prompt: str, completion: str
+) -> list[str]:
+    """The question on a completion; pairwise two, with it first and second. Raises Failed, NoColumn where a row lacks what
+    it is to have."""
+    if judge.mode == "pointwise":
+        return [rubric(row, label, prompt=prompt, completion=completion)]
+    reference = row.get(str(judge.reference))
+    if not isinstance(reference, str):
+        code = "bad_row" if judge.reference in row else "missing_column"
+        raise NoColumn(f"{code}: {judge.reference}, judge.reference, with a text to compare with")
+    pairs = ((completion, reference), (reference, completion))
+    return [rubric(row, label, prompt=prompt, first=first, second=second) for first, second in pairs]
 
 
 def score_of(readings: list[Reading | Failed]) -> Score:

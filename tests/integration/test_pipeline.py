@@ -162,6 +162,7 @@ def test_unchanged_stages_are_reused(finished: Any, folder: Path, tiny_model: Pa
 
 def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) -> None:
     overrides = ["ppo.estimator=grpo", "ppo.samples_per_prompt=4", "ppo.off_policy.correction=masked"]
+    overrides += ["ppo.clip_high=0.28", "ppo.overlong.buffer_tokens=4", "ppo.dynamic_sampling.max_batches=2"]
     # Scored by an ensemble of the reward model and a rule function.
     overrides += ["reward_service=brevity", "reward_service.scorers.proxy={kind: ensemble}"]
     done = run(folder, tiny_model, f"run_dir={folder}/grpo", "stage=ppo", *overrides)
@@ -174,6 +175,9 @@ def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) ->
         assert row["fault/no_sibling"] == 0
         assert 0.9 < row["off_policy/ess"] <= 1  # rounding alone
         assert row["policy/kl_loss"] >= 0
+        # Scores of a model are never equal: what could be replaced is not, and every batch is whole.
+        assert (row["reward/equal_groups_frac"], row["ledger/filtered"], row["reward/trained_rollouts"]) == (0, 0, 8)
+        assert -1 <= row["reward/overlong_mean"] <= 0
         assert row["reward/spread_mean"] > 0
         assert row["reward/versions"] == 1
     [ppo] = [row for row in json.loads((folder / "grpo/stages.json").read_text()) if row["name"] == "ppo"]
@@ -183,16 +187,22 @@ def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) ->
 
 def test_rules_alone_and_completions_that_fill_the_engine(folder: Path, tiny_model: Path) -> None:
     """No reward model is trained, none is asked for, and neither are preferences. Prompt and completion are as long as
-    `engine.max_model_len`, which the checks recommend."""
+    `engine.max_model_len`, which the checks recommend. The rule sees the rows, and its parts are logged."""
     prompts = folder / "prompts.jsonl"
     nouns = ["film", "movie", "story", "plot", "end", "music", "cast", "work", "book", "show", "start", "world"]
-    prompts.write_text("".join(json.dumps({"prompt": f"The {noun} is"}) + "\n" for noun in nouns))
+    rows = [{"prompt": f"The {noun} is", "known": {"noun": noun, "letters": len(noun)}} for noun in nouns]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_rules.py").write_text(
+        "def brief(texts, rows):\n"
+        "    letters = [row['known']['letters'] for row in rows]\n"
+        "    return {'score': [-len(text.split()) / 10 for text in texts], 'letters': letters}\n"
+    )
     overrides = [
         f"data.{name}.{key}" for name in ("prompts", "eval_prompts") for key in (f"path={prompts}", "format=auto")
     ]
     overrides += ["data.max_prompt_tokens=3", "data.max_bad_rows=0", f"sft_model={tiny_model}", "data.gold=null"]
     overrides += [f"data.{name}.path=/no/such.jsonl" for name in ("sft", "preferences", "test")]
-    overrides += ["reward_service=rules", "reward_service.scorers.proxy.function=reward_service.rules:brevity"]
+    overrides += ["reward_service=rules", f"reward_service.scorers.proxy.function={folder}/my_rules.py:brief"]
     overrides += [f"{stage}.sampling.max_completion_tokens=16" for stage in ("ppo", "evaluate")]
     overrides += ["engine.max_model_len=19", "ppo.gold_rollouts=0", "ppo.updates=2", "ppo.value_warmup_updates=1"]
     words = command(folder, tiny_model, f"run_dir={folder}/rules", *overrides)
@@ -207,6 +217,13 @@ def test_rules_alone_and_completions_that_fill_the_engine(folder: Path, tiny_mod
     for row in rows:
         assert row["fault/unscored"] == 0
         assert abs(row["reward/paid_abs_max"]) < 100
+        assert 3 <= row["score/proxy/letters"] <= 5
+    samples = lines(folder / "rules/samples.jsonl")
+    assert {row["stage"] for row in samples} == {"ppo", "evaluate"}
+    for row in samples:
+        noun = row["prompt"].split()[1]
+        assert row["row"] == {"known": {"noun": noun, "letters": len(noun)}}
+        assert row["parts"] == {"proxy": {"letters": len(noun)}}
     result = json.loads((folder / "rules/evaluation.json").read_text())
     assert set(result["models"]) == {"base", "sft", "ppo"}
     assert result["models"]["ppo"]["length"]["high"] == 16  # some fill it

@@ -32,7 +32,11 @@ def rollouts() -> list[Rollout]:
         count = int(rng.integers(1, 10))
         tokens, logprobs = rng.integers(3, 500, count), -rng.uniform(2, 9, count)
         completion = Completion(
-            tokens.astype(np.int32), logprobs.astype(np.float32), np.zeros(count, dtype=np.int32), "length", ""
+            tokens.astype(np.int32),
+            logprobs.astype(np.float32),
+            np.zeros(count, dtype=np.int32),
+            "length" if sample == 1 else "stop",
+            "",
         )
         result.append(Rollout((0, prompt_id, sample), Prompt(prompt_id, "", (7, 50 + prompt_id)), completion))
     return result
@@ -52,7 +56,7 @@ def check_finite_flag(group: LearnerGroup, batches: list[Any]) -> None:
 
 def by_rloo(ppo: PPOConfig) -> None:
     ppo.estimator, ppo.aggregation, ppo.whiten_advantages = "rloo", "sequences", True
-    ppo.off_policy.correction, ppo.epochs = "truncated", 2
+    ppo.off_policy.correction, ppo.epochs, ppo.mask_truncated = "truncated", 2, True
 
 
 def by_online_dpo(ppo: PPOConfig) -> None:
@@ -60,7 +64,8 @@ def by_online_dpo(ppo: PPOConfig) -> None:
 
 
 def by_import_path(ppo: PPOConfig) -> None:
-    ppo.estimator = "tests.stand_ins:REINFORCE"
+    ppo.estimator, ppo.objective, ppo.entropy_coef = "tests.stand_ins:REINFORCE", "gspo", 0.1
+    ppo.whiten_advantages, ppo.whiten_over, ppo.epochs = True, "group", 2
 
 
 @pytest.mark.usefixtures("ray_runtime")
@@ -83,7 +88,8 @@ def test_two_ranks_make_the_update_of_one(
         group = LearnerGroup(cluster, "ppo", 1, (config, path, path, (EOS,), []), env)
         try:
             group.wait_ready()
-            batches = make_batches(samples, scores, ranks, 1, 20, np.random.default_rng(0))
+            rng = np.random.default_rng(0)
+            batches = make_batches(samples, scores, ranks, 1, 20, rng, mask_truncated=ppo.mask_truncated)
             if ranks == 2:  # the siblings of a prompt are on both
                 for prompt_id in range(GROUPS):
                     assert all(any(prompt_id in mb.groups for mb in b.minibatches[0]) for b in batches)

@@ -38,7 +38,13 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
-    def score(self, scorer: str, sequences: list[list[int]], prompt_tokens: list[int] | None = None) -> list[Score]:
+    def score(
+        self,
+        scorer: str,
+        sequences: list[list[int]],
+        prompt_tokens: list[int] | None = None,
+        prompts: list[Prompt] | None = None,
+    ) -> list[Score]:
         self.asked += sequences
         return [Score(1.0)] * len(sequences)
 

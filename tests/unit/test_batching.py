@@ -200,6 +200,25 @@ def test_every_rollout_trains_once_with_its_own_values(ranks: int, minibatches: 
     assert sum(batches[0].global_loss_tokens) == 2 + 4 + 0 + 3 + 1
 
 
+@pytest.mark.parametrize(("ranks", "minibatches"), [(1, 1), (2, 2)])
+def test_what_is_cut_off_is_in_the_batch_and_in_no_denominator(ranks: int, minibatches: int) -> None:
+    """Rollouts 2 and 3 do not end: of 5 sequences with 10 tokens, 3 with 2 + 4 + 1 train."""
+    arguments = (ROLLOUTS, SCORES, ranks, minibatches, 9)
+    batches = make_batches(*arguments, np.random.default_rng(0), mask_truncated=True)
+    assert sorted(row for b in batches for mini in b.minibatches for mb in mini for row in rows_of(mb)) == EXPECTED
+    every = [mb for batch in batches for minibatch in batch.minibatches for mb in minibatch]
+    trains = {int(n): bool(t) for mb in every for n, t in zip(mb.rows, mb.trains, strict=True)}
+    assert trains == {0: True, 1: True, 2: False, 3: False, 4: True}
+    for batch in batches:
+        assert sum(batch.global_loss_tokens) == 7
+        assert (sum(batch.global_trained), sum(batch.global_sequences)) == (3, 5)
+        assert batch.global_trained == batches[0].global_trained
+    for batch in make_batches(*arguments, np.random.default_rng(0)):
+        assert (sum(batch.global_loss_tokens), batch.global_trained) == (10, batch.global_sequences)
+    with pytest.raises(ValueError, match=r"all 2 completions were cut off, and ppo\.mask_truncated leaves nothing"):
+        make_batches(ROLLOUTS[2:4], SCORES[2:4], 1, 1, 9, np.random.default_rng(0), mask_truncated=True)
+
+
 def conversation() -> Rollout:
     """Sampled 7 8 EOS, observed 30 31, sampled 9 EOS."""
     mask = np.array([True, True, True, False, False, True, True])

@@ -22,6 +22,7 @@ READERS = (*WRITERS, "studies", "benchmarks")
 NAME = re.compile(r"[a-z_]+/[a-z_0-9]*[a-z0-9]")
 # What looks like a metric and is none: the names of two stages, axes and a table that wandb alone has.
 OTHERS = {"reward_model/proxy", "reward_model/gold", "progress/wall_s", "sft/step", "samples/table"}
+OTHERS |= {"application/json", "text/plain"}
 MEMBERS = {"fault/wandb"}  # of a family, by their own names
 # Put together of a prefix and a name: tests below ask who makes them.
 PUT_TOGETHER = ("ledger/", "evaluate/")
@@ -57,7 +58,7 @@ def written() -> set[str]:
                 found = [node.slice]
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "timer":
                 found = [*node.args]
-            names |= {name for name in map(pattern, found) if name and re.fullmatch(r"[a-z_]+/[a-z_0-9*]+", name)}
+            names |= {name for name in map(pattern, found) if name and re.fullmatch(r"[a-z_]+(/[a-z_0-9*]+)+", name)}
     return names - OTHERS
 
 

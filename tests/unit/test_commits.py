@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from common.files import durable
+from common.files.fingerprints import json_digest
 from controller.commits import commit_store
 from controller.commits.commit_store import MANIFEST, CheckpointError, Commit, RunFacts
 from controller.ledger.ledger import Ledger
@@ -75,7 +76,7 @@ def rewrite(**changes: Any) -> Any:
     def change(path: Path) -> None:
         content = json.loads(path.read_text())["content"]
         content.update({key: value(content[key]) if callable(value) else value for key, value in changes.items()})
-        path.write_text(json.dumps({"sha256": commit_store._digest(content), "content": content}))
+        path.write_text(json.dumps({"sha256": json_digest(content), "content": content}))
 
     return change
 

@@ -135,7 +135,7 @@ def test_run_directories_are_below_the_name() -> None:
 
 def documented(program: str) -> list[list[str]]:
     """The arguments of each `python PROGRAM` in the blocks of the README and of the pages that are about commands."""
-    names = ("sweeps", "dashboards", "preference", "algorithms")
+    names = ("sweeps", "dashboards", "preference", "algorithms", "coming_from")
     pages = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in names)]
     blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]

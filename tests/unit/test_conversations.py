@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,9 +70,15 @@ class Scripted:
         return step
 
 
-def play(engine: FakeEngine, environment: Any, limits: Limits = LIMITS, sampling: SamplingConfig = SAMPLING) -> Rollout:
+def play(
+    engine: FakeEngine,
+    environment: Any,
+    limits: Limits = LIMITS,
+    sampling: SamplingConfig = SAMPLING,
+    request: RolloutRequest = REQUEST,
+) -> Rollout:
     conversations = Conversations(engine, lambda: environment, limits, decode)  # type: ignore[arg-type]
-    return conversations.submit(REQUEST, sampling).result(timeout=10)
+    return conversations.submit(request, sampling).result(timeout=10)
 
 
 def test_three_turns_by_hand() -> None:
@@ -264,9 +271,17 @@ def test_what_goes_wrong_inside_reaches_whoever_waits(monkeypatch: pytest.Monkey
 class FakeClient:
     def __init__(self, answers: list[Score]):
         self.answers, self.asked = answers, list[tuple[str, list[list[int]]]]()
+        self.prompts: list[Prompt] | None = None
 
-    def score(self, scorer: str, sequences: list[list[int]], prompt_tokens: list[int] | None = None) -> list[Score]:
+    def score(
+        self,
+        scorer: str,
+        sequences: list[list[int]],
+        prompt_tokens: list[int] | None = None,
+        prompts: list[Prompt] | None = None,
+    ) -> list[Score]:
         self.asked.append((scorer, sequences))
+        self.prompts = prompts
         assert len(sequences) == len(self.answers)
         return self.answers
 
@@ -311,3 +326,29 @@ def test_without_anything_to_score_the_service_is_not_asked() -> None:
     client, rollout = FakeClient([]), conversation(1.0, 0.5)
     score_rollouts(client, "proxy", [rollout], (EOS,))
     assert (client.asked, rollout.scores["proxy"]) == ([], Score(1.5))
+
+
+def test_the_row_of_a_prompt_goes_to_the_environment_and_to_the_scorer() -> None:
+    prompt = replace(PROMPT, row='{"answer": "7"}', messages='[{"role": "user", "content": "three"}]')
+    seen: list[Prompt] = []
+
+    class Looks(Scripted):
+        def reset(self, prompt: Prompt) -> list[int]:
+            seen.append(prompt)
+            return [1, 2]  # other tokens than it came with
+
+    rollout = play(FakeEngine([10, EOS]), Looks(Step([], None, True)), request=replace(REQUEST, prompt=prompt))
+    client = FakeClient([Score(1.0, parts={"format": 0.5})])
+    score_rollouts(client, "proxy", [rollout], (EOS,))
+    assert seen[0].columns == {"answer": "7"}
+    assert client.prompts == [replace(prompt, token_ids=(1, 2))]
+    assert rollout.scores["proxy"].parts == {"format": 0.5}
+
+
+def test_parts_of_several_turns_are_summed_for_the_scorer_that_trains_and_else_their_mean() -> None:
+    answers = [Score(1.0, parts={"format": 0.5, "right": 1.0}), Score(2.0, parts={"format": 0.25})]
+    both = conversation(None, None)
+    for scorer in ("proxy", "gold"):
+        score_rollouts(FakeClient(answers), scorer, [both], (EOS,))
+    assert both.scores["proxy"] == Score(3.0, parts={"format": 0.75, "right": 1.0})
+    assert both.scores["gold"] == Score(1.5, parts={"format": 0.375, "right": 1.0})

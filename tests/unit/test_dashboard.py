@@ -72,7 +72,8 @@ def test_it_is_saved_with_one_mutation(tmp_path: Path) -> None:
     assert set(dashboard.metrics_shown()) <= drawn
     lines = [plot for plot in plots if plot.get("metrics")]
     assert lines
-    assert all(plot["xAxis"] in (dashboard.VERSION, dashboard.ROLLOUTS, dashboard.WALL, "sft/step") for plot in lines)
+    axes = ("progress/version", "ledger/trained", "progress/wall_s", "sft/step")
+    assert all(plot["xAxis"] in axes for plot in lines)
 
 
 def test_without_a_key_it_says_so(tmp_path: Path) -> None:
@@ -90,3 +91,8 @@ def test_a_project_without_its_entity_is_refused(capsys: pytest.CaptureFixture[s
 def test_every_metric_on_it_is_one_that_the_code_logs() -> None:
     """What is declared is logged (test_catalogue.py). A renamed metric would leave an empty panel."""
     assert set(dashboard.metrics_shown()) - set(catalogue()) == set()
+
+
+def test_its_sections_are_panels_of_the_catalogue() -> None:
+    panels = {metric.panel for metric in catalogue().values()}
+    assert {section["panel"] for section in dashboard.layout()["sections"]} - panels == {"Before PPO"}

@@ -215,7 +215,7 @@ def test_a_drain_ends_where_an_actor_was_lost_with_the_rest_of_a_group() -> None
     dispatcher.wait([Call(trained)], "the update")
     actors[1].asked.pop()[0].set_exception(EngineLostError("gone"))
     dispatcher.drain()
-    assert ledger.num_leased == 1
+    assert ledger.metrics()["ledger/in_flight"] == 1
     assert not any(actor.work for actor in actors), "nothing new was handed out"
 
 

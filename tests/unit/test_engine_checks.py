@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import Gemma3Config
 
-from actors.engine_proof import Differences, _key, _twin, _vocabulary, verdict
-from contracts.config import TandemConfig
+from actors.engine_proof import Differences, _key, _twin, verdict
+from common.text.tokenizers import vocab_size
+from contracts.config import ModelConfig, TandemConfig
 from controller.start_checks.engine_checks import begin_proofs
 from tests.tiny_models import TINY
 
@@ -59,10 +60,10 @@ def test_a_twin_is_padded_where_its_model_is() -> None:
 
 def test_the_vocabulary_is_that_of_the_text_model(tmp_path: Path) -> None:
     TINY["gpt2"]().save_pretrained(tmp_path / "plain")
-    assert _vocabulary(tmp_path / "plain", False) == 300
+    assert vocab_size(str(tmp_path / "plain"), ModelConfig()) == 300
     Gemma3Config(text_config={"vocab_size": 96}).save_pretrained(tmp_path / "nested")
     assert "vocab_size" not in json.loads((tmp_path / "nested/config.json").read_text())
-    assert _vocabulary(tmp_path / "nested", False) == 96
+    assert vocab_size(str(tmp_path / "nested"), ModelConfig()) == 96
 
 
 @pytest.mark.parametrize(("stage", "gpus"), [("sft", 0.0), ("reward_model", 0.0), ("preference", 0.0), ("ppo", 1.0)])

@@ -159,8 +159,11 @@ def rollout(i: int) -> Rollout:
 ROLLOUTS = [rollout(i) for i in range(len(COMPLETIONS))]
 
 
-def batch_of(budget: int, holes: bool = False) -> TrainingBatch:
-    """`holes`: the second token of every completion is an observation."""
+CUT_OFF = (1, 4)  # what `mask_truncated` leaves out, one of each prompt
+
+
+def batch_of(budget: int, holes: bool = False, mask_truncated: bool = False) -> TrainingBatch:
+    """`holes`: the second token of every completion is an observation. `mask_truncated`: CUT_OFF are."""
     rollouts = ROLLOUTS
     if holes:
         masks = [np.arange(len(tokens)) != 1 for tokens in COMPLETIONS]
@@ -168,7 +171,11 @@ def batch_of(budget: int, holes: bool = False) -> TrainingBatch:
             replace(r, completion=replace(r.completion, loss_mask=mask))
             for r, mask in zip(ROLLOUTS, masks, strict=True)
         ]
-    (batch,) = make_batches(rollouts, SCORES, 1, 1, budget, np.random.default_rng(0))
+    ends = ["length" if i in CUT_OFF else "stop" for i in range(len(rollouts))]
+    rollouts = [
+        replace(r, completion=replace(r.completion, finish_reason=end)) for r, end in zip(rollouts, ends, strict=True)
+    ]
+    (batch,) = make_batches(rollouts, SCORES, 1, 1, budget, np.random.default_rng(0), mask_truncated=mask_truncated)
     return batch
 
 
@@ -199,12 +206,21 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().double().clone() for name, p in model.lm.named_parameters()}
 
 
-def plain_advantages(estimator: str, rewards: list[list[float]]) -> list[list[float]]:
+def plain_whitened(ppo: PPOConfig, rows: list[list[float]]) -> list[list[float]]:
+    """Over the tokens that train of the batch, or of each prompt."""
+    result = []
+    for i, row in enumerate(rows):
+        together = [j for j in range(len(rows)) if ppo.whiten_over == "batch" or NUMBERS[j] == NUMBERS[i]]
+        flat = np.array([x for j in together for x in rows[j] if not (ppo.mask_truncated and j in CUT_OFF)])
+        result.append([(x - flat.mean()) / math.sqrt(flat.var(ddof=1) + 1e-8) for x in row])
+    return result
+
+
+def plain_advantages(ppo: PPOConfig, rewards: list[list[float]]) -> list[list[float]]:
+    estimator = ppo.estimator
     totals = [sum(row) for row in rewards]
     if estimator == "reinforce_plus_plus":
-        to_go = [[sum(row[t:]) for t in range(len(row))] for row in rewards]
-        flat = np.array([x for row in to_go for x in row])
-        return [[(x - flat.mean()) / math.sqrt(flat.var(ddof=1) + 1e-8) for x in row] for row in to_go]
+        return plain_whitened(ppo, [[sum(row[t:]) for t in range(len(row))] for row in rewards])
     result = []
     for i, row in enumerate(rewards):
         group = [totals[j] for j in range(len(totals)) if NUMBERS[j] == NUMBERS[i]]
@@ -215,7 +231,7 @@ def plain_advantages(estimator: str, rewards: list[list[float]]) -> list[list[fl
             "rloo": totals[i] - np.mean(others),
         }[estimator]
         result.append([float(advantage)] * len(row))
-    return result
+    return plain_whitened(ppo, result) if ppo.whiten_advantages else result
 
 
 def plain_likelihood(
@@ -233,6 +249,19 @@ def plain_likelihood(
     # By the scores: of the four of prompt 1 rollout 0 is best and 2 worst, of the two of prompt 2 it is 1 and 3.
     losses = [-torch.log(torch.sigmoid(ppo.dpo_beta * (ratio[b] - ratio[v]))) for b, v in ((0, 2), (1, 3))]
     return sum(losses) / 2
+
+
+def plain_objective(ppo: PPOConfig, now: list[torch.Tensor], old: list[float], t: int, a: float) -> torch.Tensor:
+    """The loss of token t of a completion, as the papers write it."""
+    low, high = {"clip": (0.2, 0.2), "gspo": (3e-4, 4e-4), "cispo": (math.inf, 0.2)}[ppo.objective]
+    low, high = ppo.clip_low or low, ppo.clip_high or high
+    rho = torch.exp(now[t] - old[t])
+    if ppo.objective == "cispo":
+        return -min(max(rho.item(), 1 - low), 1 + high) * a * now[t]
+    if ppo.objective == "gspo":  # not in the form of GSPO-token
+        rho = torch.exp(sum(p - q for p, q in zip(now, old, strict=True)) / len(now))
+    loss = torch.maximum(-a * rho, -a * rho.clamp(1 - low, 1 + high))
+    return torch.minimum(loss, torch.tensor(-3 * a).double()) if a < 0 else loss
 
 
 def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
@@ -259,8 +288,9 @@ def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
     rewards = [[-BETA * (p - q) * in_reward for p, q in zip(a, b, strict=True)] for a, b in zip(old, ref, strict=True)]
     for row, score in zip(rewards, SCORES, strict=True):
         row[-1] += score
-    advantages = rewards if likelihood else plain_advantages(ppo.estimator, rewards)
-    tokens = sum(len(row) for row in old)
+    advantages = rewards if likelihood else plain_advantages(ppo, rewards)
+    trained = [i for i in range(n) if not (ppo.mask_truncated and i in CUT_OFF)]
+    tokens, n_trained = sum(len(old[i]) for i in trained), len(trained)
     raw = [[math.exp(p - b) for p, b in zip(x, y, strict=True)] for x, y in zip(old, sampled, strict=True)]
     bound = {
         "none": lambda w: 1.0,
@@ -268,30 +298,28 @@ def plain_update(task: PPOTask, holes: bool) -> tuple[Any, dict[str, float]]:
         "masked": lambda w: w if ppo.off_policy.low <= w <= ppo.off_policy.high else 0.0,
     }[ppo.off_policy.correction]
     weights = [[bound(w) for w in row] for row in raw]
-    adam = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
+    adam = torch.optim.AdamW(
+        policy.parameters(), lr=ppo.optimizer.learning_rate, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0
+    )
     losses = []
     for _ in range(ppo.epochs):
         total = torch.zeros((), dtype=torch.float64)
         now = [logprobs(policy, i) for i in range(n)]
         if likelihood:
             total = total + plain_likelihood(ppo, [sum(row) for row in rewards], now, ref, weights)
-        for i in range(n):
+        for i in trained:
             for t, logprob in enumerate(now[i]):
-                rho, a = torch.exp(logprob - old[i][t]), advantages[i][t]
-                loss = torch.maximum(-a * rho, -a * rho.clamp(0.8, 1.2))
-                if a < 0:
-                    loss = torch.minimum(loss, torch.tensor(-3 * a).double())
-                loss = loss * (not likelihood)
+                loss = plain_objective(ppo, now[i], old[i], t, advantages[i][t]) * (not likelihood)
                 if in_loss:
                     loss = loss + BETA * (torch.exp(ref[i][t] - logprob) - 1 + logprob - ref[i][t])
                 share = {
-                    "grpo": 1 / n / len(old[i]),
-                    "dr_grpo": 1 / n / ppo.sampling.max_completion_tokens,
-                    "rloo": 1 / n,
+                    "grpo": 1 / tokens if ppo.aggregation == "tokens" else 1 / n_trained / len(old[i]),
+                    "dr_grpo": 1 / n_trained / ppo.sampling.max_completion_tokens,
+                    "rloo": 1 / n_trained,
                     "reinforce_plus_plus": 1 / tokens,
                     "raft": 1 / tokens,
-                    "rwr": 1 / n,
-                    "online_dpo": 1 / n,
+                    "rwr": 1 / n_trained,
+                    "online_dpo": 1 / n_trained,
                 }
                 total = total + weights[i][t] * share[ppo.estimator] * loss
         adam.zero_grad()
@@ -359,6 +387,89 @@ def test_update_equals_the_papers(
             assert 0 < found["off_policy/ess"] < 0.99
             assert 0 < found[f"off_policy/{correction}_frac"] < 1
             numbers["loss"] = loss
+
+
+def cispo(ppo: PPOConfig) -> None:
+    ppo.objective, ppo.clip_high = "cispo", 0.02
+
+
+def clip_higher(ppo: PPOConfig) -> None:
+    ppo.clip_low, ppo.clip_high, ppo.aggregation = 0.01, 0.03, "tokens"
+
+
+def gspo(ppo: PPOConfig) -> None:
+    ppo.objective = "gspo"
+
+
+def gspo_and_what_is_cut_off(ppo: PPOConfig) -> None:
+    gspo(ppo)
+    ppo.mask_truncated = True
+
+
+def without_what_is_cut_off(ppo: PPOConfig) -> None:
+    clip_higher(ppo)
+    ppo.mask_truncated = True
+
+
+def budget_without_what_is_cut_off(ppo: PPOConfig) -> None:
+    ppo.estimator, ppo.mask_truncated, ppo.clip = "dr_grpo", True, 0.01
+    ppo.clip_low = ppo.clip_high = 0.01
+
+
+def group_mean_and_deviation_of_the_batch(ppo: PPOConfig) -> None:
+    ppo.estimator, ppo.whiten_advantages, ppo.clip_low, ppo.clip_high = "dr_grpo", True, 0.01, 0.02
+
+
+def whitened_by_group(ppo: PPOConfig) -> None:
+    ppo.estimator, ppo.whiten_over, ppo.clip_low, ppo.clip_high = "reinforce_plus_plus", "group", 0.01, 0.02
+
+
+def whitened_without_what_is_cut_off(ppo: PPOConfig) -> None:
+    whitened_by_group(ppo)
+    ppo.whiten_over, ppo.mask_truncated = "batch", True
+
+
+CHANGES = [
+    cispo,
+    clip_higher,
+    gspo,
+    gspo_and_what_is_cut_off,
+    without_what_is_cut_off,
+    budget_without_what_is_cut_off,
+    group_mean_and_deviation_of_the_batch,
+    whitened_by_group,
+    whitened_without_what_is_cut_off,
+]
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_update_equals_the_objectives(
+    change: Callable[[PPOConfig], None],
+    holes: bool,
+    config: TandemConfig,
+    make_task: Callable[[TandemConfig], PPOTask],
+) -> None:
+    """After the first step of three, so that the bounds are at work; with observations inside the completions, too."""
+    config.ppo.estimator, config.ppo.epochs, config.ppo.off_policy.correction = "grpo", 3, "none"
+    config.ppo.optimizer.learning_rate = 3e-3
+    change(config.ppo)
+    task = make_task(config)
+    before = weights_of(task.policy.model)
+    expected, numbers = plain_update(task, holes)
+    theirs = dict(expected.named_parameters())
+    step = max((theirs[name] - before[name]).abs().max().item() for name in before)
+    assert step > 1e-5
+    for budget, held_tokens in ((1000, 0), (1, 9)):
+        config.learner.held_tokens = held_tokens
+        task = make_task(config)
+        batch = batch_of(budget, holes, config.ppo.mask_truncated)
+        metrics = task.update(batch, BETA, train_policy=True)
+        mine = weights_of(task.policy.model)
+        assert max((mine[name] - theirs[name]).abs().max().item() for name in mine) < 2e-3 * step
+        loss = metrics["policy/loss"] + BETA * metrics.get("policy/kl_loss", 0.0)
+        assert loss == pytest.approx(numbers["loss"], rel=1e-3, abs=1e-5)
+        assert 0 < metrics["policy/clipfrac"] < 1
 
 
 def test_without_a_value_model_there_is_nothing_of_it(

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from common.files.fingerprints import json_digest
 from common.text.encoding import DataError
 from contracts.config import DataConfig, LoggerConfig, SourceConfig
-from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, best, newest_valid, read_commit, verified
 from controller.data import row_formats
 from controller.data.row_files import detect_format, load_rows
@@ -94,7 +94,7 @@ def commit_of(run_dir: Path, content: Any, digest: str | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("driver.json", "{}"), ("driver.safetensors", "a"), ("rank_0.safetensors", "r")):
         (folder / name).write_text(text)
-    manifest = {"sha256": digest or commit_store._digest(content), "content": content}
+    manifest = {"sha256": digest or json_digest(content), "content": content}
     (folder / "MANIFEST.json").write_text(json.dumps(manifest))
     return folder
 

@@ -143,7 +143,7 @@ def test_a_rubric_that_does_not_show_what_is_judged_is_refused(source: str, mode
     [
         (
             "{{ completion }} {{ row.answer }} {{ row['b'] }}",
-            "bad_row: the row lacks answer, b, which the rubric asks for",
+            "missing_column: answer, b, which the rubric asks for",
         ),
         ("{{ completion }} {{ label }}", "bad_row: something is undefined that the rubric asks for"),
         ("{{ completion }} {{ row[completion] }}", "bad_row: something is undefined that the rubric asks for"),
@@ -388,7 +388,7 @@ def test_each_item_is_asked_with_its_row_and_is_remembered(server: Scripted) -> 
     items = [item("Film", answer="yes"), item("Film", answer="no"), item("Film"), item("Film", answer="yes")]
     (first, second), metrics = scored(judge, items, items)
     assert [score.value for score in first] == [pytest.approx(4.6), 2.0, None, pytest.approx(4.6)]
-    assert first[2].error == "bad_row: the row lacks answer, which the rubric asks for"
+    assert first[2].error == "missing_column: answer, which the rubric asks for"
     assert first[0].parts == {"off_scale": pytest.approx(0.0)}
     assert [score.is_cached for score in second] == [True, True, False, True]
     assert second[0].parts == first[0].parts
@@ -414,7 +414,8 @@ def test_a_pair_is_asked_in_both_orders(server: Scripted) -> None:
     (found,), _ = scored(judge, items)
     assert [score.value for score in found] == [pytest.approx(0.75), pytest.approx(0.25), None, None]
     assert found[0].parts == {"order_gap": pytest.approx(0.2), "off_scale": pytest.approx(0.0)}
-    assert found[2].error == found[3].error == "bad_row: the row has no text in answer, judge.reference"
+    assert found[2].error == "bad_row: answer, judge.reference, with a text to compare with"
+    assert found[3].error == "missing_column: answer, judge.reference, with a text to compare with"
     asked = {body["messages"][0]["content"] for body in server.bodies[1:]}
     assert asked == {"warm or cold?", "cold or warm?"}
 
@@ -428,6 +429,30 @@ def test_what_fails_of_one_item_leaves_the_others(server: Scripted) -> None:
     assert [score.value for score in found] == [3.0, None, 3.0]
     assert found[1].error == "unreadable: the judge's server answers with HTTP 400"
     assert 'event="failed_requests"} 1.0' in metrics
+
+
+def test_a_prompt_of_messages_is_shown_as_turns(server: Scripted) -> None:
+    server.script = [likely(("3", 1.0))]
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it?"}]
+    asked = replace(item("Yes"), messages=json.dumps(turns))
+    scored(judge_at(server, rubric="{{ prompt }} >> {{ completion }}"), [asked])
+    assert server.bodies[1]["messages"][0]["content"] == "system: Be brief.\nuser: Is it? >> Yes"
+
+
+def test_rows_are_looked_at_before_anything_starts() -> None:
+    def problem(judge: dict[str, Any], **row: Any) -> str | None:
+        check = scorer_kind("judge").row_check(entry(**{**ADDRESS, **judge}))
+        assert check is not None
+        return check(row)
+
+    wants = {"rubric": "{{ completion }} {{ row.answer }} {{ row.hint | default('') }} {{ label }}"}
+    assert problem(wants, answer=4, label="x") is None
+    assert problem(wants, label="x") == "missing_column: answer, which the rubric asks for"
+    assert problem(wants, answer=4) == "bad_row: something is undefined that the rubric asks for"
+    assert problem(PAIR, answer="text") is None
+    assert problem(PAIR, other="text") == "missing_column: answer, judge.reference, with a text to compare with"
+    assert problem(PAIR, answer=7) == "bad_row: answer, judge.reference, with a text to compare with"
+    assert problem({"rubric": "{{ completion[3] }}"}) is None  # of the texts, not of the row
 
 
 def test_a_replica_does_not_start_where_nobody_can_be_asked(server: Scripted) -> None:

@@ -1,5 +1,6 @@
 """The ledger by hand-worked cases: leases, fences, the staleness bound, commits, the audit."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -283,10 +284,10 @@ def test_other_bounds_than_the_commits_are_refused(tmp_path: Path):
         Ledger(2, 0).load_state_dict(state, arrays, tmp_path / NAME)
 
 
-def run_updates(ledger: Ledger, prompt_ids: list[int], log: Path | None) -> None:
+def run_updates(ledger: Ledger, prompts: list[int] | list[RolloutRequest], log: Path | None) -> None:
     """One rollout an update, a commit after each."""
-    for prompt_id in prompt_ids:
-        ledger.admit(requests(prompt_id))
+    for prompt in prompts:
+        ledger.admit([request(prompt) if isinstance(prompt, int) else prompt])
         serve(ledger, 1, ledger.version)
         ledger.take(1, ledger.version)
         ledger.trained(ledger.version + 1)
@@ -391,6 +392,35 @@ def test_the_audit_finds_what_is_lost_or_repeated(
     shown = capsys.readouterr().out
     assert ("WRONG" in shown) == (fault is not None)
     assert fault is None or fault in shown
+
+
+def test_the_audit_knows_what_a_rollout_was_scored_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The digest is that of the row's text: blake2b of 8 bytes."""
+    ledger, row_of = Ledger(1, 0), '{"answer": "5"}'
+    run_updates(ledger, [RolloutRequest(0, 0, Prompt(0, "a", (7,), row_of), seed=0)], tmp_path / NAME)
+    digest = hashlib.blake2b(row_of.encode(), digest_size=8).hexdigest()
+    assert main([str(tmp_path), "--key", "0,0,0"]) == 0
+    assert capsys.readouterr().out.endswith(f"trained into version 1 in update 1, scored with row {digest}\n")
+    assert audit(tmp_path / NAME).faults == []
+    rows = [row(0) | {"row": "aa"}, row(0, 1) | {"row": "aa"}, row(0, epoch=1) | {"row": "bb"}, row(0, 1, 1), commit(4)]
+    (tmp_path / NAME).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert audit(tmp_path / NAME).faults == ["prompt 0 was scored with 3 different rows"]
+
+
+def test_rows_and_parts_are_part_of_a_commit(tmp_path: Path):
+    asked = RolloutRequest(0, 0, Prompt(0, "a", (7,), '{"answer": "ü"}', '[{"role": "user"}]'), seed=0)
+    ledger = Ledger(1, 0)
+    ledger.admit([asked])
+    [lease] = ledger.lease(1, "a")
+    rollout = sampled(asked, 0)
+    rollout.scores["proxy"].parts = {"format": 0.5}
+    assert ledger.complete(lease.number, rollout)
+    state, arrays = ledger.state_dict()
+    again = Ledger(1, 0)
+    again.load_state_dict(json.loads(json.dumps(state)), arrays, tmp_path / NAME)
+    [taken] = again.take(1, 0)
+    assert taken.prompt == asked.prompt
+    assert taken.scores["proxy"].parts == {"format": 0.5}
 
 
 def test_a_damaged_row_is_a_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

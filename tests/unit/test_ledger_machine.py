@@ -147,17 +147,31 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.late.append(self.leases.pop(number)[0])
             self.complete(key[:2])
 
-    @precondition(lambda self: not self.batch)
+    @precondition(lambda self: self.batch)
+    @rule(data=st.data())
+    def filter(self, data: st.DataObject) -> None:
+        """Groups of the batch make room for others."""
+        groups = sorted({r.key[:2] for r in self.batch})
+        chosen = data.draw(st.sets(st.sampled_from(groups), min_size=1))
+        keys = [r.key for r in self.batch if r.key[:2] in chosen]
+        self.ledger.filter(keys, "equal")
+        self.ended |= dict.fromkeys(keys, "filtered")
+        self.batch = [r for r in self.batch if r.key[:2] not in chosen]
+
+    @precondition(lambda self: len(self.batch) < self.n)
     @rule()
     def take(self) -> None:
-        if self.ledger.ready(self.n, self.version):
-            self.batch = self.ledger.take(self.n, self.version)
-            keys = [r.key for r in self.batch]
-            assert len({*keys}) == self.n
+        """The batch of an update, or what fills one up whose groups were filtered."""
+        missing = self.n - len(self.batch)
+        if self.ledger.ready(missing, self.version):
+            before, fresh = len(self.batch), self.ledger.take(missing, self.version)
+            keys = [r.key for r in fresh]
+            self.batch += fresh
+            assert len({*keys}) == missing == self.n - before
             assert keys == sorted(keys, key=self.asked.index)
             assert not self.ended.keys() & {*keys}
             assert {*keys} <= self.answered
-            for r in self.batch:
+            for r in fresh:
                 versions = r.completion.policy_versions
                 assert all(self.version - v <= self.bound for v in versions)
 
@@ -230,8 +244,10 @@ class LedgerMachine(RuleBasedStateMachine):
         assert still_open <= (self.bound + 1) * self.n
         assert self.ledger.capacity() == (self.bound + 1) * self.n - still_open
         metrics = self.ledger.metrics()
-        trained = sum(end != "quarantined" for end in self.ended.values())
+        ends = [*self.ended.values()]
+        trained = len(ends) - ends.count("quarantined") - ends.count("filtered")
         assert (metrics["ledger/trained"], metrics["ledger/admitted"]) == (trained, len(self.asked))
+        assert metrics["ledger/filtered"] == ends.count("filtered")
         assert metrics["ledger/in_flight"] == len(self.leases)
 
     @invariant()
@@ -248,8 +264,8 @@ class LedgerMachine(RuleBasedStateMachine):
         for group, version in oldest.items():
             dues += [version + self.bound] * len(self.unanswered(group))
         for due in {*dues}:
-            updates = due - self.version + (not self.batch)
-            assert sum(d <= due for d in dues) <= updates * self.n, f"due at {due}, {updates} updates left"
+            room = (due - self.version) * self.n + self.n - len(self.batch)
+            assert sum(d <= due for d in dues) <= room, f"due at {due}, room for {room}"
 
     @rule(at_lease=st.booleans())
     def finish(self, at_lease: bool) -> None:
@@ -267,10 +283,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.save()
         self.ledger.committed(self.log)
         result = audit(self.log)
-        versions = [end for end in self.ended.values() if end != "quarantined"]
+        ends = [*self.ended.values()]
         assert result.faults == []
+        assert (result.quarantined, result.filtered) == (ends.count("quarantined"), ends.count("filtered"))
+        versions = [end for end in ends if end not in ("quarantined", "filtered")]
         assert dict(result.by_version) == {v: versions.count(v) for v in {*versions}}
-        assert (result.admitted, result.quarantined) == (len(self.asked), len(self.ended) - len(versions))
+        assert result.admitted == len(self.asked)
 
 
 LedgerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)

@@ -8,14 +8,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.losses import (
-    ROWS_PER_CHUNK,
     policy_loss,
-    selected_logprobs,
     soft_pairwise_loss,
     token_nll_loss,
     value_loss,
 )
 from learner.pair_losses import preference_matrix
+from learner.selected_logprobs import ROWS_PER_CHUNK, selected_logprobs
 
 NAN, INF = math.nan, math.inf
 quick = settings(max_examples=40, deadline=None)
@@ -349,6 +348,36 @@ def test_gradcheck(banned):
         return selected_logprobs(x, targets, 0.7, **ban)[0]
 
     assert torch.autograd.gradcheck(logprobs_only, (logits.requires_grad_(),))
+    assert torch.autograd.gradcheck(
+        lambda x: selected_logprobs(x, targets, 0.7, **ban, entropy_gradient=True), (logits,)
+    )
+
+
+def test_the_gradient_of_the_entropy_by_hand():
+    # p = (1, 2, 5) / 8, H = 0.900256; at temperature 1/2 of logits half as large: -p (log p + H) * 2.
+    logits = (torch.tensor([[1.0, 2.0, 5.0]]).log() / 2).requires_grad_()
+    _, entropy = selected_logprobs(logits, torch.tensor([1]), 0.5, entropy_gradient=True)
+    entropy.sum().backward()
+    assert entropy.item() == pytest.approx(0.900256, abs=1e-5)
+    expected = [-2 * p * (math.log(p) + 0.900256) for p in (1 / 8, 2 / 8, 5 / 8)]
+    torch.testing.assert_close(logits.grad, torch.tensor([expected]), rtol=0, atol=1e-5)
+    assert sum(expected) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_entropy_has_a_gradient_where_it_is_asked_for_alone():
+    """Also of bfloat16 logits in chunks, with garbage in a row that is not in the loss."""
+    logits, targets = random_logits(NUM_ROWS, 50, torch.bfloat16)
+    exact = logits.double().requires_grad_()
+    distribution = (exact / 0.9).log_softmax(-1)
+    weights = torch.linspace(-1, 1, NUM_ROWS)
+    weights[3] = 0.0
+    (-(distribution.exp() * distribution).sum(-1) * weights).sum().backward()
+    logits[3] = NAN
+    logits.requires_grad_()
+    _, entropy = selected_logprobs(logits, targets, 0.9, entropy_gradient=True)
+    torch.where(weights == 0, 0.0, entropy * weights).sum().backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=2**-8, atol=1e-5)
+    assert not selected_logprobs(logits, targets, 0.9)[1].requires_grad
 
 
 def test_bfloat16_logits_are_computed_in_float32():

@@ -121,7 +121,7 @@ class PlainPPO:
         groups = [{"params": list(self.value.model.parameters())}, {"params": [head], "lr": rest.head_learning_rate}]
         self.adams = [adam(self.policy.parameters(), ppo.optimizer), adam(groups, rest)]
 
-    def logprobs(self, model: Any, r: Rollout) -> tuple[list[torch.Tensor], list[float]]:
+    def logprobs(self, model: Any, r: Rollout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """log p of each completion token, and the entropy of its distribution."""
         ids, start = [*r.prompt.token_ids, *r.completion.token_ids.tolist()], len(r.prompt.token_ids)
         logits = model(torch.tensor([ids])).logits[0] / self.config.ppo.sampling.temperature
@@ -132,7 +132,7 @@ class PlainPPO:
                 row[list(ENDS)] = -math.inf
             p = torch.softmax(row, 0)
             result.append(torch.log(p[ids[t]]))
-            entropies.append(float(-(p[p > 0] * p[p > 0].log()).sum()))
+            entropies.append(-(p[p > 0] * p[p > 0].log()).sum())
         return result, entropies
 
     def values(self, r: Rollout) -> list[torch.Tensor]:
@@ -150,6 +150,7 @@ class PlainPPO:
                 old = [float(x) for x in logprobs]
                 ref = [float(x) for x in self.logprobs(self.reference, r)[0]]
                 v = [float(x) for x in self.values(r)]
+                entropies = [float(x) for x in entropies]
                 rewards = [-KL_COEF * (p - q) for p, q in zip(old, ref, strict=True)]
                 if rewards:
                     rewards[-1] += score
@@ -175,11 +176,13 @@ class PlainPPO:
         tokens = sum(len(r.completion.token_ids) for r in rollouts)
         steps = []
         for _ in range(ppo.epochs):
-            policy_loss, value_loss = torch.zeros(2, dtype=torch.float64)
+            policy_loss, value_loss, entropy = torch.zeros(3, dtype=torch.float64)
             clipped = value_clipped = 0
             ratios = []
             for i, r in enumerate(rollouts):
-                now = zip(self.logprobs(self.policy, r)[0], self.values(r), strict=True)
+                logprobs, entropies = self.logprobs(self.policy, r)
+                entropy = entropy + sum(entropies)
+                now = zip(logprobs, self.values(r), strict=True)
                 for t, (logprob, value) in enumerate(now):
                     a, low, high = known["adv"][i][t], 1 - ppo.clip, 1 + ppo.clip
                     ratio = torch.exp(logprob - known["old"][i][t])
@@ -206,7 +209,9 @@ class PlainPPO:
                 "value/loss": value_loss.item() / tokens,
                 "value/clipfrac": value_clipped / tokens,
             }
-            total = ppo.combined.initial * policy_loss / tokens
+            if ppo.entropy_coef:
+                step["policy/entropy_bonus"] = entropy.item() / tokens
+            total = ppo.combined.initial * (policy_loss - ppo.entropy_coef * entropy) / tokens
             if ptx:
                 nll = plain_nll(self.policy, ptx)
                 step["policy/ptx_loss"] = nll.item()
@@ -293,8 +298,16 @@ def with_lambda(config: TandemConfig) -> None:
     config.ppo.combined.initial, config.ppo.optimizer.max_grad_norm = 0.25, 0.5
 
 
+def with_entropy(config: TandemConfig) -> None:
+    several_epochs(config)
+    cooler_and_without_early_eos(config)
+    config.ppo.entropy_coef, config.ppo.combined.initial = 0.3, 0.5
+    config.learner.held_tokens = 15
+
+
 @pytest.mark.parametrize(
-    "change", [plain, several_epochs, other_constants, cooler_and_without_early_eos, with_ptx, with_lambda]
+    "change",
+    [with_entropy, plain, several_epochs, other_constants, cooler_and_without_early_eos, with_ptx, with_lambda],
 )
 def test_update_equals_plain_ppo(
     change: Callable[[TandemConfig], None], config: TandemConfig, make_task: Callable[..., PPOTask]
@@ -381,6 +394,45 @@ def test_the_first_step_starts_at_ratio_one_and_no_kl(config: TandemConfig, make
     assert metrics["kl/ref_seq"] == pytest.approx(0, abs=1e-6)
     # Without a KL the rewards are the scores.
     assert metrics["reward/total_mean"] == pytest.approx(sum(SCORES) / len(SCORES), abs=1e-6)
+
+
+def test_what_is_cut_off_teaches_the_value_model_nothing_either(
+    config: TandemConfig, make_task: Callable[..., PPOTask]
+) -> None:
+    """Without whitening, the update is that of a batch without it; a minibatch of nothing else changes no weight."""
+    config.ppo.whiten_advantages, config.ppo.mask_truncated = False, True
+    ended = [
+        replace(r, completion=replace(r.completion, finish_reason="stop" if i % 2 else "length"))
+        for i, r in enumerate(ROLLOUTS)
+    ]
+    every, kept = ended, ended[1::2]
+    found = []
+    for rollouts, scores in ((every, SCORES), (kept, SCORES[1::2])):
+        for budget in (8, 1000):
+            task = make_task(config)
+            before = weights_of(task.policy), weights_of(task.value)
+            (batch,) = make_batches(rollouts, scores, 1, 1, budget, np.random.default_rng(0), mask_truncated=True)
+            metrics = task.update(batch, KL_COEF, train_policy=True)
+            found.append((weights_of(task.policy), weights_of(task.value), metrics))
+    for policy, value, metrics in found[1:]:
+        assert_same(policy, found[0][0], before[0], 1e-3)
+        assert_same(value, found[0][1], before[1], 1e-3)
+        for name in ("policy/loss", "value/loss", "policy/ratio_mean", "policy/grad_norm"):
+            assert metrics[name] == pytest.approx(found[0][2][name], rel=1e-3, abs=1e-6)
+    assert found[0][2]["kl/ref_seq"] != pytest.approx(found[2][2]["kl/ref_seq"], rel=1e-2)  # metrics are of all
+
+    config.ppo.optimizer.learning_rate = config.ppo.value_optimizer.learning_rate = 1e-3
+    task = make_task(config)
+    policy, value = weights_of(task.policy), weights_of(task.value)
+    (batch,) = make_batches(every, SCORES, 1, 5, 8, np.random.default_rng(0), mask_truncated=True)
+    idle = next(i for i, tokens in enumerate(batch.global_loss_tokens) if not tokens)
+    alone = TrainingBatch(batch.minibatches[idle : idle + 1], [0], [0], batch.global_sequences[idle : idle + 1])
+    # Of one rollout the numbers begin at 0.
+    alone.minibatches[0][0].rows[:], alone.minibatches[0][0].groups[:] = 0, 0
+    metrics = task.update(alone, KL_COEF, train_policy=True)
+    assert metrics["policy/loss"] == metrics["value/loss"] == metrics["policy/grad_norm"] == 0
+    assert all(torch.equal(policy[name], w) for name, w in weights_of(task.policy).items())
+    assert all(torch.equal(value[name], w) for name, w in weights_of(task.value).items())
 
 
 def test_value_warm_up_leaves_the_policy_alone(config: TandemConfig, make_task: Callable[..., PPOTask]) -> None:

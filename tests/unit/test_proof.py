@@ -19,8 +19,8 @@ from common.models.twin import LARGEST, twin_config
 from contracts.checks.validation import ConfigError
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
 from controller.start_checks.model_checks import check_weights_and_code
-from learner.losses import selected_logprobs
 from learner.models import load_policy, load_scalar, prove_policy
+from learner.selected_logprobs import selected_logprobs
 from reward_service.model import RewardModel
 from tests.tiny_models import TINY, make
 

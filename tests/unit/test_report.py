@@ -16,7 +16,7 @@ from controller.report import svg
 from controller.report.__main__ import main
 from controller.report.curves import ppo_curves
 from controller.report.run_page import render
-from controller.report.samples import chosen
+from controller.report.samples import chosen, during_ppo
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 SVG_VOID = {"line", "rect", "circle", "path", "polyline"}
@@ -494,6 +494,17 @@ def test_samples_are_chosen_by_gain():
     ]  # fmt: skip
     few, _ = chosen(Run(Path("/none"), samples=rows[:2]))
     assert [gain for _, gain, _ in few] == [5.0]
+
+
+def test_samples_show_the_columns_of_their_row_and_the_parts_of_their_scores():
+    row = {"stage": "ppo", "step": 1, "prompt": "2+3=", "completion": "5", "proxy": 1.0}
+    row |= {"row": {"answer": "<5>", "tests": [{"in": "ü"}]}, "parts": {"proxy": {"format": 0.25}}}
+    bare = {"stage": "ppo", "step": 1, "prompt": "2+4=", "completion": "6", "row": "of others", "parts": {"proxy": 1}}
+    page = str(during_ppo(Run(Path("/none"), samples=[row, bare])))
+    assert "<span>answer <b>&lt;5&gt;</b></span>" in page
+    assert "<span>tests <b>[{&#34;in&#34;: &#34;ü&#34;}]</b></span>" in page
+    assert "<span>proxy/format <b>+0.25</b></span>" in page
+    assert page.count("<span>answer") == page.count("proxy/") == 1
 
 
 def test_ticks_are_round_and_inside():

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,9 +99,25 @@ def test_identical_items_are_scored_once_and_remembered() -> None:
 def test_a_function_sees_more_than_tokens_so_its_items_differ_by_it() -> None:
     service, replicas = front({}, spec("rule", "function"))
     replicas.answers["rule"] = lambda items: [Score(float(i.prompt_tokens)) for i in items]
-    scores = score(service, "rule", [item(1, 2), item(1, 2, prompt_tokens=1), item(1, 2, label="x")])
-    assert values(scores) == [0.0, 1.0, 0.0]
-    assert sum(len(items) for _, items in replicas.calls) == 3
+    others = [replace(item(1, 2), row=row) for row in ('{"a": 1}', '{"a": 2}')] + [replace(item(1, 2), messages="[]")]
+    scores = score(service, "rule", [item(1, 2), item(1, 2, prompt_tokens=1), item(1, 2, label="x"), *others])
+    assert values(scores) == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert sum(len(items) for _, items in replicas.calls) == 6
+    assert all(s.is_cached for s in score(service, "rule", others))
+
+
+def test_a_reward_model_sees_tokens_alone_whatever_the_row() -> None:
+    service, replicas = front({"m": total})
+    score(service, "m", [item(1, 2), replace(item(1, 2), row='{"a": 1}', messages="[]")])
+    assert sum(len(items) for _, items in replicas.calls) == 1
+
+
+def test_parts_come_through_the_front_and_one_that_is_no_number_leaves_no_score() -> None:
+    service, replicas = front({}, spec("rule", "function"))
+    replicas.answers["rule"] = lambda items: [Score(1.0, parts={"format": float(i.token_ids[0] - 1)}) for i in items]
+    assert [s.parts for s in score(service, "rule", [item(1), item(3)])] == [{"format": 0.0}, {"format": 2.0}]
+    replicas.answers["rule"] = lambda items: [Score(1.0, parts={"format": float("nan")}) for _ in items]
+    assert [(s.value, s.error, s.parts) for s in score(service, "rule", [item(5)])] == [(None, "non_finite", None)]
 
 
 def test_the_cache_is_bounded() -> None:

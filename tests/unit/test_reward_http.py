@@ -250,6 +250,31 @@ def test_openrlhf_payload(encoder: Encoder) -> None:
     assert both["extra_logs"]["spread"] == [0.0, 0.0]
 
 
+def test_openrlhf_labels_may_be_any_json(encoder: Encoder) -> None:
+    server = Server(encoder)
+    payload = {"query": ["a"] * 4, "labels": ["5", 5, {"tests": [1, "ü"]}, None]}
+    assert server.post("/get_reward?model=rule", payload).status_code == 200
+    seen = {(i.label, i.row) for i in server.items}
+    assert seen == {("5", None), (None, '{"label": 5}'), (None, '{"label": {"tests": [1, "ü"]}}'), (None, None)}
+    assert server.post("/get_reward?model=rule", b'{"query": ["a"], "labels": [NaN]}').status_code == 400
+
+
+def test_a_row_goes_to_the_scorer_and_parts_come_back(encoder: Encoder) -> None:
+    def parts(items: list[ScoringItem]) -> list[Score]:
+        return [Score(1.0, raw=1.0, parts={"format": 0.5}) if i.row else Score(0.0, raw=0.0) for i in items]
+
+    server = Server(encoder, parts)
+    row = {"b": [1, {"x": None}], "a": "ü"}
+    answer = server.post("/v1/rewards", {"model": "rule", **items({"text": "a", "row": row}, {"text": "b"})}).json()
+    assert [i.row for i in server.items] == ['{"a": "ü", "b": [1, {"x": null}]}', None]
+    assert [found.get("parts") for found in answer["items"]] == [{"format": 0.5}, None]
+    refused = server.post("/v1/rewards", b'{"items": [{"text": "a", "row": {"x": NaN}}]}')
+    assert refused.status_code == 400
+    assert "items.0" in refused.json()["error"]["message"]
+    logs = server.post("/get_reward?model=rule", {"query": ["a", "b"], "labels": [5, None]}).json()["extra_logs"]
+    assert logs == {"raw": [1.0, 0.0], "format": [0.5, None]}
+
+
 def test_verl_payload(encoder: Encoder) -> None:
     """As `verl/experimental/reward_loop/reward_loop.py` sends it to vLLM (0.9.1): the text of the reward model's own chat
     template; the model's path is its name."""

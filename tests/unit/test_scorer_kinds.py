@@ -148,7 +148,9 @@ def test_a_kind_that_is_not_there_is_refused_by_name(kind: str, found: str, pack
     config = TandemConfig(
         reward_service=RewardServiceConfig(scorers={"mine": ScorerConfig(kind=kind)}, http=SERVICE.http)
     )
-    with pytest.raises(ConfigError, match=r"mine\.kind must be one of model, function, weighted_sum, ensemble") as said:
+    with pytest.raises(
+        ConfigError, match=r"mine\.kind must be one of verifier, model, judge, function, weighted_sum, ensemble"
+    ) as said:
         validate_service(config)
     assert found in str(said.value)
     config.reward_service.scorers["proxy"] = config.reward_service.scorers.pop("mine")

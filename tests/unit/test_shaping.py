@@ -11,6 +11,8 @@ from contracts.records import Completion, Prompt, Rollout, Score, Turn
 from controller.loop.rewards import (
     ScoreNormalizer,
     episodes,
+    overlong_metrics,
+    overlong_penalty,
     paid_metrics,
     service_scores,
     shaped,
@@ -88,6 +90,25 @@ def test_a_single_turn_gets_bitwise_what_one_number_gave(config: EnvironmentConf
             row = shaped(rollout, normalizer, PPO, config)
             assert row.dtype == np.float32
             assert np.array_equal(row, np.array([0, 0, 0, former], dtype=np.float32))
+
+
+def test_the_overlong_penalty_by_hand() -> None:
+    """Limit 10, buffer 4, penalty 2: nothing up to 6 tokens, then half a unit a token."""
+    ppo = PPOConfig(missing_eos_penalty=0.25)
+    ppo.sampling.max_completion_tokens, ppo.overlong.buffer_tokens, ppo.overlong.penalty = 10, 4, 2.0
+    worth = [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert [overlong_penalty(tokens, ppo) for tokens in (6, 7, 8, 9, 10)] == worth
+    assert overlong_penalty(1, ppo) == 0.0
+    # On top of (3 - 1) / 2 = 1, and of a quarter for the missing EOS of what the limit cuts off.
+    assert shaped(single(3.0, tokens=9), NORMALIZER, ppo, CUMULATIVE).tolist() == [0.0] * 8 + [1 - 1.5]
+    assert shaped(single(3.0, "length", tokens=10), NORMALIZER, ppo, CUMULATIVE)[-1] == 1 - 0.25 - 2.0
+    # A conversation counts as the limit counts it, observations included (7 tokens), and pays once.
+    rollout = conversation(Turn(3, "stop", 0.5), Turn(7, "stop", 2.0))
+    assert shaped(rollout, NORMALIZER, ppo, PER_TURN).tolist() == [0, 0, 0.5, 0, 0, 0, 1.5]
+    assert shaped(rollout, NORMALIZER, ppo, CUMULATIVE).tolist() == [0, 0, 0, 0, 0, 0, 2.0]
+    assert overlong_metrics([single(0.0, tokens=9), single(0.0, tokens=2)], ppo) == {"reward/overlong_mean": -0.75}
+    assert shaped(single(1.0, tokens=0), NORMALIZER, ppo, CUMULATIVE).shape == (0,)
+    assert overlong_metrics([single(0.0, tokens=9)], PPO) == {}
 
 
 def test_an_empty_completion_is_paid_nothing() -> None:

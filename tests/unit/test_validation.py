@@ -18,10 +18,12 @@ from contracts.checks.check import Leaf, leaves
 from contracts.checks.validation import ConfigError, check_machine, validate, validate_service
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
 from contracts.plugins import closest
-from contracts.records import Example, RatedExample
+from contracts.records import Example, Prompt, RatedExample
 from contracts.stages import method_titles
 from controller.data.inputs import Inputs
 from controller.start_checks.amounts import check_amounts, check_model
+from controller.start_checks.row_checks import check_rows
+from reward_service.call_forms import ACCEPTED
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {
@@ -31,12 +33,15 @@ OUTSIDE = {
     "at least 2, as the best of one is SFT": 1,
     "0 or more": -1,
     "null or 0 or more": -1,
+    "null or a list of different columns": ["answer", "answer"],
+    "null or left to data.prompts and data.eval_prompts": ["answer"],
     "above 0": 0,
     "null or above 0": 0,
     "null or at least 1": 0,
     "null or 0 (the head alone) or more": -1,
     "in [0, 1]": 1.5,
     "in (0, 1)": 1.0,
+    "null or in (0, 1)": 1.0,
     "in [0, 1), as tokens with w = 1 must train": 1.0,
     "above 1, as tokens with w = 1 must train": 1.0,
     "in (0, 1]": 0.0,
@@ -605,7 +610,7 @@ def test_scorers_that_can_be_served(config: TandemConfig) -> None:
     [
         ({"Big": {"path": "m"}}, "scorers.Big must be a name of lower-case letters"),
         ({"proxy_model": {"path": "m"}}, "other than proxy_model and gold_model; found proxy_model"),
-        ({"a": {"kind": "modle", "path": "m"}}, "scorers.a.kind must be one of model, function"),
+        ({"a": {"kind": "modle", "path": "m"}}, "scorers.a.kind must be one of verifier, model, judge, function"),
         ({"a": {}}, "scorers.a.path must be a checkpoint's directory or a hub id; found null"),
         ({"a": {"path": "m", "read_at": "bos"}}, "scorers.a.read_at must be one of null, eos, last; found bos"),
         ({"a": {"path": "m", "append": ""}}, "scorers.a.append must be null, or a text where"),
@@ -763,16 +768,51 @@ def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemCon
     ]
 
 
-def test_a_rule_that_nobody_awaits_is_refused(config: TandemConfig, tmp_path: Path) -> None:
+def test_rows_without_what_a_rule_asks_for_are_refused(config: TandemConfig, tmp_path: Path) -> None:
+    (tmp_path / "rules.py").write_text(
+        "def trl(completions, answer, hint=None): ...\n"
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None): ...\n"
+        "def ours(texts, rows): ...\n"
+        "def reward_func(queries, prompts, labels): ...\n"
+    )
+
+    def check(name: str, **rows: str | None) -> None:
+        scorers = {"proxy": {"kind": "weighted_sum", "parts": ["rule"], "weights": [1.0]}}
+        rule = {"rule": {"kind": "function", "function": f"{tmp_path}/rules.py:{name}"}}
+        prompts = {
+            source: [Prompt(0, "", (1,), '{"answer": "1"}'), Prompt(4, "", (2,), row)] for source, row in rows.items()
+        }
+        check_rows(with_scorers(config, **scorers, **rule), Inputs(prompts))
+
+    for source in ("prompts", "eval_prompts"):
+        check("trl", **{source: '{"answer": null}'})
+        check("ours", **{source: None})
+        with pytest.raises(ConfigError) as caught:
+            check("trl", **{source: '{"answr": "1"}'})
+        assert str(caught.value) == (
+            f"reward_service.scorers.rule needs answer of every row, which row 4 of data.{source} does not have; found "
+            f"answr; add it to the data, and to data.{source}.keep where that names columns"
+        )
+    with pytest.raises(ConfigError, match=r"rule needs label of every row, which row 0 of data.prompts does not have"):
+        check("reward_func", prompts='{"label": 5}')
+    with pytest.raises(
+        ConfigError, match=r"rule needs ground_truth .or reward_model with one. of every row, which row 0"
+    ):
+        check("compute_score", prompts='{"ground_truth": "1"}')
+    check_rows(config, Inputs({"prompts": [Prompt(0, "", (1,))]}))
+
+
+def test_a_rule_in_no_known_form_is_refused(config: TandemConfig, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 1024}))
     config = put(config, model__path=str(tmp_path / "model"), data__gold=None)
     rules = tmp_path / "rules.py"
     rules.write_text(
-        "async def f(completions): return [0.0]\n"
-        "@awaited\nasync def g(completions): return [0.0]\n"
-        "async def h(completions): ...\ndef h(completions): return [0.0]\n"
-        "class judge:\n    async def i(self): ...\n"
+        "def f(sentence): return 0.0\n"
+        "async def g(completions): return [0.0]\n"
+        "def h(x): ...\ndef h(completions): return [0.0]\n"
+        "@made_of\ndef i(sentence): return 0.0\n"  # whoever imports it says so
+        "def j(data_source, solution_str, ground_truth, router): return 0.0\n"
     )
 
     def with_rule(name: str) -> TandemConfig:
@@ -780,10 +820,11 @@ def test_a_rule_that_nobody_awaits_is_refused(config: TandemConfig, tmp_path: Pa
 
     for name in ("g", "h", "i"):
         check_model(with_rule(name))
-    assert refused(with_rule("f")) == [
-        "reward_service.scorers.proxy.function must be a plain function: nobody awaits what it returns; found async def "
-        f"{rules}:f; write it without async"
-    ]
+    for name, why in (("f", "it takes no completions"), ("j", "there is nothing to give it for 'router'")):
+        assert refused(with_rule(name)) == [
+            f"reward_service.scorers.proxy.function={rules}:{name} must be a function that is called in a known form: "
+            f"{why}; accepted are {ACCEPTED}"
+        ]
     rules.write_text("async def f(:")  # whoever imports it says so
     check_model(with_rule("f"))
 

@@ -193,6 +193,11 @@ def test_text_and_tables_by_request_alone(environment: pytest.MonkeyPatch, tmp_p
         end(sink)
         assert len(sent) == expected  # steps 0, 2, 4
     assert sent[0]["samples/table"].data == [["c", "p", "ppo", 0]]
+    sent.clear()
+    sink = TrackerThread("wandb", Recorded, tmp_path, {}, LoggerConfig(wandb="offline", wandb_text=True), "ppo")
+    sink.samples([{"step": 0, "row": {"answer": "ü"}}, {"step": 0, "row": {"answer": 5, "hint": None}}])
+    end(sink)
+    assert sent[0]["samples/table"].data == [['{"answer": "ü"}', 0], ['{"answer": 5, "hint": null}', 0]]
 
 
 def test_the_port_of_a_closed_server_is_closed() -> None:

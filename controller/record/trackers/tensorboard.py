@@ -28,9 +28,8 @@ class TensorBoard(Tracker):
     def samples(self, rows: list[dict[str, Any]], *, stage: str, step: int) -> None:
         columns = sorted({name for row in rows for name in row})
         lines = [columns, ["---"] * len(columns), *([str(row.get(name, "")) for name in columns] for row in rows)]
-        self._writer.add_text(
-            f"samples/{stage}", "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines), step
-        )
+        table = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+        self._writer.add_text(f"samples/{stage}", table, step)
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
         self._writer.add_text(f"artifacts/{name}", f"{kind}: `{path}`")

@@ -1,0 +1,103 @@
+"""A number as people write it, exactly: 1,234.50 | $18 | 12.5% | 3/4 | -2 1/2 | 1.5e3 | 5 cm | 2 million."""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+MAX_DIGITS = 400  # beyond, a number is nothing that is compared here: some take longer to compute than anyone waits
+_DIGITS = (
+    r"(?:\d{1,3}(?:(?P<separator>,|\{,\}|\\,|\\!|\s|\u2009|\u202f)\d{3})(?:(?P=separator)\d{3})*|\d+)(?:\.\d*)?|\.\d+"
+)
+_EXPONENT = r"(?:\s*(?:e|E)\s*[+-]?\d{1,3}|\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*(?:\^|\*\*)\s*\{?\s*[+-]?\d{1,3}\s*\}?)?"
+_QUANTITY = re.compile(
+    rf"(?P<sign>[+-]?)\s*(?P<currency>\\?[$€£¥₹])?\s*(?P<number>{_DIGITS})(?P<exponent>{_EXPONENT})"
+    rf"(?:\s*/\s*(?P<below>\d+)|\s+(?P<above>\d+)\s*/\s*(?P<mixed>\d+))?"
+    r"\s*(?P<percent>\\?%|percent\b|per\s+cent\b)?(?P<unit>.*)",
+    re.DOTALL,
+)
+_FRACTION = re.compile(
+    r"\s*([+-]?)\s*(\d+)?\s*\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))\s*(.*)", re.DOTALL
+)
+_MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_NO_UNIT = re.compile(
+    r"\b(?:or|and|not|no|is|isn't|are|aren't|was|wrong|incorrect|to|than|minus|plus|times|more|less|fewer|about|but|if|dozen|"
+    r"dozens|half|halves|quarter|score|pairs?|modulo|mod|over|divided|squared|cubed|factorial|through|between|either|"
+    r"i|x|y|z|n|pi|e|sqrt|base|remainder|r)\b",
+    re.IGNORECASE,
+)
+_UNIT = re.compile(r"(?:[A-Za-zµμΩ°'’]+\.?(?:\s*\^?\s*\{?[23²³]\}?)?(?:\s*/\s*|\s+|-)?){1,5}|°\s*[CF]?")
+
+
+class Quantity(NamedTuple):
+    value: Fraction
+    unit: str  # in small letters without its plural; empty without one
+    is_percent: bool
+    is_decimal: bool  # it may be a rounded one
+
+
+def quantity(text: str) -> Quantity | None:
+    """What `text` as a whole says, or None where it is no single number with or without a unit."""
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\(?:circ|degree)\b", "°", text.strip())
+    if sum(map(str.isdigit, text)) > MAX_DIGITS:
+        return None
+    if match := _FRACTION.fullmatch(text):
+        sign, whole, above, below, short_above, short_below, rest = match.groups()
+        above, below = int(above or short_above), int(below or short_below)
+        if not below or (whole and above < 0):
+            return None
+        value = int(whole or 0) + Fraction(above, below)
+        return _with_unit(-value if sign == "-" else value, rest, False, False)
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        return None
+    if re.match(r"\d|\.\d|[*/^+=!_<>|({\[-]", match["unit"].strip()[:1] or " "):
+        return None
+    number = re.sub(r",|\{,\}|\\,|\\!|\s", "", match["number"])
+    value = Fraction(number if number[-1] != "." else number[:-1])
+    if match["exponent"]:
+        value *= Fraction(10) ** int(re.findall(r"[+-]?\d+", match["exponent"])[-1])
+    if match["below"]:
+        if not int(match["below"]):
+            return None
+        value /= int(match["below"])
+    elif match["above"]:
+        if not int(match["mixed"]) or "." in number:
+            return None
+        value += Fraction(int(match["above"]), int(match["mixed"]))
+    value = -value if match["sign"] == "-" else value
+    return _with_unit(value, match["unit"], bool(match["percent"]), "." in number)
+
+
+def _with_unit(value: Fraction, rest: str, is_percent: bool, is_decimal: bool) -> Quantity | None:
+    rest = re.sub(r"\\(?:text|mathrm|textbf|textit|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 ", rest)
+    rest = re.sub(r"\\[,;:! ]|~", " ", rest)
+    rest = re.sub(r"[\s.]+$", "", rest).strip()
+    if rest[:1] == "%":
+        return None
+    first = rest.split()[0].lower() if rest else ""
+    if first in _MULTIPLES:
+        value, rest = value * _MULTIPLES[first], " ".join(rest.split()[1:])
+    if rest and (_NO_UNIT.search(rest) or not _UNIT.fullmatch(rest + " ")):
+        return None
+    return Quantity(value, _unit(rest), is_percent, is_decimal)
+
+
+def _unit(text: str) -> str:
+    text = re.sub(r"[\s{}^.]|\bof\b", "", text.replace("²", "2").replace("³", "3"))
+    if text in ("°", "degrees", "degree", "deg"):
+        return "°"
+    # Of long words the number, of short ones (m and M, s) everything counts.
+    return text.casefold().removesuffix("s") if len(text) > 3 else text
+
+
+def same(right: Quantity, given: Quantity, tolerance: Fraction) -> bool:
+    """Whether they are one number. Where both have a unit it must be the same one; 50% is 1/2, and also the 50 of one who
+    asks for a percentage. Decimals may be rounded, within `tolerance`."""
+    if right.unit and given.unit and right.unit != given.unit:
+        return False
+    near = tolerance if right.is_decimal or given.is_decimal else Fraction(0)
+    a, b = right.value, given.value
+    if right.is_percent == given.is_percent:
+        return abs(a - b) <= near
+    percent, plain = (a, b) if right.is_percent else (b, a)
+    return abs(percent - plain) <= near or abs(percent / 100 - plain) <= near

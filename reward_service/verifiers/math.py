@@ -1,0 +1,262 @@
+"""A number or an expression, whatever form it is written in: numbers are compared exactly, everything else by math-verify.
+
+The answer is what the completion says last: in \\boxed{...}, after "the answer is" or "####", else in its last line.
+"""
+
+import re
+import threading
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from reward_service.verifier import BadRow, Options, Row, Verified, Verifier, answer_text, flag
+from reward_service.verifiers._answers import TAG, verdict
+from reward_service.verifiers._quantities import MAX_DIGITS, Quantity, quantity, same
+
+LIBRARY_S = 2  # of parsing, and of comparing: beyond, the answer has no score
+MAX_CHARACTERS = 400
+TOLERANCE = Fraction(1, 2 * 10**6)  # half of the sixth decimal
+SAID = re.compile(
+    r"(?:final\s+answer|answer|result|solution)\b(?:\s+(?:to|for|of)\b[^.\n:=]{0,60}?)?[\s*_]*"
+    r"(?:\bis\b|:|=|\bequals\b|\bwould be\b)(?:\s*\bequal to\b)?[\s*_]*:?",
+    re.IGNORECASE,
+)
+HASHES = re.compile(r"####")
+WORDS = re.compile(r"[A-Za-z]{2,}")
+COMMANDS = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+")
+FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt pi max min gcd lcm det".split()  # noqa: SIM905
+)
+END = re.compile(
+    r"(?<=[^\s.])[.!?](?=\s|$)|[;\n]|,?\s+(?:because|since|as|which|where|so)\b|\s+\((?=\s*[A-Za-z])|,\s+(?=[A-Za-z]{3})"
+)
+PLAIN = {
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ",
+    "≥": r"\ge ", "√": r"\sqrt", "**": "^", "²": "^2", "³": "^3", "\u00a0": " ",
+}  # fmt: skip
+# In a sentence with a number: it is no answer, or more than the number.
+DENIED = (
+    r"\b(?:not|isn't|wrong|incorrect|cannot|can't|or|about|around|roughly|unless|hundred|thousand|million|billion|dozen|half)\b"
+    r"|\\boxed"
+)
+# Read as something else by the library: 0.\overline{3} as 0, 12:30 as 2/5, words as products of their letters.
+UNREAD = re.compile(r"\\overline|\\dot\b|\\bar\b|\d\s*:\s*\d|\d\s+\d|(?<![A-Za-z\\])\d+[eE]\d|!\s*\d|[?#@~](?!\\)")
+# What may take longer than anyone waits: powers of powers of large numbers, and factorials.
+HUGE = re.compile(r"\^\s*\{?\s*-?\s*\d{5,}|\d{4,}\s*!|\^[^+*/=,]*\^|!\s*!|!\s*\^|\^\s*\{?\s*[({\d]*\d+\s*!")
+
+
+class Right(NamedTuple):
+    number: Quantity | None
+    parsed: list[Any]  # of math-verify; empty where the number says it all
+    opening: str = ""  # its bracket, where it is in brackets as a whole
+
+
+def clean(text: str) -> str:
+    """Without what surrounds a formula, and with LaTeX in place of other signs."""
+    text = text.strip()
+    for _ in range(4):
+        before = text
+        text = text.strip().strip("*_`").strip()
+        text = re.sub(r"^\\(?:left|displaystyle)\b|^(?:\\\[|\\\()\s*|\s*(?:\\\]|\\\))$|[.,;]$", "", text).strip()
+        text = text[2:-2] if len(text) > 4 and text.startswith("$$") and text.endswith("$$") else text
+        text = text[1:-1] if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1] else text
+        inner = re.fullmatch(r"\\(?:text|textbf|mathbf|mathrm|boxed|fbox)\s*\{([^{}]*)\}", text)
+        text = inner[1] if inner else text
+        if text == before:
+            break
+    for sign, plain in PLAIN.items():
+        text = text.replace(sign, plain)
+    return text.strip()
+
+
+def boxed(text: str) -> list[tuple[int, str]]:
+    """(where, what is in it) of every \\boxed{...} that ends."""
+    found = []
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
+        depth, end = 1, match.end()
+        while depth and end < len(text):
+            depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
+            end += 1
+        if not depth:
+            found.append((match.start(), text[match.end() : end - 1]))
+    return found
+
+
+def statements(completion: str) -> list[tuple[int, str]]:
+    """(where, what) of every answer that a completion states."""
+    found = [(start, inner) for start, inner in boxed(completion)]
+    found += [(match.start(), match[1]) for match in TAG.finditer(completion)]
+    for match in [*SAID.finditer(completion), *HASHES.finditer(completion)]:
+        rest = completion[match.end() : match.end() + 4 * MAX_CHARACTERS].lstrip()
+        found.append((match.start(), rest if rest.startswith(("$", "\\", "*")) else sentence(rest)))
+        if rest.startswith(("$", "\\", "*")):
+            found[-1] = (match.start(), formula(rest))
+    return sorted(found, key=lambda statement: statement[0])
+
+
+def formula(rest: str) -> str:
+    """The formula that a text begins with and, as far as its sentence goes, what follows it."""
+    for start, end in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"), ("$", "$")):
+        if rest.startswith(start) and (stop := rest.find(end, len(start))) > 0:
+            inside = rest[len(start) : stop].strip()
+            if start == "$" and inside[-1:].isalpha() and " " in inside:
+                continue  # two amounts of money
+            after = sentence(rest[stop + len(end) :].strip(" "))
+            return inside if not after.strip(" .*") else f"{inside} {after.strip(' *')}"
+    return sentence(rest)
+
+
+def sentence(text: str) -> str:
+    end = END.search(text)
+    return text[: end.start()] if end else text
+
+
+def candidates(completion: str, options: Options) -> list[str]:
+    """What the answer may be: the last statement, as a whole and behind its last equals sign."""
+    boxes, said = boxed(completion), statements(completion)
+    if options["boxed"]:
+        return _sides(boxes[-1][1]) if boxes else []
+    if boxes:  # a later sentence counts where it has an answer of its own
+        later = [text for at, text in said if at > boxes[-1][0] and readable(text)]
+        return _sides(later[-1] if later else boxes[-1][1])
+    if said:
+        return _sides(said[-1][1])
+    lines = [line for line in completion.splitlines() if line.strip(" *_`$\\[]().")]
+    if not lines:
+        return []
+    whole = _sides(lines[-1])
+    return whole if any(map(readable, whole)) else amounts(lines[-1])
+
+
+def _sides(text: str) -> list[str]:
+    text = clean(text)
+    sides = re.split(r"(?<![<>!\\])=|\\approx|≈", text)
+    return [text] if len(sides) == 1 else [text, clean(sides[-1])] if len(sides) == 2 else [clean(sides[-1])]
+
+
+def amounts(line: str) -> list[str]:
+    """The only number of a sentence; nothing where it has several."""
+    found = re.findall(r"(?<![\w.,/^-])[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w/^]|[.,]\d)", clean(line))
+    digits = re.findall(r"\d+(?:[.,]\d+)*", line)
+    is_denied = re.search(DENIED, line, re.IGNORECASE)
+    return [found[0].replace("−", "-").rstrip(",")] if len(found) == 1 and len(digits) <= 2 and not is_denied else []
+
+
+def readable(text: str) -> bool:
+    return quantity(clean(text)) is not None or expression(text) is not None
+
+
+def expression(text: str) -> str | None:
+    """LaTeX of what is no plain number, where the library reads it as people do."""
+    text = re.sub(r"\s*(?:,\s*)?(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*", ", ", clean(text))
+    text = re.sub(r"\\[,;:!]|\\(?:left|right|displaystyle|limits)(?![A-Za-z])", " ", text)
+    text = re.sub(
+        r"(?<![A-Za-z\\])(pi|infinity|infty)(?![A-Za-z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty ", text
+    )
+    if not 0 < len(text) <= MAX_CHARACTERS or sum(map(str.isdigit, text)) > MAX_DIGITS // 2:
+        return None
+    if text.count("{") != text.count("}") or "\\boxed" in text:
+        return None
+    if UNREAD.search(re.sub(r"\\times|\\cdot", "*", text)) or HUGE.search(text) or "\\text" in text or "$" in text:
+        return None
+    words = [word for word in WORDS.findall(COMMANDS.sub(" ", text)) if word.lower() not in FUNCTIONS]
+    return None if any(len(word) > 2 for word in words) else text
+
+
+def _bound() -> int | None:
+    """The library bounds itself by a signal, which the main thread alone can have."""
+    return LIBRARY_S if threading.current_thread() is threading.main_thread() else None
+
+
+def parsed(text: str) -> list[Any]:
+    """By math-verify; empty where it cannot read it. Raises TimeoutError."""
+    from math_verify import LatexExtractionConfig, parse
+    from math_verify.errors import TimeoutException
+
+    latex = expression(text)
+    if latex is None:
+        return []
+    try:
+        return list(
+            parse(
+                f"\\boxed{{{latex}}}",
+                [LatexExtractionConfig()],
+                "no_fallback",
+                parsing_timeout=_bound(),
+                raise_on_error=True,
+            )
+        )
+    except TimeoutException:
+        raise TimeoutError from None
+    except Exception:  # whatever it raises on what it cannot read
+        return []
+
+
+def read(row: Row, options: Options) -> Right:
+    name, text = options["answer"], answer_text(row, options)
+    if HASHES.search(text):  # GSM8K: the way there, then the answer
+        text = text.rsplit("####", 1)[1]
+    elif boxes := boxed(text):
+        text = boxes[-1][1]
+    number = quantity(clean(text))
+    try:
+        tree = [] if number else parsed(text)
+    except TimeoutError:
+        raise BadRow(f"{name} must be what math-verify reads within {LIBRARY_S} s; write a simpler form") from None
+    if number is None and not tree:
+        raise BadRow(
+            f"{name} must be a number or an expression that math-verify reads; write the answer alone, or verifier: exact, "
+            "choice or regex for words"
+        )
+    within = re.fullmatch(r"([(\[])[^()\[\]]*[)\]]", clean(text).replace("\\left", "").replace("\\right", ""))
+    return Right(number, tree, within[1] if within and "," in within[0] else "")
+
+
+def verify(completion: str, right: Right, options: Options) -> Verified:
+    found = candidates(completion, options)
+    return verdict(any(equal(right, text) for text in found), any(map(readable, found)))
+
+
+def equal(right: Right, text: str) -> bool:
+    given = quantity(text)
+    if right.number and given:
+        return same(right.number, given, TOLERANCE)
+    if (right.number or given) and not (right.number or given).unit:  # type: ignore[union-attr]
+        number = right.number or given
+        assert number is not None
+        as_latex = f"\\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
+        return compared(parsed(as_latex) if right.number else right.parsed, parsed(as_latex if given else text))
+    if right.opening and not text.removeprefix("\\left").startswith(
+        right.opening
+    ):  # a point is no interval, and neither is a set
+        return False
+    return bool(right.parsed) and given is None and compared(right.parsed, parsed(text))
+
+
+def compared(right: list[Any], given: list[Any]) -> bool:
+    """Raises TimeoutError."""
+    from math_verify import verify as library
+    from math_verify.errors import TimeoutException
+
+    if not right or not given:
+        return False
+    try:
+        return bool(library(right, given, timeout_seconds=_bound(), raise_on_error=True))
+    except TimeoutException:
+        raise TimeoutError from None
+    except Exception:  # what it cannot compare is not shown to be right
+        return False
+
+
+def prepare(options: Options) -> None:
+    """The first comparison takes seconds, the others milliseconds."""
+    compared(parsed("x+1"), parsed("1+x"))
+
+
+VERIFIER = Verifier(
+    read=read,
+    verify=verify,
+    prepare=prepare,
+    least_timeout_s=lambda options: 2.0 * LIBRARY_S,
+    options={"boxed": flag(False)},
+    requires={"math_verify": "math-verify", "latex2sympy2_extended": "latex2sympy2_extended"},
+)

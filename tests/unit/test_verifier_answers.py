@@ -1,0 +1,365 @@
+"""Right answers in the ways people write them, and ordinary wrong ones, through the processes that verifiers run in."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from contracts.config import ScorerConfig
+from contracts.records import Score
+from reward_service.kinds.verifier import VerifierPool
+
+Table = list[tuple[Any, list[str], list[str]]]  # (row, or its answer; right completions; wrong ones)
+MATH: Table = [
+    (
+        "5",
+        [
+            "5",
+            "5.0",
+            "10/2",
+            "The answer is 5.",
+            "the answer is: 5",
+            "Answer: 5",
+            "Answer:\n5",
+            "**Answer:** 5",
+            "The answer is **5**",
+            "The final answer is $5$.",
+            "The answer is $\\frac{10}{2}$",
+            "The answer is 5 apples.",
+            "She has 5 apples left.",
+            "2 + 3 = 5",
+            "x = 5",
+            "$$5$$",
+            "\\[ x = 5 \\]",
+            "#### 5",
+            "<answer>5</answer>",
+            "\\boxed{5}",
+            "So we get $\\boxed{5}$.",
+            "\\boxed{5\\text{ cm}}",
+            "The result is $5\\text{ cm}$.",
+            "The answer is 5, because 2+3=5.",
+            "The answer is 3. Wait, no. The answer is 5.",
+            "Therefore, the answer is 5!",
+        ],
+        [
+            "",
+            "6",
+            "-5",
+            "50",
+            "5.1",
+            "0.5",
+            "0.05",
+            "15",
+            "5/2",
+            "\\frac{5}{2}",
+            "5^2",
+            "5e1",
+            "5x",
+            "x+5",
+            "5!",
+            "5:1",
+            "5 5",
+            "5 dozen",
+            "5 million",
+            "five thousand and 5 hundred",
+            "5, 6",
+            "$5,6$",
+            "[5, 6]",
+            "\\boxed{}",
+            "\\boxed{5",
+            "\\boxed{5, 6}",
+            "\\boxed{4} and then 5",
+            "The answer is 3.",
+            "The answer is 5 or 6.",
+            "The answer is not 5.",
+            "It is not 5.",
+            "The answer is 5. Actually, the answer is 6.",
+            "The answer is 7 because 5+2=7.",
+            "The answer is unclear, maybe 5 or 4",
+            "between 4 and 6",
+            "The number of apples is 5 and of pears is 6",
+            "I do not know",
+        ],
+    ),
+    (
+        "$18",
+        ["The answer is $18.", "Janet makes $18 every day.", "\\$18", "18 dollars", "\\boxed{\\$18}", "$18.00"],
+        ["$19", "$1.80", "$180", "$18 or $19"],
+    ),
+    (
+        "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72",
+        ["72", "#### 72", "The answer is 72 clips."],
+        ["24", "48", "#### 24"],
+    ),
+    (
+        "1/2",
+        ["0.5", ".5", "1/2", "$1/2$", "\\frac12", "\\dfrac{1}{2}", "2/4", "50%", "\\boxed{\\frac{1}{2}}"],
+        ["1/3", "2", "0.49", "-1/2", "1/2 or 1/3", "5%", "\\frac{2}{1}", "1", "0.505"],
+    ),
+    ("3,000", ["3000", "3,000", "3{,}000", "3000.00", "3\\,000", "3 thousand"], ["3", "300", "30000", "3.000"]),
+    ("1234567", ["1,234,567", "1 234 567"], ["1,234", "123456", "12,345,67"]),
+    ("50%", ["50%", "50 percent", "0.5", "1/2", "50", "\\boxed{50\\%}"], ["5%", "500%", "0.05", "49%"]),
+    (
+        "\\sqrt{2}",
+        ["\\sqrt{2}", "\\sqrt2", "sqrt(2)", "√2", "2^{1/2}", "\\boxed{\\sqrt{2}}", "\\frac{2}{\\sqrt{2}}"],
+        ["2", "\\sqrt{3}", "1.4142", "-\\sqrt{2}", "\\sqrt[3]{2}"],
+    ),
+    (
+        "\\frac{\\pi}{4}",
+        ["pi/4", "π/4", "0.25\\pi", "\\boxed{\\frac{1}{4}\\pi}"],
+        ["45^\\circ", "\\pi", "4/\\pi", "0.785"],
+    ),
+    (
+        "x^2+2x+1",
+        ["(x+1)^2", "1+2x+x^2", "x**2 + 2*x + 1", "The answer is $x^2 + 2x + 1$."],
+        ["x^2+2x", "(x-1)^2", "x^2+2x+2", "y^2+2y+1"],
+    ),
+    (
+        "(3, 4)",
+        ["(3,4)", "The answer is $(3, 4)$.", "\\left(3,4\\right)"],
+        ["(4,3)", "(3,5)", "3, 4", "4, 3", "[3,4]", "(3,4]", "\\{3,4\\}", "7"],
+    ),
+    ("[1, 2)", ["[1,2)", "\\boxed{[1,2)}"], ["(1,2)", "[1,2]", "(1,2]"]),
+    (
+        "\\{1, 2\\}",
+        ["\\{2,1\\}", "1, 2", "1 and 2", "\\boxed{1 \\text{ and } 2}"],
+        ["1", "\\{1\\}", "\\{1,2,3\\}", "12"],
+    ),
+    ("x=5", ["x = 5", "5", "\\boxed{x=5}"], ["y=6", "x=6", "-5"]),
+    (
+        "5 cm",
+        ["5cm", "5\\text{ cm}", "5", "The answer is 5 cm.", "\\boxed{5\\,\\text{cm}}"],
+        ["5 m", "5 mm", "5 km", "0.05 m", "50 cm", "5 cm^2"],
+    ),
+    ("-3", ["−3", "- 3", "The answer is -3."], ["3", "+3", "-3.5", "-30"]),
+    ("2.5", ["5/2", "2 1/2", "2\\frac{1}{2}", "The answer is 2.5 hours"], ["2.4", "25", "2,5,1", "-2.5"]),
+    ("1.5 million", ["1500000", "1,500,000", "1.5 million"], ["1.5", "1.5 billion"]),
+    ("2^{100}", ["2^100", "1267650600228229401496703205376", "4^{50}"], ["2^{99}", "100^2", "2^{10}"]),
+    ("90^\\circ", ["90", "90 degrees", "90°"], ["80^\\circ", "\\pi"]),
+    (
+        "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}",
+        ["\\boxed{\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}}"],
+        ["\\begin{pmatrix}1&2\\\\3&5\\end{pmatrix}", "\\begin{pmatrix}1&3\\\\2&4\\end{pmatrix}", "(1,2,3,4)"],
+    ),
+    ("1e3", ["1000", "10^3", "1 \\times 10^3"], ["1e4", "2.718*3"]),
+    (0, ["0", "-0", "0.0"], ["0.\\overline{3}", "0.1", "zero or one", "-1"]),  # math-verify: 0.\overline{3} is 0
+    (7.25, ["29/4", "7.25"], ["7", "7.2"]),
+    ("x>3", ["3<x", "$x > 3$"], ["x<3", "x\\ge 3", "3"]),
+]
+CHOICE: Table = [
+    (
+        "B",
+        [
+            "B",
+            "b",
+            "B.",
+            "(B)",
+            "[B]",
+            "$B$",
+            "`B`",
+            "**B**",
+            "B) Paris",
+            "B. Paris",
+            "B: Paris",
+            "\\boxed{B}",
+            "\\boxed{(B)}",
+            "\\boxed{\\text{B}}",
+            "$\\boxed{\\textbf{(B)}}$",
+            "<answer>B</answer>",
+            "#### B",
+            "Answer: B",
+            "Answer:\nB",
+            "Answer: (B) Paris",
+            "**Answer: B**",
+            "Final Answer: **B**",
+            "The answer is B",
+            "the answer is b.",
+            "The answer is (B).",
+            'The answer is "B"',
+            "The answer is option B.",
+            "The answer is B because it is.",
+            "The best choice is (B) Paris.",
+            "Option B is correct.",
+            "B is the right answer.",
+            "So it's B.",
+            "Let me think.\nB",
+            "A is wrong, so the answer is B.",
+            "The answer is A. No, the answer is B.",
+        ],
+        [
+            "",
+            "A",
+            "C.",
+            "E",
+            "Bb",
+            "B2",
+            "Both",
+            "Because",
+            "beta",
+            "A or B",
+            "B, C",
+            "\\boxed{C}",
+            "\\boxed{B, C}",
+            "answer: BC",
+            "Answer: A (not B)",
+            "The answer is C",
+            "The answer is AB",
+            "The answer is B-12",
+            "The answer is Bob",
+            "The answer is banana",
+            "The answer is a boy",
+            "Bob is the answer",
+            "The answer is A or B",
+            "The answer is B and C",
+            "The answer is between A and B",
+            "The answer is not B.",
+            "It is not B",
+            "option B is wrong",
+            "The answer is B. Wait, the answer is C.",
+            "The answer is B... actually C.",
+            "A. x\nB. y\nC. z",
+            "A. x\nB. y\nC. z\nD. w",
+            "By the way, I think so",
+            "Vitamin B is good",
+            "Plan B failed",
+        ],
+    ),
+    ("(A)", ["The answer is A.", "(A) is correct"], ["A dog", "The answer is a dog", "I have a cat", "An apple"]),
+    ("I", ["The answer is I."], ["I think it is C", "I do not know"]),
+]
+EXACT: Table = [
+    (
+        "New  York",
+        ["new york", "I say\nNEW YORK\n\n", "new\u00a0york", "ｎｅｗ york"],
+        ["newyork", "york", "new york city"],
+    ),
+    (["yes", "true"], ["True", "yes "], ["yes.", "no", "The answer is yes", "", "yes true"]),
+    (5, ["5"], ["5.0", "five", "55"]),
+]
+REGEX: Table = [
+    ("x", ["Answer: x", "Answer: y Answer: x ok"], ["x", "Answer: y", "Answer: x Answer: y", "answer: x", "Answer:x"])
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+JSON_SCHEMA: Table = [
+    (
+        SCHEMA,
+        ['{"a": 1}', '```json\n{"a": 1}\n```', 'Here:\n```json\n{"a": 2}\n```\nok', '```\n{"a": 3}\n```'],
+        [
+            '{"a": "1"}',
+            '{"a": 1, "b": 2}',
+            "{}",
+            "[1]",
+            "1",
+            "null",
+            "",
+            '{"a": 1',
+            '{"a": 1} or so',
+            'Here: {"a": 1}',
+            "{'a': 1}",
+            '{"a": 1.5}',
+            '{"a": NaN}',
+            '{"a": 1, "a": 2}',
+            '{"a": true}',
+            '```json\n{"a": "x"}\n```',
+            "[" * 50_000,
+            '{"a": ' + "9" * 5000 + "}",
+        ],
+    )
+]
+
+
+def block(code: str) -> str:
+    return f"I would write\n```python\n{code}\n```\nas asked."
+
+
+CODE: Table = [
+    (
+        "assert add(1, 2) == 3\nassert add(-1, 1) == 0",
+        [block("def add(a, b):\n    return a + b"), block("def add(*n): return sum(n)")],
+        [
+            block("def add(a, b):\n    return a - b"),
+            block("def add(a, b): return 3"),
+            block("def plus(a, b): return a + b"),
+            block("def add(a, b) return a + b"),
+            block("print('all tests passed')"),
+            block("raise SystemExit(0)"),
+            block("import os\nos._exit(0)"),
+            "def add(a, b): return a + b",
+            block("def add(a, b): return a + b") + block("def add(a, b): return a * b"),
+        ],
+    ),
+    (
+        [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11"}],
+        [block("a, b = map(int, input().split())\nprint(a + b)"),
+         block("import sys\nprint(sum(map(int, sys.stdin.read().split())))")],
+        [block("print(3)"), block("a, b = map(int, input().split())\nprint(a, b)"), block("print(input())"), block("")],
+    ),
+]  # fmt: skip
+TABLES: dict[str, tuple[dict[str, Any], Table]] = {
+    "math": ({}, MATH),
+    "choice": ({}, CHOICE),
+    "exact": ({"normalise": ["strip", "case", "whitespace", "nfkc"], "take": "last_line"}, EXACT),
+    "regex": ({"pattern": r"Answer: (\w+)"}, REGEX),
+    "json_schema": ({}, JSON_SCHEMA),
+    "code": ({}, CODE),
+}
+COLUMNS = {"json_schema": "schema", "code": "tests"}
+BOUND_S = 5.0  # of each answer; the default
+
+
+def scores(verifier: str, options: dict[str, Any], items: list[tuple[str, str | None, str | None]]) -> list[Score]:
+    pool = VerifierPool(ScorerConfig(kind="verifier", verifier=verifier, options=options, timeout_s=BOUND_S))
+    try:
+        start = time.monotonic()
+        found = [score for future in pool.submit_items(items) for score in future.result(300)]
+        assert time.monotonic() - start < BOUND_S * len(items)
+        return found
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("verifier", TABLES)
+def test_right_answers_are_right_and_wrong_ones_are_not(verifier: str) -> None:
+    options, table = TABLES[verifier]
+    items, wanted = [], []
+    for answer, right, wrong in table:
+        row = json.dumps({COLUMNS.get(verifier, "answer"): answer})
+        items += [(text, row, None) for text in [*right, *wrong]]
+        wanted += [1.0] * len(right) + [0.0] * len(wrong)
+    found = scores(verifier, options, items)
+    failed = [(i[1], i[0], s) for i, s, value in zip(items, found, wanted, strict=True) if s.value != value]
+    assert failed == []
+
+
+def test_there_are_enough_of_them() -> None:
+    tables = [rows for _, table in TABLES.values() for rows in table]
+    assert sum(len(right) for _, right, _ in tables) >= 100
+    assert sum(len(wrong) for _, _, wrong in tables) >= 200
+
+
+def test_reasoning_gym_scores_its_own_tasks() -> None:
+    """Entries as they come back from a JSON file; right, with text around, near misses, of other tasks."""
+    import reasoning_gym
+
+    names = ["basic_arithmetic", "leg_counting", "chain_sum", "word_sorting", "rearc", "game_of_life_halting",
+             "prime_factorization", "number_sequence", "spell_backward", "isomorphic_strings"]  # fmt: skip
+    items, wanted = [], []
+    for name in names:
+        entry = reasoning_gym.create_dataset(name, size=1, seed=1)[0]
+        row, answer = json.dumps(entry), entry["answer"]
+        right = [f"<answer>{answer}</answer>", f"I think\n<answer>\n{answer}\n</answer> it is"]
+        wrong = ["", answer, "<answer></answer>", "<answer>no idea</answer>", f"<answer>{answer}9</answer>",
+                 f"<answer>{answer}</answer> or <answer>nothing</answer>", "<answer>-31415926</answer>"]  # fmt: skip
+        items += [(text, row, None) for text in [*right, *wrong]]
+        wanted += [True] * len(right) + [False] * len(wrong)
+    found = scores("reasoning_gym", {}, items)
+    failed = [
+        (items[i][0], s) for i, s in enumerate(found) if s.value is None or (s.value >= 1) != wanted[i]
+    ]  # partial credit is its own affair
+    assert failed == []
