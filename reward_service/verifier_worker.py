@@ -53,7 +53,7 @@ def score(verifier: Verifier, options: dict[str, Any], rows: Rows, item: list) -
     completion, row, label = item
     try:
         found = verifier.verify(completion, rows.right(row, label), options)
-        return {"found": plain_scores([found], {})[0]}
+        return {"found": plain_scores([found], 1, {})[0]}
     except BadRow as problem:
         return {"error": f"bad_row: {problem}"}
     except Refused as refused:
