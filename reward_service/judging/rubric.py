@@ -57,11 +57,11 @@ class Rubric:
         names = texts if label is None else {**texts, "label": label}
         try:
             return self._template.render(row=_Row(row), **names).strip()
-        except UndefinedError:
-            lacking = sorted({str(column) for column in self._columns if column not in row})
-            if lacking:
-                raise NoColumn(f"missing_column: {', '.join(lacking)}, which the rubric asks for") from None
-            raise NoColumn("bad_row: something is undefined that the rubric asks for") from None
+        except UndefinedError as error:
+            for column in ("label", *self._columns):  # the one that the error names, of those that the template does
+                if column not in row and f"'{column}'" in str(error):
+                    raise NoColumn(f"missing_column: {column}, which the rubric asks for") from None
+            raise Failed("bad_row: something is undefined that the rubric asks for") from None
         except Exception as fault:  # whatever the expressions of a template raise on a row: its text may quote the item
             raise Failed(f"bad_row: {type(fault).__name__} in the rubric") from None
 

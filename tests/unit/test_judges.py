@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from common.text.encoding import encode_prompt, scored_ids
@@ -17,6 +19,7 @@ from contracts.checks.validation import ConfigError, validate_service
 from contracts.config import HttpConfig, JudgeConfig, RewardServiceConfig, ScorerConfig, TandemConfig
 from contracts.records import Score, ScoringItem
 from contracts.scorer_roles import num_models
+from reward_service.__main__ import read_config
 from reward_service.app import FrontReplica, ScorerReplica
 from reward_service.front import FrontLimits
 from reward_service.isolate import Failed
@@ -26,7 +29,7 @@ from reward_service.judging.scale import Reading, Scale, expected, scale_of, wri
 from reward_service.kinds.judge import score_of
 from reward_service.resolve import ScorerError, resolve
 from reward_service.scorer_kind import scorer_kind
-from tests.conftest import SMOLLM
+from tests.conftest import ROOT, SMOLLM
 from tests.unit.test_judge_endpoint import judge_at, likely
 from tests.unit.test_reward_http_client import Scripted
 
@@ -143,9 +146,9 @@ def test_a_rubric_that_does_not_show_what_is_judged_is_refused(source: str, mode
     [
         (
             "{{ completion }} {{ row.answer }} {{ row['b'] }}",
-            "missing_column: answer, b, which the rubric asks for",
+            "missing_column: answer, which the rubric asks for",
         ),
-        ("{{ completion }} {{ label }}", "bad_row: something is undefined that the rubric asks for"),
+        ("{{ completion }} {{ label }}", "missing_column: label, which the rubric asks for"),
         ("{{ completion }} {{ row[completion] }}", "bad_row: something is undefined that the rubric asks for"),
         ("{{ completion }} {{ completion + 1 }}", "bad_row: TypeError in the rubric"),
         ("{{ completion }} {{ row.__class__.__mro__ }}", "bad_row: "),
@@ -270,6 +273,20 @@ def test_what_cannot_be_is_refused_before_anything_starts(judge: dict[str, Any],
 def test_what_can_be(judge: dict[str, Any]) -> None:
     service = RewardServiceConfig(scorers={"a": entry(**judge)}, http=HttpConfig(port=8000))
     validate_service(TandemConfig(reward_service=service))
+
+
+def test_the_examples_of_the_docs_can_be() -> None:
+    text = (ROOT / "docs/judges.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    judge = yaml.safe_load(example)["reward_service"]["scorers"]["proxy"]["judge"]
+    service = RewardServiceConfig(scorers={"proxy": entry(**judge)}, http=HttpConfig(port=8000))
+    validate_service(TandemConfig(reward_service=service))
+    (commands,) = re.findall(r"```bash\n(# At an address.*?)```", text, re.DOTALL)
+    lines = [line for line in commands.replace("\\\n", "").splitlines() if line.startswith("python train.py ")]
+    assert len(lines) == 2
+    for line in lines:
+        config, _ = read_config(line.split()[2:], serves=False)
+        assert bool(config.reward_service.scorers["proxy"].judge.model) == ("judge.model=" in line)
 
 
 def test_an_engine_has_a_place_and_an_address_has_none() -> None:
@@ -448,7 +465,7 @@ def test_rows_are_looked_at_before_anything_starts() -> None:
     wants = {"rubric": "{{ completion }} {{ row.answer }} {{ row.hint | default('') }} {{ label }}"}
     assert problem(wants, answer=4, label="x") is None
     assert problem(wants, label="x") == "missing_column: answer, which the rubric asks for"
-    assert problem(wants, answer=4) == "bad_row: something is undefined that the rubric asks for"
+    assert problem(wants, answer=4) == "missing_column: label, which the rubric asks for"
     assert problem(PAIR, answer="text") is None
     assert problem(PAIR, other="text") == "missing_column: answer, judge.reference, with a text to compare with"
     assert problem(PAIR, answer=7) == "bad_row: answer, judge.reference, with a text to compare with"

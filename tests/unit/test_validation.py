@@ -40,6 +40,8 @@ OUTSIDE = {
     "null or at least 1": 0,
     "null or 0 (the head alone) or more": -1,
     "in [0, 1]": 1.5,
+    "in [1, 64]": 0,
+    "1 of a judge": 2,
     "in (0, 1)": 1.0,
     "null or in (0, 1)": 1.0,
     "in [0, 1), as tokens with w = 1 must train": 1.0,
@@ -72,8 +74,9 @@ def put(config: TandemConfig, **values: Any) -> TandemConfig:
     for key, value in values.items():
         *parents, name = key.split("__")
         section: Any = changed
-        for parent in parents:
-            section = getattr(section, parent)
+        for parent in parents:  # a scorer has a name of the user's
+            is_named = isinstance(section, dict)
+            section = section.setdefault(parent, ScorerConfig()) if is_named else getattr(section, parent)
         setattr(section, name, value)
     return changed
 
