@@ -383,7 +383,7 @@ def scored(judge: JudgeConfig, *calls: list[ScoringItem]) -> tuple[list[list[Sco
     replica = ScorerReplica(specs["judge"].entry, SERVICE, str(SMOLLM))
 
     async def go() -> tuple[list[list[Score]], str]:
-        front = FrontReplica(specs, FrontLimits(100, 100, 10.0))
+        front = FrontReplica(specs, FrontLimits(100, 100, 60.0))
         front._handles[str(specs["judge"].application)] = Handle(replica)
         found = [await front.front.score(specs["judge"], items) for items in calls]
         await replica._scorer.close()
