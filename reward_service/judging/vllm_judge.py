@@ -47,6 +47,7 @@ class VLLMJudge:
             # What is in the cache would decide how a prompt's sums are rounded, and so a score on what was asked before.
             "enable_prefix_caching": False,
             "disable_log_stats": True,
+            "async_scheduling": False,  # as of the rollout engines: nothing is prepared ahead of one batch
         }
         if current_platform.is_cpu():
             arguments |= {
