@@ -41,7 +41,8 @@ class Environment(Protocol):
     """
 
     def reset(self, prompt: Prompt) -> Iterable[int]:
-        """Begin: token ids that the policy sees first, usually `prompt.token_ids`."""
+        """Begin: token ids that the policy sees first, usually `prompt.token_ids`; `prompt.columns` has what else its row
+        says, such as the answer."""
 
     def step(self, token_ids: list[int]) -> Step:
         """Answer a turn: the tokens that the policy sampled, a sampled EOS included."""

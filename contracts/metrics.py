@@ -32,7 +32,7 @@ class Metric:
 @cache
 def core_metrics() -> tuple[Metric, ...]:
     """Of Tandem itself, in the order of docs/metrics.md."""
-    panels = yaml.load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), yaml.CSafeLoader)
+    panels = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     return tuple(Metric(name, panel=panel, **said) for panel, rows in panels.items() for name, said in rows.items())
 
 

@@ -57,7 +57,7 @@ def expected(scorer: str, text: str) -> float | str:
     if not text.strip():
         return "empty"
     length = float(len(text))
-    odd = {"raise": "poison", "nan": "non_finite", "none": "wrong_type", "big": 1e300}.get(text, length)
+    odd = {"raise": "poison", "nan": "non_finite", "none": "not_applicable", "big": 1e300}.get(text, length)
     if scorer == "length":
         return length
     if scorer == "odd" or isinstance(odd, str):

@@ -57,6 +57,12 @@ def _fast(path: str) -> Any:
     return Tokenizer.from_file(str(file))
 
 
+def _slow(path: str) -> "Tokenizer":
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
 def vocabulary(path: str) -> dict[str, int] | None:
     """Token -> id of a checkpoint's tokenizer, added tokens included; None where it has no `tokenizer.json`."""
     fast = _fast(path)
@@ -66,18 +72,11 @@ def vocabulary(path: str) -> dict[str, int] | None:
 def known_ids(path: str) -> frozenset[int]:
     """The ids of a checkpoint's tokenizer that are tokens, added ones included."""
     tokens = vocabulary(path)
-    if tokens is None:
-        from transformers import AutoTokenizer
-
-        tokens = AutoTokenizer.from_pretrained(path).get_vocab()
-    return frozenset(tokens.values())
+    return frozenset((_slow(path).get_vocab() if tokens is None else tokens).values())
 
 
 def load_decoder(path: str, with_controls: bool = True) -> Callable[[Sequence[int]], str]:
     """Token ids to text, control tokens shown or left out, by the tokenizer of a checkpoint. A fast one needs no torch."""
-    tokenizer = _fast(path)
-    if tokenizer is None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    fast = _fast(path)
+    tokenizer: Any = _slow(path) if fast is None else fast
     return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=not with_controls)

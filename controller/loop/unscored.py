@@ -47,8 +47,8 @@ def _row(rollout: Rollout) -> dict[str, Any]:
     return {
         "key": rollout.key,
         "prompt": rollout.prompt.text,
+        **({"row": rollout.prompt.columns} if rollout.prompt.row else {}),
         "completion": completion.text,
-        "row": rollout.prompt.columns,
         "prompt_ids": rollout.prompt.token_ids,
         "token_ids": completion.token_ids.tolist(),
         "behavior_logprobs": [_plain(p) for p in completion.behavior_logprobs.tolist()],

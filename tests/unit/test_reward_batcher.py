@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -52,16 +53,36 @@ def test_one_nan_does_not_reach_its_neighbours() -> None:
         ([], "wrong_count: 0 scores for 1 items"),
         ([1.0, 2.0], "wrong_count: 2 scores for 1 items"),
         (None, "wrong_type: NoneType instead of a list"),
-        ([None], "wrong_type: NoneType instead of a number"),
+        ([None], "not_applicable: None in place of a score"),
         (["1.0"], "wrong_type: str instead of a number"),
         ([True], "wrong_type: bool instead of a number"),
         ([math.inf], "non_finite"),
+        ([{"format": 1.0}], "wrong_type: dict without a score"),
+        ([{"score": 1.0, "format": math.nan}], "non_finite"),
+        ([{"score": 1.0, "format": "1"}], "wrong_type: str instead of a number"),
         ([10**400], "non_finite: an integer beyond the range of float"),
     ],
 )
 def test_what_is_not_a_score_is_an_error(answer: object, error: str) -> None:
     scores = isolate(lambda items: answer, ["x"])  # type: ignore[arg-type, return-value]
     assert [(s.value, s.error) for s in scores] == [(None, error)]
+
+
+def test_a_dict_is_a_score_with_parts_and_none_costs_no_other_item() -> None:
+    answers = {"a": {"score": 1, "format": 0.5}, "b": None, "c": 2.0}
+    calls: list[list[str]] = []
+
+    def score(items: list[str]) -> list[Any]:
+        calls.append(items)
+        return [answers[item] for item in items]
+
+    scores = isolate(score, ["a", "b", "c"])
+    assert [(s.value, s.raw, s.parts) for s in scores] == [
+        (1.0, 1.0, {"format": 0.5}),
+        (None, None, None),
+        (2.0, 2.0, None),
+    ]
+    assert calls == [["a", "b", "c"]]
 
 
 def test_cut_padded_caps_longest_times_count() -> None:

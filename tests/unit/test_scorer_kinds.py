@@ -207,3 +207,10 @@ def test_the_documented_environment_runs(package: Path, tmp_path: Path) -> None:
     assert [(step.reward, step.done) for step in told] == [(0.0, False), (0.0, False), (1.0, True)]
     config.ppo.sampling.max_completion_tokens = 60
     rehearse(config, tokenizer, {"ppo.sampling": [prompt]}, set())
+
+
+def test_a_composite_has_the_values_of_its_parts_and_theirs() -> None:
+    entry = ScorerConfig(kind="weighted_sum", parts=["rule", "model"], weights=[2.0, 1.0])
+    rule = [Score(1.0, parts={"format": 0.5}), Score(None, "poison: ValueError")]
+    found = scorer_kind("weighted_sum").combine(entry, {"rule": rule, "model": [Score(3.0), Score(4.0)]})
+    assert [(s.value, s.parts) for s in found] == [(5.0, {"rule": 1.0, "model": 3.0, "rule.format": 0.5}), (None, None)]

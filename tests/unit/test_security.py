@@ -85,6 +85,11 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
     assert not ran.exists()
 
 
+RUNS_COMPLETIONS = (
+    ROOT / "reward_service/sandbox_runner.py"
+)  # what the verifier `code` is for, in a process with limits
+
+
 def test_nothing_unpickles() -> None:
     """Commits, stages and caches are safetensors and JSON: there is no call to guard with a manifest."""
     found = []
@@ -97,6 +102,8 @@ def test_nothing_unpickles() -> None:
                 found.append(f"{source}: {names}")
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
                 found.append(f"{source}: {ast.unparse(node)}")
+            if source == RUNS_COMPLETIONS:
+                continue
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("yaml.load", "eval", "exec"):
                 found.append(f"{source}: {ast.unparse(node)}")
     assert found == []
