@@ -11,7 +11,8 @@ an error.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -85,6 +86,34 @@ def bootstrap_mean(values: ArrayLike, samples: int, seed: int) -> Interval:
         return Interval(*vector.tolist())  # the one value, without limits
     means = [vector[rows].mean(axis=1) for rows in _resamples(vector.size, samples, seed)]
     return _interval(float(vector.mean()), np.concatenate(means))
+
+
+def bootstrap_groups(
+    statistic: Callable[[IntArray], float], groups: Sequence[int], samples: int, seed: int
+) -> Interval:
+    """A statistic of rows with a bootstrap over the groups that the rows are of, such as prompts: rows of one group come
+    together.
+
+    No row: all NaN. One group: NaN limits. Resamples in which the statistic is NaN are left out.
+
+    Args:
+        statistic: of row numbers, in which a row may come more than once.
+        groups: [rows], the group of each.
+    """
+    if not len(groups):
+        return Interval()
+    members = [np.flatnonzero(np.asarray(groups) == group) for group in sorted(set(groups))]
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of statistics that a resample does not define
+        estimate = float(statistic(np.arange(len(groups))))
+        if len(members) == 1:
+            return Interval(estimate)
+        draws = [
+            float(statistic(np.concatenate([members[group] for group in drawn])))
+            for block in _resamples(len(members), samples, seed)
+            for drawn in block
+        ]
+    return _interval(estimate, draws)
 
 
 def paired_gain(a: ArrayLike, b: ArrayLike, samples: int, seed: int) -> Interval:

@@ -327,10 +327,42 @@ class LearnerConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """Of a scorer of kind `judge`, a language model that writes: docs/judges.md."""
+
+    # One of the two: a checkpoint with an engine of its own, or the base URL of a server with OpenAI's protocol.
+    model: str | None = key(None, free=MODEL)
+    address: str | None = key(None, free="a URL as http://host:8000/v1")
+    model_name: str | None = key(None, free="the server's name of the model; wanted with an address")
+    token_file: str | None = key(None, free="a file")  # its first word is the bearer token for the address
+    # A Jinja template, or the path of one: what the judge is asked. It shows {{ completion }} (pairwise: {{ first }} and
+    # {{ second }}), and has {{ prompt }}, {{ label }} and the columns of the row, as {{ row.answer }}.
+    rubric: str = key("", free="a template or a file")
+    mode: str = key("pointwise", choices=("pointwise", "pairwise"))  # pairwise: against the column `reference`
+    reference: str | None = key(None, free=COLUMN)  # pairwise: with the completion to be compared with
+    # probabilities: the expected value over the scale, by the probabilities of the answers' first tokens | text: the value
+    # of the answer that is written
+    read: str = key("probabilities", choices=("probabilities", "text"))
+    # The answers that the judge may give. Empty: 1 to 5; pairwise A (the first is better) and B.
+    scale: list[str] = key([], free="the kind judge checks it")
+    # What each answer is worth. Empty: pointwise the number that it is; pairwise 1 and 0, the first one's share.
+    values: list[float] = key([], free="the kind judge checks it")
+    # read: probabilities: probability on the scale below which an item has no score
+    min_on_scale: float = key(0.5, least=0, most=1)
+    max_tokens: int = key(0, least=0)  # of a text in which the judge reasons before it is asked for its answer
+    # read: text, at an address: how the server is asked to allow the answers alone. json_schema: OpenAI's response_format |
+    # choice: vLLM's structured_outputs | none: an answer with anything around it is an error of its item
+    constrain: str = key("json_schema", choices=("json_schema", "choice", "none"))
+    concurrency: int = key(16, least=1, most=64)  # requests at a time to the address, of each replica
+    timeout_s: float = key(60.0, above=0)  # of one request to the address, which is then made again
+    engine: EngineConfig = section(EngineConfig, tensor_parallel_size=Rule("1 of a judge", lambda value: value == 1))
+
+
+@dataclass
 class ScorerConfig:
     """One scorer of the reward service: docs/reward_service.md."""
 
-    # model | function | verifier | weighted_sum | ensemble (reward_service/kinds), or package.module:KIND:
+    # model | function | verifier | judge | weighted_sum | ensemble (reward_service/kinds), or package.module:KIND:
     # docs/extending.md
     kind: str = key("model", free=KIND)
     path: str | None = key(None, free=MODEL)  # model: directory of a checkpoint with one label, or a hub id
@@ -353,6 +385,7 @@ class ScorerConfig:
     parts: list[str] = key([], free=KIND)  # weighted_sum, ensemble: names of scorers
     weights: list[float] = key([], free=KIND)  # weighted_sum: of each part
     std_coef: float = key(1.0, free=KIND)  # ensemble: k in mean - k x standard deviation of the parts
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     options: dict[str, Any] = field(default_factory=dict)  # of a verifier, or of a kind of your own
 
 

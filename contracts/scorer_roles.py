@@ -69,6 +69,6 @@ def num_models(config: TandemConfig) -> int:
 
 def _takes_place(entry: ScorerConfig) -> bool:
     try:
-        return find(SCORER_KINDS, entry.kind).takes_place
+        return find(SCORER_KINDS, entry.kind).has_place(entry)
     except UnknownPlugin:  # for `scorer_checks` to say
         return False

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def read_config(overrides: list[str]) -> tuple[TandemConfig, dict[str, ScorerConfig]]:
-    """The configuration, and the scorers that it makes.
+def read_config(overrides: list[str], serves: bool = True) -> tuple[TandemConfig, dict[str, ScorerConfig]]:
+    """The configuration, and the scorers that it makes; `serves` as of `validate_service`.
 
     Raises:
         ConfigError: with every conflict.
@@ -53,7 +53,7 @@ def read_config(overrides: list[str]) -> tuple[TandemConfig, dict[str, ScorerCon
             config = to_config(compose("config", overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from None
-    validate_service(config)
+    validate_service(config, serves)
     choose_dtypes(config)
     given = {role: path for role in ROLES if (path := getattr(config, f"{role}_model"))}
     scorers = chosen_scorers(config.reward_service.scorers, given)

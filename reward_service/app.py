@@ -45,6 +45,10 @@ class ScorerReplica:
     async def score(self, items: list[ScoringItem], deadline_s: float) -> list[Score]:
         return await self._scorer.score(items, deadline_s) if items else []  # without items: is a replica there?
 
+    async def count_and_score(self, items: list[ScoringItem], deadline_s: float) -> tuple[list[Score], dict[str, int]]:
+        """The scores, and what has been counted since the last ones."""
+        return await self.score(items, deadline_s), self._scorer.take_counts()
+
     def check_health(self) -> None:
         if self._scorer.busy_s > STUCK_S:
             raise RuntimeError(f"one batch has been computed for {self._scorer.busy_s:.0f} s")
@@ -58,9 +62,9 @@ class FrontReplica:
         self.front = Front(scorers, limits, self._call, Metrics())
 
     async def _call(self, application: str, items: list[ScoringItem], deadline_s: float) -> list[Score]:
-        call = self._handle(application).score.remote(items, deadline_s)
+        call = self._handle(application).count_and_score.remote(items, deadline_s)
         try:
-            return await call
+            scores, counts = await call
         except asyncio.CancelledError:  # nobody waits for it any more, so its replica need not compute it
             call.cancel()
             raise
@@ -71,6 +75,9 @@ class FrontReplica:
             raise Unavailable(type(fault.cause).__name__) from None
         except (RayError, RayServeException) as fault:
             raise Unavailable(type(fault).__name__) from None
+        for event, count in counts.items():
+            self.front.metrics.judge.labels(application, event).inc(count)
+        return scores
 
     async def missing(self) -> list[str]:
         """Scorers none of whose replicas answers."""
@@ -242,7 +249,7 @@ class RewardService:
 
     def _resources(self, spec: ScorerSpec) -> dict[str, Any]:
         """Ray options of one replica: a model's place, if there is one left."""
-        if not spec.kind.takes_place:
+        if not spec.kind.has_place(spec.entry):
             return {"num_cpus": self.cluster.cpus_per_process}
         assert spec.application is not None
         if self._free_places:

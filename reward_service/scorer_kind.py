@@ -79,6 +79,13 @@ class Scorer:
         """One Score an item, in order. What cannot be scored is an error of its item."""
         raise NotImplementedError
 
+    def take_counts(self) -> dict[str, int]:
+        """What it has counted since it was last asked, by name, for `tandem_reward_judge_total`."""
+        return {}
+
+    async def close(self) -> None:
+        """Connections, where it has some."""
+
 
 class ThreadScorer(Scorer):
     """Calls a function of items in one thread. What it raises, or returns for a number, costs the one item that it is of."""
@@ -110,6 +117,10 @@ class ScorerKind:
     # `path` is a checkpoint with one label, proved before anything starts; its scores depend on token ids alone.
     is_reward_model = False
     takes_place = False  # a replica computes a model: it has a place of its own, with cluster.gpus_per_reward_replica
+
+    def has_place(self, entry: ScorerConfig) -> bool:
+        """Whether this one's replicas do, where that is for its configuration to say."""
+        return self.takes_place
 
     def checks(self, key: str, entry: ScorerConfig, service: RewardServiceConfig) -> list[Check]:
         """The rules on its configuration, which is `entry`; `key` leads there."""
@@ -216,12 +227,12 @@ def _parts(scores: dict[str, Score]) -> dict[str, float]:
     return own | {f"{name}.{part}": value for name, s in scores.items() for part, value in (s.parts or {}).items()}
 
 
-def text_reader(tokenizer: str) -> Callable[[list[ScoringItem]], list[Text]]:
-    """From scoring items to what a rule sees of them, by the tokenizer of a checkpoint.
+def text_reader(tokenizer: str, with_controls: bool = True) -> Callable[[list[ScoringItem]], list[Text]]:
+    """From scoring items to what a rule sees of them, by the tokenizer of a checkpoint, with its control tokens or without.
 
     The function raises Failed where an item has a token id that is no token: no text says what it was.
     """
-    decode, known = load_decoder(tokenizer), known_ids(tokenizer)
+    decode, known = load_decoder(tokenizer, with_controls), known_ids(tokenizer)
 
     def texts(items: list[ScoringItem]) -> list[Text]:
         if not all(known.issuperset(item.token_ids) for item in items):

@@ -32,6 +32,9 @@ class Metrics:
         self.reloads = counter("reloads", "SIGHUPs; result is ok or failed, which has changed nothing", ["result"])
         self.quarantined = counter("quarantined_items", "Items that are tried no more", ["scorer"])
         self.deaths = counter("lost_calls", "Calls whose replica died", ["application"])
+        self.judge = counter(
+            "judge", "Of judges: requests, retries, failed requests and tokens", ["application", "event"]
+        )
         self.queued = gauge("queued_items", "Items waiting or being scored")
         self.version = gauge("version_info", "1 for the version that is served", ["scorer", "version"])
 

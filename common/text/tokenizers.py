@@ -75,8 +75,8 @@ def known_ids(path: str) -> frozenset[int]:
     return frozenset((_slow(path).get_vocab() if tokens is None else tokens).values())
 
 
-def load_decoder(path: str) -> Callable[[Sequence[int]], str]:
-    """Token ids to text, control tokens shown, by the tokenizer of a checkpoint. A fast tokenizer needs no torch for it."""
+def load_decoder(path: str, with_controls: bool = True) -> Callable[[Sequence[int]], str]:
+    """Token ids to text, control tokens shown or left out, by the tokenizer of a checkpoint. A fast one needs no torch."""
     fast = _fast(path)
     tokenizer: Any = _slow(path) if fast is None else fast
-    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
+    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=not with_controls)

@@ -50,7 +50,7 @@ def page() -> str:
     """docs/configuration.md: a table for each class of the schema, under the names of its sections."""
     config = TandemConfig()
     config.data.gold = SourceConfig()
-    found = [*_sections(config), ("reward_service.scorers.NAME", ScorerConfig())]
+    found = [*_sections(config), *_sections(ScorerConfig(), "reward_service.scorers.NAME")]
     everywhere, parts = {leaf.key: leaf for leaf in leaves(config)}, [HEADER]
     for kind in dict.fromkeys(type(section) for _, section in found):
         names = [name for name, section in found if type(section) is kind]

@@ -299,8 +299,11 @@ def service_checks(config: TandemConfig) -> list[Check]:
     return [*scorer_checks(service), *http_checks(service.http)]
 
 
-def validate_service(config: TandemConfig) -> None:
+def validate_service(config: TandemConfig, serves: bool = True) -> None:
     """As `validate`, of what the reward service reads when it runs alone.
+
+    Args:
+        serves: false where its scorers are asked without it.
 
     Raises:
         ConfigError: lists every conflict.
@@ -315,7 +318,7 @@ def validate_service(config: TandemConfig) -> None:
             "for example proxy_model=CHECKPOINT",
         ),
         Check(
-            service.http.port is not None,
+            service.http.port is not None or not serves,
             "reward_service.http.port",
             "set where the service runs alone",
             service.http.port,

@@ -30,6 +30,10 @@ OWN_FILES = [f"data.{name}.path={name}.jsonl" for name in ("sft", "prompts", "pr
 FILL_IN = {
     "data/files": [*OWN_FILES, "ppo.gold_rollouts=0"],
     "reward_service/ensemble": ["reward_service.scorers.second.path=second"],
+    "reward_service/judge": [
+        "reward_service.scorers.proxy.judge.address=http://127.0.0.1:8001/v1",
+        "reward_service.scorers.proxy.judge.model_name=judge",
+    ],
     "reward_service/rules": ["reward_service.scorers.proxy.function=rules.py:score"],
     "experiment/node_7b": ["data=files", *OWN_FILES, "ppo.gold_rollouts=0"],
     "experiment/nodes_70b": ["data=files", *OWN_FILES, "proxy_model=reward-8b"],

@@ -149,7 +149,7 @@ def test_a_kind_that_is_not_there_is_refused_by_name(kind: str, found: str, pack
         reward_service=RewardServiceConfig(scorers={"mine": ScorerConfig(kind=kind)}, http=SERVICE.http)
     )
     with pytest.raises(
-        ConfigError, match=r"mine\.kind must be one of verifier, model, function, weighted_sum, ensemble"
+        ConfigError, match=r"mine\.kind must be one of verifier, model, judge, function, weighted_sum, ensemble"
     ) as said:
         validate_service(config)
     assert found in str(said.value)

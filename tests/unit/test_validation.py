@@ -41,6 +41,8 @@ OUTSIDE = {
     "null or at least 1": 0,
     "null or 0 (the head alone) or more": -1,
     "in [0, 1]": 1.5,
+    "in [1, 64]": 0,
+    "1 of a judge": 2,
     "in (0, 1)": 1.0,
     "null or in (0, 1)": 1.0,
     "in [0, 1), as tokens with w = 1 must train": 1.0,
@@ -73,8 +75,9 @@ def put(config: TandemConfig, **values: Any) -> TandemConfig:
     for key, value in values.items():
         *parents, name = key.split("__")
         section: Any = changed
-        for parent in parents:
-            section = getattr(section, parent)
+        for parent in parents:  # a scorer has a name of the user's
+            is_named = isinstance(section, dict)
+            section = section.setdefault(parent, ScorerConfig()) if is_named else getattr(section, parent)
         setattr(section, name, value)
     return changed
 
@@ -611,7 +614,7 @@ def test_scorers_that_can_be_served(config: TandemConfig) -> None:
     [
         ({"Big": {"path": "m"}}, "scorers.Big must be a name of lower-case letters"),
         ({"proxy_model": {"path": "m"}}, "other than proxy_model and gold_model; found proxy_model"),
-        ({"a": {"kind": "modle", "path": "m"}}, "scorers.a.kind must be one of verifier, model, function"),
+        ({"a": {"kind": "modle", "path": "m"}}, "scorers.a.kind must be one of verifier, model, judge, function"),
         ({"a": {}}, "scorers.a.path must be a checkpoint's directory or a hub id; found null"),
         ({"a": {"path": "m", "read_at": "bos"}}, "scorers.a.read_at must be one of null, eos, last; found bos"),
         ({"a": {"path": "m", "append": ""}}, "scorers.a.append must be null, or a text where"),
