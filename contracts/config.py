@@ -32,6 +32,9 @@ AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 HEAD_ALONE = Rule("0 (the head alone) or more", lambda value: value >= 0)
 BETAS = Rule("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 COLUMNS = Rule("a list of different columns", lambda value: len({*value}) == len(value))
+PASS_AT = Rule(
+    "a list of different numbers from 1 on", lambda value: len({*value}) == len(value) > 0 and min(value) >= 1
+)
 NO_PROMPTS = Rule("left to data.prompts and data.eval_prompts", lambda value: False)
 BIASED = "the log-probabilities of a truncated, renormalised distribution bias the policy ratio"
 UNBIASED = Rule(f"1, as {BIASED}", lambda value: value == 1)
@@ -292,6 +295,12 @@ class EvaluateConfig:
     seed: int = key(1234, least=0)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     bootstrap_samples: int = key(2000, least=1)
+    # The proxy's score from which an answer is right, which has answers counted: pass@k, also of each value of the column
+    # `by` (source, ...); null: where a score says more or less, and not whether. Of a verifier 1.0.
+    success: float | None = key(None, free="any score")
+    pass_at: list[int] = key([1], rule=PASS_AT)  # each k
+    samples: int = key(1, least=1)  # completions a prompt that it is estimated from; the first one is judged
+    by: str | None = key(None, free=COLUMN)
     # method best_of_n: completions a prompt, of which the proxy's favourite is judged
     best_of_n: int = key(16, least=2, why="as the best of one is SFT")
     # What must hold for the verdict "better than SFT".

@@ -12,12 +12,12 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from contracts.checks.check import Check, key_checks
+from contracts.checks.check import Check, key_checks, shown
 from contracts.checks.cluster_checks import cluster_checks, placement_conflicts, stated_nodes
 from contracts.checks.estimator_checks import estimator_checks
 from contracts.checks.scorer_checks import http_checks, scorer_checks
 from contracts.checks.tracker_checks import tracker_conflicts
-from contracts.config import SamplingConfig, TandemConfig
+from contracts.config import EvaluateConfig, SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
 from contracts.estimators import known_estimator
 from contracts.methods import SOURCES, reads, runs, sources_read
@@ -199,6 +199,30 @@ def _environment_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
+def _evaluate_checks(config: TandemConfig) -> list[Check]:
+    evaluate = config.evaluate
+    most, unused = max(evaluate.pass_at, default=1), EvaluateConfig()
+    return [
+        Check(
+            evaluate.success is None or most <= evaluate.samples,
+            "evaluate.samples",
+            f"at least the largest number of evaluate.pass_at ({most})",
+            evaluate.samples,
+            f"evaluate.samples={most} or more, or smaller numbers",
+        ),
+        *(
+            Check(
+                evaluate.success is not None or getattr(evaluate, name) == getattr(unused, name),
+                f"evaluate.{name}",
+                f"{shown(getattr(unused, name))} where evaluate.success is null: no answer is right or wrong",
+                getattr(evaluate, name),
+                "evaluate.success as well, for example 1.0 with a verifier",
+            )
+            for name in ("samples", "pass_at", "by")
+        ),
+    ]
+
+
 def _learner_checks(config: TandemConfig) -> list[Check]:
     learner, engine, cluster = config.learner, config.engine, config.cluster
     ranks = cluster.num_learner_ranks
@@ -267,6 +291,7 @@ def _stage_checks(config: TandemConfig) -> list[Check]:
         checks += [*_ppo_checks(config), *estimator_checks(config.ppo)]
     if reads(config, "evaluate"):
         checks += _sampling_checks(config, "evaluate.sampling", config.evaluate.sampling)
+        checks += _evaluate_checks(config)
     if reads(config, "environment"):
         checks += _environment_checks(config)
     return checks + (service_checks(config) if reads(config, "reward_service") else [])

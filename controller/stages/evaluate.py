@@ -4,11 +4,14 @@ import json
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from contracts.config import TandemConfig
 from contracts.methods import method_stage
+from contracts.plugins import closest
 from contracts.scorer_roles import judges
 from contracts.stages import Reading, Stage
 
 if TYPE_CHECKING:
+    from controller.data.inputs import Inputs
     from controller.pipeline.context import StageContext
 
 PROMPTS = Reading(
@@ -17,6 +20,18 @@ PROMPTS = Reading(
     "load_some_prompts",
     ("evaluate.sampling.max_completion_tokens", "engine.max_model_len", "evaluate.prompts", "evaluate.seed"),
 )
+
+
+def problems(config: TandemConfig, data: "Inputs") -> list[str]:
+    column = config.evaluate.by
+    there = sorted({name for prompt in data[PROMPTS.item] for name in prompt.columns})
+    if column is None or column in there:
+        return []
+    near = closest(column, there)
+    return [
+        f"evaluate.by must name a column that travels with the prompts of data.eval_prompts (data.eval_prompts.keep); found "
+        f"{column!r}{f', did you mean {near!r}?' if near else ''}; there are {', '.join(there) or 'none'}"
+    ]
 
 
 def run(context: "StageContext") -> dict[str, Any]:
@@ -61,6 +76,7 @@ STAGE = Stage(
     report="evaluation.json",
     reads=lambda config, role: [PROMPTS],
     keys=("evaluate",),
+    problems=problems,
     samples=True,
     trains="",
 )
