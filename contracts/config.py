@@ -301,6 +301,8 @@ class EvaluateConfig:
     pass_at: list[int] = key([1], rule=PASS_AT)  # each k
     samples: int = key(1, least=1)  # completions a prompt that it is estimated from; the first one is judged
     by: str | None = key(None, free=COLUMN)
+    # Policy versions after which PPO has the held-out prompts answered, beside what it trains on; null: never.
+    every: int | None = key(None, least=1)
     # method best_of_n: completions a prompt, of which the proxy's favourite is judged
     best_of_n: int = key(16, least=2, why="as the best of one is SFT")
     # What must hold for the verdict "better than SFT".

@@ -289,7 +289,7 @@ def _stage_checks(config: TandemConfig) -> list[Check]:
     if reads(config, "ppo"):
         checks += _sampling_checks(config, "ppo.sampling", config.ppo.sampling)
         checks += [*_ppo_checks(config), *estimator_checks(config.ppo)]
-    if reads(config, "evaluate"):
+    if reads(config, "evaluate") or (runs(config, "ppo") and config.evaluate.every is not None):
         checks += _sampling_checks(config, "evaluate.sampling", config.evaluate.sampling)
         checks += _evaluate_checks(config)
     if reads(config, "environment"):

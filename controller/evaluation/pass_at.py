@@ -1,6 +1,5 @@
 """How many of the held-out prompts are answered right: pass@k, the probability that one of k completions is."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from common import statistics
 from contracts.config import EvaluateConfig
 from contracts.records import Prompt, Rollout
+from controller.data.kept_columns import source_of
 
 # k -> float64 [P], pass@k of each prompt; NaN where fewer than k completions have a score
 Rates = dict[int, np.ndarray]
@@ -62,9 +62,3 @@ def gains(mine: Rates, theirs: Rates, options: dict[str, Any]) -> dict[str, Any]
         both = np.isfinite(mine[k]) & np.isfinite(theirs[k])
         rows[f"pass_at_{k}_gain"] = statistics.paired_gain(mine[k][both], theirs[k][both], **options).as_dict()
     return dict(sorted(rows.items()))
-
-
-def source_of(prompt: Prompt, column: str | None) -> str:
-    """What `evaluate.by` tells prompts apart by; a value that is no text as JSON, a missing one as `none`."""
-    value = prompt.columns.get(column) if column else None
-    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)

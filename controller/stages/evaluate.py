@@ -22,7 +22,7 @@ PROMPTS = Reading(
 )
 
 
-def problems(config: TandemConfig, data: "Inputs") -> list[str]:
+def column_problems(config: TandemConfig, data: "Inputs") -> list[str]:
     column = config.evaluate.by
     there = sorted({name for prompt in data[PROMPTS.item] for name in prompt.columns})
     if column is None or column in there:
@@ -76,7 +76,7 @@ STAGE = Stage(
     report="evaluation.json",
     reads=lambda config, role: [PROMPTS],
     keys=("evaluate",),
-    problems=problems,
+    problems=column_problems,
     samples=True,
     trains="",
 )

@@ -60,7 +60,7 @@ def check_amounts(config: TandemConfig, data: Inputs) -> None:
     needed = results_needed(config)
     # What has no result to be given, as the evaluation, is always made.
     made = [s for s in reversed(running_stages(config)) if not s.results or needed & s.checkpoint_keys.keys()]
-    if problems := [text for stage in made for text in stage.problems(config, data)]:
+    if problems := dict.fromkeys(text for stage in made for text in stage.problems(config, data)):
         raise ConfigError("\n".join(problems))
 
 

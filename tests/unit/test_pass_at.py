@@ -10,8 +10,9 @@ from contracts.checks.validation import ConfigError, validate
 from contracts.config import DataConfig, EvaluateConfig, ModelConfig, SourceConfig, TandemConfig
 from contracts.records import Completion, Prompt, Rollout, Score, row_text
 from controller.data.inputs import Inputs
+from controller.data.kept_columns import source_of
 from controller.evaluation.judging import Judged, summarize
-from controller.evaluation.pass_at import pass_at, rates, source_of, summary
+from controller.evaluation.pass_at import pass_at, rates, summary
 from controller.pipeline.summary import summary_rows
 from controller.record.evaluation import evaluation_metrics, measured_passes
 from controller.start_checks.amounts import check_amounts
