@@ -74,9 +74,27 @@ class SourceConfig:
 
 
 @dataclass
+class PromptSourceConfig(SourceConfig):
+    """One of several sources of prompts: docs/data.md."""
+
+    # its share of the prompts; all of them sum to 1, or all are null: each by its size
+    weight: float | None = key(None, above=0)
+
+
+@dataclass
+class CurriculumConfig:
+    # Prompts of the first epoch in the order of this column, a number or a text in every row; null: in random order, as
+    # those of every other epoch.
+    column: str | None = key(None, free=COLUMN)
+    order: str = key("ascending", choices=("ascending", "descending"))
+
+
+@dataclass
 class DataConfig:
     sft: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
     prompts: SourceConfig = field(default_factory=SourceConfig)  # what PPO completes
+    prompt_sources: dict[str, PromptSourceConfig] = field(default_factory=dict)  # by name, in place of `prompts`
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)  # of these prompts
     # trains PPO's reward model, and stage preference
     preferences: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
     # trains the judge that PPO never sees
@@ -341,7 +359,7 @@ class LearnerConfig:
 class ScorerConfig:
     """One scorer of the reward service: docs/reward_service.md."""
 
-    # model | function | verifier | weighted_sum | ensemble (reward_service/kinds), or package.module:KIND:
+    # model | function | verifier | weighted_sum | ensemble | by_source (reward_service/kinds), or package.module:KIND:
     # docs/extending.md
     kind: str = key("model", free=KIND)
     path: str | None = key(None, free=MODEL)  # model: directory of a checkpoint with one label, or a hub id
@@ -361,10 +379,10 @@ class ScorerConfig:
     processes: int = key(1, free=KIND)  # function, verifier: calls at a time
     batch_size: int = key(32, free=KIND)  # function, verifier: items a call, at most; a slow one gets fewer
     memory_gib: float = key(2.0, free=KIND)  # function, verifier: address space of one process
-    parts: list[str] = key([], free=KIND)  # weighted_sum, ensemble: names of scorers
+    parts: list[str] = key([], free=KIND)  # weighted_sum, ensemble, by_source: names of scorers
     weights: list[float] = key([], free=KIND)  # weighted_sum: of each part
     std_coef: float = key(1.0, free=KIND)  # ensemble: k in mean - k x standard deviation of the parts
-    options: dict[str, Any] = field(default_factory=dict)  # of a verifier, or of a kind of your own
+    options: dict[str, Any] = field(default_factory=dict)  # of a verifier, by_source or a kind of your own
 
 
 @dataclass

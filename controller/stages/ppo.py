@@ -12,6 +12,7 @@ from contracts.plugins import Kind
 from contracts.scorer_roles import ROLES, SCORER_KINDS, chosen_scorers, judges, scoring_models, starts_value_model
 from contracts.stages import Reading, Stage
 from contracts.transports import TRANSPORTS, weight_backend
+from controller.data.prompts import curriculum_problems
 from controller.stages.evaluate import PROMPTS as HELD_OUT
 from controller.stages.evaluate import column_problems
 from controller.stages.sft import TEXTS
@@ -29,9 +30,15 @@ def reads(config: TandemConfig, role: str) -> list[Reading]:
     return [*([TEXTS] if config.ppo.ptx_coef > 0 else []), PROMPTS, *held_out]
 
 
+def mixture_weights(config: TandemConfig) -> dict[str, float]:
+    """Of each source of the prompts; empty where every prompt counts the same."""
+    return {name: source.weight for name, source in config.data.prompt_sources.items() if source.weight is not None}
+
+
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:
     ppo, count = config.ppo, len(data["sft"])
     found = column_problems(config, data) if config.evaluate.every is not None else []
+    found += curriculum_problems(data["prompts"], config.data.curriculum)
     if ppo.ptx_coef <= 0 or count >= ppo.ptx_batch_size:
         return found
     return [
@@ -62,7 +69,9 @@ def inputs(context: "StageContext") -> dict[str, Any]:
         return context.fingerprint(context.checkpoint(f"reward_model/{role}"))
 
     # Only where there is one: a new key would set the commits of before aside.
-    own = {"estimator_source": source} if (source := estimator_source(config)) else {}
+    own: dict[str, Any] = {"estimator_source": source} if (source := estimator_source(config)) else {}
+    own |= {"weights": weights} if (weights := mixture_weights(config)) else {}
+    own |= {"curriculum": config.data.curriculum} if config.data.curriculum.column is not None else {}
     return context.common_inputs() | {
         "ppo": config.ppo,
         **own,
@@ -101,7 +110,13 @@ def run(context: "StageContext") -> dict[str, Any]:
     value = context.checkpoint("reward_model/proxy") if starts_value_model(config) else policy
     backend, ends = weight_backend(config), context.end_ids([policy], "prompts")
     ptx = context.data["sft"] if config.ppo.ptx_coef else []
-    stream = PromptStream(context.data["prompts"], config.ppo.samples_per_prompt, config.seed)
+    stream = PromptStream(
+        context.data["prompts"],
+        config.ppo.samples_per_prompt,
+        config.seed,
+        mixture_weights(config),
+        config.data.curriculum,
+    )
     context.start_ray()
     with ExitStack() as engines:
         learner = engines.enter_context(runtime.learner("ppo", config, policy, value, ends, ptx))
