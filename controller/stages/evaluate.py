@@ -9,11 +9,13 @@ from contracts.methods import method_stage
 from contracts.plugins import closest
 from contracts.scorer_roles import judges
 from contracts.stages import Reading, Stage
+from controller.data.kept_columns import source_of
 
 if TYPE_CHECKING:
     from controller.data.inputs import Inputs
     from controller.pipeline.context import StageContext
 
+MAX_SOURCES = 50  # that evaluate.by tells apart
 PROMPTS = Reading(
     "eval_prompts",
     "eval_prompts",
@@ -25,8 +27,12 @@ PROMPTS = Reading(
 def column_problems(config: TandemConfig, data: "Inputs") -> list[str]:
     column = config.evaluate.by
     there = sorted({name for prompt in data[PROMPTS.item] for name in prompt.columns})
-    if column is None or column in there:
+    if column is None:
         return []
+    if column in there:
+        values = {source_of(prompt, column) for prompt in data[PROMPTS.item]}
+        rule = f"evaluate.by must name a column with at most {MAX_SOURCES} values, each a row of tables"
+        return [f"{rule}; found {len(values)} in {column!r}"] if len(values) > MAX_SOURCES else []
     near = closest(column, there)
     return [
         f"evaluate.by must name a column that travels with the prompts of data.eval_prompts (data.eval_prompts.keep); found "

@@ -3,9 +3,11 @@
 import json
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from common.text.encoding import DataError
 from contracts.checks.validation import ConfigError, validate
@@ -20,11 +22,12 @@ from contracts.config import (
     TandemConfig,
 )
 from contracts.records import SOURCE_STRIDE, Prompt, ScoringItem, row_text
-from controller.data.inputs import Inputs
+from controller.data.inputs import Inputs, load_inputs
 from controller.data.mixture import exact_shares, next_turn, of_source
 from controller.data.prompts import PromptStream, curriculum_problems
 from controller.ledger.audit import Audit, _check_stream
 from controller.ledger.ledger import Ledger
+from controller.stages.ppo import mixture_weights
 from controller.start_checks.row_checks import check_rows
 from reward_service.scorer_kind import ScorerSpec, scorer_kind
 from tests.unit.test_reward_front import front, score, total
@@ -150,6 +153,35 @@ def test_the_audit_knows_passes_of_several_sources() -> None:
     lost = [key for key in keys if key[1] != SOURCE_STRIDE] + [(0, SOURCE_STRIDE, 0)]  # five of its six times
     _check_stream(lost, torn := Audit())
     assert torn.faults == [f"source 1: prompt {SOURCE_STRIDE} came 1 times, others 6 times"]
+
+
+def test_sources_are_read_as_one(tiny_config: TandemConfig, tmp_path: Path) -> None:
+    """Each with its own columns and limits; the same prompt in two of them is two prompts."""
+    sums, facts = tmp_path / "sums.jsonl", tmp_path / "facts.jsonl"
+    sums.write_text('{"prompt": "2 + 2 =", "answer": 4}\n{"prompt": "2 + 3 =", "answer": 5}\n')
+    facts.write_text('{"question": "2 + 2 =", "hint": "sum"}\n{"question": "Who?", "hint": null}\n{"question": "x"}\n')
+    config = tiny_config
+    config.data.prompts.path, config.data.prompt_words, config.stage = "", None, "ppo"
+    config.data.prompt_sources = {
+        "sums": PromptSourceConfig(path=str(sums), weight=0.5),
+        "facts": PromptSourceConfig(path=str(facts), prompt_column="question", max_rows=2, weight=0.5),
+    }
+    config.sft_model = config.proxy_model = config.gold_model = config.model.path
+    validate(config)
+    said: list[str] = []
+    found = load_inputs(config, AutoTokenizer.from_pretrained(config.model.path), said.append)["prompts"]
+    assert [(p.prompt_id, p.text, p.columns) for p in found] == [
+        (1_000_000_000, "2 + 2 =", {"hint": "sum", "source": "facts"}),
+        (1_000_000_001, "Who?", {"hint": None, "source": "facts"}),
+        (2_000_000_000, "2 + 2 =", {"answer": 4, "source": "sums"}),
+        (2_000_000_001, "2 + 3 =", {"answer": 5, "source": "sums"}),
+    ]
+    assert said == [
+        "  data.prompt_sources.facts: columns that travel with a prompt: hint",
+        "  data.prompt_sources.sums: columns that travel with a prompt: answer",
+    ]
+    stream = PromptStream(found, 1, 1, mixture_weights(config))
+    assert [r.prompt.columns["source"] for r in stream.next_requests(4)] == ["facts", "sums", "facts", "sums"]
 
 
 # ---- a curriculum

@@ -1,6 +1,9 @@
 """Pass@k by hand and against a count of all subsets."""
 
+import json
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,10 @@ from controller.evaluation.judging import Judged, summarize
 from controller.evaluation.pass_at import pass_at, rates, summary
 from controller.pipeline.summary import summary_rows
 from controller.record.evaluation import evaluation_metrics, measured_passes
+from controller.record.reader import load
+from controller.report.run_page import run_page
 from controller.start_checks.amounts import check_amounts
+from tests.unit.test_report import invented_evaluation, write_run
 
 SOURCES = ("sft", "prompts", "preferences", "test", "eval_prompts")
 OPTIONS = {"samples": 200, "seed": 3}
@@ -136,6 +142,20 @@ def test_without_a_threshold_nothing_is_counted() -> None:
     assert not [name for name in result["comparisons"]["ppo_vs_sft"] if name.startswith("pass")]
 
 
+def test_the_report_shows_pass_rates_and_held_out_curves(tmp_path: Path) -> None:
+    path, found = write_run(tmp_path / "run", versions=4), invented_evaluation()
+    found["models"]["ppo"] |= {f"pass_at_4{of}": {"mean": 0.875, "low": 0.8, "high": 0.925} for of in ("", "/easy")}
+    found["comparisons"]["ppo_vs_sft"]["pass_at_4_gain"] = {"mean": 0.25, "low": 0.125, "high": 0.375}
+    (path / "evaluation.json").write_text(json.dumps(found))
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for number, row in enumerate(row for row in rows if row["stage"] == "ppo"):
+        row |= {"heldout/accuracy": number / 10, "heldout/accuracy/easy": number / 5}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = run_page(load(path))
+    for part in ("pass@4, easy", "87.5%", "pass@4 gain", "+0.250", "Held-out accuracy", "Held-out accuracy by source"):
+        assert part in text
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -158,3 +178,11 @@ def test_a_column_that_does_not_travel_is_refused() -> None:
     data = Inputs({"eval_prompts": [rollout(0, 1.0, "a").prompt]})
     with pytest.raises(ConfigError, match=r"found 'sourc', did you mean 'source'\?; there are source"):
         check_amounts(config, data)
+    trained = dict.fromkeys(("sft_model", "ppo_model", "proxy_model", "gold_model"), "model")
+    check_amounts(replace(chosen(success=1.0, by="source"), stage="evaluate", **trained), data)
+
+
+def test_a_column_that_tells_every_prompt_apart_is_refused() -> None:
+    data = Inputs({"eval_prompts": [rollout(i, 1.0, i).prompt for i in range(51)]})
+    with pytest.raises(ConfigError, match=r"at most 50 values, each a row of tables; found 51 in 'source'"):
+        check_amounts(chosen(success=1.0, by="source"), data)
