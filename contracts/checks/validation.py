@@ -5,8 +5,6 @@ short list a section. `validate` reads the configuration only, `check_machine` c
 schema does not have: `contracts.checks.overrides`.
 """
 
-import math
-import re
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -17,6 +15,7 @@ from omegaconf import MISSING
 from contracts.checks.check import Check, key_checks, shown
 from contracts.checks.cluster_checks import cluster_checks, placement_conflicts, stated_nodes
 from contracts.checks.estimator_checks import estimator_checks
+from contracts.checks.mixture_checks import mixture_checks
 from contracts.checks.scorer_checks import http_checks, scorer_checks
 from contracts.checks.tracker_checks import tracker_conflicts
 from contracts.config import EvaluateConfig, SamplingConfig, TandemConfig
@@ -27,8 +26,6 @@ from contracts.placement import Resources
 from contracts.plugins import closest, names
 from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.scorer_roles import has_gold, scoring_models
-
-WEIGHTS_TOLERANCE = 1e-6  # of their sum: 0.333333 three times
 
 
 class ConfigError(ValueError):
@@ -67,35 +64,6 @@ def _path_checks(config: TandemConfig) -> list[Check]:
     for key, value in (("run_dir", config.run_dir), ("cache_dir", config.cache_dir)):
         checks.append(Check(not Path(value or "").is_file(), key, directory, f"the file {value}", "another path"))
     return checks
-
-
-def _mixture_checks(config: TandemConfig) -> list[Check]:
-    """Several sources of prompts: what they are called, and their weights together."""
-    sources, alone = config.data.prompt_sources, config.data.prompts.path
-    if not sources:
-        return []
-    weights = {name: source.weight for name, source in sources.items()}
-    given = [weight for weight in weights.values() if weight is not None]
-    odd = [name for name in sources if not re.fullmatch(r"[\w.-]+", name, re.ASCII)]
-    is_whole = not given or (len(given) == len(sources) and abs(math.fsum(given) - 1) <= WEIGHTS_TOLERANCE)
-    found = ", ".join(f"{name}: {shown(weight)}" for name, weight in weights.items())
-    return [
-        Check(
-            is_whole,
-            "data.prompt_sources.*.weight",
-            "numbers that sum to 1, one of each source, or null of all (each by its size)",
-            f"{found}; their sum is {math.fsum(given):.6g}",
-            "weights that sum to 1",
-        ),
-        Check(not odd, "data.prompt_sources", "names of letters, digits, _, - and .", ", ".join(odd), "another name"),
-        Check(
-            alone in (MISSING, None, ""),
-            "data.prompts.path",
-            "left open where data.prompt_sources has the prompts",
-            alone,
-            "data.prompts.path=??? or no data.prompt_sources",
-        ),
-    ]
 
 
 def _sampling_checks(config: TandemConfig, key: str, sampling: SamplingConfig) -> list[Check]:
@@ -326,7 +294,7 @@ def _stage_checks(config: TandemConfig) -> list[Check]:
     """Relations that matter to some of the stages alone."""
     checks: list[Check] = []
     if "prompts" in sources_read(config):
-        checks += _mixture_checks(config)
+        checks += mixture_checks(config.data)
     if reads(config, "ppo"):
         checks += _sampling_checks(config, "ppo.sampling", config.ppo.sampling)
         checks += [*_ppo_checks(config), *estimator_checks(config.ppo)]

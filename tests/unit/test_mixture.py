@@ -29,6 +29,7 @@ from controller.ledger.audit import Audit, _check_stream
 from controller.ledger.ledger import Ledger
 from controller.stages.ppo import mixture_weights
 from controller.start_checks.row_checks import check_rows
+from reward_service.resolve import resolve
 from reward_service.scorer_kind import ScorerSpec, scorer_kind
 from tests.unit.test_reward_front import front, score, total
 
@@ -272,6 +273,17 @@ def test_an_item_is_scored_by_the_part_of_its_source_alone() -> None:
         name: sorted(i.token_ids for n, items in replicas.calls if n == name for i in items) for name in ("m", "rule")
     }
     assert seen == {"m": [(1, 2), (5,)], "rule": [(3,)]}
+
+
+def test_its_version_says_which_part_scores_which_source() -> None:
+    def version(options: dict[str, str], parts: list[str]) -> str:
+        scorers = {name: ScorerConfig(kind="verifier", verifier="exact") for name in ("a", "b")}
+        scorers["proxy"] = ScorerConfig(kind="by_source", parts=parts, options=options)
+        return resolve(scorers, RewardServiceConfig(), None)["proxy"].version
+
+    ways = [({}, ["a", "b"]), ({}, ["b", "a"]), ({"web": "a"}, ["a", "b"]), ({"web": "b"}, ["a", "b"])]
+    assert len({version(*way) for way in ways}) == 4
+    assert version({"web": "a"}, ["a", "b"]) == version({"web": "a"}, ["a", "b"])
 
 
 @pytest.mark.parametrize(
