@@ -32,6 +32,9 @@ AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 HEAD_ALONE = Rule("0 (the head alone) or more", lambda value: value >= 0)
 BETAS = Rule("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 COLUMNS = Rule("a list of different columns", lambda value: len({*value}) == len(value))
+PASS_AT = Rule(
+    "a list of different numbers from 1 on", lambda value: len({*value}) == len(value) > 0 and min(value) >= 1
+)
 NO_PROMPTS = Rule("left to data.prompts and data.eval_prompts", lambda value: False)
 BIASED = "the log-probabilities of a truncated, renormalised distribution bias the policy ratio"
 UNBIASED = Rule(f"1, as {BIASED}", lambda value: value == 1)
@@ -71,9 +74,27 @@ class SourceConfig:
 
 
 @dataclass
+class PromptSourceConfig(SourceConfig):
+    """One of several sources of prompts: docs/data.md."""
+
+    # its share of the prompts; all of them sum to 1, or all are null: each by its size
+    weight: float | None = key(None, above=0)
+
+
+@dataclass
+class CurriculumConfig:
+    # Prompts of the first epoch in the order of this column, a number or a text in every row; null: in random order, as
+    # those of every other epoch.
+    column: str | None = key(None, free=COLUMN)
+    order: str = key("ascending", choices=("ascending", "descending"))
+
+
+@dataclass
 class DataConfig:
     sft: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
     prompts: SourceConfig = field(default_factory=SourceConfig)  # what PPO completes
+    prompt_sources: dict[str, PromptSourceConfig] = field(default_factory=dict)  # by name, in place of `prompts`
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)  # of these prompts
     # trains PPO's reward model, and stage preference
     preferences: SourceConfig = section(SourceConfig, keep=NO_PROMPTS)
     # trains the judge that PPO never sees
@@ -292,6 +313,14 @@ class EvaluateConfig:
     seed: int = key(1234, least=0)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     bootstrap_samples: int = key(2000, least=1)
+    # The proxy's score from which an answer is right, which has answers counted: pass@k, also of each value of the column
+    # `by` (source, ...); null: where a score says more or less, and not whether. Of a verifier 1.0.
+    success: float | None = key(None, free="any score")
+    pass_at: list[int] = key([1], rule=PASS_AT)  # each k
+    samples: int = key(1, least=1)  # completions a prompt that it is estimated from; the first one is judged
+    by: str | None = key(None, free=COLUMN)
+    # Policy versions after which PPO has the held-out prompts answered, beside what it trains on; null: never.
+    every: int | None = key(None, least=1)
     # method best_of_n: completions a prompt, of which the proxy's favourite is judged
     best_of_n: int = key(16, least=2, why="as the best of one is SFT")
     # What must hold for the verdict "better than SFT".
@@ -362,7 +391,7 @@ class JudgeConfig:
 class ScorerConfig:
     """One scorer of the reward service: docs/reward_service.md."""
 
-    # model | function | verifier | judge | weighted_sum | ensemble (reward_service/kinds), or package.module:KIND:
+    # model | function | verifier | judge | weighted_sum | ensemble | by_source (reward_service/kinds), or package.module:KIND:
     # docs/extending.md
     kind: str = key("model", free=KIND)
     path: str | None = key(None, free=MODEL)  # model: directory of a checkpoint with one label, or a hub id
@@ -382,11 +411,11 @@ class ScorerConfig:
     processes: int = key(1, free=KIND)  # function, verifier: calls at a time
     batch_size: int = key(32, free=KIND)  # function, verifier: items a call, at most; a slow one gets fewer
     memory_gib: float = key(2.0, free=KIND)  # function, verifier: address space of one process
-    parts: list[str] = key([], free=KIND)  # weighted_sum, ensemble: names of scorers
+    parts: list[str] = key([], free=KIND)  # weighted_sum, ensemble, by_source: names of scorers
     weights: list[float] = key([], free=KIND)  # weighted_sum: of each part
     std_coef: float = key(1.0, free=KIND)  # ensemble: k in mean - k x standard deviation of the parts
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    options: dict[str, Any] = field(default_factory=dict)  # of a verifier, or of a kind of your own
+    options: dict[str, Any] = field(default_factory=dict)  # of a verifier, by_source or a kind of your own
 
 
 @dataclass

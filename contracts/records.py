@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+SOURCE = "source"  # the column of a prompt's row that names its source, where there are several
+SOURCE_STRIDE = 10**9  # between the prompt ids of two sources; below it, ids of a single one
+
 
 def row_text(columns: dict[str, Any]) -> str:
     """The form of `Prompt.row`: one text for equal columns.
@@ -23,7 +26,9 @@ def row_text(columns: dict[str, Any]) -> str:
 class Prompt:
     """A tokenised dataset input."""
 
-    prompt_id: int  # row number in its source; with epoch and sample_index it is the key of a rollout
+    # Row number in its source, of several sources also SOURCE_STRIDE times its place, from 1 on; with epoch and sample_index
+    # it is the key of a rollout
+    prompt_id: int
     text: str  # as a person reads it, for samples and reports
     token_ids: tuple[int, ...]  # what the policy sees, chat template included
     row: str | None = None  # JSON object, keys sorted: the columns of its row that data.prompts.keep leaves it
@@ -33,6 +38,12 @@ class Prompt:
     def columns(self) -> dict[str, Any]:
         """What `row` holds; empty where nothing was kept."""
         return json.loads(self.row) if self.row is not None else {}
+
+    @property
+    def place(self) -> str:
+        """Where its row is, for messages."""
+        source, number = divmod(self.prompt_id, SOURCE_STRIDE)
+        return f"row {number} of source {self.columns.get(SOURCE)}" if source else f"row {number}"
 
     @property
     def row_digest(self) -> str:

@@ -43,7 +43,7 @@ class Stage:
     keys: tuple[str, ...] = ()  # sections and keys that the result is made of, beside the limits of what it reads
     keys_to_run: tuple[str, ...] = ()  # and those that matter where it runs
     roles: Callable[[TandemConfig], set[str]] = lambda config: set()  # reward models it needs beside those that score
-    problems: Callable[[TandemConfig, Any], list[str]] = lambda config, data: []  # too few examples
+    problems: Callable[[TandemConfig, Any], list[str]] = lambda config, data: []  # too few examples, no such column
     samples: bool = False  # with actors, an environment and the reward service
     resumes: bool = False  # goes on from commits of its own; the others begin again when they lose a process
     trains: str = POLICY  # what its learner trains; "" where it has none

@@ -179,6 +179,8 @@ class Front:
     async def _scores(self, scorer: ScorerSpec, request: _Request) -> list[Score]:
         if not scorer.parts:
             scores = await self._leaf(scorer, request)
+        elif scorer.kind.routes:
+            scores = await self._routed(scorer, request)
         else:
             for name in scorer.parts:
                 if name not in request.parts:
@@ -187,6 +189,22 @@ class Front:
             parts = dict(zip(scorer.parts, found, strict=True))
             scores = scorer.kind.combine(scorer.entry, parts)
         return [replace(finite(score), version=scorer.version) for score in scores]
+
+    async def _routed(self, scorer: ScorerSpec, request: _Request) -> list[Score]:
+        """Each item by the one part that its row tells; no other part sees it."""
+        kind, entry = scorer.kind, scorer.entry
+        problems = [kind.unroutable(entry, item.row) for item in request.items]
+        scores = [Score(None, f"bad_row: {problem}") for problem in problems]
+        of: dict[str, list[int]] = {}
+        for index, item in enumerate(request.items):
+            if problems[index] is None:
+                of.setdefault(kind.parts_of(entry, item.row)[0], []).append(index)
+        requests = {p: replace(request, items=[request.items[i] for i in own], parts={}) for p, own in of.items()}
+        found = await asyncio.gather(*(self._scores(self.scorers[part], one) for part, one in requests.items()))
+        for own, answers in zip(of.values(), found, strict=True):
+            for index, score in zip(own, answers, strict=True):
+                scores[index] = score
+        return scores
 
     # ---- one model or function
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from common.error_text import error_lines, typed_line
 from common.files.source_code import source_digest
@@ -83,6 +84,9 @@ def resolve(
 
 def _composite(name: str, entry: ScorerConfig, parts: list[ScorerSpec]) -> ScorerSpec:
     """Its version is its formula and the versions of its parts."""
-    formula = json.dumps({"std_coef": entry.std_coef, "weights": entry.weights}, sort_keys=True)
+    parameters: dict[str, Any] = {"std_coef": entry.std_coef, "weights": entry.weights}
+    if scorer_kind(entry.kind).routes:
+        parameters |= {"parts": entry.parts, "options": entry.options}  # whose names decide which part scores
+    formula = json.dumps(parameters, sort_keys=True, default=str)
     version = version_of(entry.kind, formula, *(part.version for part in parts))
     return ScorerSpec(name, entry, version, parts=tuple(part.name for part in parts))

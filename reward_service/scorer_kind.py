@@ -114,6 +114,7 @@ class ScorerKind:
     """A kind with replicas of its own."""
 
     is_composite = False
+    routes = False  # a composite whose score of an item is that of one part, which its row tells: it does not combine
     # `path` is a checkpoint with one label, proved before anything starts; its scores depend on token ids alone.
     is_reward_model = False
     takes_place = False  # a replica computes a model: it has a place of its own, with cluster.gpus_per_reward_replica
@@ -162,6 +163,14 @@ class ScorerKind:
     def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
         """Load what scores, within a replica; what it raises is why the service does not start."""
         raise NotImplementedError
+
+    def parts_of(self, entry: ScorerConfig, row: str | None) -> list[str]:
+        """Of a composite: its parts that score an item with this row."""
+        return entry.parts
+
+    def unroutable(self, entry: ScorerConfig, row: str | None) -> str | None:
+        """Of a composite that `routes`: why an item with this row has no part; None where it has one."""
+        return None
 
     def combine(self, entry: ScorerConfig, parts: dict[str, list[Score]]) -> list[Score]:
         """Of a composite: scores from those of its parts, within the front."""

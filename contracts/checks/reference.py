@@ -9,7 +9,7 @@ from typing import Any, get_args
 from omegaconf import MISSING
 
 from contracts.checks.check import Leaf, leaves, shown
-from contracts.config import ScorerConfig, SourceConfig, TandemConfig
+from contracts.config import PromptSourceConfig, ScorerConfig, SourceConfig, TandemConfig
 
 HEADER = """# Configuration
 
@@ -30,7 +30,8 @@ def _comments(section: type) -> dict[str, str]:
     """What the source says of each key: above its line, and behind it."""
     found: dict[str, str] = {}
     above = ""
-    for line in inspect.getsource(section).splitlines():
+    sources = [inspect.getsource(kind) for kind in reversed(section.__mro__) if is_dataclass(kind)]
+    for line in "".join(sources).splitlines():
         comment = (line.split("  # ") if line.strip()[:1] != "#" else ["", line.strip(" #")])[1:]
         key = re.match(r"    (\w+):", line)
         if key:
@@ -51,6 +52,7 @@ def page() -> str:
     config = TandemConfig()
     config.data.gold = SourceConfig()
     found = [*_sections(config), *_sections(ScorerConfig(), "reward_service.scorers.NAME")]
+    found.append(("data.prompt_sources.NAME", PromptSourceConfig()))
     everywhere, parts = {leaf.key: leaf for leaf in leaves(config)}, [HEADER]
     for kind in dict.fromkeys(type(section) for _, section in found):
         names = [name for name, section in found if type(section) is kind]

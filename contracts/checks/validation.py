@@ -12,12 +12,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from contracts.checks.check import Check, key_checks
+from contracts.checks.check import Check, key_checks, shown
 from contracts.checks.cluster_checks import cluster_checks, placement_conflicts, stated_nodes
 from contracts.checks.estimator_checks import estimator_checks
+from contracts.checks.mixture_checks import mixture_checks
 from contracts.checks.scorer_checks import http_checks, scorer_checks
 from contracts.checks.tracker_checks import tracker_conflicts
-from contracts.config import SamplingConfig, TandemConfig
+from contracts.config import EvaluateConfig, SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
 from contracts.estimators import known_estimator
 from contracts.methods import SOURCES, reads, runs, sources_read
@@ -43,11 +44,17 @@ def _value(config: Any, key: str) -> Any:
 def _path_checks(config: TandemConfig) -> list[Check]:
     """Keys that the stage reads and that are still open; directories that are files."""
     source, directory, read = "a file, a directory or a hub id", "a directory", sources_read(config)
+    mixed = config.data.prompt_sources if "prompts" in read else {}
     required = [
         (True, "run_dir", config.run_dir, directory),
         (True, "cache_dir", config.cache_dir, directory),
         (True, "model.path", config.model.path, "a checkpoint directory or a hub id"),
-        *((name in read, f"data.{name}.path", _value(config, f"data.{name}.path"), source) for name in SOURCES),
+        *(
+            (name in read, f"data.{name}.path", _value(config, f"data.{name}.path"), source)
+            for name in SOURCES
+            if name != "prompts" or not config.data.prompt_sources
+        ),
+        *((True, f"data.prompt_sources.{name}.path", one.path, source) for name, one in mixed.items()),
     ]
     checks = [
         Check(value not in (MISSING, None, ""), key, f"set for stage {config.stage}", value, instead)
@@ -199,6 +206,30 @@ def _environment_checks(config: TandemConfig) -> list[Check]:
     ]
 
 
+def _evaluate_checks(config: TandemConfig) -> list[Check]:
+    evaluate = config.evaluate
+    most, unused = max(evaluate.pass_at, default=1), EvaluateConfig()
+    return [
+        Check(
+            evaluate.success is None or most <= evaluate.samples,
+            "evaluate.samples",
+            f"at least the largest number of evaluate.pass_at ({most})",
+            evaluate.samples,
+            f"evaluate.samples={most} or more, or smaller numbers",
+        ),
+        *(
+            Check(
+                evaluate.success is not None or getattr(evaluate, name) == getattr(unused, name),
+                f"evaluate.{name}",
+                f"{shown(getattr(unused, name))} where evaluate.success is null: no answer is right or wrong",
+                getattr(evaluate, name),
+                "evaluate.success as well, for example 1.0 with a verifier",
+            )
+            for name in ("samples", "pass_at", "by")
+        ),
+    ]
+
+
 def _learner_checks(config: TandemConfig) -> list[Check]:
     learner, engine, cluster = config.learner, config.engine, config.cluster
     ranks = cluster.num_learner_ranks
@@ -262,11 +293,14 @@ def raise_conflicts(checks: list[Check], more: Sequence[str] = ()) -> None:
 def _stage_checks(config: TandemConfig) -> list[Check]:
     """Relations that matter to some of the stages alone."""
     checks: list[Check] = []
+    if "prompts" in sources_read(config):
+        checks += mixture_checks(config.data)
     if reads(config, "ppo"):
         checks += _sampling_checks(config, "ppo.sampling", config.ppo.sampling)
         checks += [*_ppo_checks(config), *estimator_checks(config.ppo)]
-    if reads(config, "evaluate"):
+    if reads(config, "evaluate") or (runs(config, "ppo") and config.evaluate.every is not None):
         checks += _sampling_checks(config, "evaluate.sampling", config.evaluate.sampling)
+        checks += _evaluate_checks(config)
     if reads(config, "environment"):
         checks += _environment_checks(config)
     return checks + (service_checks(config) if reads(config, "reward_service") else [])

@@ -12,6 +12,7 @@ from contracts.methods import readings
 from contracts.records import ExamplePair, PreferencePair, RatedExample
 from controller.data import datasets
 from controller.data.datasets import LoadReport
+from controller.data.mixture import of_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -63,22 +64,29 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
     inputs = Inputs()
     vocab_size = load_config(config.model.path, config.model).get_text_config().vocab_size
     for item, (_, source, loader, limits) in readings(config).items():
-        report, base = LoadReport(), f"data.{source}"
         values = [attrgetter(key)(config) for key in limits]
-        rows = getattr(config.data, source)
-        items = getattr(datasets, loader)(rows, config.data, tokenizer, *values, report, base)
-        if report.left_out:
-            left = ", ".join(f"{count} {reason}" for reason, count in report.left_out.most_common())
-            say(f"  {base}: {report.used} of {report.rows} rows used; left out: {left}")
-        if report.kept:
-            say(f"  {base}: columns that travel with a prompt: {', '.join(report.kept)}")
-        for column, why in report.dropped.items():
-            say(f"  {base}: WARNING: column {column} does not travel with a prompt: {why}")
-        if report.unread:
-            say(f"  {base}: columns that nobody reads: {', '.join(report.unread)}")
-        for line in report.notes.lines():
-            say(f"  {base}: {line}")
-        inputs.in_chat |= {source} if report.notes.template else set()
-        check_vocabulary(items, tokenizer, vocab_size, base, config.model.path)
-        inputs.items[item] = items
+        mixed = config.data.prompt_sources if source == "prompts" else {}
+        found: list[Any] = []
+        for name, rows in sorted(mixed.items()) or [("", getattr(config.data, source))]:
+            report, base = LoadReport(), f"data.prompt_sources.{name}" if name else f"data.{source}"
+            items = getattr(datasets, loader)(rows, config.data, tokenizer, *values, report, base)
+            _say(report, base, say)
+            inputs.in_chat |= {source} if report.notes.template else set()
+            check_vocabulary(items, tokenizer, vocab_size, base, config.model.path)
+            found += of_source(items, name, sorted(mixed).index(name) + 1) if name else items
+        inputs.items[item] = found
     return inputs
+
+
+def _say(report: LoadReport, base: str, say: Callable[[str], None]) -> None:
+    if report.left_out:
+        left = ", ".join(f"{count} {reason}" for reason, count in report.left_out.most_common())
+        say(f"  {base}: {report.used} of {report.rows} rows used; left out: {left}")
+    if report.kept:
+        say(f"  {base}: columns that travel with a prompt: {', '.join(report.kept)}")
+    for column, why in report.dropped.items():
+        say(f"  {base}: WARNING: column {column} does not travel with a prompt: {why}")
+    if report.unread:
+        say(f"  {base}: columns that nobody reads: {', '.join(report.unread)}")
+    for line in report.notes.lines():
+        say(f"  {base}: {line}")

@@ -3,13 +3,14 @@
 JSON text is compact between processes, can be part of a cache's key, and keeps nested values as they are.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.text.encoding import DataError
 from contracts.config import SourceConfig
 from contracts.plugins import closest
-from contracts.records import row_text
+from contracts.records import Prompt, row_text
 
 
 @dataclass
@@ -85,3 +86,9 @@ def _problem(row: dict, column: str) -> str | None:
     except (ValueError, RecursionError) as error:  # Out of range float values are not JSON compliant: nan
         return str(error).partition(": ")[0] or type(error).__name__
     return None
+
+
+def source_of(prompt: Prompt, column: str | None) -> str:
+    """What `evaluate.by` tells prompts apart by; a value that is no text as JSON, a missing one as `none`."""
+    value = prompt.columns.get(column) if column else None
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -5,7 +5,9 @@ import re
 from typing import Any
 
 from common.text.encoding import LeftOut
-from contracts.records import Prompt, RolloutRequest
+from contracts.config import CurriculumConfig
+from contracts.records import SOURCE, Prompt, RolloutRequest
+from controller.data.mixture import exact_shares, next_turn
 
 MIN_REST_WORDS = 3  # of a text that `prompt_words` cuts: below it there is next to nothing to complete
 
@@ -29,54 +31,132 @@ def sampling_seed(run_seed: int, epoch: int, prompt_id: int, sample_index: int) 
     return int.from_bytes(_hash(run_seed, epoch, prompt_id, sample_index)[:4]) >> 1
 
 
-class PromptStream:
-    """Endless rollout requests. Each epoch is a permutation derived from (seed, epoch), so its state is two numbers.
+class Passes:
+    """The prompts of one source, again and again, each pass in an order of its own; its state is how many were drawn.
 
     Prompts are ordered by a hash instead of a library's shuffle: a resumed run keeps its order under another version of
     Python or NumPy, and in a file whose rows were moved only the prompt ids decide.
     """
 
-    def __init__(self, prompts: list[Prompt], samples_per_prompt: int, seed: int) -> None:
+    def __init__(self, prompts: list[Prompt], seed: int, curriculum: CurriculumConfig) -> None:
+        self._prompts = prompts
+        self._seed = seed
+        self._curriculum = curriculum
+        self._ordered: tuple[int, list[Prompt]] = (-1, [])  # the pass whose order it is
+        self.drawn = 0
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def begun(self) -> int:
+        """Passes that have begun, after the first."""
+        return max(0, self.drawn - 1) // len(self)
+
+    def draw(self) -> Prompt:
+        number, position = divmod(self.drawn, len(self))
+        if number != self._ordered[0]:
+            self._ordered = number, self._order(number)
+        self.drawn += 1
+        return self._ordered[1][position]
+
+    def _order(self, number: int) -> list[Prompt]:
+        order, column = (
+            sorted(self._prompts, key=lambda p: _hash(self._seed, number, p.prompt_id)),
+            self._curriculum.column,
+        )
+        if number or column is None:
+            return order
+        return sorted(order, key=lambda p: p.columns[column], reverse=self._curriculum.order == "descending")
+
+
+class PromptStream:
+    """Endless rollout requests. Their order follows from the seed, so that its state is how many there were.
+
+    Prompts of several sources come by turns, each source in passes of its own. A new epoch begins with every pass that does:
+    of a single source it is a permutation of the prompts, of several it has no prompt twice.
+    """
+
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        samples_per_prompt: int,
+        seed: int,
+        weights: dict[str, float] | None = None,
+        curriculum: CurriculumConfig | None = None,
+    ) -> None:
+        """
+        Args:
+            weights: of each source, as the column `source` of the prompts names it; without any all prompts are one source.
+        """
         if not prompts:
             raise ValueError("a prompt stream needs at least one prompt; found none")
         if samples_per_prompt < 1:
             raise ValueError(f"samples_per_prompt must be at least 1; found {samples_per_prompt}")
         if len({prompt.prompt_id for prompt in prompts}) != len(prompts):
             raise ValueError("prompt ids must be unique: with epoch and sample index they are the key of a rollout")
-        self._prompts = prompts
         self._samples_per_prompt = samples_per_prompt
         self._seed = seed
-        self._epoch = 0
-        self._position = 0
-        self._order = self._permutation(0)
-
-    def _permutation(self, epoch: int) -> list[Prompt]:
-        return sorted(self._prompts, key=lambda prompt: _hash(self._seed, epoch, prompt.prompt_id))
+        by_source: dict[str, list[Prompt]] = {name: [] for name in sorted(weights or {"": 1.0})}
+        for prompt in prompts:
+            by_source[prompt.columns[SOURCE] if weights else ""].append(prompt)
+        self._passes = {name: Passes(own, seed, curriculum or CurriculumConfig()) for name, own in by_source.items()}
+        self._shares = exact_shares([(weights or {"": 1.0})[name] for name in by_source])
 
     def next_requests(self, n_prompts: int) -> list[RolloutRequest]:
         """The next `n_prompts * samples_per_prompt` requests, siblings side by side; may span epochs."""
-        requests = []
+        requests, passes = [], [*self._passes.values()]
         for _ in range(n_prompts):
-            if self._position == len(self._order):
-                self._epoch, self._position = self._epoch + 1, 0
-                self._order = self._permutation(self._epoch)
-            prompt = self._order[self._position]
-            self._position += 1
+            prompt = passes[next_turn([one.drawn for one in passes], self._shares)].draw()
+            epoch = sum(one.begun for one in passes)
             for index in range(self._samples_per_prompt):
-                seed = sampling_seed(self._seed, self._epoch, prompt.prompt_id, index)
-                requests.append(RolloutRequest(self._epoch, index, prompt, seed))
+                seed = sampling_seed(self._seed, epoch, prompt.prompt_id, index)
+                requests.append(RolloutRequest(epoch, index, prompt, seed))
         return requests
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "position": self._position}
+        if len(self._passes) > 1:
+            return {"drawn": {name: one.drawn for name, one in self._passes.items()}}
+        (one,) = self._passes.values()
+        return {"epoch": one.begun, "position": one.drawn - one.begun * len(one)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises ValueError where it cannot belong to these prompts."""
-        epoch, position = int(state["epoch"]), int(state["position"])
-        if epoch < 0 or not 0 <= position <= len(self._prompts):
+        if len(self._passes) > 1:
+            drawn = state.get("drawn", {})
+            if drawn.keys() != self._passes.keys():
+                raise ValueError(
+                    f"the state of the prompt stream is of the sources {', '.join(drawn) or 'of no mixture'}, but there are "
+                    f"{', '.join(self._passes)}: resume with the sources that the run began with"
+                )
+            for name, one in self._passes.items():
+                one.drawn = int(drawn[name])
+            return
+        (one,) = self._passes.values()
+        epoch, position = int(state.get("epoch", -1)), int(state.get("position", 0))
+        if epoch < 0 or not 0 <= position <= len(one):
             raise ValueError(
                 f"the state of the prompt stream is at position {position} of epoch {epoch}, but there are "
-                f"{len(self._prompts)} prompts: resume with the data set that the run began with"
+                f"{len(one)} prompts: resume with the data set that the run began with"
             )
-        self._epoch, self._position = epoch, position
-        self._order = self._permutation(epoch)
+        one.drawn = epoch * len(one) + position
+
+
+def curriculum_problems(prompts: list[Prompt], curriculum: CurriculumConfig) -> list[str]:
+    """Why the prompts cannot be put in that order."""
+    column = curriculum.column
+    if column is None:
+        return []
+    kinds: dict[str, Prompt] = {}
+    for prompt in prompts:
+        value = prompt.columns.get(column)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        kind = "number" if is_number else "text" if isinstance(value, str) else "neither"
+        kinds.setdefault(kind, prompt)
+    if kinds.keys() <= {"number"} or kinds.keys() <= {"text"}:
+        return []
+    places = ", ".join(f"{p.columns.get(column)!r} in {p.place}" for p in kinds.values())
+    return [
+        f"data.curriculum.column must name a column that travels with the prompts and has numbers, or texts, in every row; "
+        f"found {column!r} with {places}; there are {', '.join(prompts[0].columns) or 'no columns'}"
+    ]

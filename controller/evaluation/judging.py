@@ -17,7 +17,7 @@ from contracts.config import TandemConfig
 from contracts.methods import method_config, method_title
 from contracts.records import Prompt, Rollout, RolloutRequest
 from controller.data.prompts import sampling_seed
-from controller.evaluation import best_of_n
+from controller.evaluation import best_of_n, pass_at
 from controller.evaluation.verdict import verdict
 from controller.record.evaluation import against_sft, judged_model
 from controller.record.terminal import Progress
@@ -32,6 +32,12 @@ class Judged:
     rollouts: list[Rollout]
     log_ratio: np.ndarray  # float64 [N], log p - log p_SFT of each completion, nats; of best-of-n the bound of its mean
     candidates: list[list[Rollout]] = field(default_factory=list)  # [N][n], what best-of-n chose from
+    others: list[list[Rollout]] = field(default_factory=list)  # [n][N], more completions, to count right ones among
+
+    @property
+    def groups(self) -> list[tuple[Rollout, ...]]:
+        """All completions of each prompt."""
+        return list(zip(self.rollouts, *self.others, strict=True))
 
     def score(self, judge: str) -> np.ndarray:
         """float64 [N]; NaN where the judge gave no score."""
@@ -78,6 +84,7 @@ def judge_models(
         return sorted((r for answer in ray.get(calls, timeout=timeout_s) for r in answer), key=lambda r: r.key)
 
     rollouts: dict[str, list[Rollout]] = {}
+    others: dict[str, list[list[Rollout]]] = {}
     own: dict[str, list[list[float]]] = {}
     for version, (name, path) in enumerate(models.items()):
         with progress.phase(f"evaluating {name}: {len(prompts)} held-out prompts"):
@@ -89,6 +96,7 @@ def judge_models(
                 report.require_all()
                 publisher.shutdown()
             rollouts[name] = sample(0, 0)
+            others[name] = [sample(0, index) for index in range(1, config.evaluate.samples)]
             if is_own:
                 own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
             else:
@@ -98,7 +106,7 @@ def judge_models(
         for name in models:
             reference = own[name] if name == REFERENCE else _token_logprobs(actors, rollouts[name], timeout_s)
             ratio = [sum(a) - sum(b) for a, b in zip(own[name], reference, strict=True)]
-            judged[name] = Judged(rollouts[name], np.array(ratio))
+            judged[name] = Judged(rollouts[name], np.array(ratio), others=others[name])
     if config.method == "best_of_n":
         judged[config.method] = _best_of_n(config, sample, progress)
     return judged
@@ -149,11 +157,18 @@ def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig
         }
         if j.candidates:
             models[name]["best_of_n"] = best_of_n.curve(j.candidates, judges[:-1], options)
+    counted = judged if config.evaluate.success is not None else {}
+    rates = {name: pass_at.rates(j.groups, config.evaluate) for name, j in counted.items()}
+    for name, found in rates.items():
+        prompts = [r.prompt for r in judged[name].rollouts]
+        models[name] |= pass_at.summary(found, prompts, config.evaluate, options)
     comparisons = {
         f"{name}_vs_{REFERENCE}": _compare(scores[name], scores[REFERENCE], j, judged[REFERENCE], options)
         for name, j in judged.items()
         if name != REFERENCE
     }
+    for name in rates.keys() - {REFERENCE}:
+        comparisons[f"{name}_vs_{REFERENCE}"] |= pass_at.gains(rates[name], rates[REFERENCE], options)
     title = method_title(config.method, config.ppo.estimator)
     result = {"method": config.method, "title": title, "models": models, "comparisons": comparisons}
     if config.method in models and "gold" in judges:

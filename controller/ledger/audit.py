@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from common.error_text import typed_line
+from contracts.records import SOURCE_STRIDE
 from controller.ledger.entries import Key
 from controller.ledger.log import NAME, Row, replay
 
@@ -140,8 +141,22 @@ def _check_stream(keys: list[Key], result: Audit) -> None:
                     f"epoch {epoch}, prompt {prompt_id}: {number} of {result.samples_per_prompt} samples are accounted for"
                 )
         missing = prompts[0].keys() - samples.keys()
-        if missing and epoch < max(prompts):
+        if missing and min(missing) < SOURCE_STRIDE and epoch < max(prompts):
             result.faults.append(f"epoch {epoch} lacks {len(missing)} prompts of epoch 0, the first is {min(missing)}")
+    _check_passes(prompts, result)
+
+
+def _check_passes(prompts: dict[int, Counter[int]], result: Audit) -> None:
+    """Of several sources each is passed through in a time of its own, so an epoch lacks some of their prompts; but no prompt
+    of a source comes for the third time before all others that are known came twice."""
+    times: defaultdict[int, Counter[int]] = defaultdict(Counter)  # source -> prompt -> epochs
+    for samples in prompts.values():
+        for prompt_id in samples:
+            times[prompt_id // SOURCE_STRIDE][prompt_id] += 1
+    for source, counts in sorted(times.items()):
+        late, most = min(counts, key=lambda prompt: (counts[prompt], prompt)), max(counts.values())
+        if source and counts[late] < most - 1:
+            result.faults.append(f"source {source}: prompt {late} came {counts[late]} times, others {most} times")
 
 
 def _check_rows(ends: list[Row], result: Audit) -> None:

@@ -46,6 +46,7 @@ from controller.ledger.log import NAME as LEDGER_FILE
 from controller.loop.dispatcher import Dispatcher, Stopping
 from controller.loop.dynamic_sampling import EQUAL, group_metrics, next_round, require_enough, with_spread
 from controller.loop.fleet import Fleet
+from controller.loop.held_out import HeldOut
 from controller.loop.recovery import Recovery
 from controller.loop.rewards import (
     ScoreNormalizer,
@@ -82,6 +83,7 @@ class PPOController:
         has_gold: bool,
         run_facts: RunFacts | None = None,
         stop: Stop | None = None,
+        held_out: HeldOut | None = None,
     ):
         """Without `run_facts`, which commits say of the run, there are none."""
         ppo = config.ppo
@@ -91,6 +93,7 @@ class PPOController:
         self.learner = learner
         self.log = log
         self.progress = progress
+        self.held_out = held_out
         self.stop = stop or Stop(config.checkpoint.grace_s)
         self.kl = make_kl_controller(ppo.kl)
         self.multiplier = Multiplier(ppo.combined)
@@ -143,8 +146,9 @@ class PPOController:
 
     def _next_update(self, total: int) -> None:
         train_policy, start = self.updates >= warmup_updates(self.config.ppo), time.perf_counter()
+        held_out = self._answer_held_out() if train_policy else {}
         self.dispatcher.admit_rollouts(total - self.updates)
-        metrics = self._update(train_policy, total - self.updates)
+        metrics = held_out | self._update(train_policy, total - self.updates)
         self.durations = [*self.durations[-7:], time.perf_counter() - start]
         eta = (total - self.updates - 1) * float(np.median(self.durations))
         metrics |= {"perf/step_s": self.durations[-1], "progress/eta_s": eta, "progress/version": self.version}
@@ -156,6 +160,16 @@ class PPOController:
         self.updates += 1
         line = format_update(metrics, eta)
         self.progress.line(line if train_policy else f"fitting the value model  {line}")
+
+    def _answer_held_out(self) -> dict[str, float]:
+        """What the policy of this version scores on held-out prompts, where that is due. Nothing is admitted before, so that
+        engines which take turns with the learner then sample the same rollouts beside the same neighbours as without."""
+        if self.held_out is None or not self.held_out.is_due(self.version):
+            return {}
+        start, sampling = time.perf_counter(), self.held_out.config.sampling
+        self.progress.waiting_for(f"held-out prompts, answered by version {self.version}")
+        rollouts = self.dispatcher.sample_held_out(self.held_out.requests, sampling)
+        return self.held_out.metrics(rollouts) | {"perf/heldout_s": time.perf_counter() - start}
 
     # ---- one update
 

@@ -12,6 +12,7 @@ get them, and a new actor takes its place in a thread, while everything else goe
 the weights of the ledger's version. What an actor holds for much longer than usual, one with empty hands gets too.
 """
 
+import itertools
 import queue
 import threading
 import time
@@ -23,9 +24,9 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 
 from common.error_text import typed_line
-from contracts.config import ClusterConfig, PPOConfig
+from contracts.config import ClusterConfig, PPOConfig, SamplingConfig
 from contracts.interfaces import CollectiveError, EngineLostError, LearnerLostError
-from contracts.records import Assignment, Delivery, Rollout
+from contracts.records import Assignment, Delivery, Rollout, RolloutRequest
 from contracts.weights import WeightUpdate
 from controller.data.prompts import PromptStream
 from controller.ledger.entries import Key, Lease
@@ -74,6 +75,8 @@ class Dispatcher:
         self._publishing = False
         # A rollout group trains as a whole, so its rollouts are completed together: {group: {key: (lease, rollout)}}.
         self._parts: dict[tuple[int, int], dict[Key, tuple[int, Rollout]]] = {}
+        # Completions of held-out prompts, by numbers below 0, which are no leases of the ledger's.
+        self._aside, self._held_out = itertools.count(-1, -1), dict[int, Rollout]()
         self._inbox: queue.SimpleQueue[tuple[Callable[[Any], None], Failed | None, Future[Any]]] = queue.SimpleQueue()
         self._paused = False
         self._interrupted = False
@@ -124,6 +127,33 @@ class Dispatcher:
 
         self._serve_until(ready, f"{n} rollouts for the update of version {version}")
         return self._ledger.take(n, version)
+
+    def sample_held_out(self, requests: list[RolloutRequest], sampling: SamplingConfig) -> list[Rollout]:
+        """Scored completions of prompts that nothing trains on, in order: neither the ledger nor `usage` knows them.
+
+        Raises:
+            As `wait_for_batch`.
+        """
+        wanted = {next(self._aside): request for request in requests}
+        self._held_out, used = {}, ([*self._usage], self._tokens)
+
+        def ready() -> bool:
+            if self._interrupted:
+                raise Stopping
+            self._publish_to_latecomers()
+            # All at first, then those that a lost actor held.
+            held = {lease for leases in self._held for lease in leases}
+            left = [lease for lease in wanted if lease not in held and lease not in self._held_out]
+            numbers = sorted(self._serving)
+            for i, number in enumerate(numbers):
+                if mine := left[i :: len(numbers)]:
+                    work = [Assignment(lease, wanted[lease], ("proxy",)) for lease in mine]
+                    self._hand_out(number, work, sampling)
+            return len(self._held_out) == len(wanted)
+
+        self._serve_until(ready, f"{len(requests)} completions of held-out prompts")
+        self._usage, self._tokens = used
+        return [self._held_out[lease] for lease in wanted]
 
     def wait(self, calls: list[Any], what: str) -> list[Any]:
         """The results of remote calls of the learner, one for each rank.
@@ -247,6 +277,10 @@ class Dispatcher:
         self._usage[number] = generate_s + delivery.generate_s, score_s + delivery.score_s
         now = time.monotonic()
         for lease, rollout in delivery.rollouts:
+            if lease < 0:
+                self._held[number].pop(lease, None)
+                self._held_out[lease] = rollout
+                continue
             self._stragglers.took(now - self._held[number].pop(lease, now))
             self._tokens += len(rollout.completion.sampled_ids)
             if self._ledger.is_late(lease):
@@ -265,10 +299,13 @@ class Dispatcher:
             self._assign(number, leases)
 
     def _assign(self, number: int, leases: list[Lease]) -> None:
-        self._held[number].update(dict.fromkeys((lease.number for lease in leases), time.monotonic()))
         work = [Assignment(lease.number, lease.request, self._scorers_of(lease.order)) for lease in leases]
+        self._hand_out(number, work, self._ppo.sampling)
+
+    def _hand_out(self, number: int, work: list[Assignment], sampling: SamplingConfig) -> None:
+        self._held[number].update(dict.fromkeys((assignment.lease for assignment in work), time.monotonic()))
         # Without a result to wait for: what goes wrong with an assignment is the next `collect`'s answer.
-        self._actors[number].assign.remote(work, self._ppo.sampling)
+        self._actors[number].assign.remote(work, sampling)
 
     def _scorers_of(self, order: int) -> tuple[str, ...]:
         """Who scores the rollout that was admitted as number `order`: the gold judge sees an even share."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from contracts.config import TandemConfig
 from contracts.stages import find_stage
-from controller.record.evaluation import against_sft, judged_model, judged_title
+from controller.record.evaluation import against_sft, judged_model, judged_title, measured_passes, pass_title
 
 
 def summary_rows(config: TandemConfig, results: dict[str, Any], report: Path) -> list[tuple[str, str]]:
@@ -34,6 +34,10 @@ def summary_rows(config: TandemConfig, results: dict[str, Any], report: Path) ->
 def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     comparison, model, name = against_sft(evaluation), judged_model(evaluation), judged_title(evaluation)
+    for key in measured_passes(model):
+        level, gain = model[key], comparison.get(f"{key}_gain")
+        against = f"; against SFT {gain['mean']:+.1%} [{gain['low']:+.1%}, {gain['high']:+.1%}]" if gain else ""
+        rows.append((pass_title(key), f"{level['mean']:.1%} [{level['low']:.1%}, {level['high']:.1%}]{against}"))
     titles = {"gold": f"gold reward, {name} - SFT", "proxy": f"learned score, {name} - SFT", "vader": "VADER"}
     for judge, title in titles.items():
         gain = comparison.get(f"{judge}_gain")

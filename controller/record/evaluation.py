@@ -9,6 +9,7 @@ above what a nat buys at the bound, or overstepping it pays: with gold growing a
 arXiv 2210.10760), a gain of 1 at 10 nats has the slope 1 / (2 * 10) = 0.05 there.
 """
 
+import re
 from typing import Any
 
 from contracts.methods import method_title
@@ -36,6 +37,18 @@ def against_sft(evaluation: dict[str, Any]) -> dict[str, Any]:
     return (evaluation.get("comparisons") or {}).get(f"{judged_name(evaluation)}_vs_sft") or {}
 
 
+def measured_passes(model: dict[str, Any]) -> list[str]:
+    """Keys of pass@k in a row of `models`, pass_at_K and pass_at_K/SOURCE, in the order of a table: all prompts first."""
+    found = [match for name in model if (match := re.fullmatch(r"pass_at_(\d+)(/.*)?", name, re.DOTALL))]
+    return [match[0] for match in sorted(found, key=lambda match: (match[2] or "", int(match[1])))]
+
+
+def pass_title(name: str) -> str:
+    """pass_at_4/easy as a reader knows it: pass@4, easy."""
+    k, _, source = name.removeprefix("pass_at_").partition("/")
+    return f"pass@{k}, {source}" if source else f"pass@{k}"
+
+
 def verdict_state(evaluation: dict[str, Any]) -> str:
     """passed | failed | inconclusive, or empty where nothing was judged. A file from before `state` says it by `passed` and
     the first word of its text."""
@@ -56,7 +69,8 @@ def verdict_reason(evaluation: dict[str, Any]) -> str:
 
 def evaluation_metrics(evaluation: dict[str, Any], max_kl: float) -> dict[str, float]:
     """What is known of the judged model against SFT as flat metrics: gold_gain, proxy_gain, win_rate, kl, length_ratio,
-    objective.
+    objective,
+    pass_at_<k>.
 
     Args:
         evaluation: the content of evaluation.json.
@@ -65,6 +79,7 @@ def evaluation_metrics(evaluation: dict[str, Any], max_kl: float) -> dict[str, f
     comparison, model = against_sft(evaluation), judged_model(evaluation)
     found = {name: (comparison.get(name) or {}).get("mean") for name in ("gold_gain", "proxy_gain", "win_rate")}
     found |= {"kl": (model.get("kl") or {}).get("mean"), "length_ratio": comparison.get("length_ratio")}
+    found |= {name: (model.get(name) or {}).get("mean") for name in measured_passes(model) if "/" not in name}
     known = {name: float(value) for name, value in found.items() if value is not None and value == value}
     if "gold_gain" in known and "kl" in known:
         known["objective"] = known["gold_gain"] - PENALTY * max(0.0, known["kl"] - max_kl)

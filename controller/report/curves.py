@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 
 from markupsafe import Markup
 
 from contracts.catalogue import catalogue, charted
-from contracts.metrics import ESTIMATOR, Metric
+from contracts.metrics import ESTIMATOR, Metric, declared
 from controller.alarms.limits import limits_of
 from controller.record.evaluation import judged_model, judged_name, judged_title
 from controller.record.number_text import bounds, compact, number
@@ -29,9 +30,11 @@ Line = tuple[str, str, str]  # name, colour class, metric
 # A metric alone, with its own title and unit; several, with a title for all.
 Chart = str | tuple[str, tuple[Line, ...]]
 
+BY_SOURCE, COLOURS = "heldout/accuracy", ("plain", "soft", "proxy", "gold", "ppo", "sft", "base")
 # Each drawn where a run has it: not every estimator has all. Behind them come those that estimators have of their own.
 PPO_CHARTS: tuple[Chart, ...] = (
     ("Score", (("learned", "proxy", "reward/score_mean"), ("gold", "gold", "reward/gold_mean"))),
+    "heldout/accuracy",
     "kl/ref_seq",
     "reward/equal_groups_frac",
     ("Length", (("mean", "plain", "completion/len_mean"), ("p95", "soft", "completion/len_p95"))),
@@ -53,7 +56,9 @@ def described(chart: Chart, metrics: Mapping[str, Metric]) -> tuple[str, str, tu
     if isinstance(chart, str):
         chart = metrics[chart].title, ((metrics[chart].title, "plain", chart),)
     title, lines = chart
-    return title, metrics[lines[0][2]].unit, lines
+    declaration = declared(lines[0][2], metrics)
+    assert declaration is not None
+    return title, declaration.unit, lines
 
 
 def series_of(run: Run, stage: str, lines: Iterable[Line]) -> list[Series]:
@@ -73,10 +78,17 @@ METHOD_CHARTS: tuple[tuple[str, Chart], ...] = (
 ON_DATA = ("sft", "reward_model", "preference", "filtered_sft")  # how the names of these stages begin
 
 
+def _by_source(run: Run) -> list[Chart]:
+    """The held-out accuracy of each source that the run tells apart."""
+    names = sorted({key for row in run.metrics for key in row if key.startswith(f"{BY_SOURCE}/")})
+    lines = tuple((key.rpartition("/")[2], css, key) for key, css in zip(names, cycle(COLOURS), strict=False))
+    return [("Held-out accuracy by source", lines)] if lines else []
+
+
 def ppo_curves(run: Run) -> Markup:
     metrics = catalogue()
     charts, constant, longest = [], [], 0
-    for chart in (*PPO_CHARTS, *charted(ESTIMATOR, metrics)):
+    for chart in (*PPO_CHARTS, *_by_source(run), *charted(ESTIMATOR, metrics)):
         title, unit, lines = described(chart, metrics)
         series = series_of(run, "ppo", lines)
         if not series:

@@ -11,6 +11,8 @@ from controller.record.evaluation import (
     judged_model,
     judged_name,
     judged_title,
+    measured_passes,
+    pass_title,
     verdict_reason,
     verdict_state,
 )
@@ -82,7 +84,9 @@ def key_numbers(run: Run) -> Markup | str:
 def models(run: Run) -> Markup:
     """The judged models on the held-out prompts, and the paired comparisons."""
     found, present = run.evaluation.get("models") or {}, models_of(run)
-    measured = [row for row in MEASURES if any(found[name].get(row[0]) is not None for name, _, _ in present)]
+    passes = dict.fromkeys(key for name, _, _ in present for key in measured_passes(found[name]))
+    rows = [*((key, pass_title(key), "", 1, True) for key in passes), *MEASURES]
+    measured = [row for row in rows if any(found[name].get(row[0]) is not None for name, _, _ in present)]
     prompts = {int(n) for name, _, _ in present if (n := number(found[name].get("prompts"))) is not None}
     return RUN.models(present, found, measured, sorted(prompts), _comparisons(run))
 
@@ -102,6 +106,7 @@ def _comparisons(run: Run) -> list[tuple[str, list[Row], float | None, int]]:
         matched = values.get("matched_length") or {}
         judge, known_as = ("proxy", "Learned-score") if values.get("judge") == "proxy" else ("gold", "Gold")
         gains = {
+            **{f"{pass_title(k.removesuffix('_gain'))} gain": v for k, v in values.items() if k.startswith("pass_at_")},
             "Gold gain": values.get("gold_gain"),
             "Learned-score gain": values.get("proxy_gain"),
             "VADER gain": values.get("vader_gain"),

@@ -4,19 +4,40 @@ import json
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from contracts.config import TandemConfig
 from contracts.methods import method_stage
+from contracts.plugins import closest
 from contracts.scorer_roles import judges
 from contracts.stages import Reading, Stage
+from controller.data.kept_columns import source_of
 
 if TYPE_CHECKING:
+    from controller.data.inputs import Inputs
     from controller.pipeline.context import StageContext
 
+MAX_SOURCES = 50  # that evaluate.by tells apart
 PROMPTS = Reading(
     "eval_prompts",
     "eval_prompts",
     "load_some_prompts",
     ("evaluate.sampling.max_completion_tokens", "engine.max_model_len", "evaluate.prompts", "evaluate.seed"),
 )
+
+
+def column_problems(config: TandemConfig, data: "Inputs") -> list[str]:
+    column = config.evaluate.by
+    there = sorted({name for prompt in data[PROMPTS.item] for name in prompt.columns})
+    if column is None:
+        return []
+    if column in there:
+        values = {source_of(prompt, column) for prompt in data[PROMPTS.item]}
+        rule = f"evaluate.by must name a column with at most {MAX_SOURCES} values, each a row of tables"
+        return [f"{rule}; found {len(values)} in {column!r}"] if len(values) > MAX_SOURCES else []
+    near = closest(column, there)
+    return [
+        f"evaluate.by must name a column that travels with the prompts of data.eval_prompts (data.eval_prompts.keep); found "
+        f"{column!r}{f', did you mean {near!r}?' if near else ''}; there are {', '.join(there) or 'none'}"
+    ]
 
 
 def run(context: "StageContext") -> dict[str, Any]:
@@ -61,6 +82,7 @@ STAGE = Stage(
     report="evaluation.json",
     reads=lambda config, role: [PROMPTS],
     keys=("evaluate",),
+    problems=column_problems,
     samples=True,
     trains="",
 )

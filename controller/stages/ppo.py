@@ -12,6 +12,9 @@ from contracts.plugins import Kind
 from contracts.scorer_roles import ROLES, SCORER_KINDS, chosen_scorers, judges, scoring_models, starts_value_model
 from contracts.stages import Reading, Stage
 from contracts.transports import TRANSPORTS, weight_backend
+from controller.data.prompts import curriculum_problems
+from controller.stages.evaluate import PROMPTS as HELD_OUT
+from controller.stages.evaluate import column_problems
 from controller.stages.sft import TEXTS
 
 if TYPE_CHECKING:
@@ -23,16 +26,25 @@ PROMPTS = Reading("prompts", "prompts", "load_prompts", ("ppo.sampling.max_compl
 
 
 def reads(config: TandemConfig, role: str) -> list[Reading]:
-    return [*([TEXTS] if config.ppo.ptx_coef > 0 else []), PROMPTS]
+    held_out = [HELD_OUT] if config.evaluate.every is not None else []
+    return [*([TEXTS] if config.ppo.ptx_coef > 0 else []), PROMPTS, *held_out]
+
+
+def mixture_weights(config: TandemConfig) -> dict[str, float]:
+    """Of each source of the prompts; empty where every prompt counts the same."""
+    return {name: source.weight for name, source in config.data.prompt_sources.items() if source.weight is not None}
 
 
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:
     ppo, count = config.ppo, len(data["sft"])
+    found = column_problems(config, data) if config.evaluate.every is not None else []
+    found += curriculum_problems(data["prompts"], config.data.curriculum)
     if ppo.ptx_coef <= 0 or count >= ppo.ptx_batch_size:
-        return []
+        return found
     return [
+        *found,
         f"ppo.ptx_batch_size must be at most the number of usable examples in data.sft ({count}); found "
-        f"{ppo.ptx_batch_size}; write ppo.ptx_batch_size={count} or less, or give more examples"
+        f"{ppo.ptx_batch_size}; write ppo.ptx_batch_size={count} or less, or give more examples",
     ]
 
 
@@ -57,7 +69,9 @@ def inputs(context: "StageContext") -> dict[str, Any]:
         return context.fingerprint(context.checkpoint(f"reward_model/{role}"))
 
     # Only where there is one: a new key would set the commits of before aside.
-    own = {"estimator_source": source} if (source := estimator_source(config)) else {}
+    own: dict[str, Any] = {"estimator_source": source} if (source := estimator_source(config)) else {}
+    own |= {"weights": weights} if (weights := mixture_weights(config)) else {}
+    own |= {"curriculum": config.data.curriculum} if config.data.curriculum.column is not None else {}
     return context.common_inputs() | {
         "ppo": config.ppo,
         **own,
@@ -81,6 +95,7 @@ def run(context: "StageContext") -> dict[str, Any]:
     from controller.data.prompts import PromptStream
     from controller.loop.controller import PPOController
     from controller.loop.fleet import Fleet
+    from controller.loop.held_out import HeldOut
     from controller.pipeline.ingredients import UNSEEN
     from controller.record.redaction import redacted
     from controller.start_checks.engine_checks import first_publish
@@ -95,7 +110,13 @@ def run(context: "StageContext") -> dict[str, Any]:
     value = context.checkpoint("reward_model/proxy") if starts_value_model(config) else policy
     backend, ends = weight_backend(config), context.end_ids([policy], "prompts")
     ptx = context.data["sft"] if config.ppo.ptx_coef else []
-    stream = PromptStream(context.data["prompts"], config.ppo.samples_per_prompt, config.seed)
+    stream = PromptStream(
+        context.data["prompts"],
+        config.ppo.samples_per_prompt,
+        config.seed,
+        mixture_weights(config),
+        config.data.curriculum,
+    )
     context.start_ray()
     with ExitStack() as engines:
         learner = engines.enter_context(runtime.learner("ppo", config, policy, value, ends, ptx))
@@ -119,7 +140,16 @@ def run(context: "StageContext") -> dict[str, Any]:
         fleet = Fleet(actors, learner, backend, runtime.replace_actor, restarts, progress.line)
         about = RunFacts(identity, redacted(asdict(config)), client.versions)
         controller = PPOController(
-            config, stream, fleet, learner, context.log, progress, "gold" in scorers, about, context.stop
+            config,
+            stream,
+            fleet,
+            learner,
+            context.log,
+            progress,
+            "gold" in scorers,
+            about,
+            context.stop,
+            HeldOut(context.data["eval_prompts"], config.evaluate),
         )
         if commit:
             require_scorers(commit, client.versions)
@@ -161,7 +191,7 @@ STAGE = Stage(
     results={"": "ppo_model"},
     reads=reads,
     keys=("ppo",),
-    keys_to_run=("checkpoint",),
+    keys_to_run=("checkpoint", "evaluate.every"),
     roles=lambda config: {"proxy"} if starts_value_model(config) else set(),
     problems=problems,
     samples=True,

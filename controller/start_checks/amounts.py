@@ -52,14 +52,15 @@ def model_at(config: TandemConfig, key: str) -> ModelConfig:
 
 
 def check_amounts(config: TandemConfig, data: Inputs) -> None:
-    """Refuse stages with fewer examples than one of their steps needs.
+    """Refuse stages whose data is not what they need: fewer examples than one of their steps takes, no such column.
 
     Raises:
         ConfigError: naming the key, the number found and what to write instead.
     """
     needed = results_needed(config)
-    made = [stage for stage in reversed(running_stages(config)) if needed & stage.checkpoint_keys.keys()]
-    if problems := [text for stage in made for text in stage.problems(config, data)]:
+    # What has no result to be given, as the evaluation, is always made.
+    made = [s for s in reversed(running_stages(config)) if not s.results or needed & s.checkpoint_keys.keys()]
+    if problems := dict.fromkeys(text for stage in made for text in stage.problems(config, data)):
         raise ConfigError("\n".join(problems))
 
 

@@ -93,8 +93,9 @@ def test_the_ledger_logs_what_is_declared():
 def test_the_evaluation_logs_what_is_declared():
     interval = {"mean": 1.0, "low": 0.5, "high": 1.5}
     against = dict.fromkeys(("gold_gain", "proxy_gain", "win_rate"), interval) | {"length_ratio": 1.0}
-    content = {"method": "ppo", "models": {"ppo": {"kl": interval}}, "comparisons": {"ppo_vs_sft": against}}
-    found = {f"evaluate/{name}" for name in evaluation_metrics(content, 10.0)}
+    model = {"kl": interval, "pass_at_4": interval, "pass_at_4/easy": interval}
+    content = {"method": "ppo", "models": {"ppo": model}, "comparisons": {"ppo_vs_sft": against}}
+    found = {f"evaluate/{name}".replace("_4", "_<k>") for name in evaluation_metrics(content, 10.0)}
     assert found == {name for name in catalogue() if name.startswith("evaluate/")}
 
 

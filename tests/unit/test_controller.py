@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from contracts.config import TandemConfig
-from contracts.records import Completion, Prompt, Rollout, Score
+from contracts.config import EvaluateConfig, SamplingConfig, TandemConfig
+from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score, row_text
 from controller.loop.controller import PPOController
+from controller.loop.held_out import HeldOut
 from controller.loop.unscored import ScoreError, scored
 
 
@@ -54,3 +55,37 @@ def test_an_update_without_any_score_ends_the_run_with_the_reasons(tmp_path: Pat
     with pytest.raises(ScoreError, match=r"2 of 2 rollouts of version 3 have no score .* reasons: \['wrong_type"):
         scored(rollouts, max_failed=1.0, policy_version=3, run_dir=tmp_path)
     assert len((tmp_path / "unscored.jsonl").read_text().splitlines()) == 2
+
+
+def test_held_out_prompts_are_answered_by_every_nth_version(tmp_path: Path) -> None:
+    """3 of 4 with a score are right; of source b/1 one of two."""
+    values, sources = [1.0, 0.5, 1.0, 2.0, None], ["b/1", "b/1", "a", "a", "a"]
+    prompts = [Prompt(i, "2 + 2 =", (i,), row_text({"source": source})) for i, source in enumerate(sources)]
+    asked: list[list[RolloutRequest]] = []
+
+    def sample(requests: list[RolloutRequest], sampling: SamplingConfig) -> list[Rollout]:
+        assert sampling.max_completion_tokens == 9
+        asked.append(requests)
+        empty = np.zeros(0, np.int32)
+        completion = Completion(empty, empty.astype(np.float32), empty, "stop", "")
+        return [Rollout(r.key, r.prompt, completion, {"proxy": Score(values[i])}) for i, r in enumerate(requests)]
+
+    config = EvaluateConfig(success=1.0, by="source", every=3, sampling=SamplingConfig(max_completion_tokens=9))
+    loop = controller(
+        tmp_path, held_out=HeldOut(prompts, config), dispatcher=SimpleNamespace(sample_held_out=sample), version=0
+    )
+    metrics = loop._answer_held_out()
+    assert metrics.pop("perf/heldout_s") >= 0
+    assert metrics == {
+        "heldout/accuracy": 0.75,
+        "heldout/accuracy/a": 1.0,
+        "heldout/accuracy/b_1": 0.5,
+        "heldout/score_mean": pytest.approx(4.5 / 4),
+        "heldout/unscored": 1.0,
+    }
+    for version, due in ((1, False), (2, False), (3, True)):
+        loop.version = version
+        assert bool(loop._answer_held_out()) is due
+    assert asked[0] == asked[1]  # the same seeds
+    loop.held_out = None
+    assert loop._answer_held_out() == {}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from ray.exceptions import RayActorError
 
-from contracts.config import ClusterConfig, PPOConfig
+from contracts.config import ClusterConfig, PPOConfig, SamplingConfig
 from contracts.interfaces import ActorLostError, CollectiveError, EngineLostError, LearnerLostError
-from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout
+from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout, RolloutRequest
 from contracts.weights import LoadReport, PublishReport, WeightUpdate
 from controller.data.prompts import PromptStream
 from controller.ledger.ledger import Ledger
@@ -653,3 +653,80 @@ def test_an_actor_that_joins_with_weights_of_before_the_rollback_gets_new_ones(t
     assert actors[0].work == []  # version 0, but of a learner that is gone
     dispatcher._publish_to_latecomers()
     assert len(actors[0].work) == 4
+
+
+def held_out(count: int) -> list[RolloutRequest]:
+    return [RolloutRequest(0, 0, Prompt(1000 + i, "held out", (1, i)), seed=i) for i in range(count)]
+
+
+def in_background(dispatcher: Dispatcher, wanted: list[RolloutRequest]) -> "Future[list[Rollout]]":
+    """The controller's wait, in a thread; the test is the actors."""
+    found: Future[list[Rollout]] = Future()
+
+    def ask() -> None:
+        try:
+            found.set_result(dispatcher.sample_held_out(wanted, SamplingConfig(max_completion_tokens=7)))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return found
+
+
+def eventually(holds: Any) -> None:
+    end = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_held_out_prompts_are_no_rollouts_of_the_ledger() -> None:
+    """Between two updates: spread over the actors, in the order of the requests; what trains is as without them."""
+    actors, plain = [Actor(), Actor()], [Actor(), Actor()]
+    (dispatcher, ledger), (other, _) = start(actors), start(plain)
+    before, used = ledger.state_dict()[0], dispatcher.usage()
+    found = in_background(dispatcher, wanted := held_out(5))
+    eventually(lambda: [len(a.work) for a in actors] == [3, 2])
+    assert [a.request for a in actors[0].work] == wanted[::2]
+    assert all(a.scorers == ("proxy",) and a.lease < 0 for actor in actors for a in actor.work)
+    actors[1].finish(1, 0, generate_s=3.0)
+    actors[0].finish(0, 2, 1, generate_s=2.0)
+    assert [r.prompt.prompt_id for r in found.result(5)] == [1000, 1001, 1002, 1003, 1004]
+    assert ledger.state_dict()[0] == before
+    assert dispatcher.usage() == used
+    for one in (dispatcher, other):
+        one.admit_rollouts(updates_left=3)
+    with_them, without = ([[(a.request, a.scorers) for a in actor.work] for actor in crew] for crew in (actors, plain))
+    assert with_them == without
+
+
+def test_what_a_lost_actor_held_of_them_another_answers() -> None:
+    actors = [Actor(), Actor()]
+    dispatcher, _ = start(actors, fleet=Fleet(actors, Learner(actors), "", lambda *_: False, 1, print))  # type: ignore[arg-type]
+    found = in_background(dispatcher, held_out(4))
+    eventually(lambda: [len(a.work) for a in actors] == [2, 2])
+    actors[0].asked.pop()[0].set_exception(RayActorError())
+    eventually(lambda: len(actors[1].work) == 4)
+    assert sorted(actors[1].prompts) == [1000, 1001, 1002, 1003]
+    actors[1].finish(0, 1, 2, 3)
+    assert [r.prompt.prompt_id for r in found.result(5)] == [1000, 1001, 1002, 1003]
+
+
+def test_while_actors_work_ahead_their_rollouts_are_kept() -> None:
+    actor = Actor()
+    dispatcher, ledger = start([actor], staleness=1)
+    dispatcher.admit_rollouts(updates_left=5)
+    found = in_background(dispatcher, held_out(2))
+    eventually(lambda: len(actor.work) == 10)
+    actor.finish(*range(10))
+    assert [r.prompt.prompt_id for r in found.result(5)] == [1000, 1001]
+    assert len(dispatcher.wait_for_batch(0)) == 4
+    assert ledger.counts["fenced"] == 0
+
+
+def test_an_interrupt_ends_the_wait_for_held_out_prompts() -> None:
+    dispatcher, _ = start([Actor()])
+    found = in_background(dispatcher, held_out(2))
+    dispatcher.interrupt()
+    with pytest.raises(Stopping):
+        found.result(5)

@@ -29,6 +29,7 @@ from reward_service.call_forms import ACCEPTED
 OUTSIDE = {
     "null or at least 2": 1,
     "at least 1": 0,
+    "a list of different numbers from 1 on": [],
     "at least 2, as one prompt has no confidence interval": 1,
     "at least 2, as the newest commit may turn out bad": 1,
     "at least 2, as the best of one is SFT": 1,
