@@ -391,8 +391,8 @@ class JudgeConfig:
 class ScorerConfig:
     """One scorer of the reward service: docs/reward_service.md."""
 
-    # model | function | verifier | judge | weighted_sum | ensemble | by_source (reward_service/kinds), or package.module:KIND:
-    # docs/extending.md
+    # model | function | verifier | judge | weighted_sum | ensemble | by_source (reward_service/kinds), or
+    # package.module:KIND: docs/extending.md
     kind: str = key("model", free=KIND)
     path: str | None = key(None, free=MODEL)  # model: directory of a checkpoint with one label, or a hub id
     # model: where the score is read. eos | last (as transformers' own class does, of what the chat template writes); null:
