@@ -6,7 +6,7 @@ ARGS ?=
 # Where studies/five_reasons/conf/arm comes from: a tuning that was run here, and for arms that it has not the one of the study in docs.
 TUNING := --tuning runs/five_reasons_tuning docs/results/study.json
 # Most of the tests' time is the start of processes, which uses one core: two files at a time, each with its own cores.
-TWO := -n 2 --dist loadfile
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo demo-long demo-verify study-quick study study-tuning test test-unit test-full test-chaos test-fuzz lint bench lock clean
 help: ## list the targets
