@@ -18,7 +18,7 @@ from os import killpg
 from pathlib import Path
 from typing import Any
 
-from reward_service.processes import end_children
+from reward_service.processes import children, end_children
 
 RUNNER = Path(__file__).with_name("sandbox_runner.py")
 GRACE_S = 1.5  # for what surrounds the tests
@@ -69,7 +69,7 @@ def outputs(code: str, tests: Tests, limits: Limits) -> dict[int, str]:
 
 
 def _run(code: str, tests: Tests, limits: Limits, enclose: bool, word: str = "") -> list[str]:
-    folder = tempfile.mkdtemp(prefix="tandem-code-")
+    folder, others = tempfile.mkdtemp(prefix="tandem-code-"), children()
     job: dict[str, Any] = {
         "code": code,
         "word": word,
@@ -99,7 +99,7 @@ def _run(code: str, tests: Tests, limits: Limits, enclose: bool, word: str = "")
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
-        end_children()
+        end_children(but=others)
         shutil.rmtree(folder, ignore_errors=True)
     if process.returncode > 0:
         raise SandboxError(f"the process that runs tests ended with {process.returncode}")

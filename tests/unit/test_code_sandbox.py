@@ -1,6 +1,7 @@
 """Code of completions in its sandbox: what it cannot do, what counts as passing, and that nothing of it stays."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -41,6 +42,15 @@ def nothing_stays() -> Iterator[None]:
     while any(p.info["cmdline"] and str(RUNNER) in p.info["cmdline"] for p in psutil.process_iter(["cmdline"])):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def neighbour() -> Iterator[None]:
+    """A process of whoever asks, and what that has started, are none of the sandbox's business."""
+    with subprocess.Popen(["sh", "-c", "sleep 300 & wait"], start_new_session=True) as process:
+        yield
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
