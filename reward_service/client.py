@@ -23,6 +23,11 @@ class Reply:
     retry_after_s: float = 0.0
 
 
+def wished_pause_s(retry_after: str) -> float:
+    """Seconds of the header `Retry-After`; its other form, a date, is rare and counts as no wish."""
+    return float(retry_after) if retry_after.isdecimal() else 0.0
+
+
 def with_retries(count: int, attempt: Callable[[list[int], float], Reply], budget_s: float) -> list[Score]:
     """Scores of `count` items; `attempt(rows, left_s)` is called again for the rows whose errors are worth it.
 

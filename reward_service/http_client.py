@@ -7,7 +7,7 @@ from typing import Any
 import requests
 
 from contracts.records import Score
-from reward_service.client import Reply, with_retries
+from reward_service.client import Reply, wished_pause_s, with_retries
 
 RETRIED = (408, 429)  # and every 5xx
 
@@ -70,7 +70,11 @@ class HttpClient:
         error = content.get("error", {}) if isinstance(content, dict) else {}
         if answer.status_code in RETRIED or answer.status_code >= 500:
             code = error.get("code", "unavailable")
-            return _failed(items, f"unavailable: HTTP {answer.status_code} {code}", _seconds(answer.headers))
+            return _failed(
+                items,
+                f"unavailable: HTTP {answer.status_code} {code}",
+                wished_pause_s(answer.headers.get("Retry-After", "")),
+            )
         kinds: dict[int, type[Exception]] = {401: PermissionError, 404: LookupError, 410: LookupError}
         raise kinds.get(answer.status_code, ValueError)(
             f"HTTP {answer.status_code}: {error.get('message', 'no reason')}"
@@ -94,9 +98,3 @@ def _score(item: dict[str, Any], version: str | None) -> Score:
         return Score(None, f"{item.get('code', 'unavailable')}{detail}", version=version)
     scored = (item["reward"], None, item["raw"], version, item.get("spread"), item["cached"], item["truncated"])
     return Score(*scored, parts=item.get("parts"))
-
-
-def _seconds(headers: Any) -> float:
-    """`Retry-After` in seconds; its other form, a date, is rare and counts as no wish."""
-    value = headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else 0.0

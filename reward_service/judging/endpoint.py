@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from contracts.checks.scorer_checks import read_tokens
 from contracts.config import JudgeConfig
-from reward_service.client import FIRST_PAUSE_S, LONGEST_PAUSE_S
+from reward_service.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, wished_pause_s
 from reward_service.isolate import Failed
 from reward_service.judging.scale import Reading, Scale, expected, of_tokens, written
 
@@ -233,10 +233,7 @@ def _fault(status: int, retry_after: str) -> Exception:
     code = RETRIED.get(status) or ("unavailable" if status >= 500 else None)
     if code is None:
         return RequestRefused(status)
-    # Its other form, a date, is rare and counts as no wish.
-    return _TryAgain(
-        f"{code}: HTTP {status} of the judge's server", float(retry_after) if retry_after.isdecimal() else 0.0
-    )
+    return _TryAgain(f"{code}: HTTP {status} of the judge's server", wished_pause_s(retry_after))
 
 
 async def _content(stream: Any) -> bytes:

@@ -6,7 +6,7 @@ import pytest
 
 from contracts.records import Score
 from reward_service import client
-from reward_service.client import Reply, with_retries
+from reward_service.client import Reply, wished_pause_s, with_retries
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +61,14 @@ def test_a_pause_that_outlasts_the_budget_is_not_begun(no_sleep: list[float]) ->
 
 def test_nothing_to_score_asks_nobody() -> None:
     assert with_retries(0, lambda rows, left_s: Reply([]), 1) == []
+
+
+def test_a_pause_is_wished_in_seconds() -> None:
+    assert [wished_pause_s(text) for text in ("7", "0", "", "²", "-1", "Wed, 21 Oct 2026 07:28:00 GMT")] == [
+        7,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
