@@ -2,6 +2,7 @@
 a scalar head (reward and value model). Both take packed sequences, so that no padding is computed."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,15 +10,25 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from common.models.forward import Form, backbone_name, head_logits, hidden_states
+from common.models.forward import Form, backbone_name, decoder_layers, head_logits, hidden_states
 from common.models.loading import normaliser, refuse_unloaded
+from common.models.lora import with_telling_adapter
 from common.models.packed_attention import Packed
 from common.models.proof import POLICY, SCALAR, Proof, prove
 from common.models.twin import make_twin
 from common.text.tokenizers import load_config
-from contracts.config import LearnerConfig, ModelConfig
+from contracts.config import LearnerConfig, LoraConfig, ModelConfig
 from learner.lean_layers import make_lean
 from learner.selected_logprobs import selected_logprobs
+
+
+@dataclass
+class Adapter:
+    """What trains of a model with LoRA; the rest of it is the checkpoint `base`, as it was loaded."""
+
+    lora: LoraConfig
+    base: str
+    fingerprint: str  # of the base
 
 
 class PolicyModel(nn.Module):
@@ -26,6 +37,7 @@ class PolicyModel(nn.Module):
     def __init__(self, lm: PreTrainedModel, layout: str):
         super().__init__()
         self.lm, self.layout = lm, layout
+        self.adapter: Adapter | None = None
 
     def forward(
         self,
@@ -63,6 +75,7 @@ class ScalarModel(nn.Module):
     def __init__(self, classifier: Any, layout: str):
         super().__init__()
         self.lm, self.layout = classifier, layout
+        self.adapter: Adapter | None = None
         old = getattr(classifier, "score", None)
         if not isinstance(old, nn.Linear) or old.out_features != 1 or old.bias is not None:
             raise TypeError(f"{type(classifier).__name__} has no linear `score` head of one label without a bias")
@@ -110,22 +123,23 @@ def prove_policy(config: Any, model: ModelConfig, learner: LearnerConfig, on_cpu
         packed = Packed.of(rows, lm.device)
         select = torch.arange(packed.input_ids.shape[1], device=lm.device)
         select = select[~torch.isin(select, packed.last)]
-        network = PolicyModel(_prepare(lm, learner, on_cpu), form.layout)
+        network = PolicyModel(with_telling_adapter(_prepare(lm, learner, on_cpu), model.lora), form.layout)
         return network(packed, select, packed.input_ids[0, select + 1])[0]
 
     remote = {"trust_remote_code": model.trust_remote_code}
-    return prove(POLICY, config, logprobs, learner.attention, on_cpu, **remote)
+    return prove(POLICY, config, logprobs, learner.attention, on_cpu, lora=model.lora, **remote)
 
 
 def prove_scalar(config: Any, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> Proof:
     def scores(classifier: PreTrainedModel, form: Form, rows: list[list[int]]) -> torch.Tensor:
         packed = Packed.of(rows, classifier.device)
-        return ScalarModel(_prepare(classifier, learner, on_cpu), form.layout)(packed, packed.last)
+        network = with_telling_adapter(_prepare(classifier, learner, on_cpu), model.lora)
+        return ScalarModel(network, form.layout)(packed, packed.last)
 
     plain = copy.deepcopy(config)  # the class knows no normaliser
     plain.score_mean, plain.score_std = 0.0, 1.0
     remote = {"trust_remote_code": model.trust_remote_code}
-    return prove(SCALAR, plain, scores, learner.attention, on_cpu, **remote)
+    return prove(SCALAR, plain, scores, learner.attention, on_cpu, lora=model.lora, **remote)
 
 
 def scalar_config(config: Any) -> Any:
@@ -178,14 +192,6 @@ def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTr
     if on_cpu:
         make_lean(lm)
     return lm
-
-
-def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
-    """The stack of decoder layers: the ModuleList of the backbone with as many as the configuration says. A vision tower's
-    may be longer."""
-    lists = [m for m in getattr(lm, backbone_name(lm)).modules() if isinstance(m, nn.ModuleList)]
-    layers = lm.config.get_text_config().num_hidden_layers
-    return next((m for m in lists if len(m) == layers), None) or max(lists, key=len)
 
 
 def freeze_below(lm: PreTrainedModel, trainable_layers: int | None, freeze_embeddings: bool) -> None:

@@ -1,0 +1,209 @@
+"""Directories of PEFT: an adapter, and the checkpoint that it belongs to.
+
+Beside PEFT's own files (adapter_config.json, adapter_model.safetensors) ours have tokenizer, config.json and
+generation_config.json, so that they are read as every checkpoint is, and `tandem_adapter.json` with the fingerprint of the base:
+a base of the same shapes and other weights would load without a word.
+"""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.files.fingerprints import checkpoint_fingerprint
+from common.models.loading import LoadingError
+from common.models.lora import (
+    ALL,
+    KINDS,
+    TRAINED,
+    adapter_parameters,
+    merged,
+    scale,
+)
+from contracts.config import LoraConfig
+
+SETTINGS, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "tandem_adapter.json"
+PREFIX = "base_model.model."  # of every name in PEFT's files
+HEAD = "score"  # of a reward model, which trains beside its adapter
+# What LoRA may be besides, in PEFT, and is not read here: by its key, what it is when it is not used.
+PLAIN: dict[str, Any] = {
+    "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {},
+    "target_parameters": None, "trainable_token_indices": None, "layer_replication": None, "exclude_modules": None,
+    "megatron_config": None, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None,
+}  # fmt: skip
+
+
+def is_adapter(path: str) -> bool:
+    return Path(path, SETTINGS).is_file()
+
+
+def split(path: str) -> tuple[str, str | None]:
+    """(base checkpoint, adapter directory) of an adapter's directory; (path, None) of any other checkpoint.
+
+    Raises:
+        LoadingError: the base is not there, or not named.
+    """
+    if not is_adapter(path):
+        return path, None
+    named = _settings_of(path).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise LoadingError(f"{path} must name the checkpoint that it belongs to; write base_model_name_or_path in {SETTINGS}")
+    beside = Path(path, named)
+    if not Path(named).is_dir() and beside.is_dir():
+        return str(beside), path
+    if not Path(named).is_dir() and (Path(named).is_absolute() or named.startswith(".") or named.count("/") > 1):
+        raise LoadingError(
+            f"{path} is an adapter of {named}, which is not there; put that checkpoint there, or write where it is as "
+            f"base_model_name_or_path in {SETTINGS}"
+        )
+    return named, path
+
+
+def lora_of(path: str) -> LoraConfig:
+    """What an adapter's directory says of it.
+
+    Raises:
+        LoadingError: it is of another kind than is computed here.
+    """
+    found = _settings_of(path)
+    kind, strange = found.get("peft_type"), [key for key, plain in PLAIN.items() if found.get(key) not in (None, plain)]
+    if kind != "LORA" or strange or found.get("modules_to_save") not in (None, [], [HEAD]):
+        what = f"peft_type {kind}" if kind != "LORA" else f"{(strange or ['modules_to_save'])[0]}"
+        raise LoadingError(f"{path} must be a plain adapter of LoRA or DoRA; found {what}; write one that was trained without")
+    targets = found.get("target_modules") or []
+    return LoraConfig(
+        rank=int(found["r"]),
+        alpha=float(found["lora_alpha"]),
+        targets=[ALL] if targets == ALL else sorted(targets) if isinstance(targets, list) else [str(targets)],
+        rslora=bool(found.get("use_rslora")),
+        dora=bool(found.get("use_dora")),
+    )
+
+
+def _settings_of(path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(path, SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise LoadingError(f"{path}: {SETTINGS} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise LoadingError(f"{path}: {SETTINGS} holds no settings")
+    return found
+
+
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """What an adapter's directory holds, by the names of the model's modules: `model.layers.0.mlp.up_proj.lora_A.weight`
+    [rank, in], `...lora_B.weight` [out, rank], of DoRA `...lora_magnitude_vector` [out], and `score.weight` of a reward model.
+
+    Raises:
+        LoadingError: something else is in it, or there is no such file.
+    """
+    file = Path(path, WEIGHTS)
+    if not file.is_file():
+        raise LoadingError(f"{path} must hold {WEIGHTS}; found none; write a directory as save_pretrained() of PEFT makes it")
+    with safe_open(file, framework="pt") as opened:
+        found = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    strange = [n for n in found if n != f"{HEAD}.weight" and not any(f".{kind}" in n for kind in KINDS)]
+    if strange:
+        raise LoadingError(f"{path} must hold an adapter alone; found {strange[0]} in {WEIGHTS}")
+    return found
+
+
+def modules_in(tensors: dict[str, Tensor]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".lora_")[0] for name in tensors if ".lora_" in name))
+
+
+@torch.no_grad()
+def fill(lm: nn.Module, tensors: dict[str, Tensor], path: str, name: str = TRAINED) -> None:
+    """Give the adapter `name` of `lm` the weights of `read_tensors`, each of them.
+
+    Raises:
+        LoadingError: one is of a module without this adapter, or of another shape.
+    """
+    there = adapter_parameters(lm, name)
+    for key, tensor in tensors.items():
+        if ".lora_" not in key:
+            continue
+        if key not in there or there[key].shape != tensor.shape:
+            found = f"{key} {list(tensor.shape)}"
+            wanted = f"which has {list(there[key].shape)}" if key in there else "which has no such module"
+            raise LoadingError(f"{path} must be an adapter of this model, {wanted}; found {found}")
+        there[key].copy_(tensor)
+
+
+def problem(path: str, key: str, base: str, lora: LoraConfig, revision: str | None, memory: Path | None) -> str | None:
+    """Why the adapter in the directory `path`, which the configuration names at `key`, is not one of the checkpoint `base`
+    with the settings of `model.lora`; None where it is.
+
+    Raises:
+        LoadingError: it cannot be read.
+    """
+    found, own = lora_of(path), replace(lora, init=LoraConfig.init, dropout=0.0)
+    for field in fields(LoraConfig):
+        mine, its = getattr(own, field.name), getattr(found, field.name)
+        if field.name != "targets" and mine != its:
+            return f"{key}={path} must have model.lora's {field.name}, {mine}; found {its}; write model.lora.{field.name}={its}"
+    if problem := other_base(path, base, revision, memory):
+        return f"{key}={path} must be an adapter of model.path={base}; {problem}; write the model.path that it was trained on"
+    return None
+
+
+def other_base(path: str, base: str, revision: str | None = None, memory: Path | None = None) -> str | None:
+    """Why `base` is not the checkpoint that the adapter was trained on, as far as its directory tells; None where it is."""
+    file = Path(path, OURS)
+    if not file.is_file():  # PEFT keeps no hash
+        return None
+    said, found = json.loads(file.read_text())["base"], checkpoint_fingerprint(base, revision, memory)
+    if said == found:
+        return None
+    return f"it was trained on a checkpoint with the hash {said[:12]}, {base} has {found[:12]}"
+
+
+def write(
+    path: str, lora: LoraConfig, tensors: dict[str, Tensor], base: str, fingerprint: str, is_reward_model: bool
+) -> None:
+    """The files of an adapter; `tensors` as `read_tensors` gives them."""
+    import peft
+
+    root, is_local = Path(path), Path(base).is_dir()
+    root.mkdir(parents=True, exist_ok=True)
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
+        target_modules=modules_in(tensors),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="SEQ_CLS" if is_reward_model else "CAUSAL_LM",
+        modules_to_save=[HEAD] if is_reward_model else None,
+        base_model_name_or_path=str(Path(base).absolute()) if is_local else base,
+        inference_mode=True,
+    )
+    settings.save_pretrained(path)
+    stored = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(stored, root / WEIGHTS, metadata={"format": "pt"})
+    (root / OURS).write_text(json.dumps({"base": fingerprint, "lora": asdict(lora)}, indent=1) + "\n")
+
+
+@torch.no_grad()
+def merge(lm: nn.Module, path: str) -> None:
+    """Add the adapter in the directory `path`, and the head that it may have, to the weights of `lm`, which has no adapters.
+
+    Raises:
+        LoadingError: it is not of this model.
+    """
+    lora, tensors = lora_of(path), read_tensors(path)
+    modules = dict(lm.named_modules())
+    for module in modules_in(tensors):
+        a, b = (tensors.get(f"{module}.{kind}.weight") for kind in KINDS[:2])
+        magnitude = tensors.get(f"{module}.{KINDS[2]}")
+        layer = modules.get(module)
+        fits = isinstance(layer, nn.Linear) and a is not None and b is not None and (magnitude is not None) == lora.dora
+        if not fits or layer.weight.shape != (b.shape[0], a.shape[1]):
+            raise LoadingError(f"{path} must be an adapter of {type(lm).__name__}; found one of {module}, which is not as in it")
+        layer.weight.copy_(merged(layer.weight, a, b, scale(lora), magnitude))
+    if (head := tensors.get(f"{HEAD}.weight")) is not None:
+        lm.get_submodule(HEAD).weight.copy_(head)
