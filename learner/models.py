@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from common.models.adapters import split
 from common.models.forward import Form, backbone_name, decoder_layers, head_logits, hidden_states
-from common.models.loading import normaliser, refuse_unloaded
+from common.models.loading import LoadingError, normaliser, refuse_adapter, refuse_unloaded
 from common.models.lora import with_telling_adapter
 from common.models.packed_attention import Packed
 from common.models.proof import POLICY, SCALAR, Proof, prove
@@ -93,29 +94,66 @@ class ScalarModel(nn.Module):
 
 
 def load_policy(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> PolicyModel:
-    """A causal language model, in the fastest form that was proved to be its class's own.
+    """A causal language model, in the fastest form that was proved to be its class's own. Of an adapter's directory it is
+    the base, without the adapter: `learner.adapted_models`.
     Raises:
         Unproven: no form computes it right.
         LoadingError: the checkpoint lacks weights of the model.
     """
-    proof = prove_policy(load_config(path, model), model, learner, on_cpu)
-    lm, _ = _load(AutoModelForCausalLM, path, model, proof)
+    if model.lora is None:
+        refuse_adapter(path, "path")
+    base, _ = split(path)
+    proof = prove_policy(load_config(base, model), model, learner, on_cpu)
+    lm, _ = _load(AutoModelForCausalLM, base, model, proof)
     return PolicyModel(_prepare(lm, learner, on_cpu), proof.layout)
 
 
-def load_scalar(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool, seed: int) -> ScalarModel:
+def load_scalar(
+    path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool, seed: int, base: PolicyModel | None = None
+) -> ScalarModel:
     """A reward or value model from a checkpoint of either kind. A language model gets a new head, drawn from
-    N(0, 1/sqrt(d + 1)) (Stiennon 2020), the same on every rank. Raises as `load_policy`."""
-    config = scalar_config(load_config(path, model))
+    N(0, 1/sqrt(d + 1)) (Stiennon 2020), the same on every rank. Raises as `load_policy`.
+
+    Args:
+        path: of an adapter's directory the base is loaded, with the adapter's configuration.
+        base: a policy of the same checkpoint, without an adapter yet, whose weights are taken instead of loaded ones.
+    """
+    if model.lora is None:
+        refuse_adapter(path, "path")
+    config, checkpoint = scalar_config(load_config(path, model)), split(path)[0]
     proof = prove_scalar(config, model, learner, on_cpu)
-    new = () if is_classifier(config) else ("score.weight",)
-    classifier, lacks = _load(AutoModelForSequenceClassification, path, model, proof, new, config=config)
+    if base is None:
+        new = () if is_classifier(config) and checkpoint == path else ("score.weight",)
+        classifier, lacks = _load(AutoModelForSequenceClassification, checkpoint, model, proof, new, config=config)
+    else:
+        classifier, lacks = _on_base(base.lm, config, model, proof), ["score.weight"]
     if lacks:  # the head; a checkpoint of a class that transformers does not know may have one
         generator = torch.Generator().manual_seed(seed)
         width = classifier.score.in_features
         weight = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
         classifier.score.weight.data.copy_(weight)
     return ScalarModel(_prepare(classifier, learner, on_cpu), proof.layout)
+
+
+def _on_base(lm: PreTrainedModel, config: Any, model: ModelConfig, proof: Proof) -> Any:
+    """A classifier whose backbone has the parameters and buffers of `lm`: the same tensors, not copies."""
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(
+            config,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=proof.attention,
+            trust_remote_code=model.trust_remote_code,
+        ).eval()
+    shared, mine = getattr(lm, backbone_name(lm)), getattr(classifier, backbone_name(classifier))
+    tensors = dict(shared.named_parameters()) | dict(shared.named_buffers())
+    for name in [*dict(mine.named_parameters()), *dict(mine.named_buffers())]:
+        where, _, last = name.rpartition(".")
+        if name not in tensors:
+            raise LoadingError(f"{type(classifier).__name__} has {name}, which {type(lm).__name__} does not have")
+        setattr(mine.get_submodule(where), last, tensors[name])
+    width = classifier.score.in_features
+    classifier.score = nn.Linear(width, 1, bias=False, dtype=getattr(torch, model.dtype), device=lm.device)
+    return classifier
 
 
 def prove_policy(config: Any, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> Proof:

@@ -1,5 +1,7 @@
-"""Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load."""
+"""Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load; with LoRA a directory
+of PEFT."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -9,9 +11,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from common.models import adapters
+from common.models.lora import saved_name
 from common.text.tokenizers import load_tokenizer
 from contracts.config import ModelConfig
 from learner.engine import Ranks, TrainEngine
+from learner.models import PolicyModel, ScalarModel
 
 
 def save_checkpoint(
@@ -55,6 +60,10 @@ def gather_checkpoint(
         lm = engine.model.lm
         for key, value in (config_fields or {}).items():
             setattr(lm.config, key, value)
+        if engine.model.adapter:
+            _write_adapter(path, engine.model, weights)
+            _tokenizer(tokenizer_from, **asdict(model)).save_pretrained(path)
+            return
         # Tied weights appear once in `weights`, as they do on disk.
         generation = lm.generation_config if lm.can_generate() else None
         try:
@@ -68,6 +77,18 @@ def gather_checkpoint(
         _tokenizer(tokenizer_from, **asdict(model)).save_pretrained(path)
 
     return write
+
+
+def _write_adapter(path: str, model: PolicyModel | ScalarModel, weights: dict[str, torch.Tensor]) -> None:
+    lm, of = model.lm, model.adapter
+    assert of is not None
+    tensors = {saved_name(name): tensor for name, tensor in weights.items()}
+    adapters.write(path, of.lora, tensors, of.base, of.fingerprint, isinstance(model, ScalarModel))
+    config = copy.deepcopy(lm.config)
+    config.architectures = [type(lm).__name__]
+    config.save_pretrained(path)
+    if lm.can_generate():
+        lm.generation_config.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
 
 
 @cache

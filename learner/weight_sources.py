@@ -8,6 +8,7 @@ from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
+from common.models.lora import saved_name, stored_name
 from learner.engine import TrainEngine
 
 
@@ -15,7 +16,9 @@ class EngineSource(WeightSource):
     """The weights of a `TrainEngine`. Iteration is a collective under ZeRO-3: all ranks iterate together.
 
     Names and layout are those of a checkpoint on disk, which engines read: transformers holds all experts of a layer in one
-    tensor, and a checkpoint has each by itself.
+    tensor, and a checkpoint has each by itself. With LoRA they are those of the adapter alone, by the modules of the base's
+    checkpoint: `model.layers.0.mlp.up_proj.lora_A.weight` [rank, in], `...lora_B.weight` [out, rank], and of DoRA
+    `...lora_magnitude_vector` [out].
     """
 
     def __init__(self, engine: TrainEngine):
@@ -34,6 +37,8 @@ class EngineSource(WeightSource):
 
     def _as_stored(self, weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         """As `save_pretrained` writes them. What it takes apart lies within one layer, and so within one group."""
+        if self._engine.model.adapter:
+            return [(stored_name(self._engine.model.lm, saved_name(name)), w) for name, w in weights.items()]
         return list(revert_weight_conversion(self._engine.model.lm, weights).items())
 
 

@@ -52,7 +52,9 @@ def split(path: str) -> tuple[str, str | None]:
         return path, None
     named = _settings_of(path).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
-        raise LoadingError(f"{path} must name the checkpoint that it belongs to; write base_model_name_or_path in {SETTINGS}")
+        raise LoadingError(
+            f"{path} must name the checkpoint that it belongs to; write base_model_name_or_path in {SETTINGS}"
+        )
     beside = Path(path, named)
     if not Path(named).is_dir() and beside.is_dir():
         return str(beside), path
@@ -74,7 +76,9 @@ def lora_of(path: str) -> LoraConfig:
     kind, strange = found.get("peft_type"), [key for key, plain in PLAIN.items() if found.get(key) not in (None, plain)]
     if kind != "LORA" or strange or found.get("modules_to_save") not in (None, [], [HEAD]):
         what = f"peft_type {kind}" if kind != "LORA" else f"{(strange or ['modules_to_save'])[0]}"
-        raise LoadingError(f"{path} must be a plain adapter of LoRA or DoRA; found {what}; write one that was trained without")
+        raise LoadingError(
+            f"{path} must be a plain adapter of LoRA or DoRA; found {what}; write one that was trained without"
+        )
     targets = found.get("target_modules") or []
     return LoraConfig(
         rank=int(found["r"]),
@@ -104,7 +108,9 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     """
     file = Path(path, WEIGHTS)
     if not file.is_file():
-        raise LoadingError(f"{path} must hold {WEIGHTS}; found none; write a directory as save_pretrained() of PEFT makes it")
+        raise LoadingError(
+            f"{path} must hold {WEIGHTS}; found none; write a directory as save_pretrained() of PEFT makes it"
+        )
     with safe_open(file, framework="pt") as opened:
         found = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     strange = [n for n in found if n != f"{HEAD}.weight" and not any(f".{kind}" in n for kind in KINDS)]
@@ -203,7 +209,9 @@ def merge(lm: nn.Module, path: str) -> None:
         layer = modules.get(module)
         fits = isinstance(layer, nn.Linear) and a is not None and b is not None and (magnitude is not None) == lora.dora
         if not fits or layer.weight.shape != (b.shape[0], a.shape[1]):
-            raise LoadingError(f"{path} must be an adapter of {type(lm).__name__}; found one of {module}, which is not as in it")
+            raise LoadingError(
+                f"{path} must be an adapter of {type(lm).__name__}; found one of {module}, which is not as in it"
+            )
         layer.weight.copy_(merged(layer.weight, a, b, scale(lora), magnitude))
     if (head := tensors.get(f"{HEAD}.weight")) is not None:
         lm.get_submodule(HEAD).weight.copy_(head)

@@ -192,12 +192,14 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor
     return found.to(weight.dtype)
 
 
-def stored_module(lm: Any, module: str) -> str:
-    """The name of a linear layer in a checkpoint, as engines read it; transformers may have another in memory.
+def stored_name(lm: Any, name: str) -> str:
+    """`saved_name` with the module as the base's checkpoint, which engines read, has it; transformers may have another name
+    in memory.
 
     Raises:
-        LoadingError: the checkpoint has it in parts, or as a part.
+        LoadingError: the checkpoint has the layer in parts, or as a part.
     """
+    module, kind, rest = name.partition(".lora_")
     shape = lm.get_submodule(module).weight.shape
     found = list(revert_weight_conversion(lm, {f"{module}.weight": torch.empty(shape, device="meta")}))
     if len(found) != 1 or not found[0].endswith(".weight"):
@@ -205,4 +207,4 @@ def stored_module(lm: Any, module: str) -> str:
             f"model.lora.targets must name layers that the checkpoint has as such; found {module} of {type(lm).__name__}, "
             f"which it has as {', '.join(found)}; write other targets"
         )
-    return found[0].removesuffix(".weight")
+    return found[0].removesuffix(".weight") + kind + rest

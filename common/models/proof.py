@@ -107,7 +107,9 @@ def prove(
     """
     build_options = {"trust_remote_code": False} | build_options
     start = time.perf_counter()
-    key = json.dumps([kind.name, attention, on_cpu, trains, lora and asdict(lora), config.to_dict()], sort_keys=True, default=str)
+    key = json.dumps(
+        [kind.name, attention, on_cpu, trains, lora and asdict(lora), config.to_dict()], sort_keys=True, default=str
+    )
     if key in _PROVED:
         return _PROVED[key]
     known = type(config) in kind.auto._model_mapping or kind.auto.__name__ in getattr(config, "auto_map", {})

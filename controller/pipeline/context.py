@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from common.files.fingerprints import checkpoint_fingerprint
+from common.files.fingerprints import MEMORY, checkpoint_fingerprint
 from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
@@ -18,7 +18,6 @@ from controller.cluster.signals import Stop
 from controller.commits.resume import RunDirectory
 from controller.data.datasets import fingerprint
 from controller.data.inputs import Inputs
-from controller.pipeline.ingredients import MEMORY
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 
