@@ -1,8 +1,8 @@
 """Models as a stage trains them: in full (or their top layers), or with LoRA as adapters and heads on a frozen base.
 
-A rank holds one base. The classifier of transformers around it, which is the value model, has the policy's own tensors in its
-backbone; the reference is the policy while another adapter counts, or none. Adapters and heads alone are trained, published
-and saved.
+A rank holds one base. The classifier of transformers around it, which is the value model, has the policy's own tensors in
+its backbone; the reference is the policy while another adapter counts, or none. Adapters and heads alone are trained,
+published and saved.
 """
 
 from pathlib import Path

@@ -3,7 +3,7 @@ of PEFT."""
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def gather_checkpoint(
             setattr(lm.config, key, value)
         if engine.model.adapter:
             _write_adapter(path, engine.model, weights)
-            _tokenizer(tokenizer_from, **asdict(model)).save_pretrained(path)
+            _tokenizer(tokenizer_from, **asdict(replace(model, lora=None))).save_pretrained(path)
             return
         # Tied weights appear once in `weights`, as they do on disk.
         generation = lm.generation_config if lm.can_generate() else None
@@ -74,7 +74,7 @@ def gather_checkpoint(
             lm.generation_config = generation
         if generation is not None:
             generation.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
-        _tokenizer(tokenizer_from, **asdict(model)).save_pretrained(path)
+        _tokenizer(tokenizer_from, **asdict(replace(model, lora=None))).save_pretrained(path)
 
     return write
 

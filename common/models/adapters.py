@@ -1,11 +1,12 @@
 """Directories of PEFT: an adapter, and the checkpoint that it belongs to.
 
 Beside PEFT's own files (adapter_config.json, adapter_model.safetensors) ours have tokenizer, config.json and
-generation_config.json, so that they are read as every checkpoint is, and `tandem_adapter.json` with the fingerprint of the base:
-a base of the same shapes and other weights would load without a word.
+generation_config.json, so that they are read as every checkpoint is, and `tandem_adapter.json` with the fingerprint of the
+base: one of the same shapes and other weights would load without a word.
 """
 
 import json
+import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common.files.fingerprints import checkpoint_fingerprint
 from common.models.loading import LoadingError
@@ -25,6 +27,7 @@ from common.models.lora import (
     merged,
     scale,
 )
+from contracts.checks.check import Check
 from contracts.config import LoraConfig
 
 SETTINGS, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "tandem_adapter.json"
@@ -66,6 +69,11 @@ def split(path: str) -> tuple[str, str | None]:
     return named, path
 
 
+def holder(path: str, file: str) -> str:
+    """Where `file` of the checkpoint at `path` is read: an adapter that others trained may leave it to its base."""
+    return path if not is_adapter(path) or Path(path, file).is_file() else split(path)[0]
+
+
 def lora_of(path: str) -> LoraConfig:
     """What an adapter's directory says of it.
 
@@ -101,7 +109,7 @@ def _settings_of(path: str) -> dict[str, Any]:
 
 def read_tensors(path: str) -> dict[str, Tensor]:
     """What an adapter's directory holds, by the names of the model's modules: `model.layers.0.mlp.up_proj.lora_A.weight`
-    [rank, in], `...lora_B.weight` [out, rank], of DoRA `...lora_magnitude_vector` [out], and `score.weight` of a reward model.
+    [rank, in], `...lora_B.weight` [out, rank], of DoRA `...lora_magnitude_vector` [out]; `score.weight` of a reward model.
 
     Raises:
         LoadingError: something else is in it, or there is no such file.
@@ -141,7 +149,7 @@ def fill(lm: nn.Module, tensors: dict[str, Tensor], path: str, name: str = TRAIN
         there[key].copy_(tensor)
 
 
-def problem(path: str, key: str, base: str, lora: LoraConfig, revision: str | None, memory: Path | None) -> str | None:
+def misfit(path: str, key: str, base: str, lora: LoraConfig, revision: str | None, memory: Path | None) -> str | None:
     """Why the adapter in the directory `path`, which the configuration names at `key`, is not one of the checkpoint `base`
     with the settings of `model.lora`; None where it is.
 
@@ -152,9 +160,12 @@ def problem(path: str, key: str, base: str, lora: LoraConfig, revision: str | No
     for field in fields(LoraConfig):
         mine, its = getattr(own, field.name), getattr(found, field.name)
         if field.name != "targets" and mine != its:
-            return f"{key}={path} must have model.lora's {field.name}, {mine}; found {its}; write model.lora.{field.name}={its}"
-    if problem := other_base(path, base, revision, memory):
-        return f"{key}={path} must be an adapter of model.path={base}; {problem}; write the model.path that it was trained on"
+            rule, instead = f"an adapter with model.lora's {field.name}, {mine}", f"model.lora={{{field.name}:{its}}}"
+            return Check(False, f"{key}={path}", rule, its, instead).message
+    problem = other_base(path, base, revision, memory)
+    if problem:
+        instead = "the model.path that it was trained on"
+        return Check(False, f"{key}={path}", f"an adapter of model.path={base}", problem, instead).message
     return None
 
 
@@ -202,16 +213,67 @@ def merge(lm: nn.Module, path: str) -> None:
         LoadingError: it is not of this model.
     """
     lora, tensors = lora_of(path), read_tensors(path)
-    modules = dict(lm.named_modules())
-    for module in modules_in(tensors):
-        a, b = (tensors.get(f"{module}.{kind}.weight") for kind in KINDS[:2])
+    for module, layer in _layers_of(lm, path, lora, tensors).items():
+        a, b = (tensors[f"{module}.{kind}.weight"] for kind in KINDS[:2])
         magnitude = tensors.get(f"{module}.{KINDS[2]}")
-        layer = modules.get(module)
-        fits = isinstance(layer, nn.Linear) and a is not None and b is not None and (magnitude is not None) == lora.dora
-        if not fits or layer.weight.shape != (b.shape[0], a.shape[1]):
-            raise LoadingError(
-                f"{path} must be an adapter of {type(lm).__name__}; found one of {module}, which is not as in it"
-            )
         layer.weight.copy_(merged(layer.weight, a, b, scale(lora), magnitude))
     if (head := tensors.get(f"{HEAD}.weight")) is not None:
-        lm.get_submodule(HEAD).weight.copy_(head)
+        lm.get_submodule(HEAD).get_parameter("weight").copy_(head)
+
+
+def _layers_of(lm: nn.Module, path: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, nn.Linear]:
+    """The layers of `lm` with an adapter in the directory `path`, by name. Raises LoadingError where one does not fit."""
+    found, modules = {}, dict(lm.named_modules())
+    for module in modules_in(tensors):
+        a, b = (tensors.get(f"{module}.{kind}.weight") for kind in KINDS[:2])
+        layer, has_magnitude = modules.get(module), f"{module}.{KINDS[2]}" in tensors
+        fits = isinstance(layer, nn.Linear) and a is not None and b is not None and has_magnitude == lora.dora
+        if not fits or (a.shape[0], layer.weight.shape) != (b.shape[1], (b.shape[0], a.shape[1])):
+            of = type(lm).__name__
+            raise LoadingError(f"{path} must be an adapter of {of}; found one of {module}, which does not fit it")
+        found[module] = layer
+    return found
+
+
+def check_fits(lm: nn.Module, path: str, key: str, base: str) -> None:
+    """Refuse an adapter, named by the configuration at `key`, that is not of `lm`, which may be without memory, or that was
+    trained on another checkpoint than `base`; and one of a reward model without its head.
+
+    Raises:
+        LoadingError: naming what does not fit.
+    """
+    tensors = read_tensors(path)
+    _layers_of(lm, path, lora_of(path), tensors)
+    head = tensors.get(f"{HEAD}.weight")
+    if "SequenceClassification" in type(lm).__name__ and (head is None or head.shape[0] != 1):
+        found = "none" if head is None else f"one of shape {list(head.shape)}"
+        instead = f"one that was trained with modules_to_save=[{HEAD}] and one label"
+        raise LoadingError(
+            Check(False, f"{key}={path}", f"an adapter with a scalar head {HEAD}.weight", found, instead).message
+        )
+    if problem := other_base(path, base):
+        raise LoadingError(
+            Check(False, f"{key}={path}", f"an adapter of {base}", problem, "the base of its training").message
+        )
+
+
+def write_merged(path: str, out: Path) -> None:
+    """The adapter in the directory `path` and its base as one plain checkpoint, in the base's own dtype.
+
+    Raises:
+        LoadingError: the base is not there, or another one.
+    """
+    base, _ = split(path)
+    if problem := other_base(path, base):
+        raise LoadingError(f"{path} does not belong to {base}: {problem}")
+    is_reward_model = _settings_of(path).get("task_type") == "SEQ_CLS"
+    auto: Any = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(holder(path, "config.json"), trust_remote_code=False)
+    options: dict[str, Any] = {"config": config} | ({"num_labels": 1} if is_reward_model else {})
+    lm = auto.from_pretrained(base, dtype="auto", trust_remote_code=False, use_safetensors=True, **options)
+    merge(lm, path)
+    lm.generation_config = None  # of which transformers refuses to save what many published ones hold
+    lm.save_pretrained(out)
+    for file in Path(path).iterdir():
+        if file.is_file() and file.name not in (SETTINGS, WEIGHTS, OURS, "config.json"):
+            shutil.copyfile(file, out / file.name)

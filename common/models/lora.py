@@ -154,7 +154,7 @@ def is_of_adapter(parameter: str, name: str) -> bool:
 def saved_name(parameter: str) -> str:
     """Of an adapter's parameter as PEFT's files have it, without their prefix."""
     for kind in KINDS:
-        module, found, rest = parameter.partition(f".{kind}.")
+        module, found, _ = parameter.partition(f".{kind}.")
         if found:
             return f"{module}.{kind}" + (".weight" if kind != "lora_magnitude_vector" else "")
     return parameter

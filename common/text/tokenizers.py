@@ -22,6 +22,9 @@ def load_tokenizer(path: str, model: ModelConfig) -> "Tokenizer":
     """The tokenizer of a checkpoint as the configuration of its model has it loaded."""
     from transformers import AutoTokenizer
 
+    from common.models.adapters import holder
+
+    path = holder(path, "tokenizer_config.json")
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     return with_date(AutoTokenizer.from_pretrained(path, **options), model.template_date)
 
@@ -30,6 +33,9 @@ def load_config(path: str, model: ModelConfig) -> Any:
     """The configuration of a checkpoint, likewise. Raises OSError or ValueError where there is none."""
     from transformers import AutoConfig
 
+    from common.models.adapters import holder
+
+    path = holder(path, "config.json")
     return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
