@@ -107,8 +107,7 @@ def _adapt(
         layer.requires_grad_(False)
     if isinstance(model, ScalarModel) and f"{HEAD}.weight" in tensors:
         model.lm.score.weight.copy_(tensors[f"{HEAD}.weight"])
-    revision = config.model.revision if base == config.model.path else None
-    model.adapter = Adapter(lora, base, checkpoint_fingerprint(base, revision, Path(config.cache_dir) / MEMORY))
+    model.adapter = Adapter(lora, base, checkpoint_fingerprint(base, memory=Path(config.cache_dir) / MEMORY))
 
 
 def reference_of(engine: TrainEngine, path: str, config: TandemConfig, ranks: Ranks) -> Any:

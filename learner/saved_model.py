@@ -1,7 +1,6 @@
 """Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load; with LoRA a directory
 of PEFT."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -61,7 +60,7 @@ def gather_checkpoint(
         for key, value in (config_fields or {}).items():
             setattr(lm.config, key, value)
         if engine.model.adapter:
-            _write_adapter(path, engine.model, weights)
+            _write_adapter(path, engine.model, weights, config_fields or {})
             _tokenizer(tokenizer_from, **asdict(replace(model, lora=None))).save_pretrained(path)
             return
         # Tied weights appear once in `weights`, as they do on disk.
@@ -79,14 +78,16 @@ def gather_checkpoint(
     return write
 
 
-def _write_adapter(path: str, model: PolicyModel | ScalarModel, weights: dict[str, torch.Tensor]) -> None:
-    lm, of = model.lm, model.adapter
+def _write_adapter(
+    path: str, model: PolicyModel | ScalarModel, weights: dict[str, torch.Tensor], fields: dict[str, Any]
+) -> None:
+    lm, of, is_reward_model = model.lm, model.adapter, isinstance(model, ScalarModel)
     assert of is not None
     tensors = {saved_name(name): tensor for name, tensor in weights.items()}
-    adapters.write(path, of.lora, tensors, of.base, of.fingerprint, isinstance(model, ScalarModel))
-    config = copy.deepcopy(lm.config)
-    config.architectures = [type(lm).__name__]
-    config.save_pretrained(path)
+    if is_reward_model:
+        text = lm.config.get_text_config()
+        fields = fields | {"num_labels": 1, "architectures": [type(lm).__name__], "pad_token_id": text.pad_token_id}
+    adapters.write(path, of.lora, tensors, of.base, of.fingerprint, fields, is_reward_model)
     if lm.can_generate():
         lm.generation_config.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common.microbatches import cut_padded
-from common.models.adapters import check_fits, holder, merge, split
+from common.models.adapters import check_fits, config_of, merge, split
 from common.models.forward import Form, hidden_states
 from common.models.loading import (
     LoadingError,
@@ -55,7 +55,7 @@ def check_reward_model(path: str, key: str) -> None:
         OSError, ValueError: where no model can be loaded from there.
     """
     base, adapter = split(path)
-    config = AutoConfig.from_pretrained(holder(path, "config.json"), trust_remote_code=False)
+    config = config_of(path, trust_remote_code=False)
     refuse_quantised(config, path, key)
     normaliser(config, path, key)
     # One label whatever the configuration says: a head of another shape is refused with its shape.
@@ -88,7 +88,7 @@ class RewardModel:
         on_cpu = not torch.cuda.is_available()
         check_reward_model(path, "path")
         base, adapter = split(path)
-        config = AutoConfig.from_pretrained(holder(path, "config.json"), trust_remote_code=False)
+        config = config_of(path, trust_remote_code=False)
         config.num_labels = 1
         proof = prove_scores(config, on_cpu)
         self.layout = proof.layout

@@ -1,13 +1,12 @@
 """Directories of PEFT: an adapter, and the checkpoint that it belongs to.
 
-Beside PEFT's own files (adapter_config.json, adapter_model.safetensors) ours have tokenizer, config.json and
-generation_config.json, so that they are read as every checkpoint is, and `tandem_adapter.json` with the fingerprint of the
-base: one of the same shapes and other weights would load without a word.
+Beside PEFT's own files (adapter_config.json, adapter_model.safetensors) ours have tokenizer, generation_config.json and
+`tandem_adapter.json`: the fingerprint of the base, as one of the same shapes and other weights would load unnoticed, and
+what training has set in its configuration. With a config.json of its own transformers would look for a whole model there.
 """
 
 import json
 import shutil
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,9 @@ def split(path: str) -> tuple[str, str | None]:
     """
     if not is_adapter(path):
         return path, None
+    if whole := sorted(Path(path).glob("model*.safetensors")):
+        rule, found = "a whole model or an adapter of PEFT", f"{whole[0].name} beside {SETTINGS}"
+        raise LoadingError(Check(False, path, rule, found, "a directory with one of them").message)
     named = _settings_of(path).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise LoadingError(
@@ -72,6 +74,34 @@ def split(path: str) -> tuple[str, str | None]:
 def holder(path: str, file: str) -> str:
     """Where `file` of the checkpoint at `path` is read: an adapter that others trained may leave it to its base."""
     return path if not is_adapter(path) or Path(path, file).is_file() else split(path)[0]
+
+
+def config_of(path: str, **options: Any) -> Any:
+    """The configuration of a checkpoint; of an adapter that of its base, with what training has set.
+
+    Raises:
+        LoadingError: as `split`.
+        OSError, ValueError: there is none.
+    """
+    base, adapter = split(path)
+    config = AutoConfig.from_pretrained(base, **options)
+    for key, value in set_by_training(adapter).items():
+        setattr(config, key, value)
+    return config
+
+
+def set_by_training(adapter: str | None) -> dict[str, Any]:
+    """What the training of an adapter has set in the configuration of its base, as a reward model's normaliser."""
+    return dict(_ours(adapter).get("config", {})) if adapter else {}
+
+
+def _ours(path: str) -> dict[str, Any]:
+    """What `write` has said of an adapter; nothing of those of others."""
+    file = Path(path, OURS)
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    if not isinstance(found, dict):
+        raise LoadingError(f"{file} must be as the training wrote it; found {type(found).__name__}")
+    return found
 
 
 def lora_of(path: str) -> LoraConfig:
@@ -149,41 +179,52 @@ def fill(lm: nn.Module, tensors: dict[str, Tensor], path: str, name: str = TRAIN
         there[key].copy_(tensor)
 
 
-def misfit(path: str, key: str, base: str, lora: LoraConfig, revision: str | None, memory: Path | None) -> str | None:
+def misfit(path: str, key: str, base: str, lora: LoraConfig, memory: Path | None = None) -> str | None:
     """Why the adapter in the directory `path`, which the configuration names at `key`, is not one of the checkpoint `base`
     with the settings of `model.lora`; None where it is.
 
     Raises:
         LoadingError: it cannot be read.
     """
-    found, own = lora_of(path), replace(lora, init=LoraConfig.init, dropout=0.0)
-    for field in fields(LoraConfig):
-        mine, its = getattr(own, field.name), getattr(found, field.name)
-        if field.name != "targets" and mine != its:
-            rule, instead = f"an adapter with model.lora's {field.name}, {mine}", f"model.lora={{{field.name}:{its}}}"
+    found = lora_of(path)
+    for name in ("rank", "alpha", "rslora", "dora"):
+        mine, its = getattr(lora, name), getattr(found, name)
+        if mine != its:
+            rule, instead = f"an adapter with model.lora's {name}, {mine}", f"model.lora={{{name}:{its}}}"
             return Check(False, f"{key}={path}", rule, its, instead).message
-    problem = other_base(path, base, revision, memory)
+    problem = other_base(path, base, memory)
     if problem:
         instead = "the model.path that it was trained on"
         return Check(False, f"{key}={path}", f"an adapter of model.path={base}", problem, instead).message
     return None
 
 
-def other_base(path: str, base: str, revision: str | None = None, memory: Path | None = None) -> str | None:
+def other_base(path: str, base: str, memory: Path | None = None) -> str | None:
     """Why `base` is not the checkpoint that the adapter was trained on, as far as its directory tells; None where it is."""
-    file = Path(path, OURS)
-    if not file.is_file():  # PEFT keeps no hash
+    said = _ours(path).get("base")
+    if said is None:  # PEFT keeps no hash
         return None
-    said, found = json.loads(file.read_text())["base"], checkpoint_fingerprint(base, revision, memory)
+    found = checkpoint_fingerprint(base, None, memory)
     if said == found:
         return None
     return f"it was trained on a checkpoint with the hash {said[:12]}, {base} has {found[:12]}"
 
 
 def write(
-    path: str, lora: LoraConfig, tensors: dict[str, Tensor], base: str, fingerprint: str, is_reward_model: bool
+    path: str,
+    lora: LoraConfig,
+    tensors: dict[str, Tensor],
+    base: str,
+    fingerprint: str,
+    config: dict[str, Any],
+    is_reward_model: bool,
 ) -> None:
-    """The files of an adapter; `tensors` as `read_tensors` gives them."""
+    """The files of an adapter.
+
+    Args:
+        tensors: as `read_tensors` gives them.
+        config: what training has set in the configuration of the base.
+    """
     import peft
 
     root, is_local = Path(path), Path(base).is_dir()
@@ -202,7 +243,7 @@ def write(
     settings.save_pretrained(path)
     stored = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(stored, root / WEIGHTS, metadata={"format": "pt"})
-    (root / OURS).write_text(json.dumps({"base": fingerprint, "lora": asdict(lora)}, indent=1) + "\n")
+    (root / OURS).write_text(json.dumps({"base": fingerprint, "config": config}, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -268,7 +309,7 @@ def write_merged(path: str, out: Path) -> None:
         raise LoadingError(f"{path} does not belong to {base}: {problem}")
     is_reward_model = _settings_of(path).get("task_type") == "SEQ_CLS"
     auto: Any = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(holder(path, "config.json"), trust_remote_code=False)
+    config = config_of(path, trust_remote_code=False)
     if is_reward_model:
         config.num_labels = 1
     options: dict[str, Any] = {"config": config, "dtype": "auto", "use_safetensors": True}
@@ -278,5 +319,5 @@ def write_merged(path: str, out: Path) -> None:
         lm.generation_config = GenerationConfig()  # transformers refuses to save what many published ones hold
     lm.save_pretrained(out)
     for file in Path(path).iterdir():
-        if file.is_file() and file.name not in (SETTINGS, WEIGHTS, OURS, "config.json"):
+        if file.is_file() and file.name not in (SETTINGS, WEIGHTS, OURS):
             shutil.copyfile(file, out / file.name)

@@ -31,12 +31,9 @@ def load_tokenizer(path: str, model: ModelConfig) -> "Tokenizer":
 
 def load_config(path: str, model: ModelConfig) -> Any:
     """The configuration of a checkpoint, likewise. Raises OSError or ValueError where there is none."""
-    from transformers import AutoConfig
+    from common.models.adapters import config_of
 
-    from common.models.adapters import holder
-
-    path = holder(path, "config.json")
-    return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return config_of(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def vocab_size(path: str, model: ModelConfig) -> int:

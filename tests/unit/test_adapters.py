@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.models import adapters
+from common.models.adapters import config_of
 from common.models.loading import LoadingError
 from common.models.lora import adapter_parameters
 from contracts.config import TandemConfig
@@ -126,7 +127,7 @@ def test_a_reward_model_is_served_and_loads_in_peft(proxy: tuple[RewardModelTask
     served = RewardModel(str(path), "float32")
     check_golden(str(path), served.score, 1e-4)
     scores = [score.value for score in served.score(ROWS)]
-    said = json.loads((path / "config.json").read_text())
+    said = json.loads((path / "tandem_adapter.json").read_text())["config"]
     raw = task.score(ROWS)  # its own normaliser is 0 and 1
     assert scores == pytest.approx([(r - said["score_mean"]) / said["score_std"] for r in raw], abs=1e-4)
     base = AutoModelForSequenceClassification.from_pretrained(small_vocab, num_labels=1, dtype=torch.float32)
@@ -153,7 +154,7 @@ def test_the_value_model_starts_from_a_reward_models_adapter(
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert torch.equal(task.value.model.lm.score.weight, reward.model.lm.score.weight)
-    assert task.value.model.std == pytest.approx(json.loads((path / "config.json").read_text())["score_std"])
+    assert task.value.model.std == pytest.approx(config_of(str(path)).score_std)
     before = weights(task)
     update(task, 0)
     moved = {name for name, weight in weights(task).items() if not torch.equal(weight, before[name])}
@@ -170,16 +171,16 @@ def test_an_adapter_of_another_base_is_named(
     config, path = make_lora_config(), str(sft[1])
     lora, base, other = config.model.lora, config.model.path, tmp_path / "other"
     assert lora is not None
-    assert adapters.misfit(path, "sft_model", base, lora, None, None) is None
+    assert adapters.misfit(path, "sft_model", base, lora) is None
     shutil.copytree(base, other)
     model = AutoModelForCausalLM.from_pretrained(other)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     model.save_pretrained(other)
-    found = adapters.misfit(path, "sft_model", str(other), lora, None, None)
+    found = adapters.misfit(path, "sft_model", str(other), lora)
     assert found is not None
     assert f"sft_model={path} must be an adapter of model.path={other}; found it was trained on" in found
     lora.rank = 8
-    found = adapters.misfit(path, "sft_model", base, lora, None, None)
+    found = adapters.misfit(path, "sft_model", base, lora)
     assert found is not None
     assert "rank, 8; found 4; write model.lora={rank:4}" in found
 
