@@ -52,8 +52,8 @@ def flags_first(arguments: list[str]) -> list[str]:
 
 def whole_sections(arguments: list[str]) -> list[str]:
     """The same words, with an override in a section that may be null (`model.lora={rank:8}`, `model.lora.rank=8`) written as
-    one of the section around it (`model={lora:{rank:8}}`): OmegaConf 2.3 merges into a section that is null from there alone.
-    """
+    one of the section around it (`model={lora:{rank:8}}`): OmegaConf 2.3 merges into a section that is null from there
+    alone."""
     return [_whole(word) if "=" in word and not word.startswith(("-", "+", "~")) else word for word in arguments]
 
 

@@ -264,15 +264,20 @@ def merge(lm: nn.Module, path: str) -> None:
 
 def _layers_of(lm: nn.Module, path: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, nn.Linear]:
     """The layers of `lm` with an adapter in the directory `path`, by name. Raises LoadingError where one does not fit."""
-    found, modules = {}, dict(lm.named_modules())
+    found: dict[str, nn.Linear] = {}
+    modules = dict(lm.named_modules())
     for module in modules_in(tensors):
-        a, b = (tensors.get(f"{module}.{kind}.weight") for kind in KINDS[:2])
-        layer, has_magnitude = modules.get(module), f"{module}.{KINDS[2]}" in tensors
-        fits = isinstance(layer, nn.Linear) and a is not None and b is not None and has_magnitude == lora.dora
-        if not fits or (a.shape[0], layer.weight.shape) != (b.shape[1], (b.shape[0], a.shape[1])):
+        layer, shapes = modules.get(module), {k: t.shape for k, t in tensors.items() if k.startswith(f"{module}.lora_")}
+        wanted: dict[str, torch.Size] = {}
+        if isinstance(layer, nn.Linear):
+            rows, columns = layer.weight.shape
+            wanted[f"{module}.lora_A.weight"] = torch.Size([lora.rank, columns])
+            wanted[f"{module}.lora_B.weight"] = torch.Size([rows, lora.rank])
+            wanted |= {f"{module}.lora_magnitude_vector": torch.Size([rows])} if lora.dora else {}
+            found[module] = layer
+        if shapes != wanted:
             of = type(lm).__name__
             raise LoadingError(f"{path} must be an adapter of {of}; found one of {module}, which does not fit it")
-        found[module] = layer
     return found
 
 

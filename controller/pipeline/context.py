@@ -54,7 +54,9 @@ class StageContext:
     def common_inputs(self) -> dict[str, Any]:
         """What decides the result of every stage that trains."""
         config = self.config
-        return {
+        # Only where there is one: a new key would set the stages and commits of before aside.
+        lora = {"lora": config.model.lora} if config.model.lora else {}
+        return lora | {
             "format": 2,
             "seed": config.seed,
             "model": self.fingerprint(config.model.path, config.model.revision),
