@@ -55,7 +55,7 @@ def check_reward_model(path: str, key: str) -> None:
         OSError, ValueError: where no model can be loaded from there.
     """
     base, adapter = split(path)
-    config = config_of(path, trust_remote_code=False)
+    config = config_of(path)
     refuse_quantised(config, path, key)
     normaliser(config, path, key)
     # One label whatever the configuration says: a head of another shape is refused with its shape.
@@ -88,7 +88,7 @@ class RewardModel:
         on_cpu = not torch.cuda.is_available()
         check_reward_model(path, "path")
         base, adapter = split(path)
-        config = config_of(path, trust_remote_code=False)
+        config = config_of(path)
         config.num_labels = 1
         proof = prove_scores(config, on_cpu)
         self.layout = proof.layout

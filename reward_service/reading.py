@@ -106,4 +106,4 @@ def make_reading(path: str, read_at: str | None, append: str | None, tokenizer_p
     tokenizer = AutoTokenizer.from_pretrained(
         root if has_own else local_checkpoint(tokenizer_path), trust_remote_code=False
     )
-    return AtLast(tokenizer, config_of(str(root), trust_remote_code=False).get_text_config().pad_token_id, append)
+    return AtLast(tokenizer, config_of(str(root)).get_text_config().pad_token_id, append)

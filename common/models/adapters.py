@@ -76,7 +76,7 @@ def holder(path: str, file: str) -> str:
     return path if not is_adapter(path) or Path(path, file).is_file() else split(path)[0]
 
 
-def config_of(path: str, **options: Any) -> Any:
+def config_of(path: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The configuration of a checkpoint; of an adapter that of its base, with what training has set.
 
     Raises:
@@ -84,7 +84,7 @@ def config_of(path: str, **options: Any) -> Any:
         OSError, ValueError: there is none.
     """
     base, adapter = split(path)
-    config = AutoConfig.from_pretrained(base, **options)
+    config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
     for key, value in set_by_training(adapter).items():
         setattr(config, key, value)
     return config
@@ -314,7 +314,7 @@ def write_merged(path: str, out: Path) -> None:
         raise LoadingError(f"{path} does not belong to {base}: {problem}")
     is_reward_model = _settings_of(path).get("task_type") == "SEQ_CLS"
     auto: Any = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
-    config = config_of(path, trust_remote_code=False)
+    config = config_of(path)
     if is_reward_model:
         config.num_labels = 1
     options: dict[str, Any] = {"config": config, "dtype": "auto", "use_safetensors": True}

@@ -33,7 +33,7 @@ def load_config(path: str, model: ModelConfig) -> Any:
     """The configuration of a checkpoint, likewise. Raises OSError or ValueError where there is none."""
     from common.models.adapters import config_of
 
-    return config_of(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return config_of(path, model.trust_remote_code, model.revision)
 
 
 def vocab_size(path: str, model: ModelConfig) -> int:
