@@ -41,9 +41,11 @@ class Success:
 
     def measure(self, rollouts: list[Rollout]) -> None:
         """Take in the scores of a batch; a score of at least the threshold is a success."""
+        if self.threshold is None:
+            return
         for rollout in rollouts:
             score = rollout.scores.get("proxy")
-            if self.threshold is None or score is None or score.value is None:
+            if score is None or score.value is None:
                 continue
             epoch, prompt_id, _ = rollout.key
             counts = self._counts.get(prompt_id, [-1, 0, 0])
@@ -92,9 +94,9 @@ class Passes:
 
     def draw(self) -> Prompt:
         number, position = divmod(self.drawn, len(self))
-        if position == 0:
-            self._distances = self._success.distances(self._prompts)
-        if position == 0 or number != self._ordered[0]:
+        if number != self._ordered[0]:
+            if position == 0:  # else it was resumed, with what it began with
+                self._distances = self._success.distances(self._prompts)
             self._ordered = number, self._order(number)
         self.drawn += 1
         return self._ordered[1][position]

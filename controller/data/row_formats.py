@@ -65,8 +65,7 @@ def _comparison(row: dict, source: SourceConfig) -> dict:
     if choice not in (0, 1) or not isinstance(summaries, list) or len(summaries) != 2 or not isinstance(info, dict):
         raise LeftOut("a comparison needs info, two summaries and the choice 0 or 1", f"found choice {choice!r}")
     better, worse = (
-        one.get("text") if isinstance(one, dict) else None
-        for one in (summaries[int(choice)], summaries[1 - int(choice)])
+        one.get("text") if isinstance(one, dict) else None for one in (summaries[::-1] if choice else summaries)
     )
     asked = info.get("post") or info.get("article")
     return {**row, source.prompt_column: asked, source.chosen_column: better, source.rejected_column: worse}

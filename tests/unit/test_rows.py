@@ -84,7 +84,7 @@ def test_a_speaker_that_is_no_text_is_refused_by_row(jsonl: Any, tokenizer: Any,
     rows = [{"conversations": [{"from": who, "value": "Name a prime."}, {"from": "gpt", "value": "Seven."}]}
             for who in ("human", speaker)]  # fmt: skip
     message = refusal(load_sft, jsonl(*rows), CHAT, tokenizer, 99)
-    assert "row 1: conversations: a message needs a role of" in message or "row 1: messages: a message needs" in message
+    assert "row 1: messages: a message needs a role of" in message
     assert f"found {speaker!r}" in message
 
 
