@@ -17,6 +17,7 @@ from common.files.checkpoint_files import checkpoint_files
 from common.files.durable import replace_text
 
 PIECE_BYTES, READ_BYTES = 32 << 20, 1 << 20
+MEMORY = "fingerprints.json"  # in cache_dir
 REMEMBERED = 4096  # files
 # A file that was written this shortly ago may be written again without another time in its inode.
 SETTLED_S = 2.0
