@@ -29,16 +29,20 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.weight_receiver import WeightReceiver
-from contracts.config import EngineConfig, ModelConfig, SamplingConfig
+from common.models.adapters import lora_of, split, stored_adapter
+from common.models.lora import scale
+from common.processes.shared_memory import pack
+from contracts.config import EngineConfig, LoraConfig, ModelConfig, SamplingConfig
 from contracts.interfaces import EngineLostError
 from contracts.records import Completion
-from contracts.weights import LoadReport, Parameters, SegmentAddress, WeightUpdate
+from contracts.weights import LoadReport, Parameters, SegmentAddress, WeightsRefused, WeightUpdate
 
 SUBMIT_S = 1.0  # for which the engine stands still at most, while requests are submitted together
 
 
 class VLLMEngine:
-    """Raises what vLLM raises when the model cannot be loaded. One instance a process, `run` by the thread that made it."""
+    """Of a checkpoint, or of the directory of an adapter and its base. Raises what vLLM raises when the model cannot be
+    loaded. One instance a process, `run` by the thread that made it."""
 
     def __init__(
         self,
@@ -50,8 +54,9 @@ class VLLMEngine:
         seed: int = 0,
     ):
         self._end_ids = list(end_ids)
+        self._lora, (base, adapter) = model.lora, split(model.path)
         arguments: dict[str, Any] = {
-            "model": model.path,
+            "model": base,
             "revision": model.revision,
             "trust_remote_code": model.trust_remote_code,
             "dtype": model.dtype,
@@ -93,6 +98,8 @@ class VLLMEngine:
         self._steps = 0
         self._lost: BaseException | None = None
         self._weights = WeightReceiver(self.exchange)
+        if adapter:
+            self._exchange(*pack(stored_adapter(adapter, model)), 0, lora_of(adapter))
 
     # ---- any thread
 
@@ -193,24 +200,34 @@ class VLLMEngine:
         return self._weights.load(update)
 
     def exchange(self, parameters: Parameters, buffer: torch.Tensor, version: int) -> float:
-        """All of one update between two decoding steps. Returns the seconds that it took."""
+        """All of one update between two decoding steps; with `model.lora` it is the adapters. Returns the seconds that it
+        took.
 
-        def run() -> float:
-            start = time.perf_counter()
-            try:
-                self._engine.collective_rpc("start_weight_update")
-                update = {"parameters": parameters, "buffer": buffer}
-                self._engine.collective_rpc("update_weights", kwargs={"update_info": update})
-                self._engine.collective_rpc("finish_weight_update")
-            except BaseException as error:
-                self._lost = error  # some layers are new and some are old
-                raise
-            self._set_version(version)
-            return time.perf_counter() - start
+        Raises:
+            WeightsRefused: they are no adapters on the checkpoint that the engine has loaded, which goes on.
+        """
 
-        return self._call(run).result()
+        return self._call(lambda: self._exchange(parameters, buffer, version, self._lora)).result()
 
     # ---- the thread inside `run`
+
+    def _exchange(self, parameters: Parameters, buffer: torch.Tensor, version: int, lora: LoraConfig | None) -> float:
+        start = time.perf_counter()
+        update: dict[str, Any] = {"parameters": parameters, "buffer": buffer}
+        if lora is not None:
+            problem: Any = self._engine.collective_rpc(_misfit, args=(parameters, lora))[0]
+            if problem:
+                raise WeightsRefused(f"version {version}: {problem}")
+            update["lora_scale"] = scale(lora)
+        try:
+            self._engine.collective_rpc("start_weight_update")
+            self._engine.collective_rpc("update_weights", kwargs={"update_info": update})
+            self._engine.collective_rpc("finish_weight_update")
+        except BaseException as error:
+            self._lost = error  # some layers are new and some are old
+            raise
+        self._set_version(version)
+        return time.perf_counter() - start
 
     def _set_version(self, version: int | str) -> None:
         self._engine.set_weight_version(str(version))
@@ -309,6 +326,10 @@ class VLLMEngine:
             assert isinstance(output, RequestOutput)  # nothing is asked to pool
             if output.finished:
                 self._requests.pop(output.request_id).set_result(output)
+
+
+def _misfit(worker: Any, parameters: Parameters, lora: LoraConfig) -> str | None:
+    return worker.weight_transfer_engine.misfit(parameters, lora)
 
 
 def _forward(done: Future, result: Future, read: Callable[[Any], Any]) -> None:
