@@ -60,8 +60,8 @@ class VLLMEngine:
             "tensor_parallel_size": config.tensor_parallel_size,
             "enforce_eager": config.enforce_eager,
             "seed": seed,
-            # A prefix computed by older weights must never be reused after an update.
-            "enable_prefix_caching": False,
+            # Wherever vLLM has it for the architecture: the samples of a group compute their prompt once.
+            "enable_prefix_caching": None,
             # log p at the sampling temperature, as the learner computes it; the default ignores the temperature.
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": {"backend": weight_transfer},
@@ -108,14 +108,21 @@ class VLLMEngine:
             detokenize=True,
             output_kind=RequestOutputKind.FINAL_ONLY,  # else every step builds every request's output so far
         )
-        return self._request(token_ids, params, _completion)
+        return self._request(token_ids, params, _completion, shares_prefix=True)
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """What is submitted within starts in one decoding step, where that takes at most a second: the log-probabilities
-        of a request depend in the last bits on its neighbours, and so do not depend on the time."""
+        of a request depend in the last bits on its neighbours, and so do not depend on the time. An idle engine forgets
+        what prefixes it has seen, on which they depend in the same way."""
         submitted = threading.Event()
-        self._call(lambda: submitted.wait(SUBMIT_S))
+
+        def hold() -> None:
+            if not self._engine.has_unfinished_requests():
+                self._forget_prefixes()
+            submitted.wait(SUBMIT_S)
+
+        self._call(hold)
         try:
             yield
         finally:
@@ -165,7 +172,7 @@ class VLLMEngine:
         def run() -> None:
             if method == "set_weight_version":
                 assert argument is not None
-                self._engine.set_weight_version(str(argument["version"]))
+                self._set_version(argument["version"])
                 self._updating = False
                 return
             if method == "start_weight_update":
@@ -198,14 +205,35 @@ class VLLMEngine:
             except BaseException as error:
                 self._lost = error  # some layers are new and some are old
                 raise
-            self._engine.set_weight_version(str(version))
+            self._set_version(version)
             return time.perf_counter() - start
 
         return self._call(run).result()
 
     # ---- the thread inside `run`
 
-    def _request(self, token_ids: list[int], params: SamplingParams, read: Callable[[RequestOutput], Any]) -> Future:
+    def _set_version(self, version: int | str) -> None:
+        self._engine.set_weight_version(str(version))
+        self._forget_prefixes()
+
+    def _forget_prefixes(self) -> None:
+        """No request that starts from now on finds a prefix. vLLM's own way wants an engine without requests, and the salt
+        does not hold for those that wait: they have the version in which they came."""
+        core: Any = self._engine.engine_core  # vLLM's clients are several; this one is in this process
+        pool = core.engine_core.scheduler.kv_cache_manager.block_pool
+        pool.evict_blocks({block.block_id for block in pool.blocks if block.block_hash is not None})
+
+    def _salt(self) -> str:
+        """Requests of one salt share prefixes; a request that runs through an update goes on to fill blocks of its own."""
+        return self._engine.get_weight_version()
+
+    def _request(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        read: Callable[[RequestOutput], Any],
+        shares_prefix: bool = False,
+    ) -> Future:
         result: Future = Future()
         request_id = str(next(self._ids))
 
@@ -214,7 +242,10 @@ class VLLMEngine:
             raw.add_done_callback(lambda done: _forward(done, result, read))
             self._requests[request_id] = raw
             try:
-                self._engine.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+                prompt: Any = {"prompt_token_ids": token_ids}
+                self._engine.add_request(
+                    request_id, prompt | {"cache_salt": self._salt()} if shares_prefix else prompt, params
+                )
             except Exception as error:  # vLLM validates here; the caller of this one request must hear of it
                 del self._requests[request_id]
                 result.set_exception(error)
