@@ -135,8 +135,8 @@ def test_a_group_computes_its_prompt_once_and_a_turn_the_turns_before_it_not_aga
 
 
 def test_nothing_from_older_weights_is_shared(paths: list[Path]) -> None:
-    """Eight of one prompt, four at a time: an update comes when four run and four wait. Then the same version again, of other
-    weights."""
+    """Eight of one prompt, four at a time: an update comes when four run and four wait. Then the same version again, of
+    other weights."""
 
     def scenario(watched: Watched) -> dict[str, Any]:
         group = [prompt(1, 300)] * 8
