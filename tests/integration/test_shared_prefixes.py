@@ -1,10 +1,7 @@
 """Prompts that an engine computes once for several requests: a real vLLM, in float32, whose log-probabilities are held
 against those of its own `token_logprobs`, which looks for no prefix."""
 
-import json
-import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,28 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine_proof import in_fork, packed
-from common.processes.process_env import worker_env
+from actors.engine_proof import packed
 from contracts.config import EngineConfig, ModelConfig, SamplingConfig
 from contracts.records import Completion
 from tests.conftest import make_tiny_model
+from tests.forked_engine import beside_engine
 
 SAMPLING = SamplingConfig(max_completion_tokens=150, min_completion_tokens=149)
 BLOCK = 32  # tokens, which requests share as a whole
-Scenario = Callable[[Any, list[Path]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
-    before = dict(os.environ)
-    os.environ.update(worker_env(1, on_cpu=True))
-    torch.set_num_threads(1)
-    import actors.vllm_engine  # noqa: F401
-
+def paths(engine_environment: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("prefixes")
-    yield [make_tiny_model(folder / str(seed), torch.float32, tied=True, seed=seed) for seed in (0, 1)]
-    os.environ.clear()
-    os.environ.update(before)
+    return [make_tiny_model(folder / str(seed), torch.float32, tied=True, seed=seed) for seed in (0, 1)]
 
 
 class Watched:
@@ -86,24 +75,15 @@ class Watched:
         return float(np.concatenate(of_version).max())
 
 
-def said(path: Path, scenario: Callable[[Watched], dict[str, Any]], kv_cache_gib: float = 1 / 16, seqs: int = 4) -> Any:
-    """What `scenario` returns, run beside an engine in a process of its own."""
+def said(path: Path, scenario: Callable[[Watched], Any], kv_cache_gib: float = 1 / 16, seqs: int = 4) -> Any:
+    """What `scenario` returns beside an engine in a process of its own."""
+    watched: list[Watched] = []
 
-    def work(result: Path) -> None:
-        watched = Watched(path, kv_cache_gib, seqs)
+    def make() -> Any:
+        watched.append(Watched(path, kv_cache_gib, seqs))
+        return watched[0].engine
 
-        def run() -> None:
-            try:
-                answer = scenario(watched)
-            except BaseException as error:
-                answer = {"error": repr(error)}
-            result.write_text(json.dumps(answer))
-            os._exit(0)
-
-        threading.Thread(target=run).start()
-        watched.engine.run()
-
-    return in_fork(work)
+    return beside_engine(make, lambda _: scenario(watched[0]))
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
