@@ -1,4 +1,4 @@
-"""A real engine in a forked process, for tests that look inside: it is run by the thread that made it, until its process ends."""
+"""A real engine in a forked process, for tests that look inside. The thread that made it runs it, until its process ends."""
 
 import json
 import os
