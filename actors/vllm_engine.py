@@ -65,8 +65,6 @@ class VLLMEngine:
             "tensor_parallel_size": config.tensor_parallel_size,
             "enforce_eager": config.enforce_eager,
             "seed": seed,
-            # Wherever vLLM has it for the architecture: the samples of a group compute their prompt once.
-            "enable_prefix_caching": None,
             # log p at the sampling temperature, as the learner computes it; the default ignores the temperature.
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": {"backend": weight_transfer},
@@ -89,8 +87,13 @@ class VLLMEngine:
                 # Within a placement group vLLM would choose Ray, which takes no bundle with several GPUs.
                 "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else "uni",
             }
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        self._engine.set_weight_version("0")
+        options = EngineArgs(**arguments)
+        # The samples of a group compute their prompt once. Not where a layer has a recurrent state: what vLLM has for those
+        # wants prompts that may be cut.
+        options.enable_prefix_caching = options.create_model_config().attn_type == "decoder"
+        if options.enable_prefix_caching and on_cpu:
+            options.block_size = 32  # tokens; whole blocks are shared, and the default is 128
+        self._engine = LLMEngine.from_engine_args(options)
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._requests: dict[str, Future[RequestOutput]] = {}
         self._ids = count()
@@ -98,6 +101,8 @@ class VLLMEngine:
         self._steps = 0
         self._lost: BaseException | None = None
         self._weights = WeightReceiver(self.exchange)
+        self._salts = count()
+        self._set_version(0)
         if adapter:
             self._exchange(*pack(stored_adapter(adapter, model)), 0, lora_of(adapter))
 
@@ -206,7 +211,6 @@ class VLLMEngine:
         Raises:
             WeightsRefused: they are no adapters on the checkpoint that the engine has loaded, which goes on.
         """
-
         return self._call(lambda: self._exchange(parameters, buffer, version, self._lora)).result()
 
     # ---- the thread inside `run`
@@ -234,23 +238,22 @@ class VLLMEngine:
         self._forget_prefixes()
 
     def _forget_prefixes(self) -> None:
-        """No request that starts from now on finds a prefix. vLLM's own way wants an engine without requests, and the salt
-        does not hold for those that wait: they have the version in which they came."""
+        """What is computed from now on uses no prefix that was computed before. vLLM's own way to do so wants an engine
+        without requests; a salt that nobody had does it among them. Those that wait get it too. Those that run go on with
+        what they have, and should they be interrupted and start again, they look for nothing: what they compute until then
+        is from older weights in part, and has the salt that they began with."""
+        # Counted, as versions come again, of another publisher.
+        self._salt = f"{self._engine.get_weight_version()}.{next(self._salts)}"
         core: Any = self._engine.engine_core  # vLLM's clients are several; this one is in this process
-        pool = core.engine_core.scheduler.kv_cache_manager.block_pool
-        pool.evict_blocks({block.block_id for block in pool.blocks if block.block_hash is not None})
+        for request in core.engine_core.scheduler.requests.values():
+            if request.num_computed_tokens > 0:
+                request.skip_reading_prefix_cache = True
+            else:
+                request.cache_salt = self._salt
+                request.block_hashes.clear()
+                request.update_block_hashes()
 
-    def _salt(self) -> str:
-        """Requests of one salt share prefixes; a request that runs through an update goes on to fill blocks of its own."""
-        return self._engine.get_weight_version()
-
-    def _request(
-        self,
-        token_ids: list[int],
-        params: SamplingParams,
-        read: Callable[[RequestOutput], Any],
-        shares_prefix: bool = False,
-    ) -> Future:
+    def _request(self, token_ids: list[int], params: SamplingParams, read: Callable[[RequestOutput], Any]) -> Future:
         result: Future = Future()
         request_id = str(next(self._ids))
 
@@ -259,10 +262,8 @@ class VLLMEngine:
             raw.add_done_callback(lambda done: _forward(done, result, read))
             self._requests[request_id] = raw
             try:
-                prompt: Any = {"prompt_token_ids": token_ids}
-                self._engine.add_request(
-                    request_id, prompt | {"cache_salt": self._salt()} if shares_prefix else prompt, params
-                )
+                prompt: Any = {"prompt_token_ids": token_ids, "cache_salt": self._salt}
+                self._engine.add_request(request_id, prompt, params)
             except Exception as error:  # vLLM validates here; the caller of this one request must hear of it
                 del self._requests[request_id]
                 result.set_exception(error)
