@@ -120,7 +120,7 @@ class VLLMEngine:
             detokenize=True,
             output_kind=RequestOutputKind.FINAL_ONLY,  # else every step builds every request's output so far
         )
-        return self._request(token_ids, params, _completion, shares_prefix=True)
+        return self._request(token_ids, params, _completion)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -219,7 +219,8 @@ class VLLMEngine:
         start = time.perf_counter()
         update: dict[str, Any] = {"parameters": parameters, "buffer": buffer}
         if lora is not None:
-            problem: Any = self._engine.collective_rpc(_misfit, args=(parameters, lora))[0]
+            check: Any = _misfit
+            problem: Any = self._engine.collective_rpc(check, args=(parameters, lora))[0]
             if problem:
                 raise WeightsRefused(f"version {version}: {problem}")
             update["lora_scale"] = scale(lora)

@@ -123,7 +123,8 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
         def weights() -> Iterable[tuple[str, torch.Tensor]]:
             if scale is None:
                 return sent.items()
-            return merged_layers(self._base(), sent, layers, self.model_config.dtype, scale)
+            dtype: Any = self.model_config.dtype  # names are resolved by now
+            return merged_layers(self._base(), sent, layers, dtype, scale)
 
         with torch.no_grad():
             self._load(weights())
@@ -149,7 +150,8 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
             raise RuntimeError(f"{len(names)} parameters of the engine were not sent, the first is {names[0]}")
         for layer, kernel in self._kernels.items():
             if not self._takes_all and all(_is_untouched(part) for part in layer.modules() if _own_parameters(part)):
-                layer.quant_method.moe_kernel = kernel
+                method: Any = layer.quant_method
+                method.moe_kernel = kernel
         self._kernels.clear()
         borrowers = [layer for layer, _ in self._shared]
         for layer in sorted(self._incomplete(), key=borrowers.__contains__):  # after those that they share with
