@@ -32,7 +32,7 @@ from common.models.precision import cpu_flags
 from common.models.proof import row_logprobs
 from common.models.twin import LARGEST, NoTwin, telling_weights, twin_config
 from common.processes.process_env import worker_env
-from common.processes.shared_memory import layout, view
+from common.processes.shared_memory import pack
 from common.text.tokenizers import load_config, vocab_size
 from contracts.config import EngineConfig, ModelConfig
 from contracts.interfaces import EngineLostError
@@ -274,12 +274,7 @@ def packed(path: Path) -> tuple[Parameters, torch.Tensor]:
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    parameters = tuple((name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items())
-    slots, size = layout(parameters)
-    buffer = torch.zeros(size, dtype=torch.uint8)
-    for slot in slots:
-        view(buffer, slot).copy_(tensors[slot.name])
-    return parameters, buffer
+    return pack(tensors)
 
 
 def _twin(config: Any, narrow: bool, short: bool, max_model_len: int) -> Any:

@@ -5,6 +5,7 @@ fetched: from memory that is shared with the learner, or from Ray's object store
 sending end.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import (
     _get_original_loader,
@@ -24,7 +26,9 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
-from common.processes.shared_memory import Slot, layout, view
+from actors.adapter_merging import decoder_layer, merged_layers, misfit
+from common.processes.shared_memory import layout, view
+from contracts.config import LoraConfig
 from contracts.weights import Parameters
 
 BACKENDS = ("shared_memory", "ray_object")  # where the bytes come from makes no difference here
@@ -39,6 +43,9 @@ class HostInitInfo(WeightTransferInitInfo):
 class HostUpdateInfo(WeightTransferUpdateInfo):
     parameters: Parameters
     buffer: torch.Tensor  # uint8, packed
+    lora_scale: float | None = (
+        None  # of adapters on what was loaded first, which these are; None: these are all weights
+    )
 
 
 class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
@@ -73,6 +80,10 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
         ]
         self._past_loaders: list[torch.nn.Module] = []  # layers that the model fills by itself
         self._missing: list[str] = []
+        self._kernels: dict[torch.nn.Module, Any] = {}  # of experts, until their layer is packed again
+        self._takes_all = True  # of the update under way: a layer that is given nothing lacks its weights
+        self._base_shapes: dict[str, tuple[int, ...]] = {}
+        self._adapted: set[str] = set()  # decoder layers whose weights are not those of the checkpoint
 
     def init_transfer_engine(self, init_info: HostInitInfo) -> None:
         pass
@@ -81,6 +92,7 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
         for layer in self._names:
             method: Any = getattr(layer, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None and current_platform.is_cpu():
+                self._kernels[layer] = method.moe_kernel
                 method.moe_kernel = None  # on GPUs it is in captured graphs, and packs nothing
         initialize_layerwise_reload(self.model)
         for layer, name in self._shared:
@@ -90,18 +102,40 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
         for layer in self._past_loaders:
             _give_memory(layer)
 
+    def misfit(self, parameters: Parameters, lora: LoraConfig) -> str | None:
+        """Why `parameters` are no adapters on the checkpoint that was loaded first."""
+        if not self._base_shapes:
+            self._base_shapes = {name: tuple(weight.shape) for name, weight in self._base()}
+        return misfit(parameters, self._base_shapes, lora)
+
+    def _base(self) -> Iterable[tuple[str, torch.Tensor]]:
+        loader: Any = get_model_loader(self.vllm_config.load_config)  # the one of safetensors files, which it maps
+        return loader.get_all_weights(self.model_config, self.model)
+
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
         slots, _ = layout(update_info.parameters)
+        sent = {slot.name: view(update_info.buffer, slot) for slot in slots}
+        scale = update_info.lora_scale
+        self._takes_all = scale is None
+        adapted = set() if scale is None else {layer for name in sent if (layer := decoder_layer(name))}
+        layers, self._adapted = adapted | self._adapted, adapted
+
+        def weights() -> Iterable[tuple[str, torch.Tensor]]:
+            if scale is None:
+                return sent.items()
+            dtype: Any = self.model_config.dtype  # names are resolved by now
+            return merged_layers(self._base(), sent, layers, dtype, scale)
+
         with torch.no_grad():
-            self._load(slots, update_info.buffer)
+            self._load(weights())
             if self._missing:
                 # Once more, now that the layers that the model fills by itself have memory.
                 self.start_weight_update()
-                self._load(slots, update_info.buffer)
+                self._load(weights())
 
-    def _load(self, slots: list[Slot], buffer: torch.Tensor) -> None:
+    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         model: Any = self.model  # each of vLLM's has this method, and Module says nothing of it
-        model.load_weights((slot.name, view(buffer, slot)) for slot in slots)
+        model.load_weights(weights)
         for layer in self._incomplete():
             _give_memory(layer)
             _load_again(layer)
@@ -114,6 +148,11 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
             # vLLM would only warn, and sample from a mixture of old and new layers.
             names = sorted(self._missing)
             raise RuntimeError(f"{len(names)} parameters of the engine were not sent, the first is {names[0]}")
+        for layer, kernel in self._kernels.items():
+            if not self._takes_all and all(_is_untouched(part) for part in layer.modules() if _own_parameters(part)):
+                method: Any = layer.quant_method
+                method.moe_kernel = kernel
+        self._kernels.clear()
         borrowers = [layer for layer, _ in self._shared]
         for layer in sorted(self._incomplete(), key=borrowers.__contains__):  # after those that they share with
             _layerwise_process(layer, get_layerwise_info(layer))
@@ -124,11 +163,18 @@ class HostEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
                 layer.conv_weights.copy_(convolution._cpu_unpacked_conv_weight)
 
     def _incomplete(self) -> list[torch.nn.Module]:
-        """Layers with parameters that vLLM has not packed, because it has not counted all of their elements."""
-        return [layer for layer in self._names if _own_parameters(layer) and get_layerwise_info(layer).can_load()]
+        """Layers with parameters that vLLM has not packed, because it has not counted all of their elements. Those that an
+        adapter does not reach have none of them, and get back what they had from vLLM."""
+        waiting = [layer for layer in self._names if _own_parameters(layer) and get_layerwise_info(layer).can_load()]
+        return [layer for layer in waiting if self._takes_all or not _is_untouched(layer)]
 
     def shutdown(self) -> None:
         pass
+
+
+def _is_untouched(layer: torch.nn.Module) -> bool:
+    info = get_layerwise_info(layer)
+    return info.can_load() and not info.load_numel
 
 
 def _own_parameters(layer: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

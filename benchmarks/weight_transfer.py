@@ -4,7 +4,8 @@
 
 A stand-in maps the bytes, or gets and checks them, as an actor does, and copies all of them into memory of its own, where an
 engine would repack them: what is left is the transfer itself. Real engines exchange their weights too, which on CPU means to
-repack every linear layer; the pause is compared with that work alone, from private memory, with nothing else running.
+repack every linear layer; the pause is compared with that work alone, from private memory, with nothing else running. Then
+the same with adapters, which engines merge.
 """
 
 import argparse
@@ -31,10 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
+from actors.adapter_merging import decoder_layer
 from actors.rollout_actor import RolloutActor
 from actors.weight_receiver import WeightReceiver, as_tensor
 from common.processes.shared_memory import layout, view
-from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
+from contracts.config import EngineConfig, EnvironmentConfig, LoraConfig, ModelConfig, SamplingConfig
 from contracts.records import Prompt, RolloutRequest
 from contracts.weights import LoadReport, Parameters, PublishReport, SegmentAddress, WeightUpdate
 from learner.weight_publisher import WeightPublisher
@@ -45,6 +47,7 @@ TRANSPORTS = ("shared_memory", "ray_object")
 TIMEOUT_S = 300.0
 SEQUENCES = 8  # that an engine generates while it is given new weights
 COMPLETION_TOKENS = 100
+LORA = LoraConfig(rank=16)
 
 
 class Held(WeightSource):
@@ -60,11 +63,28 @@ class Held(WeightSource):
         yield from self._tensors.items()
 
 
+class RandomAdapter(Held):
+    """One of the rank of `LORA` on every linear layer of the decoder layers, in the dtype of the checkpoint."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        weights, self._tensors = self._tensors, {}
+        for name, weight in weights.items():
+            if weight.ndim == 2 and decoder_layer(name):
+                module, (rows, columns) = name.removesuffix(".weight"), weight.shape
+                self._tensors[f"{module}.lora_A.weight"] = (0.01 * torch.randn(LORA.rank, columns)).to(weight)
+                self._tensors[f"{module}.lora_B.weight"] = (0.01 * torch.randn(rows, LORA.rank)).to(weight)
+
+
 @ray.remote
 class Sender:
     def __init__(self, path: str):
-        self.source = Held(path)
+        self.path, self.source = path, Held(path)
         self.serial = 0
+
+    def send_adapters(self) -> None:
+        """From now on, in place of weights."""
+        self.source = RandomAdapter(self.path)
 
     def memcpy_s(self, repeats: int) -> float:
         """Seconds to copy the weights from one private buffer to another, both touched before."""
@@ -148,7 +168,7 @@ class MeasuredActor(RolloutActor):
         buffer = as_tensor(np.zeros(size, dtype=np.uint8))
         for slot in slots:
             view(buffer, slot).copy_(tensors[slot.name])
-        return median([engine._swap(parameters, buffer, 0) for _ in range(repeats + 1)][1:])
+        return median([engine.exchange(parameters, buffer, 0) for _ in range(repeats + 1)][1:])
 
 
 def get(reference: Any) -> Any:
@@ -207,23 +227,33 @@ def generating(sender: Any, actors: list[Any], repeats: int) -> dict[str, float]
     return dict(zip(keys, map(median, (seconds, prepare, pauses, observed)), strict=True))
 
 
-def engines(sender: Any, path: str, counts: list[int], repeats: int) -> list[dict[str, Any]]:
+def engines(
+    sender: Any, path: str, counts: list[int], repeats: int, lora: LoraConfig | None = None
+) -> list[dict[str, Any]]:
     rows = []
+    if lora is not None:
+        get(sender.send_adapters.remote())
     for count in counts:
         threads = max(1, (os.cpu_count() or 1) // count)
         options = {"num_cpus": 0, "runtime_env": {"env_vars": worker_env(threads, on_cpu=True)}}
         remote = ray.remote(concurrency_groups={"control": 8})(MeasuredActor).options(**options)
         config = EngineConfig(kv_cache_gib=0.5)
-        model, environment = ModelConfig(path=path, dtype="bfloat16"), EnvironmentConfig()
-        make = partial(remote.remote, model, config, "shared_memory", True, 2, None, environment)
+        model, environment = ModelConfig(path=path, dtype="bfloat16", lora=lora), EnvironmentConfig()
+        make = partial(remote.remote, model, config, "shared_memory", True, (2,), None, environment)
         actors = [make() for _ in range(count)]
         for actor in actors:
             actor.serve.remote()
         get([actor.ready.remote() for actor in actors])
-        repack = get(actors[0].repack_s.remote(path, repeats))
-        for backend in TRANSPORTS:
+        repack = get(actors[0].repack_s.remote(path, repeats)) if lora is None else None
+        for backend in TRANSPORTS if lora is None else TRANSPORTS[:1]:
             get(sender.connect.remote(backend, actors))
-            row = {"transport": backend, "engines": count, "threads": threads, "repack_s": repack}
+            row = {
+                "transport": backend,
+                "what": "weights" if lora is None else "adapters",
+                "engines": count,
+                "threads": threads,
+                "repack_s": repack,
+            }
             row |= {"idle": published(sender, repeats), "generating": generating(sender, actors, max(3, repeats // 2))}
             rows.append(row)
         for actor in actors:
@@ -245,15 +275,15 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(*map(str, [*cells, f"{r['s'] / ones[r['transport']]:.2f}", r["calls"]]))
     console.print(table)
     table = Table(title="Into real vLLM engines: ms, medians")
-    for name in ("transport", "engines", "threads", "idle: all", "generating: all", "before the pause"):
-        table.add_column(name, justify="left" if name == "transport" else "right")
-    for name in ("pause", "as the tokens show", "repacking alone", "s/GB"):
+    for name in ("transport", "what", "MB", "engines", "threads", "idle: all", "generating: all", "before the pause"):
+        table.add_column(name, justify="left" if name in ("transport", "what") else "right")
+    for name in ("pause", "as the tokens show", "repacking alone"):
         table.add_column(name, justify="right")
     for r in result["engines"]:
         idle, busy = r["idle"], r["generating"]
         times = [idle["s"], busy["s"], busy["prepare_s"], busy["pause_s"], busy["observed_pause_s"], r["repack_s"]]
-        cells = [r["transport"], r["engines"], r["threads"], *(f"{t * 1e3:.0f}" for t in times)]
-        table.add_row(*map(str, [*cells, f"{idle['s'] / gb:.2f}"]))
+        cells = [r["transport"], r["what"], f"{idle['gb'] * 1e3:.1f}", r["engines"], r["threads"]]
+        table.add_row(*map(str, cells), *("" if t is None else f"{t * 1e3:.0f}" for t in times))
     console.print(table)
 
 
@@ -285,7 +315,8 @@ def main() -> None:
             "options": {"model": Path(args.model).name, "repeats": args.repeats},
             "memcpy_s": get(sender.memcpy_s.remote(20)),
             "stand_ins": stand_ins(sender, args.receivers, args.repeats),
-            "engines": engines(sender, args.model, args.engines, args.repeats),
+            "engines": engines(sender, args.model, args.engines, args.repeats)
+            + engines(sender, args.model, args.engines, args.repeats, LORA),
         }
     finally:
         ray.shutdown()

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from common.models.adapters import read_tensors, split
+from common.models.adapters import on_meta, split, stored_adapter
 from common.models.lora import saved_name, stored_name, target_modules
-from common.text.tokenizers import load_config, local_checkpoint
+from common.text.tokenizers import local_checkpoint
 from contracts.config import ModelConfig
 from learner.engine import TrainEngine
 
@@ -74,13 +72,8 @@ class AdapterSource(WeightSource):
 
     def __init__(self, path: str, model: ModelConfig):
         base, adapter = split(path)
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(
-                load_config(path, model), trust_remote_code=model.trust_remote_code, dtype=torch.float32
-            )
-        tensors = read_tensors(adapter) if adapter else _idle_adapter(lm, base, model)
-        dtype = getattr(torch, model.dtype)
-        self._tensors = {stored_name(lm, name): t.to(dtype) for name, t in tensors.items() if ".lora_" in name}
+        tensors = stored_adapter(adapter, model) if adapter else _idle_adapter(base, model)
+        self._tensors = {name: tensor.to(getattr(torch, model.dtype)) for name, tensor in tensors.items()}
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
@@ -89,8 +82,8 @@ class AdapterSource(WeightSource):
         yield from self._tensors.items()
 
 
-def _idle_adapter(lm: Any, base: str, model: ModelConfig) -> dict[str, torch.Tensor]:
-    lora, found = model.lora, {}
+def _idle_adapter(base: str, model: ModelConfig) -> dict[str, torch.Tensor]:
+    lora, lm, found = model.lora, on_meta(base, model), {}
     assert lora is not None
     weights = dict(CheckpointSource(str(local_checkpoint(base)))) if lora.dora else {}
     for module in target_modules(lm, lora):
@@ -100,7 +93,7 @@ def _idle_adapter(lm: Any, base: str, model: ModelConfig) -> dict[str, torch.Ten
         if lora.dora:
             weight = weights[stored_name(lm, f"{module}.lora_A.weight").replace(".lora_A.", ".")]
             found[f"{module}.lora_magnitude_vector"] = torch.linalg.vector_norm(weight.float(), dim=1)
-    return found
+    return {stored_name(lm, name): tensor for name, tensor in found.items()}
 
 
 def stored_source(path: str, model: ModelConfig) -> WeightSource:

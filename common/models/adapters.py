@@ -7,6 +7,7 @@ what training has set in its configuration. With a config.json of its own transf
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from common.models.lora import (
     adapter_parameters,
     merged,
     scale,
+    stored_name,
 )
 from contracts.checks.check import Check
-from contracts.config import LoraConfig
+from contracts.config import LoraConfig, ModelConfig
 
 SETTINGS, WEIGHTS, OURS = ADAPTER, "adapter_model.safetensors", "tandem_adapter.json"
 PREFIX = "base_model.model."  # of every name in PEFT's files
@@ -156,7 +158,20 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     return found
 
 
-def modules_in(tensors: dict[str, Tensor]) -> list[str]:
+def on_meta(path: str, model: ModelConfig) -> Any:
+    """The language model of a checkpoint or an adapter, without memory: its names and shapes."""
+    config = config_of(path, model.trust_remote_code, model.revision)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code, dtype=torch.float32)
+
+
+def stored_adapter(path: str, model: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of the adapter in the directory `path`, by the modules of its base's checkpoint, which engines read."""
+    lm = on_meta(path, model)
+    return {stored_name(lm, name): t for name, t in read_tensors(path).items() if ".lora_" in name}
+
+
+def modules_in(tensors: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name.partition(".lora_")[0] for name in tensors if ".lora_" in name))
 
 

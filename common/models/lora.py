@@ -193,7 +193,7 @@ def scale(lora: LoraConfig) -> float:
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
     """W' = W + scale B A, computed in float32 and rounded once to the dtype of W [out, in]; of DoRA (Liu 2024) each row of
     W' is scaled to its magnitude [out]."""
-    found = weight.float() + scale * (b.float() @ a.float())
+    found = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
     if magnitude is not None:
         found *= (magnitude.float() / torch.linalg.vector_norm(found, dim=1))[:, None]
     return found.to(weight.dtype)

@@ -14,14 +14,14 @@ import mmap
 import os
 import struct
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from contracts.weights import SegmentAddress
+from contracts.weights import Parameters, SegmentAddress
 
 NAME = "tandem-weights"
 HEADER = struct.Struct("<16sq")
@@ -167,3 +167,13 @@ def layout(parameters: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[list[S
 def view(buffer: torch.Tensor, slot: Slot) -> torch.Tensor:
     """The parameter of `slot` as a view into the uint8 `buffer`."""
     return buffer[slot.offset : slot.offset + slot.nbytes].view(getattr(torch, slot.dtype)).view(slot.shape)
+
+
+def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[Parameters, torch.Tensor]:
+    """(layout, uint8 buffer) of tensors by name, as a sender makes them."""
+    parameters = tuple((name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items())
+    slots, size = layout(parameters)
+    buffer = torch.zeros(size, dtype=torch.uint8)
+    for slot in slots:
+        view(buffer, slot).copy_(tensors[slot.name])
+    return parameters, buffer
