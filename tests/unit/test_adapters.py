@@ -16,12 +16,14 @@ from common.models import adapters
 from common.models.adapters import config_of
 from common.models.loading import LoadingError
 from common.models.lora import adapter_parameters
+from common.processes.shared_memory import Segment, SegmentReader, layout
 from contracts.config import TandemConfig
 from contracts.records import PreferencePair
 from learner.engine import Ranks
 from learner.ppo import PPOTask
 from learner.reward_model import RewardModelTask
 from learner.sft import SFTTask
+from learner.weight_sources import EngineSource, stored_source
 from reward_service.model import RewardModel, check_golden, check_reward_model
 from tests.unit.test_lora import EXAMPLES, ROWS, logprobs, make_lora_config, padded_logprobs, ppo, randomise
 from tests.unit.test_rank_state import update, weights
@@ -162,6 +164,22 @@ def test_the_value_model_starts_from_a_reward_models_adapter(
     moved = {name for name, weight in weights(task).items() if not torch.equal(weight, before[name])}
     assert "value.score.weight" in moved
     assert "value.model.layers.0.mlp.up_proj.lora_B.default.weight" in moved
+
+
+def test_an_evaluation_sends_what_the_learner_had_sent(
+    sft: tuple[SFTTask, Path], make_lora_config: Callable[..., TandemConfig]
+) -> None:
+    task, path = sft
+    model = make_lora_config().model
+    sent, had = dict(stored_source(str(path), model)), dict(EngineSource(task.engine))
+    assert sent.keys() == had.keys()
+    assert [name for name in had if not torch.equal(sent[name], had[name])] == []
+    assert dict(stored_source(model.path, model)) == {}
+    empty = Segment(layout(())[1])  # in which such an update travels
+    assert empty.begin()
+    empty.commit(1)
+    with SegmentReader(empty.address).read(1) as payload:
+        assert payload.size == 0
 
 
 # ---- refused
