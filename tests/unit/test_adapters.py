@@ -1,6 +1,7 @@
 """Adapters as directories: what the stages leave loads in PEFT and transformers unchanged, and goes in again."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,13 @@ from contracts.config import TandemConfig
 from contracts.records import PreferencePair
 from learner.engine import Ranks
 from learner.ppo import PPOTask
+from learner.preference import PreferenceTask
 from learner.reward_model import RewardModelTask
 from learner.sft import SFTTask
 from learner.weight_sources import EngineSource, stored_source
 from reward_service.model import RewardModel, check_golden, check_reward_model
 from tests.unit.test_lora import EXAMPLES, ROWS, logprobs, make_lora_config, padded_logprobs, ppo, randomise
+from tests.unit.test_preference import pairs
 from tests.unit.test_rank_state import update, weights
 
 __all__ = ["make_lora_config"]
@@ -164,6 +167,26 @@ def test_the_value_model_starts_from_a_reward_models_adapter(
     moved = {name for name, weight in weights(task).items() if not torch.equal(weight, before[name])}
     assert "value.score.weight" in moved
     assert "value.model.layers.0.mlp.up_proj.lora_B.default.weight" in moved
+
+
+def test_dpo_goes_on_from_an_adapter(
+    sft: tuple[SFTTask, Path], make_lora_config: Callable[..., TandemConfig], ranks: Ranks, tmp_path: Path
+) -> None:
+    config, items = make_lora_config(), pairs(6)
+    config.preference.loss, config.preference.beta, config.preference.nll_coef = "dpo", 0.5, 0.0
+    config.preference.batch_size, config.preference.epochs = 6, 3
+    config.preference.optimizer.learning_rate, config.preference.optimizer.warmup_steps = 1e-2, 0
+    task = PreferenceTask(ranks, config, config.preference, str(sft[1]), items)
+    task.compute_reference(0, len(items))
+    # Where policy and reference are one, every margin is 0: -(0.8 + 0.2) log sigmoid(0) = log 2.
+    losses = [task.step(i)["preference/loss"] for i in range(task.num_steps())]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < losses[0] - 0.1
+    task.save(str(tmp_path / "dpo"))
+    base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = padded_logprobs(peft.PeftModel.from_pretrained(base, tmp_path / "dpo"))
+        torch.testing.assert_close(logprobs(task.engine), expected, rtol=0, atol=2e-5)
 
 
 def test_an_evaluation_sends_what_the_learner_had_sent(
