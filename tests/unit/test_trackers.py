@@ -22,6 +22,7 @@ from controller.alarms.rules import faults
 from controller.record.reader import load
 from controller.record.redaction import REDACTED
 from controller.record.run_log import RunLog
+from controller.record.trackers.wandb import Wandb
 from tests.conftest import ROOT, wandb_records
 
 CANARY = "canary-3f9c1d77"
@@ -69,6 +70,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     folders = {text: tmp_path_factory.mktemp("texts" if text else "plain") / "run" for text in (False, True)}
     with pytest.MonkeyPatch.context() as patch:
         forget_settings(patch)
+        patch.setattr(Wandb, "init_s", 60.0)  # what it writes is tested here, on a machine that may be busy
+        patch.setattr(Tracker, "close_s", staticmethod(lambda logger: 180.0))
         assert logged(folders[False], LoggerConfig(trackers=OURS, wandb="offline")).tracker_faults == {}
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folders[False]}/mlruns/mlflow.db")
         patch.chdir(folders[True].parent)  # where MLflow keeps the artifacts of a database by default
