@@ -105,8 +105,8 @@ def _option_check(name: str, value: Any, zero_stage: int) -> Check:
         rule = "left out: log-probabilities of quantised weights are not those of the engines, and the ratio would be wrong"
         return Check(False, key, rule, value, "learner.zero_stage=3 without it")
     if name not in KNOWN:
-        near = closest(name, KNOWN)
-        rule = f"an option of DeepSpeed that is known to go with the learner ({', '.join(KNOWN)})"
+        near, names = closest(name, KNOWN), ", ".join(KNOWN)
+        rule = f"an option of DeepSpeed that is known to go with the learner{'' if near else f' ({names})'}"
         return Check(False, key, rule, value, f"{KEY}.{near}" if near else "one of these")
     if short.startswith("stage3_") and zero_stage < 3:
         return Check(
