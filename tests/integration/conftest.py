@@ -86,6 +86,7 @@ def start_reward_service(proxy: Path, folder: Path) -> RewardService:
             "odd": ScorerConfig(**rule, function=f"{folder}/rules.py:odd"),
             "few": ScorerConfig(**rule, function=f"{folder}/rules.py:few"),
             "both": ScorerConfig(kind="ensemble", parts=["proxy", "odd"], std_coef=0.5),
+            "math": ScorerConfig(kind="verifier", verifier="math"),
         }
     )
     started.wait(120)
