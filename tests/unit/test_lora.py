@@ -176,9 +176,12 @@ def test_updates_of_one_base_are_those_of_two(
     monkeypatch.undo()
     expected = [update(apart, number) for number in range(2)]
     assert [update(shared, number) for number in range(2)] == expected
-    sharded = ppo(ranks, make_lora_config(zero=3))
-    for number, row in enumerate(expected):
-        assert update(sharded, number) == pytest.approx(row, rel=1e-4, abs=1e-6)
+    for offload in ("none", "optimizer", "parameters"):
+        config = make_lora_config(zero=3)
+        config.learner.offload = offload
+        sharded = ppo(ranks, config)
+        for number, row in enumerate(expected):
+            assert update(sharded, number) == pytest.approx(row, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 2), ("bfloat16", 3)])
