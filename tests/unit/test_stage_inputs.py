@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from contracts.config import ScorerConfig, TandemConfig
+from contracts.config import LoraConfig, ScorerConfig, TandemConfig
 from contracts.stages import find_stage
 from controller.data.inputs import Inputs
 from controller.pipeline.context import StageContext
@@ -19,6 +19,7 @@ DECIDES = {
     "seed": EVERY,
     "model.dtype": EVERY,
     "model.trust_remote_code": EVERY,
+    "model.lora": EVERY,
     "learner": EVERY,
     "cluster.num_learner_ranks": EVERY,
     "sft": ("sft", "filtered_sft"),
@@ -35,7 +36,7 @@ DECIDES = {
     "reward_service.max_tokens": ("ppo",),
 }
 OTHER = {"preference.loss": "rank", "ppo.init_from": "base", "reward_service.scorers": {"x": ScorerConfig()}}
-OTHER |= {"environment.options": {"x": 1}}
+OTHER |= {"environment.options": {"x": 1}, "learner.deepspeed": {"dump_state": True}, "model.lora": LoraConfig()}
 APART = ("data", "model.path", "model.revision")
 
 
