@@ -65,6 +65,7 @@ class VLLMEngine:
             "tensor_parallel_size": config.tensor_parallel_size,
             "enforce_eager": config.enforce_eager,
             "seed": seed,
+            "use_tqdm_on_load": False,  # an adapter reads the checkpoint again at every update
             # log p at the sampling temperature, as the learner computes it; the default ignores the temperature.
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": {"backend": weight_transfer},

@@ -8,9 +8,8 @@ from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from common.models.adapters import on_meta, split, stored_adapter
-from common.models.lora import saved_name, stored_name, target_modules
-from common.text.tokenizers import local_checkpoint
+from common.models.adapters import split, stored_adapter
+from common.models.lora import saved_name, stored_name
 from contracts.config import ModelConfig
 from learner.engine import TrainEngine
 
@@ -67,12 +66,12 @@ class CheckpointSource(WeightSource):
 
 
 class AdapterSource(WeightSource):
-    """The adapter in a directory, as `EngineSource` names it, in the dtype of `model`; of the base itself an adapter that
-    changes nothing: B is 0, DoRA's magnitudes are the norms of the weights' rows."""
+    """The adapter in a directory, as `EngineSource` names it, in the dtype of `model`; of the base itself nothing, which
+    leaves engines the base."""
 
     def __init__(self, path: str, model: ModelConfig):
-        base, adapter = split(path)
-        tensors = stored_adapter(adapter, model) if adapter else _idle_adapter(base, model)
+        _, adapter = split(path)
+        tensors = stored_adapter(adapter, model) if adapter else {}
         self._tensors = {name: tensor.to(getattr(torch, model.dtype)) for name, tensor in tensors.items()}
 
     def metadata(self) -> list[ParamMeta]:
@@ -80,20 +79,6 @@ class AdapterSource(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._tensors.items()
-
-
-def _idle_adapter(base: str, model: ModelConfig) -> dict[str, torch.Tensor]:
-    lora, lm, found = model.lora, on_meta(base, model), {}
-    assert lora is not None
-    weights = dict(CheckpointSource(str(local_checkpoint(base)))) if lora.dora else {}
-    for module in target_modules(lm, lora):
-        rows, columns = lm.get_submodule(module).weight.shape
-        found[f"{module}.lora_A.weight"] = torch.zeros(lora.rank, columns)
-        found[f"{module}.lora_B.weight"] = torch.zeros(rows, lora.rank)
-        if lora.dora:
-            weight = weights[stored_name(lm, f"{module}.lora_A.weight").replace(".lora_A.", ".")]
-            found[f"{module}.lora_magnitude_vector"] = torch.linalg.vector_norm(weight.float(), dim=1)
-    return {stored_name(lm, name): tensor for name, tensor in found.items()}
 
 
 def stored_source(path: str, model: ModelConfig) -> WeightSource:
