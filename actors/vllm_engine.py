@@ -226,9 +226,8 @@ class VLLMEngine:
         without requests; a salt that nobody had does it among them. Those that wait get it too. Those that run go on with
         what they have, and should they be interrupted and start again, they look for nothing: what they compute until then
         is from older weights in part, and has the salt that they began with."""
-        self._salt = (
-            f"{self._engine.get_weight_version()}.{next(self._salts)}"  # versions come again, of another publisher
-        )
+        # Counted, as versions come again, of another publisher.
+        self._salt = f"{self._engine.get_weight_version()}.{next(self._salts)}"
         core: Any = self._engine.engine_core  # vLLM's clients are several; this one is in this process
         for request in core.engine_core.scheduler.requests.values():
             if request.num_computed_tokens > 0:
