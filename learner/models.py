@@ -145,8 +145,8 @@ def _on_base(lm: PreTrainedModel, config: Any, model: ModelConfig, proof: Proof)
             trust_remote_code=model.trust_remote_code,
         ).eval()
     shared, mine = getattr(lm, backbone_name(lm)), getattr(classifier, backbone_name(classifier))
-    tensors = dict(shared.named_parameters()) | dict(shared.named_buffers())
-    for name in [*dict(mine.named_parameters()), *dict(mine.named_buffers())]:
+    tensors = _all_tensors(shared)
+    for name in _all_tensors(mine):
         where, _, last = name.rpartition(".")
         if name not in tensors:
             raise LoadingError(f"{type(classifier).__name__} has {name}, which {type(lm).__name__} does not have")
@@ -154,6 +154,12 @@ def _on_base(lm: PreTrainedModel, config: Any, model: ModelConfig, proof: Proof)
     width = classifier.score.in_features
     classifier.score = nn.Linear(width, 1, bias=False, dtype=getattr(torch, model.dtype), device=lm.device)
     return classifier
+
+
+def _all_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers under each name that they have."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return dict(named)
 
 
 def prove_policy(config: Any, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> Proof:

@@ -66,8 +66,8 @@ class CheckpointSource(WeightSource):
 
 
 class AdapterSource(WeightSource):
-    """The adapter in a directory, as `EngineSource` names it, in the dtype of `model`; of the base itself nothing, which
-    leaves engines the base."""
+    """The adapter in a directory, as `EngineSource` names it, in the dtype of `model`; of the base itself nothing, since an
+    engine's modules without an adapter are those of the base."""
 
     def __init__(self, path: str, model: ModelConfig):
         _, adapter = split(path)

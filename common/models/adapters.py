@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
+from common.files.checkpoint_files import ADAPTER, adapter_base
 from common.files.fingerprints import checkpoint_fingerprint
 from common.models.loading import LoadingError
 from common.models.lora import (
@@ -31,7 +32,7 @@ from common.models.lora import (
 from contracts.checks.check import Check
 from contracts.config import LoraConfig, ModelConfig
 
-SETTINGS, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "tandem_adapter.json"
+SETTINGS, WEIGHTS, OURS = ADAPTER, "adapter_model.safetensors", "tandem_adapter.json"
 PREFIX = "base_model.model."  # of every name in PEFT's files
 HEAD = "score"  # of a reward model, which trains beside its adapter
 # What LoRA may be besides, in PEFT, and is not read here: by its key, what it is when it is not used.
@@ -57,14 +58,12 @@ def split(path: str) -> tuple[str, str | None]:
     if whole := sorted(Path(path).glob("model*.safetensors")):
         rule, found = "a whole model or an adapter of PEFT", f"{whole[0].name} beside {SETTINGS}"
         raise LoadingError(Check(False, path, rule, found, "a directory with one of them").message)
-    named = _settings_of(path).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
+    _settings_of(path)
+    named = adapter_base(Path(path))
+    if named is None:
         raise LoadingError(
             f"{path} must name the checkpoint that it belongs to; write base_model_name_or_path in {SETTINGS}"
         )
-    beside = Path(path, named)
-    if not Path(named).is_dir() and beside.is_dir():
-        return str(beside), path
     if not Path(named).is_dir() and (Path(named).is_absolute() or named.startswith(".") or named.count("/") > 1):
         raise LoadingError(
             f"{path} is an adapter of {named}, which is not there; put that checkpoint there, or write where it is as "
@@ -216,9 +215,8 @@ def misfit(path: str, key: str, base: str, lora: LoraConfig, memory: Path | None
 
 def other_base(path: str, base: str, memory: Path | None = None) -> str | None:
     """Why `base` is not the checkpoint that the adapter was trained on, as far as its directory tells; None where it is."""
-    said = _ours(path).get("base")
-    if said is None:  # PEFT keeps no hash
-        return None
+    # PEFT keeps no hash, but a path.
+    said = _ours(path).get("base") or checkpoint_fingerprint(split(path)[0], None, memory)
     found = checkpoint_fingerprint(base, None, memory)
     if said == found:
         return None

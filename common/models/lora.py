@@ -58,6 +58,13 @@ def target_modules(lm: Any, lora: LoraConfig, top: int | None = None) -> list[st
                 f"{target}, {problem or 'which names none'}; write {instead}"
             )
         chosen.update(found)
+    owners: dict[int, str] = {}
+    for name in sorted(chosen):
+        if (other := owners.setdefault(id(inside[name].weight), name)) != name:
+            raise LoadingError(
+                f"model.lora.targets must name layers with weights of their own; found {other} and {name} of "
+                f"{type(lm).__name__}, which share theirs: merged, both adapters would count in both; write other targets"
+            )
     return [name for name in linear if name in chosen and int(name.removeprefix(f"{prefix}.").split(".")[0]) >= first]
 
 

@@ -20,6 +20,13 @@ def lora_checks(config: TandemConfig) -> list[Check]:
             "model.revision=null and the directory of that revision as model.path",
         ),
         Check(
+            config.reward_model.trainable_layers != 0,
+            "reward_model.trainable_layers",
+            "null or at least 1 with model.lora, as a directory of PEFT is of an adapter",
+            0,
+            "reward_model.trainable_layers=1",
+        ),
+        Check(
             not lora.dora or config.learner.zero_stage < 3,
             "model.lora.dora",
             "false with learner.zero_stage 3, as it needs the norms of weights that are gathered layer by layer",

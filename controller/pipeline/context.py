@@ -55,7 +55,9 @@ class StageContext:
         """What decides the result of every stage that trains."""
         config = self.config
         # Only where there is one: a new key would set the stages and commits of before aside.
-        lora = {"lora": config.model.lora} if config.model.lora else {}
+        # Adapters name their base by its path.
+        base = str(Path(config.model.path).absolute())
+        lora = {"lora": config.model.lora, "base": base} if config.model.lora else {}
         return lora | {
             "format": 2,
             "seed": config.seed,

@@ -11,16 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from common.files.fingerprints import checkpoint_fingerprint
 from common.models import adapters
 from common.models.adapters import config_of
 from common.models.loading import LoadingError
 from common.models.lora import adapter_parameters
+from common.processes.shared_memory import Segment, SegmentReader, layout
 from contracts.config import TandemConfig
 from contracts.records import PreferencePair
 from learner.engine import Ranks
 from learner.ppo import PPOTask
 from learner.reward_model import RewardModelTask
 from learner.sft import SFTTask
+from learner.weight_sources import EngineSource, stored_source
 from reward_service.model import RewardModel, check_golden, check_reward_model
 from tests.unit.test_lora import EXAMPLES, ROWS, logprobs, make_lora_config, padded_logprobs, ppo, randomise
 from tests.unit.test_rank_state import update, weights
@@ -87,25 +90,26 @@ def test_a_tied_head_stays_with_its_embeddings(
     assert not torch.equal(after.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
 
 
+@pytest.mark.parametrize("zero", [0, 3])
 def test_ppo_goes_on_from_an_adapter_which_is_its_reference(
-    sft: tuple[SFTTask, Path], make_lora_config: Callable[..., TandemConfig], ranks: Ranks
+    zero: int, sft: tuple[SFTTask, Path], make_lora_config: Callable[..., TandemConfig], ranks: Ranks
 ) -> None:
     task, path = sft
-    config = make_lora_config()
+    config = make_lora_config(zero=zero)
     config.ppo.trainable_layers = 1
     found = ppo(ranks, config, str(path))
     with torch.no_grad():
         expected = logprobs(task.engine)
         assert torch.equal(logprobs(found.policy), expected)
-    before = {name: p.detach().clone() for name, p in adapter_parameters(found.policy.model.lm).items()}
+    before = weights(found)
     for number in range(2):
         update(found, number)
     with torch.no_grad():
         assert torch.equal(logprobs(found.reference), expected)
         assert (logprobs(found.policy) - expected).abs().max() > 1e-3
-    after = adapter_parameters(found.policy.model.lm)
-    assert {name.split(".")[2] for name in after} == {"0", "1"}
-    assert {name.split(".")[2] for name, p in after.items() if not torch.equal(p, before[name])} == {"1"}
+    layers = {name: name.split(".")[3] for name in before if name.startswith("policy.")}
+    assert {*layers.values()} == {"0", "1"}
+    assert {layers[n] for n, p in weights(found).items() if n in layers and not torch.equal(p, before[n])} == {"1"}
 
 
 @pytest.fixture
@@ -162,6 +166,22 @@ def test_the_value_model_starts_from_a_reward_models_adapter(
     assert "value.model.layers.0.mlp.up_proj.lora_B.default.weight" in moved
 
 
+def test_an_evaluation_sends_what_the_learner_had_sent(
+    sft: tuple[SFTTask, Path], make_lora_config: Callable[..., TandemConfig]
+) -> None:
+    task, path = sft
+    model = make_lora_config().model
+    sent, had = dict(stored_source(str(path), model)), dict(EngineSource(task.engine))
+    assert sent.keys() == had.keys()
+    assert [name for name in had if not torch.equal(sent[name], had[name])] == []
+    assert dict(stored_source(model.path, model)) == {}
+    empty = Segment(layout(())[1])  # in which such an update travels
+    assert empty.begin()
+    empty.commit(1)
+    with SegmentReader(empty.address).read(1) as payload:
+        assert payload.size == 0
+
+
 # ---- refused
 
 
@@ -179,10 +199,30 @@ def test_an_adapter_of_another_base_is_named(
     found = adapters.misfit(path, "sft_model", str(other), lora)
     assert found is not None
     assert f"sft_model={path} must be an adapter of model.path={other}; found it was trained on" in found
+    (
+        Path(path) / "tandem_adapter.json"
+    ).unlink()  # as of an adapter that PEFT has written: the base is found by its path
+    assert adapters.misfit(path, "sft_model", base, lora) is None
+    found = adapters.misfit(path, "sft_model", str(other), lora)
+    assert found is not None
+    assert "found it was trained on" in found
     lora.rank = 8
     found = adapters.misfit(path, "sft_model", base, lora)
     assert found is not None
     assert "rank, 8; found 4; write model.lora={rank:4}" in found
+
+
+def test_another_base_is_another_checkpoint(sft: tuple[SFTTask, Path], small_vocab: Path, tmp_path: Path) -> None:
+    path = sft[1]
+    said = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": "../base"}))
+    shutil.copytree(small_vocab, tmp_path / "base")
+    assert adapters.split(str(path))[0] == str(path / "../base")
+    before = checkpoint_fingerprint(str(path))
+    assert checkpoint_fingerprint(str(path)) == before
+    settings = tmp_path / "base/config.json"
+    settings.write_text(settings.read_text() + " ")
+    assert checkpoint_fingerprint(str(path)) != before
 
 
 def test_a_base_that_is_not_there_is_named(sft: tuple[SFTTask, Path]) -> None:

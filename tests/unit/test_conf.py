@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
-from common.command_line import command_line_problems
+from common.command_line import command_line_problems, whole_sections
 from contracts.checks.overrides import unknown_overrides
 from contracts.checks.reference import page
 from contracts.checks.validation import validate
@@ -42,7 +42,7 @@ FILL_IN = {
 
 def composed(overrides: list[str]) -> TandemConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", overrides))
+        config = OmegaConf.to_object(compose("config", whole_sections(overrides)))
     assert isinstance(config, TandemConfig)
     return config
 

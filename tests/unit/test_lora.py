@@ -12,14 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from common.models.lora import adapter_parameters, merged
 from common.models.packed_attention import Packed
-from contracts.config import LoraConfig, TandemConfig
+from contracts.checks.validation import ConfigError
+from contracts.config import LoraConfig, ModelConfig, TandemConfig
 from contracts.records import Example
+from controller.start_checks.model_checks import check_weights_and_code
 from learner.engine import Ranks, TrainEngine
 from learner.models import load_policy
 from learner.ppo import PPOTask
 from learner.sft import SFTTask, example_nll
 from learner.weight_sources import EngineSource
 from tests.conftest import make_config
+from tests.tiny_models import make
 from tests.unit.test_ppo_task import EOS
 from tests.unit.test_rank_state import update, weights
 
@@ -236,3 +239,28 @@ def test_a_merged_weight_by_hand() -> None:
     assert torch.equal(merged(torch.eye(2), a, b, 2.0), expected)
     found = merged(torch.eye(2), a, b, 2.0, torch.tensor([5.0, 1.0]))
     np.testing.assert_allclose(found, [[3, 4], [6 / 205**0.5, 13 / 205**0.5]], rtol=1e-6)
+
+
+# ---- refused before a start
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "parts"),
+    [
+        ("llama", ["q_proj", "query"], ["LlamaForCausalLM", "found query, which names none", "gate_proj"]),
+        ("llama-tied", ["lm_head"], ["found lm_head, the LM head, which may be tied"]),
+        ("mixtral", ["all-linear"], ["experts, which are fused in 0.mlp.experts.gate_up_proj", "[k_proj,o_proj"]),
+        ("mixtral", ["gate_up_proj"], ["found gate_up_proj, experts that are fused"]),
+        ("gpt2", ["all-linear"], ["transposed (Conv1D), which is not supported; write model.lora=null"]),
+        ("zamba2", ["o_proj"], ["o_proj of Zamba2ForCausalLM, which share theirs"]),
+    ],
+)
+def test_what_cannot_have_adapters_is_named(
+    architecture: str, targets: list[str], parts: list[str], tmp_path: Path
+) -> None:
+    make(architecture, 0).save_pretrained(tmp_path / "model")
+    config = TandemConfig(model=ModelConfig(path=str(tmp_path / "model"), dtype="float32"), stage="pipeline")
+    config.model.lora = LoraConfig(targets=targets)
+    with pytest.raises(ConfigError) as refused:
+        check_weights_and_code(config)
+    assert [part for part in parts if part not in str(refused.value)] == []

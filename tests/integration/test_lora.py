@@ -1,0 +1,82 @@
+"""Adapters through the whole road with the real engines: SFT, reward model, PPO and evaluation on one base; a run that is
+stopped and resumed is the run that was never stopped."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from controller.commits import commit_store, export
+from tests.conftest import VADER
+from tests.integration.test_resume import UPDATES, Run
+
+LORA = (
+    "stage=pipeline",
+    "model.lora={rank:4,alpha:8}",
+    "sft_model=null",
+    "proxy_model=null",
+    *(f"data.{part}.path={VADER}/{file}.jsonl" for part, file in (("preferences", "proxy"), ("test", "test"))),
+    f"data.eval_prompts.path={VADER}/test.jsonl",
+    "sft.optimizer.learning_rate=5e-3",
+    "reward_model.optimizer.learning_rate=5e-3",
+    "ppo.optimizer.learning_rate=5e-3",
+    "evaluate.sampling.max_completion_tokens=12",
+    "evaluate.prompts=6",
+    "evaluate.bootstrap_samples=100",
+)
+
+
+class AdapterRun(Run):
+    @property
+    def model(self) -> bytes:
+        [file] = (self.folder / "cache/stages").glob("ppo-*/model/adapter_model.safetensors")
+        return file.read_bytes()
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def test_adapters_from_sft_to_evaluation_stopped_and_resumed(tiny_model: Path, tmp_path: Path) -> None:
+    unbroken, stopped = (AdapterRun(tmp_path / name, tiny_model, tiny_model, *LORA) for name in ("unbroken", "stopped"))
+    assert unbroken.finish() == 0, unbroken.printed[-4000:]
+    rows = [row for row in unbroken.metrics if row["stage"] == "ppo"]
+    assert [row["progress/version"] for row in rows] == list(range(1, UPDATES))
+    assert rows[0]["kl/ref_seq"] == 0.0  # the reference is SFT's adapter
+    assert rows[-1]["kl/ref_seq"] > 0.1
+    assert max(row["kl/mismatch_k3"] for row in rows) < 0.02  # the engine samples from what the learner has learnt
+    assert set(json.loads((unbroken.dir / "evaluation.json").read_text())["models"]) == {"base", "sft", "ppo"}
+
+    for stage in (unbroken.folder / "cache/stages").glob("[!p]*"):
+        shutil.copytree(stage, stopped.folder / "cache/stages" / stage.name)
+    with stopped.start() as driver:
+        stopped.wait_for(driver, "version 2 ")
+        driver.send_signal(signal.SIGTERM)
+        assert driver.stdout is not None
+        stopped.printed += driver.stdout.read()
+    assert driver.returncode == 75, stopped.printed[-4000:]
+    assert 0 < commit_store.steps(stopped.dir)[-1] < UPDATES
+    assert stopped.finish() == 0, stopped.printed[-4000:]
+    assert [r for r in stopped.metrics if r["stage"] == "ppo"] == rows
+    assert stopped.model == unbroken.model
+
+    # The base is nowhere but where it was: weights are bfloat16 there, masters and moments 12 bytes for each that trains.
+    base = (tiny_model / "model.safetensors").stat().st_size
+    commit = commit_store.verified(unbroken.dir, UPDATES).path
+    weights = [*commit.rglob("*.safetensors"), *(unbroken.folder / "cache/stages").rglob("*.safetensors")]
+    assert len(weights) >= 5
+    assert max(file.stat().st_size for file in weights) < 0.1 * base
+    assert size(commit) - size_of_tokenizer(commit) < 0.03 * (2 * 12 + 2) * base / 2
+    assert export.main([str(unbroken.dir), str(tmp_path / "out"), "--merged"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with safe_open(tiny_model / "model.safetensors", "pt") as plain:
+        name = "model.layers.1.mlp.up_proj.weight"
+        change = (merged.state_dict()[name].float() - plain.get_tensor(name).float()).abs().max()
+    assert change > 1e-3
+
+
+def size_of_tokenizer(commit: Path) -> int:
+    return sum(file.stat().st_size for file in (commit / "policy").glob("tokenizer*"))
