@@ -90,6 +90,7 @@ class PPOController:
         scorers = ["proxy", "gold"] if has_gold and ppo.gold_rollouts else ["proxy"]
         self.config = config
         self.stream = stream
+        self.fleet = fleet
         self.learner = learner
         self.log = log
         self.progress = progress
@@ -181,7 +182,9 @@ class PPOController:
             metrics |= self._publish()
         self.ledger.trained(self.version)
         metrics["fault/learner_restarts"] = float(self.recovery.num_restarts)
-        return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
+        return (
+            metrics | self.fleet.metrics() | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
+        )
 
     def _collect(self, updates_left: int) -> tuple[list[Rollout], dict[str, float]]:
         """What the update trains on, and metrics of all that was sampled for it: in one round, or with

@@ -10,11 +10,13 @@ order in which they come, so that an answer costs the same with one actor and wi
 An actor that is lost, or silent for `cluster.actor_silence_s`, costs the tokens that it was sampling: its leases end, others
 get them, and a new actor takes its place in a thread, while everything else goes on. It is handed work only when it serves
 the weights of the ledger's version. What an actor holds for much longer than usual, one with empty hands gets too.
+
+Who joins starts as a replacement does. Who leaves gets nothing new, has `cluster.leave_grace_s` to finish what it holds, and
+others get the rest.
 """
 
 import itertools
 import queue
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -27,11 +29,10 @@ from common.error_text import typed_line
 from contracts.config import ClusterConfig, PPOConfig, SamplingConfig
 from contracts.interfaces import CollectiveError, EngineLostError, LearnerLostError
 from contracts.records import Assignment, Delivery, Rollout, RolloutRequest
-from contracts.weights import WeightUpdate
 from controller.data.prompts import PromptStream
 from controller.ledger.entries import Key, Lease
 from controller.ledger.ledger import Ledger
-from controller.loop.fleet import Fleet
+from controller.loop.fleet import Fleet, Joined
 from controller.loop.liveness import LivenessMonitor, Stragglers
 
 PATIENCE_S = 2.0  # how long a completion waits for others that are scored with it, where actors and learner overlap
@@ -63,15 +64,18 @@ class Dispatcher:
         self._ppo = ppo
         self._timeout_s = cluster.step_timeout_s
         self._scorers = scorers
-        self._share = -(-(ledger.max_staleness + 1) * ledger.rollouts_per_update // len(actors))
         # Where phases take turns, scoring begins when the last completion is there: each may then use every core.
         self._scoring = (
             (ppo.score_batch, PATIENCE_S) if ledger.max_staleness else (ledger.rollouts_per_update, self._timeout_s)
         )
         self._held: list[dict[int, float]] = [{} for _ in actors]  # leases at each actor, and since when
         self._life = [0] * len(actors)  # which actor in this place: answers of an earlier one no longer count
-        self._serving = set(range(len(actors)))  # actors that may be handed work
+        self._serving = fleet.present()  # actors that may be handed work
         self._behind: set[int] = set()  # actors that are up, with other weights
+        self._leaving: dict[
+            int, float
+        ] = {}  # actors that get nothing new, and until when they may finish what they hold
+        self._leave_grace_s = cluster.leave_grace_s
         self._publishing = False
         # A rollout group trains as a whole, so its rollouts are completed together: {group: {key: (lease, rollout)}}.
         self._parts: dict[tuple[int, int], dict[Key, tuple[int, Rollout]]] = {}
@@ -102,8 +106,7 @@ class Dispatcher:
         groups = min(self._ledger.capacity(), wanted) // self._ppo.samples_per_prompt
         if groups > 0:
             self._ledger.admit(self._stream.next_requests(groups))
-        for number in sorted(self._serving):
-            self._lease_to(number)
+        self._lease_to_all()
 
     def wait_for_batch(self, version: int, number: int | None = None) -> list[Rollout]:
         """The rollouts of the next update, by a learner at `version`.
@@ -216,6 +219,12 @@ class Dispatcher:
         self._usage, self._tokens = [(0.0, 0.0) for _ in self._actors], 0
         return {"perf/generate_s": generate_s, "perf/score_s": score_s, "perf/gen_tokens_per_s": rate}
 
+    @property
+    def _share(self) -> int:
+        """How many rollouts an actor may hold."""
+        wanted = (self._ledger.max_staleness + 1) * self._ledger.rollouts_per_update
+        return -(-wanted // max(len(self._serving), self._fleet.least))
+
     def faults(self) -> dict[str, float]:
         """Of the run so far."""
         return {"fault/actors_lost": float(self.num_lost), "fault/actors_silent": float(self.num_silent)} | {
@@ -263,7 +272,10 @@ class Dispatcher:
                 failed(error)
 
     def _on_answer(self, call: Any, handle: Callable[[Any], None], failed: Failed | None = None) -> None:
-        call.future().add_done_callback(lambda answer: self._inbox.put((handle, failed, answer)))
+        self._on_done(call.future(), handle, failed)
+
+    def _on_done(self, future: Future[Any], handle: Callable[[Any], None], failed: Failed | None) -> None:
+        future.add_done_callback(lambda answer: self._inbox.put((handle, failed, answer)))
 
     def _request_delivery(self, number: int) -> None:
         call, life = self._actors[number].collect.remote(*self._scoring), self._life[number]
@@ -289,6 +301,10 @@ class Dispatcher:
             siblings.setdefault(rollout.key, (lease, rollout))
             if len(siblings) == self._ppo.samples_per_prompt:
                 self._ledger.complete_group(list(self._parts.pop(rollout.group).values()))
+        if number in self._leaving and not self._held[number]:
+            self._left(number)
+        elif delivery.is_leaving and number in self._fleet.present():
+            self._leave(number, "its process was asked to end")
         self._lease_to(number)
 
     def _lease_to(self, number: int) -> None:
@@ -320,11 +336,12 @@ class Dispatcher:
         silent = self._learner_liveness.silent(self._ranks) if self._learner_works else {}
         if silent:
             raise LearnerLostError(f"learner rank {min(silent)} has not got on for {max(silent.values()):.0f} s")
-        for number, seconds in self._actor_liveness.silent(self._serving | self._behind).items():
+        for number, seconds in self._actor_liveness.silent(self._serving | self._behind | self._leaving.keys()).items():
             self.num_silent += 1
             self._replace_lost(number, f"it has generated nothing for {seconds:.0f} s")
+        self._change_fleet(now)
         idle = [number for number in sorted(self._serving) if not self._held[number]]
-        if not idle or len(self._serving) == 1:
+        if not idle or len(self._serving | self._leaving.keys()) == 1:
             return
         end = now - self._stragglers.deadline_s()
         late = [lease for held in self._held for lease, since in held.items() if since < end]
@@ -345,30 +362,59 @@ class Dispatcher:
 
     def _replace_lost(self, number: int, reason: str) -> None:
         """What the actor held is handed out again, and another starts in its place."""
+        held = self._take_back(number)
+        self.num_lost += 1
+        self._fleet.lost(number, held, reason)
+        self._start_actors()
+        self._lease_to_all()
+
+    def _take_back(self, number: int) -> int:
+        """All that an actor holds, which is no more one of the run. Returns how many rollouts."""
         self._life[number] += 1
         self._serving.discard(number)
         self._behind.discard(number)
+        self._leaving.pop(number, None)
         self._actor_liveness.forget(number)
         held, self._held[number] = self._held[number], {}
         for lease in held:
             self._ledger.release(lease)
-        self.num_lost += 1
-        self._fleet.lost(number, len(held), reason, self.num_lost)
-        fresh: Future[tuple[bool, WeightUpdate | None]] = Future()
+        return len(held)
 
-        def replace() -> None:
-            try:
-                fresh.set_result(self._fleet.replace(number))
-            except BaseException as error:  # the thread's only listener is the controller
-                fresh.set_exception(error)
+    def _lease_to_all(self) -> None:
+        for number in sorted(self._serving):
+            self._lease_to(number)
 
-        threading.Thread(target=replace, name=f"replace-actor-{number}", daemon=True).start()
-        handlers = partial(self._on_joined, number), partial(self._on_actor_error, number, self._life[number])
-        fresh.add_done_callback(lambda answer: self._inbox.put((*handlers, answer)))
-        for other in sorted(self._serving):
-            self._lease_to(other)
+    # ---- who joins and who leaves
 
-    def _on_joined(self, number: int, joined: tuple[bool, WeightUpdate | None]) -> None:
+    def _change_fleet(self, now: float) -> None:
+        """Towards what is wanted of it."""
+        for number, why in self._fleet.leavers().items():
+            self._leave(number, why)
+        for number in [n for n, end in self._leaving.items() if now >= end or not self._held[n]]:
+            self._left(number)
+        self._start_actors()
+
+    def _leave(self, number: int, why: str) -> None:
+        self._serving.discard(number)
+        self._behind.discard(number)
+        self._leaving[number] = time.monotonic() + self._leave_grace_s
+        self._fleet.leave(number, len(self._held[number]), why)
+
+    def _left(self, number: int) -> None:
+        self._fleet.left(number, self._take_back(number))
+        self._lease_to_all()
+
+    def _start_actors(self) -> None:
+        for number in self._fleet.starts():
+            self._on_done(
+                self._fleet.start(number), partial(self._on_joined, number), partial(self._on_not_started, number)
+            )
+
+    def _on_not_started(self, number: int, error: BaseException) -> None:
+        if not self._fleet.not_started(number, error):
+            self._on_actor_error(number, self._life[number], error)
+
+    def _on_joined(self, number: int, joined: Joined) -> None:
         """A new actor is there."""
         self._fleet.joined(number)
         self._request_delivery(number)
