@@ -83,7 +83,7 @@ def needs(config: TandemConfig, num_actors: int | None = None) -> list[Need]:
 def plan(config: TandemConfig, num_actors: int | None = None) -> Plan:
     """The bundles of a job, with so many actors; None: with the fewest. Replicas that come and go share no bundle."""
     actor, rank, replica = needs(config, num_actors)
-    replicas = 1 if config.reward_service.max_replicas else config.reward_service.replicas
+    replicas = 1 if config.reward_service.max_replicas else max(1, config.reward_service.replicas)
     one = {kind.kind: _bundle(kind.cpus, kind.gpus) for kind in (actor, rank)}
     bundles: list[Resources] = []
     if config.cluster.layout == "colocated":

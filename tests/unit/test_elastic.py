@@ -299,7 +299,7 @@ class Sampler(Actor):
     def __init__(self, weights: np.float32, version: int, order: random.Random):
         super().__init__()
         self.weights, self.version, self._order = weights, version, order
-        self._free, self._waiting = threading.Lock(), list[Future[Delivery]]()
+        self._free, self._waiting, self._is_dead = threading.Lock(), list[Future[Delivery]](), False
 
     def _assign(self, work: list[Assignment], sampling: Any) -> None:
         with self._free:
@@ -314,6 +314,10 @@ class Sampler(Actor):
 
     def deliver(self) -> None:
         with self._free:
+            if self._is_dead:
+                for answer in self._waiting:
+                    answer.set_exception(EngineLostError("killed"))
+                self._waiting = []
             if not (self.work and self._waiting):
                 return
             self._order.shuffle(self.work)
@@ -323,10 +327,8 @@ class Sampler(Actor):
         answer.set_result(Delivery([(a.lease, self.sample(a)) for a in done]))
 
     def die(self) -> None:
-        with self._free:
-            waiting, self._waiting = self._waiting, []
-        for answer in waiting:
-            answer.set_exception(EngineLostError("killed"))
+        self._is_dead = True
+        self.deliver()
 
     def sample(self, assignment: Assignment) -> Rollout:
         rng = np.random.default_rng(assignment.request.seed)
@@ -403,6 +405,7 @@ def trained_run(seed: int, fleet_sizes: list[int], kills: bool = False) -> tuple
         dispatcher._change_fleet(time.monotonic())
         if kills and version % 3 == 1:
             actors[order.choice(sorted(fleet.present()))].die()
+            until(dispatcher, lambda: dispatcher.num_lost == version // 3 + 1)
         batch = dispatcher.wait_for_batch(version)
         for r in batch:
             found.append((r.key, r.completion.token_ids.tobytes(), r.completion.behavior_logprobs.tobytes()))
