@@ -51,10 +51,14 @@ class Placement:
                 "rest, or nodes are missing"
             )
 
+    def is_other(self, number: int) -> bool:
+        """Whether it is the number of an actor beyond the fewest."""
+        return number >= len(self.plan.actors)
+
     def has_room(self, number: int) -> bool:
         """Whether there is room for an actor with this number. One beyond the fewest is asked for by the first call, which
         an autoscaler sees, until `give_back`."""
-        if number < len(self.plan.actors):
+        if not self.is_other(number):
             return True
         if number not in self._others:
             self._others[number] = placement_group([self.plan.bundles[self.plan.actors[0]]])

@@ -42,15 +42,15 @@ class ClusterRoom(Room):
         self._placement.give_back(number)
 
     def warned(self, actors: list[Any]) -> dict[int, str]:
-        """Those on nodes that Ray drains: before the autoscaler takes them away, on a spot notice, by `ray drain-node`."""
-        if time.monotonic() < self._looked_s + LOOK_S:
+        """Those on nodes that Ray drains: before the autoscaler takes them away, on a spot notice, by `ray drain-node`. The
+        fewest are never warned: Ray moves the group in which they have their places when the node is gone, not before."""
+        movable = {i: actor for i, actor in enumerate(actors) if actor is not None and self._placement.is_other(i)}
+        if not movable or time.monotonic() < self._looked_s + LOOK_S:
             return {}
         self._looked_s = time.monotonic()
         draining = ray._private.state.state.get_draining_nodes()
         if not draining:
             return {}
-        rows = {
-            i: ray._private.state.actors(actor._actor_id.hex()) for i, actor in enumerate(actors) if actor is not None
-        }
+        rows = {i: ray._private.state.actors(actor._actor_id.hex()) for i, actor in movable.items()}
         nodes = {i: row.get("Address", {}).get("NodeID") for i, row in rows.items()}
         return {i: f"its node {node[:8]} is being drained" for i, node in nodes.items() if node in draining}

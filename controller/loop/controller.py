@@ -117,7 +117,7 @@ class PPOController:
                 config.checkpoint,
                 run_facts,
                 learner,
-                self.dispatcher,
+                self.dispatcher.answers,
                 self._append_to_ledger,
                 progress.line,
             )
@@ -265,7 +265,7 @@ class PPOController:
             self.commits.request_votes()  # behind the update, whose optimizer step waits for the writer
         self.progress.waiting_for(what := f"the learner's update {self.version + 1}")
         try:
-            metrics |= self.dispatcher.wait(update, what)[0]
+            metrics |= self.dispatcher.answers.wait(update, what)[0]
         except NonFiniteError as error:
             path = save_rollouts(self.log.run_dir / "non_finite.jsonl", rollouts)
             cause = error.cause if isinstance(error, RayTaskError) else error

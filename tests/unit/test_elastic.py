@@ -84,7 +84,7 @@ def test_others_join_as_there_is_room_and_nobody_waits_for_them() -> None:
     assert len(dispatcher.wait_for_batch(0)) == 4  # without them
     assert set(nodes.asked) == {1, 2}
     nodes.free = 1
-    dispatcher._next_check_s = 0
+    dispatcher.answers._next_check_s = 0
     until(dispatcher, lambda: fleet.present() == {0, 1})
     dispatcher.publish(1)
     ledger.trained(1)
@@ -107,7 +107,7 @@ def test_a_leaver_finishes_what_it_holds_and_gets_nothing_new() -> None:
     dispatcher.admit_rollouts(updates_left=9)
     leaver = actors[1]
     assert works(actors) == [4, 4]
-    wish.number, dispatcher._next_check_s = 1, 0
+    wish.number, dispatcher.answers._next_check_s = 1, 0
     until(dispatcher, lambda: fleet.present() == {0})
     actors[0].finish(0, 1)
     leaver.finish(0, 1)
@@ -125,13 +125,13 @@ def test_a_leaver_finishes_what_it_holds_and_gets_nothing_new() -> None:
 
 
 def test_what_a_leaver_has_not_finished_in_its_time_others_get() -> None:
-    actors, fleet, nodes, wish, said = elastic(least=1, most=2, wanted=2)
+    actors, fleet, _, wish, said = elastic(least=1, most=2, wanted=2)
     dispatcher, ledger = start(actors, fleet=fleet, leave_grace_s=0.1)
     until(dispatcher, lambda: fleet.present() == {0, 1})
     dispatcher.admit_rollouts(updates_left=2)
     leaver, expected = actors[1], [*actors[0].prompts, *actors[1].prompts]
     actors[0].finish(0, 1)
-    wish.number, dispatcher._next_check_s = 1, 0
+    wish.number, dispatcher.answers._next_check_s = 1, 0
     until(dispatcher, lambda: actors[1] is None)
     leaver.finish(0, 1)  # too late
     actors[0].finish(0, 1)
@@ -146,7 +146,7 @@ def test_a_leaver_that_dies_is_lost_and_not_replaced() -> None:
     until(dispatcher, lambda: fleet.present() == {0, 1})
     dispatcher.admit_rollouts(updates_left=2)
     expected = [*actors[0].prompts, *actors[1].prompts]
-    wish.number, dispatcher._next_check_s = 1, 0
+    wish.number, dispatcher.answers._next_check_s = 1, 0
     until(dispatcher, lambda: fleet.present() == {0})
     actors[0].finish(0, 1)
     actors[1].asked.pop()[0].set_exception(EngineLostError("gone"))
@@ -177,7 +177,7 @@ def test_who_is_warned_leaves_and_another_starts_elsewhere() -> None:
     dispatcher, ledger = start(actors, fleet=fleet)
     until(dispatcher, lambda: fleet.present() == {0, 1})
     dispatcher.admit_rollouts(updates_left=2)
-    nodes.draining, dispatcher._next_check_s = {1}, 0
+    nodes.draining, dispatcher.answers._next_check_s = {1}, 0
     until(dispatcher, lambda: fleet.present() == {0, 2})  # before the other has left
     nodes.draining = set()
     assert works(actors) == [2, 2, 0]
@@ -371,8 +371,8 @@ class Weights:
 
 
 def trained_run(seed: int, fleet_sizes: list[int], kills: bool = False) -> tuple[list[Any], Dispatcher]:
-    """So many updates as sizes, where each size is wished for as the update's rollouts begin; with kills an actor that is not
-    the last one dies in every third update. All that was sampled, in the order in which it was trained, and the weights."""
+    """So many updates as sizes, where each size is wished for as the update's rollouts begin; with kills an actor dies in
+    every third update. All that was sampled, in the order in which it was trained, and the weights."""
     order = random.Random(seed)
     actors: list[Any] = [Sampler(np.float32(1), 0, order)]
     learner, wish = Weights(actors), Wish(fleet_sizes[0])
@@ -405,7 +405,7 @@ def trained_run(seed: int, fleet_sizes: list[int], kills: bool = False) -> tuple
         dispatcher._change_fleet(time.monotonic())
         if kills and version % 3 == 1:
             actors[order.choice(sorted(fleet.present()))].die()
-            until(dispatcher, lambda: dispatcher.num_lost == version // 3 + 1)
+            until(dispatcher, lambda kills=version // 3 + 1: dispatcher.num_lost == kills)
         batch = dispatcher.wait_for_batch(version)
         for r in batch:
             found.append((r.key, r.completion.token_ids.tobytes(), r.completion.behavior_logprobs.tobytes()))
