@@ -370,66 +370,94 @@ class Weights:
         return [Call(report)]
 
 
-def trained_run(seed: int, fleet_sizes: list[int], kills: bool = False) -> tuple[list[Any], Dispatcher]:
-    """So many updates as sizes, where each size is wished for as the update's rollouts begin; with kills an actor dies in
-    every third update. All that was sampled, in the order in which it was trained, and the weights."""
-    order = random.Random(seed)
-    actors: list[Any] = [Sampler(np.float32(1), 0, order)]
-    learner, wish = Weights(actors), Wish(fleet_sizes[0])
+class Training:
+    """A run of updates, and all that was sampled in the order in which it was trained."""
 
-    def begin(actors: list[Any], number: int, update: WeightUpdate | None) -> bool:
-        version = update.version if update else 0
-        actors[number] = Sampler(learner.versions[version], version, order)
-        return True
+    def __init__(self, seed: int, least: int, log: Path):
+        self.order, self.wish, self.log = random.Random(seed), Wish(least), log
+        actors: list[Any] = [Sampler(np.float32(1), 0, self.order) for _ in range(least)]
+        self.actors, self.learner, self.found = actors, Weights(actors), list[Any]()
 
-    ppo = PPOConfig(rollouts_per_update=12, samples_per_prompt=2, max_staleness=0, gold_rollouts=0)
-    fleet = Fleet(
-        actors,
-        learner,
-        "shared",
-        begin,
-        99,
-        lambda _: None,
-        room=Nodes(1),
-        most=max(fleet_sizes),
-        wanted=wish,  # type: ignore[arg-type]
-    )
-    ledger = Ledger(12, 0)
-    prompts = [Prompt(i, f"prompt {i}", (1, 2, 3 + i)) for i in range(40)]
-    cluster = ClusterConfig(step_timeout_s=20, leave_grace_s=0.02)
-    dispatcher = Dispatcher(fleet, ledger, PromptStream(prompts, 2, seed=1), ppo, ["proxy"], cluster)
-    found: list[Any] = []
-    for version, size in enumerate(fleet_sizes):
-        wish.number = size
-        dispatcher.admit_rollouts(len(fleet_sizes) - version)
-        dispatcher._change_fleet(time.monotonic())
-        if kills and version % 3 == 1:
-            actors[order.choice(sorted(fleet.present()))].die()
-            until(dispatcher, lambda kills=version // 3 + 1: dispatcher.num_lost == kills)
-        batch = dispatcher.wait_for_batch(version)
+        def begin(actors: list[Any], number: int, update: WeightUpdate | None) -> bool:
+            version = update.version if update else 0
+            actors[number] = Sampler(self.learner.versions[version], version, self.order)
+            return True
+
+        learner: Any = self.learner
+        self.fleet = Fleet(
+            actors, learner, "shared", begin, 99, lambda _: None, room=Nodes(least), most=4, wanted=self.wish
+        )
+        self.ledger = Ledger(12, 0)
+        prompts = [Prompt(i, f"prompt {i}", (1, 2, 3 + i)) for i in range(40)]
+        self.stream = PromptStream(prompts, 2, seed=1)
+        ppo = PPOConfig(rollouts_per_update=12, samples_per_prompt=2, max_staleness=0, gold_rollouts=0)
+        cluster = ClusterConfig(step_timeout_s=20, leave_grace_s=0.02)
+        self.dispatcher = Dispatcher(self.fleet, self.ledger, self.stream, ppo, ["proxy"], cluster)
+
+    def update(self, size: int, kill: bool = False) -> None:
+        """With so many actors wished for as its rollouts begin."""
+        version, lost = self.ledger.version, self.dispatcher.num_lost
+        self.wish.number = size
+        self.dispatcher.admit_rollouts(updates_left=9)
+        self.dispatcher._change_fleet(time.monotonic())
+        if kill:
+            self.actors[self.order.choice(sorted(self.fleet.present()))].die()
+            until(self.dispatcher, lambda: self.dispatcher.num_lost == lost + 1)
+        batch = self.dispatcher.wait_for_batch(version)
         for r in batch:
-            found.append((r.key, r.completion.token_ids.tobytes(), r.completion.behavior_logprobs.tobytes()))
-        learner.train(batch, version + 1)
-        dispatcher.publish(version + 1)
-        ledger.trained(version + 1)
-        until(dispatcher, lambda size=size: len(fleet.present()) >= min(size, 1))
-    return [*found, learner.number.tobytes()], dispatcher
+            self.found.append((r.key, r.completion.token_ids.tobytes(), r.completion.behavior_logprobs.tobytes()))
+        self.learner.train(batch, version + 1)
+        self.dispatcher.publish(version + 1)
+        self.ledger.trained(version + 1)
+        until(self.dispatcher, lambda: bool(self.fleet.present()))
+
+    def state(self) -> Any:
+        return self.ledger.state_dict(), self.stream.state_dict(), self.learner.number
+
+    def resume(self, state: Any) -> None:
+        (ledger, arrays), stream, number = state
+        self.ledger.load_state_dict(ledger, arrays, self.log)
+        self.stream.load_state_dict(stream)
+        self.learner.number = self.learner.versions[self.ledger.version] = number
+        self.dispatcher.abandon_leases()
+        self.dispatcher.publish(self.ledger.version)
 
 
-def test_what_is_trained_is_bit_for_bit_that_of_a_fixed_fleet() -> None:
-    alone, _ = trained_run(seed=1, fleet_sizes=[1] * 12)
-    two, _ = trained_run(seed=2, fleet_sizes=[2] * 12)
-    changing, dispatcher = trained_run(seed=3, fleet_sizes=[1, 3, 3, 2, 1, 1, 4, 4, 2, 3, 1, 2])
-    killed, harmed = trained_run(seed=4, fleet_sizes=[1, 3, 3, 2, 1, 1, 4, 4, 2, 3, 1, 2], kills=True)
-    assert len(alone) == 12 * 12 + 1
-    assert two == alone
-    assert changing == alone
-    assert killed == alone
-    for run in (dispatcher, harmed):
-        counts = run._ledger.counts
-        assert (counts["trained"], run._ledger.num_open, counts["quarantined"]) == (144, 0, 0)
-        assert min(run._fleet.num_joined, run._fleet.num_left) >= 3
-    assert (dispatcher.num_lost, harmed.num_lost) == (0, 4)
+def trained(folder: Path, seed: int, sizes: list[int], kills: bool = False) -> Training:
+    """So many updates as sizes; with kills an actor dies in every third."""
+    run = Training(seed, 1, folder / "ledger.jsonl")
+    for number, size in enumerate(sizes):
+        run.update(size, kills and number % 3 == 1)
+    counts = run.ledger.counts
+    assert (counts["trained"], run.ledger.num_open, counts["quarantined"]) == (12 * len(sizes), 0, 0)
+    return run
+
+
+CHANGING = [1, 3, 3, 2, 1, 1, 4, 4, 2, 3, 1, 2]
+
+
+def test_what_is_trained_is_bit_for_bit_that_of_a_fixed_fleet(tmp_path: Path) -> None:
+    alone = trained(tmp_path, 1, [1] * 12)
+    assert len(alone.found) == 12 * 12
+    two, changing = trained(tmp_path, 2, [2] * 12), trained(tmp_path, 3, CHANGING)
+    harmed = trained(tmp_path, 4, CHANGING, kills=True)
+    for run in (two, changing, harmed):
+        assert run.found == alone.found
+        assert run.learner.number.tobytes() == alone.learner.number.tobytes()
+    assert min(run.fleet.num_joined for run in (changing, harmed)) >= 3
+    assert changing.fleet.num_left >= 3
+    assert (changing.dispatcher.num_lost, harmed.dispatcher.num_lost) == (0, 4)
+
+
+def test_a_run_goes_on_with_another_fleet(tmp_path: Path) -> None:
+    """A driver that is started again has the bounds of its configuration, and no wish of before."""
+    alone, first = trained(tmp_path, 1, [1] * 12), trained(tmp_path, 2, CHANGING[:5])
+    second = Training(5, 3, tmp_path / "ledger.jsonl")
+    second.resume(first.state())
+    for size in (3, 4, 4, 3, 4, 3, 3):
+        second.update(size)
+    assert [*first.found, *second.found] == alone.found
+    assert second.learner.number.tobytes() == alone.learner.number.tobytes()
 
 
 # ---- the command
