@@ -453,6 +453,10 @@ class RewardServiceConfig:
     golden_tolerance: float = key(0.15, above=0)
     http: HttpConfig = field(default_factory=HttpConfig)
 
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.max_replicas is None else self.max_replicas
+
 
 @dataclass
 class ClusterConfig:

@@ -377,6 +377,10 @@ def test_a_choice_suggests_the_closest_name(config):
             ["learner.weight_transfer must be auto or nccl with cluster.layout disaggregated", "found ipc"],
         ),
         (
+            {"reward_service__replicas": 3, "reward_service__max_replicas": 2},
+            ["reward_service.max_replicas must be at least reward_service.replicas (3)", "found 2; write 3 or more"],
+        ),
+        (
             {"cluster__min_actors": 4, "cluster__max_actors": 2},
             ["cluster.min_actors must be at most cluster.max_actors (2)", "found 4; write 2 or less"],
         ),
