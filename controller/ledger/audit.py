@@ -56,23 +56,29 @@ class _Accounts:
 
     def add_digests(self, digests: pa.ChunkedArray) -> None:
         """Of the columns that scorers saw, by hashes of 64 bits."""
-        for chunk in digests.fill_null("").dictionary_encode().chunks:
-            hashes = np.array([hash(digest) for digest in chunk.dictionary.to_pylist()], dtype=np.int64)
-            self._digests.append(hashes[chunk.indices.to_numpy()])
+        coded = digests.fill_null("").combine_chunks().dictionary_encode()
+        hashes = np.array([hash(digest) for digest in coded.dictionary.to_pylist()], dtype=np.int64)
+        self._digests.append(hashes[coded.indices.to_numpy()])
 
     def check(self, result: Audit) -> None:
         epoch, prompt, sample = map(_joined, self._keys)
         if not len(epoch):
             return
         order = np.lexsort((sample, epoch, prompt))
-        prompt, epoch, sample = prompt[order], epoch[order], sample[order]
-        starts = _runs(prompt, epoch, sample)
-        numbers = _lengths(starts, len(prompt))
-        for i, number in zip(starts[numbers > 1], numbers[numbers > 1], strict=True):
-            result.faults.append(f"rollout ({epoch[i]}, {prompt[i]}, {sample[i]}) ended {number} times")
+        prompt = prompt[order]  # one by one: with ten million rows each takes 80 MB
+        epoch = epoch[order]
+        sample = sample[order]
         _check_rows(prompt, order, _joined(self._digests), result)
+        del order
+        starts = _runs(prompt, epoch, sample)
+        if len(starts) < len(prompt):
+            numbers = _lengths(starts, len(prompt))
+            for i, number in zip(starts[numbers > 1], numbers[numbers > 1], strict=True):
+                result.faults.append(f"rollout ({epoch[i]}, {prompt[i]}, {sample[i]}) ended {number} times")
+            prompt, epoch = prompt[starts], epoch[starts]
         result.samples_per_prompt = int(sample.max()) + 1
-        _check_stream(prompt[starts], epoch[starts], result)
+        del starts, sample
+        _check_stream(prompt, epoch, result)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
