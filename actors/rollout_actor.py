@@ -1,6 +1,8 @@
 """Ray actor: requests in, scored rollouts out. It owns one generation engine and asks the reward service itself, so that
 texts and scores travel in one hop."""
 
+import os
+import signal
 import threading
 import time
 from concurrent.futures import Future
@@ -15,12 +17,17 @@ from contracts.interfaces import Engine, EngineLostError, RewardClient
 from contracts.records import Assignment, Delivery, Rollout, RolloutRequest
 from contracts.weights import LoadReport, SegmentAddress, WeightUpdate
 
+END_S = 10.0  # after the time that it has to finish what it holds, a process that was asked to end does, unheard or not
+
 
 class RolloutActor:
     """One engine and its control plane.
 
     `serve` is the only method of Ray's default group, whose one thread builds the engine and runs it; all others have
     threads of the group "control", so that a weight transfer gets through while a rollout call waits.
+
+    SIGTERM to the process is a wish to leave: the waiting `collect` says so at once, and the controller ends the actor when
+    it has finished what it holds.
     """
 
     def __init__(
@@ -32,6 +39,7 @@ class RolloutActor:
         end_ids: tuple[int, ...],
         reward_client: RewardClient | None,
         environment: EnvironmentConfig,
+        leave_grace_s: float,
     ):
         self._arguments = (model, engine, weight_transfer, on_cpu, end_ids)
         self._rewards, self._environment = reward_client, environment
@@ -42,6 +50,17 @@ class RolloutActor:
         self._finished: list[tuple[Assignment, Future[Rollout]]] = []
         self._busy_since, self._generate_s = 0.0, 0.0
         self._lost: BaseException | None = None
+        self._is_leaving = self._will_tell = False
+        self._end_s = leave_grace_s + END_S
+        # Ray constructs actors in the main thread, the only one that may; its own handler ends the process at once.
+        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._asked_to_end, daemon=True).start())
+
+    def _asked_to_end(self) -> None:
+        with self._changed:
+            self._is_leaving = self._will_tell = True
+            self._changed.notify_all()
+        time.sleep(self._end_s)
+        os._exit(0)
 
     def serve(self) -> None:
         """Build the engine and run it; returns never, or raises what ended the engine."""
@@ -71,8 +90,6 @@ class RolloutActor:
     @ray.method(concurrency_group="control")
     def ready(self) -> int:
         """Process id, once the engine can serve."""
-        import os
-
         self._started.result()
         return os.getpid()
 
@@ -105,7 +122,8 @@ class RolloutActor:
     def collect(self, score_batch: int, timeout_s: float) -> Delivery:
         """Scored rollouts, by lease. The engine samples on while they are scored.
 
-        Waits for `score_batch` completions, or for all that were assigned, at most `timeout_s`; scores what is there.
+        Waits for `score_batch` completions, or for all that were assigned, at most `timeout_s`; scores what is there. Comes
+        at once where its process has been asked to end.
 
         Raises:
             ValueError: where a prompt leaves no room for a completion.
@@ -113,10 +131,11 @@ class RolloutActor:
         """
         self._started.result(timeout_s)
         with self._changed:
-            self._changed.wait_for(lambda: self._lost or self._can_score(score_batch), timeout_s)
+            self._changed.wait_for(lambda: self._lost or self._will_tell or self._can_score(score_batch), timeout_s)
             if self._lost:
                 raise EngineLostError(str(self._lost)) from self._lost
             finished, self._finished = self._finished, []
+            self._will_tell = False
             now = time.perf_counter()
             if self._unfinished:
                 self._generate_s += now - self._busy_since
@@ -128,7 +147,8 @@ class RolloutActor:
             if self._rewards is None:
                 raise RuntimeError("this actor was started without a reward service")
             score_rollouts(self._rewards, scorer, [r for a, r in rollouts if scorer in a.scorers], self._arguments[-1])
-        return Delivery([(a.lease, rollout) for a, rollout in rollouts], generate_s, time.perf_counter() - now)
+        done = [(a.lease, rollout) for a, rollout in rollouts]
+        return Delivery(done, generate_s, time.perf_counter() - now, self._is_leaving)
 
     def _can_score(self, score_batch: int) -> bool:
         return len(self._finished) >= score_batch or (bool(self._finished) and not self._unfinished)
@@ -217,8 +237,9 @@ def start_actors(
     # Ray's stub of `remote` lacks the option.
     remote = ray.remote(concurrency_groups={"control": 4})(RolloutActor)  # type: ignore[call-overload]
     arguments = (model, engine, weight_transfer, on_cpu, end_ids, reward_client)
+    talks_to = environment or EnvironmentConfig()
     actors = [
-        remote.options(**options, runtime_env={"env_vars": env}).remote(*arguments, environment or EnvironmentConfig())
+        remote.options(**options, runtime_env={"env_vars": env}).remote(*arguments, talks_to, cluster.leave_grace_s)
         for options in placement
     ]
     for actor in actors:

@@ -1,13 +1,16 @@
 """What the ledger costs: rollouts a second through admit, lease, complete, take and trained on one core, without any engine.
 
     python benchmarks/ledger.py [--rollouts 200000]
+    python benchmarks/ledger.py --audit 10000000
 
-One table over the number of holders; a commit every update is in the second column.
+One table over the number of holders; a commit every update is in the second column. Or what it costs to audit a log of so
+many rollouts, in groups of four, with 1,000 an update.
 """
 
 import argparse
 import os
 import platform
+import resource
 import sys
 import tempfile
 import time
@@ -18,7 +21,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest
+from controller.ledger.audit import audit
 from controller.ledger.ledger import Ledger
+from controller.ledger.log import NAME
 
 
 def throughput(holders: int, rollouts: int, rollouts_per_update: int, max_staleness: int, log: Path | None) -> float:
@@ -47,10 +52,36 @@ def throughput(holders: int, rollouts: int, rollouts_per_update: int, max_stalen
     return rollouts / (time.perf_counter() - start)
 
 
+def audit_cost(rollouts: int, log: Path) -> str:
+    with log.open("w") as file:
+        for update in range(1, rollouts // 1000 + 1):
+            for order in range(1000 * (update - 1), 1000 * update):
+                epoch, prompt = divmod(order // 4, 25_000)
+                key, digest = f"[{epoch},{prompt},{order % 4}]", f"{prompt:016x}"
+                way = f'"sampled":[{update}],"admitted_at":{update},"leases":1,"holder":"actor-{order % 1000}"'
+                file.write(f'{{"key":{key},"trained":{update},"update":{update},{way},"row":"{digest}"}}\n')
+            file.write(f'{{"commit":{update},"version":{update},"admitted":{1000 * update},"open":[]}}\n')
+    start, cpu = time.perf_counter(), time.process_time()
+    found = audit(log)
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    assert (found.trained, found.faults) == (rollouts // 1000 * 1000, [])
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return f"audit of {found.trained:,} rollouts: {seconds:.1f} s, {cpu_s:.1f} s of CPU, {peak_gib:.2f} GiB at most"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rollouts", type=int, default=200_000)
-    rollouts = parser.parse_args().rollouts
+    parser.add_argument("--audit", type=int, help="rollouts of a log")
+    arguments = parser.parse_args()
+    rollouts = arguments.rollouts
+    if arguments.audit:
+        with tempfile.TemporaryDirectory() as folder:
+            print(
+                f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+                + audit_cost(arguments.audit, Path(folder) / NAME)
+            )
+        return
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; 1000 rollouts an update, max_staleness 1"
     )

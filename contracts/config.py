@@ -466,6 +466,8 @@ class RewardServiceConfig:
     # composites name `proxy_model` and `gold_model`.
     scorers: dict[str, ScorerConfig] = field(default_factory=dict)
     replicas: int = key(1, least=1)  # of each model and each function
+    # to which they grow while they have enough to do, and shrink again, as Ray Serve scales them; null: they do not
+    max_replicas: int | None = key(None, least=1)
     batch_tokens: int = key(1024, least=1)  # of one forward pass, longest x count
     dtype: str = key("auto", choices=DTYPES)  # as model.dtype
     max_tokens: int = key(1024, least=1)
@@ -476,6 +478,10 @@ class RewardServiceConfig:
     # mean deviation from the checkpoint's golden scores above which it is not served
     golden_tolerance: float = key(0.15, above=0)
     http: HttpConfig = field(default_factory=HttpConfig)
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.max_replicas is None else self.max_replicas
 
 
 @dataclass
@@ -489,6 +495,13 @@ class ClusterConfig:
     gpus_per_node: float | None = key(None, least=0)
     cpus_per_node: float | None = key(None, above=0)
     num_actors: int = key(1, least=1)
+    # A fleet that changes while the run goes on: it begins with min_actors, for which there must be room, and takes in
+    # others as there is room for them, up to num_actors, or to what `python -m controller.scale` asks for, which is at most
+    # max_actors: docs/elastic.md. null: num_actors.
+    min_actors: int | None = key(None, least=1)
+    max_actors: int | None = key(None, least=1)
+    # in which an actor that is asked to leave finishes what it holds; others get the rest
+    leave_grace_s: float = key(20.0, least=0)
     num_learner_ranks: int = key(1, least=1)
     # One phase runs at a time in a synchronous run, so each may use every core of a laptop.
     threads_per_actor: int = key(2, least=1)

@@ -9,7 +9,7 @@ A bundle lies on one node: a tensor-parallel actor has all its GPUs in one, and 
 from collections import Counter
 from dataclasses import dataclass
 
-from contracts.config import TandemConfig
+from contracts.config import ClusterConfig, TandemConfig
 from contracts.methods import running_stages
 from contracts.scorer_roles import num_models
 
@@ -54,23 +54,36 @@ class PlacementError(ValueError):
     """The nodes cannot hold the job; the message has the arithmetic."""
 
 
-def needs(config: TandemConfig) -> list[Need]:
-    """What the job's stage starts; a pipeline books once for all of its stages, so that no late one fails for want of it."""
+def actor_bounds(cluster: ClusterConfig) -> tuple[int, int]:
+    """The fewest and the most actors of a run; a fleet whose bounds are the same is fixed."""
+    least, most = cluster.min_actors, cluster.max_actors
+    return cluster.num_actors if least is None else least, cluster.num_actors if most is None else most
+
+
+def is_elastic(cluster: ClusterConfig) -> bool:
+    least, most = actor_bounds(cluster)
+    return least != most
+
+
+def needs(config: TandemConfig, num_actors: int | None = None) -> list[Need]:
+    """What the job's stage starts, with so many actors; None: with the fewest. A pipeline books once for all of its stages,
+    so that no late one fails for want of it."""
     cluster, stages = config.cluster, running_stages(config)
+    num_actors = actor_bounds(cluster)[0] if num_actors is None else num_actors
     cpus = cluster.cpus_per_process
     samples, trains = any(stage.samples for stage in stages), any(stage.trains for stage in stages)
     scorers = num_models(config)
     return [
-        Need(ACTOR, cluster.num_actors if samples else 0, cpus, cluster.gpus_per_actor),
+        Need(ACTOR, num_actors if samples else 0, cpus, cluster.gpus_per_actor),
         Need(LEARNER, cluster.num_learner_ranks if trains else 0, cpus, cluster.gpus_per_learner_rank),
         Need(REWARD, scorers * config.reward_service.replicas if samples else 0, cpus, cluster.gpus_per_reward_replica),
     ]
 
 
-def plan(config: TandemConfig) -> Plan:
-    """The bundles of a job."""
-    actor, rank, replica = needs(config)
-    replicas = max(1, config.reward_service.replicas)
+def plan(config: TandemConfig, num_actors: int | None = None) -> Plan:
+    """The bundles of a job, with so many actors; None: with the fewest. Replicas that come and go share no bundle."""
+    actor, rank, replica = needs(config, num_actors)
+    replicas = 1 if config.reward_service.max_replicas else max(1, config.reward_service.replicas)
     one = {kind.kind: _bundle(kind.cpus, kind.gpus) for kind in (actor, rank)}
     bundles: list[Resources] = []
     if config.cluster.layout == "colocated":
@@ -127,7 +140,8 @@ def check_nodes(plan: Plan, nodes: list[Resources]) -> None:
 
 REMEDY = {
     "GPU": "write fewer or smaller of them (cluster.num_actors, cluster.gpus_per_actor, cluster.num_learner_ranks, "
-    "cluster.gpus_per_learner_rank, reward_service.replicas, cluster.gpus_per_reward_replica)",
+    "cluster.gpus_per_learner_rank, reward_service.replicas, cluster.gpus_per_reward_replica, "
+    "in an elastic fleet cluster.max_actors)",
     "CPU": "write a smaller cluster.cpus_per_process, or fewer processes",
 }
 

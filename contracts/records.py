@@ -170,6 +170,7 @@ class Delivery:
     rollouts: list[tuple[int, Rollout]]  # with their leases
     generate_s: float = 0.0  # with a completion unfinished
     score_s: float = 0.0
+    is_leaving: bool = False  # its process was asked to end, and gets nothing new
 
 
 @dataclass

@@ -91,7 +91,7 @@ class HostTrainer(TrainerWeightTransferEngine[TrainerInitInfo]):
             seconds=time.perf_counter() - start,
             pack_s=pack_s,
             nbytes=len(self._current.payload),
-            calls=len(self.client.actors),
+            calls=len(self.client.members),
             loaded=loaded,
             missing=missing,
             update=update,

@@ -19,8 +19,8 @@ class ReceiversLost(RuntimeError):
 
 
 class Receivers:
-    def __init__(self, actors: list[Any], tensor_parallel_size: int, timeout_s: float):
-        self.actors, self._timeout_s = actors, timeout_s
+    def __init__(self, actors: list[Any | None], tensor_parallel_size: int, timeout_s: float):
+        self.actors, self._timeout_s = actors, timeout_s  # None: there is no actor of this number
         self._tensor_parallel_size = tensor_parallel_size
         self._unanswered: dict[int, Any] = {}  # earlier calls, by the actor's number
         self.left_out: dict[int, str] = {}  # actors that are not called any more, and why
@@ -28,7 +28,7 @@ class Receivers:
     @property
     def members(self) -> list[int]:
         """Numbers of the actors that are called."""
-        return [i for i in range(len(self.actors)) if i not in self.left_out]
+        return [i for i, actor in enumerate(self.actors) if actor is not None and i not in self.left_out]
 
     def leave_out_lost(self) -> bool:
         """Whether actors that were members until now do not answer; they are members no more."""

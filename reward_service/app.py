@@ -257,10 +257,19 @@ class RewardService:
         anywhere = {"num_cpus": self.cluster.cpus_per_process, "num_gpus": self.cluster.gpus_per_reward_replica}
         return self._places.get(spec.application, anywhere)
 
+    def _number(self, spec: ScorerSpec) -> dict[str, Any]:
+        """Options of how many replicas there are. As many calls are under way as the most of them take, where so many wait:
+        then Serve starts them all. It counts one in when it is constructed: loaded, warm and proved."""
+        least, most = self.config.replicas, self.config.most_replicas
+        if self.config.max_replicas is None:
+            return {"num_replicas": least}
+        calls = spec.calls / most
+        return {"autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": calls}}
+
     def _leaf(self, spec: ScorerSpec) -> serve.RunTarget:
         deployment = serve.deployment(
             name=spec.name,
-            num_replicas=self.config.replicas,
+            **self._number(spec),
             max_ongoing_requests=CALLS_A_REPLICA,
             max_constructor_retry_count=STARTS,
             ray_actor_options={**self._resources(spec), "runtime_env": {"env_vars": self.env}},

@@ -158,7 +158,7 @@ class ScorerKind:
         Args:
             tokenizer: the checkpoint whose token ids are scored; None: not known yet.
         """
-        return ScorerSpec(name, entry, version_of(self.content(entry)), calls=service.replicas)
+        return ScorerSpec(name, entry, version_of(self.content(entry)), calls=service.most_replicas)
 
     def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
         """Load what scores, within a replica; what it raises is why the service does not start."""

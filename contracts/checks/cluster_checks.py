@@ -3,7 +3,7 @@
 from contracts.checks.check import Check
 from contracts.config import TandemConfig
 from contracts.methods import runs
-from contracts.placement import PlacementError, Resources, check_nodes, on_one_gpu, plan
+from contracts.placement import PlacementError, Resources, actor_bounds, check_nodes, is_elastic, on_one_gpu, plan
 from contracts.plugins import names
 from contracts.transports import TRANSPORTS, chosen_transport, find_transport, weight_backend
 
@@ -43,9 +43,49 @@ def cluster_checks(config: TandemConfig) -> list[Check]:
             cluster.num_actors,
             f"{cluster.num_learner_ranks} or less, or cluster.layout=disaggregated",
         ),
+        *_elastic_checks(config),
         *_transport_checks(config),
         *_whole_gpus(config),
         *_nccl_groups(config),
+    ]
+
+
+def _elastic_checks(config: TandemConfig) -> list[Check]:
+    """Of a fleet that changes. Bounds of the wrong order are said alone."""
+    cluster, (least, most) = config.cluster, actor_bounds(config.cluster)
+    if not is_elastic(cluster):
+        return []
+    if cluster.min_actors is not None and cluster.max_actors is not None and least > most:
+        rule = f"at most cluster.max_actors ({most})"
+        return [Check(False, "cluster.min_actors", rule, least, f"{most} or less, or a larger cluster.max_actors")]
+    transport = chosen_transport(config)
+    anywhere = [name for name in reversed(names(TRANSPORTS)) if not find_transport(name).needs_all]
+    fixed = "cluster.min_actors=null cluster.max_actors=null"
+    bounds = f"{cluster.min_actors or 'null'} and {cluster.max_actors or 'null'}, where null is cluster.num_actors"
+    return [
+        Check(
+            least <= cluster.num_actors <= most,
+            "cluster.num_actors",
+            f"from cluster.min_actors to cluster.max_actors ({bounds})",
+            cluster.num_actors,
+            f"{cluster.max_actors or cluster.min_actors}, or other bounds",
+        ),
+        Check(
+            cluster.layout == "disaggregated",
+            "cluster.layout",
+            "disaggregated with cluster.min_actors and cluster.max_actors: an actor of layout colocated lives on the device "
+            "of its learner rank, and these stay",
+            cluster.layout,
+            f"disaggregated, or {fixed}",
+        ),
+        Check(
+            transport is None or not transport.needs_all or not runs(config, "ppo"),
+            "learner.weight_transfer",
+            f"{' or '.join(anywhere)} with cluster.min_actors and cluster.max_actors: {weight_backend(config)} joins the "
+            "learner and all actors in one group, in which each must stay",
+            config.learner.weight_transfer,
+            f"{anywhere[0]}, or {fixed}",
+        ),
     ]
 
 
@@ -130,11 +170,12 @@ def stated_nodes(config: TandemConfig) -> list[Resources] | None:
 
 
 def placement_conflicts(config: TandemConfig, nodes: list[Resources] | None) -> list[str]:
-    """Why these nodes cannot hold the job, at most one reason; nothing where they are not known."""
+    """Why these nodes, which are all that there will be, cannot hold the job with the most actors that it may have, at most
+    one reason; nothing where they are not known."""
     if nodes is None:
         return []
     try:
-        check_nodes(plan(config), nodes)
+        check_nodes(plan(config, max(actor_bounds(config.cluster))), nodes)
     except PlacementError as error:
         return [str(error)]
     return []

@@ -35,6 +35,11 @@ def scorer_checks(config: RewardServiceConfig) -> list[Check]:
         Check(not seen, "reward_service.scorers.proxy", "without the gold judge, which PPO never sees", ", ".join(seen),
          "other parts")
     )  # fmt: skip
+    checks.append(
+        Check(config.replicas <= config.most_replicas, "reward_service.max_replicas",
+         f"at least reward_service.replicas ({config.replicas}), which are there from the start", config.max_replicas,
+         f"{config.replicas} or more, or null")
+    )  # fmt: skip
     return checks
 
 

@@ -12,10 +12,11 @@ import torch
 from common.processes.process_env import embedded_cpus, fitting_threads, scorer_env, worker_env
 from common.processes.ray_access import start_ray
 from contracts.config import ClusterConfig, TandemConfig
-from contracts.placement import Resources
+from contracts.placement import Resources, actor_bounds
 from contracts.scorer_roles import chosen_scorers
 from contracts.weights import WeightsRefused, WeightUpdate
 from controller.cluster.placement_group import Placement
+from controller.cluster.room import ClusterRoom, Room
 
 
 def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
@@ -97,7 +98,7 @@ class Runtime:
             config = self.config
             assert self._placement is not None
             env = environments(config.cluster)["reward"]
-            placement = [self._placement.scorer(i) for i in range(len(self._placement.plan.scorers))]
+            placement = [self._placement.scorer(i) for i in range(self._placement.num_scorers)]
             self._service = RewardService(config.reward_service, config.cluster, env, config.model.path, placement)
             self._service.start(scorers)
         elif scorers != self._service.scorers:
@@ -111,7 +112,8 @@ class Runtime:
     def actors(
         self, model_path: str, backend: str, end_ids: tuple[int, ...], reward_client: Any
     ) -> Iterator[list[Any]]:
-        """Rollout actors that serve the checkpoint at `model_path`."""
+        """Rollout actors that serve the checkpoint at `model_path`, the fewest of `cluster`. Others may take a place at the
+        end of the list by `replace_actor`, once `room` has one for them."""
         from actors.rollout_actor import start_actors
 
         self.start()
@@ -129,15 +131,22 @@ class Runtime:
             env=env,
             environment=config.environment,
         )
-        started = self._start_actors([self._placement.actor(i) for i in range(config.cluster.num_actors)])
+        started = self._start_actors([self._placement.actor(i) for i in range(actor_bounds(config.cluster)[0])])
         try:
             yield started
         finally:
-            for actor in started:
-                ray.kill(actor)
+            for number, actor in enumerate(started):
+                if actor is not None:
+                    ray.kill(actor)
+                self._placement.give_back(number)  # which ends one that is still starting there
+
+    def room(self) -> Room:
+        """Of the actors."""
+        assert self._placement is not None
+        return ClusterRoom(self._placement)
 
     def replace_actor(self, actors: list[Any], number: int, update: WeightUpdate | None) -> bool:
-        """End one of `actors` and put a new one in its place. Connect the learner again before it publishes.
+        """End one of `actors`, where there is one, and put a new one there. Connect the learner again before it publishes.
 
         Returns:
             Whether the new actor serves the weights of `update` (None: its checkpoint's). If not, they have been replaced
@@ -147,7 +156,8 @@ class Runtime:
             ray.exceptions.RayError: the new actor cannot start, or fails while it loads; its place stays empty.
         """
         assert self._placement is not None
-        ray.kill(actors[number])  # Ray ends a stopped process too, after 5 s
+        if actors[number] is not None:
+            ray.kill(actors[number])  # Ray ends a stopped process too, after 5 s
         [new] = self._start_actors([self._placement.actor(number)])
         served = True
         try:

@@ -40,7 +40,7 @@ class _Pending:
 
 
 class Waits(Protocol):
-    """Of the dispatcher, which goes on serving the actors while something is waited for."""
+    """The controller's answers, which are all heard while something is waited for."""
 
     def on_answers(self, references: list[Any], then: Callable[[list[Any]], None]) -> None: ...
 
@@ -56,7 +56,7 @@ class Committer:
     config: CheckpointConfig
     run: RunFacts
     learner: LearnerGroup
-    dispatcher: Waits
+    answers: Waits
     committed: Callable[[State], None]
     say: Callable[[str], None]
     newest: int = -1  # step of the last commit
@@ -114,14 +114,14 @@ class Committer:
         if pending is not None and not pending.votes_requested:
             pending.votes_requested = True
             votes = self.learner.start("state.result")
-            self.dispatcher.on_answers([*pending.begun, *votes], partial(self._decide, pending))
+            self.answers.on_answers([*pending.begun, *votes], partial(self._decide, pending))
 
     def wait_until_decided(self) -> None:
         """Return when no commit is under way. Raises as `begin`, and TimeoutError."""
         if self._pending is not None:
             start, step = time.perf_counter(), self._pending.commit.step
             self.request_votes()
-            self.dispatcher.wait_for_learner(lambda: self._pending is None, f"the commit of update {step}")
+            self.answers.wait_for_learner(lambda: self._pending is None, f"the commit of update {step}")
             self._stall_s += time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:

@@ -27,6 +27,7 @@ from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator
 from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, Commit
+from controller.record import scale_file
 from controller.record.redaction import redacted, redacted_override
 from controller.record.run_log import LOGS, RunLog
 
@@ -59,6 +60,7 @@ class RunDirectory:
         self._lock.write(str(self.attempt))
         self._lock.flush()
         self._earlier_config: str | None = None
+        scale_file.forget(path)
         session = path / SESSION
         if session.exists():
             self._end_orphans(session.read_text(errors="replace"))

@@ -11,10 +11,12 @@ The file is only ever appended to. A run that went back to an older commit keeps
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 NAME = "ledger.jsonl"
+BLOCK = 2**24  # bytes that are read at once
 Row = dict[str, Any]
 
 
@@ -51,21 +53,54 @@ def replay(log: Path) -> tuple[list[Row], list[Row]]:
     Raises:
         ValueError: where a line of the surviving line is damaged.
     """
-    alive: list[tuple[int, Row | None]] = []  # byte offset and row; None: not readable
-    undone: list[Row] = []
-    offset = 0
-    for line in log.read_bytes().splitlines(keepends=True):
+    rows: dict[bool, list[Row]] = {True: [], False: []}
+    for offset, lines, is_alive in pieces(log):
+        rows[is_alive] += rows_of(log, offset, lines, is_alive)
+    return rows[True], rows[False]
+
+
+def pieces(log: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """The log in whole lines: where they begin, they themselves, and whether they are of the surviving line of weights."""
+    dead = sorted(_rolled_back(log))
+    for offset, lines in _blocks(log):
+        start, end = 0, len(lines)
+        while start < end:
+            while dead and dead[0][1] <= offset + start:
+                dead.pop(0)
+            is_alive = not dead or offset + start < dead[0][0]
+            bound = min(end, dead[0][not is_alive] - offset) if dead else end
+            bound = lines.find(b"\n", bound - 1) + 1 or end  # the end of a line, whatever a mark says
+            yield offset + start, lines[start:bound], is_alive
+            start = bound
+
+
+def rows_of(log: Path, offset: int, lines: bytes, is_alive: bool) -> Iterator[Row]:
+    """The rows of a piece. Raises ValueError where a line of the surviving line is damaged."""
+    for line in lines.splitlines(keepends=True):
         row = _read(line)
-        if row and "resume" in row:
-            undone += [r for start, r in alive if start >= row["resume"] and r]
-            alive = [(start, r) for start, r in alive if start < row["resume"]]
-        else:
-            alive.append((offset, row))
+        if row is None and is_alive:
+            raise ValueError(f"{log} is damaged at byte {offset}")
+        if row is not None and "resume" not in row:
+            yield row
         offset += len(line)
-    damaged = [start for start, row in alive if row is None]
-    if damaged:
-        raise ValueError(f"{log} is damaged at byte {damaged[0]}")
-    return [row for _, row in alive if row is not None], undone
+
+
+def _rolled_back(log: Path) -> Iterator[tuple[int, int]]:
+    """Bytes from which and up to which the lines count no more, marks among them."""
+    for offset, lines in _blocks(log):
+        found = lines.find(b'"resume"')
+        while found >= 0:
+            start, end = lines.rfind(b"\n", 0, found) + 1, lines.find(b"\n", found) + 1 or len(lines)
+            row = _read(lines[start:end])
+            if row and "resume" in row:
+                yield min(row["resume"], offset + start), offset + end
+            found = lines.find(b'"resume"', end)
+
+
+def _blocks(log: Path) -> Iterator[tuple[int, bytes]]:
+    with log.open("rb") as file:
+        while lines := file.read(BLOCK) + file.readline():
+            yield file.tell() - len(lines), lines
 
 
 def _read(line: bytes) -> Row | None:

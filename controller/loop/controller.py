@@ -90,6 +90,7 @@ class PPOController:
         scorers = ["proxy", "gold"] if has_gold and ppo.gold_rollouts else ["proxy"]
         self.config = config
         self.stream = stream
+        self.fleet = fleet
         self.learner = learner
         self.log = log
         self.progress = progress
@@ -116,7 +117,7 @@ class PPOController:
                 config.checkpoint,
                 run_facts,
                 learner,
-                self.dispatcher,
+                self.dispatcher.answers,
                 self._append_to_ledger,
                 progress.line,
             )
@@ -181,7 +182,9 @@ class PPOController:
             metrics |= self._publish()
         self.ledger.trained(self.version)
         metrics["fault/learner_restarts"] = float(self.recovery.num_restarts)
-        return metrics | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
+        return (
+            metrics | self.fleet.metrics() | self.dispatcher.faults() | self.ledger.metrics() | self.dispatcher.usage()
+        )
 
     def _collect(self, updates_left: int) -> tuple[list[Rollout], dict[str, float]]:
         """What the update trains on, and metrics of all that was sampled for it: in one round, or with
@@ -262,7 +265,7 @@ class PPOController:
             self.commits.request_votes()  # behind the update, whose optimizer step waits for the writer
         self.progress.waiting_for(what := f"the learner's update {self.version + 1}")
         try:
-            metrics |= self.dispatcher.wait(update, what)[0]
+            metrics |= self.dispatcher.answers.wait(update, what)[0]
         except NonFiniteError as error:
             path = save_rollouts(self.log.run_dir / "non_finite.jsonl", rollouts)
             cause = error.cause if isinstance(error, RayTaskError) else error

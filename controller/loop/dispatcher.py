@@ -4,40 +4,34 @@
                         ▲
                         └──complete── an actor's `collect`       one call always waits at each actor
 
-Whatever the controller waits for, it goes on serving the actors: answers of all remote calls arrive in one queue, in the
-order in which they come, so that an answer costs the same with one actor and with a thousand.
+Whatever the controller waits for, it goes on serving the actors: loop/answers.py.
 
 An actor that is lost, or silent for `cluster.actor_silence_s`, costs the tokens that it was sampling: its leases end, others
 get them, and a new actor takes its place in a thread, while everything else goes on. It is handed work only when it serves
 the weights of the ledger's version. What an actor holds for much longer than usual, one with empty hands gets too.
+
+Who joins starts as a replacement does. Who leaves gets nothing new, has `cluster.leave_grace_s` to finish what it holds, and
+others get the rest.
 """
 
 import itertools
-import queue
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
 
 from common.error_text import typed_line
 from contracts.config import ClusterConfig, PPOConfig, SamplingConfig
-from contracts.interfaces import CollectiveError, EngineLostError, LearnerLostError
+from contracts.interfaces import EngineLostError
 from contracts.records import Assignment, Delivery, Rollout, RolloutRequest
-from contracts.weights import WeightUpdate
 from controller.data.prompts import PromptStream
 from controller.ledger.entries import Key, Lease
 from controller.ledger.ledger import Ledger
-from controller.loop.fleet import Fleet
+from controller.loop.answers import Answers
+from controller.loop.fleet import Fleet, Joined
 from controller.loop.liveness import LivenessMonitor, Stragglers
 
 PATIENCE_S = 2.0  # how long a completion waits for others that are scored with it, where actors and learner overlap
-CHECK_S = 0.5  # between two looks for silent actors and stragglers
-
-Failed = Callable[[BaseException], None]
 
 
 class Stopping(Exception):
@@ -61,23 +55,25 @@ class Dispatcher:
         self._ledger = ledger
         self._stream = stream
         self._ppo = ppo
-        self._timeout_s = cluster.step_timeout_s
         self._scorers = scorers
-        self._share = -(-(ledger.max_staleness + 1) * ledger.rollouts_per_update // len(actors))
         # Where phases take turns, scoring begins when the last completion is there: each may then use every core.
         self._scoring = (
-            (ppo.score_batch, PATIENCE_S) if ledger.max_staleness else (ledger.rollouts_per_update, self._timeout_s)
+            (ppo.score_batch, PATIENCE_S)
+            if ledger.max_staleness
+            else (ledger.rollouts_per_update, cluster.step_timeout_s)
         )
         self._held: list[dict[int, float]] = [{} for _ in actors]  # leases at each actor, and since when
         self._life = [0] * len(actors)  # which actor in this place: answers of an earlier one no longer count
-        self._serving = set(range(len(actors)))  # actors that may be handed work
+        self._serving = fleet.present()  # actors that may be handed work
         self._behind: set[int] = set()  # actors that are up, with other weights
+        self._leaving: dict[int, float] = {}  # who get nothing new, and until when they may finish what they hold
+        self._leave_grace_s = cluster.leave_grace_s
         self._publishing = False
         # A rollout group trains as a whole, so its rollouts are completed together: {group: {key: (lease, rollout)}}.
         self._parts: dict[tuple[int, int], dict[Key, tuple[int, Rollout]]] = {}
         # Completions of held-out prompts, by numbers below 0, which are no leases of the ledger's.
         self._aside, self._held_out = itertools.count(-1, -1), dict[int, Rollout]()
-        self._inbox: queue.SimpleQueue[tuple[Callable[[Any], None], Failed | None, Future[Any]]] = queue.SimpleQueue()
+        self.answers = Answers(cluster, fleet.pulse_learner, self._check_actors)
         self._paused = False
         self._interrupted = False
         self._usage = [(0.0, 0.0) for _ in actors]  # seconds of generating, scoring
@@ -86,11 +82,7 @@ class Dispatcher:
         self._actor_liveness = LivenessMonitor(
             lambda number: self._actors[number].pulse.remote(), cluster.actor_silence_s
         )
-        self._ranks = range(cluster.num_learner_ranks)
-        self._learner_works = False
-        self._round = 0
-        self._learner_liveness = LivenessMonitor(fleet.pulse_learner, cluster.learner_silence_s)
-        self._stragglers, self._next_check_s = Stragglers(cluster.hedge_after_s), 0.0
+        self._stragglers = Stragglers(cluster.hedge_after_s)
         for number in self._serving:
             self._request_delivery(number)
 
@@ -102,8 +94,7 @@ class Dispatcher:
         groups = min(self._ledger.capacity(), wanted) // self._ppo.samples_per_prompt
         if groups > 0:
             self._ledger.admit(self._stream.next_requests(groups))
-        for number in sorted(self._serving):
-            self._lease_to(number)
+        self._lease_to_all()
 
     def wait_for_batch(self, version: int, number: int | None = None) -> list[Rollout]:
         """The rollouts of the next update, by a learner at `version`.
@@ -125,7 +116,7 @@ class Dispatcher:
             self._publish_to_latecomers()
             return self._ledger.ready(n, version)
 
-        self._serve_until(ready, f"{n} rollouts for the update of version {version}")
+        self.answers.wait_until(ready, f"{n} rollouts for the update of version {version}")
         return self._ledger.take(n, version)
 
     def sample_held_out(self, requests: list[RolloutRequest], sampling: SamplingConfig) -> list[Rollout]:
@@ -151,53 +142,14 @@ class Dispatcher:
                     self._hand_out(number, work, sampling)
             return len(self._held_out) == len(wanted)
 
-        self._serve_until(ready, f"{len(requests)} completions of held-out prompts")
+        self.answers.wait_until(ready, f"{len(requests)} completions of held-out prompts")
         self._usage, self._tokens = used
         return [self._held_out[lease] for lease in wanted]
 
-    def wait(self, calls: list[Any], what: str) -> list[Any]:
-        """The results of remote calls of the learner, one for each rank.
-
-        Raises:
-            LearnerLostError: a rank is gone, cannot reach the others, or has been silent for too long.
-            TimeoutError: after the time that a step may take, naming `what`.
-            Exception: the first error that comes.
-        """
-        results: dict[int, Any] = {}
-        self._round += 1
-        for i, call in enumerate(calls):
-            self._on_answer(call, partial(results.__setitem__, i), partial(self._on_learner_error, self._round))
-        self.wait_for_learner(lambda: len(results) == len(calls), what)
-        return [results[i] for i in range(len(calls))]
-
-    def on_answers(self, calls: list[Any], done: Callable[[list[Any]], None]) -> None:
-        """Call `done` with the results of remote calls, an error in the place of one that fails, when all are there: from
-        within whatever the controller waits for then."""
-        answers: dict[int, Any] = {}
-
-        def take(i: int, answer: Any) -> None:
-            answers[i] = answer
-            if len(answers) == len(calls):
-                done([answers[i] for i in range(len(calls))])
-
-        for i, call in enumerate(calls):
-            self._on_answer(call, partial(take, i), partial(take, i))
-
-    def wait_for_learner(self, done: Callable[[], bool], what: str) -> None:
-        """Serve the actors until the learner has done something. Raises TimeoutError naming `what`, and LearnerLostError."""
-        self._learner_works = True
-        try:
-            self._serve_until(done, what)
-        finally:
-            self._learner_works = False
-            for rank in self._ranks:
-                self._learner_liveness.forget(rank)
-
     def interrupt(self) -> None:
         """End the wait for rollouts with Stopping, now or when it is next begun. Safe in a signal handler."""
-        self._interrupted, nothing = True, Future[None]()
-        nothing.set_result(None)
-        self._inbox.put((lambda _: None, None, nothing))
+        self._interrupted = True
+        self.answers.wake()
 
     def drain(self) -> None:
         """Hand out nothing new and wait until nothing is being sampled; the next `admit_rollouts` goes on.
@@ -205,7 +157,7 @@ class Dispatcher:
         A delivered rollout whose group is not whole keeps its lease: the rest of the group may be waiting to be handed out.
         """
         self._paused = True
-        self._serve_until(lambda: not any(self._held), "the actors to finish what they hold")
+        self.answers.wait_until(lambda: not any(self._held), "the actors to finish what they hold")
         self._paused = False
 
     def usage(self) -> dict[str, float]:
@@ -215,6 +167,12 @@ class Dispatcher:
         rate = self._tokens / generate_s if generate_s else 0.0
         self._usage, self._tokens = [(0.0, 0.0) for _ in self._actors], 0
         return {"perf/generate_s": generate_s, "perf/score_s": score_s, "perf/gen_tokens_per_s": rate}
+
+    @property
+    def _share(self) -> int:
+        """How many rollouts an actor may hold."""
+        wanted = (self._ledger.max_staleness + 1) * self._ledger.rollouts_per_update
+        return -(-wanted // max(len(self._serving), self._fleet.least))
 
     def faults(self) -> dict[str, float]:
         """Of the run so far."""
@@ -226,7 +184,7 @@ class Dispatcher:
         """Give every actor the learner's weights as `version`; the learner must have nothing else to do. Actors that they
         do not reach are replaced. Returns metrics of the transfer."""
         self._publishing, lives = True, {number: self._life[number] for number in self._fleet.present()}
-        report = self.wait(self._fleet.start_publish(version), f"the engines to load version {version}")[0]
+        report = self.answers.wait(self._fleet.start_publish(version), f"the engines to load version {version}")[0]
         self._publishing = False
         self._fleet.published(report)
         for number, reason in report.missing.items():
@@ -241,33 +199,11 @@ class Dispatcher:
 
     # ---- answers
 
-    def _serve_until(self, done: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + self._timeout_s
-        while not done():
-            now = time.monotonic()
-            if now >= self._next_check_s:
-                self._next_check_s = now + CHECK_S
-                self._check_liveness(now)
-            try:
-                handle, failed, answer = self._inbox.get(timeout=max(0.0, min(end, self._next_check_s) - now))
-            except queue.Empty:
-                if now < end:
-                    continue
-                raise TimeoutError(f"waited {self._timeout_s:.0f} s (cluster.step_timeout_s) for {what}") from None
-            error = answer.exception()
-            if error is None:
-                handle(answer.result())
-            elif failed is None:
-                raise error
-            else:
-                failed(error)
-
-    def _on_answer(self, call: Any, handle: Callable[[Any], None], failed: Failed | None = None) -> None:
-        call.future().add_done_callback(lambda answer: self._inbox.put((handle, failed, answer)))
-
     def _request_delivery(self, number: int) -> None:
         call, life = self._actors[number].collect.remote(*self._scoring), self._life[number]
-        self._on_answer(call, partial(self._on_delivery, number, life), partial(self._on_actor_error, number, life))
+        self.answers.on_call(
+            call, partial(self._on_delivery, number, life), partial(self._on_actor_error, number, life)
+        )
 
     def _on_delivery(self, number: int, life: int, delivery: Delivery) -> None:
         if life != self._life[number]:
@@ -289,6 +225,10 @@ class Dispatcher:
             siblings.setdefault(rollout.key, (lease, rollout))
             if len(siblings) == self._ppo.samples_per_prompt:
                 self._ledger.complete_group(list(self._parts.pop(rollout.group).values()))
+        if number in self._leaving and not self._held[number]:
+            self._left(number)
+        elif delivery.is_leaving and number in self._fleet.present():
+            self._leave(number, "its process was asked to end")
         self._lease_to(number)
 
     def _lease_to(self, number: int) -> None:
@@ -315,16 +255,14 @@ class Dispatcher:
 
     # ---- slow and lost actors
 
-    def _check_liveness(self, now: float) -> None:
-        """For processes that are there and do nothing, and for rollouts that take too long."""
-        silent = self._learner_liveness.silent(self._ranks) if self._learner_works else {}
-        if silent:
-            raise LearnerLostError(f"learner rank {min(silent)} has not got on for {max(silent.values()):.0f} s")
-        for number, seconds in self._actor_liveness.silent(self._serving | self._behind).items():
+    def _check_actors(self, now: float) -> None:
+        """For those that are there and do nothing, who come and go, and rollouts that take too long."""
+        for number, seconds in self._actor_liveness.silent(self._serving | self._behind | self._leaving.keys()).items():
             self.num_silent += 1
             self._replace_lost(number, f"it has generated nothing for {seconds:.0f} s")
+        self._change_fleet(now)
         idle = [number for number in sorted(self._serving) if not self._held[number]]
-        if not idle or len(self._serving) == 1:
+        if not idle or len(self._serving | self._leaving.keys()) == 1:
             return
         end = now - self._stragglers.deadline_s()
         late = [lease for held in self._held for lease, since in held.items() if since < end]
@@ -345,30 +283,59 @@ class Dispatcher:
 
     def _replace_lost(self, number: int, reason: str) -> None:
         """What the actor held is handed out again, and another starts in its place."""
+        held = self._take_back(number)
+        self.num_lost += 1
+        self._fleet.lost(number, held, reason)
+        self._start_actors()
+        self._lease_to_all()
+
+    def _take_back(self, number: int) -> int:
+        """All that an actor holds, which is no more one of the run. Returns how many rollouts."""
         self._life[number] += 1
         self._serving.discard(number)
         self._behind.discard(number)
+        self._leaving.pop(number, None)
         self._actor_liveness.forget(number)
         held, self._held[number] = self._held[number], {}
         for lease in held:
             self._ledger.release(lease)
-        self.num_lost += 1
-        self._fleet.lost(number, len(held), reason, self.num_lost)
-        fresh: Future[tuple[bool, WeightUpdate | None]] = Future()
+        return len(held)
 
-        def replace() -> None:
-            try:
-                fresh.set_result(self._fleet.replace(number))
-            except BaseException as error:  # the thread's only listener is the controller
-                fresh.set_exception(error)
+    def _lease_to_all(self) -> None:
+        for number in sorted(self._serving):
+            self._lease_to(number)
 
-        threading.Thread(target=replace, name=f"replace-actor-{number}", daemon=True).start()
-        handlers = partial(self._on_joined, number), partial(self._on_actor_error, number, self._life[number])
-        fresh.add_done_callback(lambda answer: self._inbox.put((*handlers, answer)))
-        for other in sorted(self._serving):
-            self._lease_to(other)
+    # ---- who joins and who leaves
 
-    def _on_joined(self, number: int, joined: tuple[bool, WeightUpdate | None]) -> None:
+    def _change_fleet(self, now: float) -> None:
+        """Towards what is wanted of it."""
+        for number, why in self._fleet.leavers().items():
+            self._leave(number, why)
+        for number in [n for n, end in self._leaving.items() if now >= end or not self._held[n]]:
+            self._left(number)
+        self._start_actors()
+
+    def _leave(self, number: int, why: str) -> None:
+        self._serving.discard(number)
+        self._behind.discard(number)
+        self._leaving[number] = time.monotonic() + self._leave_grace_s
+        self._fleet.leave(number, len(self._held[number]), why)
+
+    def _left(self, number: int) -> None:
+        self._fleet.left(number, self._take_back(number))
+        self._lease_to_all()
+
+    def _start_actors(self) -> None:
+        for number in self._fleet.starts():
+            self.answers.on_future(
+                self._fleet.start(number), partial(self._on_joined, number), partial(self._on_not_started, number)
+            )
+
+    def _on_not_started(self, number: int, error: BaseException) -> None:
+        if not self._fleet.not_started(number, error):
+            self._on_actor_error(number, self._life[number], error)
+
+    def _on_joined(self, number: int, joined: Joined) -> None:
         """A new actor is there."""
         self._fleet.joined(number)
         self._request_delivery(number)
@@ -379,14 +346,6 @@ class Dispatcher:
             self._behind.add(number)
 
     # ---- a lost learner
-
-    def _on_learner_error(self, round_: int, error: BaseException) -> None:
-        if round_ != self._round:
-            return  # of a call that nobody waits for any more
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, (RayActorError, CollectiveError)):
-            raise LearnerLostError(f"a learner rank is lost: {typed_line(cause)}") from error
-        raise error
 
     def abandon_leases(self) -> None:
         """Ledger and learner are back at a commit: what the actors hold is nobody's any more, and nothing samples before

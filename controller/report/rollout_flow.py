@@ -20,7 +20,8 @@ CHARTS: tuple[Chart, ...] = (
     ),
 )
 FATES = ("admitted", "trained", "quarantined", "filtered", "released", "fenced", "open")
-FAULTS = ("fault/actors_lost", "fault/actors_without_update", "fault/unscored", "fault/no_sibling")
+COUNTED = ("fault/actors_lost", "fault/actors_not_started")  # from the start of the run
+FAULTS = (*COUNTED, "fault/actors_without_update", "fault/unscored", "fault/no_sibling")
 
 
 def rollouts(run: Run) -> Markup | str:
@@ -40,7 +41,7 @@ def rollouts(run: Run) -> Markup | str:
 
 def _faults(run: Run) -> dict[str, float]:
     """Totals: counters of a step are summed, those that count from the start are taken at their end."""
-    names, cumulative, totals = dict.fromkeys(FAULTS), {"fault/actors_lost"}, dict[str, float]()
+    names, cumulative, totals = dict.fromkeys(FAULTS), {*COUNTED}, dict[str, float]()
     for row in run.metrics:
         if row.get("stage") == TRACKER_FAULTS:
             of_trackers = [name for name in row if name.startswith("fault/")]

@@ -72,6 +72,8 @@ def _progress(run: Run, status: Status) -> list[str]:
     if planned is not None:
         line = line.replace(" |", f" of {planned:.0f} |", 1)
     out = [line]
+    if last.get("fleet/joined") or last.get("fleet/left"):
+        out.append("actors {fleet/actors:.0f}; joined {fleet/joined:.0f}, left {fleet/left:.0f}".format_map(last))
     steps = [value for row in ppo if (value := number(row.get("perf/step_s"))) is not None]
     silent_s = time.time() - (run.path / "metrics.jsonl").stat().st_mtime
     if running and run.metrics[-1] is ppo[-1] and steps and silent_s > OVERDUE * median(steps):

@@ -8,6 +8,7 @@ from contracts.config import CurriculumConfig, TandemConfig
 from contracts.estimators import ESTIMATORS
 from contracts.methods import method_config, method_title
 from contracts.objectives import OBJECTIVES
+from contracts.placement import actor_bounds, is_elastic
 from contracts.plugins import Kind
 from contracts.scorer_roles import ROLES, SCORER_KINDS, chosen_scorers, judges, scoring_models, starts_value_model
 from contracts.stages import Reading, Stage
@@ -78,7 +79,8 @@ def inputs(context: "StageContext") -> dict[str, Any]:
         "environment": redacted(asdict(config.environment)),
         "environment_source": environment_source(config),
         "engine": config.engine,
-        "actors": config.cluster.num_actors,
+        # Log-probabilities depend in their last bits on what is sampled beside them.
+        "actors": "elastic" if is_elastic(config.cluster) else config.cluster.num_actors,
         "prompts": context.data_fingerprint("prompts"),
         "ptx": context.data_fingerprint("sft") if config.ppo.ptx_coef else None,
         "policy": context.fingerprint(context.checkpoint(config.ppo.init_from)),
@@ -98,6 +100,7 @@ def run(context: "StageContext") -> dict[str, Any]:
     from controller.loop.held_out import HeldOut
     from controller.pipeline.ingredients import UNSEEN
     from controller.record.redaction import redacted
+    from controller.record.scale_file import asked_for
     from controller.start_checks.engine_checks import first_publish
 
     config, runtime, progress = method_config(context.config), context.runtime, context.progress
@@ -136,8 +139,18 @@ def run(context: "StageContext") -> dict[str, Any]:
                 max_model_len=config.engine.max_model_len,
                 timeout_s=config.cluster.start_timeout_s,
             )
-        restarts = config.cluster.max_actor_restarts
-        fleet = Fleet(actors, learner, backend, runtime.replace_actor, restarts, progress.line)
+        restarts, num_actors = config.cluster.max_actor_restarts, config.cluster.num_actors
+        fleet = Fleet(
+            actors,
+            learner,
+            backend,
+            runtime.replace_actor,
+            restarts,
+            progress.line,
+            room=runtime.room(),
+            most=max(actor_bounds(config.cluster)),
+            wanted=lambda: asked_for(context.log.run_dir) or num_actors,
+        )
         about = RunFacts(identity, redacted(asdict(config)), client.versions)
         controller = PPOController(
             config,

@@ -79,7 +79,7 @@ class Function(ScorerKind):
             name,
             entry,
             function_version(source),
-            calls=entry.processes * service.replicas,
+            calls=entry.processes * service.most_replicas,
             call_items=entry.batch_size,
             # Far below the time-out, which is one for the whole call: a slow function gets its items one by one.
             call_s=min(CALL_S, entry.timeout_s / 4),

@@ -116,7 +116,7 @@ class Judge(ScorerKind):
             entry,
             version_of(self.content(entry), source, json.dumps(settings, sort_keys=True)),
             # At an address each item is a call of its own, which waits for no other.
-            calls=(CALLS if judge.model else judge.concurrency) * service.replicas,
+            calls=(CALLS if judge.model else judge.concurrency) * service.most_replicas,
             call_items=judge.engine.max_num_seqs if judge.model else 1,
             source=judge.model or judge.model_name,
         )

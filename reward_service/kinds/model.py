@@ -52,7 +52,7 @@ class Model(ScorerKind):
             entry,
             version,
             max_tokens=service.max_tokens,
-            calls=CALLS * service.replicas,
+            calls=CALLS * service.most_replicas,
             call_items=CALL_ITEMS,
             source=path,
             read_at=read_at,

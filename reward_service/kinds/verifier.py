@@ -59,7 +59,7 @@ class VerifierKind(ScorerKind):
             name,
             entry,
             version_of(str(entry.verifier), self.content(entry), settings),
-            calls=entry.processes * service.replicas,
+            calls=entry.processes * service.most_replicas,
             call_items=entry.batch_size,
             call_s=CALL_S,  # what is in one call waits for the slowest of it
             source=entry.verifier,

@@ -74,7 +74,7 @@ class Fixture:
         config = CheckpointConfig(**options)
         facts = RunFacts({"seed": 1}, {"name": "x"}, {"proxy": "v1"})
         learner: Any = self.learner
-        self.committer = Committer(run_dir, config, facts, learner, dispatcher, self._count, self.said.append)
+        self.committer = Committer(run_dir, config, facts, learner, dispatcher.answers, self._count, self.said.append)
 
     def _count(self, state: Any) -> None:
         assert state is STATE

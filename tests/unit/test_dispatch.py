@@ -154,7 +154,7 @@ def test_the_actors_are_served_while_the_learner_works() -> None:
     update: Future[Any] = Future()
     actor.finish(0, 1)
     update.set_result({"loss": 1.0})
-    assert dispatcher.wait([Call(update)], "the update") == [{"loss": 1.0}]
+    assert dispatcher.answers.wait([Call(update)], "the update") == [{"loss": 1.0}]
     assert (ledger.metrics()["ledger/scored"], len(actor.asked)) == (2, 1)
 
 
@@ -163,10 +163,10 @@ def test_results_come_in_the_order_of_the_calls_and_errors_at_once() -> None:
     first, second, never, failed = Future[Any](), Future[Any](), Future[Any](), Future[Any]()
     second.set_result("b")
     first.set_result("a")
-    assert dispatcher.wait([Call(first), Call(second)], "both") == ["a", "b"]
+    assert dispatcher.answers.wait([Call(first), Call(second)], "both") == ["a", "b"]
     failed.set_exception(ValueError("out of memory"))
     with pytest.raises(ValueError, match="out of memory"):
-        dispatcher.wait([Call(never), Call(failed)], "both")
+        dispatcher.answers.wait([Call(never), Call(failed)], "both")
 
 
 def test_a_rollout_that_cannot_be_sampled_ends_the_run() -> None:
@@ -212,7 +212,7 @@ def test_a_drain_ends_where_an_actor_was_lost_with_the_rest_of_a_group() -> None
     actors[1].finish(0)
     trained: Future[Any] = Future()
     trained.set_result(None)
-    dispatcher.wait([Call(trained)], "the update")
+    dispatcher.answers.wait([Call(trained)], "the update")
     actors[1].asked.pop()[0].set_exception(EngineLostError("gone"))
     dispatcher.drain()
     assert ledger.metrics()["ledger/in_flight"] == 1
@@ -248,7 +248,7 @@ def test_siblings_are_due_together() -> None:
     actor.finish(0, versions=(0, 1))
     done: Future[Any] = Future()
     done.set_result(None)
-    dispatcher.wait([Call(done)], "what came before it")
+    dispatcher.answers.wait([Call(done)], "what came before it")
     actor.finish(0, 1, 2, versions=(2,))
     batch = dispatcher.wait_for_batch(2)
     assert [r.prompt.prompt_id for r in batch] == [straggler, straggler]
@@ -340,7 +340,7 @@ def crew(actors: list[Actor], served: bool = True, restarts: int = 3) -> tuple[F
 
 def until(dispatcher: Dispatcher, condition: Any) -> None:
     """Let the dispatcher take in what comes until the condition holds."""
-    dispatcher._serve_until(condition, "the test")
+    dispatcher.answers.wait_until(condition, "the test")
 
 
 def test_the_work_of_a_lost_actor_is_done_by_the_others_and_by_its_successor() -> None:
@@ -465,19 +465,19 @@ def test_all_answers_are_heard_together_while_the_actors_are_served() -> None:
     dispatcher.admit_rollouts(updates_left=1)
     first, second = Future[int](), Future[int]()
     heard: list[list[Any]] = []
-    dispatcher.on_answers([Call(first), Call(second)], heard.append)
+    dispatcher.answers.on_answers([Call(first), Call(second)], heard.append)
     second.set_exception(OSError("full"))
     actor.finish(0, 1, 2, 3)
     first.set_result(7)
     assert len(dispatcher.wait_for_batch(0)) == 4
-    dispatcher.wait_for_learner(lambda: bool(heard), "the votes")
+    dispatcher.answers.wait_for_learner(lambda: bool(heard), "the votes")
     [[mine, error]] = heard
     assert mine == 7
     assert str(error) == "full"
-    dispatcher.on_answers([Call(Future())], heard.append)
-    dispatcher._timeout_s = 0.05
+    dispatcher.answers.on_answers([Call(Future())], heard.append)
+    dispatcher.answers._timeout_s = 0.05
     with pytest.raises(TimeoutError, match="for the votes"):
-        dispatcher.wait_for_learner(lambda: len(heard) > 1, "the votes")
+        dispatcher.answers.wait_for_learner(lambda: len(heard) > 1, "the votes")
 
 
 def test_an_interrupt_ends_the_wait_for_rollouts_alone() -> None:
@@ -490,7 +490,7 @@ def test_an_interrupt_ends_the_wait_for_rollouts_alone() -> None:
         dispatcher.wait_for_batch(0)
     update: Future[int] = Future()
     update.set_result(3)
-    assert dispatcher.wait([Call(update)], "an update") == [3]  # what is under way ends
+    assert dispatcher.answers.wait([Call(update)], "an update") == [3]  # what is under way ends
 
 
 def test_after_a_rollback_late_answers_do_not_mix_with_new_ones() -> None:
@@ -510,7 +510,7 @@ def test_after_a_rollback_late_answers_do_not_mix_with_new_ones() -> None:
     after, actor.work = actor.work, [before[0]]
     actor.finish(0, versions=(0, 0, 0))
     actor.work = after
-    dispatcher.wait_for_learner(lambda: ledger.counts["fenced"] == 1, "the late one")
+    dispatcher.answers.wait_for_learner(lambda: ledger.counts["fenced"] == 1, "the late one")
     actor.finish(0, 1)
     assert [len(r.completion.token_ids) for r in dispatcher.wait_for_batch(0)] == [1, 1]
 
@@ -561,7 +561,7 @@ def test_a_straggler_is_hedged_and_the_first_reply_counts(samples: int) -> None:
     assert [a.request for a in idle.work] == [a.request for a in late]
     assert {a.lease for a in idle.work} & {a.lease for a in late} == set()
     slow.finish(0)  # the first reply for one of them, the second for the other is the hedge's
-    until(dispatcher, lambda: len(slow.work) == 1 and not dispatcher._inbox.qsize())
+    until(dispatcher, lambda: len(slow.work) == 1 and not dispatcher.answers._inbox.qsize())
     idle.finish(1)
     assert [r.prompt.prompt_id for r in dispatcher.wait_for_batch(0)] == kept
     ledger.trained(1)
@@ -588,10 +588,10 @@ def test_a_lost_rank_is_told_from_an_error_and_later_answers_count_no_more(error
     gone, other, fine = Future[Any](), Future[Any](), Future[Any]()
     gone.set_exception(error)
     with pytest.raises(LearnerLostError, match="a learner rank is lost"):
-        dispatcher.wait([Call(gone), Call(other)], "the update")
+        dispatcher.answers.wait([Call(gone), Call(other)], "the update")
     other.set_exception(CollectiveError("connection closed by peer"))
     fine.set_result("a new learner's")
-    assert dispatcher.wait([Call(fine)], "the update") == ["a new learner's"]
+    assert dispatcher.answers.wait([Call(fine)], "the update") == ["a new learner's"]
 
 
 def test_a_rank_that_hangs_is_lost() -> None:
@@ -600,7 +600,7 @@ def test_a_rank_that_hangs_is_lost() -> None:
     learner.is_stopped = True
     dispatcher, _ = start(actors, fleet=fleet, learner_silence_s=0.1)
     with pytest.raises(LearnerLostError, match="rank 0 has not got on for"):
-        dispatcher.wait([Call(Future())], "the update")
+        dispatcher.answers.wait([Call(Future())], "the update")
 
 
 def test_after_a_rollback_actors_get_the_weights_of_the_commit_and_old_work_is_fenced(tmp_path: Path) -> None:

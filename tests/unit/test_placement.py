@@ -146,3 +146,19 @@ def test_a_place_for_each_reward_model_and_none_for_what_is_no_model() -> None:
     assert len(plan(config).scorers) == 3  # proxy_model, second, gold
     config.reward_service.scorers["proxy"] = ScorerConfig(kind="function", function="rules.py:f")
     assert len(plan(config).scorers) == 1
+
+
+def test_an_elastic_job_reserves_the_fewest_and_is_refused_where_the_most_never_fit() -> None:
+    elastic = job(num_actors=2, min_actors=1, max_actors=4, num_learner_ranks=1, **GPUS)
+    assert plan(elastic).bundles == [{"CPU": 1, "GPU": 2}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 0.5}]
+    check_machine(elastic, free_memory_gib=64, cpu_count=64, nodes=[node(8), node(2)])  # 9.5 GPUs
+    told = r"4 actors x 2 GPUs \+ 1 learner rank x 1 GPU .* = 9.5 GPUs; the cluster has 8 GPUs .* cluster\.max_actors"
+    with pytest.raises(ConfigError, match=told):
+        check_machine(elastic, free_memory_gib=64, cpu_count=64, nodes=[node(8)])
+
+
+def test_replicas_that_come_and_go_share_no_bundle() -> None:
+    config = job(replicas=2, gold=True, gpus_per_reward_replica=0.5)
+    assert plan(config).bundles[-2:] == [{"CPU": 0.2, "GPU": 1.0}] * 2
+    config.reward_service.max_replicas = 4
+    assert plan(config).bundles[-4:] == [{"CPU": 0.1, "GPU": 0.5}] * 4

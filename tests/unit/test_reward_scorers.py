@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from contracts.checks.validation import ConfigError
-from contracts.config import RewardServiceConfig, ScorerConfig
+from contracts.config import ClusterConfig, RewardServiceConfig, ScorerConfig
 from contracts.records import Score
 from contracts.scorer_roles import chosen_scorers
 from contracts.scoring import write_golden
@@ -249,3 +249,18 @@ def test_golden_scores_that_are_none_are_refused(tmp_path: Path, content: str) -
     (tmp_path / "golden.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(RuntimeError, match=r"golden\.json has no golden scores: "):
         check_golden(str(tmp_path), lambda s: [Score(1.0)] * len(s), tolerance=0.1)
+
+
+def test_serve_starts_the_most_replicas_where_all_their_calls_are_under_way(small_vocab: Path, tmp_path: Path) -> None:
+    from reward_service.app import RewardService
+
+    (tmp_path / "rules.py").write_text("def score(completions): return [1.0 for _ in completions]")
+    entry = ScorerConfig(kind="function", function=f"{tmp_path}/rules.py:score", processes=2)
+    for most, calls, options in (
+        (None, 6, {"num_replicas": 3}),
+        (5, 10, {"autoscaling_config": {"min_replicas": 3, "max_replicas": 5, "target_ongoing_requests": 2.0}}),
+    ):
+        config = RewardServiceConfig(replicas=3, max_replicas=most)
+        spec = resolve({"proxy": entry}, config, str(small_vocab))["proxy"]
+        assert spec.calls == calls
+        assert RewardService(config, ClusterConfig(), {}, str(small_vocab))._number(spec) == options

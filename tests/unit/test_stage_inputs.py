@@ -30,7 +30,7 @@ DECIDES = {
     "ppo.seed": ("filtered_sft", "preference", "ppo"),
     "environment": ("ppo",),
     "engine": ("ppo",),
-    "cluster.num_actors": ("ppo",),
+    **{f"cluster.{name}_actors": ("ppo",) for name in ("num", "min", "max")},
     "reward_service.scorers": ("ppo",),
     "reward_service.dtype": ("ppo",),
     "reward_service.max_tokens": ("ppo",),

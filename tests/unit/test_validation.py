@@ -381,6 +381,37 @@ def test_a_choice_suggests_the_closest_name(config):
             ["learner.weight_transfer must be auto or nccl with cluster.layout disaggregated", "found ipc"],
         ),
         (
+            {"reward_service__replicas": 3, "reward_service__max_replicas": 2},
+            ["reward_service.max_replicas must be at least reward_service.replicas (3)", "found 2; write 3 or more"],
+        ),
+        (
+            {"cluster__min_actors": 4, "cluster__max_actors": 2},
+            ["cluster.min_actors must be at most cluster.max_actors (2)", "found 4; write 2 or less"],
+        ),
+        (
+            {"cluster__min_actors": 2, "cluster__max_actors": 6},
+            ["cluster.num_actors must be from cluster.min_actors to cluster.max_actors (2 and 6", "found 1; write 6"],
+        ),
+        (
+            {"cluster__max_actors": 2, "cluster__num_actors": 3},
+            [
+                "cluster.num_actors must be from cluster.min_actors to cluster.max_actors (null and 2",
+                "found 3; write 2",
+            ],
+        ),
+        (
+            {"cluster__max_actors": 2, "cluster__layout": "colocated"},
+            ["cluster.layout must be disaggregated with cluster.min_actors and cluster.max_actors", "found colocated"],
+        ),
+        (
+            {"cluster__max_actors": 2, "cluster__gpus_per_actor": 1.0, "cluster__gpus_per_learner_rank": 1.0},
+            [
+                "learner.weight_transfer must be shared_memory or ray_object with cluster.min_actors",
+                "nccl joins the learner and all actors in one group",
+                "found auto; write shared_memory, or cluster.min_actors=null cluster.max_actors=null",
+            ],
+        ),
+        (
             {
                 "learner__weight_transfer": "nccl",
                 "cluster__layout": "colocated",
