@@ -1,0 +1,175 @@
+"""What every process of a job will hold, a stage at a time: the arithmetic before anything starts.
+
+    configuration, lengths of the data ──> learner ranks, actors, reward replicas, Ray, driver ──> the largest stage
+
+Nothing here is fitted to a model: models are counted on the meta device, and what libraries hold is in measured.yaml.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from contracts.config import TandemConfig
+from contracts.methods import chosen_preference, results_needed, running_stages
+from contracts.placement import Plan
+from contracts.placement import plan as placement
+from contracts.scorer_roles import chosen_scorers, judges
+from contracts.stages import Stage
+from controller.plan.engine_memory import actor_items, replica_items
+from controller.plan.learner_memory import learner_items, network_shapes, sizes, stage_networks
+from controller.plan.memory_items import MIB, Item, JobPlan, Movement, Process, StagePlan
+from controller.plan.microbatch_lengths import Lengths, batch_lengths
+from reward_service.scorer_kind import scorer_kind
+
+MEASURED = Path(__file__).with_name("measured.yaml")
+DRIVER, RANK, ACTOR, REPLICA = "driver", "learner rank", "actor", "reward replica"
+# Ray's own, one of each with every embedded cluster; and those of Ray Serve, where there is a reward service.
+RAY, SERVE = ("gcs", "raylet", "ray agents", "spare workers"), ("serve controller", "serve proxy", "reward front")
+Data = Callable[[str], Sequence[Any]]  # what has been read, by the name of an item; empty where nothing has
+
+
+@cache
+def measured() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(MEASURED.read_text())
+    return found
+
+
+def plan_job(config: TandemConfig, data: Data = lambda item: (), gpu_gib: float = 80.0) -> JobPlan:
+    """Of a configuration that has been checked and whose number formats are chosen.
+
+    Args:
+        data: lengths of texts are those of the data; where it is empty, those that the configuration allows.
+        gpu_gib: memory of a GPU.
+
+    Raises:
+        Unproven, OSError, ValueError: a model cannot be read.
+    """
+    needed = results_needed(config)
+    stages = [s for s in running_stages(config) if not s.results or needed & s.checkpoint_keys.keys()]
+    return JobPlan(tuple(_stage(config, stage, data, gpu_gib) for stage in stages))
+
+
+def _stage(config: TandemConfig, stage: Stage, data: Data, gpu_gib: float) -> StagePlan:
+    where, cluster = placement(config), config.cluster
+    processes, movements = [Process(DRIVER, 1, ())], list[Movement]()
+    sent = _policy_bytes(config)
+    if stage.trains:
+        lengths, selected = stage_lengths(config, stage, data)
+        items = learner_items(config, stage.name, lengths, selected)
+        processes.append(Process(RANK, cluster.num_learner_ranks, tuple(items), tuple(where.learner)))
+        movements.append(_checkpoint(config, stage, sent))
+    if stage.samples:
+        actor = tuple(actor_items(config, gpu_gib))
+        processes.append(Process(ACTOR, cluster.num_actors, actor, tuple(where.actors)))
+        processes += _replicas(config, where)
+        processes += [Process(role, 1, ()) for role in SERVE]
+        movements.append(Movement("publish", sent, "every weight once, to a buffer that the actors of a node share"))
+    processes += [Process(role, 1, ()) for role in RAY]
+    processes = [_slack(process) for process in processes]
+    if stage.samples and not cluster.gpus_per_actor:
+        processes = _with_segment(processes, sent, RANK if stage.trains else DRIVER)
+    return StagePlan(stage.title, tuple(_with_libraries(processes)), tuple(movements))
+
+
+def stage_lengths(config: TandemConfig, stage: Stage, data: Data) -> tuple[Lengths, int]:
+    """The largest microbatch of a stage, and how many of its positions reach the head."""
+    name = stage.name
+    items = [item for reading in stage.reads(config, "proxy") for item in data(reading.item)][:100_000]
+    if name == "ppo":
+        ppo, most = config.ppo, config.ppo.sampling.max_completion_tokens
+        prompts, size = data("prompts"), -(-ppo.rollouts_per_update // ppo.minibatches)
+        longest = min(config.data.max_prompt_tokens + most, config.engine.max_model_len)
+        found = batch_lengths(config, prompts, size, longest, most if prompts else 0)
+        found = replace(found, tokens=found.tokens * ppo.minibatches, microbatches=found.microbatches)
+        return found, most * found.sequences
+    chosen: Any = {"reward_model": config.reward_model, "preference": chosen_preference(config)}.get(name, config.sft)
+    texts = 2 if name == "preference" and not items else 1
+    found = batch_lengths(config, items, chosen.batch_size * texts, chosen.max_tokens)
+    return found, found.sequences if name == "reward_model" else sum(found.largest)
+
+
+def _policy_bytes(config: TandemConfig) -> float:
+    return _total(config, stage_networks(config, "ppo")[-1]) * getattr(torch, config.model.dtype).itemsize
+
+
+def _total(config: TandemConfig, network: Any) -> int:
+    return sizes(network_shapes(config, network)).total
+
+
+def _checkpoint(config: TandemConfig, stage: Stage, policy_bytes: float) -> Movement:
+    trained = {n.name: sizes(network_shapes(config, n)) for n in stage_networks(config, stage.name) if n.trains}
+    if not stage.resumes or not config.checkpoint.every:
+        return Movement("checkpoint", policy_bytes, "every weight once, when the stage is done")
+    state = sum(12 * found.trained for found in trained.values())
+    words = "12 bytes of master and moments for each weight that trains, and the policy's checkpoint"
+    return Movement("commit", state + policy_bytes, f"{words}; every {config.checkpoint.every} updates")
+
+
+def _replicas(config: TandemConfig, where: Plan) -> list[Process]:
+    """Of each scorer with a place in the placement; a rule's processes are a limit of their own (`memory_gib`)."""
+    paths = {role: getattr(config, f"{role}_model") or config.model.path for role in judges(config)}
+    chosen = chosen_scorers(config.reward_service.scorers, paths)
+    placed = [(name, entry) for name, entry in chosen.items() if scorer_kind(entry.kind).has_place(entry)]
+    found, seen = [], set[str]()
+    for name, entry in placed:
+        key = name if entry.path in paths.values() else entry.path or name
+        if key in seen:
+            continue
+        seen.add(key)
+        items = tuple(replica_items(config, entry.path)) if entry.path else ()
+        bundles = tuple(where.scorers[len(seen) - 1 : len(seen)])
+        found.append(Process(REPLICA, config.reward_service.replicas, items, bundles))
+    return found
+
+
+def _slack(process: Process) -> Process:
+    """What the allocator holds beyond what is allocated."""
+    share, mine = measured()["slack"], sum(item.nbytes for item in process.items if not item.on_gpu)
+    if not mine or process.role != RANK:
+        return process
+    item = Item("allocator", share * mine, f"{share:.0%} in pieces that nothing fits (measured)")
+    return replace(process, items=(*process.items, item))
+
+
+def _with_segment(processes: list[Process], nbytes: float, writer: str) -> list[Process]:
+    """The buffer of a node, of which its writer and each actor has a share."""
+    actors = next(process.count for process in processes if process.role == ACTOR)
+    share = Item("buffer of the transfer", nbytes / (1 + actors), "the packed weights, shared", is_shared=True)
+    found = []
+    for process in processes:
+        if process.role == writer == RANK and process.count > 1:
+            first = replace(process, count=1, bundles=process.bundles[:1], items=(*process.items, share))
+            found += [first, replace(process, count=process.count - 1, bundles=process.bundles[1:])]
+        elif process.role in (writer, ACTOR):
+            found.append(replace(process, items=(*process.items, share)))
+        else:
+            found.append(process)
+    return found
+
+
+def _with_libraries(processes: list[Process]) -> list[Process]:
+    """Interpreters and libraries: what a process has alone, and its share of the files that several map."""
+    constants = measured()
+    sharers: dict[str, int] = defaultdict(int)
+    for process in processes:
+        for group in _groups(process.role):
+            sharers[group] += process.count
+    found = []
+    for process in processes:
+        own = constants["private"].get(process.role, 0) * MIB
+        mapped = sum(constants["libraries"][group]["mib"] * MIB / sharers[group] for group in _groups(process.role))
+        item = Item(
+            "libraries", own + mapped, f"{own / MIB:.0f} MiB of its own, {mapped / MIB:.0f} of shared files (measured)"
+        )
+        found.append(replace(process, items=(*process.items, item)))
+    return found
+
+
+def _groups(role: str) -> list[str]:
+    return [name for name, group in measured()["libraries"].items() if role in group["roles"]]
