@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-INTERVAL_S, FILES_EVERY = 0.5, 4  # the mapped files of a process change rarely, and take long to list
+INTERVAL_S, FILES_EVERY = 0.5, 3  # the mapped files of a process change rarely, and take long to list
 MODELS = (".safetensors", ".bin", ".arrow")
 # By what Ray and the kernel call a process; the first that is in its command line counts.
 ROLES = {
@@ -149,5 +149,6 @@ def _mapped_files(pid: int) -> dict[tuple[str, str], float]:
             elif mapping and words[0] == "Rss:":
                 resident = int(words[1]) / 1024
             elif mapping and words[0] == "Anonymous:":
-                found[mapping] = found.get(mapping, 0.0) + resident - int(words[1]) / 1024
+                # The same pages, mapped twice by a process that loads a checkpoint twice, are there once.
+                found[mapping] = max(found.get(mapping, 0.0), resident - int(words[1]) / 1024)
     return found

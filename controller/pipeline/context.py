@@ -13,12 +13,15 @@ from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.scorer_roles import scoring_models
+from controller.cluster.placement_group import nodes
 from controller.cluster.runtime import Runtime, ray_session
 from controller.cluster.signals import Stop
 from controller.commits.resume import RunDirectory
 from controller.data.datasets import fingerprint
 from controller.data.inputs import Inputs
 from controller.pipeline.ingredients import MEMORY
+from controller.plan.activations import Unplannable
+from controller.plan.room import check_nodes_room
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 
@@ -95,6 +98,11 @@ class StageContext:
         if not ray.is_initialized():
             with self.stop.kept(), self.phase("starting Ray"):
                 self.runtime.start()
+            if self.config.cluster.address != "local":
+                try:
+                    check_nodes_room(self.config, self.data.__getitem__, nodes())
+                except Unplannable as error:  # which may fit all the same
+                    self.progress.line(f"warning: whether the memory is enough is not known: {error}")
             self.directory.started_ray(ray_session() if self.config.cluster.address == "local" else None)
 
     @contextmanager

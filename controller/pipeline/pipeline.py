@@ -22,6 +22,7 @@ import psutil
 
 from common.files.durable import replace_text
 from common.processes.cores import usable_cores
+from common.processes.memory_room import memory_room
 from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import TandemConfig
@@ -35,6 +36,8 @@ from controller.data.inputs import Inputs, load_inputs
 from controller.loop.recovery import once_more
 from controller.pipeline.context import StageContext
 from controller.pipeline.store import StageStore, code_of, file_name
+from controller.plan.activations import Unplannable
+from controller.plan.room import check_room
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 from controller.start_checks.amounts import check_amounts, check_model
@@ -84,7 +87,17 @@ class Pipeline:
         free_gib = psutil.virtual_memory().available / 2**30
         for warning in check_machine(config, free_gib, usable_cores(), nodes):
             progress.line(warning)
+        if nodes:
+            self._plan_memory(data)
         self.context.proofs.append(begin_proofs(config))
+
+    def _plan_memory(self, data: Inputs) -> None:
+        """Raises ConfigError where the job will not fit on this machine."""
+        with self.progress.phase("planning the memory"):
+            try:
+                check_room(self.config, data.__getitem__, memory_room())
+            except Unplannable as error:  # which may fit all the same
+                self.progress.line(f"warning: whether the memory is enough is not known: {error}")
 
     def run(self) -> dict[str, Any]:
         """Run `config.stage`. Returns the numbers of the summary."""

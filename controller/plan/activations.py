@@ -9,6 +9,7 @@ import copy
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from learner.models import PolicyModel, ScalarModel, decoder_layers
 
 FUSED = "fused_on_meta"
 MANY_TOKENS, FEW_LAYERS = 4096, 2  # of passes that are measured; larger ones are read off them
+
+
+class Unplannable(ValueError):
+    """The model's own code reads numbers from tensors, which those of the meta device do not have."""
 
 
 class FusedAttention(torch.autograd.Function):
@@ -90,8 +95,12 @@ class PassMemory:
         return max(self.forward, self.backward)
 
 
-def pass_memory(network: PolicyModel | ScalarModel, lengths: Sequence[int], selected: int) -> PassMemory:
+@cache
+def pass_memory(network: PolicyModel | ScalarModel, lengths: tuple[int, ...], selected: int) -> PassMemory:
     """Of `network`, on the meta device, for sequences of so many tokens, of which `selected` reach the head.
+
+    Raises:
+        Unplannable: naming the class.
 
     What is kept grows by a straight line with tokens and with layers, so that it is read off smaller passes. What a
     backward pass needs on top of it is most right at its start, below the head, whatever the depth.
@@ -142,8 +151,11 @@ def _measure(network: PolicyModel | ScalarModel, lengths: Sequence[int], selecte
     arguments = (packed, select, select) if isinstance(network, PolicyModel) else (packed, select)
     there = [*network.parameters(), *network.buffers(), *(v for v in vars(packed).values() if isinstance(v, Tensor))]
     trained = [p for p in network.parameters() if p.requires_grad]
-    with LiveTensors(there) as live, torch.no_grad():
-        network(*arguments)
+    try:
+        with LiveTensors(there) as live, torch.no_grad():
+            network(*arguments)
+    except (RuntimeError, NotImplementedError) as error:
+        raise Unplannable(f"{type(network.lm).__name__} cannot be planned: {str(error).splitlines()[0]}") from error
     inference = live.peak
     hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
     with LiveTensors(there) as live:

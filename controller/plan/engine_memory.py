@@ -46,7 +46,7 @@ def actor_items(config: TandemConfig, gpu_gib: float) -> list[Item]:
     vocabulary = embeddings.shape[0]
     tokens = max(CPU_BATCH_TOKENS, engine.max_model_len)
     workspace = pass_memory(
-        shapes, [engine.max_model_len] * max(1, tokens // engine.max_model_len), engine.max_num_seqs
+        shapes, (engine.max_model_len,) * max(1, tokens // engine.max_model_len), engine.max_num_seqs
     )
     logits = engine.max_num_seqs * vocabulary * 4
     how = (
@@ -80,8 +80,14 @@ def replica_items(config: TandemConfig, path: str) -> list[Item]:
     shapes = network_shapes(config, Network("reward model", path, True, trains=False), model)
     size, total = getattr(torch, service.dtype).itemsize, sizes(shapes).total
     length = min(service.max_tokens, service.batch_tokens)
-    batch = pass_memory(shapes, [length] * max(1, service.batch_tokens // length), 1)
+    batch = pass_memory(shapes, (length,) * max(1, service.batch_tokens // length), 1)
     return [
-        Item("weights", total * size, f"{total / 1e6:.1f}M, {size} bytes each", on_gpu),
+        Item(
+            "weights",
+            total * size,
+            f"{total / 1e6:.1f}M, {size} bytes each, in the file",
+            on_gpu,
+            "" if on_gpu else path,
+        ),
         Item("activations", batch.inference, f"a batch of reward_service.batch_tokens {service.batch_tokens}", on_gpu),
     ]

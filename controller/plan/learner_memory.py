@@ -1,19 +1,21 @@
 """What a learner rank holds: weights, masters and moments as DeepSpeed keeps them, gradients, and the activations of a pass.
 
-With P weights, of which T train, e bytes a weight, and N ranks:
+With P weights, of which T train, e bytes a weight, and N ranks, as DeepSpeed 0.19 allocates:
 
-    ZeRO   weights       masters   moments   gradients   in the optimizer step, beside all of them
-    0      e P           4 T       8 T       e T         4 T, the gradients in float32
-    1, 2   e P           4 T / N   8 T / N   e T         (4 + 2 e) T / N
-    3      e P / N + a   4 T / N   8 T / N   e T / N     (4 + e) T / N
-           gathered layer
+    ZeRO   weights         masters   moments   in a backward pass                  in the optimizer step
+    0      e P             4 T       8 T       e T, and e T to reduce them          e T + 4 T
+    1, 2   e P             4 T / N   8 T / N   e T in a bucket, 2 e T / N besides   (4 + 2 e) T / N
+    3      e P / N         4 T / N   8 T / N   e T in a bucket, e T / N besides,    e T, (4 + 2 e) T / N
+                                               e P of gathered weights
 
-In float32 without ZeRO the weights are their own masters, and the gradients are float32 already.
+A bucket has 5e8 weights at most, and 1e9 are gathered at most: larger models have less than that at a time. In float32 a
+gradient is not converted in the step (2 e in place of 4 + 2 e), and without ZeRO the weights are their own masters.
+
+On a CPU a weight that does not train stays in the pages of its checkpoint's file, which all processes of a node share, where
+the file has the number format of the run.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
-
 import torch
 
 from common.models.forward import Form
@@ -22,12 +24,12 @@ from contracts.config import ModelConfig, TandemConfig
 from contracts.estimators import chosen_estimator
 from contracts.methods import chosen_preference
 from controller.plan.activations import FUSED, PassMemory, pass_memory
-from controller.plan.memory_items import Item, shown
+from controller.plan.memory_items import MIB, Item, shown
+from controller.plan.measured import measured
 from controller.plan.microbatch_lengths import Lengths
 from learner.models import (
     PolicyModel,
     ScalarModel,
-    decoder_layers,
     freeze_below,
     policy_shapes,
     prove_policy,
@@ -37,6 +39,8 @@ from learner.models import (
 )
 
 MASTER, MOMENTS = 4, 8  # bytes a weight: float32, and Adam's two
+PRODUCTS, ATTENTION_PRODUCTS = 1024, 6  # that oneDNN keeps; two of attention, each with two in the backward pass
+BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,6 @@ class Sizes:
 
     total: int
     trained: int
-    largest_layer: int  # of what ZeRO-3 gathers at a time
 
 
 def stage_networks(config: TandemConfig, stage: str) -> list[Network]:
@@ -83,8 +86,10 @@ def network_shapes(
     """The network on the meta device, in the form in which it is computed, with what trains marked; `model` as it is loaded
     where that is not as the learner does."""
     learner, on_cpu = config.learner, config.cluster.gpus_per_learner_rank == 0
-    if model is None:
-        model = config.model if network.path == config.model.path else replace(config.model, revision=None)
+    model = model or _model_of(config, network)
+    key = repr((network, model, learner.attention, learner.gradient_checkpointing, on_cpu))
+    if key in _SHAPES:
+        return _SHAPES[key]
     found = load_config(network.path, model)
     form = Form(FUSED, "packed")
     make = scalar_shapes if network.is_scalar else policy_shapes
@@ -95,17 +100,22 @@ def network_shapes(
     shapes.lm.requires_grad_(network.trains)
     if network.trains:
         freeze_below(shapes.lm, network.trainable_layers, network.freeze_embeddings)
-    return shapes
+    return _SHAPES.setdefault(key, shapes)
+
+
+_SHAPES: dict[str, PolicyModel | ScalarModel] = {}
+
+
+def _model_of(config: TandemConfig, network: Network) -> ModelConfig:
+    """The revision is that of `model.path` alone."""
+    return config.model if network.path == config.model.path else replace(config.model, revision=None)
 
 
 def sizes(shapes: torch.nn.Module) -> Sizes:
     parameters = list(shapes.parameters())
-    lm: Any = shapes.lm
-    parts = [*decoder_layers(lm), lm.get_input_embeddings()]
     return Sizes(
         total=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
-        largest_layer=max(sum(p.numel() for p in part.parameters()) for part in parts),
     )
 
 
@@ -116,25 +126,27 @@ class State:
     weights: float
     masters: float
     moments: float
-    gradients: float
-    step: float  # in the optimizer step, beside all of the others
-    how: str
+    backward: float  # in a backward pass, beside activations
+    earlier: float  # of that, what is there before the last microbatch
+    step: float  # in the optimizer step
+    gathered: float = 0.0  # of `backward`, full weights
 
 
 def network_state(found: Sizes, size: int, zero: int, ranks: int) -> State:
     """As the module's docstring has it. `size` is e."""
-    total, trained = found.total, found.trained
-    share = 1 / ranks if zero else 1.0
-    weights, gradients = size * total, size * trained
-    masters, step = MASTER * trained * share, (MASTER + 2 * size) * trained * share
-    if zero == 3:
-        weights = size * total / ranks + size * found.largest_layer
-        gradients, step = size * trained / ranks, (MASTER + size) * trained / ranks
+    total, trained, mine = found.total, found.trained, found.trained / (ranks if zero else 1)
+    converted = 0 if size == MASTER else MASTER
     if zero == 0:
-        masters, step = (MASTER * trained, MASTER * trained) if size < MASTER else (0.0, 0.0)
-    of = f"{total / 1e6:.1f}M weights" + ("" if trained == total else f", {trained / 1e6:.1f}M train")
-    over = f" over {ranks} ranks by ZeRO-{zero}" if zero and ranks > 1 else ""
-    return State(weights, masters, MOMENTS * trained * share, gradients, step, f"{of}, {size} bytes each{over}")
+        masters = converted * trained
+        gradients = size * trained
+        return State(size * total, masters, MOMENTS * trained, 2 * gradients, gradients, gradients + masters)
+    bucket, step = size * min(trained, BUCKET), (converted + 2 * size) * mine
+    if zero < 3:
+        return State(size * total, MASTER * mine, MOMENTS * mine, bucket + 2 * size * mine, size * mine, step)
+    gathered = size * min(total, LIVE) if trained or ranks > 1 else 0
+    kept = bucket + size * mine
+    step = kept + step - size * mine
+    return State(size * total / ranks, MASTER * mine, MOMENTS * mine, gathered + kept, kept, step, gathered)
 
 
 def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: int) -> list[Item]:
@@ -147,15 +159,51 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
     shapes = {network.name: network_shapes(config, network) for network in networks}
     size, zero = getattr(torch, config.model.dtype).itemsize, config.learner.zero_stage
     ranks, on_gpu = config.cluster.num_learner_ranks, config.cluster.gpus_per_learner_rank > 0
-    states = {n: network_state(sizes(shape), size, zero, ranks) for n, shape in shapes.items()}
+    counts = {name: sizes(shape) for name, shape in shapes.items()}
+    states = {name: network_state(found, size, zero, ranks) for name, found in counts.items()}
     items = []
-    for name, state in states.items():
-        items.append(Item(f"weights of the {name}", state.weights, state.how, on_gpu))
+    for network in networks:
+        found, state = counts[network.name], states[network.name]
+        over = f" over {ranks} ranks by ZeRO-{zero}" if zero and ranks > 1 else ""
+        frozen = size * (found.total - found.trained) if zero < 3 and not on_gpu and _is_mapped(config, network) else 0
+        how = (
+            f"{found.total / 1e6:.1f}M, {found.trained / 1e6:.1f}M train, {size} bytes each{over if zero == 3 else ''}"
+        )
+        if frozen:
+            items.append(Item(f"frozen weights of the {network.name}", frozen, "in the file", False, network.path))
+        if state.weights - frozen:
+            items.append(Item(f"weights of the {network.name}", state.weights - frozen, how, on_gpu))
         if state.moments:
-            how = f"float32: 4 bytes of a master, 8 of Adam's moments for each that trains (ZeRO-{zero})"
-            items.append(Item(f"masters and moments of the {name}", state.masters + state.moments, how, on_gpu))
+            how = f"4 bytes of a master and 8 of moments for each that trains{over}"
+            how = how if state.masters else f"8 bytes of moments for each that trains{over}; it is its own master"
+            what = f"masters and moments of the {network.name}"
+            items.append(Item(what, state.masters + state.moments, how, on_gpu))
     passes = {name: pass_memory(shape, lengths.largest, selected) for name, shape in shapes.items()}
-    return [*items, _working(config, stage, lengths, states, passes, on_gpu)]
+    items.append(_working(config, stage, lengths, states, passes, on_gpu))
+    if not on_gpu and config.model.dtype == "bfloat16":
+        items.append(_compiled([(shapes[n.name], n.trains) for n in networks], lengths))
+    return items
+
+
+def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) -> Item:
+    """oneDNN compiles a bfloat16 product for each shape and keeps the last PRODUCTS. Every microbatch has a number of tokens
+    of its own, and so its own shapes: a product for each kind of linear layer, and two more where it trains."""
+    kinds = {}
+    for network, trains in networks:
+        for module in network.modules():
+            if isinstance(module, torch.nn.Linear):
+                shape = tuple(module.weight.shape)
+                kinds[shape] = max(kinds.get(shape, 1), 3 if trains and module.weight.requires_grad else 1)
+    a_size = sum(kinds.values()) + ATTENTION_PRODUCTS
+    count = min(PRODUCTS, lengths.sizes * a_size)
+    how = f"{lengths.sizes} microbatch sizes x {a_size} shapes, at most {PRODUCTS}; {measured()['product_mib']} MiB each (measured)"
+    return Item("compiled products", count * measured()["product_mib"] * MIB, how)
+
+
+def _is_mapped(config: TandemConfig, network: Network) -> bool:
+    """Whether transformers leaves the weights where they are: it converts other number formats."""
+    found = load_config(network.path, _model_of(config, network))
+    return str(getattr(found, "dtype", None)).removeprefix("torch.") == config.model.dtype
 
 
 def _working(
@@ -168,31 +216,31 @@ def _working(
 ) -> Item:
     """Activations and gradients: the larger of a backward pass and an optimizer step, which do not coincide."""
     trained = [name for name, state in states.items() if state.moments]
-    gradients = sum(states[name].gradients for name in trained)
-    step = gradients + max(states[name].step for name in trained)
-    tokens = sum(lengths.largest)
-    held = _held_tokens(config, stage, lengths)
-    kept = sum(passes[name].kept for name in trained) / tokens * max(0, held - tokens)
-    if held >= tokens and len(trained) > 1:  # the graphs of all models are kept, and one of them is walked back
-        first = max(trained, key=lambda name: passes[name].peak - passes[name].kept)
-        kept += sum(passes[name].kept for name in trained if name != first)
-        peak = passes[first].peak
-    else:
-        peak = max(passes[name].peak for name in trained)
-    peak = max(peak, *(found.inference for found in passes.values()))
-    earlier = gradients if lengths.microbatches > 1 else 0.0
-    backward = kept + peak + earlier
+    tokens, held = sum(lengths.largest), _held_tokens(config, stage, lengths)
+    earlier = sum(states[name].earlier for name in trained) if lengths.microbatches > 1 else 0.0
+    kept = sum(passes[name].kept for name in trained) * held / tokens
+    if held < tokens:  # one microbatch of one model at a time
+        activations = max(passes[name].peak for name in trained)
+    else:  # all graphs are there when the first of them is walked back
+        activations = kept + max(passes[name].peak - passes[name].kept for name in trained)
+    complete = sum(states[name].earlier for name in trained)
+    gathered = max(state.gathered for state in states.values())
+    starts = earlier + gathered + max(activations, kept + max(found.inference for found in passes.values()))
+    ends = complete + max(state.backward - state.earlier for state in states.values())  # activations are gone
+    step = complete + max(states[name].step - states[name].earlier for name in trained)
     words = f"{lengths.sequences} sequences of {tokens} tokens, {lengths.microbatches} microbatches a step"
-    if kept:
-        words += f", graphs of {held} tokens kept"
-    how = f"{words}: backward pass {shown(backward)}, optimizer step {shown(step)}; the larger"
-    return Item("activations and gradients", max(backward, step), how, on_gpu)
+    words += f", graphs of {held} tokens kept" if held > tokens else ""
+    largest = max(starts, ends, step)
+    how = (
+        f"{words}: a backward pass {shown(starts)}, its end {shown(ends)}, an optimizer step {shown(step)}; the largest"
+    )
+    return Item("activations and gradients", largest, how, on_gpu)
 
 
 def _held_tokens(config: TandemConfig, stage: str, lengths: Lengths) -> int:
-    """Tokens of a rank whose graphs wait for the others': a reward model compares all texts of a batch."""
+    """Tokens of a rank whose graphs wait for the others': a reward model compares all texts of a batch. 0: none waits."""
     if stage == "reward_model":
         return lengths.tokens
     if stage in ("sft", "filtered_sft"):
-        return sum(lengths.largest)
+        return 0
     return min(config.learner.held_tokens, lengths.tokens)

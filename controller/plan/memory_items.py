@@ -13,7 +13,7 @@ class Item:
     nbytes: float
     how: str
     on_gpu: bool = False
-    is_shared: bool = False  # a part of what several processes map, of which each has its share
+    file: str = ""  # of a checkpoint, where it is pages of that: all processes of a node that map them have them once
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The tokens of the largest microbatches of a stage: from the data where it has been read, else from the keys that bound it."""
+"""The tokens of a stage's largest microbatches: from the data where it has been read, else from the keys that bound it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ class Lengths:
     largest: tuple[int, ...]  # tokens of each sequence
     microbatches: int
     tokens: int  # of all of a rank's microbatches, between two optimizer steps
+    sizes: int  # microbatches of the whole stage that have a number of tokens of their own
 
     @property
     def sequences(self) -> int:
@@ -35,11 +36,14 @@ def item_lengths(item: Any) -> list[int]:
     return [len(item.token_ids)]
 
 
-def batch_lengths(config: TandemConfig, items: Sequence[Any], batch_size: int, most: int, extra: int = 0) -> Lengths:
+def batch_lengths(
+    config: TandemConfig, items: Sequence[Any], *, batch_size: int, steps: int, most: int, extra: int = 0
+) -> Lengths:
     """Of batches of `batch_size` of `items`.
 
     Args:
         items: what has been read; empty: texts of `most` tokens.
+        steps: of the stage, each with a batch.
         extra: tokens that are added to each text.
     """
     ranks, budget = config.cluster.num_learner_ranks, config.learner.microbatch_tokens
@@ -53,5 +57,6 @@ def batch_lengths(config: TandemConfig, items: Sequence[Any], batch_size: int, m
     for lengths in batches:
         for cut in cut_microbatches(lengths, budget, ranks):
             parts = [tuple(lengths[i] for i in rows) for rows in cut]
-            found.append(Lengths(max(parts, key=sum), len(parts), sum(map(sum, parts))))
+            sizes = min(steps * len(parts), budget)
+            found.append(Lengths(max(parts, key=sum), len(parts), sum(map(sum, parts)), sizes))
     return max(found, key=lambda lengths: (sum(lengths.largest), lengths.tokens))

@@ -8,14 +8,12 @@ Nothing here is fitted to a model: models are counted on the meta device, and wh
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from contracts.config import TandemConfig
+from contracts.estimators import warmup_updates
 from contracts.methods import chosen_preference, results_needed, running_stages
 from contracts.placement import Plan
 from contracts.placement import plan as placement
@@ -23,21 +21,16 @@ from contracts.scorer_roles import chosen_scorers, judges
 from contracts.stages import Stage
 from controller.plan.engine_memory import actor_items, replica_items
 from controller.plan.learner_memory import learner_items, network_shapes, sizes, stage_networks
-from controller.plan.memory_items import MIB, Item, JobPlan, Movement, Process, StagePlan
+from controller.plan.measured import measured
+from controller.plan.memory_items import MIB, Item, JobPlan, Movement, Process, StagePlan, shown
 from controller.plan.microbatch_lengths import Lengths, batch_lengths
 from reward_service.scorer_kind import scorer_kind
 
-MEASURED = Path(__file__).with_name("measured.yaml")
 DRIVER, RANK, ACTOR, REPLICA = "driver", "learner rank", "actor", "reward replica"
 # Ray's own, one of each with every embedded cluster; and those of Ray Serve, where there is a reward service.
 RAY, SERVE = ("gcs", "raylet", "ray agents", "spare workers"), ("serve controller", "serve proxy", "reward front")
+MOST_ITEMS = 100_000  # whose lengths are looked at
 Data = Callable[[str], Sequence[Any]]  # what has been read, by the name of an item; empty where nothing has
-
-
-@cache
-def measured() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(MEASURED.read_text())
-    return found
 
 
 def plan_job(config: TandemConfig, data: Data = lambda item: (), gpu_gib: float = 80.0) -> JobPlan:
@@ -71,26 +64,28 @@ def _stage(config: TandemConfig, stage: Stage, data: Data, gpu_gib: float) -> St
         processes += [Process(role, 1, ()) for role in SERVE]
         movements.append(Movement("publish", sent, "every weight once, to a buffer that the actors of a node share"))
     processes += [Process(role, 1, ()) for role in RAY]
-    processes = [_slack(process) for process in processes]
     if stage.samples and not cluster.gpus_per_actor:
         processes = _with_segment(processes, sent, RANK if stage.trains else DRIVER)
-    return StagePlan(stage.title, tuple(_with_libraries(processes)), tuple(movements))
+    processes = _with_libraries(_sharing_files(processes))
+    return StagePlan(stage.title, tuple(processes), tuple(movements))
 
 
 def stage_lengths(config: TandemConfig, stage: Stage, data: Data) -> tuple[Lengths, int]:
     """The largest microbatch of a stage, and how many of its positions reach the head."""
     name = stage.name
-    items = [item for reading in stage.reads(config, "proxy") for item in data(reading.item)][:100_000]
     if name == "ppo":
         ppo, most = config.ppo, config.ppo.sampling.max_completion_tokens
         prompts, size = data("prompts"), -(-ppo.rollouts_per_update // ppo.minibatches)
         longest = min(config.data.max_prompt_tokens + most, config.engine.max_model_len)
-        found = batch_lengths(config, prompts, size, longest, most if prompts else 0)
-        found = replace(found, tokens=found.tokens * ppo.minibatches, microbatches=found.microbatches)
-        return found, most * found.sequences
+        steps = (ppo.updates + warmup_updates(ppo)) * ppo.minibatches
+        extra = most if prompts else 0
+        found = batch_lengths(config, prompts, batch_size=size, steps=steps, most=longest, extra=extra)
+        return replace(found, tokens=found.tokens * ppo.minibatches), most * found.sequences
     chosen: Any = {"reward_model": config.reward_model, "preference": chosen_preference(config)}.get(name, config.sft)
-    texts = 2 if name == "preference" and not items else 1
-    found = batch_lengths(config, items, chosen.batch_size * texts, chosen.max_tokens)
+    items = [item for reading in stage.reads(config, "proxy")[:1] for item in data(reading.item)][:MOST_ITEMS]
+    texts = 2 if name == "preference" and not items else 1  # a pair has two
+    steps = -(-len(items) // chosen.batch_size) * chosen.epochs if items else MOST_ITEMS
+    found = batch_lengths(config, items, batch_size=chosen.batch_size * texts, steps=steps, most=chosen.max_tokens)
     return found, found.sequences if name == "reward_model" else sum(found.largest)
 
 
@@ -128,19 +123,10 @@ def _replicas(config: TandemConfig, where: Plan) -> list[Process]:
     return found
 
 
-def _slack(process: Process) -> Process:
-    """What the allocator holds beyond what is allocated."""
-    share, mine = measured()["slack"], sum(item.nbytes for item in process.items if not item.on_gpu)
-    if not mine or process.role != RANK:
-        return process
-    item = Item("allocator", share * mine, f"{share:.0%} in pieces that nothing fits (measured)")
-    return replace(process, items=(*process.items, item))
-
-
 def _with_segment(processes: list[Process], nbytes: float, writer: str) -> list[Process]:
     """The buffer of a node, of which its writer and each actor has a share."""
     actors = next(process.count for process in processes if process.role == ACTOR)
-    share = Item("buffer of the transfer", nbytes / (1 + actors), "the packed weights, shared", is_shared=True)
+    share = Item("buffer of the transfer", nbytes / (1 + actors), "the packed weights, of which each has its share")
     found = []
     for process in processes:
         if process.role == writer == RANK and process.count > 1:
@@ -153,16 +139,40 @@ def _with_segment(processes: list[Process], nbytes: float, writer: str) -> list[
     return found
 
 
+def _sharing_files(processes: list[Process]) -> list[Process]:
+    """Each page of a checkpoint is there once, however many map it."""
+    mapped = [({item.file: 0.0 for item in p.items if item.file}, p) for p in processes]
+    sharers: dict[str, int] = defaultdict(int)
+    for files, process in mapped:
+        for item in process.items:
+            if item.file:
+                files[item.file] = max(files[item.file], item.nbytes)
+        for file in files:
+            sharers[file] += process.count
+    found = []
+    for files, process in mapped:
+        rest = [item for item in process.items if not item.file]
+        for file, nbytes in files.items():
+            names = " and ".join(item.what for item in process.items if item.file == file)
+            shared = f", of {sharers[file]} processes that share them" if sharers[file] > 1 else ""
+            how = f"{shown(nbytes)} of the checkpoint's pages{shared}"
+            rest.append(Item(names, nbytes / sharers[file], how, file=file))
+        found.append(replace(process, items=tuple(rest)))
+    return found
+
+
 def _with_libraries(processes: list[Process]) -> list[Process]:
     """Interpreters and libraries: what a process has alone, and its share of the files that several map."""
     constants = measured()
+    samples = any(process.role == ACTOR for process in processes)
     sharers: dict[str, int] = defaultdict(int)
     for process in processes:
         for group in _groups(process.role):
             sharers[group] += process.count
     found = []
     for process in processes:
-        own = constants["private"].get(process.role, 0) * MIB
+        known = constants["private"]
+        own = known.get(f"{process.role}, sampling" if samples else process.role, known.get(process.role, 0)) * MIB
         mapped = sum(constants["libraries"][group]["mib"] * MIB / sharers[group] for group in _groups(process.role))
         item = Item(
             "libraries", own + mapped, f"{own / MIB:.0f} MiB of its own, {mapped / MIB:.0f} of shared files (measured)"

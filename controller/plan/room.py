@@ -54,7 +54,9 @@ def check_nodes_room(config: TandemConfig, data: Data, nodes: list[Resources]) -
             for bundle in process.bundles:
                 count = process.count / len(process.bundles)
                 of_node[where.get(bundle, 0)] += count * process.cpu
-        rows = [(held - nodes[n].get("memory", held), held, nodes[n].get("memory", held)) for n, held in of_node.items()]
+        rows = [
+            (held - nodes[n].get("memory", held), held, nodes[n].get("memory", held)) for n, held in of_node.items()
+        ]
         return max(rows, default=(0.0, 0.0, 0.0))
 
     def worst(plan: JobPlan) -> StagePlan:
@@ -82,9 +84,7 @@ def _refusal(
     )
 
 
-def _gains(
-    config: TandemConfig, data: Data, needed: Callable[[JobPlan], float]
-) -> Iterator[tuple[str, Any, float]]:
+def _gains(config: TandemConfig, data: Data, needed: Callable[[JobPlan], float]) -> Iterator[tuple[str, Any, float]]:
     """(key, value, bytes that it brings) of what can be written instead."""
     before = needed(plan_job(config, data))
     for key, value in _candidates(config):

@@ -21,9 +21,10 @@ from contracts.checks.validation import ConfigError, raise_conflicts, validate
 from contracts.config import TandemConfig, register_schema, to_config
 from controller.data.datasets import DataError
 from controller.data.inputs import load_inputs
+from controller.plan.activations import Unplannable
+from controller.plan.measured import measured
 from controller.plan.memory_items import JobPlan, Process, StagePlan, shown
-from controller.plan.plan import measured, plan_job
-from controller.sweep import register_resolvers
+from controller.plan.plan import plan_job
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 UNMEASURED = "GPU figures are arithmetic that has not been measured."
@@ -96,7 +97,6 @@ def main() -> int:
     parser.add_argument("--no-data", action="store_true", help="texts as long as the configuration allows them")
     known = parser.parse_args()
     register_schema()
-    register_resolvers()
     try:
         config = read_config(known.overrides)
         if known.no_data:
@@ -104,7 +104,7 @@ def main() -> int:
         else:
             inputs = load_inputs(config, load_tokenizer(config.model.path, config.model), lambda line: None)
             plan = plan_job(config, inputs.__getitem__, known.gpu_gib)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, Unplannable) as error:
         print(f"\nTandem cannot plan:\n{error}", file=sys.stderr)
         return 2
     if known.json:
