@@ -1,10 +1,10 @@
 """What the processes of a job hold, against what `python -m controller.plan` says that they will.
 
-    python benchmarks/memory.py --only sft-135m ppo-135m   # measures these, and keeps the others' last measurements
-    python benchmarks/memory.py --compare                  # plans again, and compares with what was measured
+    python benchmarks/memory.py --measure --only "qwen3: sft"   # measures these, and keeps the others' last measurements
+    python benchmarks/memory.py --compare                       # plans again, compares, writes the tables of docs/memory.md
 
 Each configuration is a short run of `train.py stage=...`; all of its processes are sampled twice a second. The measured
-numbers are in results/memory.json, the table is docs/memory.md's.
+numbers are in results/memory.json; the tables of docs/memory.md are written here.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory_sampler import Held, Job, Sampler
+from memory_sampler import Held, Job, Sampler
 
 RESULTS = ROOT / "benchmarks/results/memory.json"
+DOCS = ROOT / "docs/memory.md"
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
 SMALL = {"sft.batch_size": 64, "data.sft.max_rows": 520, "sft.epochs": 1, "sft.max_tokens": 96}
 SFT = {"stage": "sft", **SMALL}
@@ -156,44 +157,120 @@ def planned(name: str, models: Path) -> list[dict[str, Any]]:
     ]
 
 
+WITHIN_PROCESS, WITHIN_JOB, SMALL_MIB = 0.10, 0.07, 200  # smaller processes are compared together
+
+
+def compared(plan: list[dict[str, Any]], measured: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """(what, MiB planned, MiB measured) at the job's peak: each process, the small ones together, and the job."""
+    rows = []
+    for role in dict.fromkeys(process["role"] for process in plan):
+        mine = sorted((p["total"] for p in plan if p["role"] == role), reverse=True)
+        theirs = sorted((p["total"] for p in measured["at_peak"] if p["role"] == role), reverse=True)
+        if len(mine) == len(theirs) and max(mine) > SMALL_MIB and role in LARGE:
+            rows += [(role, a, b) for a, b in zip(mine, theirs, strict=True)]
+    rest = [sum(p["total"] for p in of if p["role"] not in LARGE) for of in (plan, measured["at_peak"])]
+    return [*rows, ("the others", rest[0], rest[1]), ("job", sum(p["total"] for p in plan), measured["job"])]
+
+
+LARGE = ("driver", "learner rank", "actor", "reward replica")
+
+
+def table(found: dict[str, Any], models: Path) -> str:
+    """As docs/memory.md has it."""
+    lines = ["| configuration | process | planned MiB | measured MiB | off by |", "|---|---|---|---|---|"]
+    outside = 0
+    for name, (kind, _) in CONFIGURATIONS.items():
+        title = f"{kind}: {name.strip()}"
+        if title not in found["runs"]:
+            continue
+        for what, mine, theirs in compared(planned(name, models), found["runs"][title]):
+            off = mine / theirs - 1
+            is_outside = abs(off) > (WITHIN_JOB if what == "job" else WITHIN_PROCESS)
+            outside += is_outside
+            shown = f"**{off:+.0%}**" if is_outside else f"{off:+.0%}"
+            lines.append(f"| {title} | {what} | {mine:.0f} | {theirs:.0f} | {shown} |")
+    goal = f"{WITHIN_PROCESS:.0%} of a process and {WITHIN_JOB:.0%} of a job"
+    return "\n".join([*lines, "", f"{outside} of {len(lines) - 2} rows are off by more than {goal}."])
+
+
+def node_plans() -> str:
+    """The plans of conf/experiment's nodes, of models whose shapes are stated here."""
+    from controller.plan.show import as_text
+
+    parts = []
+    for experiment, node in NODES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            model, judge = Path(folder, "MODEL"), Path(folder, "JUDGE")
+            _write_shape(model, node["shape"])
+            _write_shape(judge, NODES["node_7b"]["shape"])
+            more = [word.format(judge=judge) for word in node["overrides"]]
+            text = as_text([f"+experiment={experiment}", "data=files", f"model.path={model}", *FILES, *more])
+        parts.append(f"### {experiment}\n\n{node['title']}\n\n```\n{text}\n```")
+    return "\n\n".join(parts)
+
+
+FILES = [f"data.{name}.path=rows.jsonl" for name in ("sft", "prompts", "preferences", "test", "eval_prompts")]
+NODES: dict[str, dict[str, Any]] = {
+    "node_7b": {
+        "title": "A Llama of 32 layers, width 4096, 32 heads over 8, MLP 11008, 32,000 tokens: 5.9 billion weights.",
+        "shape": {
+            "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096,
+        },
+        "overrides": ["ppo.gold_rollouts=0"],
+    },
+    "nodes_70b": {
+        "title": "A Llama of 80 layers, width 8192, 64 heads over 8, MLP 28672, 128,256 tokens; the reward model is that of "
+        "node_7b.",
+        "shape": {
+            "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+        },
+        "overrides": ["proxy_model={judge}"],
+    },
+}  # fmt: skip
+
+
+def _write_shape(folder: Path, shape: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**shape, dtype="bfloat16", pad_token_id=0)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+
+
+START, END = "<!-- written by benchmarks/memory.py: {} -->\n", "<!-- end -->"
+
+
+def write_docs(found: dict[str, Any], models: Path) -> None:
+    page = DOCS.read_text()
+    for name, text in {"table": table(found, models), "nodes": node_plans()}.items():
+        start = START.format(name)
+        before, _, rest = page.partition(start)
+        page = f"{before}{start}{text}\n{END}{rest.partition(END)[2]}"
+    DOCS.write_text(page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="parts of names")
-    parser.add_argument("--compare", action="store_true", help="measures nothing")
+    parser.add_argument("--compare", action="store_true", help="measures nothing, writes docs/memory.md")
     parser.add_argument("--measure", action="store_true", help="compares nothing")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "tandem-memory-models")
     known = parser.parse_args()
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
     known.models.mkdir(exist_ok=True)
     for name, (kind, _) in CONFIGURATIONS.items():
-        if known.compare:
-            break
-        if known.only and not any(part in f"{kind}: {name}" for part in known.only):
+        title = f"{kind}: {name.strip()}"
+        if known.compare or (known.only and not any(part in f"{kind}: {name}" for part in known.only)):
             continue
-        found["runs"][f"{kind}: {name.strip()}"] = measure(name, known.models)
+        found["runs"][title] = measure(name, known.models)
         found["machine"] = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{kind}: {name}: job {found['runs'][f'{kind}: {name.strip()}']['job']:.0f} MiB", flush=True)
-    for name, (kind, _) in CONFIGURATIONS.items():
-        if known.measure:
-            break
-        measured = found["runs"].get(f"{kind}: {name.strip()}")
-        if measured is None or (known.only and not any(part in f"{kind}: {name}" for part in known.only)):
-            continue
-        plan = planned(name, known.models)
-        total = sum(p["total"] for p in plan)
-        print(
-            f"== {kind}: {name}: plan {total:.0f}, measured {measured['job']:.0f}: {total / measured['job'] - 1:+.1%}"
-        )
-        pool = list(measured["processes"])
-        for process in plan:
-            mine = next((m for m in pool if m["role"] == process["role"]), None)
-            if mine:
-                pool.remove(mine)
-            if mine and mine["total"] > 100:
-                print(
-                    f"   {process['role']}: plan {process['total']:.0f} measured {mine['total']:.0f} {process['total'] / mine['total'] - 1:+.1%} {mine} {process['items']}"
-                )
+        print(f"{title}: job {found['runs'][title]['job']:.0f} MiB", flush=True)
+    if not known.measure:
+        print(table(found, known.models))
+        write_docs(found, known.models)
 
 
 if __name__ == "__main__":

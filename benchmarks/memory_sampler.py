@@ -18,15 +18,15 @@ ROLES = {
     "ray::ServeReplica": "reward replica",
     "ray::ServeController": "serve controller",
     "ray::ProxyActor": "serve proxy",
-    "ray::": "spare worker",
-    "default_worker.py": "spare worker",
-    "dashboard/agent.py": "ray agent",
-    "runtime_env/agent/main.py": "ray agent",
-    "log_monitor.py": "ray agent",
-    "autoscaler/_private/monitor.py": "ray agent",
-    "dashboard/dashboard.py": "ray agent",
+    "ray::": "spare workers",
+    "default_worker.py": "spare workers",
+    "dashboard/agent.py": "raylet and agents",
+    "runtime_env/agent/main.py": "raylet and agents",
+    "log_monitor.py": "raylet and agents",
+    "autoscaler/_private/monitor.py": "raylet and agents",
+    "dashboard/dashboard.py": "raylet and agents",
     "gcs_server": "gcs",
-    "raylet/raylet": "raylet",
+    "raylet/raylet": "raylet and agents",
     "actors.engine_proof": "engine proof",
     "train.py": "driver",
 }
@@ -122,7 +122,7 @@ class Sampler(threading.Thread):
 
     def _role(self, pid: int) -> str:
         """A worker of Ray gets its name after it has started."""
-        if self._roles.get(pid) in (None, "spare worker"):
+        if self._roles.get(pid) in (None, "spare workers"):
             line = " ".join(psutil.Process(pid).cmdline())
             self._roles[pid] = next((role for mark, role in ROLES.items() if mark in line), "other: " + line[:60])
         return self._roles[pid]

@@ -16,6 +16,7 @@ the file has the number format of the run.
 """
 
 from dataclasses import dataclass, replace
+
 import torch
 
 from common.models.forward import Form
@@ -24,8 +25,8 @@ from contracts.config import ModelConfig, TandemConfig
 from contracts.estimators import chosen_estimator
 from contracts.methods import chosen_preference
 from controller.plan.activations import FUSED, PassMemory, pass_memory
-from controller.plan.memory_items import MIB, Item, shown
 from controller.plan.measured import measured
+from controller.plan.memory_items import MIB, Item, shown
 from controller.plan.microbatch_lengths import Lengths
 from learner.models import (
     PolicyModel,
@@ -179,7 +180,16 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
             what = f"masters and moments of the {network.name}"
             items.append(Item(what, state.masters + state.moments, how, on_gpu))
     passes = {name: pass_memory(shape, lengths.largest, selected) for name, shape in shapes.items()}
-    items.append(_working(config, stage, lengths, states, passes, on_gpu))
+    working = _working(config, stage, lengths, states, passes, on_gpu)
+    items.append(working)
+    if not on_gpu:
+        slack = measured()["slack"]
+        how = f"{slack:.0%} of the last: copies that products make, and pieces of the heap that nothing fits (measured)"
+        items.append(Item("slack of the heap", slack * working.nbytes, how))
+    if not on_gpu and zero:
+        share = measured()["bucket"]
+        how = f"{share:.0%} of DeepSpeed's bucket of {BUCKET:.0e} weights, whose place others take meanwhile (measured)"
+        items.append(Item("place of the bucket", share * size * BUCKET, how))
     if not on_gpu and config.model.dtype == "bfloat16":
         items.append(_compiled([(shapes[n.name], n.trains) for n in networks], lengths))
     return items
@@ -196,8 +206,9 @@ def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) ->
                 kinds[shape] = max(kinds.get(shape, 1), 3 if trains and module.weight.requires_grad else 1)
     a_size = sum(kinds.values()) + ATTENTION_PRODUCTS
     count = min(PRODUCTS, lengths.sizes * a_size)
-    how = f"{lengths.sizes} microbatch sizes x {a_size} shapes, at most {PRODUCTS}; {measured()['product_mib']} MiB each (measured)"
-    return Item("compiled products", count * measured()["product_mib"] * MIB, how)
+    each = measured()["product_mib"]
+    how = f"{lengths.sizes} microbatch sizes x {a_size} shapes, at most {PRODUCTS}, {each} MiB each (measured)"
+    return Item("compiled products", count * each * MIB, how)
 
 
 def _is_mapped(config: TandemConfig, network: Network) -> bool:

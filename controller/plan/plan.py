@@ -28,7 +28,7 @@ from reward_service.scorer_kind import scorer_kind
 
 DRIVER, RANK, ACTOR, REPLICA = "driver", "learner rank", "actor", "reward replica"
 # Ray's own, one of each with every embedded cluster; and those of Ray Serve, where there is a reward service.
-RAY, SERVE = ("gcs", "raylet", "ray agents", "spare workers"), ("serve controller", "serve proxy", "reward front")
+RAY, SERVE = ("gcs", "raylet and agents", "spare workers"), ("serve controller", "reward front")
 MOST_ITEMS = 100_000  # whose lengths are looked at
 Data = Callable[[str], Sequence[Any]]  # what has been read, by the name of an item; empty where nothing has
 

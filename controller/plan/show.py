@@ -1,6 +1,7 @@
 """`python -m controller.plan [overrides of train.py]`: the plan of a job's memory, as tables or as JSON."""
 
 import argparse
+import io
 import json
 import sys
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from controller.plan.memory_items import JobPlan, Process, StagePlan, shown
 from controller.plan.plan import plan_job
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
-UNMEASURED = "GPU figures are arithmetic that has not been measured."
+UNMEASURED = "Of jobs on GPUs nothing is measured: it is arithmetic, and libraries are those of a CPU."
 
 
 def read_config(overrides: list[str]) -> TandemConfig:
@@ -41,6 +42,13 @@ def read_config(overrides: list[str]) -> TandemConfig:
     validate(config)
     choose_dtypes(config)
     return config
+
+
+def as_text(overrides: list[str]) -> str:
+    """The tables for texts as long as the configuration allows them, 120 columns wide."""
+    out = io.StringIO()
+    draw(plan_job(read_config(overrides)), Console(file=out, width=120))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def as_dict(plan: JobPlan) -> dict[str, Any]:
@@ -68,8 +76,8 @@ def draw(plan: JobPlan, console: Console) -> None:
 def _table(stage: StagePlan) -> Table:
     table = Table(title=Text(f"{stage.title}: {_amounts(stage)}", style="bold"), title_justify="left")
     table.add_column("process", style="cyan", no_wrap=True)
-    table.add_column("holds", no_wrap=True)
-    table.add_column("each", justify="right", no_wrap=True)
+    table.add_column("holds")
+    table.add_column("each", justify="right")
     table.add_column("how", overflow="fold")
     for process in stage.processes:
         table.add_section()

@@ -132,7 +132,7 @@ def test_every_process_of_a_job_is_there(job: TandemConfig) -> None:
     job.data.gold = None
     roles = [process.role for process in plan_job(job).largest.processes]
     assert roles[:4] == ["driver", "learner rank", "actor", "reward replica"]
-    assert {"gcs", "raylet", "serve controller", "reward front"} <= {*roles}
+    assert {"gcs", "raylet and agents", "serve controller", "reward front"} <= {*roles}
 
 
 def test_pages_of_a_checkpoint_are_there_once(job: TandemConfig) -> None:
