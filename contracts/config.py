@@ -83,10 +83,11 @@ class PromptSourceConfig(SourceConfig):
 
 @dataclass
 class CurriculumConfig:
-    # Prompts of the first epoch in the order of this column, a number or a text in every row; null: in random order, as
-    # those of every other epoch.
+    # Prompts of the first epoch in the order of this column, a number or a text in every row; null: in random order
     column: str | None = key(None, free=COLUMN)
     order: str = key("ascending", choices=("ascending", "descending"))
+    # Every later epoch begins with the prompts whose share of scores of at least this was nearest to a half; null: random
+    success: float | None = key(None, free="any score")
 
 
 @dataclass

@@ -60,11 +60,12 @@ def _comparison(row: dict, source: SourceConfig) -> dict:
     """openai/summarize_from_feedback: `choice` is the number of the better summary."""
     info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
     if isinstance(summaries, dict):  # as `datasets` shows a sequence of structures
-        summaries = [{"text": one} for one in summaries.get("text") or []]
+        texts = summaries.get("text")
+        summaries = [{"text": one} for one in texts] if isinstance(texts, list) else None
     if choice not in (0, 1) or not isinstance(summaries, list) or len(summaries) != 2 or not isinstance(info, dict):
         raise LeftOut("a comparison needs info, two summaries and the choice 0 or 1", f"found choice {choice!r}")
     better, worse = (
-        one.get("text") if isinstance(one, dict) else None for one in (summaries[choice], summaries[1 - choice])
+        one.get("text") if isinstance(one, dict) else None for one in (summaries[::-1] if choice else summaries)
     )
     asked = info.get("post") or info.get("article")
     return {**row, source.prompt_column: asked, source.chosen_column: better, source.rejected_column: worse}
@@ -142,8 +143,9 @@ def _turn(given: Any, column: str) -> Turn:
     """A checked message with all its keys, in our form."""
     turn = dict(given) if isinstance(given, dict) else {}
     if "from" in turn and "role" not in turn:  # ShareGPT
-        turn["role"], turn["content"] = SHAREGPT_ROLES.get(turn["from"], turn.pop("from")), turn.pop("value", None)
-        turn.pop("from", None)
+        speaker = turn.pop("from")
+        turn["role"] = SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        turn["content"] = turn.pop("value", None)
         if turn["role"] == "function_call":
             call = {"type": "function", "function": _parsed(turn["content"], "a function_call")}
             turn |= {"role": "assistant", "content": None, "tool_calls": [call]}

@@ -202,7 +202,8 @@ class Ledger:
 
     def filter(self, keys: list[Key], reason: str) -> None:
         """Close sound rollouts of the batch that shall not train; their slots are free for others, of which `take` fills the
-        batch up again. Raises LedgerError where one is not in training."""
+        batch up again: before it is `trained`, where others have been admitted. Raises LedgerError where one is not in
+        training."""
         batched = {entry.request.key: entry for entry in self._batched}
         if absent := set(keys) - batched.keys():
             raise LedgerError(f"rollout {min(absent)} cannot be filtered: it is not in training")

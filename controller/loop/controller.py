@@ -203,6 +203,7 @@ class PPOController:
             unscored += self._set_aside(fresh, rollouts, lambda r: f"no score: {r.scores['proxy'].error}")
             if not self.normalizer.is_fitted:
                 self.normalizer.fit(service_scores(rollouts))  # of the reference policy
+            self.stream.measure(rollouts)
             described += rollouts
             if compares:
                 # A rollout whose siblings all failed to be scored has nothing to be compared with.

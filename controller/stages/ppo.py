@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from contracts.config import TandemConfig
+from contracts.config import CurriculumConfig, TandemConfig
 from contracts.estimators import ESTIMATORS
 from contracts.methods import method_config, method_title
 from contracts.objectives import OBJECTIVES
@@ -71,7 +71,7 @@ def inputs(context: "StageContext") -> dict[str, Any]:
     # Only where there is one: a new key would set the commits of before aside.
     own: dict[str, Any] = {"estimator_source": source} if (source := estimator_source(config)) else {}
     own |= {"weights": weights} if (weights := mixture_weights(config)) else {}
-    own |= {"curriculum": config.data.curriculum} if config.data.curriculum.column is not None else {}
+    own |= {"curriculum": config.data.curriculum} if config.data.curriculum != CurriculumConfig() else {}
     return context.common_inputs() | {
         "ppo": config.ppo,
         **own,

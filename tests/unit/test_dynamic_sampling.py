@@ -72,6 +72,7 @@ class Run:
             first_score=None,
             ledger=self.ledger,
             dispatcher=self.dispatcher,
+            stream=self.dispatcher._stream,
             normalizer=ScoreNormalizer(),
         )
 

@@ -305,9 +305,9 @@ def test_files_and_the_address_are_looked_at_before_anything_starts(server: Scri
     server.script = [likely(("1", 1.0))]
     assert problems() == []
     assert len(server.bodies) == 1
-    (found,) = problems(rubric=str(tmp_path / "none.jinja"))
-    assert found.startswith("k.judge.rubric='/")  # a long path is cut there and whole in the error
-    assert f"No such file or directory: '{tmp_path}/none.jinja'" in found
+    (found,) = problems(rubric="/no/such/none.jinja")  # short: a long path is cut in the message
+    assert found.startswith("k.judge.rubric='/no/such/none.jinja'")
+    assert "No such file" in found
     (tmp_path / "blind.jinja").write_text("{{ prompt }}")
     (found,) = problems(rubric=str(tmp_path / "blind.jinja"))
     assert found.endswith("it never shows {{ completion }}")

@@ -175,7 +175,14 @@ class LedgerMachine(RuleBasedStateMachine):
                 versions = r.completion.policy_versions
                 assert all(self.version - v <= self.bound for v in versions)
 
-    @precondition(lambda self: self.batch)
+    @property
+    def may_train(self) -> bool:
+        """Also on a part of a batch, where the budget of sampling is spent; but a controller that has admitted others in the
+        place of what was filtered takes them first."""
+        others = len(self.asked) - len(self.ended) - len(self.batch)
+        return bool(self.batch) and others <= self.bound * self.n
+
+    @precondition(lambda self: self.may_train)
     @rule(train_policy=st.booleans())
     def train(self, train_policy: bool) -> None:
         self.version += train_policy
@@ -196,9 +203,9 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.answer(number, [self.leases[number][2] if at_lease else self.version])
         if lost:
             self.death("a")
-        if not self.batch:
+        if not self.may_train:
             self.take()
-        if self.batch:
+        if self.may_train:
             self.train(train_policy=True)
 
     # ---- commits and crashes
@@ -275,6 +282,9 @@ class LedgerMachine(RuleBasedStateMachine):
             if number in self.leases:  # else its group is complete, by the other lease of a hedged rollout
                 self.answer(number, [self.leases[number][2] if at_lease else self.version])
         if self.batch:
+            if not self.may_train:
+                self.take()
+                assert self.may_train, "everything is scored, so the batch must be filled up"
             self.train(train_policy=True)
         while len(self.asked) - len(self.ended) >= self.n:
             self.take()

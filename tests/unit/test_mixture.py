@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -21,10 +22,10 @@ from contracts.config import (
     SourceConfig,
     TandemConfig,
 )
-from contracts.records import SOURCE_STRIDE, Prompt, ScoringItem, row_text
+from contracts.records import SOURCE_STRIDE, Completion, Prompt, Rollout, Score, ScoringItem, row_text
 from controller.data.inputs import Inputs, load_inputs
 from controller.data.mixture import exact_shares, next_turn, of_source
-from controller.data.prompts import PromptStream, curriculum_problems
+from controller.data.prompts import PromptStream, Success, curriculum_problems
 from controller.ledger.audit import Audit, _check_stream
 from controller.ledger.ledger import Ledger
 from controller.stages.ppo import mixture_weights
@@ -198,6 +199,63 @@ def test_a_curriculum_orders_the_first_pass_alone() -> None:
     assert [r.prompt.columns["level"] for r in falling] == [3, 3, 2, 2, 1, 1]
     assert [p for p in rising[:6] if p.columns["level"] == 1] == [p for p in plain[:6] if p.columns["level"] == 1]
     assert rising[6:] == plain[6:]
+
+
+def answered(stream: PromptStream, prompts: int, solved: dict[int, int]) -> list[int]:
+    """Ids of the next prompts, each with four samples, of which the first `solved` score 1 and the others 0.4."""
+    requests = stream.next_requests(prompts)
+    scores = [1.0 if r.sample_index < solved[r.prompt.prompt_id] else 0.4 for r in requests]
+    completion = Completion(np.array([1]), np.zeros(1), np.zeros(1), "stop", "")
+    stream.measure(
+        [
+            Rollout(r.key, r.prompt, completion, {"proxy": Score(score)})
+            for r, score in zip(requests, scores, strict=True)
+        ]
+    )
+    return [r.prompt.prompt_id for r in requests[::4]]
+
+
+def test_a_curriculum_by_success_begins_with_what_is_solved_half_the_time() -> None:
+    """Of four samples 4, 2, 0, 1, 3 are solved: 0.5, 0, 0.5, 0.25, 0.25 from a half."""
+    prompts = [Prompt(i, "", (i,)) for i in range(5)]
+    solved, plain = dict(enumerate([4, 2, 0, 1, 3])), PromptStream(prompts, 4, 4)
+    stream = PromptStream(prompts, 4, 4, None, CurriculumConfig(success=0.5))
+    passes = [[r.prompt.prompt_id for r in plain.next_requests(5)[::4]] for _ in range(3)]
+    assert answered(stream, 5, solved) == passes[0]
+    second = answered(stream, 5, solved | {0: 2, 1: 4})  # the next time the first is the one, and the second too easy
+    assert second[0] == 1
+    assert second[1:] == [i for i in passes[1] if i in (3, 4)] + [i for i in passes[1] if i in (0, 2)]
+    third = answered(stream, 5, solved)
+    assert third[0] == 0
+    assert third[1:] == [i for i in passes[2] if i in (3, 4)] + [i for i in passes[2] if i in (1, 2)]
+
+
+def test_a_score_that_is_missing_or_late_measures_nothing() -> None:
+    prompt, completion = Prompt(0, "", (1,)), Completion(np.array([1]), np.zeros(1), np.zeros(1), "stop", "")
+    success = Success(1.0)
+    for epoch, found in [(1, Score(1.0)), (1, Score(None, "down")), (1, Score(0.9)), (0, Score(1.0)), (1, Score(0.0))]:
+        success.measure([Rollout((epoch, 0, 0), prompt, completion, {"proxy": found})])
+    assert success.state_dict() == {"0": [1, 1, 3]}
+    assert success.distances([prompt, Prompt(7, "", (1,))]) == {0: pytest.approx(1 / 6)}
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_a_curriculum_by_success_goes_on_as_if_it_had_not_stopped(weights: dict[str, float] | None) -> None:
+    """Stopped at any place: a pass keeps the order that it began with, whatever is measured in the middle of it."""
+    prompts = mixed(easy=4, hard=5)
+    solved = {p.prompt_id: i % 5 for i, p in enumerate(prompts)}
+
+    def stream() -> PromptStream:
+        return PromptStream(prompts, 4, 4, weights, CurriculumConfig(success=1.0))
+
+    unbroken = stream()
+    wanted = [answered(unbroken, 1, solved) for _ in range(40)]
+    for stop in range(40):
+        before = stream()
+        assert [answered(before, 1, solved) for _ in range(stop)] == wanted[:stop]
+        after = stream()
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        assert [answered(after, 1, solved) for _ in range(stop, 40)] == wanted[stop:]
 
 
 @pytest.mark.parametrize(

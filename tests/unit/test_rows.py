@@ -79,6 +79,26 @@ def test_one_conversation_in_many_forms(jsonl: Any, tokenizer: Any, row: dict) -
     assert list(prompt.token_ids) == ids(tokenizer, SYSTEM + ASKED)
 
 
+@pytest.mark.parametrize("speaker", [["human"], {"name": "human"}, 1, True, None])
+def test_a_speaker_that_is_no_text_is_refused_by_row(jsonl: Any, tokenizer: Any, speaker: Any) -> None:  # noqa: F811
+    rows = [{"conversations": [{"from": who, "value": "Name a prime."}, {"from": "gpt", "value": "Seven."}]}
+            for who in ("human", speaker)]  # fmt: skip
+    message = refusal(load_sft, jsonl(*rows), CHAT, tokenizer, 99)
+    assert "row 1: messages: a message needs a role of" in message
+    assert f"found {speaker!r}" in message
+
+
+@pytest.mark.parametrize("choice", [1, 1.0, True])
+def test_the_choice_of_a_comparison_may_be_any_number(jsonl: Any, tokenizer: Any, choice: Any) -> None:  # noqa: F811
+    row = {"info": {"post": "Long."}, "summaries": [{"text": "Worse."}, {"text": "Better."}], "choice": choice}
+    [pair] = load_rated_examples(jsonl(row), DATA, tokenizer, 99)
+    assert trained(tokenizer, pair.chosen) == "Better.<|im_end|>"
+    torn = row | {"summaries": {"text": 7}}
+    assert "row 1: a comparison needs info, two summaries" in refusal(
+        load_preferences, jsonl(row, torn), DATA, tokenizer, 99
+    )
+
+
 def test_texts_that_are_no_messages_are_refused_by_row(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
     fine = {"messages": json.dumps([ASK, SAID])}
     for text, said in (
