@@ -17,11 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from memory_sampler import Held, Job, Sampler
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks/results/memory.json"
 DOCS = ROOT / "docs/memory.md"
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"

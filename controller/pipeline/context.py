@@ -13,6 +13,7 @@ from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.scorer_roles import scoring_models
+from contracts.stages import Stage
 from controller.cluster.placement_group import nodes
 from controller.cluster.runtime import Runtime, ray_session
 from controller.cluster.signals import Stop
@@ -20,7 +21,6 @@ from controller.commits.resume import RunDirectory
 from controller.data.datasets import fingerprint
 from controller.data.inputs import Inputs
 from controller.pipeline.ingredients import MEMORY
-from controller.plan.activations import Unplannable
 from controller.plan.room import check_nodes_room
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
@@ -40,6 +40,7 @@ class StageContext:
     runtime: Runtime
     # The checkpoint of an earlier stage, by the name of its result, or `base`. Raises ConfigError where there is none.
     checkpoint: Callable[[str], str]
+    will_run: Callable[[Stage], bool]  # whether a result of a stage is still to be made
     # Each waits for proofs of vLLM, which are under way.
     proofs: list[Callable[[], list[Any]]] = field(default_factory=list)
     result: str = ""  # the result that is made, as reward_model/proxy: the name of its lines in the logs
@@ -99,10 +100,8 @@ class StageContext:
             with self.stop.kept(), self.phase("starting Ray"):
                 self.runtime.start()
             if self.config.cluster.address != "local":
-                try:
-                    check_nodes_room(self.config, self.data.__getitem__, nodes())
-                except Unplannable as error:  # which may fit all the same
-                    self.progress.line(f"warning: whether the memory is enough is not known: {error}")
+                for warning in check_nodes_room(self.config, self.data.__getitem__, nodes(), self.will_run):
+                    self.progress.line(warning)
             self.directory.started_ray(ray_session() if self.config.cluster.address == "local" else None)
 
     @contextmanager

@@ -36,7 +36,6 @@ from controller.data.inputs import Inputs, load_inputs
 from controller.loop.recovery import once_more
 from controller.pipeline.context import StageContext
 from controller.pipeline.store import StageStore, code_of, file_name
-from controller.plan.activations import Unplannable
 from controller.plan.room import check_room
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
@@ -75,6 +74,7 @@ class Pipeline:
             stop=stop,
             runtime=Runtime(config),
             checkpoint=self.checkpoint,
+            will_run=self._will_run,
         )
         ends = self.context.end_ids([config.model.path], "prompts", "eval_prompts")
         if len(ends) > 1:
@@ -88,16 +88,22 @@ class Pipeline:
         for warning in check_machine(config, free_gib, usable_cores(), nodes):
             progress.line(warning)
         if nodes:
-            self._plan_memory(data)
+            for warning in check_room(config, data.__getitem__, memory_room(), self._will_run):
+                progress.line(warning)
         self.context.proofs.append(begin_proofs(config))
 
-    def _plan_memory(self, data: Inputs) -> None:
-        """Raises ConfigError where the job will not fit on this machine."""
-        with self.progress.phase("planning the memory"):
-            try:
-                check_room(self.config, data.__getitem__, memory_room())
-            except Unplannable as error:  # which may fit all the same
-                self.progress.line(f"warning: whether the memory is enough is not known: {error}")
+    def _will_run(self, stage: Stage) -> bool:
+        """Whether a result of a stage is neither given nor in the cache."""
+        if not stage.results:
+            return True
+        needed, keys = results_needed(self.config), stage.checkpoint_keys
+        try:
+            found = [
+                self.store.find(name, stage.inputs(self.context.made_for(name))) for name in keys if name in needed
+            ]
+        except ConfigError:  # of an earlier stage, whose result is not there yet
+            return True
+        return None in found
 
     def run(self) -> dict[str, Any]:
         """Run `config.stage`. Returns the numbers of the summary."""

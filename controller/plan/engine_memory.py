@@ -62,7 +62,7 @@ def actor_items(config: TandemConfig, gpu_gib: float) -> list[Item]:
             f"{max(0, int(rest / a_token))} tokens of {a_token} bytes"
         )
         items.append(Item("KV cache", max(0.0, rest), how, True))
-        return [*items, Item("weights, while they load", weights / devices, "through the host's memory")]
+        return [*items, Item("weights, while they load", weights / devices, "through the host's memory", least=0.0)]
     cache = engine.kv_cache_gib * GIB
     needed = engine.max_num_seqs * engine.max_model_len
     cached = (
@@ -70,7 +70,7 @@ def actor_items(config: TandemConfig, gpu_gib: float) -> list[Item]:
         f"engine.max_model_len are {needed}"
     )
     items.append(Item("KV cache", cache, cached))
-    return [*items, Item("engine workspace", workspace.inference + SAMPLER_COPIES * logits, how)]
+    return [*items, Item("engine workspace", workspace.inference + SAMPLER_COPIES * logits, how, least=0.0)]
 
 
 def replica_items(config: TandemConfig, path: str) -> list[Item]:
@@ -81,13 +81,7 @@ def replica_items(config: TandemConfig, path: str) -> list[Item]:
     size, total = getattr(torch, service.dtype).itemsize, sizes(shapes).total
     length = min(service.max_tokens, service.batch_tokens)
     batch = pass_memory(shapes, (length,) * max(1, service.batch_tokens // length), 1)
-    return [
-        Item(
-            "weights",
-            total * size,
-            f"{total / 1e6:.1f}M, {size} bytes each, in the file",
-            on_gpu,
-            "" if on_gpu else path,
-        ),
-        Item("activations", batch.inference, f"a batch of reward_service.batch_tokens {service.batch_tokens}", on_gpu),
-    ]
+    how = f"{total / 1e6:.1f}M, {size} bytes each, in the file"
+    weights = Item("weights", total * size, how, on_gpu, "" if on_gpu else path)
+    how = f"a batch of reward_service.batch_tokens {service.batch_tokens}"
+    return [weights, Item("activations", batch.inference, how, on_gpu, least=0.0)]

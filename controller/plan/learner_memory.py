@@ -87,7 +87,7 @@ def network_shapes(
     """The network on the meta device, in the form in which it is computed, with what trains marked; `model` as it is loaded
     where that is not as the learner does."""
     learner, on_cpu = config.learner, config.cluster.gpus_per_learner_rank == 0
-    model = model or _model_of(config, network)
+    model = model or model_of(config, network)
     key = repr((network, model, learner.attention, learner.gradient_checkpointing, on_cpu))
     if key in _SHAPES:
         return _SHAPES[key]
@@ -107,7 +107,7 @@ def network_shapes(
 _SHAPES: dict[str, PolicyModel | ScalarModel] = {}
 
 
-def _model_of(config: TandemConfig, network: Network) -> ModelConfig:
+def model_of(config: TandemConfig, network: Network) -> ModelConfig:
     """The revision is that of `model.path` alone."""
     return config.model if network.path == config.model.path else replace(config.model, revision=None)
 
@@ -185,11 +185,11 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
     if not on_gpu:
         slack = measured()["slack"]
         how = f"{slack:.0%} of the last: copies that products make, and pieces of the heap that nothing fits (measured)"
-        items.append(Item("slack of the heap", slack * working.nbytes, how))
+        items.append(Item("slack of the heap", slack * working.nbytes, how, least=0.0))
     if not on_gpu and zero:
         share = measured()["bucket"]
         how = f"{share:.0%} of DeepSpeed's bucket of {BUCKET:.0e} weights, whose place others take meanwhile (measured)"
-        items.append(Item("place of the bucket", share * size * BUCKET, how))
+        items.append(Item("place of the bucket", share * size * BUCKET, how, least=0.0))
     if not on_gpu and config.model.dtype == "bfloat16":
         items.append(_compiled([(shapes[n.name], n.trains) for n in networks], lengths))
     return items
@@ -208,12 +208,12 @@ def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) ->
     count = min(PRODUCTS, lengths.sizes * a_size)
     each = measured()["product_mib"]
     how = f"{lengths.sizes} microbatch sizes x {a_size} shapes, at most {PRODUCTS}, {each} MiB each (measured)"
-    return Item("compiled products", count * each * MIB, how)
+    return Item("compiled products", count * each * MIB, how, least=0.0)
 
 
 def _is_mapped(config: TandemConfig, network: Network) -> bool:
     """Whether transformers leaves the weights where they are: it converts other number formats."""
-    found = load_config(network.path, _model_of(config, network))
+    found = load_config(network.path, model_of(config, network))
     return str(getattr(found, "dtype", None)).removeprefix("torch.") == config.model.dtype
 
 
@@ -227,7 +227,7 @@ def _working(
 ) -> Item:
     """Activations and gradients: the larger of a backward pass and an optimizer step, which do not coincide."""
     trained = [name for name, state in states.items() if state.moments]
-    tokens, held = sum(lengths.largest), _held_tokens(config, stage, lengths)
+    tokens, held = sum(lengths.largest), held_tokens(config, stage, lengths)
     earlier = sum(states[name].earlier for name in trained) if lengths.microbatches > 1 else 0.0
     kept = sum(passes[name].kept for name in trained) * held / tokens
     if held < tokens:  # one microbatch of one model at a time
@@ -245,10 +245,11 @@ def _working(
     how = (
         f"{words}: a backward pass {shown(starts)}, its end {shown(ends)}, an optimizer step {shown(step)}; the largest"
     )
-    return Item("activations and gradients", largest, how, on_gpu)
+    least = largest if lengths.certain else max(ends, step)
+    return Item("activations and gradients", largest, how, on_gpu, least=least)
 
 
-def _held_tokens(config: TandemConfig, stage: str, lengths: Lengths) -> int:
+def held_tokens(config: TandemConfig, stage: str, lengths: Lengths) -> int:
     """Tokens of a rank whose graphs wait for the others': a reward model compares all texts of a batch. 0: none waits."""
     if stage == "reward_model":
         return lengths.tokens

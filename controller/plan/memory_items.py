@@ -1,6 +1,6 @@
 """What a plan is made of: the parts of each process's memory, with the arithmetic in words; processes; stages."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 GIB, MIB = 2**30, 2**20
 
@@ -14,6 +14,9 @@ class Item:
     how: str
     on_gpu: bool = False
     file: str = ""  # of a checkpoint, where it is pages of that: all processes of a node that map them have them once
+    least: float | None = (
+        None  # what of it is certain, where that is not all; of `file`, which can be read again, nothing
+    )
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,12 @@ class Process:
     @property
     def gpu(self) -> float:
         return sum(item.nbytes for item in self.items if item.on_gpu)
+
+    @property
+    def least(self) -> float:
+        """Of `cpu`, what is certain."""
+        certain = [0.0 if i.file else i.nbytes if i.least is None else i.least for i in self.items if not i.on_gpu]
+        return sum(certain)
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,16 @@ class StagePlan:
     def gpu(self) -> float:
         return sum(process.count * process.gpu for process in self.processes)
 
+    @property
+    def least(self) -> float:
+        return sum(process.count * process.least for process in self.processes)
+
 
 @dataclass(frozen=True)
 class JobPlan:
     """The stages follow one another, so that a job's peak is that of its largest."""
 
     stages: tuple[StagePlan, ...]
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def largest(self) -> StagePlan:

@@ -21,6 +21,7 @@ class Lengths:
     microbatches: int
     tokens: int  # of all of a rank's microbatches, between two optimizer steps
     sizes: int  # microbatches of the whole stage that have a number of tokens of their own
+    certain: bool = False  # of texts that are there; else as long as they may get
 
     @property
     def sequences(self) -> int:
@@ -58,5 +59,6 @@ def batch_lengths(
         for cut in cut_microbatches(lengths, budget, ranks):
             parts = [tuple(lengths[i] for i in rows) for rows in cut]
             sizes = min(steps * len(parts), budget)
-            found.append(Lengths(max(parts, key=sum), len(parts), sum(map(sum, parts)), sizes))
+            tokens, certain = sum(map(sum, parts)), bool(items) and not extra
+            found.append(Lengths(max(parts, key=sum), len(parts), tokens, sizes, certain))
     return max(found, key=lambda lengths: (sum(lengths.largest), lengths.tokens))

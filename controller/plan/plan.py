@@ -43,12 +43,17 @@ def plan_job(config: TandemConfig, data: Data = lambda item: (), gpu_gib: float 
     Raises:
         Unproven, OSError, ValueError: a model cannot be read.
     """
-    needed = results_needed(config)
-    stages = [s for s in running_stages(config) if not s.results or needed & s.checkpoint_keys.keys()]
-    return JobPlan(tuple(_stage(config, stage, data, gpu_gib) for stage in stages))
+    return JobPlan(tuple(plan_stage(config, stage, data, gpu_gib) for stage in planned_stages(config)))
 
 
-def _stage(config: TandemConfig, stage: Stage, data: Data, gpu_gib: float) -> StagePlan:
+def planned_stages(config: TandemConfig) -> list[Stage]:
+    """Those that run, unless their results are in the cache. What a stage of someone else's does is not known."""
+    needed, ours = results_needed(config), [stage for stage in running_stages(config) if ":" not in stage.name]
+    return [stage for stage in ours if not stage.results or needed & stage.checkpoint_keys.keys()]
+
+
+def plan_stage(config: TandemConfig, stage: Stage, data: Data = lambda item: (), gpu_gib: float = 80.0) -> StagePlan:
+    """As `plan_job`, of one stage."""
     where, cluster = placement(config), config.cluster
     processes, movements = [Process(DRIVER, 1, ())], list[Movement]()
     sent = _policy_bytes(config)
@@ -106,21 +111,25 @@ def _checkpoint(config: TandemConfig, stage: Stage, policy_bytes: float) -> Move
     return Movement("commit", state + policy_bytes, f"{words}; every {config.checkpoint.every} updates")
 
 
-def _replicas(config: TandemConfig, where: Plan) -> list[Process]:
-    """Of each scorer with a place in the placement; a rule's processes are a limit of their own (`memory_gib`)."""
+def judges_placed(config: TandemConfig) -> list[tuple[int, str]]:
+    """(number of its bundle, path or "") of each scorer with a place in the placement; a rule's processes are a limit of
+    their own (`memory_gib`)."""
     paths = {role: getattr(config, f"{role}_model") or config.model.path for role in judges(config)}
     chosen = chosen_scorers(config.reward_service.scorers, paths)
-    placed = [(name, entry) for name, entry in chosen.items() if scorer_kind(entry.kind).has_place(entry)]
-    found, seen = [], set[str]()
-    for name, entry in placed:
-        key = name if entry.path in paths.values() else entry.path or name
-        if key in seen:
-            continue
-        seen.add(key)
-        items = tuple(replica_items(config, entry.path)) if entry.path else ()
-        bundles = tuple(where.scorers[len(seen) - 1 : len(seen)])
-        found.append(Process(REPLICA, config.reward_service.replicas, items, bundles))
-    return found
+    placed = {
+        name if entry.path in paths.values() else entry.path or name: entry.path or ""
+        for name, entry in chosen.items()
+        if scorer_kind(entry.kind).has_place(entry)
+    }
+    return list(enumerate(placed.values()))
+
+
+def _replicas(config: TandemConfig, where: Plan) -> list[Process]:
+    count = config.reward_service.replicas
+    return [
+        Process(REPLICA, count, tuple(replica_items(config, path)) if path else (), tuple(where.scorers[n : n + 1]))
+        for n, path in judges_placed(config)
+    ]
 
 
 def _with_segment(processes: list[Process], nbytes: float, writer: str) -> list[Process]:
@@ -174,9 +183,8 @@ def _with_libraries(processes: list[Process]) -> list[Process]:
         known = constants["private"]
         own = known.get(f"{process.role}, sampling" if samples else process.role, known.get(process.role, 0)) * MIB
         mapped = sum(constants["libraries"][group]["mib"] * MIB / sharers[group] for group in _groups(process.role))
-        item = Item(
-            "libraries", own + mapped, f"{own / MIB:.0f} MiB of its own, {mapped / MIB:.0f} of shared files (measured)"
-        )
+        how = f"{own / MIB:.0f} MiB of its own, {mapped / MIB:.0f} of shared files (measured)"
+        item = Item("libraries", own + mapped, how, least=own)
         found.append(replace(process, items=(*process.items, item)))
     return found
 

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -11,12 +12,14 @@ from common.models.packed_attention import Packed
 from common.processes.memory_room import Room, memory_room
 from contracts.checks.validation import ConfigError
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
+from contracts.records import Example
 from controller.plan.activations import Unplannable, _measure, pass_memory
+from controller.plan.bound import most
 from controller.plan.engine_memory import kv_bytes_a_token
 from controller.plan.learner_memory import Network, Sizes, network_shapes, network_state, sizes
 from controller.plan.memory_items import GIB
 from controller.plan.microbatch_lengths import batch_lengths
-from controller.plan.plan import plan_job
+from controller.plan.plan import plan_job, plan_stage, planned_stages
 from controller.plan.room import check_nodes_room, check_room
 from learner.models import freeze_below, load_policy, policy_shapes, prove_policy
 from tests import tiny_models
@@ -147,25 +150,65 @@ def test_pages_of_a_checkpoint_are_there_once(job: TandemConfig) -> None:
     assert mapped == [2 * frozen, 2 * frozen]
 
 
-def test_a_job_without_room_is_told_what_brings_most(job: TandemConfig) -> None:
+ALWAYS = lambda stage: True  # noqa: E731
+
+
+@pytest.fixture
+def large(job: TandemConfig) -> TandemConfig:
+    """Activations of 16384 tokens, of texts that are there."""
     job.learner.microbatch_tokens, job.sft.max_tokens, job.sft.batch_size = 16384, 64, 256
-    needed = plan_job(job).largest.cpu
-    check_room(job, lambda item: (), Room(needed, "free"))
-    with pytest.raises(ConfigError, match=r"SFT needs .* \(the limit of a test\)") as refused:
-        check_room(job, lambda item: (), Room(needed - GIB / 4, "the limit of a test"))
-    assert "learner.microbatch_tokens=8192 (" in str(refused.value)
-    job.learner.microbatch_tokens = 8192
-    saved = (needed - plan_job(job).largest.cpu) / GIB
+    return job
+
+
+def texts(item: str) -> list[Any]:
+    return [Example([5] * 64, [True] * 64)] * 300
+
+
+def test_a_job_without_room_is_told_what_brings_most(large: TandemConfig) -> None:
+    sft = plan_job(large, texts).largest
+    assert sft.least < sft.cpu
+    assert check_room(large, texts, Room(sft.least, "whole", sft.cpu, "free"), ALWAYS) == []
+    assert check_room(large, texts, Room(0, "whole", 0, "free"), lambda stage: False) == []  # its result is there
+    with pytest.raises(ConfigError, match=r"SFT needs at least .* \(the limit of a test\)") as refused:
+        check_room(large, texts, Room(sft.least - 1, "the limit of a test", 0, "free"), ALWAYS)
+    large.learner.microbatch_tokens = 8192
+    saved = (sft.least - plan_job(large, texts).largest.least) / GIB
     assert f"learner.microbatch_tokens=8192 ({saved:.1f} GiB less)" in str(refused.value)
+
+
+def test_what_is_likely_and_not_certain_is_a_warning(large: TandemConfig) -> None:
+    sft = plan_job(large, texts).largest
+    (warning,) = check_room(large, texts, Room(sft.least, "whole", sft.cpu - 1, "free now"), ALWAYS)
+    assert warning.startswith("warning: memory: SFT is likely to hold")
+    assert "(free now)" in warning
+    # the same of texts as long as they may get: only weights, moments and gradients are certain
+    assert plan_job(large).largest.least < sft.least
 
 
 def test_nodes_of_a_cluster_are_told_apart(job: TandemConfig) -> None:
     job.cluster.address, job.cluster.num_learner_ranks, job.cluster.cpus_per_process = "auto", 2, 1.0
-    rank = next(p.cpu for p in plan_job(job).largest.processes if p.role == "learner rank")
-    enough = [{"CPU": 1.0, "memory": 1.01 * rank}] * 2
-    check_nodes_room(job, lambda item: (), enough)
-    with pytest.raises(ConfigError, match=r"on one node .*Ray gives it"):
-        check_nodes_room(job, lambda item: (), [{"CPU": 2.0, "memory": 1.5 * rank}])
+    rank = next(p for p in plan_job(job, texts).largest.processes if p.role == "learner rank")
+
+    def nodes(*memory: float) -> list[dict[str, float]]:
+        return [{"CPU": 2.0, "memory": amount - 7, "object_store_memory": 8} for amount in memory]
+
+    assert check_nodes_room(job, texts, nodes(2 * rank.cpu + 1), ALWAYS) == []
+    (warning,) = check_nodes_room(job, texts, nodes(2 * rank.least), ALWAYS)
+    assert "is likely to hold, on one node," in warning
+    with pytest.raises(ConfigError, match=r"needs at least .*on all 1 nodes"):
+        check_nodes_room(job, texts, nodes(2 * rank.least - 100), ALWAYS)
+    with pytest.raises(ConfigError, match=r"a process that needs at least .*on the largest node"):
+        check_nodes_room(job, texts, nodes(*[rank.least - 100] * 4), ALWAYS)
+    job.cluster.num_nodes = 2  # which may still come
+    assert check_nodes_room(job, texts, nodes(1000), ALWAYS) == []
+
+
+def test_what_fits_by_far_needs_no_pass(large: TandemConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    large.stage, large.sft_model, large.proxy_model = "pipeline", None, None
+    for stage in planned_stages(large):
+        assert plan_stage(large, stage).cpu < most(large, stage, lambda item: ()) < 40 * GIB, stage.name
+    monkeypatch.setattr("controller.plan.room.plan_stage", None)
+    assert check_room(large, lambda item: (), Room(0, "whole", 40 * GIB, "free"), ALWAYS) == []
 
 
 @pytest.mark.parametrize(
@@ -203,5 +246,6 @@ def test_a_limit_of_a_control_group_counts(own: str, files: dict[str, str], left
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "groups" / name).write_text(text)
     room = memory_room(tmp_path / "groups", tmp_path / "own")
-    assert ("free of the machine" in room.source) == (left is None)
-    assert left is None or room.nbytes == left
+    assert ("free of the machine" in room.free_source) == (left is None)
+    assert ("the machine's" in room.whole_source) == (left is None)
+    assert left is None or (room.free, room.whole) == (left, GIB + psutil.swap_memory().total)
