@@ -77,6 +77,17 @@ def _metrics_are_declared(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     monkeypatch.setattr(RunLog, "is_strict", "made_up_metrics" not in request.fixturenames)
 
 
+@pytest.fixture(autouse=True)
+def _modules_of_its_folder_end_with_a_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests write packages of the same name (`my_package`, as the docs do): the next one imports its own."""
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        said = getattr(module, "__dict__", {})  # asked for an attribute, some modules import more, or raise
+        if any(str(place).startswith(folder) for place in (said.get("__file__"), *said.get("__path__", ()))):
+            del sys.modules[name]
+
+
 def make_tiny_model(path: Path, dtype: torch.dtype, tied: bool, vocab_size: int = 49152, seed: int = 0) -> Path:
     """A two-layer Llama whose weights are large enough that its distributions are not flat."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -210,8 +210,6 @@ def test_an_environment_is_its_package_as_far_as_it_is_imported(
     before = source_digest("mine.env.talk:Talk")
     (tmp_path / name).write_text(PACKAGE[name] + "changed = 1\n")
     assert (source_digest("mine.env.talk:Talk") != before) == (name != "mine/unused.py")
-    sys.modules.pop("mine", None)
-    sys.modules.pop("mine.env", None)
 
 
 def test_an_installed_package_is_followed_no_further_than_itself(

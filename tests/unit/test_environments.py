@@ -4,9 +4,8 @@ import json
 import math
 import re
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -384,14 +383,13 @@ def test_an_environment_that_hangs_does_not_hang_the_start(config: TandemConfig,
 
 
 @pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The example of docs/environments.md, as the file that the text tells to write."""
     text = (ROOT / "docs/environments.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "my_environments.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield lambda **options: EnvironmentConfig(name="my_environments:Echo", options=options)
-    sys.modules.pop("my_environments", None)
+    return lambda **options: EnvironmentConfig(name="my_environments:Echo", options=options)
 
 
 def test_the_documented_example_runs(example: Callable[..., Any], config: TandemConfig, tokenizer: Any) -> None:

@@ -1,7 +1,6 @@
 """The stage of docs/extending.md: found, ordered, checked, cached and run with its two files alone."""
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -53,8 +52,6 @@ def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     plugins.names.cache_clear()
     yield request.param
     plugins.names.cache_clear()
-    for module in ("my_package.more_sft", "my_package", "controller.stages.more_sft", "task"):
-        sys.modules.pop(module, None)
     vars(controller.stages).pop("more_sft", None)
 
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,14 +57,12 @@ def write_package(folder: Path) -> Path:
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """It, and a module with those above."""
     folder = write_package(tmp_path).parent
     (folder / "more.py").write_text(MORE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield folder
-    for name in [name for name in sys.modules if name.split(".")[0] == "my_package"]:
-        del sys.modules[name]
+    return folder
 
 
 def keywords(*words: str) -> ScorerConfig:

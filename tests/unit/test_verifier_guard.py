@@ -4,7 +4,6 @@ costs itself alone, and leaves nothing behind."""
 import asyncio
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,11 +78,9 @@ NEEDS = Verifier(read=read_row, verify=verify, requires={{"no_such_module": "no-
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stand_ins.py").write_text(STAND_INS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    sys.modules.pop("stand_ins", None)
 
 
 def entry(name: str = "MINE", **keys: Any) -> ScorerConfig:
