@@ -18,7 +18,7 @@ os.environ.update({key: value for key, value in driver_env().items() if key not 
 import hydra
 from omegaconf import DictConfig
 
-from common.command_line import command_line_problems, flags_first
+from common.command_line import command_line_problems, flags_first, whole_sections
 from common.error_text import last_line
 from common.files.outcome import write_outcome
 from common.models.precision import choose_dtypes
@@ -154,6 +154,7 @@ if __name__ == "__main__":
         raise_conflicts([], command_line_problems(sys.argv[1:], CONF))
     except ConfigError as error:
         sys.exit(refuse(error))
+    sys.argv[1:] = whole_sections(sys.argv[1:])
     try:
         main()
     except KeyboardInterrupt as end:  # between two members of a sweep, or while they run elsewhere

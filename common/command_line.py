@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from common.error_text import error_lines
 from contracts.checks.check import shown
@@ -48,6 +48,38 @@ def flags_first(arguments: list[str]) -> list[str]:
     if flags and flags[-1] in ("--info", "-i"):  # whose value may be left out: an override would be read as it
         flags.append("all")
     return [*flags, *overrides]
+
+
+def whole_sections(arguments: list[str]) -> list[str]:
+    """The same words, with an override in a section that may be null (`model.lora={rank:8}`, `model.lora.rank=8`) written as
+    one of the section around it (`model={lora:{rank:8}}`): OmegaConf 2.3 merges into a section that is null from there
+    alone."""
+    return [_whole(word) if "=" in word and not word.startswith(("-", "+", "~")) else word for word in arguments]
+
+
+def _whole(argument: str) -> str:
+    key, value = argument.split("=", 1)
+    parts = key.split(".")
+    for i in range(1, len(parts)):
+        section, name = _place(".".join(parts[: i + 1]))
+        annotation = get_type_hints(section).get(name) if section else None
+        if not schema_section(annotation) or type(None) not in get_args(annotation):
+            continue
+        if i == len(parts) - 1 and not value.startswith("{"):  # null, or of a wrong type
+            return argument
+        try:
+            written = OverridesParser.create().parse_override(argument)
+        except HydraException:  # which `_torn` names
+            return argument
+        inner = parts[i:]
+        wholes = []
+        for setting in _settings(written):
+            text = setting.split("=", 1)[1]
+            for part in reversed(inner):
+                text = f"{{{part}:{text}}}"
+            wholes.append(text)
+        return f"{'.'.join(parts[:i])}={','.join(wholes)}" if wholes else argument
+    return argument
 
 
 def is_multirun(arguments: Iterable[str]) -> bool:
@@ -134,7 +166,9 @@ def _wrong_types(override: Override) -> list[str]:
             read = f"{written}, which is read as {value}"
             found.append(f"{key} must be a text; found {read}; write {key}='\"{written}\"'")
         try:
-            OmegaConf.update(OmegaConf.structured(section), name, value, merge=True)
+            OmegaConf.merge(OmegaConf.structured(section), {name: value})
+        except ConfigKeyError as error:
+            found.append(f"{setting}: {error_lines(error)[0]}")
         except ValidationError:
             found.append(f"{key} must be {_kind(annotation)}; found {value}; write {_example(section, name)}")
     return found
@@ -177,7 +211,7 @@ def _conflicts(members: list[tuple[str, ...]], conf: Path) -> list[str]:
 
 def _member_conflicts(overrides: list[str]) -> list[str]:
     try:
-        validate(to_config(compose("config", overrides)))
+        validate(to_config(compose("config", whole_sections(overrides))))
     except ConfigError as error:
         return error.conflicts
     except (HydraException, OmegaConfBaseException) as error:

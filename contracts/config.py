@@ -35,9 +35,28 @@ COLUMNS = Rule("a list of different columns", lambda value: len({*value}) == len
 PASS_AT = Rule(
     "a list of different numbers from 1 on", lambda value: len({*value}) == len(value) > 0 and min(value) >= 1
 )
+TARGETS = Rule(
+    "a list of different names, or of all-linear alone",
+    lambda value: len({*value}) == len(value) > 0 and ("all-linear" not in value or len(value) == 1),
+)
 NO_PROMPTS = Rule("left to data.prompts and data.eval_prompts", lambda value: False)
 BIASED = "the log-probabilities of a truncated, renormalised distribution bias the policy ratio"
 UNBIASED = Rule(f"1, as {BIASED}", lambda value: value == 1)
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on a frozen base, in every stage: docs/lora.md."""
+
+    rank: int = key(16, least=1)
+    alpha: float = key(32.0, above=0)  # the product of both matrices counts alpha / rank
+    # of what goes into an adapter, in stages sft, filtered_sft and reward_model; others compare two forward passes
+    dropout: float = key(0.0, least=0, below=1)
+    # Names of linear layers as they end (q_proj), in every decoder layer; all-linear: all of these.
+    targets: list[str] = key(["all-linear"], rule=TARGETS)
+    init: str = key("kaiming", choices=("kaiming", "gaussian"))  # of A; B begins with zeros, so the base is the start
+    rslora: bool = False  # alpha / sqrt(rank): Kalajdzievski 2023
+    dora: bool = False  # a magnitude of each output beside its direction: Liu 2024
 
 
 @dataclass
@@ -50,6 +69,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     # The day (ISO 8601) that a chat template writes as today's: the same rows give the same tokens tomorrow.
     template_date: str = key("2026-01-01", rule=Rule("a day as 2026-01-31", _is_day))
+    # What trains in every stage; null: the model itself. model.lora={rank:16} switches it on.
+    lora: LoraConfig | None = None
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
+from common.models.lora import TRAINED, is_of_adapter
 from contracts.config import LearnerConfig, OptimizerConfig
 from contracts.interfaces import NonFiniteError
 from learner.models import PolicyModel, ScalarModel
@@ -287,13 +288,16 @@ COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
 
 
-def weight_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.Tensor]]]:
+def weight_groups(model: PolicyModel | ScalarModel) -> list[list[tuple[str, torch.Tensor]]]:
     """Parameters and persistent buffers (a router's correction is one) by the model's own names, one group for each decoder
-    layer and one for each neighbour in between."""
+    layer and one for each neighbour in between; of a model with LoRA the adapter that trains and the head alone."""
     groups: dict[str, list[tuple[str, torch.Tensor]]] = {}
     stored = model.state_dict().keys()
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
-    for name, tensor in [*model.named_parameters(), *buffers]:
+    tensors: list[tuple[str, torch.Tensor]] = [*model.named_parameters(), *buffers]
+    if model.adapter:
+        tensors = [(n, p) for n, p in tensors if is_of_adapter(n, TRAINED) or ".score." in n]
+    for name, tensor in tensors:
         name = name.removeprefix("lm.")
         parts = name.split(".")
         index = next((i for i, part in enumerate(parts) if part.isdigit()), None)

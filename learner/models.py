@@ -2,6 +2,7 @@
 a scalar head (reward and value model). Both take packed sequences, so that no padding is computed."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,15 +10,26 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from common.models.forward import Form, backbone_name, head_logits, hidden_states
-from common.models.loading import normaliser, refuse_unloaded
+from common.models.adapters import split
+from common.models.forward import Form, backbone_name, decoder_layers, head_logits, hidden_states
+from common.models.loading import LoadingError, normaliser, refuse_adapter, refuse_unloaded
+from common.models.lora import with_telling_adapter
 from common.models.packed_attention import Packed
 from common.models.proof import POLICY, SCALAR, Proof, prove
 from common.models.twin import make_twin
 from common.text.tokenizers import load_config
-from contracts.config import LearnerConfig, ModelConfig
+from contracts.config import LearnerConfig, LoraConfig, ModelConfig
 from learner.lean_layers import make_lean
 from learner.selected_logprobs import selected_logprobs
+
+
+@dataclass
+class Adapter:
+    """What trains of a model with LoRA; the rest of it is the checkpoint `base`, as it was loaded."""
+
+    lora: LoraConfig
+    base: str
+    fingerprint: str  # of the base
 
 
 class PolicyModel(nn.Module):
@@ -26,6 +38,7 @@ class PolicyModel(nn.Module):
     def __init__(self, lm: PreTrainedModel, layout: str):
         super().__init__()
         self.lm, self.layout = lm, layout
+        self.adapter: Adapter | None = None
 
     def forward(
         self,
@@ -63,6 +76,7 @@ class ScalarModel(nn.Module):
     def __init__(self, classifier: Any, layout: str):
         super().__init__()
         self.lm, self.layout = classifier, layout
+        self.adapter: Adapter | None = None
         old = getattr(classifier, "score", None)
         if not isinstance(old, nn.Linear) or old.out_features != 1 or old.bias is not None:
             raise TypeError(f"{type(classifier).__name__} has no linear `score` head of one label without a bias")
@@ -80,23 +94,39 @@ class ScalarModel(nn.Module):
 
 
 def load_policy(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> PolicyModel:
-    """A causal language model, in the fastest form that was proved to be its class's own.
+    """A causal language model, in the fastest form that was proved to be its class's own. Of an adapter's directory it is
+    the base, without the adapter: `learner.adapted_models`.
     Raises:
         Unproven: no form computes it right.
         LoadingError: the checkpoint lacks weights of the model.
     """
-    proof = prove_policy(load_config(path, model), model, learner, on_cpu)
-    lm, _ = _load(AutoModelForCausalLM, path, model, proof)
+    if model.lora is None:
+        refuse_adapter(path, "path")
+    base, _ = split(path)
+    proof = prove_policy(load_config(base, model), model, learner, on_cpu)
+    lm, _ = _load(AutoModelForCausalLM, base, model, proof)
     return PolicyModel(_prepare(lm, learner, on_cpu), proof.layout)
 
 
-def load_scalar(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool, seed: int) -> ScalarModel:
+def load_scalar(
+    path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: bool, seed: int, base: PolicyModel | None = None
+) -> ScalarModel:
     """A reward or value model from a checkpoint of either kind. A language model gets a new head, drawn from
-    N(0, 1/sqrt(d + 1)) (Stiennon 2020), the same on every rank. Raises as `load_policy`."""
-    config = scalar_config(load_config(path, model))
+    N(0, 1/sqrt(d + 1)) (Stiennon 2020), the same on every rank. Raises as `load_policy`.
+
+    Args:
+        path: of an adapter's directory the base is loaded, with the adapter's configuration.
+        base: a policy of the same checkpoint, without an adapter yet, whose weights are taken instead of loaded ones.
+    """
+    if model.lora is None:
+        refuse_adapter(path, "path")
+    config, checkpoint = scalar_config(load_config(path, model)), split(path)[0]
     proof = prove_scalar(config, model, learner, on_cpu)
-    new = () if is_classifier(config) else ("score.weight",)
-    classifier, lacks = _load(AutoModelForSequenceClassification, path, model, proof, new, config=config)
+    if base is None:
+        new = () if is_classifier(config) and checkpoint == path else ("score.weight",)
+        classifier, lacks = _load(AutoModelForSequenceClassification, checkpoint, model, proof, new, config=config)
+    else:
+        classifier, lacks = _on_base(base.lm, config, model, proof), ["score.weight"]
     if lacks:  # the head; a checkpoint of a class that transformers does not know may have one
         generator = torch.Generator().manual_seed(seed)
         width = classifier.score.in_features
@@ -130,27 +160,55 @@ def _shapes(
     return _prepare(lm.eval(), learner, on_cpu)
 
 
+def _on_base(lm: PreTrainedModel, config: Any, model: ModelConfig, proof: Proof) -> Any:
+    """A classifier whose backbone has the parameters and buffers of `lm`: the same tensors, not copies."""
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(
+            config,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=proof.attention,
+            trust_remote_code=model.trust_remote_code,
+        ).eval()
+    shared, mine = getattr(lm, backbone_name(lm)), getattr(classifier, backbone_name(classifier))
+    tensors = _all_tensors(shared)
+    for name in _all_tensors(mine):
+        where, _, last = name.rpartition(".")
+        if name not in tensors:
+            raise LoadingError(f"{type(classifier).__name__} has {name}, which {type(lm).__name__} does not have")
+        setattr(mine.get_submodule(where), last, tensors[name])
+    width = classifier.score.in_features
+    classifier.score = nn.Linear(width, 1, bias=False, dtype=getattr(torch, model.dtype), device=lm.device)
+    return classifier
+
+
+def _all_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers under each name that they have."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return dict(named)
+
+
 def prove_policy(config: Any, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> Proof:
     def logprobs(lm: PreTrainedModel, form: Form, rows: list[list[int]]) -> torch.Tensor:
         packed = Packed.of(rows, lm.device)
         select = torch.arange(packed.input_ids.shape[1], device=lm.device)
         select = select[~torch.isin(select, packed.last)]
-        network = PolicyModel(_prepare(lm, learner, on_cpu), form.layout)
+        network = PolicyModel(with_telling_adapter(_prepare(lm, learner, on_cpu), model.lora), form.layout)
         return network(packed, select, packed.input_ids[0, select + 1])[0]
 
     remote = {"trust_remote_code": model.trust_remote_code}
-    return prove(POLICY, config, logprobs, learner.attention, on_cpu, **remote)
+    return prove(POLICY, config, logprobs, learner.attention, on_cpu, lora=model.lora, **remote)
 
 
 def prove_scalar(config: Any, model: ModelConfig, learner: LearnerConfig, on_cpu: bool) -> Proof:
     def scores(classifier: PreTrainedModel, form: Form, rows: list[list[int]]) -> torch.Tensor:
         packed = Packed.of(rows, classifier.device)
-        return ScalarModel(_prepare(classifier, learner, on_cpu), form.layout)(packed, packed.last)
+        network = with_telling_adapter(_prepare(classifier, learner, on_cpu), model.lora)
+        return ScalarModel(network, form.layout)(packed, packed.last)
 
     plain = copy.deepcopy(config)  # the class knows no normaliser
     plain.score_mean, plain.score_std = 0.0, 1.0
     remote = {"trust_remote_code": model.trust_remote_code}
-    return prove(SCALAR, plain, scores, learner.attention, on_cpu, **remote)
+    return prove(SCALAR, plain, scores, learner.attention, on_cpu, lora=model.lora, **remote)
 
 
 def scalar_config(config: Any) -> Any:
@@ -203,14 +261,6 @@ def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTr
     if on_cpu:
         make_lean(lm)
     return lm
-
-
-def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
-    """The stack of decoder layers: the ModuleList of the backbone with as many as the configuration says. A vision tower's
-    may be longer."""
-    lists = [m for m in getattr(lm, backbone_name(lm)).modules() if isinstance(m, nn.ModuleList)]
-    layers = lm.config.get_text_config().num_hidden_layers
-    return next((m for m in lists if len(m) == layers), None) or max(lists, key=len)
 
 
 def freeze_below(lm: PreTrainedModel, trainable_layers: int | None, freeze_embeddings: bool) -> None:

@@ -24,10 +24,10 @@ from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.objectives import chosen_clip, find_objective
 from contracts.records import Example, Microbatch, TrainingBatch
 from contracts.weights import PublishReport
-from learner.engine import Ranks, TrainEngine, frozen
+from learner.adapted_models import reference_of, trained_pair
+from learner.engine import Ranks, TrainEngine
 from learner.global_batch import batch_metrics, set_advantages, set_weights
 from learner.losses import kl_loss, likelihood_loss, value_loss
-from learner.models import freeze_below, load_policy, load_scalar
 from learner.passes import Pass, Places, Timer, over_steps
 from learner.rank_state import RankState
 from learner.saved_model import gather_checkpoint, save_checkpoint
@@ -49,16 +49,14 @@ class PPOTask:
         self.ptx = ptx
         self.policy_path, self.estimator = policy, chosen_estimator(ppo)
         steps = ppo.epochs * ppo.minibatches
-        model = load_policy(policy, config.model, learner, ranks.on_cpu)
-        freeze_below(model.lm, ppo.trainable_layers, freeze_embeddings=False)
+        start = value if self.estimator.has_value_model else None
+        model, scalar = trained_pair(policy, start, config, ranks)
         self.policy = TrainEngine(model, ppo.optimizer, learner, ranks, ppo.updates * steps)
         self.value: TrainEngine | None = None
-        if self.estimator.has_value_model:
-            scalar = load_scalar(value, config.model, learner, ranks.on_cpu, config.seed)
-            freeze_below(scalar.lm, ppo.value_trainable_layers, freeze_embeddings=False)
+        if scalar is not None:
             value_steps = (ppo.updates + warmup_updates(ppo)) * steps
             self.value = TrainEngine(scalar, ppo.value_optimizer, learner, ranks, value_steps)
-        self.reference = frozen(load_policy(policy, config.model, learner, ranks.on_cpu), learner, ranks)
+        self.reference = reference_of(self.policy, policy, config, ranks)
         self._ptx_rng = np.random.default_rng(config.seed)  # the same draws on every rank
         self._publisher: WeightPublisher | None = None
         engines = {"policy": self.policy} | ({"value": self.value} if self.value else {})

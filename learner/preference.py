@@ -19,8 +19,9 @@ from common.microbatches import cut_microbatches
 from contracts.config import PreferenceConfig, TandemConfig
 from contracts.preference_losses import find_preference_loss
 from contracts.records import Example, ExamplePair, RatedExample
+from learner.adapted_models import trained_policy
 from learner.engine import Ranks, TrainEngine
-from learner.models import PolicyModel, freeze_below, load_policy
+from learner.models import PolicyModel
 from learner.pair_losses import pair_metrics, pair_preferences, preference_loss, preference_matrix
 from learner.saved_model import save_checkpoint
 from learner.sft import epoch_batches, example_logprobs, loss_tokens
@@ -59,8 +60,7 @@ class PreferenceTask:
         self.beta = stage.beta
         self.nll_coef = stage.nll_coef
         self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
-        self.model: PolicyModel = load_policy(policy, config.model, config.learner, ranks.on_cpu)
-        freeze_below(self.model.lm, stage.trainable_layers, freeze_embeddings=False)
+        self.model: PolicyModel = trained_policy(policy, config, ranks, stage.trainable_layers)
         self.engine = TrainEngine(self.model, stage.optimizer, config.learner, ranks, len(self.batches))
         self._tokenizer_from = policy
         self._reference: dict[int, list[float]] = {}  # of each example, by its number: one text, or the two of a pair

@@ -14,9 +14,9 @@ from common.statistics import spread
 from contracts.config import TandemConfig
 from contracts.records import PreferencePair, RatedText
 from contracts.scoring import write_golden
+from learner.adapted_models import trained_scalar
 from learner.engine import Ranks, TrainEngine
 from learner.losses import soft_pairwise_loss
-from learner.models import freeze_below, load_scalar
 from learner.pair_losses import pair_preferences, preference_matrix
 from learner.saved_model import save_checkpoint
 from learner.sft import epoch_batches
@@ -47,8 +47,8 @@ class RewardModelTask:
         self.examples = examples
         stage = config.reward_model
         self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
-        model = load_scalar(config.model.path, config.model, config.learner, ranks.on_cpu, config.seed)
-        freeze_below(model.lm, stage.trainable_layers, stage.freeze_embeddings)
+        path = config.model.path
+        model = trained_scalar(path, config, ranks, stage.trainable_layers, stage.freeze_embeddings, "reward_model")
         self.engine = TrainEngine(model, stage.optimizer, config.learner, ranks, len(self.batches))
         self.model = model
 

@@ -1,7 +1,8 @@
-"""Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load."""
+"""Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load; with LoRA a directory
+of PEFT."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from common.models import adapters
+from common.models.lora import saved_name
 from common.text.tokenizers import load_tokenizer
 from contracts.config import ModelConfig
 from learner.engine import Ranks, TrainEngine
+from learner.models import PolicyModel, ScalarModel
 
 
 def save_checkpoint(
@@ -55,6 +59,10 @@ def gather_checkpoint(
         lm = engine.model.lm
         for key, value in (config_fields or {}).items():
             setattr(lm.config, key, value)
+        if engine.model.adapter:
+            _write_adapter(path, engine.model, weights, config_fields or {})
+            _tokenizer(tokenizer_from, **asdict(replace(model, lora=None))).save_pretrained(path)
+            return
         # Tied weights appear once in `weights`, as they do on disk.
         generation = lm.generation_config if lm.can_generate() else None
         try:
@@ -65,9 +73,23 @@ def gather_checkpoint(
             lm.generation_config = generation
         if generation is not None:
             generation.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
-        _tokenizer(tokenizer_from, **asdict(model)).save_pretrained(path)
+        _tokenizer(tokenizer_from, **asdict(replace(model, lora=None))).save_pretrained(path)
 
     return write
+
+
+def _write_adapter(
+    path: str, model: PolicyModel | ScalarModel, weights: dict[str, torch.Tensor], fields: dict[str, Any]
+) -> None:
+    lm, of, is_reward_model = model.lm, model.adapter, isinstance(model, ScalarModel)
+    assert of is not None
+    tensors = {saved_name(name): tensor for name, tensor in weights.items()}
+    if is_reward_model:
+        text = lm.config.get_text_config()
+        fields = fields | {"num_labels": 1, "architectures": [type(lm).__name__], "pad_token_id": text.pad_token_id}
+    adapters.write(path, of.lora, tensors, of.base, of.fingerprint, fields, is_reward_model)
+    if lm.can_generate():
+        lm.generation_config.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
 
 
 @cache

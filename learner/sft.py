@@ -11,9 +11,10 @@ from common.microbatches import cut_microbatches
 from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.records import Example
+from learner.adapted_models import trained_policy
 from learner.engine import Ranks, TrainEngine
 from learner.losses import token_nll_loss
-from learner.models import PolicyModel, freeze_below, load_policy
+from learner.models import PolicyModel
 from learner.saved_model import save_checkpoint
 
 
@@ -66,8 +67,7 @@ class SFTTask:
         self.examples, self.held_out = examples, held_out
         stage = config.sft
         self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
-        model = load_policy(config.model.path, config.model, config.learner, ranks.on_cpu)
-        freeze_below(model.lm, config.sft.trainable_layers, freeze_embeddings=False)
+        model = trained_policy(config.model.path, config, ranks, config.sft.trainable_layers, task="sft")
         self.engine = TrainEngine(model, config.sft.optimizer, config.learner, ranks, len(self.batches))
         self.model: PolicyModel = model
 

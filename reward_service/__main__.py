@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from common.command_line import whole_sections
 from common.error_text import typed_line
 from common.models.precision import choose_dtypes
 from contracts.checks.overrides import unknown_overrides
@@ -50,7 +51,7 @@ def read_config(overrides: list[str], serves: bool = True) -> tuple[TandemConfig
     register_schema()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = to_config(compose("config", overrides))
+            config = to_config(compose("config", whole_sections(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from None
     validate_service(config, serves)

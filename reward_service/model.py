@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common.microbatches import cut_padded
+from common.models.adapters import check_fits, config_of, merge, split
 from common.models.forward import Form, hidden_states
 from common.models.loading import (
     LoadingError,
     loading_report,
     normaliser,
-    refuse_adapter,
     refuse_quantised,
     refuse_unloaded,
 )
@@ -54,13 +54,15 @@ def check_reward_model(path: str, key: str) -> None:
         LoadingError: naming what is missing and what to write instead.
         OSError, ValueError: where no model can be loaded from there.
     """
-    refuse_adapter(path, key)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    base, adapter = split(path)
+    config = config_of(path)
     refuse_quantised(config, path, key)
     normaliser(config, path, key)
     # One label whatever the configuration says: a head of another shape is refused with its shape.
-    model, info = loading_report(AutoModelForSequenceClassification, path, num_labels=1)
-    refuse_unloaded(info, path, key, model=model)
+    model, info = loading_report(AutoModelForSequenceClassification, base, num_labels=1)
+    refuse_unloaded(info, base, key, ("score.weight",) if adapter else (), model=model)
+    if adapter:
+        check_fits(model, adapter, key, base)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise LoadingError(
             f"{key}={path} must be a reward model with a linear layer `score` over a causal backbone; found "
@@ -85,20 +87,25 @@ class RewardModel:
     ):
         on_cpu = not torch.cuda.is_available()
         check_reward_model(path, "path")
-        proof = prove_scores(AutoConfig.from_pretrained(path, trust_remote_code=False), on_cpu)
+        base, adapter = split(path)
+        config = config_of(path)
+        config.num_labels = 1
+        proof = prove_scores(config, on_cpu)
         self.layout = proof.layout
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            num_labels=1,
+            base,
+            config=config,
             dtype=getattr(torch, dtype),
             attn_implementation=proof.attention,
             trust_remote_code=False,
         ).eval()
+        if adapter:
+            merge(self.model, adapter)  # scores cost what those of a whole model do
         if not on_cpu:
             self.model.cuda()
         self.head = self.model.score.float()  # in bfloat16 the rounding of this product would be the score's resolution
-        config = self.model.config
         self.mean, self.std = normaliser(config, path, "path")
+        config = self.model.config
         self.vocab_size = config.get_text_config().vocab_size
         known = positions(config.get_text_config())
         self.positions = known[0] if known else None  # beyond which learned ones end, for every item of a batch

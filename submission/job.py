@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from common.command_line import whole_sections
 from contracts.checks.check import Check
 from contracts.checks.cluster_checks import stated_nodes
 from contracts.checks.overrides import quoted, unknown_overrides
@@ -83,7 +84,7 @@ def to_job(arguments: list[str]) -> tuple[Job, TandemConfig]:
     Raises:
         ConfigError: with every unknown key, or with every conflict of the configuration.
     """
-    overrides = [argument for argument in arguments if not is_target(argument)]
+    overrides = whole_sections([argument for argument in arguments if not is_target(argument)])
     if unknown := unknown_overrides(overrides):
         raise ConfigError("\n".join(unknown))
     target = to_target([argument for argument in arguments if is_target(argument)])

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from contracts.scoring import GOLDEN_FILE
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of PEFT
 
 
 def counts(name: PurePosixPath) -> bool:
@@ -39,6 +40,24 @@ def checkpoint_files(root: Path) -> list[Path]:
             )
     _check_weights(root)
     return [file for file in files if file.is_file()]
+
+
+def adapter_base(root: Path) -> str | None:
+    """The checkpoint that an adapter of PEFT says it belongs to: a directory, or else a hub id or what is not there; None
+    of another checkpoint, and where nothing is said.
+
+    Raises:
+        ValueError: what the adapter says cannot be read.
+    """
+    if not (root / ADAPTER).is_file():
+        return None
+    try:
+        named = json.loads((root / ADAPTER).read_text())["base_model_name_or_path"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{root / ADAPTER} cannot be read: {type(error).__name__}: {error}") from None
+    if not isinstance(named, str) or not named:
+        return None
+    return str(root / named) if not Path(named).is_dir() and (root / named).is_dir() else named
 
 
 def _may_be_followed(root: Path, target: Path) -> bool:

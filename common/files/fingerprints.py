@@ -13,10 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.files.checkpoint_files import checkpoint_files
+from common.files.checkpoint_files import adapter_base, checkpoint_files
 from common.files.durable import replace_text
 
 PIECE_BYTES, READ_BYTES = 32 << 20, 1 << 20
+MEMORY = "fingerprints.json"  # in cache_dir
 REMEMBERED = 4096  # files
 # A file that was written this shortly ago may be written again without another time in its inode.
 SETTLED_S = 2.0
@@ -25,8 +26,8 @@ _known: dict[str, str] = {}  # of this process: `_identity` -> SHA-256
 
 
 def checkpoint_fingerprint(path: str, revision: str | None = None, memory: Path | None = None) -> str:
-    """SHA-256 (hex) over names and contents of a checkpoint's files, or of a hub id with the commit that it stands for.
-    Golden scores, model cards and hidden files decide nothing and do not count.
+    """SHA-256 (hex) over names and contents of a checkpoint's files, or of a hub id with the commit that it stands for; of
+    an adapter with that of its base. Golden scores, model cards and hidden files decide nothing and do not count.
 
     Args:
         revision: of a hub id.
@@ -41,7 +42,10 @@ def checkpoint_fingerprint(path: str, revision: str | None = None, memory: Path 
         return _sha256(f"{path}\0{_hub_commit(path, revision)}".encode())
     files = checkpoint_files(root)
     hashes = file_hashes(files, memory)
-    return _sha256("".join(f"{f.relative_to(root)}\0{h}\n" for f, h in zip(files, hashes, strict=True)).encode())
+    content = "".join(f"{f.relative_to(root)}\0{h}\n" for f, h in zip(files, hashes, strict=True))
+    if base := adapter_base(root):
+        content += checkpoint_fingerprint(base, memory=memory)
+    return _sha256(content.encode())
 
 
 def file_hashes(files: list[Path], memory: Path | None = None) -> list[str]:

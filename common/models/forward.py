@@ -38,6 +38,14 @@ def backbone_name(lm: Any) -> str:
     return names[0]
 
 
+def decoder_layers(lm: Any) -> nn.ModuleList:
+    """The stack of decoder layers: the ModuleList of the backbone with as many as the configuration says. A vision tower's
+    may be longer."""
+    lists = [m for m in getattr(lm, backbone_name(lm)).modules() if isinstance(m, nn.ModuleList)]
+    layers = lm.config.get_text_config().num_hidden_layers
+    return next((m for m in lists if len(m) == layers), None) or max(lists, key=len)
+
+
 def hidden_states(lm: Any, packed: Packed, layout: str) -> Tensor:
     """[N, width], what the backbone of `lm` computes last, each sequence for itself."""
     backbone = getattr(lm, backbone_name(lm))

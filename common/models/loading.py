@@ -28,14 +28,16 @@ class LoadingError(ValueError):
 
 
 def refuse_adapter(path: str, key: str) -> None:
-    """Refuse a directory with an adapter of PEFT, beside a whole model too: transformers would load it where PEFT is
+    """Refuse a directory with an adapter of PEFT where whole models train: transformers would load it where PEFT is
     installed and else the model without it, and vLLM never loads it.
 
     Raises:
         LoadingError: with what to write instead.
     """
     if Path(path, "adapter_config.json").exists():
-        instead = "the directory of the whole model, saved after merge_and_unload() of PEFT"
+        instead = (
+            "model.lora={...} as it was trained, or what `python -m controller.export ADAPTER OUT --merged` makes of it"
+        )
         raise LoadingError(Check(False, f"{key}={path}", "a whole model", "an adapter of PEFT", instead).message)
 
 

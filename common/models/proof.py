@@ -9,7 +9,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from common.models.forward import Form, candidates
+from common.models.lora import base_state, with_telling_adapter
 from common.models.packed_attention import MAX_TOKENS, NAME
 from common.models.twin import NoTwin, make_twin
+from contracts.config import LoraConfig
 
 TOLERANCE = 5e-4  # nats, or units of a raw score: float32 rounds by 1e-5, the deepest twins by 1e-4
 GRADIENT_TOLERANCE = 1e-3  # of the largest gradient of a tensor
@@ -85,6 +87,7 @@ def prove(
     attention: str,
     on_cpu: bool,
     trains: bool = True,
+    lora: LoraConfig | None = None,
     **build_options: Any,
 ) -> Proof:
     """The fastest form in which `compute` gives the numbers of the class of `config`.
@@ -94,6 +97,7 @@ def prove(
         compute: the code under proof, on a model of the class in float32.
         attention: a value of `learner.attention`; `auto` tries every form.
         trains: compare gradients too.
+        lora: adapters, which `compute` adds to its model (`with_telling_adapter`): their gradients alone are compared.
         build_options: of `from_config`. Code of a checkpoint runs only where they say so.
 
     A process remembers what it has proved: policy, reference and the next update's copy are of one configuration.
@@ -103,7 +107,9 @@ def prove(
     """
     build_options = {"trust_remote_code": False} | build_options
     start = time.perf_counter()
-    key = json.dumps([kind.name, attention, on_cpu, trains, config.to_dict()], sort_keys=True, default=str)
+    key = json.dumps(
+        [kind.name, attention, on_cpu, trains, lora and asdict(lora), config.to_dict()], sort_keys=True, default=str
+    )
     if key in _PROVED:
         return _PROVED[key]
     known = type(config) in kind.auto._model_mapping or kind.auto.__name__ in getattr(config, "auto_map", {})
@@ -113,7 +119,7 @@ def prove(
     generator = torch.Generator().manual_seed(0)
 
     def class_numbers(model: Any) -> "Expected":
-        model.to(device)
+        with_telling_adapter(model, lora).to(device)
         most, vocabulary = _positions(model.config), model.config.get_text_config().vocab_size
 
         def rows_of(lengths: tuple[int, ...]) -> list[list[int]]:
@@ -127,6 +133,9 @@ def prove(
         expected.numbers = torch.cat([kind.numbers(model, row) for row in expected.rows])
         expected.gradients = _gradients(model, expected.numbers) if trains else {}
         expected.numbers = expected.numbers.detach()
+        idle = [name for name, p in model.named_parameters() if trains and lora and p.requires_grad and p.grad is None]
+        if idle:
+            raise NoTwin(f"it takes the weights of {idle[0].partition('.lora_')[0]} past the adapter on them")
         return expected
 
     torch_state = torch.get_rng_state()
@@ -136,7 +145,7 @@ def prove(
             lambda c: kind.auto.from_config(c, dtype=torch.float32, attn_implementation="eager", **build_options),
             class_numbers,
         )
-        _require_one_answer(kind, model, expected, build_options)
+        _require_one_answer(kind, model, expected, lora, build_options)
         proof = _first_exact(kind, model, compute, expected, candidates(attention, on_cpu), build_options)
     except NoTwin as error:
         raise Unproven(f"no small model of the configuration could be made: {error}") from error
@@ -160,7 +169,9 @@ class Expected:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _require_one_answer(kind: Kind, model: PreTrainedModel, expected: Expected, build_options: dict[str, Any]) -> None:
+def _require_one_answer(
+    kind: Kind, model: PreTrainedModel, expected: Expected, lora: LoraConfig | None, build_options: dict[str, Any]
+) -> None:
     """Refuse a class that gives other numbers with torch's attention than with its own: which of them a checkpoint was
     trained with nobody can know. In transformers 5.19 Falcon adds the biases of ALiBi twice in `eager`, once in `sdpa`
     (findings/falcon_alibi_twice.sh). Softcaps are no such case: `sdpa` leaves them out, as transformers says."""
@@ -171,8 +182,8 @@ def _require_one_answer(kind: Kind, model: PreTrainedModel, expected: Expected, 
         other = kind.auto.from_config(copy.deepcopy(model.config), **options).eval()
     except ValueError:  # the class has no other way
         return
-    other.load_state_dict(model.state_dict())
-    other.to(model.device)
+    other.load_state_dict(base_state(model))
+    with_telling_adapter(other, lora).to(model.device)
     with torch.no_grad():
         numbers = torch.cat([kind.numbers(other, row) for row in expected.rows])
     error = (numbers - expected.numbers).abs().max().item()
@@ -199,7 +210,7 @@ def _first_exact(
             twin = kind.auto.from_config(
                 copy.deepcopy(model.config), dtype=torch.float32, attn_implementation=form.attention, **build_options
             ).eval()
-            twin.load_state_dict(model.state_dict())
+            twin.load_state_dict(base_state(model))
             twin.to(model.device, torch.bfloat16 if is_half else torch.float32)
             found = compute(twin, form, expected.rows)
             error = (found.float() - expected.numbers).abs().max().item()

@@ -27,9 +27,12 @@ def end_ids(tokenizer: "Tokenizer", model: ModelConfig, chat: bool) -> tuple[int
     """
     from transformers import GenerationConfig
 
+    from common.models.adapters import holder
+
     config = load_config(model.path, model)
     try:
-        generation = GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
+        path = holder(model.path, "generation_config.json")
+        generation = GenerationConfig.from_pretrained(path, revision=model.revision or "main")
     except OSError:  # no such file; vLLM goes on in the same way
         generation = GenerationConfig.from_model_config(config)
     named = generation.eos_token_id

@@ -22,15 +22,18 @@ def load_tokenizer(path: str, model: ModelConfig) -> "Tokenizer":
     """The tokenizer of a checkpoint as the configuration of its model has it loaded."""
     from transformers import AutoTokenizer
 
+    from common.models.adapters import holder
+
+    path = holder(path, "tokenizer_config.json")
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     return with_date(AutoTokenizer.from_pretrained(path, **options), model.template_date)
 
 
 def load_config(path: str, model: ModelConfig) -> Any:
     """The configuration of a checkpoint, likewise. Raises OSError or ValueError where there is none."""
-    from transformers import AutoConfig
+    from common.models.adapters import config_of
 
-    return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return config_of(path, model.trust_remote_code, model.revision)
 
 
 def vocab_size(path: str, model: ModelConfig) -> int:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from omegaconf import MISSING
 
 from contracts.checks.check import Leaf, leaves, shown
-from contracts.config import PromptSourceConfig, ScorerConfig, SourceConfig, TandemConfig
+from contracts.config import LoraConfig, PromptSourceConfig, ScorerConfig, SourceConfig, TandemConfig
 
 HEADER = """# Configuration
 
@@ -51,6 +51,7 @@ def page() -> str:
     """docs/configuration.md: a table for each class of the schema, under the names of its sections."""
     config = TandemConfig()
     config.data.gold = SourceConfig()
+    config.model.lora = LoraConfig()
     found = [*_sections(config), *_sections(ScorerConfig(), "reward_service.scorers.NAME")]
     found.append(("data.prompt_sources.NAME", PromptSourceConfig()))
     everywhere, parts = {leaf.key: leaf for leaf in leaves(config)}, [HEADER]

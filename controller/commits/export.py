@@ -1,5 +1,6 @@
-"""`python -m controller.export RUN [--step N|best] OUT`: a plain Hugging Face directory with a model card, from a commit
-that verifies. The newest one is taken where none is named."""
+"""`python -m controller.export RUN [--step N|best] [--merged] OUT`: a plain Hugging Face directory with a model card, from a
+commit that verifies. The newest one is taken where none is named. Of a run with adapters it is a directory of PEFT, or with
+`--merged` the whole model; RUN may then be an adapter's directory too."""
 
 import argparse
 import json
@@ -12,6 +13,8 @@ import yaml
 
 from common.files import durable
 from common.files.templates import filled
+from common.models.adapters import is_adapter, write_merged
+from common.models.loading import LoadingError
 from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, Commit
 
@@ -38,12 +41,13 @@ def chosen(run_dir: Path, step: str | None) -> Commit:
     return commit_store.verified(run_dir, int(step))
 
 
-def export(run_dir: Path, commit: Commit, out: Path) -> None:
-    """Copy the files of the policy that the manifest names.
+def export(run_dir: Path, commit: Commit, out: Path, is_merged: bool = False) -> None:
+    """Copy the files of the policy that the manifest names; `is_merged`: merge the adapter that they are into its base.
 
     Raises:
         FileExistsError: `out` exists.
-        CheckpointError: the commit is not what its manifest says.
+        CheckpointError: the commit is not what its manifest says, or there is no adapter to merge.
+        LoadingError: the base of the adapter is not there.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; write a new path")
@@ -60,15 +64,42 @@ def export(run_dir: Path, commit: Commit, out: Path) -> None:
         shutil.copyfile(commit.path / POLICY / name, target, follow_symlinks=False)
         if problem := durable.problem(target, record):
             raise CheckpointError(f"the copy went wrong: {problem}")
-    (partial / "README.md").write_text(card(run_dir, commit))
+    if is_merged:
+        partial = _merged(partial, f"the policy of {commit.path}")
+    (partial / "README.md").write_text(card(run_dir, commit, is_adapter(str(partial))))
     durable.publish(partial, out)
 
 
-def card(run_dir: Path, commit: Commit) -> str:
+def _merged(adapter: Path, title: str) -> Path:
+    """The whole model, in a directory beside that of the adapter, which goes."""
+    if not is_adapter(str(adapter)):
+        raise CheckpointError(f"--merged: {title} is no adapter, but a whole model already")
+    whole = adapter.with_name(adapter.name + ".whole")
+    shutil.rmtree(whole, ignore_errors=True)
+    write_merged(str(adapter), whole)
+    shutil.rmtree(adapter)
+    return whole
+
+
+def export_adapter(adapter: Path, out: Path) -> None:
+    """The whole model of an adapter's directory. Raises as `export`."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists; write a new path")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_merged(str(adapter), partial)
+    durable.publish(partial, out)
+
+
+def card(run_dir: Path, commit: Commit, is_of_adapter: bool = False) -> str:
     """The model card, from what the run recorded; what nobody recorded is said to be unknown."""
     config = commit.run.config
     base, licence = config["model"]["path"], base_licence(config["model"]["path"])
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": base}
+    head = {
+        "library_name": "peft" if is_of_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": base,
+    }
     head |= {"license": licence} if licence else {}
     return filled(
         Path(__file__).with_name("model_card.md"),
@@ -104,12 +135,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m controller.export", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--step", help="a commit's number, or `best`; the newest where it is left out")
+    parser.add_argument("--merged", action="store_true", help="of adapters: the whole model")
     parser.add_argument("out", type=Path, help="directory to make")
     options = parser.parse_args(arguments)
     try:
+        if options.merged and is_adapter(str(options.run)):
+            export_adapter(options.run, options.out)
+            print(f"{options.out}: {options.run} merged into its base")
+            return 0
         commit = chosen(options.run, options.step)
-        export(options.run, commit, options.out)
-    except (CheckpointError, OSError) as error:
+        export(options.run, commit, options.out, options.merged)
+    except (CheckpointError, LoadingError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{options.out}: the policy of {commit.path}, version {commit.version}")

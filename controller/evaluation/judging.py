@@ -68,7 +68,7 @@ def judge_models(
 ) -> dict[str, Judged]:
     """Generate with every model and score; `actors` serve the first model of `models` already, and SFT comes last."""
     from learner.weight_publisher import BACKEND, WeightPublisher
-    from learner.weight_sources import CheckpointSource
+    from learner.weight_sources import stored_source
 
     sampling, timeout_s = config.evaluate.sampling, config.cluster.step_timeout_s
     # Else what was recorded is log p of another distribution than the model's own.
@@ -89,7 +89,7 @@ def judge_models(
     for version, (name, path) in enumerate(models.items()):
         with progress.phase(f"evaluating {name}: {len(prompts)} held-out prompts"):
             if version:
-                publisher = WeightPublisher(BACKEND, CheckpointSource(path))
+                publisher = WeightPublisher(BACKEND, stored_source(path, config.model))
                 publisher.connect(actors)
                 report = publisher.send(version)
                 assert report is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from common.files.fingerprints import checkpoint_fingerprint
+from common.files.fingerprints import MEMORY, checkpoint_fingerprint
 from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
@@ -20,7 +20,6 @@ from controller.cluster.signals import Stop
 from controller.commits.resume import RunDirectory
 from controller.data.datasets import fingerprint
 from controller.data.inputs import Inputs
-from controller.pipeline.ingredients import MEMORY
 from controller.plan.room import check_nodes_room
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
@@ -59,7 +58,11 @@ class StageContext:
     def common_inputs(self) -> dict[str, Any]:
         """What decides the result of every stage that trains."""
         config = self.config
-        return {
+        # Only where there is one: a new key would set the stages and commits of before aside.
+        # Adapters name their base by its path.
+        base = str(Path(config.model.path).absolute())
+        lora = {"lora": config.model.lora, "base": base} if config.model.lora else {}
+        return lora | {
             "format": 2,
             "seed": config.seed,
             "model": self.fingerprint(config.model.path, config.model.revision),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files.code_digest import code_digest, stage_code
-from common.files.fingerprints import checkpoint_fingerprint, file_hashes, json_digest
+from common.files.fingerprints import MEMORY, checkpoint_fingerprint, file_hashes, json_digest
 from common.files.source_code import source_digest
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
@@ -16,7 +16,6 @@ from contracts.stages import checkpoint_keys
 from reward_service.resolve import content_of
 
 UNSEEN = ("scoring", "hidden")  # the keys of `unseen`
-MEMORY = "fingerprints.json"  # in cache_dir
 
 
 def unseen(config: TandemConfig) -> dict[str, Any]:

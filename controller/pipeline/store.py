@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from common.files.code_digest import changed_code, stage_code
-from common.files.fingerprints import checkpoint_fingerprint, json_digest
+from common.files.fingerprints import MEMORY, checkpoint_fingerprint, json_digest
 from contracts.config import TandemConfig
 from contracts.plugins import source_file
 from contracts.records import StageResult
 from contracts.stages import find_stage
-from controller.pipeline.ingredients import MEMORY
 from controller.record.run_log import LOGS, RunLog
 
 SHOWN = 4  # changed files that are named

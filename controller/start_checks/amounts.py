@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from common.error_text import error_lines
-from common.models.loading import LoadingError, refuse_adapter, refuse_quantised
+from common.models.loading import LoadingError, refuse_quantised
 from common.text.tokenizers import load_config
 from contracts.checks.validation import ConfigError
 from contracts.config import ModelConfig, TandemConfig
 from contracts.methods import checkpoints_read, results_needed, running_stages
 from contracts.placement import needs
 from controller.data.inputs import Inputs
+from controller.start_checks.adapter_checks import adapter_problems
 from controller.start_checks.lengths import too_long
 from reward_service.scorer_kind import scorer_kind
 
@@ -26,7 +27,7 @@ def check_model(config: TandemConfig) -> None:
     problems = []
     for key, path in keys.items():
         try:
-            refuse_adapter(path, key)
+            problems += adapter_problems(config, key, path)
             found = load_config(path, model_at(config, key))
             refuse_quantised(found, path, key)
             if key == "model.path":

@@ -8,7 +8,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from common.error_text import error_lines
+from common.models.adapters import check_fits, split
 from common.models.loading import LoadingError, loading_report, refuse_unloaded
+from common.models.lora import stored_name, target_modules
 from common.models.proof import NoClass, Proof, Unproven
 from common.text.tokenizers import load_config
 from contracts.checks.validation import ConfigError
@@ -114,8 +116,14 @@ def _check_policy(config: TandemConfig, path: str, key: str) -> None:
     model = model_at(config, key)
     found = load_config(path, model)
     if type(found) in AutoModelForCausalLM._model_mapping:  # else remote code, which runs where the model is proved
-        made, report = loading_report(AutoModelForCausalLM, path, config=found, revision=model.revision)
-        refuse_unloaded(report, path, key, model=made)
+        base, adapter = split(path)
+        made, report = loading_report(AutoModelForCausalLM, base, config=found, revision=model.revision)
+        refuse_unloaded(report, base, key, model=made)
+        if adapter:
+            check_fits(made, adapter, key, base)
+        if config.model.lora and key == "model.path":
+            for module in target_modules(made, config.model.lora):
+                stored_name(made, f"{module}.lora_A.weight")
 
 
 def _check_scorer(path: str, key: str) -> None:

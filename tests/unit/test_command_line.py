@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra._internal.utils import get_args_parser
 
-from common.command_line import TAKE_VALUE, command_line_problems, flags_first
+from common.command_line import TAKE_VALUE, command_line_problems, flags_first, whole_sections
 
 CONF = Path(__file__).parents[2] / "conf"
 UNKNOWN = "ppo.updats is not a key of the configuration; write ppo.updates"
@@ -133,3 +133,29 @@ def test_what_a_sampler_will_draw_is_not_guessed() -> None:
     assert problems("-m", "hydra/sweeper=optuna", "ppo.kl.coef=interval(0.01,0.1)", "hydra.sweeper.n_trials=3") == []
     [text] = problems("-m", "hydra/sweeper=optuna", "ppo.kl.coeff=interval(0.01,0.1)")
     assert text.startswith("ppo.kl.coeff is not a key of the configuration; write ppo.kl.coef")
+
+
+@pytest.mark.parametrize(
+    ("word", "whole"),
+    [
+        ("model.lora={rank:8}", "model={lora:{rank:8}}"),
+        ("model.lora.rank=8", "model={lora:{rank:8}}"),
+        ("model.lora.targets=[q_proj,v_proj]", "model={lora:{targets:[q_proj,v_proj]}}"),
+        ("model.lora.rank=8,16", "model={lora:{rank:8}},{lora:{rank:16}}"),
+        ("data.gold={path:x}", "data={gold:{path:x}}"),
+        ("model.lora=null", "model.lora=null"),
+        ("model.lora=3", "model.lora=3"),
+        ("sft.epochs=3", "sft.epochs=3"),
+        ("+experiment=grpo", "+experiment=grpo"),
+    ],
+)
+def test_a_section_that_may_be_null_is_set_from_the_one_around_it(word: str, whole: str) -> None:
+    assert whole_sections([word]) == [whole]
+
+
+def test_adapters_are_switched_on_by_a_word() -> None:
+    assert command_line_problems(["model.lora={rank:8}"], CONF) == []
+    _, problem = command_line_problems(["model.lora.rank=0", "misspelt=1"], CONF)
+    assert "model.lora.rank must be at least 1; found 0" in problem
+    [problem] = command_line_problems(["model.lora={rnk:8}"], CONF)
+    assert "rnk" in problem

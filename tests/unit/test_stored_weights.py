@@ -19,7 +19,7 @@ class Holder(torch.nn.Module):
 
     def __init__(self, path: Path, dtype: torch.dtype):
         super().__init__()
-        self.lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        self.lm, self.adapter = AutoModelForCausalLM.from_pretrained(path, dtype=dtype), None
 
 
 def stored(path: Path) -> dict[str, torch.Tensor]:

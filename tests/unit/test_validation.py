@@ -16,7 +16,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from common.models.positions import positions
 from contracts.checks.check import Leaf, leaves
 from contracts.checks.validation import ConfigError, check_machine, validate, validate_service
-from contracts.config import ScorerConfig, SourceConfig, TandemConfig
+from contracts.config import LoraConfig, ScorerConfig, SourceConfig, TandemConfig
 from contracts.plugins import closest
 from contracts.records import Example, Prompt, RatedExample
 from contracts.stages import method_titles
@@ -29,6 +29,7 @@ from reward_service.call_forms import ACCEPTED
 OUTSIDE = {
     "null or at least 2": 1,
     "at least 1": 0,
+    "a list of different names, or of all-linear alone": ["all-linear", "q_proj"],
     "a list of different numbers from 1 on": [],
     "at least 2, as one prompt has no confidence interval": 1,
     "at least 2, as the newest commit may turn out bad": 1,
@@ -42,6 +43,7 @@ OUTSIDE = {
     "null or at least 1": 0,
     "null or 0 (the head alone) or more": -1,
     "in [0, 1]": 1.5,
+    "in [0, 1)": 1.0,
     "in [1, 64]": 0,
     "1 of a judge": 2,
     "in (0, 1)": 1.0,
@@ -78,6 +80,8 @@ def put(config: TandemConfig, **values: Any) -> TandemConfig:
         section: Any = changed
         for parent in parents:  # a scorer has a name of the user's
             is_named = isinstance(section, dict)
+            if parent == "lora" and section.lora is None:
+                section.lora = LoraConfig()
             section = section.setdefault(parent, ScorerConfig()) if is_named else getattr(section, parent)
         setattr(section, name, value)
     return changed
@@ -98,7 +102,7 @@ def test_defaults_with_paths_pass(config):
 def schema() -> list[Leaf]:
     """Every key, also of what is null or empty by default."""
     filled = TandemConfig()
-    filled.data.gold = SourceConfig()
+    filled.data.gold, filled.model.lora = SourceConfig(), LoraConfig()
     filled.reward_service.scorers = {"any": ScorerConfig()}
     return list(leaves(filled))
 
@@ -400,6 +404,31 @@ def test_a_choice_suggests_the_closest_name(config):
         (
             {"cluster__num_learner_ranks": 4, "ppo__ptx_batch_size": 2, "ppo__ptx_coef": 0.1},
             ["ppo.ptx_batch_size must be at least cluster.num_learner_ranks (4)", "found 2", "write 4 or more"],
+        ),
+        (
+            {"model__lora": LoraConfig(), "model__revision": "main"},
+            ["model.revision must be null with model.lora", "found main", "write model.revision=null"],
+        ),
+        (
+            {"model__lora": LoraConfig(), "reward_model__trainable_layers": 0},
+            ["reward_model.trainable_layers must be null or at least 1 with model.lora", "found 0"],
+        ),
+        (
+            {"model__lora": LoraConfig(dora=True), "learner__zero_stage": 3},
+            ["model.lora.dora must be false with learner.zero_stage 3", "write model.lora.dora=false or"],
+        ),
+        (
+            {"model__lora": LoraConfig(dora=True, dropout=0.1)},
+            ["model.lora.dropout must be 0 with model.lora.dora", "found 0.1", "write model.lora.dropout=0"],
+        ),
+        (
+            {
+                "model__lora": LoraConfig(),
+                "learner__weight_transfer": "nccl",
+                "cluster__gpus_per_actor": 1.0,
+                "cluster__gpus_per_learner_rank": 1.0,
+            },
+            ["learner.weight_transfer must be shared_memory or ray_object with model.lora", "found nccl"],
         ),
         (
             {"data__prompts__path": "???"},

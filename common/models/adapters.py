@@ -1,0 +1,326 @@
+"""Directories of PEFT: an adapter, and the checkpoint that it belongs to.
+
+Beside PEFT's own files (adapter_config.json, adapter_model.safetensors) ours have tokenizer, generation_config.json and
+`tandem_adapter.json`: the fingerprint of the base, as one of the same shapes and other weights would load unnoticed, and
+what training has set in its configuration. With a config.json of its own transformers would look for a whole model there.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+
+from common.files.checkpoint_files import ADAPTER, adapter_base
+from common.files.fingerprints import checkpoint_fingerprint
+from common.models.loading import LoadingError
+from common.models.lora import (
+    ALL,
+    KINDS,
+    TRAINED,
+    adapter_parameters,
+    merged,
+    scale,
+)
+from contracts.checks.check import Check
+from contracts.config import LoraConfig
+
+SETTINGS, WEIGHTS, OURS = ADAPTER, "adapter_model.safetensors", "tandem_adapter.json"
+PREFIX = "base_model.model."  # of every name in PEFT's files
+HEAD = "score"  # of a reward model, which trains beside its adapter
+# What LoRA may be besides, in PEFT, and is not read here: by its key, what it is when it is not used.
+PLAIN: dict[str, Any] = {
+    "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {},
+    "target_parameters": None, "trainable_token_indices": None, "layer_replication": None, "exclude_modules": None,
+    "megatron_config": None, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None,
+}  # fmt: skip
+
+
+def is_adapter(path: str) -> bool:
+    return Path(path, SETTINGS).is_file()
+
+
+def split(path: str) -> tuple[str, str | None]:
+    """(base checkpoint, adapter directory) of an adapter's directory; (path, None) of any other checkpoint.
+
+    Raises:
+        LoadingError: the base is not there, or not named.
+    """
+    if not is_adapter(path):
+        return path, None
+    if whole := sorted(Path(path).glob("model*.safetensors")):
+        rule, found = "a whole model or an adapter of PEFT", f"{whole[0].name} beside {SETTINGS}"
+        raise LoadingError(Check(False, path, rule, found, "a directory with one of them").message)
+    _settings_of(path)
+    named = adapter_base(Path(path))
+    if named is None:
+        raise LoadingError(
+            f"{path} must name the checkpoint that it belongs to; write base_model_name_or_path in {SETTINGS}"
+        )
+    if not Path(named).is_dir() and (Path(named).is_absolute() or named.startswith(".") or named.count("/") > 1):
+        raise LoadingError(
+            f"{path} is an adapter of {named}, which is not there; put that checkpoint there, or write where it is as "
+            f"base_model_name_or_path in {SETTINGS}"
+        )
+    return named, path
+
+
+def holder(path: str, file: str) -> str:
+    """Where `file` of the checkpoint at `path` is read: an adapter that others trained may leave it to its base."""
+    return path if not is_adapter(path) or Path(path, file).is_file() else split(path)[0]
+
+
+def config_of(path: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The configuration of a checkpoint; of an adapter that of its base, with what training has set.
+
+    Raises:
+        LoadingError: as `split`.
+        OSError, ValueError: there is none.
+    """
+    base, adapter = split(path)
+    config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
+    for key, value in set_by_training(adapter).items():
+        setattr(config, key, value)
+    return config
+
+
+def set_by_training(adapter: str | None) -> dict[str, Any]:
+    """What the training of an adapter has set in the configuration of its base, as a reward model's normaliser."""
+    return dict(_ours(adapter).get("config", {})) if adapter else {}
+
+
+def _ours(path: str) -> dict[str, Any]:
+    """What `write` has said of an adapter; nothing of those of others."""
+    file = Path(path, OURS)
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    if not isinstance(found, dict):
+        raise LoadingError(f"{file} must be as the training wrote it; found {type(found).__name__}")
+    return found
+
+
+def lora_of(path: str) -> LoraConfig:
+    """What an adapter's directory says of it.
+
+    Raises:
+        LoadingError: it is of another kind than is computed here.
+    """
+    found = _settings_of(path)
+    kind, strange = found.get("peft_type"), [key for key, plain in PLAIN.items() if found.get(key) not in (None, plain)]
+    if kind != "LORA" or strange or found.get("modules_to_save") not in (None, [], [HEAD]):
+        what = f"peft_type {kind}" if kind != "LORA" else f"{(strange or ['modules_to_save'])[0]}"
+        raise LoadingError(
+            f"{path} must be a plain adapter of LoRA or DoRA; found {what}; write one that was trained without"
+        )
+    targets = found.get("target_modules") or []
+    return LoraConfig(
+        rank=int(found["r"]),
+        alpha=float(found["lora_alpha"]),
+        targets=[ALL] if targets == ALL else sorted(targets) if isinstance(targets, list) else [str(targets)],
+        rslora=bool(found.get("use_rslora")),
+        dora=bool(found.get("use_dora")),
+    )
+
+
+def _settings_of(path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(path, SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise LoadingError(f"{path}: {SETTINGS} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise LoadingError(f"{path}: {SETTINGS} holds no settings")
+    return found
+
+
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """What an adapter's directory holds, by the names of the model's modules: `model.layers.0.mlp.up_proj.lora_A.weight`
+    [rank, in], `...lora_B.weight` [out, rank], of DoRA `...lora_magnitude_vector` [out]; `score.weight` of a reward model.
+
+    Raises:
+        LoadingError: something else is in it, or there is no such file.
+    """
+    file = Path(path, WEIGHTS)
+    if not file.is_file():
+        raise LoadingError(
+            f"{path} must hold {WEIGHTS}; found none; write a directory as save_pretrained() of PEFT makes it"
+        )
+    with safe_open(file, framework="pt") as opened:
+        found = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    strange = [n for n in found if n != f"{HEAD}.weight" and not any(f".{kind}" in n for kind in KINDS)]
+    if strange:
+        raise LoadingError(f"{path} must hold an adapter alone; found {strange[0]} in {WEIGHTS}")
+    return found
+
+
+def modules_in(tensors: dict[str, Tensor]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".lora_")[0] for name in tensors if ".lora_" in name))
+
+
+@torch.no_grad()
+def fill(lm: nn.Module, tensors: dict[str, Tensor], path: str, name: str = TRAINED) -> None:
+    """Give the adapter `name` of `lm` the weights of `read_tensors`, each of them.
+
+    Raises:
+        LoadingError: one is of a module without this adapter, or of another shape.
+    """
+    there = adapter_parameters(lm, name)
+    for key, tensor in tensors.items():
+        if ".lora_" not in key:
+            continue
+        if key not in there or there[key].shape != tensor.shape:
+            found = f"{key} {list(tensor.shape)}"
+            wanted = f"which has {list(there[key].shape)}" if key in there else "which has no such module"
+            raise LoadingError(f"{path} must be an adapter of this model, {wanted}; found {found}")
+        there[key].copy_(tensor)
+
+
+def misfit(path: str, key: str, base: str, lora: LoraConfig, memory: Path | None = None) -> str | None:
+    """Why the adapter in the directory `path`, which the configuration names at `key`, is not one of the checkpoint `base`
+    with the settings of `model.lora`; None where it is.
+
+    Raises:
+        LoadingError: it cannot be read.
+    """
+    found = lora_of(path)
+    for name in ("rank", "alpha", "rslora", "dora"):
+        mine, its = getattr(lora, name), getattr(found, name)
+        if mine != its:
+            rule, instead = f"an adapter with model.lora's {name}, {mine}", f"model.lora={{{name}:{its}}}"
+            return Check(False, f"{key}={path}", rule, its, instead).message
+    problem = other_base(path, base, memory)
+    if problem:
+        instead = "the model.path that it was trained on"
+        return Check(False, f"{key}={path}", f"an adapter of model.path={base}", problem, instead).message
+    return None
+
+
+def other_base(path: str, base: str, memory: Path | None = None) -> str | None:
+    """Why `base` is not the checkpoint that the adapter was trained on, as far as its directory tells; None where it is."""
+    # PEFT keeps no hash, but a path.
+    said = _ours(path).get("base") or checkpoint_fingerprint(split(path)[0], None, memory)
+    found = checkpoint_fingerprint(base, None, memory)
+    if said == found:
+        return None
+    return f"it was trained on a checkpoint with the hash {said[:12]}, {base} has {found[:12]}"
+
+
+def write(
+    path: str,
+    lora: LoraConfig,
+    tensors: dict[str, Tensor],
+    base: str,
+    fingerprint: str,
+    config: dict[str, Any],
+    is_reward_model: bool,
+) -> None:
+    """The files of an adapter.
+
+    Args:
+        tensors: as `read_tensors` gives them.
+        config: what training has set in the configuration of the base.
+    """
+    import peft
+
+    root, is_local = Path(path), Path(base).is_dir()
+    root.mkdir(parents=True, exist_ok=True)
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
+        target_modules=modules_in(tensors),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="SEQ_CLS" if is_reward_model else "CAUSAL_LM",
+        modules_to_save=[HEAD] if is_reward_model else None,
+        base_model_name_or_path=str(Path(base).absolute()) if is_local else base,
+        inference_mode=True,
+    )
+    settings.save_pretrained(path)
+    stored = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(stored, root / WEIGHTS, metadata={"format": "pt"})
+    (root / OURS).write_text(json.dumps({"base": fingerprint, "config": config}, indent=1) + "\n")
+
+
+@torch.no_grad()
+def merge(lm: nn.Module, path: str) -> None:
+    """Add the adapter in the directory `path`, and the head that it may have, to the weights of `lm`, which has no adapters.
+
+    Raises:
+        LoadingError: it is not of this model.
+    """
+    lora, tensors = lora_of(path), read_tensors(path)
+    for module, layer in _layers_of(lm, path, lora, tensors).items():
+        a, b = (tensors[f"{module}.{kind}.weight"] for kind in KINDS[:2])
+        magnitude = tensors.get(f"{module}.{KINDS[2]}")
+        layer.weight.copy_(merged(layer.weight, a, b, scale(lora), magnitude))
+    if (head := tensors.get(f"{HEAD}.weight")) is not None:
+        lm.get_submodule(HEAD).get_parameter("weight").copy_(head)
+
+
+def _layers_of(lm: nn.Module, path: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, nn.Linear]:
+    """The layers of `lm` with an adapter in the directory `path`, by name. Raises LoadingError where one does not fit."""
+    found: dict[str, nn.Linear] = {}
+    modules = dict(lm.named_modules())
+    for module in modules_in(tensors):
+        layer, shapes = modules.get(module), {k: t.shape for k, t in tensors.items() if k.startswith(f"{module}.lora_")}
+        wanted: dict[str, torch.Size] = {}
+        if isinstance(layer, nn.Linear):
+            rows, columns = layer.weight.shape
+            wanted[f"{module}.lora_A.weight"] = torch.Size([lora.rank, columns])
+            wanted[f"{module}.lora_B.weight"] = torch.Size([rows, lora.rank])
+            wanted |= {f"{module}.lora_magnitude_vector": torch.Size([rows])} if lora.dora else {}
+            found[module] = layer
+        if shapes != wanted:
+            of = type(lm).__name__
+            raise LoadingError(f"{path} must be an adapter of {of}; found one of {module}, which does not fit it")
+    return found
+
+
+def check_fits(lm: nn.Module, path: str, key: str, base: str) -> None:
+    """Refuse an adapter, named by the configuration at `key`, that is not of `lm`, which may be without memory, or that was
+    trained on another checkpoint than `base`; and one of a reward model without its head.
+
+    Raises:
+        LoadingError: naming what does not fit.
+    """
+    tensors = read_tensors(path)
+    _layers_of(lm, path, lora_of(path), tensors)
+    head = tensors.get(f"{HEAD}.weight")
+    if "SequenceClassification" in type(lm).__name__ and (head is None or head.shape[0] != 1):
+        found = "none" if head is None else f"one of shape {list(head.shape)}"
+        instead = f"one that was trained with modules_to_save=[{HEAD}] and one label"
+        raise LoadingError(
+            Check(False, f"{key}={path}", f"an adapter with a scalar head {HEAD}.weight", found, instead).message
+        )
+    if problem := other_base(path, base):
+        raise LoadingError(
+            Check(False, f"{key}={path}", f"an adapter of {base}", problem, "the base of its training").message
+        )
+
+
+def write_merged(path: str, out: Path) -> None:
+    """The adapter in the directory `path` and its base as one plain checkpoint, in the base's own dtype.
+
+    Raises:
+        LoadingError: the base is not there, or another one.
+    """
+    base, _ = split(path)
+    if problem := other_base(path, base):
+        raise LoadingError(f"{path} does not belong to {base}: {problem}")
+    is_reward_model = _settings_of(path).get("task_type") == "SEQ_CLS"
+    auto: Any = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
+    config = config_of(path)
+    if is_reward_model:
+        config.num_labels = 1
+    options: dict[str, Any] = {"config": config, "dtype": "auto", "use_safetensors": True}
+    lm = auto.from_pretrained(base, trust_remote_code=False, **options)
+    merge(lm, path)
+    if lm.can_generate():
+        lm.generation_config = GenerationConfig()  # transformers refuses to save what many published ones hold
+    lm.save_pretrained(out)
+    for file in Path(path).iterdir():
+        if file.is_file() and file.name not in (SETTINGS, WEIGHTS, OURS):
+            shutil.copyfile(file, out / file.name)

@@ -1,0 +1,241 @@
+"""Adapters as directories: what the stages leave loads in PEFT and transformers unchanged, and goes in again."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from common.files.fingerprints import checkpoint_fingerprint
+from common.models import adapters
+from common.models.adapters import config_of
+from common.models.loading import LoadingError
+from common.models.lora import adapter_parameters
+from contracts.config import TandemConfig
+from contracts.records import PreferencePair
+from learner.engine import Ranks
+from learner.ppo import PPOTask
+from learner.reward_model import RewardModelTask
+from learner.sft import SFTTask
+from reward_service.model import RewardModel, check_golden, check_reward_model
+from tests.unit.test_lora import EXAMPLES, ROWS, logprobs, make_lora_config, padded_logprobs, ppo, randomise
+from tests.unit.test_rank_state import update, weights
+
+__all__ = ["make_lora_config"]
+PAIRS = [PreferencePair(ROWS[0], ROWS[1], 1.0), PreferencePair(ROWS[2], ROWS[1], 0.0)]
+
+
+@pytest.fixture
+def sft(make_lora_config: Callable[..., TandemConfig], ranks: Ranks, tmp_path: Path) -> tuple[SFTTask, Path]:
+    task = SFTTask(ranks, make_lora_config(), EXAMPLES, [])
+    randomise(task.engine, 3)
+    task.save(str(tmp_path / "sft"))
+    return task, tmp_path / "sft"
+
+
+def test_a_policy_loads_in_peft_and_transformers_unchanged(sft: tuple[SFTTask, Path], small_vocab: Path) -> None:
+    task, path = sft
+    with torch.no_grad():
+        expected = logprobs(task.engine)
+        base = AutoModelForCausalLM.from_pretrained(small_vocab, dtype=torch.float32)
+        in_peft = peft.PeftModel.from_pretrained(base, path)
+        torch.testing.assert_close(padded_logprobs(in_peft), expected, rtol=0, atol=2e-5)
+        in_transformers = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        torch.testing.assert_close(padded_logprobs(in_transformers), expected, rtol=0, atol=2e-5)
+        merged = in_peft.merge_and_unload()
+        torch.testing.assert_close(padded_logprobs(merged), expected, rtol=0, atol=2e-5)
+    said = json.loads((path / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(small_vocab)
+    assert (said["r"], said["lora_alpha"], said["task_type"]) == (4, 8, "CAUSAL_LM")
+    mine, theirs = AutoTokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(small_vocab)
+    assert mine("a b").input_ids == theirs("a b").input_ids
+    assert adapters.split(str(path)) == (str(small_vocab), str(path))
+    assert adapters.split(str(small_vocab)) == (str(small_vocab), None)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_merged_checkpoint_is_a_plain_one(
+    dora: bool, make_lora_config: Callable[..., TandemConfig], ranks: Ranks, tmp_path: Path
+) -> None:
+    task = SFTTask(ranks, make_lora_config(dora=dora), EXAMPLES, [])
+    randomise(task.engine, 3)
+    task.save(str(tmp_path / "sft"))
+    adapters.write_merged(str(tmp_path / "sft"), tmp_path / "whole")
+    assert not (tmp_path / "whole" / "adapter_config.json").exists()
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+        torch.testing.assert_close(padded_logprobs(whole), logprobs(task.engine), rtol=0, atol=5e-5)
+
+
+def test_a_tied_head_stays_with_its_embeddings(
+    tiny_model: Path, make_lora_config: Callable[..., TandemConfig], ranks: Ranks, tmp_path: Path
+) -> None:
+    task = SFTTask(ranks, make_lora_config("bfloat16"), EXAMPLES, [])
+    randomise(task.engine, 3)
+    task.save(str(tmp_path / "sft"))
+    adapters.write_merged(str(tmp_path / "sft"), tmp_path / "whole")
+    by_itself = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "sft", dtype=torch.float32)
+    with torch.no_grad():
+        assert (padded_logprobs(by_itself) - logprobs(task.engine)).abs().mean() < 0.02  # of bfloat16
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_model, tmp_path / "whole"))
+    assert after.lm_head.weight is after.model.embed_tokens.weight
+    assert torch.equal(after.lm_head.weight, before.lm_head.weight)
+    assert not torch.equal(after.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_ppo_goes_on_from_an_adapter_which_is_its_reference(
+    zero: int, sft: tuple[SFTTask, Path], make_lora_config: Callable[..., TandemConfig], ranks: Ranks
+) -> None:
+    task, path = sft
+    config = make_lora_config(zero=zero)
+    config.ppo.trainable_layers = 1
+    found = ppo(ranks, config, str(path))
+    with torch.no_grad():
+        expected = logprobs(task.engine)
+        assert torch.equal(logprobs(found.policy), expected)
+    before = weights(found)
+    for number in range(2):
+        update(found, number)
+    with torch.no_grad():
+        assert torch.equal(logprobs(found.reference), expected)
+        assert (logprobs(found.policy) - expected).abs().max() > 1e-3
+    layers = {name: name.split(".")[3] for name in before if name.startswith("policy.")}
+    assert {*layers.values()} == {"0", "1"}
+    assert {layers[n] for n, p in weights(found).items() if n in layers and not torch.equal(p, before[n])} == {"1"}
+
+
+@pytest.fixture
+def proxy(make_lora_config: Callable[..., TandemConfig], ranks: Ranks, tmp_path: Path) -> tuple[RewardModelTask, Path]:
+    config = make_lora_config()
+    config.reward_model.optimizer.learning_rate = 1e-2
+    config.reward_model.batch_size = 2
+    task = RewardModelTask(ranks, config, PAIRS)
+    for step in range(task.num_steps()):
+        task.step(step)
+    randomise(task.engine, 5)
+    task.save(str(tmp_path / "proxy"))
+    return task, tmp_path / "proxy"
+
+
+def test_a_reward_model_is_served_and_loads_in_peft(proxy: tuple[RewardModelTask, Path], small_vocab: Path) -> None:
+    task, path = proxy
+    check_reward_model(str(path), "proxy_model")
+    served = RewardModel(str(path), "float32")
+    check_golden(str(path), served.score, 1e-4)
+    scores = [score.value for score in served.score(ROWS)]
+    said = json.loads((path / "tandem_adapter.json").read_text())["config"]
+    raw = task.score(ROWS)  # its own normaliser is 0 and 1
+    assert scores == pytest.approx([(r - said["score_mean"]) / said["score_std"] for r in raw], abs=1e-4)
+    base = AutoModelForSequenceClassification.from_pretrained(small_vocab, num_labels=1, dtype=torch.float32)
+    in_peft = peft.PeftModel.from_pretrained(base, path)
+    with torch.no_grad():
+        theirs = [in_peft(input_ids=torch.tensor([row])).logits.item() for row in ROWS]
+    # transformers reads the last token that is no padding, and EOS is the padding of this model.
+    assert theirs[1:] == pytest.approx(raw[1:], abs=1e-4)
+    adapters.write_merged(str(path), path.parent / "whole")
+    whole = RewardModel(str(path.parent / "whole"), "float32")
+    assert [score.value for score in whole.score(ROWS)] == pytest.approx(scores, abs=1e-5)
+
+
+def test_the_value_model_starts_from_a_reward_models_adapter(
+    proxy: tuple[RewardModelTask, Path],
+    sft: tuple[SFTTask, Path],
+    make_lora_config: Callable[..., TandemConfig],
+    ranks: Ranks,
+) -> None:
+    reward, path = proxy
+    task = ppo(ranks, make_lora_config(), str(sft[1]), str(path))
+    assert task.value is not None
+    mine, theirs = (adapter_parameters(engine.model.lm) for engine in (task.value, reward.engine))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert torch.equal(task.value.model.lm.score.weight, reward.model.lm.score.weight)
+    assert task.value.model.std == pytest.approx(config_of(str(path)).score_std)
+    before = weights(task)
+    update(task, 0)
+    moved = {name for name, weight in weights(task).items() if not torch.equal(weight, before[name])}
+    assert "value.score.weight" in moved
+    assert "value.model.layers.0.mlp.up_proj.lora_B.default.weight" in moved
+
+
+# ---- refused
+
+
+def test_an_adapter_of_another_base_is_named(
+    sft: tuple[SFTTask, Path], make_lora_config: Callable[..., TandemConfig], tmp_path: Path
+) -> None:
+    config, path = make_lora_config(), str(sft[1])
+    lora, base, other = config.model.lora, config.model.path, tmp_path / "other"
+    assert lora is not None
+    assert adapters.misfit(path, "sft_model", base, lora) is None
+    shutil.copytree(base, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    model.save_pretrained(other)
+    found = adapters.misfit(path, "sft_model", str(other), lora)
+    assert found is not None
+    assert f"sft_model={path} must be an adapter of model.path={other}; found it was trained on" in found
+    (
+        Path(path) / "tandem_adapter.json"
+    ).unlink()  # as of an adapter that PEFT has written: the base is found by its path
+    assert adapters.misfit(path, "sft_model", base, lora) is None
+    found = adapters.misfit(path, "sft_model", str(other), lora)
+    assert found is not None
+    assert "found it was trained on" in found
+    lora.rank = 8
+    found = adapters.misfit(path, "sft_model", base, lora)
+    assert found is not None
+    assert "rank, 8; found 4; write model.lora={rank:4}" in found
+
+
+def test_another_base_is_another_checkpoint(sft: tuple[SFTTask, Path], small_vocab: Path, tmp_path: Path) -> None:
+    path = sft[1]
+    said = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": "../base"}))
+    shutil.copytree(small_vocab, tmp_path / "base")
+    assert adapters.split(str(path))[0] == str(path / "../base")
+    before = checkpoint_fingerprint(str(path))
+    assert checkpoint_fingerprint(str(path)) == before
+    settings = tmp_path / "base/config.json"
+    settings.write_text(settings.read_text() + " ")
+    assert checkpoint_fingerprint(str(path)) != before
+
+
+def test_a_base_that_is_not_there_is_named(sft: tuple[SFTTask, Path]) -> None:
+    path = sft[1]
+    said = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": "/not/there"}))
+    with pytest.raises(LoadingError, match="is an adapter of /not/there, which is not there"):
+        adapters.split(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"bias": "all"}, "bias"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused(change: dict[str, Any], named: str, sft: tuple[SFTTask, Path]) -> None:
+    path = sft[1]
+    said = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(said | change))
+    with pytest.raises(LoadingError, match=f"must be a plain adapter of LoRA or DoRA; found.*{named}"):
+        adapters.lora_of(str(path))
+
+
+def test_without_lora_an_adapter_is_no_policy(
+    sft: tuple[SFTTask, Path], make_lora_config: Callable[..., TandemConfig], ranks: Ranks
+) -> None:
+    config = make_lora_config()
+    config.model.lora = None
+    with pytest.raises(LoadingError, match="an adapter of PEFT; write"):
+        PPOTask(ranks, config, str(sft[1]), str(sft[1]), (2,), [])
