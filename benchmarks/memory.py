@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memory_sampler import Held, Job, Sampler
+from memory_sampler import Job, Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,6 +33,7 @@ PPO = {
     "data.prompts.max_rows": 400, "checkpoint.every": 0, "engine.kv_cache_gib": 0.5,
 }  # fmt: skip
 TWO = {"cluster.num_learner_ranks": 2}
+LORA = {"model.lora": "{rank: 16}"}
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft, 4096 tokens a microbatch": ("smollm2", SFT),
     "sft, 1024 tokens a microbatch": ("smollm2", SFT | {"learner.microbatch_tokens": 1024}),
@@ -42,6 +43,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft, gradient checkpointing": ("smollm2", SFT | {"learner.gradient_checkpointing": True}),
     "reward model": ("smollm2", REWARD),
     "ppo, 10 layers train": ("smollm2", PPO),
+    "sft, LoRA": ("smollm2", SFT | LORA),
+    "ppo, LoRA": ("smollm2", PPO | LORA | {"ppo.trainable_layers": None, "ppo.value_trainable_layers": None}),
     "sft": ("qwen3", SFT),
     "sft, 512 tokens a microbatch": ("qwen3", SFT | {"learner.microbatch_tokens": 512}),
     "sft, ZeRO-2": ("qwen3", SFT | {"learner.zero_stage": 2}),
@@ -119,21 +122,11 @@ def measure(name: str, models: Path) -> dict[str, Any]:
 
 
 def _stored(job: Job) -> dict[str, Any]:
-    """MiB: peak of each process that is there at the job's peak, and of each other that was."""
-
-    def row(role: str, held: Held) -> dict[str, Any]:
-        parts = {part: round(value, 1) for part, value in vars(held).items()}
-        return {"role": role, "total": round(held.total, 1)} | parts
-
-    peaks = {
-        role: [held for (r, _), held in job.processes.items() if r == role]
-        for role in sorted({r for r, _ in job.processes})
-    }
-    return {
-        "job": round(job.total, 1),
-        "processes": [row(role, held) for role, many in peaks.items() for held in sorted(many, key=lambda h: -h.total)],
-        "at_peak": [row(role, held) for (role, _), held in sorted(job.peak.items())],
-    }
+    """MiB of the processes at the job's peak, by role."""
+    found: dict[str, list[float]] = {}
+    for (role, _), held in sorted(job.peak.items()):
+        found.setdefault(role, []).append(round(held.total))
+    return {"job": round(job.total), "at_peak": found}
 
 
 def planned(name: str, models: Path) -> list[dict[str, Any]]:
@@ -156,22 +149,21 @@ def planned(name: str, models: Path) -> list[dict[str, Any]]:
     ]
 
 
-WITHIN_PROCESS, WITHIN_JOB, SMALL_MIB = 0.10, 0.07, 200  # smaller processes are compared together
+WITHIN_PROCESS, WITHIN_JOB = 0.10, 0.07
 
 
 def compared(plan: list[dict[str, Any]], measured: dict[str, Any]) -> list[tuple[str, float, float]]:
     """(what, MiB planned, MiB measured) at the job's peak: each process, the small ones together, and the job."""
-    rows = []
-    for role in dict.fromkeys(process["role"] for process in plan):
+    rows, there = [], measured["at_peak"]
+    for role in LARGE:
         mine = sorted((p["total"] for p in plan if p["role"] == role), reverse=True)
-        theirs = sorted((p["total"] for p in measured["at_peak"] if p["role"] == role), reverse=True)
-        if len(mine) == len(theirs) and max(mine) > SMALL_MIB and role in LARGE:
-            rows += [(role, a, b) for a, b in zip(mine, theirs, strict=True)]
-    rest = [sum(p["total"] for p in of if p["role"] not in LARGE) for of in (plan, measured["at_peak"])]
-    return [*rows, ("the others", rest[0], rest[1]), ("job", sum(p["total"] for p in plan), measured["job"])]
+        rows += [(role, a, b) for a, b in zip(mine, sorted(there.get(role, []), reverse=True), strict=True)]
+    rest = sum(p["total"] for p in plan if p["role"] not in LARGE)
+    others = sum(sum(found) for role, found in there.items() if role not in LARGE)
+    return [*rows, ("the others", rest, others), ("job", sum(p["total"] for p in plan), measured["job"])]
 
 
-LARGE = ("driver", "learner rank", "actor", "reward replica")
+LARGE = ("driver", "learner rank", "actor", "reward replica")  # the others are compared together
 
 
 def table(found: dict[str, Any], models: Path) -> str:

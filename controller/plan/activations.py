@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
+from common.models.forward import decoder_layers
 from common.models.packed_attention import Packed
-from learner.models import PolicyModel, ScalarModel, decoder_layers
+from learner.models import PolicyModel, ScalarModel
 
 FUSED = "fused_on_meta"
 MANY_TOKENS, FEW_LAYERS = 4096, 2  # of passes that are measured; larger ones are read off them

@@ -8,17 +8,28 @@ from typing import Any
 import torch
 from transformers.utils import CONFIG_NAME, cached_file
 
+from common.models.adapters import split
 from common.text.tokenizers import load_config
 from contracts.config import TandemConfig
 from contracts.stages import Stage
 from controller.plan.engine_memory import CPU_BATCH_TOKENS, SAMPLER_COPIES
-from controller.plan.learner_memory import BUCKET, LIVE, PRODUCTS, Network, held_tokens, model_of, stage_networks
+from controller.plan.learner_memory import (
+    BUCKET,
+    LIVE,
+    PRODUCTS,
+    Network,
+    held_tokens,
+    model_of,
+    served_policy,
+    stage_networks,
+)
 from controller.plan.measured import measured
 from controller.plan.memory_items import GIB, MIB
 from controller.plan.plan import Data, judges_placed, stage_lengths
 
 # Numbers that a layer keeps of each token: of the width, and of the width within its MLP; and of the head's vocabulary.
 WIDTHS, MLP_WIDTHS, LOGITS = 12, 3, 2
+ADAPTERS = 4  # A and B of a square matrix of width h have 2 rank / h of its weights
 STATE = 24  # bytes a weight that trains, beside itself: master, moments, gradients twice, and their conversion
 
 
@@ -38,7 +49,7 @@ def _most(config: TandemConfig, stage: Stage, data: Data) -> float:
         rank = 0.0 if cluster.gpus_per_learner_rank else _rank(config, stage, data)
         total += ranks * (rank + known["private"]["learner rank"] * MIB)
     if stage.samples:
-        policy = stage_networks(config, "ppo")[-1]
+        policy = served_policy(config)
         weights = _weights(config, policy)
         actor = weights
         if not cluster.gpus_per_actor:
@@ -57,14 +68,14 @@ def _rank(config: TandemConfig, stage: Stage, data: Data) -> float:
     tokens = sum(lengths.largest)
     held = max(tokens, held_tokens(config, stage.name, lengths))
     state = size * (BUCKET + LIVE) if config.learner.zero_stage else 0.0
-    passes = 0.0
+    passes, lora = 0.0, config.model.lora
     for network in stage_networks(config, stage.name):
         weights, text = _weights(config, network), _text(config, network)
         trained = _layers(network, text)
         head = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
-        share = network.trains * (trained / text.num_hidden_layers * weights / size + head)
-        state += weights + STATE * min(share, weights / size)
-        width = _width(text) + text.num_attention_heads * max(lengths.largest)
+        part = min(1.0, ADAPTERS * lora.rank / text.hidden_size) if lora else trained / text.num_hidden_layers
+        state += weights + STATE * network.trains * min(part * weights / size + head, weights / size)
+        width = (2 if lora else 1) * _width(text) + text.num_attention_heads * max(lengths.largest)
         logits = 0 if network.is_scalar else LOGITS * selected * text.vocab_size * held / tokens
         passes += network.trains * size * (held * width * (trained + 1) + logits)
     return state + (1 + measured()["slack"]) * passes + PRODUCTS * measured()["product_mib"] * MIB
@@ -101,7 +112,7 @@ def _weights(config: TandemConfig, network: Network) -> float:
     """Bytes in the run's number format, from the checkpoint's files."""
     model = model_of(config, network)
     found = load_config(network.path, model)
-    folder = Path(cached_file(network.path, CONFIG_NAME, revision=model.revision)).parent
+    folder = Path(cached_file(split(network.path)[0], CONFIG_NAME, revision=model.revision)).parent
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     each = getattr(torch, str(getattr(found, "dtype", None)).removeprefix("torch."), torch.int8).itemsize
     return stored / each * getattr(torch, config.model.dtype).itemsize if stored else inf

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
+from common.models.adapters import split
 from contracts.config import ModelConfig, TandemConfig
 from controller.plan.activations import pass_memory
-from controller.plan.learner_memory import Network, network_shapes, sizes
+from controller.plan.learner_memory import Network, network_shapes, served_policy, sizes
 from controller.plan.memory_items import GIB, Item, shown
 
 CPU_BATCH_TOKENS = 4096  # of a step of an engine on CPU at least: actors/vllm_engine.py
@@ -30,8 +31,7 @@ def actor_items(config: TandemConfig, gpu_gib: float) -> list[Item]:
         gpu_gib: memory of a GPU.
     """
     engine, on_gpu = config.engine, config.cluster.gpus_per_actor > 0
-    network = Network("policy", config.sft_model or config.model.path, trains=False)
-    shapes = network_shapes(config, network)
+    shapes = network_shapes(config, served_policy(config))
     model: Any = shapes.lm
     size, found = getattr(torch, config.model.dtype).itemsize, sizes(shapes)
     a_token = kv_bytes_a_token(model.config, size)
@@ -82,6 +82,7 @@ def replica_items(config: TandemConfig, path: str) -> list[Item]:
     length = min(service.max_tokens, service.batch_tokens)
     batch = pass_memory(shapes, (length,) * max(1, service.batch_tokens // length), 1)
     how = f"{total / 1e6:.1f}M, {size} bytes each, in the file"
-    weights = Item("weights", total * size, how, on_gpu, "" if on_gpu else path)
+    is_merged = split(path)[1] or (config.model.lora and path == config.model.path)  # and so not in the file any more
+    weights = Item("weights", total * size, how, on_gpu, "" if on_gpu or is_merged else path)
     how = f"a batch of reward_service.batch_tokens {service.batch_tokens}"
     return [weights, Item("activations", batch.inference, how, on_gpu, least=0.0)]

@@ -13,13 +13,18 @@ gradient is not converted in the step (2 e in place of 4 + 2 e), and without ZeR
 
 On a CPU a weight that does not train stays in the pages of its checkpoint's file, which all processes of a node share, where
 the file has the number format of the run.
+
+With LoRA the T are adapters and heads. Policy and value model have one frozen base, and the reference is the policy without
+its adapter (`learner/adapted_models.py`).
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 
+from common.models.adapters import split
 from common.models.forward import Form
+from common.models.lora import add_adapter, target_modules
 from common.text.tokenizers import load_config
 from contracts.config import ModelConfig, TandemConfig
 from contracts.estimators import chosen_estimator
@@ -78,7 +83,12 @@ def stage_networks(config: TandemConfig, stage: str) -> list[Network]:
     networks = [Network("policy", config.sft_model or path, trainable_layers=ppo.trainable_layers)]
     if chosen_estimator(ppo).has_value_model:
         networks.append(Network("value model", config.proxy_model or path, True, ppo.value_trainable_layers))
-    return [*networks, Network("reference", config.sft_model or path, trains=False)]
+    return [*networks, *([served_policy(config)] if config.model.lora is None else [])]
+
+
+def served_policy(config: TandemConfig) -> Network:
+    """The policy as actors have it, and the reference."""
+    return Network("reference", config.sft_model or config.model.path, trains=False)
 
 
 def network_shapes(
@@ -99,7 +109,11 @@ def network_shapes(
         form = prove(scalar_config(found) if network.is_scalar else found, model, learner, on_cpu).form
     shapes = make(found, model, learner, form, on_cpu)
     shapes.lm.requires_grad_(network.trains)
-    if network.trains:
+    if network.trains and model.lora:
+        add_adapter(shapes.lm, model.lora, target_modules(shapes.lm, model.lora, network.trainable_layers), seed=0)
+        if isinstance(shapes, ScalarModel):
+            shapes.lm.score.weight.requires_grad_(True)
+    elif network.trains:
         freeze_below(shapes.lm, network.trainable_layers, network.freeze_embeddings)
     return _SHAPES.setdefault(key, shapes)
 
@@ -161,6 +175,9 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
     size, zero = getattr(torch, config.model.dtype).itemsize, config.learner.zero_stage
     ranks, on_gpu = config.cluster.num_learner_ranks, config.cluster.gpus_per_learner_rank > 0
     counts = {name: sizes(shape) for name, shape in shapes.items()}
+    if config.model.lora and "value model" in counts:  # whose base is the policy's
+        trained = counts["value model"].trained
+        counts["value model"] = Sizes(trained, trained)
     states = {name: network_state(found, size, zero, ranks) for name, found in counts.items()}
     items = []
     for network in networks:
@@ -171,7 +188,9 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
             f"{found.total / 1e6:.1f}M, {found.trained / 1e6:.1f}M train, {size} bytes each{over if zero == 3 else ''}"
         )
         if frozen:
-            items.append(Item(f"frozen weights of the {network.name}", frozen, "in the file", False, network.path))
+            items.append(
+                Item(f"frozen weights of the {network.name}", frozen, "in the file", False, split(network.path)[0])
+            )
         if state.weights - frozen:
             items.append(Item(f"weights of the {network.name}", state.weights - frozen, how, on_gpu))
         if state.moments:
@@ -197,13 +216,15 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
 
 def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) -> Item:
     """oneDNN compiles a bfloat16 product for each shape and keeps the last PRODUCTS. Every microbatch has a number of tokens
-    of its own, and so its own shapes: a product for each kind of linear layer, and two more where it trains."""
+    of its own, and so its own shapes: a product for each kind of linear layer, one more where what lies below it trains, as
+    an adapter does, and another where it trains itself."""
     kinds = {}
     for network, trains in networks:
-        for module in network.modules():
+        for name, module in network.named_modules():
             if isinstance(module, torch.nn.Linear):
                 shape = tuple(module.weight.shape)
-                kinds[shape] = max(kinds.get(shape, 1), 3 if trains and module.weight.requires_grad else 1)
+                products = 3 if module.weight.requires_grad else 2 if name.endswith(".base_layer") else 1
+                kinds[shape] = max(kinds.get(shape, 1), products if trains else 1)
     a_size = sum(kinds.values()) + ATTENTION_PRODUCTS
     count = min(PRODUCTS, lengths.sizes * a_size)
     each = measured()["product_mib"]

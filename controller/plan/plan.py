@@ -20,7 +20,7 @@ from contracts.placement import plan as placement
 from contracts.scorer_roles import chosen_scorers, judges
 from contracts.stages import Stage
 from controller.plan.engine_memory import actor_items, replica_items
-from controller.plan.learner_memory import learner_items, network_shapes, sizes, stage_networks
+from controller.plan.learner_memory import learner_items, network_shapes, served_policy, sizes, stage_networks
 from controller.plan.measured import measured
 from controller.plan.memory_items import MIB, Item, JobPlan, Movement, Process, StagePlan, shown
 from controller.plan.microbatch_lengths import Lengths, batch_lengths
@@ -56,7 +56,7 @@ def plan_stage(config: TandemConfig, stage: Stage, data: Data = lambda item: (),
     """As `plan_job`, of one stage."""
     where, cluster = placement(config), config.cluster
     processes, movements = [Process(DRIVER, 1, ())], list[Movement]()
-    sent = _policy_bytes(config)
+    sent = _sent_weights(config) * getattr(torch, config.model.dtype).itemsize
     if stage.trains:
         lengths, selected = stage_lengths(config, stage, data)
         items = learner_items(config, stage.name, lengths, selected)
@@ -67,7 +67,7 @@ def plan_stage(config: TandemConfig, stage: Stage, data: Data = lambda item: (),
         processes.append(Process(ACTOR, cluster.num_actors, actor, tuple(where.actors)))
         processes += _replicas(config, where)
         processes += [Process(role, 1, ()) for role in SERVE]
-        movements.append(Movement("publish", sent, "every weight once, to a buffer that the actors of a node share"))
+        movements.append(Movement("publish", sent, f"{_every(config)}, to a buffer that the actors of a node share"))
     processes += [Process(role, 1, ()) for role in RAY]
     if stage.samples and not cluster.gpus_per_actor:
         processes = _with_segment(processes, sent, RANK if stage.trains else DRIVER)
@@ -94,18 +94,21 @@ def stage_lengths(config: TandemConfig, stage: Stage, data: Data) -> tuple[Lengt
     return found, found.sequences if name == "reward_model" else sum(found.largest)
 
 
-def _policy_bytes(config: TandemConfig) -> float:
-    return _total(config, stage_networks(config, "ppo")[-1]) * getattr(torch, config.model.dtype).itemsize
+def _sent_weights(config: TandemConfig) -> int:
+    """How many of the policy are published and saved: with LoRA the adapters alone."""
+    if config.model.lora:
+        return sizes(network_shapes(config, stage_networks(config, "ppo")[0])).trained
+    return sizes(network_shapes(config, served_policy(config))).total
 
 
-def _total(config: TandemConfig, network: Any) -> int:
-    return sizes(network_shapes(config, network)).total
+def _every(config: TandemConfig) -> str:
+    return "A and B of every adapter once" if config.model.lora else "every weight once"
 
 
 def _checkpoint(config: TandemConfig, stage: Stage, policy_bytes: float) -> Movement:
     trained = {n.name: sizes(network_shapes(config, n)) for n in stage_networks(config, stage.name) if n.trains}
     if not stage.resumes or not config.checkpoint.every:
-        return Movement("checkpoint", policy_bytes, "every weight once, when the stage is done")
+        return Movement("checkpoint", policy_bytes, f"{_every(config)}, when the stage is done")
     state = sum(12 * found.trained for found in trained.values())
     words = "12 bytes of master and moments for each weight that trains, and the policy's checkpoint"
     return Movement("commit", state + policy_bytes, f"{words}; every {config.checkpoint.every} updates")

@@ -10,8 +10,9 @@ import torch
 
 from common.models.packed_attention import Packed
 from common.processes.memory_room import Room, memory_room
+from common.text.tokenizers import load_config
 from contracts.checks.validation import ConfigError
-from contracts.config import LearnerConfig, ModelConfig, TandemConfig
+from contracts.config import LearnerConfig, LoraConfig, ModelConfig, TandemConfig
 from contracts.records import Example
 from controller.plan.activations import Unplannable, _measure, pass_memory
 from controller.plan.bound import most
@@ -118,6 +119,37 @@ def test_lengths_are_those_of_the_largest_microbatch() -> None:
     config.learner.microbatch_tokens, config.cluster.num_learner_ranks = 100, 1
     bound = batch_lengths(config, [], batch_size=4, steps=3, most=50)
     assert (bound.largest, bound.microbatches, bound.tokens, bound.sizes) == ((50, 50), 2, 200, 6)
+
+
+# ---- LoRA
+
+
+def test_adapters_train_on_one_base_with_moments_of_their_own(tiny_config: TandemConfig) -> None:
+    tiny_config.stage, tiny_config.model.lora = "ppo", LoraConfig(rank=4, targets=["q_proj", "down_proj"])
+    tiny_config.sft_model = tiny_config.proxy_model = tiny_config.model.path
+    tiny_config.ppo.trainable_layers = tiny_config.ppo.value_trainable_layers = None
+    tiny_config.data.gold = None
+    base = load_config(tiny_config.model.path, ModelConfig(path=""))
+    # A [rank, in] and B [out, rank] of two layers' attention and MLP
+    layers, width, mlp = base.num_hidden_layers, base.hidden_size, base.intermediate_size
+    heads = base.num_attention_heads * base.head_dim
+    adapter = layers * 4 * ((width + heads) + (mlp + width))
+    plan = plan_job(tiny_config).largest
+    (rank,) = (process for process in plan.processes if process.role == "learner rank")
+    held = {item.what: item.nbytes for item in rank.items}
+    size = 4 if tiny_config.model.dtype == "float32" else 2
+    each = 8 if size == 4 else 12  # moments, and masters where they are not the weights themselves
+    assert held["masters and moments of the policy"] == each * adapter
+    assert held["masters and moments of the value model"] == each * (adapter + width)  # and its head
+    assert held["weights of the value model"] == size * (adapter + width)  # its base is the policy's
+    assert not any("reference" in what for what in held)
+    sent = {movement.what: movement.nbytes for movement in plan.movements}
+    assert sent["publish"] == size * adapter
+    full = copy.deepcopy(tiny_config)
+    full.model.lora = None
+    less, more = (plan_job(config).largest.cpu for config in (tiny_config, full))
+    assert less < more
+    assert plan.cpu < most(tiny_config, planned_stages(tiny_config)[0], lambda item: ())
 
 
 # ---- the job
