@@ -112,9 +112,9 @@ def pass_memory(network: PolicyModel | ScalarModel, lengths: tuple[int, ...], se
         if deep <= 2 * FEW_LAYERS:
             return _measure(network, part, chosen)
         base = min(frozen, 1)
-        shallow = [_measure(_with_layers(network, base, n), part, chosen) for n in (FEW_LAYERS, 2 * FEW_LAYERS)]
-        found = _line(*shallow, (trained - FEW_LAYERS) / FEW_LAYERS)
-        return replace(found, backward=found.kept + shallow[1].backward - shallow[1].kept)
+        less, more = (_measure(_with_layers(network, base, n), part, chosen) for n in (FEW_LAYERS, 2 * FEW_LAYERS))
+        found = _line(less, more, (trained - FEW_LAYERS) / FEW_LAYERS)
+        return replace(found, backward=found.kept + more.backward - more.kept)
 
     layers = decoder_layers(network.lm)
     frozen = sum(not any(p.requires_grad for p in layer.parameters()) for layer in layers)
@@ -152,22 +152,23 @@ def _measure(network: PolicyModel | ScalarModel, lengths: Sequence[int], selecte
     arguments = (packed, select, select) if isinstance(network, PolicyModel) else (packed, select)
     there = [*network.parameters(), *network.buffers(), *(v for v in vars(packed).values() if isinstance(v, Tensor))]
     trained = [p for p in network.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
     try:
         with LiveTensors(there) as live, torch.no_grad():
             network(*arguments)
-    except (RuntimeError, NotImplementedError) as error:
+        inference = live.peak
+        with LiveTensors(there) as live:
+            out = network(*arguments)
+            numbers = out[0] if isinstance(out, tuple) else out
+            kept, forward = live.now, live.peak
+            live.peak = live.now
+            if trained:
+                numbers.sum().backward()
+    except (RuntimeError, TypeError) as error:  # as of Tensor.item() and Tensor.numpy()
         raise Unplannable(f"{type(network.lm).__name__} cannot be planned: {str(error).splitlines()[0]}") from error
-    inference = live.peak
-    hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
-    with LiveTensors(there) as live:
-        out = network(*arguments)
-        numbers = out[0] if isinstance(out, tuple) else out
-        kept, forward = live.now, live.peak
-        live.peak = live.now
-        if trained:
-            numbers.sum().backward()
-    for hook in hooks:
-        hook.remove()
+    finally:
+        for hook in hooks:
+            hook.remove()
     return PassMemory(kept, forward, live.peak, inference)
 
 

@@ -112,7 +112,8 @@ def _weights(config: TandemConfig, network: Network) -> float:
     """Bytes in the run's number format, from the checkpoint's files."""
     model = model_of(config, network)
     found = load_config(network.path, model)
-    folder = Path(cached_file(split(network.path)[0], CONFIG_NAME, revision=model.revision)).parent
+    file = cached_file(split(network.path)[0], CONFIG_NAME, revision=model.revision)
+    folder = Path(str(file)).parent
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     each = getattr(torch, str(getattr(found, "dtype", None)).removeprefix("torch."), torch.int8).itemsize
     return stored / each * getattr(torch, config.model.dtype).itemsize if stored else inf

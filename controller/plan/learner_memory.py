@@ -218,7 +218,7 @@ def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) ->
     """oneDNN compiles a bfloat16 product for each shape and keeps the last PRODUCTS. Every microbatch has a number of tokens
     of its own, and so its own shapes: a product for each kind of linear layer, one more where what lies below it trains, as
     an adapter does, and another where it trains itself."""
-    kinds = {}
+    kinds = dict[tuple[int, ...], int]()
     for network, trains in networks:
         for name, module in network.named_modules():
             if isinstance(module, torch.nn.Linear):

@@ -115,16 +115,17 @@ def _checkpoint(config: TandemConfig, stage: Stage, policy_bytes: float) -> Move
 
 
 def judges_placed(config: TandemConfig) -> list[tuple[int, str]]:
-    """(number of its bundle, path or "") of each scorer with a place in the placement; a rule's processes are a limit of
-    their own (`memory_gib`)."""
+    """(number of its bundle, its reward model or "") of each scorer with a place in the placement; a rule's processes have
+    a limit of their own (`memory_gib`)."""
     paths = {role: getattr(config, f"{role}_model") or config.model.path for role in judges(config)}
     chosen = chosen_scorers(config.reward_service.scorers, paths)
     placed = {
-        name if entry.path in paths.values() else entry.path or name: entry.path or ""
+        name if entry.path in paths.values() else entry.path or name: entry
         for name, entry in chosen.items()
         if scorer_kind(entry.kind).has_place(entry)
     }
-    return list(enumerate(placed.values()))
+    kinds = [(scorer_kind(entry.kind), entry.path) for entry in placed.values()]
+    return [(n, path if path and kind.is_reward_model else "") for n, (kind, path) in enumerate(kinds)]
 
 
 def _replicas(config: TandemConfig, where: Plan) -> list[Process]:

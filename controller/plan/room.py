@@ -8,6 +8,8 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from common.models.loading import LoadingError
+from common.models.proof import Unproven
 from common.processes.memory_room import Room
 from contracts.checks.check import shown as written
 from contracts.checks.validation import ConfigError, validate
@@ -102,7 +104,7 @@ def _check(
             continue
         try:
             plan = plan_stage(config, stage, data)
-        except Unplannable as error:  # which may fit all the same
+        except (Unplannable, Unproven, LoadingError) as error:  # which may run and fit all the same
             warnings.append(f"warning: memory: whether {stage.title} will fit is not known: {error}")
             continue
         over = next((limit for limit in limits if limit.needed(plan) > limit.there), None)
