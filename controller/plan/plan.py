@@ -29,6 +29,7 @@ from reward_service.scorer_kind import scorer_kind
 DRIVER, RANK, ACTOR, REPLICA = "driver", "learner rank", "actor", "reward replica"
 # Ray's own, one of each with every embedded cluster; and those of Ray Serve, where there is a reward service.
 RAY, SERVE = ("gcs", "raylet and agents", "spare workers"), ("serve controller", "reward front")
+KNOWN = ("sft", "filtered_sft", "reward_model", "preference", "ppo", "evaluate")  # `stage_networks`
 MOST_ITEMS = 100_000  # whose lengths are looked at
 Data = Callable[[str], Sequence[Any]]  # what has been read, by the name of an item; empty where nothing has
 
@@ -47,9 +48,9 @@ def plan_job(config: TandemConfig, data: Data = lambda item: (), gpu_gib: float 
 
 
 def planned_stages(config: TandemConfig) -> list[Stage]:
-    """Those that run, unless their results are in the cache. What a stage of someone else's does is not known."""
-    needed, ours = results_needed(config), [stage for stage in running_stages(config) if ":" not in stage.name]
-    return [stage for stage in ours if not stage.results or needed & stage.checkpoint_keys.keys()]
+    """Those that run, unless their results are in the cache, of those whose networks are known."""
+    needed, known = results_needed(config), [stage for stage in running_stages(config) if stage.name in KNOWN]
+    return [stage for stage in known if not stage.results or needed & stage.checkpoint_keys.keys()]
 
 
 def plan_stage(config: TandemConfig, stage: Stage, data: Data = lambda item: (), gpu_gib: float = 80.0) -> StagePlan:

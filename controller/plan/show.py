@@ -45,10 +45,11 @@ def read_config(overrides: list[str]) -> TandemConfig:
 
 
 def as_text(overrides: list[str]) -> str:
-    """The tables for texts as long as the configuration allows them, 120 columns wide."""
-    out = io.StringIO()
-    draw(plan_job(read_config(overrides)), Console(file=out, width=120))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    """The largest stage's table and the others' amounts, for texts as long as the configuration allows them."""
+    out, plan = io.StringIO(), plan_job(read_config(overrides))
+    others = [f"{stage.title}: {_amounts(stage)}." for stage in plan.stages if stage is not plan.largest]
+    draw(JobPlan((plan.largest,)), Console(file=out, width=120))
+    return "\n".join([*(line.rstrip() for line in out.getvalue().splitlines()), *others])
 
 
 def as_dict(plan: JobPlan) -> dict[str, Any]:
