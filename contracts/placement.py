@@ -129,7 +129,7 @@ def check_nodes(plan: Plan, nodes: list[Resources]) -> None:
                 f"{who} needs {_amount(widest, resource)} on one node; the cluster has {_nodes(nodes, resource)}; "
                 "write a smaller number for each process, or use larger nodes"
             )
-    left = _unplaced(plan, nodes)
+    left = place(plan, nodes)[1]
     if left is not None:
         raise PlacementError(
             f"the job needs {plan.arithmetic('GPU')} and {plan.arithmetic('CPU')}; the cluster has "
@@ -146,19 +146,20 @@ REMEDY = {
 }
 
 
-def _unplaced(plan: Plan, nodes: list[Resources]) -> int | None:
-    """A bundle that is left over when the largest are placed first, each where the least is left; None if all fit. Exact
-    where sizes divide each other, as 1, 2, 4 and 8 do; Ray's own packing is no better."""
+def place(plan: Plan, nodes: list[Resources]) -> tuple[dict[int, int], int | None]:
+    """The node of each bundle when the largest are placed first, each where the least is left, and a bundle that is left
+    over; None if all fit. Exact where sizes divide each other, as 1, 2, 4 and 8 do; Ray's own packing is no better."""
+    placed: dict[int, int] = {}
     left = [dict(node) for node in nodes]
     order = sorted(enumerate(plan.bundles), key=lambda item: (-item[1].get("GPU", 0.0), -item[1].get("CPU", 0.0)))
     for i, bundle in order:
-        fitting = [node for node in left if all(node.get(r, 0.0) + EPSILON >= amount for r, amount in bundle.items())]
+        fitting = [n for n, node in enumerate(left) if all(node.get(r, 0.0) + EPSILON >= a for r, a in bundle.items())]
         if not fitting:
-            return i
-        best = min(fitting, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)))
+            return placed, i
+        placed[i] = best = min(fitting, key=lambda n: (left[n].get("GPU", 0.0), left[n].get("CPU", 0.0)))
         for resource, amount in bundle.items():
-            best[resource] -= amount
-    return None
+            left[best][resource] -= amount
+    return placed, None
 
 
 def _bundle(cpus: float, gpus: float) -> Resources:

@@ -135,6 +135,31 @@ def load_scalar(
     return ScalarModel(_prepare(classifier, learner, on_cpu), proof.layout)
 
 
+def policy_shapes(config: Any, model: ModelConfig, learner: LearnerConfig, form: Form, on_cpu: bool) -> PolicyModel:
+    """What `load_policy` makes in this form, on the meta device: shapes without weights. `config` is of a checkpoint."""
+    return PolicyModel(_shapes(AutoModelForCausalLM, config, model, learner, form, on_cpu), form.layout)
+
+
+def scalar_shapes(config: Any, model: ModelConfig, learner: LearnerConfig, form: Form, on_cpu: bool) -> ScalarModel:
+    """The same of `load_scalar`."""
+    one_label = scalar_config(copy.deepcopy(config))
+    lm = _shapes(AutoModelForSequenceClassification, one_label, model, learner, form, on_cpu)
+    return ScalarModel(lm, form.layout)
+
+
+def _shapes(
+    auto: Any, config: Any, model: ModelConfig, learner: LearnerConfig, form: Form, on_cpu: bool
+) -> PreTrainedModel:
+    with torch.device("meta"):
+        lm = auto.from_config(
+            copy.deepcopy(config),
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=form.attention,
+            trust_remote_code=model.trust_remote_code,
+        )
+    return _prepare(lm.eval(), learner, on_cpu)
+
+
 def _on_base(lm: PreTrainedModel, config: Any, model: ModelConfig, proof: Proof) -> Any:
     """A classifier whose backbone has the parameters and buffers of `lm`: the same tensors, not copies."""
     with torch.device("meta"):

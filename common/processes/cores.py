@@ -22,15 +22,21 @@ def _quotas(groups: Path, own: Path) -> Iterator[float]:
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max), https://docs.kernel.org/scheduler/sched-bwc.html (cfs)
     """
-    for line in _text(own).splitlines():
+    for folder in group_folders(groups, own):
+        yield from _quota(text_of(folder / "cpu.max"))
+        period = text_of(folder / "cpu.cfs_period_us")
+        yield from _quota(f"{text_of(folder / 'cpu.cfs_quota_us').strip()} {period}")
+
+
+def group_folders(groups: Path, own: Path) -> Iterator[Path]:
+    """Where the files of this process's control groups and of all above them may be, in both versions."""
+    for line in text_of(own).splitlines():
         _, controllers, path = line.split(":", 2)
         roots = [groups / name for name in controllers.split(",")] if controllers else [groups, groups / "unified"]
         inner = Path(path.lstrip("/"))
         for root in roots:
             for folder in (inner, *inner.parents):  # the last of them is the root's own
-                yield from _quota(_text(root / folder / "cpu.max"))
-                period = _text(root / folder / "cpu.cfs_period_us")
-                yield from _quota(f"{_text(root / folder / 'cpu.cfs_quota_us').strip()} {period}")
+                yield root / folder
 
 
 def _quota(text: str) -> Iterator[float]:
@@ -40,7 +46,7 @@ def _quota(text: str) -> Iterator[float]:
         yield int(quota) / int(period)
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """Nothing of a file that is not there."""
     try:
         return path.read_text()

@@ -13,11 +13,14 @@ from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.scorer_roles import scoring_models
+from contracts.stages import Stage
+from controller.cluster.placement_group import nodes
 from controller.cluster.runtime import Runtime, ray_session
 from controller.cluster.signals import Stop
 from controller.commits.resume import RunDirectory
 from controller.data.datasets import fingerprint
 from controller.data.inputs import Inputs
+from controller.plan.room import check_nodes_room
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 
@@ -36,6 +39,7 @@ class StageContext:
     runtime: Runtime
     # The checkpoint of an earlier stage, by the name of its result, or `base`. Raises ConfigError where there is none.
     checkpoint: Callable[[str], str]
+    will_run: Callable[[Stage], bool]  # whether a result of a stage is still to be made
     # Each waits for proofs of vLLM, which are under way.
     proofs: list[Callable[[], list[Any]]] = field(default_factory=list)
     result: str = ""  # the result that is made, as reward_model/proxy: the name of its lines in the logs
@@ -98,6 +102,9 @@ class StageContext:
         if not ray.is_initialized():
             with self.stop.kept(), self.phase("starting Ray"):
                 self.runtime.start()
+            if self.config.cluster.address != "local":
+                for warning in check_nodes_room(self.config, self.data.__getitem__, nodes(), self.will_run):
+                    self.progress.line(warning)
             self.directory.started_ray(ray_session() if self.config.cluster.address == "local" else None)
 
     @contextmanager

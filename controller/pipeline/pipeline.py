@@ -22,6 +22,7 @@ import psutil
 
 from common.files.durable import replace_text
 from common.processes.cores import usable_cores
+from common.processes.memory_room import memory_room
 from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import TandemConfig
@@ -35,6 +36,7 @@ from controller.data.inputs import Inputs, load_inputs
 from controller.loop.recovery import once_more
 from controller.pipeline.context import StageContext
 from controller.pipeline.store import StageStore, code_of, file_name
+from controller.plan.room import check_room
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 from controller.start_checks.amounts import check_amounts, check_model
@@ -72,6 +74,7 @@ class Pipeline:
             stop=stop,
             runtime=Runtime(config),
             checkpoint=self.checkpoint,
+            will_run=self._will_run,
         )
         ends = self.context.end_ids([config.model.path], "prompts", "eval_prompts")
         if len(ends) > 1:
@@ -84,7 +87,23 @@ class Pipeline:
         free_gib = psutil.virtual_memory().available / 2**30
         for warning in check_machine(config, free_gib, usable_cores(), nodes):
             progress.line(warning)
+        if nodes:
+            for warning in check_room(config, data.__getitem__, memory_room(), self._will_run):
+                progress.line(warning)
         self.context.proofs.append(begin_proofs(config))
+
+    def _will_run(self, stage: Stage) -> bool:
+        """Whether a result of a stage is neither given nor in the cache."""
+        if not stage.results:
+            return True
+        needed, keys = results_needed(self.config), stage.checkpoint_keys
+        try:
+            found = [
+                self.store.find(name, stage.inputs(self.context.made_for(name))) for name in keys if name in needed
+            ]
+        except ConfigError:  # of an earlier stage, whose result is not there yet
+            return True
+        return None in found
 
     def run(self) -> dict[str, Any]:
         """Run `config.stage`. Returns the numbers of the summary."""

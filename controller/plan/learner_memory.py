@@ -1,0 +1,279 @@
+"""What a learner rank holds: weights, masters and moments as DeepSpeed keeps them, gradients, and the activations of a pass.
+
+With P weights, of which T train, e bytes a weight, and N ranks, as DeepSpeed 0.19 allocates:
+
+    ZeRO   weights         masters   moments   in a backward pass                  in the optimizer step
+    0      e P             4 T       8 T       e T, and e T to reduce them          e T + 4 T
+    1, 2   e P             4 T / N   8 T / N   e T in a bucket, 2 e T / N besides   (4 + 2 e) T / N
+    3      e P / N         4 T / N   8 T / N   e T in a bucket, e T / N besides,    e T, (4 + 2 e) T / N
+                                               e P of gathered weights
+
+A bucket has 5e8 weights at most, and 1e9 are gathered at most: larger models have less than that at a time. In float32 a
+gradient is not converted in the step (2 e in place of 4 + 2 e), and without ZeRO the weights are their own masters.
+
+On a CPU a weight that does not train stays in the pages of its checkpoint's file, which all processes of a node share, where
+the file has the number format of the run.
+
+With LoRA the T are adapters and heads. Policy and value model have one frozen base, and the reference is the policy without
+its adapter (`learner/adapted_models.py`).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from common.models.adapters import split
+from common.models.forward import Form
+from common.models.lora import add_adapter, target_modules
+from common.text.tokenizers import load_config
+from contracts.config import ModelConfig, TandemConfig
+from contracts.estimators import chosen_estimator
+from contracts.methods import chosen_preference
+from controller.plan.activations import FUSED, PassMemory, pass_memory
+from controller.plan.measured import measured
+from controller.plan.memory_items import MIB, Item, shown
+from controller.plan.microbatch_lengths import Lengths
+from learner.models import (
+    PolicyModel,
+    ScalarModel,
+    freeze_below,
+    policy_shapes,
+    prove_policy,
+    prove_scalar,
+    scalar_config,
+    scalar_shapes,
+)
+
+MASTER, MOMENTS = 4, 8  # bytes a weight: float32, and Adam's two
+PRODUCTS, ATTENTION_PRODUCTS = 1024, 6  # that oneDNN keeps; two of attention, each with two in the backward pass
+BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
+
+
+@dataclass(frozen=True)
+class Network:
+    """One of the learner's models."""
+
+    name: str  # policy, value model, ...
+    path: str
+    is_scalar: bool = False
+    trainable_layers: int | None = None
+    freeze_embeddings: bool = False
+    trains: bool = True
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of weights."""
+
+    total: int
+    trained: int
+
+
+def stage_networks(config: TandemConfig, stage: str) -> list[Network]:
+    """What the learner of a stage loads, in order."""
+    path, ppo = config.model.path, config.ppo
+    if stage in ("sft", "filtered_sft"):
+        return [Network("policy", path, trainable_layers=config.sft.trainable_layers)]
+    if stage == "preference":
+        return [Network("policy", path, trainable_layers=chosen_preference(config).trainable_layers)]
+    if stage == "reward_model":
+        chosen = config.reward_model
+        layers, embeddings = chosen.trainable_layers, chosen.freeze_embeddings
+        return [Network("reward model", path, True, layers, freeze_embeddings=embeddings)]
+    networks = [Network("policy", config.sft_model or path, trainable_layers=ppo.trainable_layers)]
+    if chosen_estimator(ppo).has_value_model:
+        networks.append(Network("value model", config.proxy_model or path, True, ppo.value_trainable_layers))
+    return [*networks, *([served_policy(config)] if config.model.lora is None else [])]
+
+
+def served_policy(config: TandemConfig) -> Network:
+    """The policy as actors have it, and the reference."""
+    return Network("reference", config.sft_model or config.model.path, trains=False)
+
+
+def network_shapes(
+    config: TandemConfig, network: Network, model: ModelConfig | None = None
+) -> PolicyModel | ScalarModel:
+    """The network on the meta device, in the form in which it is computed, with what trains marked; `model` as it is loaded
+    where that is not as the learner does."""
+    learner, on_cpu = config.learner, config.cluster.gpus_per_learner_rank == 0
+    model = model or model_of(config, network)
+    key = repr((network, model, learner.attention, learner.gradient_checkpointing, on_cpu))
+    if key in _SHAPES:
+        return _SHAPES[key]
+    found = load_config(network.path, model)
+    form = Form(FUSED, "packed")
+    make = scalar_shapes if network.is_scalar else policy_shapes
+    if on_cpu:
+        prove = prove_scalar if network.is_scalar else prove_policy
+        form = prove(scalar_config(found) if network.is_scalar else found, model, learner, on_cpu).form
+    shapes = make(found, model, learner, form, on_cpu)
+    shapes.lm.requires_grad_(network.trains)
+    if network.trains and model.lora:
+        add_adapter(shapes.lm, model.lora, target_modules(shapes.lm, model.lora, network.trainable_layers), seed=0)
+        if isinstance(shapes, ScalarModel):
+            shapes.lm.score.weight.requires_grad_(True)
+    elif network.trains:
+        freeze_below(shapes.lm, network.trainable_layers, network.freeze_embeddings)
+    return _SHAPES.setdefault(key, shapes)
+
+
+_SHAPES: dict[str, PolicyModel | ScalarModel] = {}
+
+
+def model_of(config: TandemConfig, network: Network) -> ModelConfig:
+    """The revision is that of `model.path` alone."""
+    return config.model if network.path == config.model.path else replace(config.model, revision=None)
+
+
+def sizes(shapes: torch.nn.Module) -> Sizes:
+    parameters = list(shapes.parameters())
+    return Sizes(
+        total=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+    )
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of one network on one rank."""
+
+    weights: float
+    masters: float
+    moments: float
+    backward: float  # in a backward pass, beside activations
+    earlier: float  # of that, what is there before the last microbatch
+    step: float  # in the optimizer step
+    gathered: float = 0.0  # of `backward`, full weights
+
+
+def network_state(found: Sizes, size: int, zero: int, ranks: int) -> State:
+    """As the module's docstring has it. `size` is e."""
+    total, trained, mine = found.total, found.trained, found.trained / (ranks if zero else 1)
+    converted = 0 if size == MASTER else MASTER
+    if zero == 0:
+        masters = converted * trained
+        gradients = size * trained
+        return State(size * total, masters, MOMENTS * trained, 2 * gradients, gradients, gradients + masters)
+    bucket, step = size * min(trained, BUCKET), (converted + 2 * size) * mine
+    if zero < 3:
+        return State(size * total, MASTER * mine, MOMENTS * mine, bucket + 2 * size * mine, size * mine, step)
+    gathered = size * min(total, LIVE) if trained or ranks > 1 else 0
+    kept = bucket + size * mine
+    step = kept + step - size * mine
+    return State(size * total / ranks, MASTER * mine, MOMENTS * mine, gathered + kept, kept, step, gathered)
+
+
+def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: int) -> list[Item]:
+    """What one rank holds at its peak, beside its libraries and the buffer of the transfer.
+
+    Args:
+        selected: positions of the largest microbatch that reach the head.
+    """
+    networks = stage_networks(config, stage)
+    shapes = {network.name: network_shapes(config, network) for network in networks}
+    size, zero = getattr(torch, config.model.dtype).itemsize, config.learner.zero_stage
+    ranks, on_gpu = config.cluster.num_learner_ranks, config.cluster.gpus_per_learner_rank > 0
+    counts = {name: sizes(shape) for name, shape in shapes.items()}
+    if config.model.lora and "value model" in counts:  # whose base is the policy's
+        trained = counts["value model"].trained
+        counts["value model"] = Sizes(trained, trained)
+    states = {name: network_state(found, size, zero, ranks) for name, found in counts.items()}
+    items = []
+    for network in networks:
+        found, state = counts[network.name], states[network.name]
+        over = f" over {ranks} ranks by ZeRO-{zero}" if zero and ranks > 1 else ""
+        frozen = size * (found.total - found.trained) if zero < 3 and not on_gpu and _is_mapped(config, network) else 0
+        how = (
+            f"{found.total / 1e6:.1f}M, {found.trained / 1e6:.1f}M train, {size} bytes each{over if zero == 3 else ''}"
+        )
+        if frozen:
+            items.append(
+                Item(f"frozen weights of the {network.name}", frozen, "in the file", False, split(network.path)[0])
+            )
+        if state.weights - frozen:
+            items.append(Item(f"weights of the {network.name}", state.weights - frozen, how, on_gpu))
+        if state.moments:
+            how = f"4 bytes of a master and 8 of moments for each that trains{over}"
+            how = how if state.masters else f"8 bytes of moments for each that trains{over}; it is its own master"
+            what = f"masters and moments of the {network.name}"
+            items.append(Item(what, state.masters + state.moments, how, on_gpu))
+    passes = {name: pass_memory(shape, lengths.largest, selected) for name, shape in shapes.items()}
+    working = _working(config, stage, lengths, states, passes, on_gpu)
+    items.append(working)
+    if not on_gpu:
+        slack = measured()["slack"]
+        how = f"{slack:.0%} of the last: copies that products make, and pieces of the heap that nothing fits (measured)"
+        items.append(Item("slack of the heap", slack * working.nbytes, how, least=0.0))
+    if not on_gpu and zero:
+        share = measured()["bucket"]
+        how = f"{share:.0%} of DeepSpeed's bucket of {BUCKET:.0e} weights, whose place others take meanwhile (measured)"
+        items.append(Item("place of the bucket", share * size * BUCKET, how, least=0.0))
+    if not on_gpu and config.model.dtype == "bfloat16":
+        items.append(_compiled([(shapes[n.name], n.trains) for n in networks], lengths))
+    return items
+
+
+def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) -> Item:
+    """oneDNN compiles a bfloat16 product for each shape and keeps the last PRODUCTS. Every microbatch has a number of tokens
+    of its own, and so its own shapes: a product for each kind of linear layer, one more where what lies below it trains, as
+    an adapter does, and another where it trains itself."""
+    kinds = dict[tuple[int, ...], int]()
+    for network, trains in networks:
+        for name, module in network.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                shape = tuple(module.weight.shape)
+                products = 3 if module.weight.requires_grad else 2 if name.endswith(".base_layer") else 1
+                kinds[shape] = max(kinds.get(shape, 1), products if trains else 1)
+    a_size = sum(kinds.values()) + ATTENTION_PRODUCTS
+    count = min(PRODUCTS, lengths.sizes * a_size)
+    each = measured()["product_mib"]
+    how = f"{lengths.sizes} microbatch sizes x {a_size} shapes, at most {PRODUCTS}, {each} MiB each (measured)"
+    return Item("compiled products", count * each * MIB, how, least=0.0)
+
+
+def _is_mapped(config: TandemConfig, network: Network) -> bool:
+    """Whether transformers leaves the weights where they are: it converts other number formats."""
+    found = load_config(network.path, model_of(config, network))
+    return str(getattr(found, "dtype", None)).removeprefix("torch.") == config.model.dtype
+
+
+def _working(
+    config: TandemConfig,
+    stage: str,
+    lengths: Lengths,
+    states: dict[str, State],
+    passes: dict[str, PassMemory],
+    on_gpu: bool,
+) -> Item:
+    """Activations and gradients: the larger of a backward pass and an optimizer step, which do not coincide."""
+    trained = [name for name, state in states.items() if state.moments]
+    tokens, held = sum(lengths.largest), held_tokens(config, stage, lengths)
+    earlier = sum(states[name].earlier for name in trained) if lengths.microbatches > 1 else 0.0
+    kept = sum(passes[name].kept for name in trained) * held / tokens
+    if held < tokens:  # one microbatch of one model at a time
+        activations = max(passes[name].peak for name in trained)
+    else:  # all graphs are there when the first of them is walked back
+        activations = kept + max(passes[name].peak - passes[name].kept for name in trained)
+    complete = sum(states[name].earlier for name in trained)
+    gathered = max(state.gathered for state in states.values())
+    starts = earlier + gathered + max(activations, kept + max(found.inference for found in passes.values()))
+    ends = complete + max(state.backward - state.earlier for state in states.values())  # activations are gone
+    step = complete + max(states[name].step - states[name].earlier for name in trained)
+    words = f"{lengths.sequences} sequences of {tokens} tokens, {lengths.microbatches} microbatches a step"
+    words += f", graphs of {held} tokens kept" if held > tokens else ""
+    largest = max(starts, ends, step)
+    how = (
+        f"{words}: a backward pass {shown(starts)}, its end {shown(ends)}, an optimizer step {shown(step)}; the largest"
+    )
+    least = largest if lengths.certain else max(ends, step)
+    return Item("activations and gradients", largest, how, on_gpu, least=least)
+
+
+def held_tokens(config: TandemConfig, stage: str, lengths: Lengths) -> int:
+    """Tokens of a rank whose graphs wait for the others': a reward model compares all texts of a batch. 0: none waits."""
+    if stage == "reward_model":
+        return lengths.tokens
+    if stage in ("sft", "filtered_sft"):
+        return 0
+    return min(config.learner.held_tokens, lengths.tokens)

@@ -1,0 +1,283 @@
+"""The plan of a job's memory: counts worked out by hand, and a pass on the meta device against the same pass on the CPU."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from common.models.packed_attention import Packed
+from common.processes.memory_room import Room, memory_room
+from common.text.tokenizers import load_config
+from contracts.checks.validation import ConfigError
+from contracts.config import LearnerConfig, LoraConfig, ModelConfig, TandemConfig
+from contracts.records import Example
+from controller.plan.activations import Unplannable, _measure, pass_memory
+from controller.plan.bound import most
+from controller.plan.engine_memory import kv_bytes_a_token
+from controller.plan.learner_memory import Network, Sizes, network_shapes, network_state, sizes
+from controller.plan.memory_items import GIB
+from controller.plan.microbatch_lengths import batch_lengths
+from controller.plan.plan import plan_job, plan_stage, planned_stages
+from controller.plan.room import check_nodes_room, check_room
+from learner.models import freeze_below, load_policy, policy_shapes, prove_policy
+from tests import tiny_models
+
+MODEL, LEARNER = ModelConfig(path="", dtype="float32"), LearnerConfig()
+
+
+@pytest.mark.parametrize(
+    ("size", "zero", "ranks", "expected"),
+    [  # bytes: weights, masters, moments, in a backward pass, of that before its last microbatch, in the step
+        (2, 0, 1, (2000, 2400, 4800, 2400, 1200, 3600)),
+        (4, 0, 1, (4000, 0, 4800, 4800, 2400, 2400)),
+        (2, 2, 2, (2000, 1200, 2400, 1200 + 1200, 600, 2400)),
+        (2, 3, 2, (1000, 1200, 2400, 2000 + 1200 + 600, 1800, 1800 + 600 + 1200)),
+    ],
+)
+def test_state_of_1000_weights_of_which_600_train(size: int, zero: int, ranks: int, expected: tuple) -> None:
+    state = network_state(Sizes(1000, 600), size, zero, ranks)
+    assert (state.weights, state.masters, state.moments, state.backward, state.earlier, state.step) == expected
+
+
+def shapes_of(name: str, layers: int | None = None, **more: Any) -> Any:
+    config = tiny_models.TINY[name]()
+    for key, value in more.items():
+        setattr(config, key, value)
+    proof = prove_policy(config, MODEL, LEARNER, True)
+    network = policy_shapes(config, MODEL, LEARNER, proof.form, True)
+    freeze_below(network.lm, layers, False)
+    return network
+
+
+def kept_on_cpu(name: str, lengths: list[int], folder: Path) -> int:
+    """Bytes of what autograd keeps in a real pass, each storage once, weights aside."""
+    tiny_models.make(name, seed=0).save_pretrained(folder)
+    network = load_policy(str(folder), ModelConfig(path=str(folder), dtype="float32"), LEARNER, True)
+    weights = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
+    packed = Packed.of([[5] * n for n in lengths], torch.device("cpu"))
+    select = torch.zeros(sum(lengths), dtype=torch.int64)
+    weights |= {t.untyped_storage().data_ptr() for t in (*vars(packed).values(), select) if isinstance(t, torch.Tensor)}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = network(packed, select, select)
+    del out
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gemma2", "gpt2"])
+def test_a_pass_keeps_what_the_same_pass_keeps_on_the_cpu(name: str, tmp_path: Path) -> None:
+    lengths = [40, 31, 25]
+    expected = kept_on_cpu(name, lengths, tmp_path)
+    assert pass_memory(shapes_of(name), tuple(lengths), sum(lengths)).kept == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("layers", [None, 5])
+def test_a_large_pass_is_read_off_small_ones(layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controller.plan.activations.MANY_TOKENS", 400)
+    network = shapes_of("llama", layers, num_hidden_layers=9)
+    lengths = [60 + i % 7 for i in range(32)]
+    found, exact = pass_memory(network, tuple(lengths), 1600), _measure(network, lengths, 1600)
+    assert found.kept == pytest.approx(exact.kept, rel=0.02)
+    assert found.backward == pytest.approx(exact.backward, rel=0.03)
+    assert found.inference == pytest.approx(exact.inference, rel=0.1)
+
+
+def test_gradient_checkpointing_keeps_less() -> None:
+    config = tiny_models.TINY["llama"]()
+    proof = prove_policy(config, MODEL, LEARNER, True)
+    again = LearnerConfig(gradient_checkpointing=True)
+    plain = pass_memory(policy_shapes(config, MODEL, LEARNER, proof.form, True), (50,) * 4, 10)
+    less = pass_memory(policy_shapes(config, MODEL, again, proof.form, True), (50,) * 4, 10)
+    # of each of two layers its input alone: 200 tokens x 128 x 4 bytes, beside what the head keeps
+    assert less.kept < plain.kept / 3
+    assert less.kept > 2 * 200 * 128 * 4
+
+
+def test_a_model_that_reads_its_own_numbers_is_named() -> None:
+    with pytest.raises(Unplannable, match="GPTJForCausalLM"):
+        pass_memory(shapes_of("gptj"), (20, 20), 10)
+
+
+def test_kv_cache_of_smollm2() -> None:
+    config = tiny_models.of(
+        "Llama", hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+    )()
+    assert kv_bytes_a_token(config, 2) == 2 * 30 * 3 * 64 * 2 == 23040
+
+
+def test_lengths_are_those_of_the_largest_microbatch() -> None:
+    config = TandemConfig()
+    config.learner.microbatch_tokens, config.cluster.num_learner_ranks = 100, 1
+    bound = batch_lengths(config, [], batch_size=4, steps=3, most=50)
+    assert (bound.largest, bound.microbatches, bound.tokens, bound.sizes) == ((50, 50), 2, 200, 6)
+
+
+# ---- LoRA
+
+
+def test_adapters_train_on_one_base_with_moments_of_their_own(tiny_config: TandemConfig) -> None:
+    tiny_config.stage, tiny_config.model.lora = "ppo", LoraConfig(rank=4, targets=["q_proj", "down_proj"])
+    tiny_config.sft_model = tiny_config.proxy_model = tiny_config.model.path
+    tiny_config.ppo.trainable_layers = tiny_config.ppo.value_trainable_layers = None
+    tiny_config.data.gold = None
+    base = load_config(tiny_config.model.path, ModelConfig(path=""))
+    # A [rank, in] and B [out, rank] of two layers' attention and MLP
+    layers, width, mlp = base.num_hidden_layers, base.hidden_size, base.intermediate_size
+    heads = base.num_attention_heads * base.head_dim
+    adapter = layers * 4 * ((width + heads) + (mlp + width))
+    plan = plan_job(tiny_config).largest
+    (rank,) = (process for process in plan.processes if process.role == "learner rank")
+    held = {item.what: item.nbytes for item in rank.items}
+    size = 4 if tiny_config.model.dtype == "float32" else 2
+    each = 8 if size == 4 else 12  # moments, and masters where they are not the weights themselves
+    assert held["masters and moments of the policy"] == each * adapter
+    assert held["masters and moments of the value model"] == each * (adapter + width)  # and its head
+    assert held["weights of the value model"] == size * (adapter + width)  # its base is the policy's
+    assert not any("reference" in what for what in held)
+    sent = {movement.what: movement.nbytes for movement in plan.movements}
+    assert sent["publish"] == size * adapter
+    full = copy.deepcopy(tiny_config)
+    full.model.lora = None
+    less, more = (plan_job(config).largest.cpu for config in (tiny_config, full))
+    assert less < more
+    assert plan.cpu < most(tiny_config, planned_stages(tiny_config)[0], lambda item: ())
+
+
+# ---- the job
+
+
+@pytest.fixture
+def job(tiny_config: TandemConfig) -> TandemConfig:
+    tiny_config.stage = "sft"
+    return tiny_config
+
+
+def test_every_process_of_a_job_is_there(job: TandemConfig) -> None:
+    job.stage = "ppo"
+    job.sft_model = job.proxy_model = job.model.path
+    job.data.gold = None
+    roles = [process.role for process in plan_job(job).largest.processes]
+    assert roles[:4] == ["driver", "learner rank", "actor", "reward replica"]
+    assert {"gcs", "raylet and agents", "serve controller", "reward front"} <= {*roles}
+
+
+def test_pages_of_a_checkpoint_are_there_once(job: TandemConfig) -> None:
+    job.sft.trainable_layers = 1
+    shapes = network_shapes(job, Network("policy", job.model.path, trainable_layers=1))
+    frozen = sizes(shapes).total - sizes(shapes).trained
+    one = copy.deepcopy(job)
+    job.cluster.num_learner_ranks = 2
+    mapped = [
+        sum(i.nbytes * p.count for p in plan_job(c).largest.processes for i in p.items if i.file) for c in (one, job)
+    ]
+    assert mapped == [2 * frozen, 2 * frozen]
+
+
+ALWAYS = lambda stage: True  # noqa: E731
+
+
+@pytest.fixture
+def large(job: TandemConfig) -> TandemConfig:
+    """Activations of 16384 tokens, of texts that are there."""
+    job.learner.microbatch_tokens, job.sft.max_tokens, job.sft.batch_size = 16384, 64, 256
+    return job
+
+
+def texts(item: str) -> list[Any]:
+    return [Example([5] * 64, [True] * 64)] * 300
+
+
+def test_a_job_without_room_is_told_what_brings_most(large: TandemConfig) -> None:
+    sft = plan_job(large, texts).largest
+    assert sft.least < sft.cpu
+    assert check_room(large, texts, Room(sft.least, "whole", sft.cpu, "free"), ALWAYS) == []
+    assert check_room(large, texts, Room(0, "whole", 0, "free"), lambda stage: False) == []  # its result is there
+    with pytest.raises(ConfigError, match=r"SFT needs at least .* \(the limit of a test\)") as refused:
+        check_room(large, texts, Room(sft.least - 1, "the limit of a test", 0, "free"), ALWAYS)
+    large.learner.microbatch_tokens = 8192
+    saved = (sft.least - plan_job(large, texts).largest.least) / GIB
+    assert f"learner.microbatch_tokens=8192 ({saved:.1f} GiB less)" in str(refused.value)
+
+
+def test_what_is_likely_and_not_certain_is_a_warning(large: TandemConfig) -> None:
+    sft = plan_job(large, texts).largest
+    (warning,) = check_room(large, texts, Room(sft.least, "whole", sft.cpu - 1, "free now"), ALWAYS)
+    assert warning.startswith("warning: memory: SFT is likely to hold")
+    assert "(free now)" in warning
+    # the same of texts as long as they may get: only weights, moments and gradients are certain
+    assert plan_job(large).largest.least < sft.least
+
+
+def test_nodes_of_a_cluster_are_told_apart(job: TandemConfig) -> None:
+    job.cluster.address, job.cluster.num_learner_ranks, job.cluster.cpus_per_process = "auto", 2, 1.0
+    rank = next(p for p in plan_job(job, texts).largest.processes if p.role == "learner rank")
+
+    def nodes(*memory: float) -> list[dict[str, float]]:
+        return [{"CPU": 2.0, "memory": amount - 7, "object_store_memory": 8} for amount in memory]
+
+    assert check_nodes_room(job, texts, nodes(2 * rank.cpu + 1), ALWAYS) == []
+    (warning,) = check_nodes_room(job, texts, nodes(2 * rank.least), ALWAYS)
+    assert "is likely to hold, on one node," in warning
+    with pytest.raises(ConfigError, match=r"needs at least .*on all 1 nodes"):
+        check_nodes_room(job, texts, nodes(2 * rank.least - 100), ALWAYS)
+    with pytest.raises(ConfigError, match=r"a process that needs at least .*on the largest node"):
+        check_nodes_room(job, texts, nodes(*[rank.least - 100] * 4), ALWAYS)
+    job.cluster.num_nodes = 2  # which may still come
+    assert check_nodes_room(job, texts, nodes(1000), ALWAYS) == []
+
+
+def test_what_fits_by_far_needs_no_pass(large: TandemConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    large.stage, large.sft_model, large.proxy_model = "pipeline", None, None
+    for stage in planned_stages(large):
+        assert plan_stage(large, stage).cpu < most(large, stage, lambda item: ()) < 40 * GIB, stage.name
+    monkeypatch.setattr("controller.plan.room.plan_stage", None)
+    assert check_room(large, lambda item: (), Room(0, "whole", 40 * GIB, "free"), ALWAYS) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "left"),
+    [
+        ("0::/pod/box\n", {"pod/box/memory.max": "max\n", "pod/box/memory.current": "5\n"}, None),
+        (
+            "0::/pod/box\n",
+            {
+                "pod/memory.max": f"{GIB}\n",
+                "pod/memory.current": f"{GIB // 2}\n",
+                "pod/memory.stat": f"anon 7\ninactive_file {GIB // 4}\n",
+            },
+            0.75 * GIB,
+        ),
+        (
+            "3:memory:/docker/box\n2:cpu,cpuacct:/docker/box\n",
+            {
+                "memory/memory.limit_in_bytes": f"{GIB}\n",
+                "memory/memory.usage_in_bytes": f"{GIB // 4}\n",
+                "memory/memory.stat": "total_inactive_file 1024\n",
+            },
+            0.75 * GIB + 1024,
+        ),
+        (
+            "3:memory:/\n",
+            {"memory/memory.limit_in_bytes": "9223372036854771712\n", "memory/memory.usage_in_bytes": "1\n"},
+            None,
+        ),
+    ],
+)
+def test_a_limit_of_a_control_group_counts(own: str, files: dict[str, str], left: float | None, tmp_path: Path) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    room = memory_room(tmp_path / "groups", tmp_path / "own")
+    assert ("free of the machine" in room.free_source) == (left is None)
+    assert ("the machine's" in room.whole_source) == (left is None)
+    assert left is None or (room.free, room.whole) == (left, GIB + psutil.swap_memory().total)
