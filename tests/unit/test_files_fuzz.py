@@ -192,7 +192,7 @@ def test_a_broken_file_of_a_stage_is_made_anew(cache: Cache, raw: bytes, name: s
     (cache.folder / name).write_bytes(before)
     if found is not None:
         assert name != "stage.json"
-        assert all(isinstance(json.loads(text), dict) for text in raw.decode().split("\n") if text)
+        assert all(isinstance(json.loads(text), dict) for text in raw.decode().split("\n") if text.strip())
 
 
 # ---- the ledger
