@@ -60,8 +60,6 @@ class VLLMEngine:
             "tensor_parallel_size": config.tensor_parallel_size,
             "enforce_eager": config.enforce_eager,
             "seed": seed,
-            # A prefix computed by older weights must never be reused after an update.
-            "enable_prefix_caching": False,
             # log p at the sampling temperature, as the learner computes it; the default ignores the temperature.
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": {"backend": weight_transfer},
@@ -84,8 +82,13 @@ class VLLMEngine:
                 # Within a placement group vLLM would choose Ray, which takes no bundle with several GPUs.
                 "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else "uni",
             }
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        self._engine.set_weight_version("0")
+        options = EngineArgs(**arguments)
+        # The samples of a group compute their prompt once. Not where a layer has a recurrent state: what vLLM has for those
+        # wants prompts that may be cut.
+        options.enable_prefix_caching = options.create_model_config().attn_type == "decoder"
+        if options.enable_prefix_caching and on_cpu:
+            options.block_size = 32  # tokens; whole blocks are shared, and the default is 128
+        self._engine = LLMEngine.from_engine_args(options)
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._requests: dict[str, Future[RequestOutput]] = {}
         self._ids = count()
@@ -93,6 +96,8 @@ class VLLMEngine:
         self._steps = 0
         self._lost: BaseException | None = None
         self._weights = WeightReceiver(self.exchange)
+        self._salts = count()
+        self._set_version(0)
 
     # ---- any thread
 
@@ -113,9 +118,16 @@ class VLLMEngine:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What is submitted within starts in one decoding step, where that takes at most a second: the log-probabilities
-        of a request depend in the last bits on its neighbours, and so do not depend on the time."""
+        of a request depend in the last bits on its neighbours, and so do not depend on the time. An idle engine forgets
+        what prefixes it has seen, on which they depend in the same way."""
         submitted = threading.Event()
-        self._call(lambda: submitted.wait(SUBMIT_S))
+
+        def hold() -> None:
+            if not self._engine.has_unfinished_requests():
+                self._forget_prefixes()
+            submitted.wait(SUBMIT_S)
+
+        self._call(hold)
         try:
             yield
         finally:
@@ -165,7 +177,7 @@ class VLLMEngine:
         def run() -> None:
             if method == "set_weight_version":
                 assert argument is not None
-                self._engine.set_weight_version(str(argument["version"]))
+                self._set_version(argument["version"])
                 self._updating = False
                 return
             if method == "start_weight_update":
@@ -198,12 +210,33 @@ class VLLMEngine:
             except BaseException as error:
                 self._lost = error  # some layers are new and some are old
                 raise
-            self._engine.set_weight_version(str(version))
+            self._set_version(version)
             return time.perf_counter() - start
 
         return self._call(run).result()
 
     # ---- the thread inside `run`
+
+    def _set_version(self, version: int | str) -> None:
+        self._engine.set_weight_version(str(version))
+        self._forget_prefixes()
+
+    def _forget_prefixes(self) -> None:
+        """What is computed from now on uses no prefix that was computed before. vLLM's own way to do so wants an engine
+        without requests; a salt that nobody had does it among them. Those that wait get it too. Those that run go on with
+        what they have, and should they be interrupted and start again, they look for nothing: what they compute until then
+        is from older weights in part, and has the salt that they began with."""
+        self._salt = (
+            f"{self._engine.get_weight_version()}.{next(self._salts)}"  # versions come again, of another publisher
+        )
+        core: Any = self._engine.engine_core  # vLLM's clients are several; this one is in this process
+        for request in core.engine_core.scheduler.requests.values():
+            if request.num_computed_tokens > 0:
+                request.skip_reading_prefix_cache = True
+            else:
+                request.cache_salt = self._salt
+                request.block_hashes.clear()
+                request.update_block_hashes()
 
     def _request(self, token_ids: list[int], params: SamplingParams, read: Callable[[RequestOutput], Any]) -> Future:
         result: Future = Future()
@@ -214,7 +247,8 @@ class VLLMEngine:
             raw.add_done_callback(lambda done: _forward(done, result, read))
             self._requests[request_id] = raw
             try:
-                self._engine.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+                prompt: Any = {"prompt_token_ids": token_ids, "cache_salt": self._salt}
+                self._engine.add_request(request_id, prompt, params)
             except Exception as error:  # vLLM validates here; the caller of this one request must hear of it
                 del self._requests[request_id]
                 result.set_exception(error)

@@ -125,7 +125,7 @@ def training(job: dict[str, Any]) -> dict[str, Any]:
 
 def generation(job: dict[str, Any]) -> dict[str, float]:
     """Seconds for the prompts of one update: with vLLM's cheapest sampling, and with what `VLLMEngine.submit` asks for (a
-    seed and a log-probability for every token, text). Prefixes are not cached: every repetition computes its prompts."""
+    seed and a log-probability for every token, text). No request finds a prefix: every repetition computes its prompts."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -146,7 +146,8 @@ def generation(job: dict[str, Any]) -> dict[str, float]:
     def once(options: dict[str, Any], seeded: bool) -> None:
         for i, ids in enumerate(prompts):
             params = SamplingParams(**common, **options, seed=i if seeded else None)
-            engine.add_request(str(next(serial)), {"prompt_token_ids": ids}, params)
+            name = str(next(serial))
+            engine.add_request(name, {"prompt_token_ids": ids, "cache_salt": name}, params)
         made = 0
         while engine.has_unfinished_requests():
             made += sum(len(out.outputs[0].token_ids) for out in engine.step() if out.finished)

@@ -72,23 +72,30 @@ def join(
     return Ranks(rank, world_size, on_cpu)
 
 
-def _zero(learner: LearnerConfig) -> dict[str, Any]:
+def _zero(learner: LearnerConfig, on_cpu: bool) -> dict[str, Any]:
+    memory = {"device": "cpu", "pin_memory": not on_cpu}
+    offloaded = {"none": [], "optimizer": ["offload_optimizer"], "parameters": ["offload_optimizer", "offload_param"]}
     return {
         "stage": learner.zero_stage,
-        "overlap_comm": False,
+        "overlap_comm": not on_cpu,  # beside the backward pass, in a stream of its own; gloo has none
         "contiguous_gradients": True,
         "stage3_param_persistence_threshold": 0,
+        **dict.fromkeys(offloaded[learner.offload], memory),
     }
 
 
-def _config(learner: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(learner: LearnerConfig, dtype: torch.dtype, on_cpu: bool) -> dict[str, Any]:
+    """What DeepSpeed is told, and over it `learner.deepspeed`."""
+    more = dict(learner.deepspeed)
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "zero_optimization": _zero(learner),
+        "zero_optimization": _zero(learner, on_cpu) | more.pop("zero_optimization", {}),
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # which is compiled first; PyTorch's fused one steps what is offloaded, too
         "steps_per_print": 1 << 30,
+        **more,
     }
 
 
@@ -128,7 +135,7 @@ class TrainEngine:
             return warm * left
 
         dtype = next(model.parameters()).dtype
-        config = _config(learner, dtype) | {"gradient_clipping": optimizer.max_grad_norm}
+        config = deepspeed_config(learner, dtype, ranks.on_cpu) | {"gradient_clipping": optimizer.max_grad_norm}
         self._engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=[p for _, p in named],
@@ -311,5 +318,6 @@ def frozen(model: PolicyModel, learner: LearnerConfig, ranks: Ranks) -> Any:
     model.requires_grad_(False)
     if learner.zero_stage < 3:
         return model.to(ranks.device)
-    engine, *_ = deepspeed.initialize(model=model, config=_config(learner, next(model.parameters()).dtype))
+    config = deepspeed_config(learner, next(model.parameters()).dtype, ranks.on_cpu)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
     return engine

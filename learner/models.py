@@ -258,6 +258,8 @@ def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTr
             # transformers loads models in evaluation mode, in which nothing is recomputed; what else training mode turns on,
             # as a router's jitter, would make a second pass another one.
             module.training = bool(getattr(module, "gradient_checkpointing", False))
+        for layer in decoder_layers(lm)[learner.checkpointed_layers :] if learner.checkpointed_layers else ():
+            layer.gradient_checkpointing = layer.training = False
     if on_cpu:
         make_lean(lm)
     return lm

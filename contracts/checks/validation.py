@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from contracts.checks.check import Check, key_checks, shown
 from contracts.checks.cluster_checks import cluster_checks, placement_conflicts, stated_nodes
+from contracts.checks.deepspeed_checks import deepspeed_checks
 from contracts.checks.estimator_checks import estimator_checks
 from contracts.checks.lora_checks import lora_checks
 from contracts.checks.mixture_checks import mixture_checks
@@ -316,7 +317,11 @@ def validate(config: TandemConfig) -> None:
     Raises:
         ConfigError: lists every conflict, one a line: the rule, the value found and what to write instead.
     """
+<<<<<<< HEAD
     single = [*key_checks(config), *_method_checks(config), *_learner_checks(config), *lora_checks(config)]
+=======
+    single = [*key_checks(config), *_method_checks(config), *_learner_checks(config), *deepspeed_checks(config)]
+>>>>>>> main
     raise_conflicts(
         [
             *_path_checks(config),

@@ -22,6 +22,8 @@ SAID = re.compile(
 )
 HASHES = re.compile(r"####")
 WORDS = re.compile(r"[A-Za-z]{2,}")
+# "It is 7", "it's 7": nobody writes products so, and the library would read I*t*i*s*7.
+PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2}(?:['’][a-z]+)?\s+\$?[A-Za-z\d]")
 COMMANDS = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+")
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt pi max min gcd lcm det".split()  # noqa: SIM905
@@ -158,8 +160,10 @@ def expression(text: str) -> str | None:
         return None
     if UNREAD.search(re.sub(r"\\times|\\cdot", "*", text)) or HUGE.search(text) or "\\text" in text or "$" in text:
         return None
-    words = [word for word in WORDS.findall(COMMANDS.sub(" ", text)) if word.lower() not in FUNCTIONS]
-    return None if any(len(word) > 2 for word in words) else text
+    plain = COMMANDS.sub(" ", text)
+    prose = [said for said in PROSE.findall(plain) if said[:2].lower() not in FUNCTIONS]
+    words = [word for word in WORDS.findall(plain) if word.lower() not in FUNCTIONS]
+    return None if prose or any(len(word) > 2 for word in words) else text
 
 
 def _bound() -> int | None:

@@ -1,5 +1,6 @@
 """The reward service, started once for all tests that need it."""
 
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from common.processes.process_env import scorer_env
+from common.processes.process_env import scorer_env, worker_env
 from contracts.catalogue import catalogue
 from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, ScorerConfig
 from contracts.metrics import declared
@@ -32,6 +34,19 @@ def _metrics_of_runs_are_declared(tmp_path_factory: pytest.TempPathFactory) -> I
     texts = [path.read_text() for path in tmp_path_factory.getbasetemp().rglob("metrics.jsonl")]
     names = {name for text in texts for name in re.findall(r'"([a-z_]+/\w+)": ', text)}
     assert {name for name in names if not declared(name, catalogue())} == set()
+
+
+@pytest.fixture(scope="module")
+def engine_environment() -> Iterator[None]:
+    """Of processes that are forked from this one, with vLLM imported."""
+    before = dict(os.environ)
+    os.environ.update(worker_env(1, on_cpu=True))
+    torch.set_num_threads(1)
+    import actors.vllm_engine  # noqa: F401
+
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def free_port() -> int:
@@ -71,6 +86,7 @@ def start_reward_service(proxy: Path, folder: Path) -> RewardService:
             "odd": ScorerConfig(**rule, function=f"{folder}/rules.py:odd"),
             "few": ScorerConfig(**rule, function=f"{folder}/rules.py:few"),
             "both": ScorerConfig(kind="ensemble", parts=["proxy", "odd"], std_coef=0.5),
+            "math": ScorerConfig(kind="verifier", verifier="math"),
         }
     )
     started.wait(120)

@@ -1,33 +1,20 @@
 """The proof of an engine: it accepts what is right, and tells every way in which vLLM alone keeps or loses weights."""
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from actors.engine_proof import EngineUnproven, compare, in_fork, prove_engine, save_tokenizer, verdict
-from common.processes.process_env import worker_env
 from contracts.config import ModelConfig
 from tests.conftest import SMOLLM
 from tests.tiny_models import TINY, make
 
-
-@pytest.fixture(scope="module", autouse=True)
-def engine_environment() -> Iterator[None]:
-    """Of processes that are forked from this one."""
-    before = dict(os.environ)
-    os.environ.update(worker_env(1, on_cpu=True))
-    torch.set_num_threads(1)
-    import actors.vllm_engine  # noqa: F401
-
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("engine_environment")
 
 
 def said_of(name: str, folder: Path, before: Callable[[], None] = lambda: None) -> str | None:

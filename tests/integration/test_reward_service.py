@@ -1,5 +1,6 @@
 """Real Ray Serve with a tiny reward model, reached by handle as the actors do."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 
 from contracts.config import ScorerConfig
+from contracts.records import Prompt
 from contracts.scoring import write_golden
 from reward_service.app import RewardService
 from reward_service.client import HandleClient
+from tests.conftest import SMOLLM
 from tests.integration.conftest import replicas
 
 SEQUENCES = [[5, 9, 7, 2], [8, 2], [5, 9, 7, 2], [*range(10, 60), 2]]
@@ -48,6 +51,21 @@ def test_a_bad_item_harms_itself_alone(client: HandleClient) -> None:
     assert [s.value is None for s in scores] == [False, True, True, True, False]
 
 
+def test_a_verifier_sees_completions_and_the_rows_of_their_prompts(client: HandleClient) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM)
+    asked = tokenizer("What is half of it?")["input_ids"]
+    said = ["It is 7.", "It is 7.", "The answer is 14", "7", "no idea"]
+    answers = ["7", "14", "14", None, "7"]
+    prompts = [Prompt(i, "", tuple(asked), row=json.dumps({"answer": a} if a else {})) for i, a in enumerate(answers)]
+    sequences = [[*asked, *tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in said]
+    scores = client.score("math", sequences, [len(asked)] * len(said), prompts)
+    assert [s.value for s in scores] == [1.0, 0.0, 1.0, None, 0.0]
+    assert [s.parts and s.parts["extracted"] for s in scores] == [1.0, 1.0, 1.0, None, 0.0]
+    assert "answer must be there" in (scores[3].error or "")
+
+
 @pytest.mark.parametrize("part", ["reward-proxy", "reward:"])
 def test_a_killed_replica_or_front_loses_nothing(part: str, client: HandleClient) -> None:
     before = [s.value for s in client.score("proxy", SEQUENCES)]
@@ -70,7 +88,6 @@ def test_an_unknown_scorer_and_a_version_that_is_gone_are_errors_not_scores(clie
 def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
     reward_service: RewardService, reward_model: Path, tmp_path: Path
 ) -> None:
-    import json
     import shutil
     import threading
 

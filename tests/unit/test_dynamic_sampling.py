@@ -1,6 +1,7 @@
 """Groups of equal scores give way to others: the loop's own collection, dispatcher, ledger and stream, on actors that answer
 at once with scores that follow from the prompt."""
 
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,11 +54,13 @@ class Eager(Actor):
 class Run:
     """Updates that collect and train nothing."""
 
-    def __init__(self, score: Any, folder: Path, staleness: int = 0, rollouts: int = 8, **ppo: Any) -> None:
+    def __init__(
+        self, score: Any, folder: Path, staleness: int = 0, rollouts: int = 8, samples: int = SAMPLES, **ppo: Any
+    ) -> None:
         self.actor = Eager(score)
-        self.dispatcher, self.ledger = start([self.actor], staleness, rollouts, SAMPLES)
+        self.dispatcher, self.ledger = start([self.actor], staleness, rollouts, samples)
         config = TandemConfig()
-        config.ppo.estimator, config.ppo.rollouts_per_update, config.ppo.samples_per_prompt = "grpo", rollouts, SAMPLES
+        config.ppo.estimator, config.ppo.rollouts_per_update, config.ppo.samples_per_prompt = "grpo", rollouts, samples
         config.ppo.dynamic_sampling.max_batches = 4
         for name, value in ppo.items():
             setattr(config.ppo, name, value)
@@ -237,6 +240,24 @@ def test_failed_scores_are_counted_over_the_update(tmp_path: Path) -> None:
     assert len(keys) == 8
     result = audit(run.log)
     assert (result.quarantined, result.faults) == (2, [])
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_no_update_waits_for_ever_whatever_has_no_score(seed: int, tmp_path: Path) -> None:
+    """Failed scorings and equal groups leave batches with parts of groups: rounds and admissions still fit each other."""
+    rng = random.Random(seed)
+    samples, staleness = rng.choice([2, 3, 4]), seed % 3
+
+    def score(prompt_id: int, sample: int) -> float | None:
+        return None if rng.random() < 0.15 else float(sample) if rng.random() < 0.5 else 0.5
+
+    ppo = {"max_failed_scores": 1.0, "minibatches": 1}
+    run = Run(score, tmp_path, staleness, rng.choice([2, 3]) * samples, samples, **ppo)
+    trained = sum(len(run.update(12 - i)[0]) for i in range(12))
+    result = audit(run.log)
+    assert (result.faults, result.open, result.trained) == ([], 0, trained)
+    assert result.admitted == trained + result.filtered + result.quarantined
+    assert result.quarantined > 0
 
 
 def test_what_is_a_group_with_spread() -> None:

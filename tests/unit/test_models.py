@@ -229,20 +229,20 @@ def test_dropout_is_off_also_in_training_mode(attention: str, small_vocab: Path,
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(small_vocab: Path) -> None:
     gradients, calls = [], []
-    for checkpointing in (False, True):
-        model = policy(small_vocab, gradient_checkpointing=checkpointing)
-        count = [0]
-        model.lm.model.layers[0].mlp.register_forward_pre_hook(
-            lambda *_, count=count: count.__setitem__(0, count[0] + 1)
-        )
+    for checkpointing, layers in ((False, None), (True, None), (True, 1)):
+        model = policy(small_vocab, gradient_checkpointing=checkpointing, checkpointed_layers=layers)
+        count = [0, 0]
+        for i, layer in enumerate(model.lm.model.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, i=i, count=count: count.__setitem__(i, count[i] + 1))
         packed = Packed.of(SEQUENCES, CPU)
         logprobs, _ = model(packed, torch.arange(4), torch.arange(4))
         logprobs.sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-        calls.append(count[0])
-    assert calls == [1, 2]
+        calls.append(count)
+    assert calls == [[1, 1], [2, 2], [2, 1]]
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+        for recomputed in gradients[1:]:
+            torch.testing.assert_close(recomputed[name], gradient, msg=name)
 
 
 # ---- weights by name

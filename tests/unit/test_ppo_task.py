@@ -371,12 +371,14 @@ def test_kept_graphs_and_recomputed_ones_agree_exactly(
         assert all(torch.equal(recomputed[name], held[name]) for name in recomputed)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
-def test_sharding_changes_nothing(zero_stage: int, config: TandemConfig, make_task: Callable[..., PPOTask]) -> None:
+@pytest.mark.parametrize(("zero_stage", "offload"), [(1, "none"), (2, "none"), (1, "optimizer"), (2, "optimizer")])
+def test_sharding_changes_nothing(
+    zero_stage: int, offload: str, config: TandemConfig, make_task: Callable[..., PPOTask]
+) -> None:
     task = make_task(config)
     before = weights_of(task.policy), weights_of(task.value)
     _, policy, value = updated(task, 8)
-    config.learner.zero_stage, config.learner.held_tokens = zero_stage, 1000
+    config.learner.zero_stage, config.learner.held_tokens, config.learner.offload = zero_stage, 1000, offload
     _, sharded_policy, sharded_value = updated(make_task(config), 8)
     assert_same(sharded_policy, policy, before[0], 1e-3)
     assert_same(sharded_value, value, before[1], 1e-3)

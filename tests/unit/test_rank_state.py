@@ -25,10 +25,16 @@ from tests.unit.test_ppo_task import EOS, PTX, ROLLOUTS, SCORES
 
 @pytest.fixture
 def make(small_vocab: Path, tiny_model: Path, tmp_path: Path, ranks: Ranks) -> Callable[..., PPOTask]:
-    def make(dtype: str = "float32", zero: int = 0, change: Callable[[TandemConfig], None] | None = None) -> PPOTask:
+    def make(
+        dtype: str = "float32",
+        zero: int = 0,
+        change: Callable[[TandemConfig], None] | None = None,
+        offload: str = "none",
+    ) -> PPOTask:
         model = small_vocab if dtype == "float32" else tiny_model
         config = make_config(model, tmp_path, dtype)
         config.learner.zero_stage, config.learner.held_tokens = zero, 0 if zero == 3 else 1000
+        config.learner.offload = offload
         config.ppo.optimizer.learning_rate, config.ppo.optimizer.schedule = 1e-3, "linear"
         config.ppo.updates, config.ppo.optimizer.warmup_steps = 8, 2
         config.ppo.trainable_layers, config.ppo.target_approx_kl = 1, None
@@ -60,12 +66,22 @@ def commit(task: PPOTask, folder: Path) -> dict[str, Any]:
     return task.state.result()
 
 
-@pytest.mark.parametrize(("dtype", "zero"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 2), ("bfloat16", 3)])
+@pytest.mark.parametrize(
+    ("dtype", "zero", "offload"),
+    [
+        ("float32", 0, "none"),
+        ("bfloat16", 0, "none"),
+        ("bfloat16", 2, "none"),
+        ("bfloat16", 3, "none"),
+        ("bfloat16", 2, "optimizer"),
+        ("bfloat16", 3, "parameters"),
+    ],
+)
 def test_a_resumed_rank_goes_on_bit_for_bit(
-    dtype: str, zero: int, make: Callable[..., PPOTask], tmp_path: Path
+    dtype: str, zero: int, offload: str, make: Callable[..., PPOTask], tmp_path: Path
 ) -> None:
     """The unbroken task writes its commit while it trains on."""
-    unbroken = make(dtype, zero)
+    unbroken = make(dtype, zero, offload=offload)
     for number in range(2):
         update(unbroken, number)
     (tmp_path / "step_2").mkdir()
@@ -76,7 +92,7 @@ def test_a_resumed_rank_goes_on_bit_for_bit(
     records = unbroken.state.result()
     assert all(durable.problem(tmp_path / "step_2" / name, record) is None for name, record in records.items())
 
-    resumed = make(dtype, zero)
+    resumed = make(dtype, zero, offload=offload)
     assert resumed.state.check(str(tmp_path / "step_2"), records) is None
     resumed.load_commit(str(tmp_path / "step_2"))
     assert [update(resumed, number) for number in (2, 3)] == expected

