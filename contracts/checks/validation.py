@@ -317,11 +317,8 @@ def validate(config: TandemConfig) -> None:
     Raises:
         ConfigError: lists every conflict, one a line: the rule, the value found and what to write instead.
     """
-<<<<<<< HEAD
-    single = [*key_checks(config), *_method_checks(config), *_learner_checks(config), *lora_checks(config)]
-=======
-    single = [*key_checks(config), *_method_checks(config), *_learner_checks(config), *deepspeed_checks(config)]
->>>>>>> main
+    single = [*key_checks(config), *_method_checks(config), *_learner_checks(config)]
+    single += [*lora_checks(config), *deepspeed_checks(config)]
     raise_conflicts(
         [
             *_path_checks(config),
