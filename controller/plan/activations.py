@@ -109,7 +109,7 @@ def pass_memory(network: PolicyModel | ScalarModel, lengths: tuple[int, ...], se
 
     def of_layers(part: Sequence[int]) -> PassMemory:
         chosen, deep = selected * sum(part) // sum(lengths), trained + frozen
-        if deep <= 2 * FEW_LAYERS:
+        if deep <= 2 * FEW_LAYERS or some_recompute:
             return _measure(network, part, chosen)
         base = min(frozen, 1)
         less, more = (_measure(_with_layers(network, base, n), part, chosen) for n in (FEW_LAYERS, 2 * FEW_LAYERS))
@@ -117,6 +117,7 @@ def pass_memory(network: PolicyModel | ScalarModel, lengths: tuple[int, ...], se
         return replace(found, backward=found.kept + more.backward - more.kept)
 
     layers = decoder_layers(network.lm)
+    some_recompute = len({getattr(layer, "gradient_checkpointing", False) for layer in layers}) > 1
     frozen = sum(not any(p.requires_grad for p in layer.parameters()) for layer in layers)
     trained = len(layers) - frozen
     if not trained:  # nothing is kept, whatever the depth

@@ -46,7 +46,8 @@ def _most(config: TandemConfig, stage: Stage, data: Data) -> float:
     total = sum(known["private"].values()) * MIB + sum(group["mib"] for group in known["libraries"].values()) * MIB
     if stage.trains:
         ranks = cluster.num_learner_ranks
-        rank = 0.0 if cluster.gpus_per_learner_rank else _rank(config, stage, data)
+        is_elsewhere = cluster.gpus_per_learner_rank and config.learner.offload == "none"
+        rank = 0.0 if is_elsewhere else _rank(config, stage, data)
         total += ranks * (rank + known["private"]["learner rank"] * MIB)
     if stage.samples:
         policy = served_policy(config)

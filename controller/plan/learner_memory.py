@@ -98,7 +98,7 @@ def network_shapes(
     where that is not as the learner does."""
     learner, on_cpu = config.learner, config.cluster.gpus_per_learner_rank == 0
     model = model or model_of(config, network)
-    key = repr((network, model, learner.attention, learner.gradient_checkpointing, on_cpu))
+    key = repr((network, model, learner.attention, learner.gradient_checkpointing, learner.checkpointed_layers, on_cpu))
     if key in _SHAPES:
         return _SHAPES[key]
     found = load_config(network.path, model)
@@ -174,7 +174,7 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
     shapes = {network.name: network_shapes(config, network) for network in networks}
     size, zero = getattr(torch, config.model.dtype).itemsize, config.learner.zero_stage
     ranks, on_gpu = config.cluster.num_learner_ranks, config.cluster.gpus_per_learner_rank > 0
-    counts = {name: sizes(shape) for name, shape in shapes.items()}
+    counts, offload = {name: sizes(shape) for name, shape in shapes.items()}, config.learner.offload
     if config.model.lora and "value model" in counts:  # whose base is the policy's
         trained = counts["value model"].trained
         counts["value model"] = Sizes(trained, trained)
@@ -192,12 +192,14 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
                 Item(f"frozen weights of the {network.name}", frozen, "in the file", False, split(network.path)[0])
             )
         if state.weights - frozen:
-            items.append(Item(f"weights of the {network.name}", state.weights - frozen, how, on_gpu))
+            items.append(
+                Item(f"weights of the {network.name}", state.weights - frozen, how, on_gpu and offload != "parameters")
+            )
         if state.moments:
             how = f"4 bytes of a master and 8 of moments for each that trains{over}"
             how = how if state.masters else f"8 bytes of moments for each that trains{over}; it is its own master"
             what = f"masters and moments of the {network.name}"
-            items.append(Item(what, state.masters + state.moments, how, on_gpu))
+            items.append(Item(what, state.masters + state.moments, how, on_gpu and offload == "none"))
     passes = {name: pass_memory(shape, lengths.largest, selected) for name, shape in shapes.items()}
     working = _working(config, stage, lengths, states, passes, on_gpu)
     items.append(working)

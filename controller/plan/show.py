@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.command_line import command_line_problems
+from common.command_line import command_line_problems, whole_sections
 from common.models.precision import choose_dtypes
 from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, raise_conflicts, validate
@@ -36,7 +36,7 @@ def read_config(overrides: list[str]) -> TandemConfig:
     raise_conflicts([], command_line_problems(overrides, CONF))
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = to_config(compose("config", [*overrides, "run_dir=runs/plan"]))
+            config = to_config(compose("config", [*whole_sections(overrides), "run_dir=runs/plan"]))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from None
     validate(config)

@@ -121,6 +121,16 @@ def test_lengths_are_those_of_the_largest_microbatch() -> None:
     assert (bound.largest, bound.microbatches, bound.tokens, bound.sizes) == ((50, 50), 2, 200, 6)
 
 
+def test_what_is_offloaded_is_in_the_host(tiny_config: TandemConfig) -> None:
+    tiny_config.stage, tiny_config.cluster.gpus_per_learner_rank = "sft", 1.0
+    hosts = []
+    for tiny_config.learner.offload in ("none", "optimizer", "parameters"):
+        rank = next(p for p in plan_job(tiny_config).largest.processes if p.role == "learner rank")
+        hosts.append({item.what for item in rank.items if not item.on_gpu} - {"libraries"})
+    moments, weights = "masters and moments of the policy", "weights of the policy"
+    assert hosts == [set(), {moments}, {moments, weights}]
+
+
 # ---- LoRA
 
 
