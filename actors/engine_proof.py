@@ -28,13 +28,14 @@ from common.error_text import typed_line
 from common.files.durable import write_json
 from common.files.fingerprints import json_digest
 from common.files.source_code import installed_versions
+from common.models.lora import adapter_parameters, stored_name, with_telling_adapter
 from common.models.precision import cpu_flags
 from common.models.proof import row_logprobs
 from common.models.twin import LARGEST, NoTwin, telling_weights, twin_config
 from common.processes.process_env import worker_env
 from common.processes.shared_memory import pack
 from common.text.tokenizers import load_config, vocab_size
-from contracts.config import EngineConfig, ModelConfig
+from contracts.config import EngineConfig, LoraConfig, ModelConfig
 from contracts.interfaces import EngineLostError
 from contracts.weights import Parameters
 
@@ -49,10 +50,12 @@ FLOAT32_TOLERANCE = 2e-3
 HALF_TOLERANCE = 0.1
 TIMEOUT_S = 300.0
 SOURCES = (
+    "actors/adapter_merging.py",
     "actors/engine_proof.py",
     "actors/vllm_engine.py",
     "actors/weight_transfer.py",
     "common/processes/shared_memory.py",
+    "common/models/lora.py",
     "common/models/proof.py",
     "common/models/twin.py",
 )
@@ -71,7 +74,8 @@ class Differences:
     published: float  # B when it was sent, from the class's B
     returned: float  # A when it was sent, from A as it was loaded
     moved: float  # the class's B from its A
-    limit: float  # of `loaded` and `published`
+    limit: float  # of all but `returned`
+    adapted: float = 0.0  # A with an adapter when that was sent, from the class's; 0 without model.lora
 
     def fault(self) -> str | None:
         """What is wrong with these numbers, or None."""
@@ -79,6 +83,7 @@ class Differences:
             "it differs from transformers": (self.loaded, self.limit),
             "after a publish of other weights it differs from transformers": (self.published, self.limit),
             "after a publish of its first weights it differs from what it was": (self.returned, FLOAT32_TOLERANCE),
+            "after a publish of an adapter it differs from transformers with PEFT": (self.adapted, self.limit),
         }
         for what, (nats, limit) in said.items():
             if not nats <= limit:
@@ -104,7 +109,7 @@ def prove_engine(model: ModelConfig, max_model_len: int, memory: Path | None = N
         EngineUnproven: naming the model, and the numbers or what vLLM said.
     """
     config = load_config(model.path, model)
-    remembered = memory / f"{_key(config, model.dtype, max_model_len)}.json" if memory else None
+    remembered = memory / f"{_key(config, model, max_model_len)}.json" if memory else None
     answer = _recall(remembered) if remembered else None
     if answer is None:
         answer = _ask(model, max_model_len)
@@ -137,12 +142,13 @@ def verdict(answer: dict[str, Any]) -> str | None:
     return next((f"in {name}, {fault}" for name, fault in faults.items() if fault), None)
 
 
-def _key(config: Any, dtype: str, max_model_len: int) -> str:
+def _key(config: Any, model: ModelConfig, max_model_len: int) -> str:
     plain = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
     root = Path(__file__).parent.parent
     code = [hashlib.sha256((root / name).read_bytes()).hexdigest() for name in SOURCES]
     cpu = [platform.machine(), *sorted(cpu_flags())]  # they choose the kernels
-    return "engine-" + json_digest([plain, dtype, max_model_len, code, installed_versions(PACKAGES), cpu])[:32]
+    wanted = [plain, model.dtype, asdict(model)["lora"], max_model_len]
+    return "engine-" + json_digest([*wanted, code, installed_versions(PACKAGES), cpu])[:32]
 
 
 def _ask(model: ModelConfig, max_model_len: int) -> dict[str, Any]:
@@ -214,7 +220,8 @@ def in_fork(work: Callable[[Path], None]) -> dict[str, Any]:
 
 
 def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None:
-    """Write the proof of an engine that loads `first` and is sent `second` and `first`, and end the process.
+    """Write the proof of an engine that loads `first` and is sent `second` and `first`, with model.lora an adapter too, and
+    end the process.
 
     `model` gives the number format; its path is not read."""
     from actors.vllm_engine import VLLMEngine
@@ -224,6 +231,7 @@ def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS]
     of_first, of_second = (class_logprobs(path, rows, model.trust_remote_code) for path in (first, second))
+    adapter, of_adapted = with_adapter(first, rows, model) if model.lora else ({}, of_first)
     options = EngineConfig(max_num_seqs=len(rows), max_model_len=max(LENGTHS) + 8, kv_cache_gib=1 / 16)
     engine = VLLMEngine(mine, options, "shared_memory", on_cpu=True, end_ids=())
     is_exact = model.dtype == "float32"
@@ -244,6 +252,9 @@ def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None
             limit = FLOAT32_TOLERANCE if is_exact else HALF_TOLERANCE * moved
             found = (difference(loaded, of_first), difference(sent, of_second), difference(logprobs(), loaded))
             answer = asdict(Differences(*found, moved=moved, limit=limit))
+            if adapter:
+                engine.exchange(*pack(adapter), 3, model.lora)
+                answer["adapted"] = difference(logprobs(), of_adapted)
         except BaseException as error:
             answer = {"error": typed_line(error)[:300]}
         result.write_text(json.dumps(answer))
@@ -260,12 +271,27 @@ def compare(first: Path, second: Path, model: ModelConfig, result: Path) -> None
 @torch.no_grad()
 def class_logprobs(path: Path, rows: list[list[int]], trust_remote_code: bool = False) -> torch.Tensor:
     """log p of every token but a row's first under the checkpoint's own class, row by row in float32."""
+    lm = in_float32(path, trust_remote_code)
+    return torch.cat([row_logprobs(lm, row) for row in rows])
+
+
+@torch.no_grad()
+def with_adapter(path: Path, rows: list[list[int]], model: ModelConfig) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """An adapter on all targets of `model.lora`, as a learner sends it, and log p as `class_logprobs` with it."""
+    lm = with_telling_adapter(in_float32(path, model.trust_remote_code), model.lora)
+    parameters = adapter_parameters(lm)
+    for parameter in parameters.values():
+        parameter.copy_(parameter.to(getattr(torch, model.dtype)))  # the values that engines are sent
+    sent = {stored_name(lm, name): p.to(getattr(torch, model.dtype)) for name, p in parameters.items()}
+    return sent, torch.cat([row_logprobs(lm, row) for row in rows])
+
+
+def in_float32(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
     ).eval()
-    return torch.cat([row_logprobs(lm, row) for row in rows])
 
 
 def packed(path: Path) -> tuple[Parameters, torch.Tensor]:
@@ -335,4 +361,9 @@ def main(model: ModelConfig, max_model_len: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    main(ModelConfig(**asked["model"]), asked["max_model_len"], Path(asked["folder"]))
+    lora = asked["model"].pop("lora")
+    main(
+        ModelConfig(**asked["model"], lora=LoraConfig(**lora) if lora else None),
+        asked["max_model_len"],
+        Path(asked["folder"]),
+    )

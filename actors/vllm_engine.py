@@ -65,6 +65,7 @@ class VLLMEngine:
             "tensor_parallel_size": config.tensor_parallel_size,
             "enforce_eager": config.enforce_eager,
             "seed": seed,
+            "use_tqdm_on_load": False,  # an adapter reads the checkpoint again at every update
             # log p at the sampling temperature, as the learner computes it; the default ignores the temperature.
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": {"backend": weight_transfer},
@@ -204,14 +205,16 @@ class VLLMEngine:
     def load_weights(self, update: WeightUpdate) -> LoadReport:
         return self._weights.load(update)
 
-    def exchange(self, parameters: Parameters, buffer: torch.Tensor, version: int) -> float:
-        """All of one update between two decoding steps; with `model.lora` it is the adapters. Returns the seconds that it
-        took.
+    def exchange(
+        self, parameters: Parameters, buffer: torch.Tensor, version: int, lora: LoraConfig | None = None
+    ) -> float:
+        """All of one update between two decoding steps: adapters with `lora`, which is `model.lora` of an engine that has
+        it. Returns the seconds that it took.
 
         Raises:
             WeightsRefused: they are no adapters on the checkpoint that the engine has loaded, which goes on.
         """
-        return self._call(lambda: self._exchange(parameters, buffer, version, self._lora)).result()
+        return self._call(lambda: self._exchange(parameters, buffer, version, lora or self._lora)).result()
 
     # ---- the thread inside `run`
 

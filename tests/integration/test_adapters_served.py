@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import pytest
+import ray
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -13,14 +14,19 @@ from transformers import AutoModelForCausalLM
 from actors.engine_proof import save_tokenizer
 from common.models.proof import row_logprobs
 from common.processes.shared_memory import pack
-from contracts.config import EngineConfig, LoraConfig, ModelConfig
+from contracts.config import EngineConfig, LoraConfig, ModelConfig, SamplingConfig
+from contracts.records import Prompt, RolloutRequest
 from contracts.weights import WeightsRefused
-from tests.conftest import make_tiny_model
+from controller.cluster.runtime import Runtime
+from learner.weight_publisher import BACKEND, WeightPublisher
+from learner.weight_sources import stored_source
+from tests.conftest import kill, make_config, make_tiny_model
 from tests.forked_engine import beside_engine
 from tests.tiny_models import TINY, make
 
 pytestmark = pytest.mark.usefixtures("engine_environment")
 ROWS = [[(7 * i) % 290 + 3 for i in range(40)], [(11 * i) % 290 + 3 for i in range(17)]]
+REQUESTS = [RolloutRequest(0, 0, Prompt(0, "", tuple(ROWS[0])), seed=1)]
 Adapter = dict[str, Tensor]
 
 
@@ -167,3 +173,47 @@ def test_an_engine_starts_from_the_directory_of_an_adapter(tmp_path: Path) -> No
     assert said["begun"] == said["sent"]
     gap = torch.tensor(said["begun"]) - of_peft(path, lora, kept, merge=True)
     assert gap.abs().mean() < 0.05
+
+
+@pytest.mark.usefixtures("ray_runtime")
+def test_a_late_actor_gets_base_and_adapter_and_the_base_is_an_update_of_nothing(tmp_path: Path) -> None:
+    path, lora = make_tiny_model(tmp_path / "model", torch.bfloat16, tied=True), LoraConfig(rank=4, dora=True)
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=32,
+        target_modules="all-linear",
+        use_dora=True,
+        init_lora_weights=False,
+        base_model_name_or_path=str(path),
+    )
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path), settings).save_pretrained(tmp_path / "adapter")
+    config = make_config(path, tmp_path)
+    config.model.lora, config.cluster.num_actors, config.cluster.threads_per_actor = lora, 1, 1
+    runtime = Runtime(config)
+    try:
+        with runtime.actors(str(path), BACKEND, (2,), None) as actors:
+
+            def now() -> tuple[list[list[float]], set[int]]:
+                done = ray.get(actors[0].rollout.remote(REQUESTS, SamplingConfig(max_completion_tokens=4), [], 60))
+                said = ray.get(actors[0].token_logprobs.remote([(row, 1) for row in ROWS]))
+                return said, {int(v) for r in done for v in r.completion.policy_versions}
+
+            begun, _ = now()
+            publisher = WeightPublisher(BACKEND, stored_source(str(tmp_path / "adapter"), config.model))
+            publisher.connect(actors)
+            report = publisher.send(1)
+            assert report is not None
+            report.require_all()
+            assert report.nbytes < 0.05 * sum(f.stat().st_size for f in path.glob("*.safetensors"))
+            adapted = now()
+            assert adapted[1] == {1}
+            assert adapted[0] != begun
+            kill(actors)
+            assert runtime.replace_actor(actors, 0, report.update)
+            assert now() == adapted
+            base = WeightPublisher(BACKEND, stored_source(str(path), config.model))
+            base.connect(actors)
+            assert base.send(2) is not None
+            assert now() == (begun, {2})
+    finally:
+        runtime.release()

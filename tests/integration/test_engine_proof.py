@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from actors.engine_proof import EngineUnproven, compare, in_fork, prove_engine, save_tokenizer, verdict
-from contracts.config import ModelConfig
+from contracts.config import LoraConfig, ModelConfig
 from tests.conftest import SMOLLM
 from tests.tiny_models import TINY, make
 
 pytestmark = pytest.mark.usefixtures("engine_environment")
+
+
+LORA = LoraConfig(rank=4, targets=["q_proj", "o_proj"])
 
 
 def said_of(name: str, folder: Path, before: Callable[[], None] = lambda: None) -> str | None:
@@ -26,7 +29,7 @@ def said_of(name: str, folder: Path, before: Callable[[], None] = lambda: None) 
 
     def work(result: Path) -> None:
         before()
-        compare(paths[0], paths[1], ModelConfig(path=name, dtype="float32"), result)
+        compare(paths[0], paths[1], ModelConfig(path=name, dtype="float32", lora=LORA), result)
 
     answer = in_fork(work)
     return verdict({"formats": {}, **answer} if "error" in answer else {"formats": {"float32": answer}})
@@ -65,6 +68,17 @@ def test_the_proof_tells_that_vllm_alone_does_not(name: str, tmp_path: Path) -> 
         assert "The size of tensor a (128) must match the size of tensor b (96)" in said
     else:
         assert "after a publish of other weights it differs from transformers by" in said
+
+
+def test_the_proof_tells_an_adapter_that_counts_otherwise(tmp_path: Path) -> None:
+    def before() -> None:
+        import actors.vllm_engine
+
+        actors.vllm_engine.scale = lambda lora: 2 * lora.alpha / lora.rank
+
+    said = said_of("llama-tied", tmp_path, before)
+    assert said is not None
+    assert "after a publish of an adapter it differs from transformers with PEFT by" in said
 
 
 def test_a_weight_that_is_not_sent_is_named(tmp_path: Path) -> None:
