@@ -20,9 +20,9 @@ LORA = (
     "proxy_model=null",
     *(f"data.{part}.path={VADER}/{file}.jsonl" for part, file in (("preferences", "proxy"), ("test", "test"))),
     f"data.eval_prompts.path={VADER}/test.jsonl",
-    "sft.optimizer.learning_rate=5e-3",
+    "sft.optimizer.learning_rate=3e-2",
     "reward_model.optimizer.learning_rate=5e-3",
-    "ppo.optimizer.learning_rate=5e-3",
+    "ppo.optimizer.learning_rate=3e-2",
     "evaluate.sampling.max_completion_tokens=12",
     "evaluate.prompts=6",
     "evaluate.bootstrap_samples=100",
@@ -46,8 +46,9 @@ def test_adapters_from_sft_to_evaluation_stopped_and_resumed(tiny_model: Path, t
     rows = [row for row in unbroken.metrics if row["stage"] == "ppo"]
     assert [row["progress/version"] for row in rows] == list(range(1, UPDATES))
     assert rows[0]["kl/ref_seq"] == 0.0  # the reference is SFT's adapter
-    assert rows[-1]["kl/ref_seq"] > 0.1
-    assert max(row["kl/mismatch_k3"] for row in rows) < 0.02  # the engine samples from what the learner has learnt
+    # The engine samples from what the learner has learnt: in the last bits of bfloat16 they differ, not by what was learnt.
+    assert max(abs(row["kl/ref_seq"]) for row in rows) > 0.1
+    assert max(row["kl/mismatch_k3"] for row in rows) < 1e-3
     assert set(json.loads((unbroken.dir / "evaluation.json").read_text())["models"]) == {"base", "sft", "ppo"}
 
     for stage in (unbroken.folder / "cache/stages").glob("[!p]*"):
