@@ -51,8 +51,8 @@ def test_adapters_from_sft_to_evaluation_stopped_and_resumed(tiny_model: Path, t
     assert max(row["kl/mismatch_k3"] for row in rows) < 1e-3
     assert set(json.loads((unbroken.dir / "evaluation.json").read_text())["models"]) == {"base", "sft", "ppo"}
 
-    for stage in (unbroken.folder / "cache/stages").glob("[!p]*"):
-        shutil.copytree(stage, stopped.folder / "cache/stages" / stage.name)
+    for model in (unbroken.folder / "cache/stages").glob("[!p]*/model"):
+        shutil.copytree(model.parent, stopped.folder / "cache/stages" / model.parent.name)
     with stopped.start() as driver:
         stopped.wait_for(driver, "version 2 ")
         driver.send_signal(signal.SIGTERM)
