@@ -70,9 +70,10 @@ KEY = "learner.deepspeed"
 def deepspeed_checks(config: TandemConfig) -> list[Check]:
     learner = config.learner
     least = {"none": 0, "optimizer": 1, "parameters": 3}.get(learner.offload, 0)
+    stage = learner.zero_stage if isinstance(learner.zero_stage, int) else 3  # which is refused by itself
     return [
         Check(
-            learner.zero_stage >= least,
+            stage >= least,
             "learner.zero_stage",
             f"{least} or more with learner.offload {learner.offload}: ZeRO keeps what is offloaded",
             learner.zero_stage,
@@ -85,7 +86,7 @@ def deepspeed_checks(config: TandemConfig) -> list[Check]:
             learner.checkpointed_layers,
             "learner.gradient_checkpointing=true as well",
         ),
-        *(_option_check(name, value, learner.zero_stage) for name, value in _flat(learner.deepspeed)),
+        *(_option_check(name, value, stage) for name, value in _flat(learner.deepspeed)),
     ]
 
 
