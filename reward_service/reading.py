@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from common.models.adapters import config_of, set_by_training, split
 from common.text.tokenizers import local_checkpoint
 
 EOS, LAST = "eos", "last"
@@ -24,6 +23,8 @@ def chosen_read_at(path: str, read_at: str | None, append: str | None = None) ->
     """eos or last: as configured, or as the checkpoint at `path` was trained."""
     if read_at or append is not None:
         return read_at or LAST
+    from common.models.adapters import set_by_training, split
+
     base, adapter = split(str(local_checkpoint(path)))
     config = json.loads((local_checkpoint(base) / "config.json").read_text()) | set_by_training(adapter)
     return EOS if any(config.get(field) is not None for field in TRAINED_AT_EOS) else LAST
@@ -100,6 +101,8 @@ def make_reading(path: str, read_at: str | None, append: str | None, tokenizer_p
     if chosen_read_at(path, read_at, append) == EOS:
         return at_eos
     from transformers import AutoTokenizer
+
+    from common.models.adapters import config_of
 
     root = local_checkpoint(path)
     has_own = any((root / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))

@@ -141,6 +141,17 @@ def test_every_stage_of_the_demo_is_valid() -> None:
         validate(composed([f"method={method}"]))
 
 
+def test_conflicts_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    """Which takes longer than all checks."""
+    command = [sys.executable, "-X", "importtime", "train.py", "ppo.clip=2", f"run_dir={tmp_path}/run"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert said.returncode == 2
+    assert "ppo.clip must be" in said.stderr + said.stdout
+    imported = {line.rpartition("|")[2].strip() for line in said.stderr.splitlines() if line.startswith("import time:")}
+    assert "contracts.checks.validation" in imported
+    assert not imported & {"torch", "transformers", "ray", "vllm"}
+
+
 def test_run_directories_are_below_the_name() -> None:
     assert re.fullmatch(r"runs/second/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", composed(["name=second"]).run_dir)
     assert composed(["cache_dir=/elsewhere"]).data.sft.path == "/elsewhere/data/vader/sft.jsonl"
