@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
+from common.error_text import error_lines
 from common.models.forward import decoder_layers
 from common.models.packed_attention import Packed
 from learner.models import PolicyModel, ScalarModel
@@ -166,7 +167,7 @@ def _measure(network: PolicyModel | ScalarModel, lengths: Sequence[int], selecte
             if trained:
                 numbers.sum().backward()
     except (RuntimeError, TypeError) as error:  # as of Tensor.item() and Tensor.numpy()
-        raise Unplannable(f"{type(network.lm).__name__} cannot be planned: {str(error).splitlines()[0]}") from error
+        raise Unplannable(f"{type(network.lm).__name__} cannot be planned: {error_lines(error)[0]}") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,7 +9,7 @@ from transformers import Gemma3Config
 
 from actors.engine_proof import Differences, _key, _twin, verdict
 from common.text.tokenizers import vocab_size
-from contracts.config import ModelConfig, TandemConfig
+from contracts.config import LoraConfig, ModelConfig, TandemConfig
 from controller.start_checks.engine_checks import begin_proofs
 from tests.tiny_models import TINY
 
@@ -35,15 +35,18 @@ def test_a_verdict_names_the_format_and_takes_an_error_as_it_is() -> None:
 
 def test_a_proof_is_of_one_configuration_format_and_length() -> None:
     llama, tied = TINY["llama"](), TINY["llama-tied"]()
+    model = ModelConfig(dtype="float32")
     keys = [
-        _key(llama, "float32", 64),
-        _key(tied, "float32", 64),
-        _key(llama, "bfloat16", 64),
-        _key(llama, "float32", 65),
+        _key(llama, model, 64),
+        _key(tied, model, 64),
+        _key(llama, dataclasses.replace(model, dtype="bfloat16"), 64),
+        _key(llama, dataclasses.replace(model, lora=LoraConfig()), 64),
+        _key(llama, dataclasses.replace(model, lora=LoraConfig(rank=8)), 64),
+        _key(llama, model, 65),
     ]
-    assert len({*keys}) == 4
+    assert len({*keys}) == 6
     llama._name_or_path = "elsewhere"
-    assert _key(llama, "float32", 64) == keys[0]
+    assert _key(llama, dataclasses.replace(model, path="elsewhere"), 64) == keys[0]
 
 
 def test_a_window_that_the_engine_never_passes_is_none_of_the_proof() -> None:

@@ -24,7 +24,7 @@ class Processes(Receivers):
     """Without Ray: `dead` is shared by all that are connected one after another, as the processes are."""
 
     def __init__(self, count: int, dead: set[int], tensor_parallel_size: int = 1):
-        super().__init__([None] * count, tensor_parallel_size, timeout_s=1.0)
+        super().__init__([object()] * count, tensor_parallel_size, timeout_s=1.0)
         self.dead, self.asked = dead, list[tuple[str, dict[int, Any]]]()
 
     def call(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> tuple[dict[int, Any], dict[int, str]]:
