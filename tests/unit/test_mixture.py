@@ -26,7 +26,7 @@ from contracts.records import SOURCE_STRIDE, Completion, Prompt, Rollout, Score,
 from controller.data.inputs import Inputs, load_inputs
 from controller.data.mixture import exact_shares, next_turn, of_source
 from controller.data.prompts import PromptStream, Success, curriculum_problems
-from controller.ledger.audit import Audit, _check_stream
+from controller.ledger.audit import Audit, _Accounts
 from controller.ledger.ledger import Ledger
 from controller.stages.ppo import mixture_weights
 from controller.start_checks.row_checks import check_rows
@@ -149,12 +149,16 @@ def test_the_state_of_other_sources_is_refused(state: dict[str, Any]) -> None:
 
 
 def test_the_audit_knows_passes_of_several_sources() -> None:
+    def faults(keys: list[tuple[int, int, int]]) -> list[str]:
+        accounts = _Accounts()
+        accounts.add(np.array(keys))
+        accounts.check(result := Audit())
+        return result.faults
+
     keys = [r.key for r in PromptStream(mixed(easy=5, hard=20), 1, 3, WEIGHTS).next_requests(40)]
-    _check_stream(keys, sound := Audit())
-    assert sound.faults == []
+    assert faults(keys) == []
     lost = [key for key in keys if key[1] != SOURCE_STRIDE] + [(0, SOURCE_STRIDE, 0)]  # five of its six times
-    _check_stream(lost, torn := Audit())
-    assert torn.faults == [f"source 1: prompt {SOURCE_STRIDE} came 1 times, others 6 times"]
+    assert faults(lost) == [f"source 1: prompt {SOURCE_STRIDE} came 1 times, others 6 times"]
 
 
 def test_sources_are_read_as_one(tiny_config: TandemConfig, tmp_path: Path) -> None:
