@@ -67,7 +67,7 @@ def make_model(folder: Path) -> Path:
     import torch
 
     tiny_models.make("qwen3-of-50m", seed=1, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(SMOLLM).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SMOLLM, trust_remote_code=False).save_pretrained(folder)
     return folder
 
 
@@ -76,10 +76,11 @@ def make_judge(folder: Path, base: Path) -> Path:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=2, dtype="bfloat16")
+    options: dict[str, Any] = {"num_labels": 1, "pad_token_id": 2, "dtype": "bfloat16"}
+    model = AutoModelForSequenceClassification.from_pretrained(base, trust_remote_code=False, **options)
     model.config.score_mean, model.config.score_std = 0.0, 1.0
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(folder)
     return folder
 
 
