@@ -51,7 +51,6 @@ OURS = {
     "data_types": "model.dtype",
     "activation_checkpointing": "learner.gradient_checkpointing",
     "steps_per_print": "logger",
-    "tensorboard": "logger.trackers",
     "wandb": "logger.trackers",
     "csv_monitor": "logger.trackers",
     "comet": "logger.trackers",
