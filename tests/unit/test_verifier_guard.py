@@ -91,6 +91,7 @@ def entry(name: str = "MINE", **keys: Any) -> ScorerConfig:
 @pytest.fixture
 def pool(stand_ins: None) -> Iterator[Callable[..., VerifierPool]]:
     made: list[VerifierPool] = []
+    before = workers()  # of a service that other tests have started
 
     def make(**keys: Any) -> VerifierPool:
         made.append(VerifierPool(entry(**keys)))
@@ -100,9 +101,12 @@ def pool(stand_ins: None) -> Iterator[Callable[..., VerifierPool]]:
     for each in made:
         each.close()
     assert left_behind() == []
-    assert [
-        p for p in psutil.Process().children(recursive=True) if "reward_service.verifier_worker" in p.cmdline()
-    ] == []
+    assert workers() - before == set()
+
+
+def workers() -> set[psutil.Process]:
+    below = psutil.Process().children(recursive=True)
+    return {process for process in below if "reward_service.verifier_worker" in process.cmdline()}
 
 
 def left_behind() -> list[psutil.Process]:
