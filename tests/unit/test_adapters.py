@@ -27,7 +27,7 @@ from learner.reward_model import RewardModelTask
 from learner.sft import SFTTask
 from learner.weight_sources import EngineSource, stored_source
 from reward_service.model import RewardModel, check_golden, check_reward_model
-from tests.unit.test_lora import EXAMPLES, ROWS, logprobs, make_lora_config, padded_logprobs, ppo, randomise
+from tests.unit.test_lora_models import EXAMPLES, ROWS, logprobs, make_lora_config, padded_logprobs, ppo, randomise
 from tests.unit.test_preference import pairs
 from tests.unit.test_rank_state import update, weights
 
