@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.models.adapters import modules_in
-from common.models.lora import KINDS, merged
+from common.models.lora import KINDS, adapter_shapes, merged
 from contracts.config import LoraConfig
 from contracts.weights import Parameters
 
@@ -38,10 +38,7 @@ def misfit(parameters: Parameters, base: Shapes, lora: LoraConfig) -> str | None
         shape = base.get(f"{module}.weight", ())
         if len(shape) != 2 or decoder_layer(module) is None:
             return f"{module} is no linear layer of the decoder layers of what the engine has loaded"
-        wanted[f"{module}.lora_A.weight"] = (lora.rank, shape[1])
-        wanted[f"{module}.lora_B.weight"] = (shape[0], lora.rank)
-        if lora.dora:
-            wanted[f"{module}.{KINDS[2]}"] = (shape[0],)
+        wanted |= adapter_shapes(module, shape, lora)
     for name in [*wanted, *found]:
         if found.get(name) != wanted.get(name):
             is_there, should = (list(s[name]) if name in s else "nothing" for s in (found, wanted))

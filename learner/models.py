@@ -150,25 +150,22 @@ def scalar_shapes(config: Any, model: ModelConfig, learner: LearnerConfig, form:
 def _shapes(
     auto: Any, config: Any, model: ModelConfig, learner: LearnerConfig, form: Form, on_cpu: bool
 ) -> PreTrainedModel:
+    return _prepare(_on_meta(auto, copy.deepcopy(config), model, form.attention), learner, on_cpu)
+
+
+def _on_meta(auto: Any, config: Any, model: ModelConfig, attention: str) -> Any:
     with torch.device("meta"):
-        lm = auto.from_config(
-            copy.deepcopy(config),
+        return auto.from_config(
+            config,
             dtype=getattr(torch, model.dtype),
-            attn_implementation=form.attention,
+            attn_implementation=attention,
             trust_remote_code=model.trust_remote_code,
-        )
-    return _prepare(lm.eval(), learner, on_cpu)
+        ).eval()
 
 
 def _on_base(lm: PreTrainedModel, config: Any, model: ModelConfig, proof: Proof) -> Any:
     """A classifier whose backbone has the parameters and buffers of `lm`: the same tensors, not copies."""
-    with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(
-            config,
-            dtype=getattr(torch, model.dtype),
-            attn_implementation=proof.attention,
-            trust_remote_code=model.trust_remote_code,
-        ).eval()
+    classifier = _on_meta(AutoModelForSequenceClassification, config, model, proof.attention)
     shared, mine = getattr(lm, backbone_name(lm)), getattr(classifier, backbone_name(classifier))
     tensors = _all_tensors(shared)
     for name in _all_tensors(mine):

@@ -25,6 +25,7 @@ from common.models.lora import (
     KINDS,
     TRAINED,
     adapter_parameters,
+    adapter_shapes,
     merged,
     scale,
     stored_name,
@@ -281,12 +282,9 @@ def _layers_of(lm: nn.Module, path: str, lora: LoraConfig, tensors: dict[str, Te
     modules = dict(lm.named_modules())
     for module in modules_in(tensors):
         layer, shapes = modules.get(module), {k: t.shape for k, t in tensors.items() if k.startswith(f"{module}.lora_")}
-        wanted: dict[str, torch.Size] = {}
+        wanted: dict[str, tuple[int, ...]] = {}
         if isinstance(layer, nn.Linear):
-            rows, columns = layer.weight.shape
-            wanted[f"{module}.lora_A.weight"] = torch.Size([lora.rank, columns])
-            wanted[f"{module}.lora_B.weight"] = torch.Size([rows, lora.rank])
-            wanted |= {f"{module}.lora_magnitude_vector": torch.Size([rows])} if lora.dora else {}
+            wanted = adapter_shapes(module, layer.weight.shape, lora)
             found[module] = layer
         if shapes != wanted:
             of = type(lm).__name__

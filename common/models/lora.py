@@ -6,7 +6,7 @@ the one that engines serve: in float32, as PEFT's autocast has them, every adapt
 input for the backward pass, and learner and engine would compute different policies. Adam's masters are float32 (DeepSpeed).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -188,6 +188,13 @@ def counting(lm: nn.Module, name: str) -> Iterator[None]:
 def scale(lora: LoraConfig) -> float:
     """What the product of B and A is multiplied with."""
     return lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+
+
+def adapter_shapes(module: str, weight: Sequence[int], lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of an adapter on `module`, whose weight is [out, in], by `saved_name`."""
+    rows, columns = weight
+    shapes = {f"{module}.lora_A.weight": (lora.rank, columns), f"{module}.lora_B.weight": (rows, lora.rank)}
+    return shapes | ({f"{module}.{KINDS[2]}": (rows,)} if lora.dora else {})
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
