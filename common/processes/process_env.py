@@ -16,6 +16,9 @@ def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
         # Must be there before torch is imported: OpenMP reads it once.
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        # A thread that waits for its sibling sleeps at once. Spinning, it keeps the core from what its sibling waits
+        # for whenever another process wants one too (benchmarks/busy.py).
+        "GOMP_SPINCOUNT": "0",
         # Keep what was allocated, in huge pages: a training step allocates and frees gigabytes of activations, and
         # touching fresh 4 KiB pages took a third of it.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
