@@ -279,12 +279,12 @@ def freeze_below(lm: PreTrainedModel, trainable_layers: int | None, freeze_embed
         for layer in layers[: len(layers) - trainable_layers]:
             layer.requires_grad_(False)
         after = _after_layers(lm, is_input=trainable_layers > 0)
-        for name, parameter in _beside_layers(lm).items():
+        for name, parameter in beside_layers(lm).items():
             if name not in after:
                 parameter.requires_grad_(False)
 
 
-def _beside_layers(lm: PreTrainedModel) -> dict[str, nn.Parameter]:
+def beside_layers(lm: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The parameters of the backbone that are in no decoder layer, by name."""
     inside = {id(parameter) for parameter in decoder_layers(lm).parameters()}
     backbone = getattr(lm, backbone_name(lm))
@@ -292,7 +292,7 @@ def _beside_layers(lm: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def _after_layers(lm: PreTrainedModel, is_input: bool) -> set[str]:
-    """Which of `_beside_layers` reach the output without the input (else the output) of the last layer.
+    """Which of `beside_layers` reach the output without the input (else the output) of the last layer.
 
     Names do not tell: OPT has its final norm before its layers, and projections on both sides. So autograd says it of a
     twin, as the model itself may need a device that it is not on yet.
@@ -307,7 +307,7 @@ def _after_layers(lm: PreTrainedModel, is_input: bool) -> set[str]:
             last.register_forward_hook(lambda _, args, output: seen.append(output))
         out = getattr(twin, backbone_name(twin))(input_ids=torch.tensor([[0, 1, 2, 3]]), use_cache=False)[0]
         after = _leaves(out) - _leaves(seen)
-        return {name for name, parameter in _beside_layers(twin).items() if id(parameter) in after}
+        return {name for name, parameter in beside_layers(twin).items() if id(parameter) in after}
 
     def build(config: Any) -> PreTrainedModel:
         return type(lm)._from_config(config, dtype=torch.float32, attn_implementation="eager")

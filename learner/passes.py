@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.models.packed_attention import Packed
 from contracts.records import Microbatch
+from learner.shared_trunk import Below
 
 
 class Places:
@@ -25,6 +26,7 @@ class Places:
         self.targets = self.packed.input_ids[0, self.select + 1]
         # bool [B, C], of sequences that train: `mask` has those of sequences, too, that are only compared with
         self.trains = self.mask & torch.from_numpy(mb.trains).to(device)[:, None]
+        self.below = Below()  # what the layers that networks share put out
 
     def spread(self, flat: Tensor) -> Tensor:
         """[M] -> [B, C], 0 where no token trains; differentiable."""
@@ -56,6 +58,7 @@ class Pass:
     entropy: Tensor
     # policy_logprobs, their entropy and values with their graphs, until used
     live: tuple[Tensor, Tensor, Tensor | None] | None
+    is_held: bool = False  # it is one of those whose graphs were kept
     weights: Tensor = field(default_factory=lambda: torch.empty(0))  # of each token in the policy's losses
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))

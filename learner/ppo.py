@@ -1,6 +1,7 @@
 """One rank's part of a PPO update.
 
-    ref, policy and value forward passes     (policy and value keep their graphs where memory allows: `held_tokens`)
+    ref, policy and value forward passes     (policy and value keep their graphs where memory allows: `held_tokens`;
+                                              layers that they share run once: `learner/shared_trunk.py`)
       -> token rewards -> advantages (GAE, or against the rollouts of the same prompt) or coefficients of the
          log-likelihood (RAFT, RWR, online DPO), over the global batch
       -> for each epoch, minibatch, microbatch: policy and value loss, backward; one step of both a minibatch
@@ -32,6 +33,7 @@ from learner.passes import Pass, Places, Timer, over_steps
 from learner.rank_state import RankState
 from learner.saved_model import gather_checkpoint, save_checkpoint
 from learner.sft import example_nll, loss_tokens
+from learner.shared_trunk import SharedTrunk
 from learner.weight_publisher import WeightPublisher
 from learner.weight_sources import EngineSource
 
@@ -57,10 +59,26 @@ class PPOTask:
             value_steps = (ppo.updates + warmup_updates(ppo)) * steps
             self.value = TrainEngine(scalar, ppo.value_optimizer, learner, ranks, value_steps)
         self.reference = reference_of(self.policy, policy, config, ranks)
+        self.trunk = self._share_trunk()
         self._ptx_rng = np.random.default_rng(config.seed)  # the same draws on every rank
         self._publisher: WeightPublisher | None = None
         engines = {"policy": self.policy} | ({"value": self.value} if self.value else {})
         self.state = RankState(ranks, engines, lambda: gather_checkpoint(self.policy, policy, config.model, ranks))
+
+    def _share_trunk(self) -> SharedTrunk:
+        if self.config.learner.zero_stage == 3:  # which gathers weights layer by layer, in the order of the first pass
+            return SharedTrunk(self.policy.model, {})
+        others = {"reference": self.policy.model if self.config.model.lora else self.reference}
+        trunk = SharedTrunk(self.policy.model, others | ({"value": self.value.model} if self.value else {}))
+
+        def run(packed: Packed) -> list[Tensor]:
+            select = torch.arange(packed.input_ids.shape[1] - 1, device=self.ranks.device)
+            targets = packed.input_ids[0, select + 1]
+            found = [network(packed, select, targets)[0] for network in (self.reference, self.policy)]
+            return found + ([self.value(packed, select)] if self.value else [])
+
+        trunk.try_out(run)
+        return trunk
 
     # ---- commits
 
@@ -167,6 +185,8 @@ class PPOTask:
         if self.value:
             with timer("perf/value_forward_s"), torch.set_grad_enabled(hold):
                 values = self._values(self.value, places)
+        if not hold:
+            places.below.clear()
         return Pass(
             batch=mb,
             places=places,
@@ -176,19 +196,22 @@ class PPOTask:
             old_values=torch.zeros_like(ref_logprobs) if values is None else values.detach(),
             entropy=entropy.detach(),
             live=(policy_logprobs, entropy, values) if hold else None,
+            is_held=hold,
         )
 
     def _logprobs(self, model: Any, places: Places, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         sampling = self.config.ppo.sampling
         early = places.early(sampling.min_completion_tokens, self.config.environment.min_turn_tokens)
         banned = None if early is None else self.end_ids
-        logprobs, entropy = model(
-            places.packed, places.select, places.targets, sampling.temperature, banned, early, entropy_gradient
-        )
+        with self.trunk.using(places.below):
+            logprobs, entropy = model(
+                places.packed, places.select, places.targets, sampling.temperature, banned, early, entropy_gradient
+            )
         return places.spread(logprobs), places.spread(entropy)
 
     def _values(self, value: TrainEngine, places: Places) -> Tensor:
-        return places.spread(value(places.packed, places.select))
+        with self.trunk.using(places.below):
+            return places.spread(value(places.packed, places.select))
 
     def _step(
         self,
@@ -228,6 +251,8 @@ class PPOTask:
                     )
                     self.value.backward(loss / tokens, is_last)
                 sums[6:] += torch.stack([loss.detach(), stats["clipped"]])
+            if not p.is_held:
+                p.places.below.clear()
         metrics = {}
         if use_ptx:
             with timer("perf/ptx_s"):
