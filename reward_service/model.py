@@ -31,7 +31,7 @@ from common.text.tokenizers import local_checkpoint
 from contracts.records import Score
 from contracts.scoring import GOLDEN_FILE
 from reward_service.isolate import finite, isolate
-from reward_service.reading import Reading, at_eos
+from reward_service.score_position import Reading, at_eos
 
 WARM_UP = (1, 2, 3)  # token ids that every vocabulary has
 

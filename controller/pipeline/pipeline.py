@@ -35,7 +35,7 @@ from controller.commits.resume import RunDirectory
 from controller.data.inputs import Inputs, load_inputs
 from controller.loop.recovery import once_more
 from controller.pipeline.context import StageContext
-from controller.pipeline.store import StageStore, code_of, file_name
+from controller.pipeline.stage_cache import StageStore, code_of, file_name
 from controller.plan.room import check_room
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress

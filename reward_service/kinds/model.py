@@ -8,8 +8,8 @@ from common.text.tokenizers import local_checkpoint, vocabulary
 from contracts.checks.check import Check, shown
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
-from reward_service.reading import EOS, LAST, chosen_read_at, make_reading
 from reward_service.request_batcher import RequestBatcher
+from reward_service.score_position import EOS, LAST, chosen_read_at, make_reading
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, version_of
 
 CALLS = 4  # to a replica: enough for its batches

@@ -16,7 +16,7 @@ from contracts.estimators import ESTIMATORS
 from contracts.plugins import source_file
 from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.stages import all_stages
-from controller.pipeline.store import code_of
+from controller.pipeline.stage_cache import code_of
 from reward_service.kinds.function import function_version
 
 STAGES = [stage.name for stage in all_stages() if stage.results]

@@ -28,7 +28,7 @@ from contracts.records import Example
 from contracts.stages import TASKS, find_stage
 from controller.data.inputs import Inputs
 from controller.pipeline.pipeline import Pipeline
-from controller.pipeline.store import StageStore, code_of
+from controller.pipeline.stage_cache import StageStore, code_of
 from tests.unit.test_stages import run_of
 
 PAGE = Path(__file__).parents[2] / "docs/extending.md"

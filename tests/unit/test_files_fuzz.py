@@ -21,7 +21,7 @@ from controller.data import row_formats
 from controller.data.row_files import detect_format, load_rows
 from controller.ledger.audit import main as audit
 from controller.ledger.log import NAME
-from controller.pipeline.store import StageStore
+from controller.pipeline.stage_cache import StageStore
 from controller.record.reader import ReportError
 from controller.record.run_log import RunLog
 from controller.record.status_file import Status, read_status

@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from common.text.encoding import item_of_messages, item_of_text
 from contracts.config import RewardServiceConfig, ScorerConfig
 from reward_service.model import RewardModel
-from reward_service.reading import chosen_read_at, make_reading
 from reward_service.resolve import resolve
+from reward_service.score_position import chosen_read_at, make_reading
 
 IM_END, END_OF_TEXT, START = 2, 0, 1
 TURNS = [

@@ -15,7 +15,7 @@ from contracts.plugins import UnknownPlugin, names
 from contracts.records import Prompt, Score, ScoringItem
 from contracts.scorer_roles import SCORER_KINDS, num_models
 from controller.pipeline.ingredients import unseen
-from controller.pipeline.store import code_of
+from controller.pipeline.stage_cache import code_of
 from controller.start_checks.rehearsal import rehearse
 from reward_service.app import ScorerReplica
 from reward_service.front import Front, FrontLimits

@@ -11,7 +11,7 @@ from contracts.config import LoraConfig, ScorerConfig, TandemConfig
 from contracts.stages import find_stage
 from controller.data.inputs import Inputs
 from controller.pipeline.context import StageContext
-from controller.pipeline.store import _plain
+from controller.pipeline.stage_cache import _plain
 
 EVERY = ("sft", "filtered_sft", "preference", "reward_model/proxy", "ppo")
 # By hand: the sections and keys that each stage computes with. Of data and checkpoints the content counts, not the path.

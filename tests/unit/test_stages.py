@@ -15,7 +15,7 @@ import pytest
 from contracts.checks.validation import ConfigError
 from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
 from controller.pipeline.ingredients import UNSEEN, environment_source, unseen
-from controller.pipeline.store import StageStore
+from controller.pipeline.stage_cache import StageStore
 from controller.record.run_log import LOGS, RunLog
 
 pytestmark = pytest.mark.usefixtures("made_up_metrics")
