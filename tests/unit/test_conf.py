@@ -77,7 +77,10 @@ def test_verifiable_sums_need_no_reward_model_and_their_hackable_twin_differs_in
         assert scoring_models(config) == set()
     assert hackable.reward_service.scorers["gold"] == right.reward_service.scorers["proxy"]
     ppo = replace(hackable.ppo, gold_rollouts=right.ppo.gold_rollouts)
-    assert replace(hackable, reward_service=right.reward_service, ppo=ppo) == right
+    # A score of 1 is no right answer there, so that none is counted by it.
+    assert (right.evaluate.success, hackable.evaluate.success) == (1.0, None)
+    evaluate = replace(hackable.evaluate, success=1.0)
+    assert replace(hackable, reward_service=right.reward_service, ppo=ppo, evaluate=evaluate) == right
 
 
 def test_an_experiment_is_the_demo_with_other_values() -> None:
