@@ -112,7 +112,7 @@ def audit(log: Path) -> Audit:
         if not is_alive:
             result.rolled_back += len(table) - table["key"].null_count
             continue
-        ended = table.filter(table["key"].is_valid())
+        ended = table.filter(table["key"].is_valid()) if table["key"].null_count else table
         accounts.add(keys_of(ended["key"]))
         accounts.add_digests(ended["row"])
         result.trained += len(ended) - ended["trained"].null_count
