@@ -52,11 +52,16 @@ class Event:
 
 
 def events(seed: int) -> Iterator[Event]:
-    rng = random.Random(seed)
-    while True:
-        what = rng.choices(list(EVENTS), weights=list(EVENTS.values()))[0]
-        wish = rng.randint(LEAST, MOST) if what == "scale" or rng.random() < 0.5 else None
+    """Each kind once within a change of the fleet, then by chance."""
+    rng, wished = random.Random(seed), LEAST
+    first = rng.sample(list(EVENTS), len(EVENTS))
+    for number in itertools.count():
+        is_first = number < len(first)
+        what = first[number] if is_first else rng.choices(list(EVENTS), weights=list(EVENTS.values()))[0]
+        changes = is_first or what == "scale" or rng.random() < 0.5
+        wish = rng.choice([n for n in range(LEAST, MOST + 1) if n != wished]) if changes else None
         yield Event(rng.uniform(*BETWEEN_S), wish, what, rng.random(), rng.uniform(0.0, 6.0))
+        wished = FIRST if what.startswith("driver") else MOST if what.startswith("joiner") else wish or wished
 
 
 class Soak:
