@@ -112,7 +112,8 @@ class Soak:
         }[event.what]
         victims = self.run.processes(role)
         if not victims:  # it is being replaced
-            return self.note(f"{event.what}: there is none")
+            self.note(f"{event.what}: there is none")
+            return
         victim = victims[int(event.which * len(victims))]
         self.note(f"{event.what}: {victim.pid}, one of {len(victims)}")
         try:
@@ -130,7 +131,8 @@ class Soak:
         end = time.monotonic() + JOINS_S
         while not (joiners := [p for p in self.run.processes("actor") if p not in before]):
             if time.monotonic() > end:
-                return self.note(f"{event.what}: nobody joins")
+                self.note(f"{event.what}: nobody joins")
+                return
             time.sleep(0.2)
         time.sleep(event.delay_s)
         self.note(f"{event.what}: {joiners[0].pid}")
@@ -162,7 +164,8 @@ class Soak:
         commits = (self.run.run_dir / FOLDER).glob("step_*[0-9]")
         sound = sorted(set(commits) - self._damaged, key=lambda path: int(path.name.split("_")[1]))
         if len(sound) < 2:
-            return self.note("there is no earlier commit: it stays as it is")
+            self.note("there is no earlier commit: it stays as it is")
+            return
         files = sorted(path for path in sound[-1].rglob("*") if path.is_file() and path.stat().st_size)
         flip(damaged := files[int(event.which * len(files))])
         self._damaged.add(sound[-1])
