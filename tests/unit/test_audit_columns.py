@@ -82,7 +82,7 @@ def random_log(rng: random.Random) -> str:
         for number in range(rng.randint(0, 8)):
             order = 8 * update + number
             epoch, prompt = divmod(order // 2, 5)
-            key = [epoch, prompt + STRIDE * rng.choice([0, 0, 1]) * (rng.random() < wrong), order % 2]
+            key = [epoch, prompt + STRIDE * rng.choice([0, 0, 1, 7]) * (rng.random() < wrong), order % 2]
             if keys and rng.random() < wrong:
                 key = rng.choice(keys)
             keys.append(key)
