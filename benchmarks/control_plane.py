@@ -138,13 +138,13 @@ class Measured(PPOController):
 
 
 def measure(actors: int, rollouts_per_update: int, rollouts: int, run_dir: Path) -> list[Mark]:
-    """After the first update and each of those that follow, with at least so many rollouts and three updates."""
+    """After the first update and each of those that follow, with at least so many rollouts and two updates."""
     config = TandemConfig(stage="ppo", run_dir=str(run_dir))
     config.ppo = PPOConfig(
         rollouts_per_update=rollouts_per_update, max_staleness=1, gold_rollouts=0, value_warmup_updates=0
     )
     # The first update and the last, which admits nothing more, are not counted.
-    config.ppo.updates = 2 + max(3, math.ceil(rollouts / rollouts_per_update))
+    config.ppo.updates = 2 + max(2, math.ceil(rollouts / rollouts_per_update))
     config.checkpoint.every = 0
     config.logger = LoggerConfig(wandb="disabled", samples_per_update=4)
     prompts = [Prompt(i, "a prompt of forty tokens", tuple(range(40))) for i in range(10_000)]
@@ -173,11 +173,12 @@ def rates(marks: list[Mark], rollouts_per_update: int) -> dict[str, float]:
 
 
 def memory(marks: list[Mark], rollouts_per_update: int) -> dict[str, float]:
-    """Of the driver: MiB after the first update and the last, the most after any, and what 100,000 rollouts add, by
-    the slope of a straight line (least squares)."""
+    """Of the driver: MiB after the first update and the last, the most after any, and what 100,000 rollouts add in the
+    second half, by the slope of a straight line (least squares)."""
     mib = np.array([mark.memory / 2**20 for mark in marks])
     rollouts = rollouts_per_update * np.arange(1, len(marks) + 1)
-    slope = float(np.polyfit(rollouts / 100_000, mib, 1)[0])
+    half = len(marks) // 2
+    slope = float(np.polyfit(rollouts[half:] / 100_000, mib[half:], 1)[0])
     return {
         "first_mib": float(mib[0]),
         "last_mib": float(mib[-1]),
@@ -225,7 +226,7 @@ def main() -> int:
     of = results["same update"][most]
     print(
         f"the driver's own memory with {most:,} actors: {of['first_mib']:,.0f} MiB after {PER_ACTOR * most:,} rollouts, "
-        f"{of['last_mib']:,.0f} MiB after {of['rollouts']:,.0f}, {of['slope_mib']:+.1f} MiB with every 100,000"
+        f"{of['last_mib']:,.0f} MiB after {of['rollouts']:,.0f}; in the second half {of['slope_mib']:+.1f} MiB with 100,000"
     )
     args.json.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cores": os.cpu_count(), "load_before": round(load_before, 2), "ray": ray.__version__}
