@@ -138,13 +138,12 @@ class Measured(PPOController):
 
 
 def measure(actors: int, rollouts_per_update: int, rollouts: int, run_dir: Path) -> list[Mark]:
-    """After the first update and each of those that follow, with at least so many rollouts and two updates."""
+    """After each update but the last, of a run with at least so many rollouts and four updates."""
     config = TandemConfig(stage="ppo", run_dir=str(run_dir))
     config.ppo = PPOConfig(
         rollouts_per_update=rollouts_per_update, max_staleness=1, gold_rollouts=0, value_warmup_updates=0
     )
-    # The first update and the last, which admits nothing more, are not counted.
-    config.ppo.updates = 2 + max(2, math.ceil(rollouts / rollouts_per_update))
+    config.ppo.updates = max(4, math.ceil(rollouts / rollouts_per_update))
     config.checkpoint.every = 0
     config.logger = LoggerConfig(wandb="disabled", samples_per_update=4)
     prompts = [Prompt(i, "a prompt of forty tokens", tuple(range(40))) for i in range(10_000)]
@@ -160,11 +159,11 @@ def measure(actors: int, rollouts_per_update: int, rollouts: int, run_dir: Path)
     ray.kill(process)
     found = audit(run_dir / NAME)
     assert (found.faults, found.trained, found.open) == ([], config.ppo.updates * rollouts_per_update, 0)
-    return controller.marks[:-1]
+    return controller.marks[:-1]  # the last update admits nothing
 
 
 def rates(marks: list[Mark], rollouts_per_update: int) -> dict[str, float]:
-    """Rollouts a second, by the clock and by the driver's CPU time."""
+    """Rollouts a second since the first update, by the clock and by the driver's CPU time."""
     first, last, rollouts = marks[0], marks[-1], (len(marks) - 1) * rollouts_per_update
     return {
         "rollouts_per_s": rollouts / (last.wall_s - first.wall_s),
