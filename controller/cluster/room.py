@@ -51,6 +51,7 @@ class ClusterRoom(Room):
         draining = ray._private.state.state.get_draining_nodes()
         if not draining:
             return {}
-        rows = {i: ray._private.state.actors(actor._actor_id.hex()) for i, actor in movable.items()}
+        alive = ray._private.state.actors(actor_state_name="ALIVE")  # in one call, however many there are
+        rows = {i: alive.get(actor._actor_id.hex(), {}) for i, actor in movable.items()}
         nodes = {i: row.get("Address", {}).get("NodeID") for i, row in rows.items()}
         return {i: f"its node {node[:8]} is being drained" for i, node in nodes.items() if node in draining}

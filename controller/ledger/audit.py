@@ -51,8 +51,9 @@ class _Accounts:
         self._digests: list[np.ndarray] = []  # of those that ended, which come first
 
     def add(self, keys: np.ndarray) -> None:
+        kind = np.int32 if keys.max(initial=0) < 2**31 else np.int64
         for column, values in zip(self._keys, keys.T, strict=True):
-            column.append(values.copy())
+            column.append(values.astype(kind))
 
     def add_digests(self, digests: pa.ChunkedArray) -> None:
         """Of the columns that scorers saw, by hashes of 64 bits."""
@@ -65,7 +66,7 @@ class _Accounts:
         if not len(epoch):
             return
         order = np.lexsort((sample, epoch, prompt))
-        prompt = prompt[order]  # one by one: with ten million rows each takes 80 MB
+        prompt = prompt[order]  # one by one: with ten million rows each takes 40 or 80 MB
         epoch = epoch[order]
         sample = sample[order]
         _check_rows(prompt, order, _joined(self._digests), result)
@@ -112,7 +113,7 @@ def audit(log: Path) -> Audit:
         if not is_alive:
             result.rolled_back += len(table) - table["key"].null_count
             continue
-        ended = table.filter(table["key"].is_valid())
+        ended = table.filter(table["key"].is_valid()) if table["key"].null_count else table
         accounts.add(keys_of(ended["key"]))
         accounts.add_digests(ended["row"])
         result.trained += len(ended) - ended["trained"].null_count

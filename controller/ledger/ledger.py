@@ -339,18 +339,19 @@ class Ledger:
             }
             for e in self._open.values()
         ]
-        state = {
+        # Not pair by pair: an epoch may have millions of prompts.
+        seen = [np.fromiter(column, np.int64) for column in (self._samples_seen, self._samples_seen.values())]
+        return {
             "rollouts_per_update": self.rollouts_per_update,
             "max_staleness": self.max_staleness,
             "version": self.version,
             "updates": self.updates,
             "counts": dict(self.counts),
             "epoch": self._epoch,
-            "samples_seen": encode(np.array(list(self._samples_seen.items()), dtype=np.int64).reshape(-1, 2), store),
+            "samples_seen": encode(np.stack(seen, axis=1), store),
             "open": entries,
             "log": {"offset": self._log_bytes, "rows": self._closed_rows()},
-        }
-        return state, store.arrays()
+        }, store.arrays()
 
     def _closed_rows(self) -> str:
         """What the log lacks: the rows closed since the last commit, and one of the commit itself."""
@@ -386,7 +387,7 @@ class Ledger:
         self.updates = state["updates"]
         self._epoch = state["epoch"]
         self.counts = Counter(state["counts"])
-        self._samples_seen = dict(decode(state["samples_seen"], arrays).tolist())
+        self._samples_seen = dict(zip(*decode(state["samples_seen"], arrays).T.tolist(), strict=True))
         for row in state["open"]:
             request, rollout = decode(row["request"], arrays), decode(row["rollout"], arrays)
             entry = Entry(request, row["order"], row["admitted_at"], attempts=row["attempts"], rollout=rollout)

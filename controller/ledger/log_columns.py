@@ -2,7 +2,9 @@
 
 import io
 import json
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from common.error_text import typed_line
 from controller.ledger.log import Row, pieces, rows_of
+from controller.ledger.trained_lines import trained_rows
+
+THREADS = 2  # that read pieces while their rows are counted
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -64,17 +69,34 @@ _SCHEMA = pa.schema({**_OF_ENDED, **_OF_COMMIT, **_KINDS, **_OPTIONAL})
 
 
 def tables(log: Path) -> Iterator[tuple[pa.Table, bool]]:
-    """The rows of a log, in the order of the file, and whether they are of the surviving line of weights.
+    """The rows of a log, piece by piece, and whether they are of the surviving line of weights. Within a piece rows of one
+    kind are in the order of the file.
 
     Raises:
         ValueError: where a line of the surviving line is damaged, or a row is none of a ledger's.
     """
-    for offset, lines, is_alive in pieces(log):
-        table = _read(lines)
-        if table is None:
-            rows = validated(list(rows_of(log, offset, lines, is_alive)), log)
-            table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-        yield table, is_alive
+    with ThreadPoolExecutor(THREADS) as pool:
+        ahead = deque[Future[tuple[list[pa.Table], bool]]]()
+        for piece in pieces(log):
+            ahead.append(pool.submit(_of_piece, log, *piece))
+            if len(ahead) > THREADS:
+                found, is_alive = ahead.popleft().result()
+                yield from ((table, is_alive) for table in found)
+        for future in ahead:
+            found, is_alive = future.result()
+            yield from ((table, is_alive) for table in found)
+
+
+def _of_piece(log: Path, offset: int, lines: bytes, is_alive: bool) -> tuple[list[pa.Table], bool]:
+    """All rows, those that trained first, and whether they are of the surviving line."""
+    trained, others = trained_rows(lines)
+    number = len(trained["key"])
+    nulls = {field.name: pa.nulls(number, field.type) for field in _SCHEMA}
+    table = _read(others) if others else pa.Table.from_pylist([], schema=_SCHEMA)
+    if table is None:
+        rows = validated(list(rows_of(log, offset, lines, is_alive)), log)
+        return [pa.Table.from_pylist(rows, schema=_SCHEMA)], is_alive
+    return [pa.table(nulls | trained, schema=_SCHEMA), table], is_alive
 
 
 def validated(rows: list[Row], log: Path) -> list[Row]:

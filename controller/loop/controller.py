@@ -25,6 +25,7 @@ of it to `ledger.jsonl`. Every `checkpoint.every` updates weights and ledger are
 `restore` goes back, or on, to a commit.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -33,6 +34,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from common.processes.garbage import full_collections_on_request
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.interfaces import CollectiveError, LearnerLostError, NonFiniteError
@@ -132,7 +134,7 @@ class PPOController:
             CheckpointError: `checkpoint.max_failures` commits in a row have failed.
         """
         total = warmup_updates(self.config.ppo) + self.config.ppo.updates
-        with self.stop.deferred(self.dispatcher.interrupt):
+        with self.stop.deferred(self.dispatcher.interrupt), full_collections_on_request():
             try:
                 while self.updates < total:
                     try:
@@ -263,6 +265,7 @@ class PPOController:
         update = self.learner.start_each("update", references, self.kl.coef, train_policy, multiplier)
         if self.commits is not None:
             self.commits.request_votes()  # behind the update, whose optimizer step waits for the writer
+        gc.collect()  # while the learner works
         self.progress.waiting_for(what := f"the learner's update {self.version + 1}")
         try:
             metrics |= self.dispatcher.answers.wait(update, what)[0]

@@ -16,6 +16,7 @@ others get the rest.
 
 import itertools
 import time
+from collections.abc import Iterator
 from functools import partial
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -73,6 +74,7 @@ class Dispatcher:
         self._parts: dict[tuple[int, int], dict[Key, tuple[int, Rollout]]] = {}
         # Completions of held-out prompts, by numbers below 0, which are no leases of the ledger's.
         self._aside, self._held_out = itertools.count(-1, -1), dict[int, Rollout]()
+        self._nobodys: list[int] = []  # of those numbers, which no actor holds or has answered
         self.answers = Answers(cluster, fleet.pulse_learner, self._check_actors)
         self._paused = False
         self._interrupted = False
@@ -127,18 +129,17 @@ class Dispatcher:
         """
         wanted = {next(self._aside): request for request in requests}
         self._held_out, used = {}, ([*self._usage], self._tokens)
+        self._nobodys = [*wanted]  # all at first, then those that a lost actor held
 
         def ready() -> bool:
             if self._interrupted:
                 raise Stopping
             self._publish_to_latecomers()
-            # All at first, then those that a lost actor held.
-            held = {lease for leases in self._held for lease in leases}
-            left = [lease for lease in wanted if lease not in held and lease not in self._held_out]
-            numbers = sorted(self._serving)
-            for i, number in enumerate(numbers):
-                if mine := left[i :: len(numbers)]:
-                    work = [Assignment(lease, wanted[lease], ("proxy",)) for lease in mine]
+            if self._nobodys and self._serving:
+                left, self._nobodys = sorted(self._nobodys, reverse=True), []
+                numbers = sorted(self._serving)
+                for i, number in enumerate(numbers[: len(left)]):
+                    work = [Assignment(lease, wanted[lease], ("proxy",)) for lease in left[i :: len(numbers)]]
                     self._hand_out(number, work, sampling)
             return len(self._held_out) == len(wanted)
 
@@ -157,7 +158,14 @@ class Dispatcher:
         A delivered rollout whose group is not whole keeps its lease: the rest of the group may be waiting to be handed out.
         """
         self._paused = True
-        self.answers.wait_until(lambda: not any(self._held), "the actors to finish what they hold")
+        busy = [number for number, held in enumerate(self._held) if held]
+
+        def finished() -> bool:
+            while busy and not self._held[busy[-1]]:
+                busy.pop()
+            return not busy and not any(self._held)
+
+        self.answers.wait_until(finished, "the actors to finish what they hold")
         self._paused = False
 
     def usage(self) -> dict[str, float]:
@@ -214,8 +222,8 @@ class Dispatcher:
         now = time.monotonic()
         for lease, rollout in delivery.rollouts:
             if lease < 0:
-                self._held[number].pop(lease, None)
-                self._held_out[lease] = rollout
+                if self._held[number].pop(lease, None) is not None:  # else of a wait that the loss of the learner ended
+                    self._held_out[lease] = rollout
                 continue
             self._stragglers.took(now - self._held[number].pop(lease, now))
             self._tokens += len(rollout.completion.sampled_ids)
@@ -231,12 +239,15 @@ class Dispatcher:
             self._leave(number, "its process was asked to end")
         self._lease_to(number)
 
-    def _lease_to(self, number: int) -> None:
+    def _lease_to(self, number: int) -> bool:
+        """False where nothing is left to hand out."""
         if self._paused or number not in self._serving:
-            return
-        leases = self._ledger.lease(self._share - len(self._held[number]), _holder(number))
+            return False
+        room = max(0, self._share - len(self._held[number]))
+        leases = self._ledger.lease(room, _holder(number))
         if leases:
             self._assign(number, leases)
+        return len(leases) == room
 
     def _assign(self, number: int, leases: list[Lease]) -> None:
         work = [Assignment(lease.number, lease.request, self._scorers_of(lease.order)) for lease in leases]
@@ -264,15 +275,19 @@ class Dispatcher:
         idle = [number for number in sorted(self._serving) if not self._held[number]]
         if not idle or len(self._serving | self._leaving.keys()) == 1:
             return
-        end = now - self._stragglers.deadline_s()
-        late = [lease for held in self._held for lease, since in held.items() if since < end]
+        late = self._held_since_before(now - self._stragglers.deadline_s())
         for number in idle:
-            second: list[Lease] = []
-            while late and len(second) < self._share:
-                lease = self._ledger.hedge(late.pop(0), _holder(number))
-                second += [lease] if lease else []
-            if second:
+            hedged = filter(None, (self._ledger.hedge(lease, _holder(number)) for lease in late))
+            if second := list(itertools.islice(hedged, self._share)):
                 self._assign(number, second)
+
+    def _held_since_before(self, end: float) -> Iterator[int]:
+        """Leases, actor by actor."""
+        for held in self._held:
+            for lease, since in held.items():
+                if since >= end:
+                    break  # they are in the order of time
+                yield lease
 
     def _on_actor_error(self, number: int, life: int, error: BaseException) -> None:
         if life != self._life[number]:
@@ -299,11 +314,13 @@ class Dispatcher:
         held, self._held[number] = self._held[number], {}
         for lease in held:
             self._ledger.release(lease)
+        self._nobodys += [lease for lease in held if lease < 0]
         return len(held)
 
     def _lease_to_all(self) -> None:
         for number in sorted(self._serving):
-            self._lease_to(number)
+            if not self._lease_to(number):
+                break
 
     # ---- who joins and who leaves
 

@@ -8,6 +8,7 @@
 What is wanted is looked at again and again, so that two wishes in a row are the last one.
 """
 
+import heapq
 import threading
 import time
 from collections.abc import Callable
@@ -113,7 +114,7 @@ class Fleet:
     def leavers(self) -> dict[int, str]:
         """Who shall leave now, and why."""
         surplus = len(self._present) - self._number_wanted()
-        asked = dict.fromkeys(sorted(self._present, reverse=True)[: max(0, surplus)], "fewer are wanted")
+        asked = dict.fromkeys(heapq.nlargest(max(0, surplus), self._present), "fewer are wanted")
         warned = self._room.warned(self.actors)
         return asked | {number: why for number, why in warned.items() if number in self._present}
 

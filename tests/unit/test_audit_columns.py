@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from controller.ledger import log as log_module
+from controller.ledger import log_columns
 from controller.ledger.audit import audit
 from controller.ledger.log import NAME, replay
 from controller.ledger.log_columns import tables
+from controller.ledger.trained_lines import trained_rows
 
 STRIDE = 10**9
 
@@ -80,7 +82,7 @@ def random_log(rng: random.Random) -> str:
         for number in range(rng.randint(0, 8)):
             order = 8 * update + number
             epoch, prompt = divmod(order // 2, 5)
-            key = [epoch, prompt + STRIDE * rng.choice([0, 0, 1]) * (rng.random() < wrong), order % 2]
+            key = [epoch, prompt + STRIDE * rng.choice([0, 0, 1, 7]) * (rng.random() < wrong), order % 2]
             if keys and rng.random() < wrong:
                 key = rng.choice(keys)
             keys.append(key)
@@ -166,3 +168,70 @@ def test_a_damaged_line_is_named_by_its_byte(line: bytes, tmp_path: Path) -> Non
     for read in (audit, replay):
         with pytest.raises(ValueError, match=f"is damaged at byte {len(first)}"):
             read(tmp_path / NAME)
+
+
+def written(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+
+
+def trained_row(**different: Any) -> dict[str, Any]:
+    order = ("key", "trained", "update", "sampled", "admitted_at", "leases", "holder", "row")
+    row = {"key": [0, 17, 1], "trained": 6, "update": 7, "sampled": [5], "admitted_at": 4, "leases": 1, "holder": "a"}
+    return {name: (row | different)[name] for name in order if name in row | different}
+
+
+def test_rows_that_trained_are_read_without_a_parser() -> None:
+    digest = "0123456789abcdef"
+    known = [
+        trained_row(),
+        trained_row(key=[10**17, 0, 99], trained=10**18 - 1, row=digest),
+        trained_row(sampled=[]),
+        trained_row(sampled=[4, 5], holder="", row="0" * 16),
+        trained_row(holder=digest),
+        trained_row(holder="row"),
+        trained_row(holder="of, {several} [words]"),
+    ]
+    others = [
+        trained_row(trained=10**18),  # as large a number may be more than 64 bits take
+        trained_row(holder='quo"ted'),
+        trained_row(holder="\u00e4"),
+        trained_row(sampled=[1, 2, 3]),
+        trained_row(row=digest[:-1]),
+        trained_row(row=digest.upper()),
+        {**ROW, "sampled": [0]},
+        COMMIT,
+    ]
+    lines = [written(row) for row in known] + [json.dumps(known[0]).encode() + b"\n"] + [written(row) for row in others]
+    order = random.Random(0).sample(range(len(lines)), len(lines))
+    columns, rest = trained_rows(b"".join(lines[i] for i in order) + lines[0][:-1])
+    found = [known[i] for i in order if i < len(known)]
+    assert columns["key"].to_pylist() == [row["key"] for row in found]
+    assert columns["trained"].to_pylist() == [row["trained"] for row in found]
+    assert columns["row"].to_pylist() == [row.get("row") for row in found]
+    assert rest == b"".join(lines[i] for i in order if i >= len(known)) + lines[0][:-1]
+
+
+def test_whatever_a_log_holds_the_parser_alone_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs of which a few bytes were changed: the same accounts, or the same refusal."""
+    rng, log, refused = random.Random(5), tmp_path / NAME, 0
+
+    def found() -> Any:
+        try:
+            return vars(audit(log))
+        except ValueError as error:
+            return str(error)
+
+    for _ in range(150):
+        text = bytearray(random_log(rng).encode())
+        for _ in range(rng.randint(0, 3) if text else 0):
+            at = rng.randrange(len(text))
+            text[at : at + rng.randint(0, 2)] = rng.choice(
+                [b"", b"0", b"9", b"-", b'"', b" ", b"\n", b"\\", b"\xff", b",1"]
+            )
+        log.write_bytes(text)
+        fast = found()
+        with monkeypatch.context() as patched:
+            patched.setattr(log_columns, "trained_rows", lambda lines: (trained_rows(b"")[0], lines))
+            assert fast == found()
+        refused += isinstance(fast, str)
+    assert 30 < refused < 120
