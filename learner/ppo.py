@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.microbatches import cut_microbatches
+from common.models.forward import knows_shared_prompts
 from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
@@ -60,6 +61,8 @@ class PPOTask:
             self.value = TrainEngine(scalar, ppo.value_optimizer, learner, ranks, value_steps)
         self.reference = reference_of(self.policy, policy, config, ranks)
         self.trunk = self._share_trunk()
+        networks = [model, *([scalar] if scalar else [])]  # the reference is of the policy's class
+        self._shares_prompts = all(knows_shared_prompts(network.lm, network.layout) for network in networks)
         self._ptx_rng = np.random.default_rng(config.seed)  # the same draws on every rank
         self._publisher: WeightPublisher | None = None
         engines = {"policy": self.policy} | ({"value": self.value} if self.value else {})
@@ -176,7 +179,7 @@ class PPOTask:
             self.value.skip(steps)
 
     def _first_pass(self, mb: Microbatch, hold: bool, train_policy: bool, timer: Timer) -> Pass:
-        places = Places(mb, self.ranks.device)
+        places = Places(mb, self.ranks.device, self._shares_prompts)
         with timer("perf/reference_s"), torch.no_grad():
             ref_logprobs, _ = self._logprobs(self.reference, places)
         with timer("perf/policy_forward_s"), torch.set_grad_enabled(hold and train_policy):
