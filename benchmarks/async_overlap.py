@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ppo_step import HERE, ROOT, BlockError, block, machine, run
+from ppo_step import HERE, PPO, ROOT, BlockError, block, machine, run
 from rich.console import Console
 from rich.table import Table
 
@@ -57,6 +57,9 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict[str, dict[str, An
         "dtype": cpu_dtype(),
         "threads": 1,
         "seed": 1,
+        "estimator": PPO.estimator,
+        "samples": PPO.samples,
+        "kl_coef": PPO.kl_coef,
         "held_tokens": 6000,
         "microbatch_tokens": 4096,
     }
@@ -105,7 +108,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, default=HERE / "results/async_overlap.json")
     args = parser.parse_args()
-    where = machine()
+    where = machine(PPO.trl_pin)
     print(f"{where['cpu']}, {where['cores']} cores, load {where['load_before']} before", flush=True)
     with tempfile.TemporaryDirectory(prefix="async-overlap-") as work:
         try:

@@ -19,6 +19,7 @@ from common.text.end_tokens import end_ids
 from contracts.checks.validation import validate
 from contracts.config import (
     ClusterConfig,
+    KLConfig,
     LearnerConfig,
     LoggerConfig,
     ModelConfig,
@@ -49,6 +50,9 @@ def make_config(job: dict[str, Any], run_dir: str) -> TandemConfig:
         cache_dir=run_dir,
         model=ModelConfig(path=job["model"], dtype=job["dtype"]),
         ppo=PPOConfig(
+            estimator=job["estimator"],
+            samples_per_prompt=job["samples"],
+            kl=KLConfig(coef=job["kl_coef"]),
             updates=job["updates"],
             rollouts_per_update=job["rollouts"],
             missing_eos_penalty=0.0,
@@ -79,7 +83,7 @@ def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
     config = make_config(job, run_dir)
     tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     prompts = [Prompt(i, tokenizer.decode(ids), tuple(ids)) for i, ids in enumerate(job["prompts"])]
-    stream = PromptStream(prompts, samples_per_prompt=1, seed=config.seed)
+    stream = PromptStream(prompts, samples_per_prompt=job["samples"], seed=config.seed)
     policy, reward = job["model"], job["reward_model"]
     ends = end_ids(tokenizer, config.model)
     backend = weight_backend(config)
