@@ -85,7 +85,7 @@ def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
     prompts = [Prompt(i, tokenizer.decode(ids), tuple(ids)) for i, ids in enumerate(job["prompts"])]
     stream = PromptStream(prompts, samples_per_prompt=job["samples"], seed=config.seed)
     policy, reward = job["model"], job["reward_model"]
-    ends = end_ids(tokenizer, config.model)
+    ends = end_ids(tokenizer, config.model, chat=False)
     backend = weight_backend(config)
     with (
         Progress(config.logger.heartbeat_s) as progress,
@@ -97,6 +97,7 @@ def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
         learner = engines.enter_context(runtime.learner("ppo", config, policy, reward, ends, []))
         client = runtime.service({"proxy": reward})
         actors = engines.enter_context(runtime.actors(policy, backend, ends, client))
+        runtime.wait_for_service()
         learner.wait_ready()
         learner.call("connect", backend, actors)
         start_s = time.time() - psutil.Process().create_time()

@@ -42,30 +42,39 @@ class Packed:
     ) -> "Packed":
         """`prompt_lens`: let neighbours whose first so many tokens are the same have them once in the row. The attention
         of `short_causal` alone knows such rows."""
-        arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
-        siblings = [] if prompt_lens is None else _siblings(arrays, prompt_lens)
-        lengths, shared, behind = [len(s) for s in arrays], [0] * len(arrays), [0] * len(arrays)
-        for first, count, tokens in siblings:
+        tokens = [np.asarray(s, dtype=np.int64) for s in sequences]
+        siblings = [] if prompt_lens is None else _siblings(tokens, prompt_lens)
+        lengths = [len(s) for s in tokens]
+        shared, behind = (
+            [0] * len(tokens),
+            list(range(len(tokens))),
+        )  # tokens of a sequence that are another's, and whose
+        for first, count, prompt in siblings:
             for row in range(first + 1, first + count):
-                shared[row], behind[row] = tokens, first
-        own = [length - tokens for length, tokens in zip(lengths, shared, strict=True)]
-        starts, width, total = np.cumsum([0, *own[:-1]]), max(lengths), sum(own)
-        places = np.concatenate(
-            [i * width + np.arange(k, n) for i, (k, n) in enumerate(zip(shared, lengths, strict=True))]
+                shared[row], behind[row] = prompt, first
+        own = [slice(k, n) for k, n in zip(shared, lengths, strict=True)]
+        starts = np.cumsum([0, *(part.stop - part.start for part in own[:-1])])
+        width = max(lengths)
+        slots = np.zeros((len(tokens), width), dtype=np.int64)
+        is_source = np.zeros((len(tokens), width), dtype=bool)
+        for row, part in enumerate(own):
+            slots[row, : part.start] = starts[behind[row]] + np.arange(part.start)
+            slots[row, part] = starts[row] + np.arange(part.stop - part.start)
+            is_source[row, part] = True
+
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return Packed(
+            input_ids=tensor(np.concatenate([s[part] for s, part in zip(tokens, own, strict=True)])[None]),
+            position_ids=tensor(np.concatenate([np.arange(part.start, part.stop) for part in own])[None]),
+            starts=starts.tolist(),
+            lengths=lengths,
+            slots=tensor(slots.reshape(-1)),
+            places=tensor(np.flatnonzero(is_source)),
+            is_source=tensor(is_source.reshape(-1, 1)),
+            siblings=siblings,
         )
-        slots, is_source = (
-            np.zeros((len(arrays), width), dtype=np.int64),
-            np.zeros((len(arrays) * width, 1), dtype=bool),
-        )
-        for row, (start, tokens) in enumerate(zip(starts, shared, strict=True)):
-            slots[row, :tokens] = starts[behind[row]] + np.arange(tokens)
-            slots[row, tokens : lengths[row]] = start + np.arange(own[row])
-        is_source[places] = True
-        assert len(places) == total
-        ids = np.concatenate([s[k:] for s, k in zip(arrays, shared, strict=True)])[None]
-        positions = np.concatenate([np.arange(k, n) for k, n in zip(shared, lengths, strict=True)])[None]
-        tensors = [torch.from_numpy(a).to(device) for a in (ids, positions, slots.reshape(-1), places, is_source)]
-        return Packed(*tensors[:2], starts.tolist(), lengths, *tensors[2:], siblings)
 
     def at(self, rows: Tensor, steps: Tensor) -> Tensor:
         """int64, where tokens `steps` of the sequences `rows` are in the row."""
