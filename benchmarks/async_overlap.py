@@ -63,7 +63,8 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict[str, dict[str, An
         "held_tokens": 6000,
         "microbatch_tokens": 4096,
     }
-    path, rounds = work / "job.json", []
+    path = work / "job.json"
+    rounds: list[dict[str, Any]] = []
     path.write_text(json.dumps(job))
     run([sys.executable, str(HERE / "workload.py"), str(path)], os.environ | driver_env())
     job = json.loads(path.read_text())

@@ -82,7 +82,7 @@ def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
     """Seconds and peak memory of the block: `updates` has the metrics of every update, the first one included."""
     config = make_config(job, run_dir)
     tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
-    prompts = [Prompt(i, tokenizer.decode(ids), tuple(ids)) for i, ids in enumerate(job["prompts"])]
+    prompts = [Prompt(i, str(tokenizer.decode(ids)), tuple(ids)) for i, ids in enumerate(job["prompts"])]
     stream = PromptStream(prompts, samples_per_prompt=job["samples"], seed=config.seed)
     policy, reward = job["model"], job["reward_model"]
     ends = end_ids(tokenizer, config.model, chat=False)

@@ -10,6 +10,7 @@ one JSON file that every block of the benchmark reads. Prompts are human-written
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from learner.models import load_scalar
 PROMPT_TOKENS = 40
 
 
-def make_prompts(tokenizer: object, texts: list[str], count: int) -> list[list[int]]:
+def make_prompts(tokenizer: Any, texts: list[str], count: int) -> list[list[int]]:
     """`count` prompts of exactly `PROMPT_TOKENS` token ids, whose texts have these tokens; the texts start again where they
     are used up."""
     prompts: list[list[int]] = []
