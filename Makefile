@@ -43,6 +43,7 @@ lint: setup ## style, format, types, import direction
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	MYPYPATH=benchmarks .venv/bin/mypy benchmarks
 	.venv/bin/lint-imports
 
 test-unit: setup ## the tests that start no engine

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ppo_step import HERE, ROOT, BlockError, block, machine, run
+from ppo_step import HERE, PPO, ROOT, BlockError, block, machine, run
 from rich.console import Console
 from rich.table import Table
 
@@ -57,10 +57,14 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict[str, dict[str, An
         "dtype": cpu_dtype(),
         "threads": 1,
         "seed": 1,
+        "estimator": PPO.estimator,
+        "samples": PPO.samples,
+        "kl_coef": PPO.kl_coef,
         "held_tokens": 6000,
         "microbatch_tokens": 4096,
     }
-    path, rounds = work / "job.json", []
+    path = work / "job.json"
+    rounds: list[dict[str, Any]] = []
     path.write_text(json.dumps(job))
     run([sys.executable, str(HERE / "workload.py"), str(path)], os.environ | driver_env())
     job = json.loads(path.read_text())
@@ -105,7 +109,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, default=HERE / "results/async_overlap.json")
     args = parser.parse_args()
-    where = machine()
+    where = machine(PPO.trl_pin)
     print(f"{where['cpu']}, {where['cores']} cores, load {where['load_before']} before", flush=True)
     with tempfile.TemporaryDirectory(prefix="async-overlap-") as work:
         try:

@@ -21,7 +21,7 @@ from typing import Any
 from reward_gates import machine  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = 320  # 10 steps
+STEP_ROWS = 32  # the demo's batch
 WARM_UP_STEPS = 2
 GOAL = 2.2  # times slower beside one competitor, or on one core
 
@@ -35,12 +35,17 @@ def competitor() -> Iterator[None]:
             process.kill()
 
 
-def train(root: Path, competitors: int, one_core: bool) -> float:
+def train(root: Path, steps: int, competitors: int, one_core: bool) -> float:
     """Tokens/s of a step, the median."""
     with tempfile.TemporaryDirectory(prefix="busy-") as folder, ExitStack() as stack:
         for _ in range(competitors):
             stack.enter_context(competitor())
-        overrides = [f"run_dir={folder}/run", f"cache_dir={folder}/cache", f"data.sft.max_rows={ROWS}"]
+        overrides = [
+            f"run_dir={folder}/run",
+            f"cache_dir={folder}/cache",
+            f"data.sft.max_rows={STEP_ROWS * steps}",
+            "sft.epochs=1",
+        ]
         # What the configuration takes from the cache is there already.
         for name in ("models", "data"):
             (Path(folder) / "cache").mkdir(exist_ok=True)
@@ -84,12 +89,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, help="another clone, measured in the same rounds")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help=f"of SFT; the first {WARM_UP_STEPS} are left out")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/busy.json")
     args = parser.parse_args()
     where = machine()
     builds = ({"before": args.before.resolve()} if args.before else {}) | {"this": ROOT}
     rounds = [
-        {name: {title: train(root, **how) for title, how in SITUATIONS.items()} for name, root in builds.items()}
+        {
+            name: {title: train(root, args.steps, **how) for title, how in SITUATIONS.items()}
+            for name, root in builds.items()
+        }
         for _ in range(args.rounds)
     ]
     results = {

@@ -150,7 +150,8 @@ def generation(job: dict[str, Any]) -> dict[str, float]:
             engine.add_request(name, {"prompt_token_ids": ids, "cache_salt": name}, params)
         made = 0
         while engine.has_unfinished_requests():
-            made += sum(len(out.outputs[0].token_ids) for out in engine.step() if out.finished)
+            outputs: list[Any] = engine.step()
+            made += sum(len(out.outputs[0].token_ids) for out in outputs if out.finished)
         if made != tokens * len(prompts):
             raise RuntimeError(f"vLLM generated {made} tokens, expected {tokens * len(prompts)}")
 

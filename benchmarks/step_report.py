@@ -1,4 +1,4 @@
-"""From measured seconds to the table of `ppo_step.py`: floating-point operations of an update, limits, ratio."""
+"""From seconds to the table of `ppo_step.py` and `grpo_step.py`: floating-point operations of an update, limits, ratio."""
 
 from statistics import median
 from typing import Any
@@ -15,7 +15,7 @@ PHASES = {
     "value_forward": ("value forward", ["perf/value_forward_s"], ["value_forward_s"]),
     "policy_backward": ("policy backward", ["perf/policy_backward_s"], []),
     "value_backward": ("value backward", ["perf/value_backward_s"], []),
-    "backward": ("policy and value backward", [], ["backward_s"]),
+    "backward": ("backward, whole", [], ["backward_s"]),
     "optimizer": ("optimizer", ["perf/optimizer_s"], ["optimizer_s"]),
     "publish": ("publish weights", ["perf/sync_s"], []),
 }
@@ -26,22 +26,23 @@ def operations(job: dict[str, Any]) -> dict[str, float]:
 
     A token costs 2 N in a forward pass through the N weights of the linear layers, 2 V d more where it needs logits, and
     twice that in a backward pass (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). Left out: attention scores (3% at
-    88 tokens), the optimizer, norms and softmax. A second policy forward pass is not needed, so it is not counted.
+    88 tokens), the optimizer, norms and softmax. A second policy forward pass is not needed, so it is not counted, nor is a
+    prompt that a group shares but once; scores are of whole texts. Without a value model there is nothing of it.
     """
     rollouts, completion = job["rollouts"], job["completion_tokens"]
     prompt = len(job["prompts"][0])
-    body, head = 2 * job["body_parameters"], 2 * job["head_parameters"]
-    forward = rollouts * (prompt + completion) * body
+    body, head, prompts = 2 * job["body_parameters"], 2 * job["head_parameters"], rollouts // job["samples"]
+    forward = (prompts * prompt + rollouts * completion) * body
     logits = rollouts * completion * head
+    value = {"value_forward": forward, "value_backward": 2 * forward} if job["estimator"] == "gae" else {}
     return {
         # The last sampled token is never fed; a prompt needs logits at its last token alone.
-        "generate": rollouts * (prompt + completion - 1) * body + logits,
+        "generate": forward - rollouts * body + logits,
         "score": rollouts * (prompt + completion + 1) * body,  # an EOS is appended
         "reference": forward + logits,
         "policy_forward": forward + logits,
-        "value_forward": forward,
         "policy_backward": 2 * (forward + logits),
-        "value_backward": 2 * forward,
+        **value,
     }
 
 
@@ -78,6 +79,8 @@ def summarize(
     phases = {}
     for name, (_, our_keys, their_keys) in PHASES.items():
         row: dict[str, Any] = {}
+        if name.startswith("value") and name not in needs:
+            continue
         if our_keys:
             row["tandem_s"] = sum(ours.get(k, 0.0) for k in our_keys)
         if theirs and their_keys:

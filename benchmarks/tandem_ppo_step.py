@@ -19,6 +19,7 @@ from common.text.end_tokens import end_ids
 from contracts.checks.validation import validate
 from contracts.config import (
     ClusterConfig,
+    KLConfig,
     LearnerConfig,
     LoggerConfig,
     ModelConfig,
@@ -49,6 +50,9 @@ def make_config(job: dict[str, Any], run_dir: str) -> TandemConfig:
         cache_dir=run_dir,
         model=ModelConfig(path=job["model"], dtype=job["dtype"]),
         ppo=PPOConfig(
+            estimator=job["estimator"],
+            samples_per_prompt=job["samples"],
+            kl=KLConfig(coef=job["kl_coef"]),
             updates=job["updates"],
             rollouts_per_update=job["rollouts"],
             missing_eos_penalty=0.0,
@@ -78,10 +82,10 @@ def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
     """Seconds and peak memory of the block: `updates` has the metrics of every update, the first one included."""
     config = make_config(job, run_dir)
     tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
-    prompts = [Prompt(i, tokenizer.decode(ids), tuple(ids)) for i, ids in enumerate(job["prompts"])]
-    stream = PromptStream(prompts, samples_per_prompt=1, seed=config.seed)
+    prompts = [Prompt(i, str(tokenizer.decode(ids)), tuple(ids)) for i, ids in enumerate(job["prompts"])]
+    stream = PromptStream(prompts, samples_per_prompt=job["samples"], seed=config.seed)
     policy, reward = job["model"], job["reward_model"]
-    ends = end_ids(tokenizer, config.model)
+    ends = end_ids(tokenizer, config.model, chat=False)
     backend = weight_backend(config)
     with (
         Progress(config.logger.heartbeat_s) as progress,
@@ -93,6 +97,7 @@ def run(job: dict[str, Any], run_dir: str) -> dict[str, Any]:
         learner = engines.enter_context(runtime.learner("ppo", config, policy, reward, ends, []))
         client = runtime.service({"proxy": reward})
         actors = engines.enter_context(runtime.actors(policy, backend, ends, client))
+        runtime.wait_for_service()
         learner.wait_ready()
         learner.call("connect", backend, actors)
         start_s = time.time() - psutil.Process().create_time()

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,6 +51,10 @@ def texts(count: int) -> list[Text]:
     return found
 
 
+def answers_to(pool: VerifierPool, share: list[Text]) -> list[Future[list[Score]]]:
+    return pool.submit_items([(t.completion, t.row, t.label) for t in share])
+
+
 def asked(ask: Callable[[list[Text]], list[Future[list[Score]]]], share: list[Text]) -> tuple[float, int]:
     """(seconds, scores that are there)."""
     start = time.perf_counter()
@@ -63,12 +68,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     chosen = parser.parse_args()
     function = ScorerConfig(kind="function", function=f"{__file__}:nothing", processes=chosen.processes)
-    pools: dict[str, FunctionPool] = {"nothing": FunctionPool(function)}
-    asks: dict[str, Callable[[list[Text]], list[Future[list[Score]]]]] = {"nothing": pools["nothing"].submit}
+    nothing_pool = FunctionPool(function)
+    pools: list[FunctionPool | VerifierPool] = [nothing_pool]
+    asks: dict[str, Callable[[list[Text]], list[Future[list[Score]]]]] = {"nothing": nothing_pool.submit}
     for name in ("exact", "math"):
         pool = VerifierPool(ScorerConfig(kind="verifier", verifier=name, processes=chosen.processes))
-        pools[name] = pool
-        asks[name] = lambda share, pool=pool: pool.submit_items([(t.completion, t.row, t.label) for t in share])
+        pools.append(pool)
+        asks[name] = partial(answers_to, pool)
     answers, spent, scored = texts(chosen.answers), dict.fromkeys(asks, 0.0), dict.fromkeys(asks, 0)
     size = -(-len(answers) // ROUNDS)
     for number in range(ROUNDS):
@@ -76,8 +82,8 @@ def main() -> None:
             seconds, count = asked(asks[name], answers[number * size : (number + 1) * size])
             spent[name] += seconds
             scored[name] += count
-    for pool in pools.values():
-        pool.close()
+    for used in pools:
+        used.close()
     rollout_s = chosen.update_s / chosen.rollouts
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {chosen.processes} processes each;")
     print(f"an update takes {chosen.update_s:g} s for {chosen.rollouts} rollouts, {rollout_s * 1e3:.0f} ms each\n")

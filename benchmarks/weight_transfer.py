@@ -10,8 +10,8 @@ the same with adapters, which engines merge.
 
 import argparse
 import json
+import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -109,7 +109,7 @@ class Sender:
         return report
 
 
-@ray.remote(max_concurrency=4)
+@ray.remote(max_concurrency=4)  # type: ignore[call-overload]
 class StandIn:
     def __init__(self) -> None:
         self.receiver = WeightReceiver(self.copy)
@@ -145,7 +145,7 @@ class MeasuredActor(RolloutActor):
             step(engine)
             self.steps.append(time.perf_counter())
 
-        VLLMEngine._step = timed  # type: ignore[method-assign]
+        VLLMEngine._step = timed  # type: ignore[method-assign, assignment]
         super().serve()
 
     @ray.method(concurrency_group="control")
@@ -236,7 +236,8 @@ def engines(
     for count in counts:
         threads = max(1, (os.cpu_count() or 1) // count)
         options = {"num_cpus": 0, "runtime_env": {"env_vars": worker_env(threads, on_cpu=True)}}
-        remote = ray.remote(concurrency_groups={"control": 8})(MeasuredActor).options(**options)
+        groups: dict[str, Any] = {"concurrency_groups": {"control": 8}}
+        remote: Any = ray.remote(**groups)(MeasuredActor).options(**options)
         config = EngineConfig(kv_cache_gib=0.5)
         model, environment = ModelConfig(path=path, dtype="bfloat16", lora=lora), EnvironmentConfig()
         make = partial(remote.remote, model, config, "shared_memory", True, (2,), None, environment)
@@ -305,7 +306,7 @@ def main() -> None:
         object_store_memory=4 * 2**30,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     try:
         options = {"num_cpus": 0, "runtime_env": {"env_vars": worker_env(cores, on_cpu=True)}}
@@ -327,4 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

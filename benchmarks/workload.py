@@ -10,6 +10,7 @@ one JSON file that every block of the benchmark reads. Prompts are human-written
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,15 +22,18 @@ from learner.models import load_scalar
 PROMPT_TOKENS = 40
 
 
-def make_prompts(tokenizer: object, texts: list[str], count: int) -> list[list[int]]:
-    """`count` prompts of exactly `PROMPT_TOKENS` token ids; the texts start again where they are used up."""
+def make_prompts(tokenizer: Any, texts: list[str], count: int) -> list[list[int]]:
+    """`count` prompts of exactly `PROMPT_TOKENS` token ids, whose texts have these tokens; the texts start again where they
+    are used up."""
     prompts: list[list[int]] = []
     ids: list[int] = []
     while len(prompts) < count:
         for text in texts:
             ids += tokenizer((" " if ids else "") + text.strip(), add_special_tokens=False)["input_ids"]
             if len(ids) >= PROMPT_TOKENS:
-                prompts.append(ids[:PROMPT_TOKENS])
+                cut = ids[:PROMPT_TOKENS]
+                if tokenizer(tokenizer.decode(cut), add_special_tokens=False)["input_ids"] == cut:
+                    prompts.append(cut)
                 ids = []
     return prompts[:count]
 
@@ -47,7 +51,7 @@ def main(job_path: Path) -> None:
     job = json.loads(job_path.read_text())
     tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     texts = [json.loads(line)["text"] for line in Path(job["texts"]).read_text().splitlines()]
-    job["prompts"] = make_prompts(tokenizer, texts, job["rollouts"] * job["updates"])
+    job["prompts"] = make_prompts(tokenizer, texts, job["rollouts"] // job["samples"] * job["updates"])
     job["body_parameters"], job["head_parameters"] = parameters(job["model"])
     torch.manual_seed(job["seed"])
     # `sdpa`, since what is saved must also load where Tandem's own attention is not registered.

@@ -3,10 +3,13 @@
 import heapq
 
 
-def cut_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
+def cut_microbatches(
+    lengths: list[int], token_budget: int, ranks: int, groups: list[int] | None = None
+) -> list[list[list[int]]]:
     """Indices of `lengths` as [rank][microbatch][row].
 
-    Sequences are sorted by length and cut where the next one would push the sum over `token_budget`; a sequence longer
+    Sequences are sorted by length, those of a group (`groups` has its number for each sequence) by that of its longest, so
+    that they are neighbours, and cut where the next one would push the sum over `token_budget`; a sequence longer
     than the budget travels alone. Every rank gets the same number of microbatches, since the collectives of a sharded
     model run once a microbatch on all ranks, and about the same number of tokens. No microbatch is empty: where too few
     sequences are left to give every rank one more, some travel together over the budget.
@@ -16,7 +19,11 @@ def cut_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list[
     """
     if len(lengths) < ranks:
         raise ValueError(f"{len(lengths)} sequences cannot feed {ranks} ranks")
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups = groups or list(range(len(lengths)))
+    longest: dict[int, int] = {}
+    for group, length in zip(groups, lengths, strict=True):
+        longest[group] = max(length, longest.get(group, 0))
+    order = sorted(range(len(lengths)), key=lambda i: (longest[groups[i]], groups[i], lengths[i], i))
     batches: list[list[int]] = []
     tokens = 0
     for i in order:

@@ -17,13 +17,14 @@ class Places:
     """Where the training tokens of a microbatch lie. The state before completion token t of row b is position
     prompt_len + t - 1, which both predicts the token and carries V(s_t)."""
 
-    def __init__(self, mb: Microbatch, device: torch.device):
-        self.packed = Packed.of(mb.sequences, device)
+    def __init__(self, mb: Microbatch, device: torch.device, shares_prompts: bool = False):
+        """`shares_prompts`: of neighbours in a group the prompt is in the packed row once."""
+        self.packed = Packed.of(mb.sequences, device, mb.prompt_lens if shares_prompts else None)
         self.mask = torch.from_numpy(mb.loss_mask).to(device)  # bool [B, C]
         self.rows, self.steps = self.mask.nonzero(as_tuple=True)
-        first = torch.tensor(self.packed.starts, device=device) + torch.from_numpy(mb.prompt_lens).to(device)
-        self.select = first[self.rows] + self.steps - 1  # [M], into the packed row
-        self.targets = self.packed.input_ids[0, self.select + 1]
+        place = torch.from_numpy(mb.prompt_lens).to(device)[self.rows] + self.steps
+        self.select = self.packed.at(self.rows, place - 1)  # [M], into the packed row
+        self.targets = self.packed.input_ids[0, self.packed.at(self.rows, place)]
         # bool [B, C], of sequences that train: `mask` has those of sequences, too, that are only compared with
         self.trains = self.mask & torch.from_numpy(mb.trains).to(device)[:, None]
         self.below = Below()  # what the layers that networks share put out

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.microbatches import cut_microbatches
+from common.models.forward import knows_shared_prompts
 from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
@@ -29,6 +30,7 @@ from learner.adapted_models import reference_of, trained_pair
 from learner.engine import Ranks, TrainEngine
 from learner.global_batch import batch_metrics, set_advantages, set_weights
 from learner.losses import kl_loss, likelihood_loss, value_loss
+from learner.models import PolicyModel, ScalarModel
 from learner.passes import Pass, Places, Timer, over_steps
 from learner.rank_state import RankState
 from learner.saved_model import gather_checkpoint, save_checkpoint
@@ -59,17 +61,19 @@ class PPOTask:
             value_steps = (ppo.updates + warmup_updates(ppo)) * steps
             self.value = TrainEngine(scalar, ppo.value_optimizer, learner, ranks, value_steps)
         self.reference = reference_of(self.policy, policy, config, ranks)
-        self.trunk = self._share_trunk()
+        self.trunk = self._share_trunk(model, scalar)
+        networks: list[Any] = [model, *([scalar] if scalar else [])]  # the reference is of the policy's class
+        self._shares_prompts = all(knows_shared_prompts(network.lm, network.layout) for network in networks)
         self._ptx_rng = np.random.default_rng(config.seed)  # the same draws on every rank
         self._publisher: WeightPublisher | None = None
         engines = {"policy": self.policy} | ({"value": self.value} if self.value else {})
         self.state = RankState(ranks, engines, lambda: gather_checkpoint(self.policy, policy, config.model, ranks))
 
-    def _share_trunk(self) -> SharedTrunk:
+    def _share_trunk(self, policy: PolicyModel, value: ScalarModel | None) -> SharedTrunk:
         if self.config.learner.zero_stage == 3:  # which gathers weights layer by layer, in the order of the first pass
-            return SharedTrunk(self.policy.model, {})
-        others = {"reference": self.policy.model if self.config.model.lora else self.reference}
-        trunk = SharedTrunk(self.policy.model, others | ({"value": self.value.model} if self.value else {}))
+            return SharedTrunk(policy, {})
+        others = {"reference": policy if self.config.model.lora else self.reference}
+        trunk = SharedTrunk(policy, others | ({"value": value} if value else {}))
 
         def run(packed: Packed) -> list[Tensor]:
             select = torch.arange(packed.input_ids.shape[1] - 1, device=self.ranks.device)
@@ -176,7 +180,7 @@ class PPOTask:
             self.value.skip(steps)
 
     def _first_pass(self, mb: Microbatch, hold: bool, train_policy: bool, timer: Timer) -> Pass:
-        places = Places(mb, self.ranks.device)
+        places = Places(mb, self.ranks.device, self._shares_prompts)
         with timer("perf/reference_s"), torch.no_grad():
             ref_logprobs, _ = self._logprobs(self.reference, places)
         with timer("perf/policy_forward_s"), torch.set_grad_enabled(hold and train_policy):

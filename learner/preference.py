@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common.microbatches import cut_microbatches
+from common.models.forward import knows_shared_prompts
 from contracts.config import PreferenceConfig, TandemConfig
 from contracts.preference_losses import find_preference_loss
 from contracts.records import Example, ExamplePair, RatedExample
@@ -62,6 +63,7 @@ class PreferenceTask:
         self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
         self.model: PolicyModel = trained_policy(policy, config, ranks, stage.trainable_layers)
         self.engine = TrainEngine(self.model, stage.optimizer, config.learner, ranks, len(self.batches))
+        self._shares_prompts = knows_shared_prompts(self.model.lm, self.model.layout)
         self._tokenizer_from = policy
         self._reference: dict[int, list[float]] = {}  # of each example, by its number: one text, or the two of a pair
 
@@ -118,11 +120,15 @@ class PreferenceTask:
     def _cut(self, texts: list[Example]) -> list[list[int]]:
         """This rank's microbatches."""
         lengths, budget = [len(e.token_ids) for e in texts], self.config.learner.microbatch_tokens
-        return cut_microbatches(lengths, budget, self.ranks.world_size)[self.ranks.rank]
+        numbers: dict[tuple[int, ...], int] = {}
+        prompts = [tuple(e.token_ids[: _prompt_len(e)]) for e in texts]
+        groups = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+        return cut_microbatches(lengths, budget, self.ranks.world_size, groups)[self.ranks.rank]
 
     def _sums(self, texts: list[Example]) -> Tensor:
         """log p of each completion of one microbatch [B]."""
-        logprobs, owners = example_logprobs(self.engine, texts, self.ranks.device)
+        prompt_lens = [_prompt_len(e) for e in texts] if self._shares_prompts else None
+        logprobs, owners = example_logprobs(self.engine, texts, self.ranks.device, prompt_lens)
         return torch.zeros(len(texts), device=logprobs.device).index_add(0, owners, logprobs)
 
     def _gather(self, parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
@@ -134,6 +140,11 @@ class PreferenceTask:
 
     def save(self, path: str) -> None:
         save_checkpoint(self.engine, path, self._tokenizer_from, self.config.model, self.ranks)
+
+
+def _prompt_len(example: Example) -> int:
+    """Tokens before the first that trains."""
+    return example.loss_mask.index(True) if True in example.loss_mask else len(example.token_ids)
 
 
 TASK = PreferenceTask

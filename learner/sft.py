@@ -33,20 +33,21 @@ def epoch_batches(count: int, batch_size: int, epochs: int, seed: int, ranks: in
 
 
 def example_logprobs(
-    engine: Any, examples: Sequence[Example], device: torch.device
+    engine: Any, examples: Sequence[Example], device: torch.device, prompt_lens: Sequence[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p of the tokens that train in one microbatch, with gradient, and the number of the example each belongs to."""
-    packed = Packed.of([e.token_ids for e in examples], device)
-    select, targets, owners = [], [], []
-    for number, (start, example) in enumerate(zip(packed.starts, examples, strict=True)):
+    """log p of the tokens that train in one microbatch, with gradient, and the number of the example each belongs to.
+    `prompt_lens` is as in `Packed.of`."""
+    packed = Packed.of([e.token_ids for e in examples], device, prompt_lens)
+    steps, targets, owners = [], [], []
+    for number, example in enumerate(examples):
         for t, trains in enumerate(example.loss_mask):
             if trains and t:
-                select.append(start + t - 1)  # the position before predicts the token
+                steps.append(t - 1)  # the position before predicts the token
                 targets.append(example.token_ids[t])
                 owners.append(number)
     # The dtype is named, as a microbatch may hold no marked token.
-    where, what, whose = (torch.tensor(v, dtype=torch.int64, device=device) for v in (select, targets, owners))
-    return engine(packed, where, what)[0], whose
+    before, what, whose = (torch.tensor(v, dtype=torch.int64, device=device) for v in (steps, targets, owners))
+    return engine(packed, packed.at(whose, before), what)[0], whose
 
 
 def example_nll(engine: Any, examples: list[Example], device: torch.device) -> torch.Tensor:

@@ -74,7 +74,7 @@ class SharedTrunk:
     def _put_back(self) -> None:
         for network, depth in self._networks:
             for layer in decoder_layers(network.lm)[:depth]:
-                layer.forward = layer.forward.args[0]
+                del layer.forward
 
     def _layer(self, run: Callable[..., Any], index: int, depth: int, *args: Any, **kwargs: Any) -> Any:
         if self._below is None:
@@ -114,15 +114,15 @@ def _settings(network: PolicyModel | ScalarModel) -> tuple[Any, ...]:
 
 def _same_input(policy: PolicyModel, other: PolicyModel | ScalarModel) -> bool:
     """What comes before the layers does not train, so what does is behind them."""
-    mine, its = beside_layers(policy.lm), beside_layers(other.lm)
-    frozen = {name: p for name, p in mine.items() if not p.requires_grad}
-    embeddings = [network.lm.get_input_embeddings().weight for network in (policy, other)]
-    return _same_frozen(dict(enumerate(embeddings[:1])), dict(enumerate(embeddings[1:]))) and _same_frozen(
-        frozen, {name: its[name] for name in frozen if name in its}
-    )
+    mine: dict[str, Tensor] = {name: p for name, p in beside_layers(policy.lm).items() if not p.requires_grad}
+    its: dict[str, Tensor] = {name: p for name, p in beside_layers(other.lm).items() if name in mine}
+    for tensors, network in ((mine, policy), (its, other)):
+        lm: Any = network.lm
+        tensors["embeddings"] = lm.get_input_embeddings().weight
+    return _same_frozen(mine, its)
 
 
-def _same_frozen(mine: dict[Any, Tensor], its: dict[Any, Tensor]) -> bool:
+def _same_frozen(mine: dict[str, Tensor], its: dict[str, Tensor]) -> bool:
     return mine.keys() == its.keys() and all(
         not (tensor.requires_grad or its[name].requires_grad)
         and (tensor is its[name] or (tensor.shape == its[name].shape and torch.equal(tensor, its[name])))

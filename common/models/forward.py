@@ -46,6 +46,11 @@ def decoder_layers(lm: Any) -> nn.ModuleList:
     return next((m for m in lists if len(m) == layers), None) or max(lists, key=len)
 
 
+def knows_shared_prompts(lm: Any, layout: str) -> bool:
+    """Whether sequences whose prompt is in the row once (`Packed.siblings`) are computed as each for itself."""
+    return layout == "packed" and getattr(lm, backbone_name(lm)).config._attn_implementation == NAME
+
+
 def hidden_states(lm: Any, packed: Packed, layout: str) -> Tensor:
     """[N, width], what the backbone of `lm` computes last, each sequence for itself."""
     backbone = getattr(lm, backbone_name(lm))

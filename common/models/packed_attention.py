@@ -23,40 +23,85 @@ MAX_TOKENS = 512  # scores take heads x T x T memory a sequence; above it torch'
 
 @dataclass
 class Packed:
-    """B sequences of N tokens together, the longest of T."""
+    """B sequences, the longest of T tokens, as N tokens in a row."""
 
     input_ids: Tensor  # int64 [1, N]
     position_ids: Tensor  # int64 [1, N], from 0 in every sequence
-    starts: list[int]  # where each sequence begins
+    starts: list[int]  # where each sequence begins, or goes on behind a prompt that it shares
     lengths: list[int]
     slots: Tensor  # int64 [B * T], the token in each place of a padded layout (0 on padding)
-    places: Tensor  # int64 [N], the place of each token in a padded layout
-    is_real: Tensor  # bool [B * T, 1]
+    places: Tensor  # int64 [N], the place of each token in a padded layout; of a shared one in its first sequence
+    is_source: Tensor  # bool [B * T, 1], where `places` are
+    siblings: list[tuple[int, int, int]]  # (first sequence, how many, tokens) that have one prompt in the row
 
     @staticmethod
-    def of(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> "Packed":
-        lengths = [len(s) for s in sequences]
-        starts = np.cumsum([0, *lengths[:-1]])
-        width, total = max(lengths), sum(lengths)
-        places = np.concatenate([i * width + np.arange(n) for i, n in enumerate(lengths)])
-        slots = np.zeros(len(lengths) * width, dtype=np.int64)
-        slots[places] = np.arange(total)
-        is_real = np.zeros((len(lengths) * width, 1), dtype=bool)
-        is_real[places] = True
-        position_ids = np.concatenate([np.arange(n) for n in lengths])
-        arrays = (np.concatenate([np.asarray(s, dtype=np.int64) for s in sequences])[None], position_ids[None])
-        ids, positions, slot, place, real = (torch.from_numpy(a).to(device) for a in (*arrays, slots, places, is_real))
-        return Packed(ids, positions, starts.tolist(), lengths, slot, place, real)
+    def of(
+        sequences: Sequence[Sequence[int] | np.ndarray],
+        device: torch.device,
+        prompt_lens: Sequence[int] | np.ndarray | None = None,
+    ) -> "Packed":
+        """`prompt_lens`: let neighbours whose first so many tokens are the same have them once in the row. The attention
+        of `short_causal` alone knows such rows."""
+        tokens = [np.asarray(s, dtype=np.int64) for s in sequences]
+        siblings = [] if prompt_lens is None else _siblings(tokens, prompt_lens)
+        lengths = [len(s) for s in tokens]
+        shared, behind = (
+            [0] * len(tokens),
+            list(range(len(tokens))),
+        )  # tokens of a sequence that are another's, and whose
+        for first, count, prompt in siblings:
+            for row in range(first + 1, first + count):
+                shared[row], behind[row] = prompt, first
+        own = [slice(k, n) for k, n in zip(shared, lengths, strict=True)]
+        starts = np.cumsum([0, *(part.stop - part.start for part in own[:-1])])
+        width = max(lengths)
+        slots = np.zeros((len(tokens), width), dtype=np.int64)
+        is_source = np.zeros((len(tokens), width), dtype=bool)
+        for row, part in enumerate(own):
+            slots[row, : part.start] = starts[behind[row]] + np.arange(part.start)
+            slots[row, part] = starts[row] + np.arange(part.stop - part.start)
+            is_source[row, part] = True
+
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return Packed(
+            input_ids=tensor(np.concatenate([s[part] for s, part in zip(tokens, own, strict=True)])[None]),
+            position_ids=tensor(np.concatenate([np.arange(part.start, part.stop) for part in own])[None]),
+            starts=starts.tolist(),
+            lengths=lengths,
+            slots=tensor(slots.reshape(-1)),
+            places=tensor(np.flatnonzero(is_source)),
+            is_source=tensor(is_source.reshape(-1, 1)),
+            siblings=siblings,
+        )
+
+    def at(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """int64, where tokens `steps` of the sequences `rows` are in the row."""
+        return self.slots.view(len(self.lengths), -1)[rows, steps]
 
     @property
     def last(self) -> Tensor:
         """int64 [B], the last token of each sequence, by its length: its id may be that of the padding."""
-        ends = [start + length - 1 for start, length in zip(self.starts, self.lengths, strict=True)]
-        return torch.tensor(ends, device=self.input_ids.device)
+        device = self.input_ids.device
+        return self.at(torch.arange(len(self.lengths), device=device), torch.tensor(self.lengths, device=device) - 1)
+
+
+def _siblings(sequences: list[np.ndarray], prompt_lens: Sequence[int] | np.ndarray) -> list[tuple[int, int, int]]:
+    """Runs of neighbours with the same prompt, two at least."""
+    prompts = [s[:n].tobytes() for s, n in zip(sequences, prompt_lens, strict=True)]
+    runs, first = [], 0
+    for row in range(1, len(prompts) + 1):
+        if row == len(prompts) or prompts[row] != prompts[first] or not prompts[first]:
+            if row - first > 1:
+                runs.append((first, row - first, int(prompt_lens[first])))
+            first = row
+    return runs
 
 
 class _Pad(torch.autograd.Function):
-    """[N, ...] -> [B * T, ...]. A gather in both directions: autograd's own backward of indexing is a serial scatter."""
+    """[N, X] -> [B * T, X]. A gather in both directions: autograd's own backward of indexing is a serial scatter. What a
+    shared prompt's tokens get in each of its sequences is summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
@@ -65,11 +110,17 @@ class _Pad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.packed.places), None
+        packed = ctx.packed
+        out = grad.index_select(0, packed.places)
+        padded = grad.reshape(len(packed.lengths), -1, grad.shape[-1])
+        for first, count, tokens in packed.siblings:
+            start = packed.starts[first]
+            out[start : start + tokens] += padded[first + 1 : first + count, :tokens].sum(0, dtype=torch.float32)
+        return out, None
 
 
 class _Unpad(torch.autograd.Function):
-    """[B * T, ...] -> [N, ...]."""
+    """[B * T, X] -> [N, X]. Of a shared prompt the first sequence's is taken; all have the same."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
@@ -78,7 +129,7 @@ class _Unpad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.packed.slots) * ctx.packed.is_real, None
+        return grad.index_select(0, ctx.packed.slots) * ctx.packed.is_source, None
 
 
 # What models hand on to their attention that changes nothing here: a training pass has no cache, and positions are in the

@@ -51,7 +51,8 @@ def make_batches(
     places = np.argsort(sorted(range(len(rollouts)), key=lambda row: rollouts[row].key))
     batches = [TrainingBatch([], [], [], []) for _ in range(ranks)]
     for rows in np.array_split(rng.permutation(len(rollouts)), minibatches):
-        cut = cut_microbatches([rollouts[r].num_tokens for r in rows], token_budget, ranks)
+        lengths, siblings = [rollouts[r].num_tokens for r in rows], [groups[r] for r in rows]
+        cut = cut_microbatches(lengths, token_budget, ranks, siblings)
         tokens = sum(len(rollouts[r].completion.sampled_ids) for r in rows if trains[r])
         for batch, parts in zip(batches, cut, strict=True):
             chosen = [[int(rows[i]) for i in part] for part in parts]

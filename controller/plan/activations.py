@@ -148,7 +148,7 @@ def _with_layers(network: PolicyModel | ScalarModel, frozen: int, trained: int) 
 
 def _measure(network: PolicyModel | ScalarModel, lengths: Sequence[int], selected: int) -> PassMemory:
     packed = Packed.of([[0] * length for length in lengths], torch.device("cpu"))
-    for name in ("input_ids", "position_ids", "slots", "places", "is_real"):
+    for name in ("input_ids", "position_ids", "slots", "places", "is_source"):
         setattr(packed, name, getattr(packed, name).to("meta"))
     select = torch.zeros(max(1, selected), dtype=torch.int64, device="meta")
     arguments = (packed, select, select) if isinstance(network, PolicyModel) else (packed, select)

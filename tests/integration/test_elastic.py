@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from controller import scale
 from controller.ledger.audit import audit
@@ -59,6 +60,7 @@ def trained(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.full
 def test_a_fleet_that_changes_trains_what_a_fixed_one_does(
     tmp_path: Path, tiny_model: Path, reward_model: Path
 ) -> None:

@@ -240,6 +240,7 @@ def test_rules_alone_and_completions_that_fill_the_engine(folder: Path, tiny_mod
     assert "ppo: nothing has changed" in again.stdout
 
 
+@pytest.mark.full
 def test_raft_under_a_combined_loss_from_the_base_model(finished: Any, folder: Path, tiny_model: Path) -> None:
     overrides = ["ppo.estimator=raft", "ppo.samples_per_prompt=4", "ppo.init_from=base", "ppo.max_staleness=1"]
     overrides += ["ppo.ptx_coef=1", "ppo.ptx_batch_size=4", "ppo.combined.target=0.5", "ppo.combined.learning_rate=2"]
@@ -303,6 +304,7 @@ def test_methods_without_a_reward_in_training(finished: Any, folder: Path, tiny_
     assert curve[0]["proxy"]["mean"] < curve[1]["proxy"]["mean"] < curve[2]["proxy"]["mean"]
 
 
+@pytest.mark.full
 def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Path) -> None:
     """Rehearsal, sampling ahead of the learner, scores of turns by the reward service, training and evaluation."""
     overrides = ["environment=two_turn", "environment.max_turn_tokens=6", "environment.min_turn_tokens=4"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.methods import chosen_preference
 from contracts.preference_losses import find_preference_loss
@@ -217,6 +218,20 @@ def test_gradient_is_that_of_the_loss_itself(config: TandemConfig, ranks: Ranks)
         norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item())
         adam.step()
     assert norm == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_the_texts_of_a_pair_have_their_prompt_once(
+    config: TandemConfig, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose numbers are those of each text alone: `test_one_step_of_any_cut`."""
+    items, rows = pairs(6), []
+    make = Packed.of
+    monkeypatch.setattr(Packed, "of", lambda *arguments: rows.append(made := make(*arguments)) or made)
+    task = task_of(config, ranks, items)
+    texts = batch_examples(items)[0]
+    rows.clear()
+    task.logprobs(texts)
+    assert [row.input_ids.shape[1] for row in rows] == [sum(len(e.token_ids) for e in texts) - 6 * 4]
 
 
 def test_prompts_do_not_count(config: TandemConfig, ranks: Ranks) -> None:
