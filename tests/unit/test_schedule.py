@@ -329,7 +329,9 @@ def test_the_command_predicts_and_says_what_it_rests_on(capsys: Any, monkeypatch
     assert "These speeds are stated, not measured" in out
     assert "learner rank 0" in out
     assert page.read_text().count('<h4 class="stage">') == 3
-    code, out, _ = run_command(capsys, monkeypatch, file, "--json", "--lengths", "10", "--devices", "2")
+    code, out, _ = run_command(
+        capsys, monkeypatch, file, "--json", "--lengths", "10", "--devices", "2", "ppo.rollouts_per_update=8"
+    )
     result = json.loads(out)
     assert (code, result["source"], result["staleness_max"]) == (0, "stated", 0.0)
     assert result["recommended"].startswith("cluster.num_actors=")

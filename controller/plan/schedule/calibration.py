@@ -114,7 +114,12 @@ class Calibration:
         )
 
     def check(self, config: TandemConfig) -> None:
-        """Raises CalibrationError where it is of another model, or of other settings."""
+        """Raises CalibrationError where it is of another model, of other settings or of other threads."""
+        self.check_model(config)
+        self.speeds(config)
+
+    def check_model(self, config: TandemConfig) -> None:
+        """The same, whatever the threads."""
         shape, chosen = model_shape(config), settings(config)
         other = [f"{k} is {v}, {config.model.path} has {shape[k]}" for k, v in self.shape.items() if shape[k] != v]
         if other:
@@ -122,7 +127,6 @@ class Calibration:
         differ = [f"{k} was {_json(v)} and is {_json(chosen[k])}" for k, v in self.settings.items() if chosen[k] != v]
         if differ:
             raise CalibrationError(f"the calibration is of other settings: {'; '.join(differ)}. {AGAIN}")
-        self.speeds(config)
 
 
 AGAIN = "Measure again with this configuration: python benchmarks/calibrate.py FILE OVERRIDES"

@@ -211,13 +211,19 @@ class _Simulation:
 
 
 @dataclass
-class _Share:
+class Share:
     """Tokens of a rank, in all and of completions; those whose graphs are kept from the first pass."""
 
     tokens: int = 0
     completion: int = 0
     held: int = 0
     held_completion: int = 0
+
+    def add(self, tokens: int, completion: int, is_held: bool) -> None:
+        """A microbatch."""
+        self.tokens, self.completion = self.tokens + tokens, self.completion + completion
+        if is_held:
+            self.held, self.held_completion = self.held + tokens, self.held_completion + completion
 
 
 def update_seconds(
@@ -226,21 +232,20 @@ def update_seconds(
     """What each rank takes for an update on rollouts, which are cut as `make_batches` cuts them."""
     ppo, cluster = config.ppo, config.cluster
     sizes = [(r.num_tokens, len(r.completion.token_ids)) for r in rollouts]
-    shares: dict[int, _Share] = defaultdict(_Share)
+    shares: dict[int, Share] = defaultdict(Share)
     for number, rows in enumerate(np.array_split(rng.permutation(len(sizes)), ppo.minibatches)):
         cut = cut_microbatches([sizes[r][0] for r in rows], config.learner.microbatch_tokens, cluster.num_learner_ranks)
         for rank, parts in enumerate(cut):
             share, left = shares[rank], config.learner.held_tokens
             for part in parts:
                 tokens, completion = (sum(sizes[rows[i]][which] for i in part) for which in (0, 1))
-                share.tokens, share.completion = share.tokens + tokens, share.completion + completion
-                if number == 0 and tokens <= left:
-                    left -= tokens
-                    share.held, share.held_completion = share.held + tokens, share.held_completion + completion
+                is_held = number == 0 and tokens <= left
+                left -= tokens if is_held else 0
+                share.add(tokens, completion, is_held)
     return [_rank_seconds(config, speed, shares[rank]) for rank in range(cluster.num_learner_ranks)]
 
 
-def passes(config: TandemConfig, share: _Share) -> dict[str, tuple[float, float, float]]:
+def passes(config: TandemConfig, share: Share) -> dict[str, tuple[float, float, float]]:
     """By phase: how often its fixed part counts, tokens, and completion tokens, as `learner/ppo.py` runs them."""
     epochs, steps = config.ppo.epochs, config.ppo.epochs * config.ppo.minibatches
     once = 1.0, float(share.tokens), float(share.completion)
@@ -252,7 +257,7 @@ def passes(config: TandemConfig, share: _Share) -> dict[str, tuple[float, float,
     return found | {"optimizer": (float(steps), 0.0, 0.0)}
 
 
-def _rank_seconds(config: TandemConfig, speed: LearnerSpeed, share: _Share) -> float:
+def _rank_seconds(config: TandemConfig, speed: LearnerSpeed, share: Share) -> float:
     ranks, steps = config.cluster.num_learner_ranks, config.ppo.epochs * config.ppo.minibatches
     total = steps * speed.reduce_s * (ranks - 1) / ranks  # a ring moves so much of the gradients through each rank
     for phase, counts in passes(config, share).items():
