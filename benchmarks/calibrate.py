@@ -22,7 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.processes.process_env import driver_env, usable_cores
+from common.processes.cores import usable_cores
+from common.processes.process_env import driver_env
 
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
 
@@ -141,7 +142,7 @@ class Measurement:
     def update(
         self, rollouts: list[Rollout], meanwhile: Callable[[list[Any]], None] = lambda calls: None
     ) -> tuple[float, dict[str, float], Share]:
-        """Seconds of an update as the controller sees it, its phases, and the share of rank 0. `meanwhile` gets the calls."""
+        """Seconds of an update as the controller sees it, its phases, and rank 0's share. `meanwhile` gets the calls."""
         config = self.config
         batches = make_batches(
             rollouts,
