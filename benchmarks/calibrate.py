@@ -71,13 +71,16 @@ class Measurement:
     learner: Any
     actors: list[Any]
     sizes: Sizes
-    ends: tuple[int, ...]
     say: Callable[[str], None]
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     seen: int = 0  # requests so far: each has a seed of its own, so that no score is remembered
     version: int = 0
 
     # ---- engine and scorers
+
+    def counts(self, wanted: tuple[int, ...]) -> list[int]:
+        """Of requests, for which the engine has places."""
+        return sorted({min(n, self.config.engine.max_num_seqs) for n in wanted})
 
     def generate(self, requests: int, tokens: int, scorers: tuple[str, ...] = ()) -> tuple[Delivery, float]:
         """What an actor made of so many prompts, and the seconds of the whole call."""
@@ -107,13 +110,15 @@ class Measurement:
         few, many, prompt = self.sizes.few, self.sizes.many, self.sizes.prompt
         self.generate(4, few)  # cold
         points, beginnings, calls = [], [], []
-        for requests in [n for n in REQUESTS if n <= self.config.engine.max_num_seqs]:
+        for requests in self.counts(REQUESTS):
             (short, call), (long, _) = self.generated(requests, few), self.generated(requests, many)
             step = max((long - short) / (many - few), 1e-6)
             points.append([requests, step])
             beginnings.append((requests * prompt, max(0.0, short - few * step)))  # beyond that of steps like the others
             calls.append(call)
             self.say(f"{requests} requests: {1000 * step:.1f} ms a step, prompts {beginnings[-1][1]:.3f} s")
+        if len(points) == 1:  # an engine with a single place
+            points.append([2, 2 * points[0][1]])
         for before, after in pairwise(points):
             after[1] = max(after[1], before[1])  # noise
         prefill, _ = fitted([[tokens] for tokens, _ in beginnings], [seconds for _, seconds in beginnings])
@@ -127,7 +132,7 @@ class Measurement:
 
     def scoring(self) -> dict[str, float]:
         rows, seconds = [], []
-        counts = [n for n in (4, 16, 32) if n <= self.config.engine.max_num_seqs]
+        counts = self.counts((4, 16, 32))
         for requests in [counts[-1], *counts * 2]:  # the first one is cold
             for tokens in (self.sizes.few, self.sizes.many):
                 delivery, _ = self.generate(requests, tokens, ("proxy",))
@@ -143,9 +148,10 @@ class Measurement:
         self, rollouts: list[Rollout], meanwhile: Callable[[list[Any]], None] = lambda calls: None
     ) -> tuple[float, dict[str, float], Share]:
         """Seconds of an update as the controller sees it, its phases, and rank 0's share. `meanwhile` gets the calls."""
-        config = self.config
+        config, k = self.config, self.config.ppo.samples_per_prompt
+        grouped = [replace(rollout, key=(0, i // k, i % k)) for i, rollout in enumerate(rollouts)]
         batches = make_batches(
-            rollouts,
+            grouped,
             [float(score) for score in self.rng.normal(size=len(rollouts))],
             ranks=config.cluster.num_learner_ranks,
             minibatches=config.ppo.minibatches,
@@ -162,22 +168,23 @@ class Measurement:
         return took, phases | {"rest": max(0.0, took - sum(phases.values()))}, share_of(config, batches[0])
 
     def learning(self) -> dict[str, Any]:
+        k = self.config.ppo.samples_per_prompt
         most = min(32, self.config.engine.max_num_seqs)
-        shapes = [
-            (most, self.sizes.many),
-            *2 * [(n, t) for n in (most // 4, most // 2, most) for t in (self.sizes.few, self.sizes.many)],
-        ]
+        counts = [max(1, most // part // k) * k for part in (4, 2, 1)]  # whole groups
+        every = [(count, tokens) for count in counts for tokens in (self.sizes.few, self.sizes.many)]
+        shapes = [every[-1], *every, *every]
         found = []
         for number, (requests, tokens) in enumerate(shapes):
             rollouts = [rollout for _, rollout in self.generate(requests, tokens)[0].rollouts]
             # Of other sizes in the second round: what a size compiles once is a part of an update whose lengths vary.
-            took, phases, share = self.update(rollouts[: len(rollouts) - (number > len(shapes) // 2)])
+            fewer = k * (number > len(every) and requests > k)
+            took, phases, share = self.update(rollouts[: requests - fewer])
             self.say(f"an update of {share.tokens} tokens a rank: {took:.2f} s")
             found.append((took, phases, share))
         rows: dict[str, list[float]] = {}
-        counts = [passes(self.config, share) for _, _, share in found[1:]]  # the first one is cold
-        for name in counts[0]:
-            x, off = fitted([[*row[name]] for row in counts], [phases[name] for _, phases, _ in found[1:]])
+        counted = [passes(self.config, share) for _, _, share in found[1:]]  # the first one is cold
+        for name in counted[0]:
+            x, off = fitted([[*row[name]] for row in counted], [phases[name] for _, phases, _ in found[1:]])
             rows[name] = [float(value) for value in x]
             self.say(
                 f"{name}: {x[0]:.3f} s, {1000 * x[1]:.3f} ms a token, {1000 * x[2]:.3f} a completion's (off by {off:.0%})"
@@ -270,7 +277,7 @@ def measure(config: TandemConfig, prompt: int | None, say: Callable[[str], None]
         learner.wait_ready()
         runtime.wait_for_service()
         learner.call("connect", backend, actors)
-        of = Measurement(config, learner, actors, sizes(config, prompt), ends, say)
+        of = Measurement(config, learner, actors, sizes(config, prompt), say)
         actor, reward_speed, learner_speed, publish = of.engine(), of.scoring(), of.learning(), of.publishing()
         beside = of.beside() if on_cpu else 1.0
     return {

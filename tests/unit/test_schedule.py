@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from contracts.catalogue import catalogue
 from contracts.config import ClusterConfig, LearnerConfig, PPOConfig, SamplingConfig, TandemConfig
 from controller.plan import show
 from controller.plan.schedule.calibration import (
+    PHASES,
     Calibration,
     CalibrationError,
     DriverSpeed,
@@ -317,6 +319,10 @@ def test_steps_lie_on_lines_between_the_measured_points() -> None:
     speed = EngineSpeed(0.0, 0.5, ((2, 1.0), (4, 2.0), (8, 3.0)))
     assert [speed.step_s(n) for n in (1, 2, 3, 4, 6, 8, 12)] == [1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
     assert speed.step_s(2, 3) == 2.5
+
+
+def test_every_phase_that_is_planned_is_one_that_the_learner_times() -> None:
+    assert {f"perf/{phase}_s" for phase in PHASES if phase != "rest"} <= catalogue().keys()
 
 
 def test_the_command_predicts_and_says_what_it_rests_on(capsys: Any, monkeypatch: Any, tmp_path: Path) -> None:
