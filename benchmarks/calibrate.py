@@ -326,7 +326,7 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("overrides", nargs="*", help="as of train.py")
     parser.add_argument("--prompt-tokens", type=int, help="of the prompts (40)")
-    known = parser.parse_args()
+    known = parser.parse_intermixed_args()
     register_schema()
     start = time.perf_counter()
 

@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--gpu-gib", type=float, default=80.0, help="memory of a GPU (80)")
     parser.add_argument("--no-data", action="store_true", help="texts as long as the configuration allows them")
     command.add_options(parser)
-    known = parser.parse_args()
+    known = parser.parse_intermixed_args()
     command.check_options(parser, known)
     register_schema()
     try:
