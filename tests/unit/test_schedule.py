@@ -143,6 +143,12 @@ def test_at_the_same_time_an_update_takes_as_long_as_the_slower_side(
     assert {most for _, most in found.staleness[1:]} == {1.0}
 
 
+def test_who_has_nothing_to_do_counts_too() -> None:
+    """Two rollouts for three actors: the third one only loads weights, 0.25 s of 34."""
+    found = planned(configured(rollouts=2, actors=3), speeds())
+    assert found.busy(ACTOR) == pytest.approx((2 * 20 + 3 * 0.25) / (3 * (20 + 2 * 3 + 10 + 1)))
+
+
 @pytest.mark.parametrize("staleness", [0, 1, 3])
 @pytest.mark.parametrize("weight_update", ["in_flight", "drain"])
 def test_no_rollout_is_older_than_the_bound_and_the_ledger_balances(staleness: int, weight_update: str) -> None:
@@ -336,7 +342,16 @@ def test_the_command_predicts_and_says_what_it_rests_on(capsys: Any, monkeypatch
     assert "learner rank 0" in out
     assert page.read_text().count('<h4 class="stage">') == 3
     code, out, _ = run_command(
-        capsys, monkeypatch, file, "--json", "--lengths", "10", "--devices", "2", "ppo.rollouts_per_update=8"
+        capsys,
+        monkeypatch,
+        file,
+        "--json",
+        "--lengths",
+        "10",
+        "--devices",
+        "2",
+        "ppo.rollouts_per_update=8",
+        "ppo.gold_rollouts=8",
     )
     result = json.loads(out)
     assert (code, result["source"], result["staleness_max"]) == (0, "stated", 0.0)

@@ -85,8 +85,8 @@ def divisions(config: TandemConfig, calibration: Calibration, devices: int) -> I
 
 
 def _batches(config: TandemConfig, ranks: int) -> list[int]:
-    """Whole groups, and enough for every rank and minibatch."""
+    """Whole groups, and enough for every rank and minibatch, and for the gold judge."""
     ppo = config.ppo
     groups = ppo.rollouts_per_update // ppo.samples_per_prompt
     sizes = dict.fromkeys(max(1, round(groups * times)) * ppo.samples_per_prompt for times in BATCHES)
-    return [size for size in sizes if size >= ranks * ppo.minibatches]
+    return [size for size in sizes if size >= max(ranks * ppo.minibatches, ppo.gold_rollouts)]

@@ -20,9 +20,14 @@ class Lane:
 class Spans:
     lanes: dict[Lane, list[tuple[str, float, float]]] = field(default_factory=dict)  # kind, start, end in seconds
 
+    def open(self, lane: Lane) -> Lane:
+        """Of a process that may work."""
+        self.lanes[lane] = []
+        return lane
+
     def add(self, lane: Lane, kind: str, start_s: float, end_s: float) -> None:
         """Of one lane in order; neighbours of a kind become one."""
-        spans = self.lanes.setdefault(lane, [])
+        spans = self.lanes[lane]
         if spans and spans[-1][0] == kind and start_s - spans[-1][2] < TOUCHING_S:
             start_s = spans.pop()[1]
         spans.append((kind, start_s, end_s))

@@ -68,7 +68,7 @@ class StandInActor:
         score: Score,
         spans: Spans,
     ):
-        self._lane, self._time, self._cores = Lane(ACTOR, number), time, cores
+        self._lane, self._time, self._cores = spans.open(Lane(ACTOR, number)), time, cores
         self._speed, self._limits, self._length_of = speed, limits, length_of
         self._score, self._spans = score, spans
         self._waiting: deque[Assignment] = deque()

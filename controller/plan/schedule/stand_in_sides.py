@@ -1,5 +1,6 @@
 """The other sides of a simulation: learner ranks, and replicas that score."""
 
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ class StandInLearner:
     def __init__(self, time: VirtualTime, cores: list[Cores], threads: float, speed: PublishSpeed, spans: Spans):
         self._time, self._cores, self._threads, self._speed, self._spans = time, cores, threads, speed, spans
         self._pulses = 0
+        self._lanes = [spans.open(Lane(LEARNER, rank)) for rank in range(len(cores))]
         self.actors: list[StandInActor] = []
 
     def pulse(self, rank: int) -> Call:
@@ -60,7 +62,7 @@ class StandInLearner:
         start_s = self._time.now_s
 
         def done() -> None:
-            self._spans.add(Lane(LEARNER, rank), kind, start_s, self._time.now_s)
+            self._spans.add(self._lanes[rank], kind, start_s, self._time.now_s)
             then()
 
         self._cores[rank].start(seconds, self._threads, done)
@@ -75,7 +77,8 @@ class StandInService:
         self._time, self._cores, self._threads, self._speed, self._spans = time, cores, threads, speed, spans
         self._free = {name: deque(range(len(of_each))) for name, of_each in cores.items()}
         self._calls: dict[str, deque[tuple[float, Callable[[], None]]]] = defaultdict(deque)
-        self._first = {name: i * len(of_each) for i, (name, of_each) in enumerate(cores.items())}
+        number = itertools.count()
+        self._lanes = {name: [spans.open(Lane(REWARD, next(number))) for _ in each] for name, each in cores.items()}
 
     def score(self, rollouts: list[tuple[Assignment, Rollout]], done: Callable[[], None]) -> None:
         """By one scorer after the other, as an actor asks them."""
@@ -101,7 +104,7 @@ class StandInService:
         start_s = self._time.now_s
 
         def done() -> None:
-            self._spans.add(Lane(REWARD, self._first[name] + replica), SCORE, start_s, self._time.now_s)
+            self._spans.add(self._lanes[name][replica], SCORE, start_s, self._time.now_s)
             self._free[name].append(replica)
             self._serve(name)
             then()
