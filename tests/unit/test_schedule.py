@@ -13,6 +13,8 @@ import pytest
 
 from contracts.catalogue import catalogue
 from contracts.config import ClusterConfig, LearnerConfig, PPOConfig, SamplingConfig, TandemConfig
+from contracts.records import Assignment, Prompt, RolloutRequest
+from controller.data.prompts import PromptStream
 from controller.plan import show
 from controller.plan.schedule.calibration import (
     PHASES,
@@ -31,7 +33,8 @@ from controller.plan.schedule.completion_lengths import empirical, fixed, long_t
 from controller.plan.schedule.drawing import timeline, write_page
 from controller.plan.schedule.recommendation import divisions, recommend
 from controller.plan.schedule.simulation import Forecast, simulate
-from controller.plan.schedule.spans import ACTOR, LEARNER, REWARD, Lane
+from controller.plan.schedule.spans import ACTOR, LEARNER, REWARD, Lane, Spans
+from controller.plan.schedule.stand_in_actor import EngineLimits, StandInActor
 from controller.plan.schedule.virtual_time import Cores, VirtualTime
 
 PROMPTS = [5] * 40
@@ -144,7 +147,7 @@ def test_at_the_same_time_an_update_takes_as_long_as_the_slower_side(
 
 
 def test_who_has_nothing_to_do_counts_too() -> None:
-    """Two rollouts for three actors: the third one only loads weights, 0.25 s of 34."""
+    """Two rollouts for three actors: the third one only loads weights, 0.25 s of 37."""
     found = planned(configured(rollouts=2, actors=3), speeds())
     assert found.busy(ACTOR) == pytest.approx((2 * 20 + 3 * 0.25) / (3 * (20 + 2 * 3 + 10 + 1)))
 
@@ -217,6 +220,56 @@ def test_a_wait_that_is_too_long_ends_the_simulation_as_the_run() -> None:
     config.cluster.step_timeout_s = 15.0
     with pytest.raises(TimeoutError, match=r"waited 15 s \(cluster.step_timeout_s\) for 4 rollouts"):
         planned(config, speeds())
+
+
+# ---- the engine, alone
+
+
+def token_by_token(lengths: list[int], places: int, step_s: Any, prompt_s: float) -> float:
+    """Seconds until all are there, one step after another."""
+    waiting, running, seconds = [*lengths], list[int](), 0.0
+    while waiting or running:
+        begun = waiting[: places - len(running)]
+        waiting = waiting[len(begun) :]
+        running += begun
+        seconds += step_s(len(running)) + prompt_s * len(begun)
+        running = [left - 1 for left in running if left > 1]
+    return seconds
+
+
+@pytest.mark.parametrize("places", [1, 3, 7, 64])
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_that_are_one_event_take_what_they_take_one_by_one(places: int, seed: int) -> None:
+    calibration = speeds(((1, 0.3), (5, 0.8), (20, 4.0)), prefill_s=0.07, publish=(0.0, 0.0, 0.0))
+    config, lengths = configured(rollouts=24), long_tailed(20, 60, 200)
+    config.engine.max_num_seqs = places
+    requests = PromptStream([Prompt(i, "", (0,) * 5) for i in range(40)], 1, seed).next_requests(24)
+    expected = token_by_token(
+        [lengths(r.seed / 2**31) for r in requests], places, calibration.actor["any"].step_s, 5 * 0.07
+    )
+    found = simulate(config, calibration, PROMPTS, lengths, updates=3, seed=seed)
+    assert found.steps[0] == pytest.approx(expected + 3 + 10)
+
+
+def test_a_token_has_the_version_that_sampled_it() -> None:
+    """Weights come in the fifth of ten steps of 1 s, and take 0.5 s after it; those of version 2 come in the last one."""
+    time, spans = VirtualTime(), Spans()
+    actor = StandInActor(
+        0, time, Cores(time, 1), EngineSpeed(0.0, 0.0, ((1, 1.0), (2, 1.0))), EngineLimits(8, 4096, 1),
+        lambda request: 10, lambda rollouts, done: done(), spans,
+    )  # fmt: skip
+    answer = actor.collect.remote(1, 100.0).future()
+    actor.assign.remote([Assignment(7, RolloutRequest(0, 0, Prompt(1, "", (1, 2)), 5), ("proxy",))], None)
+    time.after(4.5, lambda: actor.load(1, 0.5, lambda: None))
+    time.after(10.0, lambda: actor.load(2, 0.5, lambda: None))
+    time.spend(50)
+    [(lease, rollout)] = answer.result().rollouts
+    assert (lease, rollout.completion.policy_versions.tolist()) == (7, [0] * 5 + [1] * 5)
+    assert answer.result().generate_s == pytest.approx(10.5)
+    kinds = [(kind, pytest.approx(start), pytest.approx(end)) for kind, start, end in spans.lanes[Lane(ACTOR, 0)]]
+    assert kinds == [
+        ("generate", 0.0, 5.0), ("load weights", 5.0, 5.5), ("generate", 5.5, 10.5), ("load weights", 10.5, 11.0),
+    ]  # fmt: skip
 
 
 # ---- lengths
