@@ -22,6 +22,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+# Hydra's plugins look for the package `submission`, and beside this file is a benchmark of that name.
+sys.path[:] = [folder for folder in sys.path if Path(folder) != Path(__file__).resolve().parent]
+
 from common.processes.cores import usable_cores
 from common.processes.process_env import driver_env
 
@@ -321,6 +324,15 @@ def written(file: Path, config: TandemConfig, rows: dict[str, Any]) -> dict[str,
     }
 
 
+def rounded(value: Any) -> Any:
+    """To as many digits as are measured."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
@@ -341,7 +353,7 @@ def main() -> int:
     except (CalibrationError, ValueError) as error:
         print(f"\nnothing was measured:\n{error}", file=sys.stderr)
         return 2
-    known.file.write_text(json.dumps(written(known.file, config, rows), indent=1) + "\n")
+    known.file.write_text(json.dumps(rounded(written(known.file, config, rows)), indent=1) + "\n")
     read_calibration(known.file).check(config)
     say(f"{known.file} is written")
     return 0
