@@ -22,8 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# Hydra's plugins look for the package `submission`, and beside this file is a benchmark of that name.
-sys.path[:] = [folder for folder in sys.path if Path(folder) != Path(__file__).resolve().parent]
+if __name__ == "__main__":
+    sys.path.pop(
+        0
+    )  # beside this file is a benchmark by the name of the package `submission`, which Hydra's plugins want
 
 from common.processes.cores import usable_cores
 from common.processes.process_env import driver_env
