@@ -226,6 +226,7 @@ def test_devices_are_divided_whole() -> None:
         next(divisions(config, speeds(), 3))
     config.cluster.threads_per_actor = 2
     assert [*divisions(config, speeds(cores=2.0), 2)] == [(1, 1), (1, 2)]
+    assert [*divisions(config, speeds(cores=2.0), 6)] == [(a, r) for a in (1, 2, 3) for r in (1, 2, 4, 6)]
 
 
 def test_the_timeline_shows_who_worked() -> None:

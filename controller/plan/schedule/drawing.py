@@ -128,7 +128,7 @@ def write_page(found: Forecast, calibration: Calibration, file: Path) -> None:
     table = element("section", "", element("h2", "", "Predicted"), element("table", "", *rows), id="predicted")
     sections: list[Markup] = [table, time_spent(Run(file, phases=phases))]
     contents = links("predicted", "time")
-    source = "a simulation of the dispatcher"
+    source = "simulation's schedule"
     replace_text(
         file, PAGE.page("Tandem plan", "A run in time", _title(calibration), contents, sections, source=source)
     )

@@ -70,7 +70,7 @@ def divisions(config: TandemConfig, calibration: Calibration, devices: int) -> I
     cluster = config.cluster
     if calibration.cores:
         actors, ranks = devices // cluster.threads_per_actor, devices // cluster.threads_per_learner_rank
-        yield from ((a, r) for a in range(1, actors + 1) for r in range(1, ranks + 1))
+        yield from ((a, r) for a in _doubled(actors) for r in _doubled(ranks))
         return
     each = config.engine.tensor_parallel_size
     scoring = cluster.gpus_per_reward_replica * config.reward_service.replicas * len(judges(config))
@@ -82,6 +82,11 @@ def divisions(config: TandemConfig, calibration: Calibration, devices: int) -> I
     most = (left - 1) // each
     tried = range(1, most + 1) if most < SHARES else [round(most * i / SHARES) for i in range(1, SHARES + 1)]
     yield from ((actors, left - actors * each) for actors in dict.fromkeys(tried) if actors)
+
+
+def _doubled(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return [n for n in range(1, most + 1) if n & (n - 1) == 0 or n == most]
 
 
 def _batches(config: TandemConfig, ranks: int) -> list[int]:
