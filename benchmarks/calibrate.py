@@ -44,7 +44,7 @@ from contracts.transports import weight_backend
 from controller.cluster.runtime import Runtime
 from controller.loop.training_batches import make_batches
 from controller.plan.schedule.calibration import PHASES, CalibrationError, model_shape, read_calibration, settings
-from controller.plan.schedule.simulation import Share, passes
+from controller.plan.schedule.simulation import Share, check_planned, passes
 from controller.plan.show import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -349,6 +349,7 @@ def main() -> int:
 
     try:
         config = read_config(known.overrides)
+        check_planned(config)
         if known.file.exists():
             read_calibration(known.file).check_model(config)
         rows = measure(config, known.prompt_tokens, say)

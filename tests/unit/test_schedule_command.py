@@ -175,6 +175,8 @@ def test_the_command_predicts_and_says_what_it_rests_on(capsys: Any, monkeypatch
         (changed("settings", {"ppo.trainable_layers": 4}), [], "ppo.trainable_layers was 4 and is 10"),
         (GOOD, ["cluster.threads_per_actor=2"], "threads_per_actor=2 has not been measured, 1 has"),
         (GOOD, ["environment=two_turn"], "environment=two_turn: the time of conversations is not planned"),
+        (GOOD, ["ppo.ptx_coef=0.5"], "ppo.ptx_coef=0.5: the texts of an optimizer step are not planned"),
+        (GOOD, ["cluster.layout=colocated"], "cluster.layout=colocated"),
         (GOOD, ["--updates", "2"], "2 updates: the first 2 do not count"),
         (GOOD, ["--lengths", "x"], "there is no such run"),
         (GOOD, ["cluster.step_timeout_s=3", "cluster.publish_timeout_s=2"], "such a run would end: waited 3 s"),

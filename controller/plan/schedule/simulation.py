@@ -93,6 +93,10 @@ def check_planned(config: TandemConfig) -> None:
         raise CalibrationError(
             "ppo.dynamic_sampling.max_batches: how often groups are sampled again is not known; write null"
         )
+    if ppo.ptx_coef > 0:
+        raise CalibrationError(
+            f"ppo.ptx_coef={ppo.ptx_coef:g}: the texts of an optimizer step are not planned; write 0"
+        )
     if ppo.rollouts_per_update < ranks * ppo.minibatches:
         raise CalibrationError(
             f"ppo.rollouts_per_update={ppo.rollouts_per_update} cannot fill {ppo.minibatches} minibatches on {ranks} ranks"
