@@ -5,7 +5,7 @@
 The real processes are started once, as `train.py` starts them, and each is measured alone: decoding with few and many
 requests, prompts, scoring, updates of several sizes with their phases, publishes; and, where they share cores, an update
 beside generation. Threads are those of `cluster.threads_per_*`; with others the command adds to the file. Prompts are random
-tokens.
+tokens, as many as the data's have on average.
 """
 
 import argparse
@@ -42,6 +42,8 @@ from contracts.config import TandemConfig, register_schema
 from contracts.records import Assignment, Delivery, Prompt, Rollout, RolloutRequest
 from contracts.transports import weight_backend
 from controller.cluster.runtime import Runtime
+from controller.data.datasets import DataError
+from controller.data.inputs import load_inputs
 from controller.loop.training_batches import make_batches
 from controller.plan.schedule.calibration import PHASES, CalibrationError, model_shape, read_calibration, settings
 from controller.plan.schedule.simulation import Share, check_planned, passes
@@ -63,11 +65,15 @@ class Sizes:
     many: int  # of long ones
 
 
-def sizes(config: TandemConfig, prompt: int | None) -> Sizes:
-    most = config.ppo.sampling.max_completion_tokens
-    many = max(2, min(40, most))
-    fits = config.engine.max_model_len - many
-    return Sizes(min(prompt or 40, config.data.max_prompt_tokens, fits), max(1, many // 5), many)
+def sizes(config: TandemConfig, prompt: int) -> Sizes:
+    many = max(2, min(48, config.ppo.sampling.max_completion_tokens))
+    return Sizes(min(prompt, config.engine.max_model_len - many), max(1, many // 5), many)
+
+
+def mean_prompt(config: TandemConfig) -> int:
+    """Tokens, of the data."""
+    data = load_inputs(config, load_tokenizer(config.model.path, config.model), lambda line: None)
+    return round(statistics.mean(len(prompt.token_ids) for prompt in data["prompts"]))
 
 
 @dataclass
@@ -268,7 +274,7 @@ def fresh_judge(config: TandemConfig, folder: Path) -> str:
     return str(folder)
 
 
-def measure(config: TandemConfig, prompt: int | None, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(config: TandemConfig, prompt: int, say: Callable[[str], None]) -> dict[str, Any]:
     """The rows of a file for the threads of the configuration."""
     policy, cluster = config.sft_model or config.model.path, config.cluster
     on_cpu = not (cluster.gpus_per_actor or cluster.gpus_per_learner_rank)
@@ -339,7 +345,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("overrides", nargs="*", help="as of train.py")
-    parser.add_argument("--prompt-tokens", type=int, help="of the prompts (40)")
+    parser.add_argument("--prompt-tokens", type=int, help="of the prompts (as the data's on average)")
     known = parser.parse_intermixed_args()
     register_schema()
     start = time.perf_counter()
@@ -352,8 +358,8 @@ def main() -> int:
         check_planned(config)
         if known.file.exists():
             read_calibration(known.file).check_model(config)
-        rows = measure(config, known.prompt_tokens, say)
-    except (CalibrationError, ValueError) as error:
+        rows = measure(config, known.prompt_tokens or mean_prompt(config), say)
+    except (CalibrationError, DataError, ValueError) as error:
         print(f"\nnothing was measured:\n{error}", file=sys.stderr)
         return 2
     known.file.write_text(json.dumps(rounded(written(known.file, config, rows)), indent=1) + "\n")
