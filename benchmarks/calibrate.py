@@ -280,7 +280,7 @@ def measure(config: TandemConfig, prompt: int, say: Callable[[str], None]) -> di
     on_cpu = not (cluster.gpus_per_actor or cluster.gpus_per_learner_rank)
     with tempfile.TemporaryDirectory(prefix="calibrate-") as folder, Runtime(config) as runtime, ExitStack() as engines:
         reward = config.proxy_model or fresh_judge(config, Path(folder, "judge"))
-        ends = end_ids(load_tokenizer(config.model.path, config.model), config.model)
+        ends = end_ids(load_tokenizer(config.model.path, config.model), config.model, chat=False)
         backend = weight_backend(config)
         learner = engines.enter_context(runtime.learner("ppo", config, policy, reward, ends, []))
         client = runtime.service({"proxy": reward})
