@@ -23,7 +23,7 @@ from contracts.config import TandemConfig
 ANY = "any"
 SIDES = ("actor", "learner", "reward", "publish")
 KEYS = ("source", "machine", "shape", "settings", "cores", "beside", *SIDES, "driver")
-OPTIONAL = {"machine": "", "settings": {}, "cores": None, "beside": 1.0}
+OPTIONAL: dict[str, Any] = {"machine": "", "settings": {}, "cores": None, "beside": 1.0}
 PHASES = ("reference", "policy_forward", "policy_backward", "value_forward", "value_backward", "optimizer", "rest")
 SHAPE = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -185,12 +185,18 @@ def _calibration(rows: Any) -> Calibration:
     _keys(rows["shape"], SHAPE, SHAPE if rows["source"] == "measured" else (), "shape.")
     _keys(rows["settings"], SETTINGS, (), "settings.")
     kinds = {"actor": EngineSpeed, "learner": LearnerSpeed, "reward": RewardSpeed, "publish": PublishSpeed}
-    sides = {side: _by_threads(rows[side], kind, side) for side, kind in kinds.items()}
+    sides: dict[str, Any] = {side: _by_threads(rows[side], kind, side) for side, kind in kinds.items()}
     driver = _speed(rows["driver"], DriverSpeed, "driver.")
     cores = None if rows["cores"] is None else _seconds(rows["cores"], "cores", above=True)
-    plain = {name: rows[name] for name in ("source", "machine", "shape", "settings")}
     return Calibration(
-        **plain, cores=cores, beside=_seconds(rows["beside"], "beside", above=True), **sides, driver=driver
+        source=rows["source"],
+        machine=rows["machine"],
+        shape=rows["shape"],
+        settings=rows["settings"],
+        cores=cores,
+        beside=_seconds(rows["beside"], "beside", above=True),
+        driver=driver,
+        **sides,
     )
 
 

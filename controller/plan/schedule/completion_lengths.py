@@ -30,7 +30,7 @@ def read_lengths(text: str, most: int) -> Quantile:
         raise CalibrationError(f"--lengths {text}: {STATED}")
     if len(numbers) == 1:
         return fixed(round(numbers[0]), most)
-    return long_tailed(*numbers, most)
+    return long_tailed(numbers[0], numbers[1], most)
 
 
 def fixed(tokens: int, most: int) -> Quantile:

@@ -20,7 +20,7 @@ from common.microbatches import cut_microbatches
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator
 from contracts.records import Delivery, Prompt, Rollout, RolloutRequest
-from contracts.scorer_roles import judges
+from contracts.scorer_roles import has_gold
 from controller.data.prompts import PromptStream
 from controller.ledger.audit import audit
 from controller.ledger.ledger import Ledger
@@ -150,14 +150,12 @@ class _Simulation:
         self._time = VirtualTime(self._hearing_s)
         engine, self._learning, reward, publish = calibration.speeds(config)
         self._shared = self._new_cores(calibration.cores) if calibration.cores else None
-        scorers = [
-            role for role in ("proxy", "gold") if role in judges(config) and (role == "proxy" or ppo.gold_rollouts)
-        ]
+        scorers: list[str] = ["proxy", "gold"] if has_gold(config) and ppo.gold_rollouts else ["proxy"]
         spans, replicas = self._found.spans, config.reward_service.replicas
         judged = {name: [self._cores(cluster.threads_per_reward_replica) for _ in range(replicas)] for name in scorers}
         service = StandInService(self._time, judged, cluster.threads_per_reward_replica, reward, spans)
         ranks = [self._cores(cluster.threads_per_learner_rank) for _ in range(cluster.num_learner_ranks)]
-        self._learner: Any = StandInLearner(self._time, ranks, cluster.threads_per_learner_rank, publish, spans)
+        self._learner = StandInLearner(self._time, ranks, cluster.threads_per_learner_rank, publish, spans)
         most = max(CPU_STEP_TOKENS, config.engine.max_model_len)
         limits = EngineLimits(config.engine.max_num_seqs, most, cluster.threads_per_actor)
         cut = config.data.max_prompt_tokens
@@ -172,8 +170,9 @@ class _Simulation:
             )
             for number in range(cluster.num_actors)
         ]
-        self._learner.actors = [*actors]
-        fleet = Fleet([*actors], self._learner, "", lambda *_: False, 0, lambda line: None)
+        self._learner.actors = actors
+        learner: Any = self._learner  # as much of a `LearnerGroup` as a fleet asks
+        fleet = Fleet([*actors], learner, "", lambda *_: False, 0, lambda line: None)
         self._ledger = Ledger(ppo.rollouts_per_update, ppo.max_staleness)
         stream = PromptStream(texts, ppo.samples_per_prompt, seed)
         self._dispatcher = Dispatcher(fleet, self._ledger, stream, ppo, scorers, cluster, self._time.clock)
