@@ -193,8 +193,8 @@ def node_plans() -> str:
     for experiment, node in NODES.items():
         with tempfile.TemporaryDirectory() as folder:
             model, judge = Path(folder, "MODEL"), Path(folder, "JUDGE")
-            _write_shape(model, node["shape"])
-            _write_shape(judge, NODES["node_7b"]["shape"])
+            write_shape(model, node["shape"])
+            write_shape(judge, NODES["node_7b"]["shape"])
             more = [word.format(judge=judge) for word in node["overrides"]]
             text = as_text([f"+experiment={experiment}", "data=files", f"model.path={model}", *FILES, *more])
         parts.append(f"### {experiment}\n\n{node['title']}\n\n```\n{text}\n```")
@@ -223,7 +223,7 @@ NODES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _write_shape(folder: Path, shape: dict[str, Any]) -> None:
+def write_shape(folder: Path, shape: dict[str, Any]) -> None:
     from transformers import LlamaConfig
 
     config = LlamaConfig(**shape, dtype="bfloat16", pad_token_id=0)

@@ -36,15 +36,38 @@ def cut_microbatches(
     target = -(-len(batches) // ranks) * ranks
     if target > len(lengths):  # one sequence for each is too many: the cheapest travel together, over the budget
         target -= ranks
-    while len(batches) < target:
-        batches.sort(key=lambda b: (len(b), sum(lengths[i] for i in b)))
-        largest = batches.pop()
-        middle = len(largest) // 2
-        batches += [largest[:middle], largest[middle:]]
-    while len(batches) > target:
-        batches.sort(key=lambda b: sum(lengths[i] for i in b))
-        batches = [batches[0] + batches[1], *batches[2:]]
+    batches = _merge(_split(batches, lengths, target), lengths, target)
     return _balance(batches, [sum(lengths[i] for i in b) for b in batches], ranks)
+
+
+def _split(batches: list[list[int]], lengths: list[int], target: int) -> list[list[int]]:
+    """Halves the largest batch, by sequences and then tokens, until there are `target`; of equals the one that is last."""
+    heap = [(-len(b), -sum(lengths[i] for i in b), -n, b) for n, b in enumerate(batches)]
+    if len(heap) >= target:
+        return batches
+    heapq.heapify(heap)
+    halves: list[tuple[int, int, int, list[int]]] = []
+    for n in range(len(heap), 2 * target - len(heap), 2):
+        for half in halves:
+            heapq.heappush(heap, half)
+        *_, largest = heapq.heappop(heap)
+        middle = len(largest) // 2
+        parts = largest[:middle], largest[middle:]
+        halves = [(-len(b), -sum(lengths[i] for i in b), -n - k, b) for k, b in enumerate(parts)]
+    return [b for *_, b in (*sorted(heap, reverse=True), *halves)]
+
+
+def _merge(batches: list[list[int]], lengths: list[int], target: int) -> list[list[int]]:
+    """Joins the two batches with the fewest tokens until there are `target`; of equals the one that was joined last."""
+    heap = [(sum(lengths[i] for i in b), n, b) for n, b in enumerate(batches)]
+    if len(heap) <= target:
+        return batches
+    heapq.heapify(heap)
+    for n in range(len(heap) - target):
+        (tokens, _, first), (more, _, second) = heapq.heappop(heap), heapq.heappop(heap)
+        heapq.heappush(heap, (tokens + more, -n - 1, first + second))
+    newest = min(heap, key=lambda entry: entry[1])
+    return [newest[2], *(b for _, n, b in sorted(heap) if n != newest[1])]
 
 
 def _balance(batches: list[list[int]], costs: list[int], ranks: int) -> list[list[list[int]]]:

@@ -2,7 +2,6 @@
 come, so that an answer costs the same with one actor and with a thousand; whatever is waited for, all are heard."""
 
 import queue
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -13,6 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from common.error_text import typed_line
 from contracts.config import ClusterConfig
 from contracts.interfaces import CollectiveError, LearnerLostError
+from controller.loop.clock import Clock
 from controller.loop.liveness import LivenessMonitor
 
 CHECK_S = 0.5  # between two looks at what does not tell by itself
@@ -23,12 +23,15 @@ Failed = Callable[[BaseException], None]
 class Answers:
     """`pulse(rank)` calls a learner rank for its pulse; `check(now)` is called every CHECK_S of waiting."""
 
-    def __init__(self, cluster: ClusterConfig, pulse: Callable[[int], Any], check: Callable[[float], None]):
-        self._inbox: queue.SimpleQueue[tuple[Callable[[Any], None], Failed | None, Future[Any]]] = queue.SimpleQueue()
+    def __init__(
+        self, cluster: ClusterConfig, pulse: Callable[[int], Any], check: Callable[[float], None], clock: Clock
+    ):
+        self._inbox: queue.SimpleQueue[tuple[Callable[[Any], None], Failed | None, Future[Any]]] = clock.inbox()
+        self._now = clock.now
         self._timeout_s = cluster.step_timeout_s
         self._check, self._next_check_s = check, 0.0
         self._ranks = range(cluster.num_learner_ranks)
-        self._learner_liveness = LivenessMonitor(pulse, cluster.learner_silence_s)
+        self._learner_liveness = LivenessMonitor(pulse, cluster.learner_silence_s, clock.now)
         self._learner_works = False
         self._round = 0  # of calls that are waited for
 
@@ -60,9 +63,9 @@ class Answers:
 
     def wait_until(self, done: Callable[[], bool], what: str) -> None:
         """Hear all answers until `done`. Raises TimeoutError after the time that a step may take, naming `what`."""
-        end = time.monotonic() + self._timeout_s
+        end = self._now() + self._timeout_s
         while not done():
-            now = time.monotonic()
+            now = self._now()
             if now >= self._next_check_s:
                 self._next_check_s = now + CHECK_S
                 self._check_learner()

@@ -15,7 +15,6 @@ others get the rest.
 """
 
 import itertools
-import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -29,6 +28,7 @@ from controller.data.prompts import PromptStream
 from controller.ledger.entries import Key, Lease
 from controller.ledger.ledger import Ledger
 from controller.loop.answers import Answers
+from controller.loop.clock import WALL_CLOCK, Clock
 from controller.loop.fleet import Fleet, Joined
 from controller.loop.liveness import LivenessMonitor, Stragglers
 
@@ -50,10 +50,12 @@ class Dispatcher:
         ppo: PPOConfig,
         scorers: list[str],
         cluster: ClusterConfig,
+        clock: Clock = WALL_CLOCK,
     ):
         actors = fleet.actors
         self._fleet, self._actors = fleet, actors  # the list in which a new actor takes its place
         self._ledger = ledger
+        self._now = clock.now
         self._stream = stream
         self._ppo = ppo
         self._scorers = scorers
@@ -75,14 +77,14 @@ class Dispatcher:
         # Completions of held-out prompts, by numbers below 0, which are no leases of the ledger's.
         self._aside, self._held_out = itertools.count(-1, -1), dict[int, Rollout]()
         self._nobodys: list[int] = []  # of those numbers, which no actor holds or has answered
-        self.answers = Answers(cluster, fleet.pulse_learner, self._check_actors)
+        self.answers = Answers(cluster, fleet.pulse_learner, self._check_actors, clock)
         self._paused = False
         self._interrupted = False
         self._usage = [(0.0, 0.0) for _ in actors]  # seconds of generating, scoring
         self._tokens = 0
         self.num_lost = self.num_silent = 0
         self._actor_liveness = LivenessMonitor(
-            lambda number: self._actors[number].pulse.remote(), cluster.actor_silence_s
+            lambda number: self._actors[number].pulse.remote(), cluster.actor_silence_s, clock.now
         )
         self._stragglers = Stragglers(cluster.hedge_after_s)
         for number in self._serving:
@@ -219,7 +221,7 @@ class Dispatcher:
         self._request_delivery(number)
         generate_s, score_s = self._usage[number]
         self._usage[number] = generate_s + delivery.generate_s, score_s + delivery.score_s
-        now = time.monotonic()
+        now = self._now()
         for lease, rollout in delivery.rollouts:
             if lease < 0:
                 if self._held[number].pop(lease, None) is not None:  # else of a wait that the loss of the learner ended
@@ -254,7 +256,7 @@ class Dispatcher:
         self._hand_out(number, work, self._ppo.sampling)
 
     def _hand_out(self, number: int, work: list[Assignment], sampling: SamplingConfig) -> None:
-        self._held[number].update(dict.fromkeys((assignment.lease for assignment in work), time.monotonic()))
+        self._held[number].update(dict.fromkeys((assignment.lease for assignment in work), self._now()))
         # Without a result to wait for: what goes wrong with an assignment is the next `collect`'s answer.
         self._actors[number].assign.remote(work, sampling)
 
@@ -335,7 +337,7 @@ class Dispatcher:
     def _leave(self, number: int, why: str) -> None:
         self._serving.discard(number)
         self._behind.discard(number)
-        self._leaving[number] = time.monotonic() + self._leave_grace_s
+        self._leaving[number] = self._now() + self._leave_grace_s
         self._fleet.leave(number, len(self._held[number]), why)
 
     def _left(self, number: int) -> None:

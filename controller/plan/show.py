@@ -1,4 +1,5 @@
-"""`python -m controller.plan [overrides of train.py]`: the plan of a job's memory, as tables or as JSON."""
+"""`python -m controller.plan [overrides of train.py]`: the plan of a job's memory, as tables or as JSON; with `--time` that
+of its updates."""
 
 import argparse
 import io
@@ -21,11 +22,13 @@ from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, raise_conflicts, validate
 from contracts.config import TandemConfig, register_schema, to_config
 from controller.data.datasets import DataError
-from controller.data.inputs import load_inputs
+from controller.data.inputs import Inputs, load_inputs
 from controller.plan.activations import Unplannable
 from controller.plan.measured import measured
 from controller.plan.memory_items import JobPlan, Process, StagePlan, shown
 from controller.plan.plan import plan_job
+from controller.plan.schedule import command
+from controller.plan.schedule.calibration import CalibrationError
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 UNMEASURED = "Of jobs on GPUs nothing is measured: it is arithmetic, and libraries are those of a CPU."
@@ -97,6 +100,10 @@ def _amounts(of: StagePlan | Process) -> str:
     return shown(of.cpu) + (f" and {shown(of.gpu)} of GPUs" if of.gpu else "")
 
 
+def _inputs(config: TandemConfig) -> Inputs:
+    return load_inputs(config, load_tokenizer(config.model.path, config.model), lambda line: None)
+
+
 def main() -> int:
     """Exit codes as of train.py: 0 done, 2 the configuration or the data cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m controller.plan", description=__doc__)
@@ -104,16 +111,19 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="bytes, with the arithmetic, for programs")
     parser.add_argument("--gpu-gib", type=float, default=80.0, help="memory of a GPU (80)")
     parser.add_argument("--no-data", action="store_true", help="texts as long as the configuration allows them")
-    known = parser.parse_args()
+    command.add_options(parser)
+    known = parser.parse_intermixed_args()
+    command.check_options(parser, known)
     register_schema()
     try:
         config = read_config(known.overrides)
-        if known.no_data:
-            plan = plan_job(config, gpu_gib=known.gpu_gib)
-        else:
-            inputs = load_inputs(config, load_tokenizer(config.model.path, config.model), lambda line: None)
-            plan = plan_job(config, inputs.__getitem__, known.gpu_gib)
-    except (ConfigError, DataError, Unplannable) as error:
+        if known.time:
+            prompts = command.stated_prompts(known, config)
+            data = [] if prompts else _inputs(config)["prompts"]
+            command.plan_time(known, config, prompts or [len(prompt.token_ids) for prompt in data])
+            return 0
+        plan = plan_job(config, (lambda item: ()) if known.no_data else _inputs(config).__getitem__, known.gpu_gib)
+    except (ConfigError, DataError, Unplannable, CalibrationError) as error:
         print(f"\nTandem cannot plan:\n{error}", file=sys.stderr)
         return 2
     if known.json:

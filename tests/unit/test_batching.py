@@ -1,6 +1,7 @@
 """Microbatches, the packed weight buffer and training batches: every row once, and every value where it belongs."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -295,3 +296,42 @@ def test_siblings_carry_the_number_of_their_group() -> None:
         assert found == dict(zip(TOKENS, (2, 1, 0, 1, 2), strict=True))
     assert with_siblings(family) == [family[0], family[1], family[3], family[4]]
     assert with_siblings(ROLLOUTS) == []
+
+
+def cut_step_by_step(lengths: list[int], budget: int, ranks: int) -> list[list[int]]:
+    """The rule as it is told: one batch is halved, or two are joined, and all are looked at again."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        fits = batches and sum(lengths[j] for j in batches[-1]) + lengths[i] <= budget
+        batches = [*batches[:-1], [*batches[-1], i]] if fits else [*batches, [i]]
+    target = -(-len(batches) // ranks) * ranks
+    target -= ranks if target > len(lengths) else 0
+    while len(batches) < target:
+        batches.sort(key=lambda b: (len(b), sum(lengths[i] for i in b)))
+        largest = batches.pop()
+        batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    while len(batches) > target:
+        batches.sort(key=lambda b: sum(lengths[i] for i in b))
+        batches = [batches[0] + batches[1], *batches[2:]]
+    return batches
+
+
+def test_microbatches_are_those_of_the_rule_whatever_the_lengths() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(1000):
+        count = int(rng.integers(1, 50))
+        ranks, most = int(rng.integers(1, count + 1)), int(rng.choice([2, 4, 60]))
+        lengths = [int(n) for n in rng.integers(1, most + 1, count)]
+        budget = int(rng.integers(1, 8 * most))
+        cut = cut_microbatches(lengths, budget, ranks)
+        expected = cut_step_by_step(lengths, budget, ranks)
+        assert sorted(b for parts in cut for b in parts) == sorted(expected), (lengths, budget, ranks)
+
+
+def test_many_ranks_are_fed_at_once() -> None:
+    """Each halving used to look at all batches again: minutes for the ranks of a large cluster."""
+    start = time.process_time()
+    cut = cut_microbatches([1 + i * 7919 % 1424 for i in range(80_000)], 8192, 3001)
+    assert time.process_time() - start < 10
+    assert len({len(parts) for parts in cut}) == 1
