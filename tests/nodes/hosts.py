@@ -216,12 +216,24 @@ class Network:
             host.wait_for_ray()
         return f"{head.address}:6379"
 
+    def join(self, num_cpus: int) -> Host:
+        """One more host, as a node of the cluster that runs."""
+        host = self.add()
+        host.start_ray(self.hosts[0], num_cpus)
+        host.wait_for_ray()
+        return host
+
     def cut(self, host: Host) -> None:
         """Pull its cable."""
         self._at_switch("ip", "link", "set", host.port, "down")
 
     def mend(self, host: Host) -> None:
         self._at_switch("ip", "link", "set", host.port, "up")
+
+    def power_off(self, host: Host) -> None:
+        """It is gone with every process, and none of its connections says so."""
+        self.cut(host)
+        host.die()
 
     def close(self) -> None:
         for host in self.hosts:

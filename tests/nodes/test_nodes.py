@@ -4,10 +4,10 @@ ends as it should, and its ledger balances (docs/nodes.md).
 The one without the mark is a small part of it, for `make test`; the others are `make test-nodes`. All of them need root.
 """
 
-import json
-import signal
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,19 @@ def where(net: Network) -> dict[str, list[str]]:
     return {role: [host.name for host in net.hosts for _ in host.processes(part)] for role, part in ROLES.items()}
 
 
+def only(net: Network, role: str) -> Host:
+    """The host of the only process of a role."""
+    [name] = where(net)[role]
+    return next(host for host in net.hosts if host.name == name)
+
+
+def versions(run: Run, number: int, timeout_s: float = 180) -> None:
+    """So many more."""
+    at_s = run.now()
+    for _ in range(number):
+        at_s = run.wait_for(r"^version \d", timeout_s, after_s=at_s) + 1e-6
+
+
 def check(run: Run, updates: int, net: Network) -> None:
     """The run trained each of its rollouts once, and lost none; the audit is read as a user does."""
     found = run.audit()
@@ -83,3 +96,147 @@ def test_an_actor_a_rank_and_a_replica_on_hosts_of_their_own(net: Network, start
     assert [row["fault/actors_without_update"] for row in rows] == [0, 0, 0]
     assert max(row["staleness/max"] for row in rows) == 0
     assert max(abs(row["kl/mismatch_k3"]) for row in rows) < 0.05  # the actor sampled with the weights that were sent
+
+
+# Every sequence alone in its batch, of the engine as of the scorer: what is computed beside it changes its last bits.
+ALONE = (
+    "model.dtype=float32",
+    "engine.max_num_seqs=1",
+    "reward_service.dtype=float32",
+    "reward_service.batch_tokens=1",
+)
+NOT_TRAINED = ("perf/", "fleet/", "ledger/", "fault/", "progress/", "wall_s")
+
+
+def trained(run: Run) -> list[dict[str, Any]]:
+    return [{n: value for n, value in row.items() if not n.startswith(NOT_TRAINED)} for row in run.rows()]
+
+
+@nodes
+def test_ranks_on_two_hosts_of_which_one_dies_train_what_two_on_one_machine_do(
+    net: Network, start: Start, tmp_path: Path, tiny_float32: Path, reward_model: Path
+) -> None:
+    for _ in range(4):
+        net.add()
+    models = (f"model.path={tiny_float32}", f"sft_model={tiny_float32}")
+    same = (*models, *ALONE, "ppo.updates=6", "cluster.num_learner_ranks=2", "checkpoint.every=2")
+    run = start(net.start_ray(1, 1, 1, 1), *same, "cluster.learner_silence_s=20")
+    run.wait_for("^version 3 ")
+    found = where(net)
+    assert len({host for hosts in found.values() for host in hosts}) == 4
+    spare = net.join(1)
+    victim = next(host for host in net.hosts[1:] if host.name in found["rank"])
+    net.power_off(victim)
+    run.wait_for("back to update 2", 120)
+    assert run.end(400) == 0, run.printed
+    check(run, 6, net)
+    assert run.rows()[-1]["fault/learner_restarts"] == 1
+    assert spare.log.exists()
+
+    alone = Run(tmp_path / "alone", overrides(tmp_path / "alone", tiny_float32, reward_model, *SHORT, *same[2:]))
+    assert alone.end() == 0, alone.printed
+    assert trained(run) == trained(alone)
+
+
+@nodes
+def test_a_cable_is_pulled_for_a_moment_and_for_good(net: Network, start: Start) -> None:
+    for _ in range(4):
+        net.add()
+    run = start(
+        net.start_ray(0, 1, 1, 1), "ppo.updates=14", "cluster.actor_silence_s=20", "cluster.learner_silence_s=30"
+    )
+    run.wait_for("^version 1 ")
+    for role in ("actor", "rank", "reward"):
+        host = only(net, role)
+        net.cut(host)
+        time.sleep(5)
+        net.mend(host)
+        versions(run, 2)
+    assert " is lost" not in run.printed
+    spare, host = net.join(1), only(net, "actor")
+    net.cut(host)
+    run.wait_for(r"^actor 0 is lost \(it has generated nothing", 60)
+    at_s = run.wait_for("^actor 0 is back", 200)
+    assert spare.processes(ROLES["actor"])
+    net.mend(host)  # it learns that it counts for dead
+    assert run.wait_for("^version ", after_s=at_s)
+    assert run.end() == 0, run.printed
+    check(run, 14, net)
+    last = run.rows()[-1]
+    assert (last["fault/actors_lost"], last["fault/learner_restarts"]) == (1, 0)
+
+
+@nodes
+def test_a_host_dies_with_all_processes_of_a_run_but_the_driver(net: Network, start: Start) -> None:
+    net.add()
+    net.add()
+    run = start(net.start_ray(0, 3), "ppo.updates=6", "checkpoint.every=2", "cluster.actor_silence_s=20")
+    run.wait_for("^version 3 ")
+    assert set(map(tuple, where(net).values())) == {("host2",)}
+    spare = net.join(3)
+    net.power_off(net.hosts[1])
+    run.wait_for("back to update 2", 200)
+    run.wait_for("^actor 0 is back", 300)
+    assert run.end(400) == 0, run.printed
+    check(run, 6, net)
+    assert [len(spare.processes(part)) for part in ROLES.values()] == [0, 0, 0]
+    last = run.rows()[-1]
+    assert (last["fault/actors_lost"], last["fault/learner_restarts"]) == (1, 1)
+
+
+@nodes
+def test_commits_lie_on_the_disk_of_the_learners_host(net: Network, start: Start, tmp_path: Path) -> None:
+    """The other host, whose actor joins and dies, sees none of the run directory."""
+    head, other = net.add(), net.add()
+    head.own_disk(tmp_path / "run")
+    bounds = ("cluster.min_actors=1", "cluster.num_actors=2", "cluster.max_actors=2", "cluster.actor_silence_s=20")
+    run = start(net.start_ray(3, 1), "ppo.updates=40", "checkpoint.every=2", *bounds)
+    run.run_dir = head.seen(tmp_path / "run")
+    run.wait_for("^actor 1 has joined", 300)
+    assert where(net) == {"actor": ["host1", "host2"], "rank": ["host1"], "reward": ["host1"]}
+    versions(run, 2)
+    net.power_off(other)
+    run.wait_for("^actor 1 is lost", 60)
+    versions(run, 2)
+    for process in head.processes("train.py"):
+        process.terminate()
+    assert run.end() == 75, run.printed
+    last = run.rows()[-1]
+    found = run.audit()
+    assert (found.faults, found.trained) == ([], 16 * last["progress/version"])
+    assert not list((tmp_path / "run").iterdir())
+    assert list((run.run_dir / "checkpoints").glob("step_*/MANIFEST.json"))
+
+
+@nodes
+def test_a_slow_cable_that_loses_frames(net: Network, start: Start) -> None:
+    """20 ms each way, and one frame in a hundred is lost."""
+    net.add()
+    for _ in range(2):
+        net.add(delay_s=0.02, loss=0.01)
+    run = start(net.start_ray(1, 1, 1), "ppo.updates=4")
+    assert run.end() == 0, run.printed
+    check(run, 4, net)
+    print([(row["perf/sync_s"], row["wall_s"]) for row in run.rows()])
+
+
+@nodes
+def test_what_only_the_drivers_host_sees_is_refused(
+    net: Network, start: Start, tmp_path: Path, tiny_model: Path
+) -> None:
+    head, _ = net.add(), net.add()
+    head.own_disk(tmp_path / "run")
+    head.own_disk(tmp_path / "models")
+    shutil.copytree(tiny_model, head.seen(tmp_path / "models/tiny"))
+    address = net.start_ray(2, 2)
+    ranks = start(address, "cluster.num_learner_ranks=2")  # one on each host
+    assert ranks.end() == 2, ranks.printed
+    ranks.wait_for(
+        f"^{tmp_path}/run of this machine cannot be seen from 10.77.0.2, where learner rank [01] is: write run_dir"
+    )
+    head.call("umount", str(tmp_path / "run"))
+    model = start(
+        address, "cluster.num_learner_ranks=2", f"sft_model={tmp_path}/models/tiny", f"run_dir={tmp_path}/other"
+    )
+    assert model.end() == 1, model.printed
+    model.wait_for(f"the run failed: .*{tmp_path}/models/tiny is not on host2: a checkpoint must be where")

@@ -35,4 +35,3 @@ def test_the_own_address_lies_on_the_interface_that_has_it() -> None:
 @pytest.mark.parametrize("address", ["localhost", "127.0.1.1"])
 def test_loopback_has_more_than_one_address(address: str) -> None:
     assert interface_towards(address, 29500) == "lo"
-
