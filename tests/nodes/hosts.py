@@ -31,7 +31,8 @@ from tests.conftest import ROOT
 
 SPACES = ("--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--uts", "--ipc")
 TOKEN = "0123456789abcdef" * 4
-# The first process of a host: it makes the host's own directories, reaps orphans, and lives until its input ends.
+# The first process of a host: it makes the host's own directories, reaps orphans, and lives until its input ends. No name
+# server is asked: it would be waited for.
 FIRST = """
 set -eu
 hostname "$1"
@@ -40,6 +41,7 @@ mkdir -p /tmp/ray
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /tmp/ray
 mount --bind "$2" /etc/hosts
+if [ -e /etc/resolv.conf ]; then mount --bind /dev/null /etc/resolv.conf; fi
 echo ready
 while read -r _; do :; done
 """
@@ -94,7 +96,8 @@ class Host:
         self.name, self.address, self.port = f"host{number}", f"10.77.0.{number}", f"port{number}"
         self.folder = folder
         names = folder / f"{self.name}.hosts"
-        names.write_text(f"127.0.0.1\tlocalhost\n127.0.1.1\t{self.name}\n")
+        lines = ["127.0.0.1 localhost", f"127.0.1.1 {self.name}", *(f"10.77.0.{n} node{n}" for n in range(1, 10))]
+        names.write_text("\n".join(lines) + "\n")
         self._spaces = _Namespaces(SPACES, FIRST, self.log, self.name, str(names))
         self.pid = self._spaces.pid
         self._raylet: subprocess.Popen[bytes] | None = None
