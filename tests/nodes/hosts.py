@@ -153,10 +153,10 @@ class Host:
 
     def processes(self, part: str) -> list[psutil.Process]:
         """Those that run here with `part` in their command lines, by their numbers outside; the oldest first."""
-        here, found = _space(self.pid), []
+        here, found = os.readlink(f"/proc/{self.pid}/ns/pid"), []
         for process in psutil.process_iter():
             with suppress(psutil.NoSuchProcess, OSError):  # it ends meanwhile
-                if part in "".join(process.cmdline()) and _space(process.pid) == here:
+                if os.readlink(f"/proc/{process.pid}/ns/pid") == here and part in "".join(process.cmdline()):
                     found.append(process)
         return sorted(found, key=lambda process: process.create_time())
 
@@ -167,15 +167,11 @@ class Host:
             self._raylet.wait(30)
 
 
-def _space(pid: int) -> str:
-    return os.readlink(f"/proc/{pid}/ns/pid")
-
-
 class Network:
     """A switch, and the hosts on it: `with network() as net`."""
 
     def __init__(self, folder: Path):
-        self.folder, self.hosts = folder, list[Host]()
+        self.folder, self.hosts, self._added = folder, list[Host](), 0
         (folder / "token").write_text(TOKEN)
         (folder / "token").chmod(0o600)
         self._switch = _Namespaces(["--net"], SWITCH, folder / "switch.log")
@@ -186,7 +182,8 @@ class Network:
 
     def add(self, delay_s: float | None = None, loss: float = 0.0) -> Host:
         """One more host. With `delay_s` (each way) its cable is slow and loses frames at random, as `loss` has it."""
-        host = Host(len(self.hosts) + 1, self.folder)
+        self._added += 1
+        host = Host(self._added, self.folder)
         self.hosts.append(host)
         if delay_s is None:
             end = ["peer", "name", "eth0", "netns", str(host.pid)]
@@ -236,6 +233,7 @@ class Network:
     def power_off(self, host: Host) -> None:
         """It is gone with every process, and none of its connections says so."""
         self.cut(host)
+        self.hosts.remove(host)
         host.die()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos import ROLES, Run, overrides
+from tests.chaos import MOMENTS, ROLES, Run, overrides
 from tests.nodes.hosts import Host, Network, network, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no hosts of its own: {why_not()}")
@@ -73,13 +73,23 @@ def versions(run: Run, number: int, timeout_s: float = 180) -> None:
         at_s = run.wait_for(r"^version \d", timeout_s, after_s=at_s) + 1e-6
 
 
-def check(run: Run, updates: int, net: Network) -> None:
-    """The run trained each of its rollouts once, and lost none; the audit is read as a user does."""
-    found = run.audit()
-    assert (found.faults, found.trained, found.quarantined, found.open) == ([], updates * 16, 0, 0), found
-    audit = [sys.executable, "-m", "controller.ledger", str(run.run_dir)]
+def stop(run: Run, net: Network) -> None:
+    """As SIGTERM to its driver does it: saved, and out."""
+    for process in net.hosts[0].processes("train.py"):
+        process.terminate()
+    assert run.end() == 75, run.printed
+
+
+def check(run: Run, net: Network) -> dict[str, Any]:
+    """The run trained each of its rollouts once, and lost none; the audit is read as a user does. Returns the last update's
+    metrics."""
+    last, found = run.rows()[-1], run.audit()
+    assert (found.faults, found.trained, found.quarantined) == ([], last["progress/version"] * 16, 0), found
+    where_to = Path("/", *run.run_dir.parts[4:]) if run.run_dir.parts[1] == "proc" else run.run_dir
+    audit = [sys.executable, "-m", "controller.ledger", str(where_to)]
     told = subprocess.run([*net.hosts[0].enter, *audit], env=net.hosts[0].environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stdout + told.stderr
+    return last
 
 
 def test_an_actor_a_rank_and_a_replica_on_hosts_of_their_own(net: Network, start: Start) -> None:
@@ -87,16 +97,14 @@ def test_an_actor_a_rank_and_a_replica_on_hosts_of_their_own(net: Network, start
     for _ in range(4):
         net.add()
     run = start(net.start_ray(1, 1, 1, 1), "ppo.updates=3")
-    run.wait_for("^version 1 ")
+    run.wait_for(MOMENTS["rollouts"])
     found = where(net)
     assert [len(hosts) for hosts in found.values()] == [1, 1, 1]
     assert len({host for hosts in found.values() for host in hosts}) == 3
     assert run.end() == 0, run.printed
-    check(run, 3, net)
-    rows = run.rows()
-    assert [row["fault/actors_without_update"] for row in rows] == [0, 0, 0]
-    assert max(row["staleness/max"] for row in rows) == 0
-    assert max(abs(row["kl/mismatch_k3"]) for row in rows) < 0.05  # the actor sampled with the weights that were sent
+    assert check(run, net)["progress/version"] == 3
+    assert [row["fault/actors_without_update"] for row in run.rows()] == [0, 0, 0]
+    assert max(abs(row["kl/mismatch_k3"]) for row in run.rows()) < 0.05  # sampled with the weights that were sent
 
 
 # Every sequence alone in its batch, of the engine as of the scorer: what is computed beside it changes its last bits.
@@ -117,23 +125,22 @@ def trained(run: Run) -> list[dict[str, Any]]:
 def test_ranks_on_two_hosts_of_which_one_dies_train_what_two_on_one_machine_do(
     net: Network, start: Start, tmp_path: Path, tiny_float32: Path, reward_model: Path
 ) -> None:
-    for _ in range(3):
+    for _ in range(4):
         net.add()
     models = (f"model.path={tiny_float32}", f"sft_model={tiny_float32}")
-    same = (*models, *ALONE, "ppo.updates=6", "cluster.num_learner_ranks=2", "checkpoint.every=2")
-    run = start(net.start_ray(1, 2, 2), *same, "cluster.learner_silence_s=20")
+    same = (*models, *ALONE, "ppo.updates=8", "cluster.num_learner_ranks=2", "checkpoint.every=2")
+    run = start(net.start_ray(1, 2, 2, 2), *same, "cluster.learner_silence_s=20")
     run.wait_for("^version 3 ")
     found = where(net)
-    assert sorted(found["rank"]) == ["host2", "host3"]
-    spare = net.join(2)
+    assert len(set(found["rank"])) == 2
+    assert found["actor"][0] in found["rank"]
     net.power_off(host_of(net, "reward"))  # and a rank with it; the actor is beside the other
-    run.wait_for("back to update 2", 120)
-    run.wait_for("^version 4 ", 300)
-    assert len(spare.processes(ROLES["rank"])) == 1
+    run.wait_for(r"back to update \d", 120)
+    run.wait_for("^version 5 ", 300)
+    assert len(set(where(net)["rank"])) == 2
     assert run.end() == 0, run.printed
-    check(run, 6, net)
-    last = run.rows()[-1]
-    assert (last["fault/learner_restarts"], last["fault/actors_lost"]) == (1, 0)
+    last = check(run, net)
+    assert (last["progress/version"], last["fault/learner_restarts"], last["fault/actors_lost"]) == (8, 1, 0)
 
     alone = Run(tmp_path / "alone", overrides(tmp_path / "alone", tiny_float32, reward_model, *SHORT, *same[2:]))
     assert alone.end() == 0, alone.printed
@@ -145,7 +152,7 @@ def test_a_cable_is_pulled_for_a_moment_and_for_good(net: Network, start: Start)
     for _ in range(3):
         net.add()
     fleet = ("cluster.num_actors=2", "cluster.actor_silence_s=20", "cluster.learner_silence_s=30")
-    run = start(net.start_ray(1, 2, 2), "ppo.updates=12", *fleet)
+    run = start(net.start_ray(1, 2, 2), "ppo.updates=1000", *fleet)
     run.wait_for("^version 1 ")
     for role in ("actor", "rank"):  # the reward replica is beside the rank
         host = host_of(net, role)
@@ -162,27 +169,28 @@ def test_a_cable_is_pulled_for_a_moment_and_for_good(net: Network, start: Start)
     assert len(spare.processes(ROLES["actor"])) == 2
     net.mend(host)  # it learns that it counts for dead
     run.wait_for("^version ", after_s=back_s)
-    assert run.end() == 0, run.printed
-    check(run, 12, net)
-    last = run.rows()[-1]
+    versions(run, 2)
+    stop(run, net)
+    last = check(run, net)
     assert (last["fault/actors_lost"], last["fault/learner_restarts"]) == (2, 0)
 
 
 @nodes
 def test_a_host_dies_with_all_processes_of_a_run_but_the_driver(net: Network, start: Start) -> None:
-    net.add()
-    net.add()
-    run = start(net.start_ray(1, 3), "ppo.updates=6", "checkpoint.every=2", "cluster.actor_silence_s=20")
+    for _ in range(3):
+        net.add()
+    bounds = ("cluster.actor_silence_s=20", "cluster.learner_silence_s=30")
+    run = start(net.start_ray(1, 3, 3), "ppo.updates=1000", "checkpoint.every=2", *bounds)
     run.wait_for("^version 3 ")
-    assert set(map(tuple, where(net).values())) == {("host2",)}
-    spare = net.join(3)
-    net.power_off(net.hosts[1])
-    run.wait_for("back to update 2", 200)
+    before = where(net)
+    assert len({host for hosts in before.values() for host in hosts}) == 1
+    net.power_off(host_of(net, "actor"))
+    run.wait_for(r"back to update \d", 200)
     run.wait_for("^actor 0 is back", 300)
-    assert run.end(400) == 0, run.printed
-    check(run, 6, net)
-    assert [len(spare.processes(part)) for part in ROLES.values()] == [0, 0, 0]
-    last = run.rows()[-1]
+    versions(run, 2)
+    assert {host for hosts in where(net).values() for host in hosts}.isdisjoint(before["actor"])
+    stop(run, net)
+    last = check(run, net)
     assert (last["fault/actors_lost"], last["fault/learner_restarts"]) == (1, 1)
 
 
@@ -202,12 +210,8 @@ def test_commits_lie_on_the_disk_of_the_learners_host(net: Network, start: Start
     net.power_off(other)
     run.wait_for("^actor 1 is lost", 60)
     versions(run, 2)
-    for process in head.processes("train.py"):
-        process.terminate()
-    assert run.end() == 75, run.printed
-    last = run.rows()[-1]
-    found = run.audit()
-    assert (found.faults, found.trained) == ([], 16 * last["progress/version"])
+    stop(run, net)
+    check(run, net)
     assert not list((tmp_path / "run").iterdir())
     assert list((run.run_dir / "checkpoints").glob("step_*/MANIFEST.json"))
 
@@ -220,7 +224,7 @@ def test_a_slow_cable_that_loses_frames(net: Network, start: Start) -> None:
         net.add(delay_s=0.02, loss=0.01)
     run = start(net.start_ray(1, 1, 1, 1), "ppo.updates=4")
     assert run.end() == 0, run.printed
-    check(run, 4, net)
+    assert check(run, net)["progress/version"] == 4
     print([(row["perf/sync_s"], row["wall_s"]) for row in run.rows()])
 
 
