@@ -27,8 +27,8 @@ from shutil import which
 import psutil
 
 from common.processes.process_env import driver_env
-from tests.conftest import ROOT
 
+ROOT = Path(__file__).resolve().parents[2]
 SPACES = ("--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--uts", "--ipc")
 TOKEN = "0123456789abcdef" * 4
 # The first process of a host: it makes the host's own directories, reaps orphans, and lives until its input ends. No name
