@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.chaos import MOMENTS, ROLES, Run, overrides
+from tests.conftest import PROOFS
 from tests.nodes.hosts import Host, Network, network, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no hosts of its own: {why_not()}")
@@ -196,9 +197,11 @@ def test_a_host_dies_with_all_processes_of_a_run_but_the_driver(net: Network, st
 
 @nodes
 def test_commits_lie_on_the_disk_of_the_learners_host(net: Network, start: Start, tmp_path: Path) -> None:
-    """The other host, whose actor joins and dies, sees none of the run directory."""
+    """The other host, whose actor joins and dies, sees none of run directory and cache."""
     head = net.add()
-    head.own_disk(tmp_path / "run")
+    for name in ("run", "cache"):
+        head.own_disk(tmp_path / name)
+    (head.seen(tmp_path / "cache") / "proofs").symlink_to(PROOFS)
     bounds = ("cluster.min_actors=1", "cluster.num_actors=2", "cluster.max_actors=2", "cluster.actor_silence_s=20")
     run = start(net.start_ray(4), "ppo.updates=1000", "checkpoint.every=2", *bounds)
     run.run_dir = head.seen(tmp_path / "run")
