@@ -8,7 +8,7 @@ TUNING := --tuning runs/five_reasons_tuning docs/results/study.json
 # Most of the tests' time is the start of processes, which uses one core: two files at a time, each with its own cores.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo demo-long demo-verify study-quick study study-tuning test test-unit test-full test-chaos test-fuzz lint bench lock clean
+.PHONY: help setup demo demo-long demo-verify study-quick study study-tuning test test-unit test-full test-chaos test-nodes test-fuzz lint bench lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -50,13 +50,16 @@ test-unit: setup ## the tests that start no engine
 	$(PY) -m pytest $(TWO) tests/unit
 
 test: lint ## everything CI runs, about 40 minutes on two cores
-	$(PY) -m pytest $(TWO) -m "not gpu and not full and not chaos and not fuzz"
+	$(PY) -m pytest $(TWO) -m "not gpu and not full and not chaos and not nodes and not fuzz"
 
 test-full: lint ## the longer proofs too
-	$(PY) -m pytest $(TWO) -m "not gpu and not chaos and not fuzz"
+	$(PY) -m pytest $(TWO) -m "not gpu and not chaos and not nodes and not fuzz"
 
 test-chaos: setup ## kill and stop the processes of whole runs, then 15 minutes of it at random
 	$(PY) -m pytest -m chaos --soak-minutes 15
+
+test-nodes: setup ## runs on several machines, which are namespaces of this one (needs root), and their faults
+	$(PY) -m pytest -m nodes
 
 test-fuzz: setup ## 10,000 requests of all kinds to the reward service, and what others may write into files
 	$(PY) -m pytest -m fuzz

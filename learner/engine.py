@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.models.lora import TRAINED, is_of_adapter
+from common.processes.network_interface import interface_towards
 from contracts.config import LearnerConfig, OptimizerConfig
 from contracts.interfaces import NonFiniteError
 from learner.models import PolicyModel, ScalarModel
@@ -65,6 +66,8 @@ def join(
         MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0"
     )
     if on_cpu:
+        # Unless it is told, gloo listens where the host's name leads, which is loopback on Debian: no other host gets there.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(address, port))
         # DeepSpeed would compile its shared-memory collectives for 40 s; gloo is as fast for two ranks.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo" if on_cpu else "nccl", verbose=False, timeout=timedelta(seconds=timeout_s))

@@ -2,11 +2,16 @@
 
 import sys
 import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
 from operator import attrgetter
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import ray
 
+from contracts.checks.validation import ConfigError
 from contracts.config import ClusterConfig
 from contracts.interfaces import CollectiveError
 from contracts.plugins import find
@@ -30,6 +35,10 @@ class LearnerActor:
         from vllm.utils.network_utils import get_open_port
 
         return ray.util.get_node_ip_address(), get_open_port()
+
+    def unseen(self, paths: list[str]) -> tuple[str, list[str]]:
+        """This node's address, and the paths that are not there."""
+        return ray.util.get_node_ip_address(), [path for path in paths if not Path(path).exists()]
 
     def start(
         self, task: str, address: str, port: int, seed: int, timeout_s: float, arguments: tuple[Any, ...]
@@ -90,7 +99,9 @@ class LearnerGroup:
         arguments: tuple[Any, ...],
         env: dict[str, str],
         placement: list[dict[str, Any]] | None = None,  # Ray options of each rank; None: anywhere
+        directories: Sequence[str] = (),  # that the driver and all ranks must share
     ):
+        """Raises ConfigError where a rank's node does not see one of `directories`."""
         self._cluster = cluster
         self._task = task
         self._seed = seed
@@ -98,7 +109,7 @@ class LearnerGroup:
         self.timeout_s = cluster.step_timeout_s
         anywhere = {"num_cpus": cluster.cpus_per_process, "num_gpus": cluster.gpus_per_learner_rank}
         self._placement = placement or [anywhere] * cluster.num_learner_ranks
-        self._arguments = ray.put(arguments)
+        self._arguments, self._directories = ray.put(arguments), directories
         self._launch()
 
     def _launch(self) -> None:
@@ -110,9 +121,27 @@ class LearnerGroup:
             remote.options(**options, runtime_env={"env_vars": self._env}).remote(rank, len(self._placement), on_cpu)
             for rank, options in enumerate(self._placement)
         ]
+        self._require_shared()
         address, port = ray.get(self.actors[0].address.remote(), timeout=cluster.start_timeout_s)
         shared = self._task, address, port, self._seed, cluster.step_timeout_s, self._arguments
         self._started = [actor.start.remote(*shared) for actor in self.actors]
+
+    def _require_shared(self) -> None:
+        """A directory of the same name elsewhere would do until the first commit, or the model at a run's end."""
+        with ExitStack() as kept:
+            marks = [kept.enter_context(NamedTemporaryFile(prefix=".mark-", dir=path)) for path in self._directories]
+            # As a rank has them, whose working directory may be another.
+            paths = {
+                f"{path}/{Path(mark.name).name}": path for mark, path in zip(marks, self._directories, strict=True)
+            }
+            calls = [actor.unseen.remote(list(paths)) for actor in self.actors] if paths else []
+            for rank, (node, unseen) in enumerate(ray.get(calls, timeout=self._cluster.start_timeout_s)):
+                if unseen:
+                    mine = " and ".join(paths[mark] for mark in unseen)
+                    raise ConfigError(
+                        f"{mine} of this machine cannot be seen from {node}, where learner rank {rank} is: write run_dir "
+                        "and cache_dir as absolute paths on a file system that the learner's nodes share with this one"
+                    )
 
     def restart(self) -> None:
         """End all ranks and start them anew, with another port, from their checkpoints; returns when they are ready."""

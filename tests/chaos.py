@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,18 @@ def overrides(folder: Path, policy: Path, reward: Path, *more: str) -> list[str]
 
 
 class Run:
-    """One `train.py`. Lines come with the seconds since its start."""
+    """One `train.py`. Lines come with the seconds since its start. `before`: what enters a host."""
 
-    def __init__(self, folder: Path, arguments: list[str], env: dict[str, str] | None = None):
+    def __init__(
+        self, folder: Path, arguments: list[str], env: dict[str, str] | None = None, before: Sequence[str] = ()
+    ):
         self.run_dir = next(Path(a.split("=", 1)[1]) for a in arguments if a.startswith("run_dir="))
         folder.mkdir(parents=True, exist_ok=True)
         self.lines: list[tuple[float, str]] = []
         self._changed = threading.Condition()
         self._begin = time.monotonic()
         self.driver = subprocess.Popen(
-            [sys.executable, "train.py", *arguments],
+            [*before, sys.executable, "train.py", *arguments],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

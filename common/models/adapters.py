@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -52,8 +53,12 @@ def split(path: str) -> tuple[str, str | None]:
     """(base checkpoint, adapter directory) of an adapter's directory; (path, None) of any other checkpoint.
 
     Raises:
-        LoadingError: the base is not there, or not named.
+        LoadingError: the checkpoint is not there; or the base is not, or not named.
     """
+    if _is_missing(path):
+        raise LoadingError(
+            f"{path} is not on {gethostname()}: a checkpoint must be where every node that loads it sees it by this path"
+        )
     if not is_adapter(path):
         return path, None
     if whole := sorted(Path(path).glob("model*.safetensors")):
@@ -65,12 +70,18 @@ def split(path: str) -> tuple[str, str | None]:
         raise LoadingError(
             f"{path} must name the checkpoint that it belongs to; write base_model_name_or_path in {SETTINGS}"
         )
-    if not Path(named).is_dir() and (Path(named).is_absolute() or named.startswith(".") or named.count("/") > 1):
+    if _is_missing(named):
         raise LoadingError(
             f"{path} is an adapter of {named}, which is not there; put that checkpoint there, or write where it is as "
             f"base_model_name_or_path in {SETTINGS}"
         )
     return named, path
+
+
+def _is_missing(path: str) -> bool:
+    """Whether it is no hub id, and no directory either."""
+    is_place = Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1
+    return is_place and not Path(path).is_dir()
 
 
 def holder(path: str, file: str) -> str:

@@ -180,7 +180,10 @@ class Runtime:
         assert self._placement is not None
         cluster = self.config.cluster
         placement = [self._placement.learner(rank) for rank in range(cluster.num_learner_ranks)]
-        group = LearnerGroup(cluster, task, self.config.seed, arguments, environments(cluster)["learner"], placement)
+        # An embedded Ray is this machine alone.
+        shared = [self.config.run_dir, self.config.cache_dir] if cluster.address != "local" else []
+        env = environments(cluster)["learner"]
+        group = LearnerGroup(cluster, task, self.config.seed, arguments, env, placement, shared)
         try:
             yield group
         finally:

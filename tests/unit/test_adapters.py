@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import peft
@@ -280,3 +281,13 @@ def test_without_lora_an_adapter_is_no_policy(
     config.model.lora = None
     with pytest.raises(LoadingError, match="an adapter of PEFT; write"):
         PPOTask(ranks, config, str(sft[1]), str(sft[1]), (2,), [])
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./no_such_model", "no/such/model"])
+def test_a_checkpoint_that_is_not_on_this_machine_is_said_with_the_machines_name(path: str) -> None:
+    with pytest.raises(LoadingError, match=f"^{path} is not on {gethostname()}: a checkpoint must be where every node"):
+        adapters.split(path)
+
+
+def test_an_id_of_the_hub_need_not_be_on_this_machine() -> None:
+    assert adapters.split("somebody/model") == ("somebody/model", None)
