@@ -13,6 +13,7 @@ the largest. An actor delivers at most `ppo.score_batch` rollouts at once, as th
 
 import argparse
 import json
+import logging
 import math
 import os
 import sys
@@ -148,7 +149,8 @@ def measure(actors: int, rollouts_per_update: int, rollouts: int, run_dir: Path)
     config.logger = LoggerConfig(wandb="disabled", samples_per_update=4)
     prompts = [Prompt(i, "a prompt of forty tokens", tuple(range(40))) for i in range(10_000)]
     # A call of `collect` waits for each actor, and others come.
-    process = StandIns.options(max_concurrency=2 * actors + 100).remote(actors)
+    remote: Any = StandIns
+    process = remote.options(max_concurrency=2 * actors + 100).remote(actors)
     with Progress(0, stream=open(os.devnull, "w")) as progress, RunLog(run_dir, {}, config.logger, "ppo") as log:
         stream = PromptStream(prompts, samples_per_prompt=1, seed=1)
         handles = [StandIn(process, i) for i in range(actors)]
@@ -196,7 +198,7 @@ def main() -> int:
     most = max(args.actors)
     results: dict[str, dict[int, dict[str, float]]] = {"same work for each actor": {}, "same update": {}}
     load_before = os.getloadavg()[0]
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         for actors in sorted(args.actors):
             for name, rollouts_per_update in zip(results, (PER_ACTOR * actors, PER_ACTOR * most), strict=True):

@@ -59,7 +59,7 @@ def ray_cluster() -> Iterator[tuple[str, dict[str, str]]]:
         ports.append(f"--ray-client-server-port={free_port()}")
         options = ["--head", "--block", "--num-cpus=2", "--object-store-memory=300000000", "--disable-usage-stats"]
         with Path(folder, "log").open("wb") as log:
-            command: list[str] = [RAY, "start", *options, *ports, f"--temp-dir={folder}"]
+            command: list[str | Path] = [RAY, "start", *options, *ports, f"--temp-dir={folder}"]
             node = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         address = f"http://127.0.0.1:{dashboard}"
         while subprocess.run(
