@@ -36,6 +36,7 @@ import numpy as np
 import ray
 from scipy.optimize import nnls
 
+from common.models.packed_attention import siblings
 from common.text.end_tokens import end_ids
 from common.text.tokenizers import load_tokenizer, vocab_size
 from contracts.config import TandemConfig, register_schema
@@ -256,7 +257,10 @@ def share_of(config: TandemConfig, batch: Any) -> Share:
         for mb in microbatches:
             is_held = number == 0 and mb.num_tokens <= left
             left -= mb.num_tokens if is_held else 0
-            share.add(mb.num_tokens, int(mb.completion_lens.sum()), is_held)
+            # On GPUs, where every row has its own prompt, there is nothing of it.
+            runs = siblings(mb.sequences, mb.prompt_lens) if config.cluster.gpus_per_learner_rank == 0 else []
+            again = sum((count - 1) * prompt for _, count, prompt in runs)
+            share.add(mb.num_tokens - again, int(mb.completion_lens.sum()), is_held)
     return share
 
 

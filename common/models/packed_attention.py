@@ -43,13 +43,13 @@ class Packed:
         """`prompt_lens`: let neighbours whose first so many tokens are the same have them once in the row. The attention
         of `short_causal` alone knows such rows."""
         tokens = [np.asarray(s, dtype=np.int64) for s in sequences]
-        siblings = [] if prompt_lens is None else _siblings(tokens, prompt_lens)
+        runs = [] if prompt_lens is None else siblings(tokens, prompt_lens)
         lengths = [len(s) for s in tokens]
         shared, behind = (
             [0] * len(tokens),
             list(range(len(tokens))),
         )  # tokens of a sequence that are another's, and whose
-        for first, count, prompt in siblings:
+        for first, count, prompt in runs:
             for row in range(first + 1, first + count):
                 shared[row], behind[row] = prompt, first
         own = [slice(k, n) for k, n in zip(shared, lengths, strict=True)]
@@ -73,7 +73,7 @@ class Packed:
             slots=tensor(slots.reshape(-1)),
             places=tensor(np.flatnonzero(is_source)),
             is_source=tensor(is_source.reshape(-1, 1)),
-            siblings=siblings,
+            siblings=runs,
         )
 
     def at(self, rows: Tensor, steps: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Packed:
         return self.at(torch.arange(len(self.lengths), device=device), torch.tensor(self.lengths, device=device) - 1)
 
 
-def _siblings(sequences: list[np.ndarray], prompt_lens: Sequence[int] | np.ndarray) -> list[tuple[int, int, int]]:
+def siblings(sequences: list[np.ndarray], prompt_lens: Sequence[int] | np.ndarray) -> list[tuple[int, int, int]]:
     """Runs of neighbours with the same prompt, two at least."""
     prompts = [s[:n].tobytes() for s, n in zip(sequences, prompt_lens, strict=True)]
     runs, first = [], 0

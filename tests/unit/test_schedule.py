@@ -4,17 +4,21 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from common.models.packed_attention import Packed
 from contracts.config import LearnerConfig
-from contracts.records import Assignment, Prompt, RolloutRequest
+from contracts.records import Assignment, Completion, Prompt, Rollout, RolloutRequest
 from controller.data.prompts import PromptStream
+from controller.loop.training_batches import make_batches
 from controller.plan.schedule.calibration import (
     EngineSpeed,
     LearnerSpeed,
 )
 from controller.plan.schedule.completion_lengths import long_tailed
-from controller.plan.schedule.simulation import simulate
+from controller.plan.schedule.simulation import simulate, update_seconds
 from controller.plan.schedule.spans import ACTOR, LEARNER, REWARD, Lane, Spans
 from controller.plan.schedule.stand_in_actor import EngineLimits, StandInActor
 from controller.plan.schedule.virtual_time import Cores, VirtualTime
@@ -206,3 +210,32 @@ def test_a_token_has_the_version_that_sampled_it() -> None:
     assert kinds == [
         ("generate", 0.0, 5.0), ("load weights", 5.0, 5.5), ("generate", 5.5, 10.5), ("load weights", 10.5, 11.0),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gpus", "minibatches"), [(0, 1), (0, 3), (1, 1)])
+def test_an_update_is_planned_of_the_rows_that_the_learner_makes(gpus: int, minibatches: int) -> None:
+    """A second a token that is in a row: of a group's prompt once, but on GPUs."""
+    drawn = np.random.default_rng(0)
+    prompts = [Prompt(i, "", tuple(drawn.integers(3, 99, 3 + 5 * i).tolist())) for i in range(4)]
+    rollouts = []
+    for prompt in prompts:
+        for sample in range(3):
+            count = int(drawn.integers(1, 9))
+            zeros = np.zeros(count, dtype=np.int32)
+            completion = Completion(zeros + 5, zeros.astype(np.float32), zeros, "stop", "")
+            rollouts.append(Rollout((0, prompt.prompt_id, sample), prompt, completion))
+    config = configured()
+    config.cluster.num_learner_ranks, config.cluster.gpus_per_learner_rank = 1, gpus
+    config.ppo.minibatches, config.learner.microbatch_tokens, config.learner.held_tokens = minibatches, 60, 0
+    speed = LearnerSpeed({"reference": (0.0, 1.0, 0.0)})
+    [planned_s] = update_seconds(config, speed, rollouts, np.random.default_rng(7))
+    scores = [0.0] * len(rollouts)
+    batch = make_batches(rollouts, scores, 1, minibatches, 60, np.random.default_rng(7))[0]
+    rows = [
+        Packed.of(mb.sequences, torch.device("cpu"), None if gpus else mb.prompt_lens)
+        for microbatches in batch.minibatches
+        for mb in microbatches
+    ]
+    assert planned_s == sum(row.input_ids.shape[1] for row in rows)
+    total = sum(r.num_tokens for r in rollouts)
+    assert planned_s == total if gpus else planned_s < total

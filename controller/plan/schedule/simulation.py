@@ -10,6 +10,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -223,7 +224,7 @@ class _Simulation:
 
 @dataclass
 class Share:
-    """Tokens of a rank, in all and of completions; those whose graphs are kept from the first pass."""
+    """Tokens of a rank's rows, in all and of completions; those whose graphs are kept from the first pass."""
 
     tokens: int = 0
     completion: int = 0
@@ -243,15 +244,28 @@ def update_seconds(
     """What each rank takes for an update on rollouts, which are cut as `make_batches` cuts them."""
     ppo, cluster = config.ppo, config.cluster
     sizes = [(r.num_tokens, len(r.completion.token_ids)) for r in rollouts]
+    numbers = {group: i for i, group in enumerate(sorted({r.group for r in rollouts}))}
+    groups, has_prompt_once = [numbers[r.group] for r in rollouts], cluster.gpus_per_learner_rank == 0
     shares: dict[int, Share] = defaultdict(Share)
     for number, rows in enumerate(np.array_split(rng.permutation(len(sizes)), ppo.minibatches)):
-        cut = cut_microbatches([sizes[r][0] for r in rows], config.learner.microbatch_tokens, cluster.num_learner_ranks)
+        cut = cut_microbatches(
+            [sizes[r][0] for r in rows],
+            config.learner.microbatch_tokens,
+            cluster.num_learner_ranks,
+            [groups[r] for r in rows],
+        )
         for rank, parts in enumerate(cut):
             share, left = shares[rank], config.learner.held_tokens
             for part in parts:
                 tokens, completion = (sum(sizes[rows[i]][which] for i in part) for which in (0, 1))
                 is_held = number == 0 and tokens <= left
                 left -= tokens if is_held else 0
+                again = (
+                    [rows[b] for a, b in pairwise(part) if groups[rows[a]] == groups[rows[b]]]
+                    if has_prompt_once
+                    else []
+                )
+                tokens -= sum(sizes[row][0] - sizes[row][1] for row in again)
                 share.add(tokens, completion, is_held)
     return [_rank_seconds(config, speed, shares[rank]) for rank in range(cluster.num_learner_ranks)]
 
