@@ -4,6 +4,7 @@ chooses what the plain rules below do, which look at all."""
 import random
 import time
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from contracts.config import SamplingConfig
 from contracts.interfaces import EngineLostError
 from contracts.records import Assignment, Delivery, RolloutRequest
 from controller.ledger.entries import Lease
-from controller.loop import dispatcher as module
+from controller.loop.clock import Clock
 from controller.loop.dispatcher import Dispatcher
 from controller.loop.fleet import Fleet, Joined
 from tests.unit.test_dispatch import Actor, Learner, held_out, in_background, sampled, start, until
@@ -112,8 +113,8 @@ class Busy(Actor):
 def history(kind: type[Dispatcher], seed: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """All that the actors are given, in order, in a run with losses, stragglers, drains and held-out prompts."""
     rng, log, clock, serves = random.Random(seed), list[Any](), [0.0], [0]
-    monkeypatch.setattr("tests.unit.test_dispatch.Dispatcher", kind)
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("tests.unit.test_dispatch.Dispatcher", partial(kind, clock=Clock(now=lambda: clock[0])))
+    monkeypatch.setattr("controller.loop.fleet.time.monotonic", lambda: clock[0])
     crew = [Busy(number, random.Random(rng.random()), log, serves) for number in range(rng.randint(2, 9))]
     fleet: Any = Crew(crew, Learner(crew), "shared", lambda *_: True, 10**6, lambda _: None)  # type: ignore[arg-type]
     fleet.make = lambda number: Busy(number, random.Random(rng.random()), log, serves)
