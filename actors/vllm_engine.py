@@ -29,7 +29,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.weight_receiver import WeightReceiver
-from common.models.adapters import lora_of, split, stored_adapter
+from common.models.adapters import lora_of, require_here, split, stored_adapter
 from common.models.lora import scale
 from common.processes.shared_memory import pack
 from contracts.config import EngineConfig, LoraConfig, ModelConfig, SamplingConfig
@@ -54,6 +54,7 @@ class VLLMEngine:
         seed: int = 0,
     ):
         self._end_ids = list(end_ids)
+        require_here(model.path)
         self._lora, (base, adapter) = model.lora, split(model.path)
         arguments: dict[str, Any] = {
             "model": base,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from common.models.adapters import split
+from common.models.adapters import require_here, split
 from common.models.forward import Form, backbone_name, decoder_layers, head_logits, hidden_states
 from common.models.loading import LoadingError, normaliser, refuse_adapter, refuse_unloaded
 from common.models.lora import with_telling_adapter
@@ -100,6 +100,7 @@ def load_policy(path: str, model: ModelConfig, learner: LearnerConfig, on_cpu: b
         Unproven: no form computes it right.
         LoadingError: the checkpoint lacks weights of the model.
     """
+    require_here(path)
     if model.lora is None:
         refuse_adapter(path, "path")
     base, _ = split(path)
@@ -118,6 +119,7 @@ def load_scalar(
         path: of an adapter's directory the base is loaded, with the adapter's configuration.
         base: a policy of the same checkpoint, without an adapter yet, whose weights are taken instead of loaded ones.
     """
+    require_here(path)
     if model.lora is None:
         refuse_adapter(path, "path")
     config, checkpoint = scalar_config(load_config(path, model)), split(path)[0]

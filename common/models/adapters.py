@@ -53,12 +53,8 @@ def split(path: str) -> tuple[str, str | None]:
     """(base checkpoint, adapter directory) of an adapter's directory; (path, None) of any other checkpoint.
 
     Raises:
-        LoadingError: the checkpoint is not there; or the base is not, or not named.
+        LoadingError: the base is not there, or not named.
     """
-    if _is_missing(path):
-        raise LoadingError(
-            f"{path} is not on {gethostname()}: a checkpoint must be where every node that loads it sees it by this path"
-        )
     if not is_adapter(path):
         return path, None
     if whole := sorted(Path(path).glob("model*.safetensors")):
@@ -76,6 +72,18 @@ def split(path: str) -> tuple[str, str | None]:
             f"base_model_name_or_path in {SETTINGS}"
         )
     return named, path
+
+
+def require_here(path: str) -> None:
+    """For a process that may be on another node than the one where the configuration was checked.
+
+    Raises:
+        LoadingError: the checkpoint is no hub id, and not there.
+    """
+    if _is_missing(path):
+        raise LoadingError(
+            f"{path} is not on {gethostname()}: a checkpoint must be where every node that loads it sees it by this path"
+        )
 
 
 def _is_missing(path: str) -> bool:

@@ -286,8 +286,9 @@ def test_without_lora_an_adapter_is_no_policy(
 @pytest.mark.parametrize("path", ["/no/such/model", "./no_such_model", "no/such/model"])
 def test_a_checkpoint_that_is_not_on_this_machine_is_said_with_the_machines_name(path: str) -> None:
     with pytest.raises(LoadingError, match=f"^{path} is not on {gethostname()}: a checkpoint must be where every node"):
-        adapters.split(path)
+        adapters.require_here(path)
 
 
 def test_an_id_of_the_hub_need_not_be_on_this_machine() -> None:
+    adapters.require_here("somebody/model")
     assert adapters.split("somebody/model") == ("somebody/model", None)
