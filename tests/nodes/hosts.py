@@ -145,7 +145,7 @@ class Host:
     def wait_for_ray(self) -> None:
         """Until the head knows it."""
         assert self._raylet is not None
-        end = time.monotonic() + 90
+        end = time.monotonic() + 180
         while "Ray runtime started" not in self.log.read_text():
             assert self._raylet.poll() is None, self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()

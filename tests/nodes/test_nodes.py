@@ -99,7 +99,7 @@ def test_an_actor_a_rank_and_a_replica_on_hosts_of_their_own(net: Network, start
     for _ in range(4):
         net.add()
     run = start(net.start_ray(1, 1, 1, 1), "ppo.updates=3")
-    run.wait_for(MOMENTS["rollouts"])
+    run.wait_for(MOMENTS["rollouts"], 400)  # four Ray nodes and the engines start on one core
     found = where(net)
     assert [len(hosts) for hosts in found.values()] == [1, 1, 1]
     assert len({host for hosts in found.values() for host in hosts}) == 3
