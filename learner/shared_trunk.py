@@ -17,6 +17,12 @@ from common.models.forward import backbone_name, decoder_layers
 from common.models.packed_attention import Packed
 from learner.models import PolicyModel, ScalarModel, beside_layers
 
+# Of a configuration; no decoder layer looks at these.
+BESIDE_LAYERS = {
+    "architectures", "num_labels", "id2label", "label2id", "problem_type", "score_mean", "score_std", "pad_token_id",
+    "tie_word_embeddings", "name_or_path", "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
+    "return_dict", "output_hidden_states", "output_attentions", "classifier_dropout", "bos_token_id", "eos_token_id",
+}  # fmt: skip
 Below = dict[int, Any]  # what the first n layers put out for one microbatch, by n
 TRIALS = (([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1], [0, 5]), ([1, 6], [8, 0, 3, 3]))  # token ids of rows that are tried out
 
@@ -108,8 +114,10 @@ def shared_layers(policy: PolicyModel, other: PolicyModel | ScalarModel) -> int:
 
 
 def _settings(network: PolicyModel | ScalarModel) -> tuple[Any, ...]:
+    """What decides, beside weights, what a layer computes: rotations, windows, scales."""
     backbone = getattr(network.lm, backbone_name(network.lm))
-    return type(backbone), backbone.config._attn_implementation, len(decoder_layers(network.lm))
+    said = {name: value for name, value in backbone.config.to_dict().items() if name not in BESIDE_LAYERS}
+    return type(backbone), backbone.config._attn_implementation, said
 
 
 def _same_input(policy: PolicyModel, other: PolicyModel | ScalarModel) -> bool:

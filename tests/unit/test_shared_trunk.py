@@ -1,5 +1,6 @@
 """Layers that the networks of an update share, computed once, against each network for itself: equal to the bit."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,22 @@ def test_a_value_model_shares_what_it_has(
         assert task.trunk.layers == {"reference": count - 1, "value": layers}
         assert metrics == expected
         assert equal(task, alone)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}]
+)
+def test_the_same_weights_in_other_settings_are_other_layers(
+    change: dict[str, Any], configure: Callable[..., TandemConfig], ranks: Ranks, small_vocab: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(small_vocab, num_labels=1, dtype=torch.float32)
+    model.config.score_mean, model.config.score_std = 0.0, 1.0
+    model.save_pretrained(tmp_path / "value")
+    settings = json.loads((tmp_path / "value/config.json").read_text())
+    assert settings.keys() >= change.keys()
+    (tmp_path / "value/config.json").write_text(json.dumps(settings | change))
+    task = PPOTask(ranks, configure(small_vocab), str(small_vocab), str(tmp_path / "value"), (2,), [])
+    assert task.trunk.layers == {"reference": _layers(small_vocab) - 1, "value": 0}
 
 
 def test_adapters_on_the_top_layers(configure: Callable[..., TandemConfig], ranks: Ranks, small_vocab: Path) -> None:
