@@ -1,10 +1,15 @@
-"""Reads the clock in a trainer of TRL: seconds of every update, whole and by phase. It imports nothing of Tandem."""
+"""One block of a trainer of TRL, and seconds of every update, whole and by phase. It imports nothing of Tandem."""
 
 import functools
+import json
+import resource
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 
@@ -40,3 +45,16 @@ class Clock(TrainerCallback):
                 self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - start
 
         return call
+
+
+def run_block(clock: Clock, make_trainer: Callable[..., Any], job_path: Path, out_path: Path) -> None:
+    """Train what `make_trainer(job, directory, clock)` makes; writes seconds, peak memory and what trained."""
+    job = json.loads(job_path.read_text())
+    torch.set_num_threads(job["threads"])
+    with tempfile.TemporaryDirectory(prefix="trl-bench-") as directory:
+        trainer = make_trainer(job, directory, clock)
+        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    result = {"updates": clock.updates, "peak_gib": peak, "trainable_parameters": trainable}
+    out_path.write_text(json.dumps(result))

@@ -4,18 +4,14 @@ It runs in TRL's environment and imports nothing of Tandem. TRL's trainer is use
 clock. Set in TRL's favour: as in `trl_ppo_step.py`. EOS is banned, so that every completion has full length.
 """
 
-import json
-import resource
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
-from trl_clock import Clock
+from trl_clock import Clock, run_block
 
 
 class GRPOClock(Clock):
@@ -86,18 +82,5 @@ def full_length(job: dict[str, Any], generate: Any) -> Any:
     return call
 
 
-def main(job_path: Path, out_path: Path) -> None:
-    job = json.loads(job_path.read_text())
-    torch.set_num_threads(job["threads"])
-    clock = GRPOClock()
-    with tempfile.TemporaryDirectory(prefix="trl-bench-") as directory:
-        trainer = make_trainer(job, directory, clock)
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    result = {"updates": clock.updates, "peak_gib": peak, "trainable_parameters": trainable}
-    out_path.write_text(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_block(GRPOClock(), make_trainer, Path(sys.argv[1]), Path(sys.argv[2]))

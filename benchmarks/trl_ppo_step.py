@@ -8,10 +8,7 @@ and a pad token other than EOS, so that an EOS inside a completion is a token li
 length.
 """
 
-import json
-import resource
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from transformers import (
     AutoTokenizer,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
-from trl_clock import Clock
+from trl_clock import Clock, run_block
 
 
 def make_trainer(job: dict[str, Any], directory: str, clock: Clock) -> PPOTrainer:
@@ -100,18 +97,5 @@ def full_length(job: dict[str, Any], generate: Callable[..., Any]) -> Callable[.
     return call
 
 
-def main(job_path: Path, out_path: Path) -> None:
-    job = json.loads(job_path.read_text())
-    torch.set_num_threads(job["threads"])
-    clock = Clock()
-    with tempfile.TemporaryDirectory(prefix="trl-bench-") as directory:
-        trainer = make_trainer(job, directory, clock)
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    result = {"updates": clock.updates, "peak_gib": peak, "trainable_parameters": trainable}
-    out_path.write_text(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_block(Clock(), make_trainer, Path(sys.argv[1]), Path(sys.argv[2]))

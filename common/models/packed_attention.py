@@ -45,10 +45,7 @@ class Packed:
         tokens = [np.asarray(s, dtype=np.int64) for s in sequences]
         runs = [] if prompt_lens is None else siblings(tokens, prompt_lens)
         lengths = [len(s) for s in tokens]
-        shared, behind = (
-            [0] * len(tokens),
-            list(range(len(tokens))),
-        )  # tokens of a sequence that are another's, and whose
+        shared, behind = [0] * len(tokens), [*range(len(tokens))]  # tokens of a sequence that are another's, and whose
         for first, count, prompt in runs:
             for row in range(first + 1, first + count):
                 shared[row], behind[row] = prompt, first

@@ -14,24 +14,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.interfaces import NonFiniteError
-from contracts.records import Completion, Example, Prompt, Rollout, TrainingBatch
+from contracts.records import Example, Rollout, TrainingBatch
 from controller.loop.training_batches import make_batches
 from learner.engine import Ranks
 from learner.passes import Places, over_steps
 from learner.ppo import PPOTask
 from tests.conftest import make_config
+from tests.rollouts import rollout
 
 EOS = 2  # the pad token too
 ENDS = (EOS, 1)  # what ends a completion, and may not be sampled early
 KL_COEF = 0.1
 Weights = dict[str, torch.Tensor]
-
-
-def rollout(number: int, prompt: list[int], completion: list[int]) -> Rollout:
-    count = len(completion)
-    logprobs = -np.linspace(1, 9, count, dtype=np.float32)
-    sampled = Completion(np.array(completion, dtype=np.int32), logprobs, np.zeros(count, dtype=np.int32), "length", "")
-    return Rollout((0, number, 0), Prompt(number, "", tuple(prompt)), sampled)
 
 
 ROLLOUTS = [

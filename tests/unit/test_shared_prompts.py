@@ -10,13 +10,13 @@ from common.microbatches import cut_microbatches
 from common.models.forward import hidden_states, knows_shared_prompts
 from common.models.packed_attention import MAX_TOKENS, Packed
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
-from contracts.records import Completion, Prompt, Rollout
 from controller.loop.training_batches import make_batches
 from learner.engine import Ranks
 from learner.models import load_policy
 from learner.passes import Places
 from learner.ppo import PPOTask
 from tests.conftest import make_config
+from tests.rollouts import rollout
 from tests.tiny_models import TINY, make
 
 CPU = torch.device("cpu")
@@ -127,13 +127,6 @@ def test_a_shared_prompt_rounds_no_worse_in_bfloat16(small_vocab: Path) -> None:
     assert 0 < errors[1] < 1.25 * errors[0] < 0.1
 
 
-def rollout(number: int, sample: int, prompt: list[int], completion: list[int]) -> Rollout:
-    count = len(completion)
-    logprobs = -np.linspace(1, 9, count, dtype=np.float32)
-    sampled = Completion(np.array(completion, dtype=np.int32), logprobs, np.zeros(count, dtype=np.int32), "length", "")
-    return Rollout((0, number, sample), Prompt(number, "", tuple(prompt)), sampled)
-
-
 @pytest.mark.parametrize("estimator", ["grpo", "gae"])
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_an_update_is_that_of_whole_sequences(
@@ -145,7 +138,7 @@ def test_an_update_is_that_of_whole_sequences(
     config.ppo.optimizer.eps = config.ppo.value_optimizer.eps = 1e-3  # steps proportional to small gradients
     drawn = np.random.default_rng(4)
     rollouts = [
-        rollout(p, s, prompt, drawn.integers(3, 500, drawn.integers(1, 6)).tolist())
+        rollout(p, prompt, drawn.integers(3, 500, drawn.integers(1, 6)).tolist(), sample=s)
         for p, prompt in enumerate(PROMPTS)
         for s in range(3)
     ]

@@ -12,22 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from common.models.forward import decoder_layers
 from contracts.config import LoraConfig, TandemConfig
-from contracts.records import Completion, Prompt, Rollout
 from controller.loop.training_batches import make_batches
 from learner.engine import Ranks
 from learner.ppo import PPOTask
 from learner.shared_trunk import SharedTrunk
 from tests.conftest import make_config
+from tests.rollouts import rollout
 from tests.tiny_models import make
 
 UPDATES, EPOCHS, MINIBATCHES = 2, 2, 2
-
-
-def rollout(number: int, prompt: list[int], completion: list[int]) -> Rollout:
-    count = len(completion)
-    logprobs = -np.linspace(1, 9, count, dtype=np.float32)
-    sampled = Completion(np.array(completion, dtype=np.int32), logprobs, np.zeros(count, dtype=np.int32), "length", "")
-    return Rollout((0, number, 0), Prompt(number, "", tuple(prompt)), sampled)
 
 
 ROLLOUTS = [
