@@ -140,6 +140,11 @@ class Ledger:
         return True
 
     @property
+    def num_pending(self) -> int:
+        """How many wait for an actor; rollouts that were quarantined meanwhile may be among them."""
+        return len(self._pending)
+
+    @property
     def num_open(self) -> int:
         """Admitted, and neither trained nor quarantined nor filtered."""
         return len(self._open)

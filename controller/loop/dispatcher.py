@@ -241,11 +241,12 @@ class Dispatcher:
             self._leave(number, "its process was asked to end")
         self._lease_to(number)
 
-    def _lease_to(self, number: int) -> bool:
-        """False where nothing is left to hand out."""
+    def _lease_to(self, number: int, level: int | None = None) -> bool:
+        """What the actor may hold, at most `level` rollouts. False where nothing is left to hand out."""
         if self._paused or number not in self._serving:
             return False
-        room = max(0, self._share - len(self._held[number]))
+        most = self._share if level is None else min(level, self._share)
+        room = max(0, most - len(self._held[number]))
         leases = self._ledger.lease(room, _holder(number))
         if leases:
             self._assign(number, leases)
@@ -320,8 +321,13 @@ class Dispatcher:
         return len(held)
 
     def _lease_to_all(self) -> None:
-        for number in sorted(self._serving):
-            if not self._lease_to(number):
+        """Evenly: who holds least gets most, so that nobody waits while another has a whole update to sample."""
+        if not self._ledger.num_pending:
+            return
+        order = sorted(self._serving, key=lambda number: (len(self._held[number]), number))
+        level = even_level([len(self._held[number]) for number in order], self._ledger.num_pending)
+        for number in order:
+            if not self._lease_to(number, level):
                 break
 
     # ---- who joins and who leaves
@@ -380,6 +386,21 @@ class Dispatcher:
         """Actors that came while weights went out get them now that the learner has nothing else to do."""
         if self._behind:
             self.publish(self._ledger.version)
+
+
+def even_level(held: list[int], more: int) -> int:
+    """How much each holds once `more` is shared out so that the least is as high as can be, rounded up.
+
+    Args:
+        held: what each has, ascending.
+    """
+    level = total = 0
+    for number, has in enumerate(held, 1):
+        if number > 1 and level <= has:
+            break
+        total += has
+        level = -(-(total + more) // number)
+    return level
 
 
 def _holder(number: int) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.exceptions import RayActorError
 
 from contracts.config import ClusterConfig, PPOConfig, SamplingConfig
@@ -16,7 +18,7 @@ from contracts.records import Assignment, Completion, Delivery, Prompt, Rollout,
 from contracts.weights import LoadReport, PublishReport, WeightUpdate
 from controller.data.prompts import PromptStream
 from controller.ledger.ledger import Ledger
-from controller.loop.dispatcher import Dispatcher, Stopping
+from controller.loop.dispatcher import Dispatcher, Stopping, even_level
 from controller.loop.fleet import Fleet
 
 PROMPTS = [Prompt(i, f"prompt {i}", (1, 2, 3 + i)) for i in range(40)]
@@ -132,6 +134,30 @@ def test_with_staleness_actors_work_ahead_within_the_bound() -> None:
     actor.finish(0, 1, 2, 3)
     dispatcher.wait_for_batch(1)
     assert ledger.staleness == [1, 1, 1, 1]
+
+
+def test_who_is_idle_does_not_take_what_the_others_could_share() -> None:
+    """Both have had an update's worth; one has delivered it, the other all but one. Of the next four each gets its part."""
+    actors = [Actor(), Actor()]
+    dispatcher, ledger = start(actors, staleness=1)
+    dispatcher.admit_rollouts(updates_left=5)
+    assert [len(actor.work) for actor in actors] == [4, 4]
+    actors[1].finish(0, 1, 2)
+    actors[0].finish(0, 1, 2, 3)
+    dispatcher.wait_for_batch(0)
+    ledger.trained(1)
+    dispatcher.admit_rollouts(updates_left=4)
+    assert [len(actor.work) for actor in actors] == [3, 2]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1), st.integers(1, 50))
+def test_a_level_holds_all_and_no_lower_one_does(held: list[int], more: int) -> None:
+    level = even_level(sorted(held), more)
+
+    def room(height: int) -> int:
+        return sum(max(0, height - has) for has in held)
+
+    assert room(level - 1) < more <= room(level)
 
 
 def test_nothing_is_admitted_that_no_update_will_use() -> None:
@@ -256,16 +282,16 @@ def test_siblings_are_due_together() -> None:
 
 
 def test_groups_of_a_lost_actor_do_not_leave_more_due_than_an_update_takes() -> None:
-    """One sibling of three groups is there when the actor with the others is lost. Sampled again, these are as old as the
-    delivered ones, so the update before the last possible one has to take a group of them."""
+    """One sibling of three groups is there when the actor with the others is lost, and a fourth group is as old. Sampled
+    again, the siblings are as old as the delivered ones, so the update before the last possible one takes two of them."""
     kept, lost = Actor(), Actor()
     actors = [kept, lost]
     fleet, _, _ = crew(actors)
     dispatcher, ledger = start(actors, staleness=2, samples=2, fleet=fleet, timeout_s=2.0)
     dispatcher.admit_rollouts(updates_left=9)
-    kept.finish(0, 1, 2, 3)
     lost.finish(0, 2, 4)
     old = [prompt for prompt in lost.prompts for _ in range(2)]
+    kept.finish(0, 1, 2, 3, 4, 5)
     dispatcher.wait_for_batch(0)
     dispatcher.publish(1)
     ledger.trained(1)
@@ -274,10 +300,11 @@ def test_groups_of_a_lost_actor_do_not_leave_more_due_than_an_update_takes() -> 
     until(dispatcher, lambda: actors[1] is not lost and len(fleet.present()) == 2)
     dispatcher._publish_to_latecomers()
     kept.finish(0, 1, 2, 3, versions=(1,))  # an update's worth
-    until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 8)
-    assert not ledger.ready(4, 1), "the three groups would all be due in the one update of version 2"
-    actors[1].finish(0, 1, 2, versions=(1,))
-    until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 14)
+    until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 10)
+    assert not ledger.ready(4, 1), "three groups would be due in the one update of version 2"
+    kept.finish(0, 1, versions=(1,))
+    actors[1].finish(0, versions=(1,))
+    until(dispatcher, lambda: ledger.metrics()["ledger/scored"] == 16)
     first = [r.prompt.prompt_id for r in dispatcher.wait_for_batch(1)]
     dispatcher.publish(2)
     ledger.trained(2)

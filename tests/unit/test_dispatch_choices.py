@@ -12,7 +12,7 @@ import pytest
 from contracts.config import SamplingConfig
 from contracts.interfaces import EngineLostError
 from contracts.records import Assignment, Delivery, RolloutRequest
-from controller.ledger.entries import Lease
+from controller.ledger.entries import Lease, State
 from controller.loop.clock import Clock
 from controller.loop.dispatcher import Dispatcher
 from controller.loop.fleet import Fleet, Joined
@@ -62,8 +62,14 @@ class Plain(Dispatcher):
                 self._assign(number, second)
 
     def _lease_to_all(self) -> None:
-        for number in sorted(self._serving):
-            self._lease_to(number)
+        """Level by level: the water in cups that stand side by side."""
+        number_of = sum(entry.state is State.PENDING for entry in self._ledger._open.values())
+        held = {number: len(self._held[number]) for number in self._serving}
+        level = min(held.values(), default=0)
+        while sum(max(0, level - has) for has in held.values()) < number_of and held:
+            level += 1
+        for number in sorted(held, key=lambda number: (held[number], number)):
+            self._lease_to(number, level)
 
 
 class Crew(Fleet):
