@@ -515,7 +515,8 @@ class ClusterConfig:
     min_memory_gib: float = key(6.0, least=0)  # free memory below which nothing starts
     start_timeout_s: float = key(300.0, above=0)
     step_timeout_s: float = key(900.0, above=0)  # longest wait for one generation, update or weight transfer
-    max_actor_restarts: int = key(3, least=0)  # lost rollout actors that are replaced before the run gives up
+    # lost rollout actors that are replaced, and failed starts of one in a row, before the run gives up
+    max_actor_restarts: int = key(3, least=0)
     # returns to the last commit after a rank was lost, before the run gives up
     max_learner_restarts: int = key(3, least=0)
     # Without a decoding step, asked for or its own, an actor is taken for lost; longer than the longest step.

@@ -357,8 +357,9 @@ class Dispatcher:
             )
 
     def _on_not_started(self, number: int, error: BaseException) -> None:
-        if not self._fleet.not_started(number, error):
-            self._on_actor_error(number, self._life[number], error)
+        if self._fleet.is_short and not _is_loss(error):
+            raise error
+        self._fleet.not_started(number, error)
 
     def _on_joined(self, number: int, joined: Joined) -> None:
         """A new actor is there."""

@@ -152,18 +152,30 @@ class Fleet:
         self._say(f"actor {number} is back" if number in self._lost else f"actor {number} has joined")
         self._lost.discard(number)
 
-    def not_started(self, number: int, error: BaseException) -> bool:
-        """Whether the run can go on without it; it is tried again then, later each time."""
-        if len(self._present) < self.least:
-            return False
+    @property
+    def is_short(self) -> bool:
+        """Whether there are fewer actors than the run needs."""
+        return len(self._present) < self.least
+
+    def not_started(self, number: int, error: BaseException) -> None:
+        """It is tried again, later each time. A start that fails is not another loss: a replacement may be sent to a host that
+        is cut off, until Ray counts that for dead.
+
+        Raises:
+            ActorLostError: there are too few, and more than `max_restarts` starts in a row have failed.
+        """
         self._starting.discard(number)
         self._room.give_back(self.actors, number)
         failures = self._failed_starts[number] = self._failed_starts.get(number, 0) + 1
+        if self.is_short and failures > self._max_restarts:
+            raise ActorLostError(
+                f"actor {number} did not start ({typed_line(error)}), and {failures - 1} times before, in a row: "
+                f"cluster.max_actor_restarts is {self._max_restarts}"
+            )
         wait_s = min(LONGEST_S, AGAIN_S * 2 ** (failures - 1))
         self._again_s[number] = time.monotonic() + wait_s
         self.num_not_started += 1
         self._say(f"actor {number} did not start ({typed_line(error)}); tried again in {wait_s:.0f} s")
-        return True
 
     def leave(self, number: int, held: int, why: str) -> None:
         self._present.discard(number)
@@ -182,9 +194,8 @@ class Fleet:
             numbers.discard(number)
         self._room.give_back(self.actors, number)
         self._lost.add(number)
-        few = len(self._present) < self.least
-        self._restarts += few
-        if few and self._restarts > self._max_restarts:
+        self._restarts += self.is_short
+        if self.is_short and self._restarts > self._max_restarts:
             raise ActorLostError(
                 f"actor {number} is lost ({reason}), after {self._restarts - 1} others: cluster.max_actor_restarts is "
                 f"{self._max_restarts}"

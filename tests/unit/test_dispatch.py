@@ -486,6 +486,43 @@ def test_actors_are_replaced_so_many_times_only() -> None:
         dispatcher.wait_for_batch(0)
 
 
+def test_a_replacement_that_dies_before_it_is_there_is_no_other_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both actors of a host that is cut off are lost, and their replacements too, as Ray sends them there until it knows."""
+    monkeypatch.setattr("controller.loop.fleet.AGAIN_S", 0.01)
+    actors = [Actor(), Actor()]
+    fleet, _, _ = crew(actors, restarts=4)
+    begin, fails = fleet._replace_actor, [EngineLostError("its node has died") for _ in range(4)]
+
+    def replace(actors: list[Any], number: int, update: Any) -> bool:
+        if fails:
+            raise fails.pop()
+        return begin(actors, number, update)
+
+    fleet._replace_actor = replace
+    dispatcher, _ = start(actors, fleet=fleet, actor_silence_s=1e9)
+    for actor in list(actors):
+        actor.asked.pop()[0].set_exception(EngineLostError("gone"))
+    until(dispatcher, lambda: dispatcher.num_lost == 2 and fleet.present() == {0, 1})
+    assert fleet.num_not_started == 4
+
+
+def test_a_replacement_that_never_starts_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controller.loop.fleet.AGAIN_S", 0.01)
+    actors = [Actor()]
+    fleet, _, _ = crew(actors, restarts=2)
+
+    def replace(*_: Any) -> bool:
+        raise EngineLostError("no memory")
+
+    fleet._replace_actor = replace
+    dispatcher, _ = start(actors, fleet=fleet)
+    actors[0].asked.pop()[0].set_exception(EngineLostError("gone"))
+    with pytest.raises(
+        ActorLostError, match=r"actor 0 did not start \(.*no memory\), and 2 times before, in a row: cluster\.max"
+    ):
+        until(dispatcher, lambda: False)
+
+
 def test_all_answers_are_heard_together_while_the_actors_are_served() -> None:
     actor = Actor()
     dispatcher, _ = start([actor])
@@ -557,7 +594,8 @@ def test_a_silent_actor_is_replaced_as_a_dead_one() -> None:
     assert ledger.metrics()["ledger/released"] == 4
 
 
-def test_a_replacement_that_dies_while_it_starts_is_replaced() -> None:
+def test_a_replacement_that_dies_while_it_starts_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controller.loop.fleet.AGAIN_S", 0.01)
     lost, deaths = Actor(), ["while it loaded"]
     actors = [lost]
 
@@ -573,7 +611,7 @@ def test_a_replacement_that_dies_while_it_starts_is_replaced() -> None:
     dispatcher.admit_rollouts(updates_left=1)
     lost.asked.pop()[0].set_exception(EngineLostError("out of memory"))
     until(dispatcher, lambda: actors[0] is not lost and bool(fleet.present()))
-    assert (len(actors[0].work), dispatcher.num_lost) == (4, 2)
+    assert (len(actors[0].work), dispatcher.num_lost) == (4, 1)
     assert "while it loaded" in said[1]
 
 
