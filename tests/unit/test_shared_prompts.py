@@ -11,10 +11,10 @@ from common.models.forward import hidden_states, knows_shared_prompts
 from common.models.packed_attention import MAX_TOKENS, Packed
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
 from controller.loop.training_batches import make_batches
-from learner.engine import Ranks
 from learner.models import load_policy
 from learner.passes import Places
 from learner.ppo import PPOTask
+from learner.ranks import Ranks
 from tests.conftest import make_config
 from tests.rollouts import rollout
 from tests.tiny_models import TINY, make
