@@ -13,7 +13,9 @@ from contracts.keys import Allowed, Rule, key, names_in, section
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-MISSING: Any = "???"  # OmegaConf's own; it is imported where a configuration is composed, since the engines need none of it
+MISSING: Any = (
+    "???"  # OmegaConf's own; it is imported where a configuration is composed, since the engines need none of it
+)
 
 
 def _is_day(value: str) -> bool:
@@ -372,7 +374,7 @@ class LearnerConfig:
     # Tokens whose activations may be kept from the log-probability pass to the backward pass, which saves the second
     # forward pass of the first epoch; 0 recomputes everything. About 1.2 MB a token for a 135M policy and value.
     held_tokens: int = key(0, least=0)
-    # auto: short_causal on CPU
+    # auto: short_causal on CPU, where alone it may be; sdpa on GPUs
     attention: str = key("auto", choices=("auto", "sdpa", "eager", "short_causal", "flash_attention_2"))
     gradient_checkpointing: bool = False
     checkpointed_layers: int | None = key(None, least=1)  # the first so many recompute their activations; null: all
