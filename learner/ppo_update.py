@@ -73,7 +73,7 @@ class PPOUpdate:
         self.policy, self.value, self.reference, self.trunk = policy, value, reference, trunk
         self.end_ids, self.ptx = end_ids, ptx
         networks = [policy.model, *([value.model] if value else [])]  # the reference is of the policy's class
-        self._shares_prompts = all(knows_shared_prompts(network.lm, network.layout) for network in networks)
+        self.shares_prompts = all(knows_shared_prompts(network.lm, network.layout) for network in networks)
         self._ptx_rng = np.random.default_rng(config.seed)  # the same draws on every rank
 
     def update(
@@ -125,7 +125,7 @@ class PPOUpdate:
             self.value.skip(steps)
 
     def _first_pass(self, mb: Microbatch, hold: bool, train_policy: bool, timer: Timer) -> Pass:
-        places = Places(mb, self.ranks.device, self._shares_prompts)
+        places = Places(mb, self.ranks.device, self.shares_prompts)
         with timer("perf/reference_s"), torch.no_grad():
             ref_logprobs, _ = self._logprobs(self.reference, places)
         with timer("perf/policy_forward_s"), torch.set_grad_enabled(hold and train_policy):

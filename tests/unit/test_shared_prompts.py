@@ -154,8 +154,8 @@ def test_an_update_is_that_of_whole_sequences(
     for shares in (True, False):
         tokens.clear()
         task = PPOTask(ranks, config, str(small_vocab), str(small_vocab), (2,), [])
-        assert task._shares_prompts
-        task._shares_prompts = shares
+        assert task.shares_prompts
+        task.shares_prompts = shares
         batch = make_batches(rollouts, list(drawn_scores()), 1, minibatches, 1000, np.random.default_rng(0))[0]
         metrics = task.update(batch, 0.1, train_policy=True)
         engines = [task.policy, *([task.value] if task.value else [])]
