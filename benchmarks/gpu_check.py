@@ -367,7 +367,8 @@ def check(device: torch.device, name: str, deepspeed: bool, updates: int, attent
         path = Path(folder)
         with part("checkpoint"):
             torch.manual_seed(0)
-            model = LlamaForCausalLM(size.config).to(torch.bfloat16)
+            model: Any = LlamaForCausalLM(size.config)
+            model.to(torch.bfloat16)
             result["weights"] = model.num_parameters()
             model.save_pretrained(path)
             del model

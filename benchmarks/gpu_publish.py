@@ -144,7 +144,8 @@ def _child(
 
 def load(path: Path, device: torch.device) -> tuple[PolicyModel, Layout]:
     options = {"dtype": torch.bfloat16, "use_safetensors": True, "trust_remote_code": False}
-    model = PolicyModel(AutoModelForCausalLM.from_pretrained(path, **options).to(device), "packed")
+    lm: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    model = PolicyModel(lm.to(device), "packed")
     _wait(device)  # other streams read it
     shapes = [[(name, p.dtype, tuple(p.shape)) for name, p in group] for group in weight_groups(model)]
     return model, stored_shapes(model, shapes)
@@ -204,7 +205,8 @@ def broadcast(path: Path, rank: int, ranks: int, device: torch.device, there: Qu
     )
     model, layout = load(path, device)
     streams = [torch.cuda.Stream() for _ in range(STREAMS)] if on_gpu else []
-    seconds, received = [], {}
+    seconds: list[float] = []
+    received: dict[str, Tensor] = {}
     for _ in range(ROUNDS):
         received, source = {}, sent(model)
         dist.barrier()
@@ -236,7 +238,8 @@ def alone(path: Path, rank: int, ranks: int, device: torch.device, there: Queue,
 def handed_on(path: Path, rank: int, ranks: int, device: torch.device, there: Queue, back: Queue) -> dict[str, Any]:
     """Rank 0 fills one buffer in memory that both map, again and again; rank 1 copies what is in it and says so."""
     model, layout = load(path, device) if rank == 0 else (None, [])
-    seconds, received = [], {}
+    seconds: list[float] = []
+    received: dict[str, Tensor] = {}
     if rank == 0:
         assert model is not None
         most = max(sum(map(_nbytes, part)) for part in cut(layout))

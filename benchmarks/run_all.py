@@ -96,6 +96,10 @@ def gate(name: str) -> Callable[[Any], float]:
     return lambda r: next(row["measured"] for row in r["gates"] if row["gate"] == name)
 
 
+def slower(beside: str) -> Callable[[Any], float]:
+    return lambda r: r["medians"]["this"][beside]["slower"]
+
+
 def job_mib(run: str) -> Callable[[Any], float]:
     return lambda r: r["runs"][run]["job"]
 
@@ -235,7 +239,7 @@ BENCHMARKS = (
         20,
         "busy.json",
         tuple(
-            Figure(f"{beside}: slower", lambda r, b=beside: r["medians"]["this"][b]["slower"], "x", False, 0.15, False)
+            Figure(f"{beside}: slower", slower(beside), "x", False, 0.15, False)
             for beside in ("1 competitor", "2 competitors", "one core")
         ),
     ),
@@ -355,8 +359,8 @@ def run(benchmark: Benchmark) -> str:
     LOGS.mkdir(parents=True, exist_ok=True)
     log, start = LOGS / f"{benchmark.name}.log", time.time()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with log.open("w") as file:
-        done = subprocess.run([PYTHON, *benchmark.command], cwd=ROOT, env=environment, stdout=file, stderr=file)
+    with log.open("w") as said:
+        done = subprocess.run([PYTHON, *benchmark.command], cwd=ROOT, env=environment, stdout=said, stderr=said)
     results = ROOT / RESULTS / benchmark.results
     if not results.exists() or results.stat().st_mtime < start - 1:
         last = (log.read_text().strip() or "it said nothing").splitlines()[-1]
