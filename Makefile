@@ -64,8 +64,8 @@ test-nodes: setup ## runs on several machines, which are namespaces of this one 
 test-fuzz: setup ## 10,000 requests of all kinds to the reward service, and what others may write into files
 	$(PY) -m pytest -m fuzz
 
-bench: setup ## the benchmarks, one after another
-	$(PY) benchmarks/ppo_step.py
+bench: setup ## all benchmarks, for hours, against the committed results; ARGS=--quick: those of a few minutes
+	$(PY) benchmarks/run_all.py $(ARGS)
 
 lock: setup ## write the versions that .venv holds into pyproject.toml
 	$(PY) deploy/setup_env.py --write-lock

@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ppo_step import HERE, PPO, ROOT, BlockError, block, machine, run
+from machine import machine, said
+from ppo_step import HERE, PACKAGES, PPO, ROOT, BlockError, block, run
 from rich.console import Console
 from rich.table import Table
 
@@ -109,8 +110,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, default=HERE / "results/async_overlap.json")
     args = parser.parse_args()
-    where = machine(PPO.trl_pin)
-    print(f"{where['cpu']}, {where['cores']} cores, load {where['load_before']} before", flush=True)
+    where = machine(*PACKAGES)
+    print(said(where), flush=True)
     with tempfile.TemporaryDirectory(prefix="async-overlap-") as work:
         try:
             rounds = measure(args, Path(work))

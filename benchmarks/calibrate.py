@@ -251,7 +251,7 @@ def fitted(rows: list[list[float]], seconds: list[float]) -> tuple[list[float], 
 
 
 def share_of(config: TandemConfig, batch: Any) -> Share:
-    """As `learner/ppo.py` holds what fits of the first minibatch."""
+    """As `learner/ppo_update.py` holds what fits of the first minibatch."""
     share, left = Share(), config.learner.held_tokens
     for number, microbatches in enumerate(batch.minibatches):
         for mb in microbatches:

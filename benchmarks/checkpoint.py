@@ -12,7 +12,6 @@ import hashlib
 import json
 import mmap
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import machine
 
 from controller.commits import commit_store
 
@@ -87,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--updates", type=int, default=9)
     parser.add_argument("--trainable-layers", type=int, default=None, help="of both models; all where it is left out")
-    options = parser.parse_args()
+    options, where = parser.parse_args(), machine("torch", "deepspeed")
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache", prefix="bench-") as name:
         folder = Path(name)
         rows = train(folder, options.updates, options.trainable_layers)
@@ -104,7 +105,7 @@ def main() -> None:
     }
     still = [rows[k]["perf/commit_s"] for k in range(2, len(rows), 2)]
     result = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": where,
         "commit_mb": size / 1e6,
         "write_and_fsync_s": writing,
         "write_directly_s": direct,

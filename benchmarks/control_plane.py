@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+from machine import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -197,7 +198,7 @@ def main() -> int:
     args = parser.parse_args()
     most = max(args.actors)
     results: dict[str, dict[int, dict[str, float]]] = {"same work for each actor": {}, "same update": {}}
-    load_before = os.getloadavg()[0]
+    where = machine("ray")
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         for actors in sorted(args.actors):
@@ -230,8 +231,7 @@ def main() -> int:
         f"{of['last_mib']:,.0f} MiB after {of['rollouts']:,.0f}; in the second half {of['slope_mib']:+.1f} MiB with 100,000"
     )
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"cores": os.cpu_count(), "load_before": round(load_before, 2), "ray": ray.__version__}
-    args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    args.json.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
     return 0
 
 

@@ -16,7 +16,6 @@ lost       rollouts that the ledger cannot account for at the end
 
 import argparse
 import json
-import os
 import re
 import signal
 import sys
@@ -27,6 +26,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from machine import machine  # beside this file
 
 from tests.chaos import Run, overrides
 from tests.conftest import ROOT, make_reward_model, make_tiny_model
@@ -127,7 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/faults.json")
     args = parser.parse_args()
-    machine = {"cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
+    where = machine()
     with tempfile.TemporaryDirectory() as folder:
         rows, lost = measure(Path(folder))
     table = Table("fault", "found, s", "resumed, s", "rollouts repeated", "rollouts lost")
@@ -136,7 +139,7 @@ def main() -> int:
         table.add_row(row["fault"], *cells, str(lost))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"machine": machine, "rollouts_lost": lost, "rows": rows}, indent=1) + "\n")
+    args.json.write_text(json.dumps({"machine": where, "rollouts_lost": lost, "rows": rows}, indent=1) + "\n")
     return 1 if lost else 0
 
 

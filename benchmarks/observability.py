@@ -6,7 +6,6 @@ python benchmarks/observability.py --rows 500 --members 4
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import machine, said
 
 from contracts.catalogue import catalogue
 from contracts.config import LoggerConfig
@@ -117,10 +118,11 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=4, help="of the sweep")
     parser.add_argument("--step-s", type=float, default=14.0, help="seconds of a PPO update, for the share")
     given = parser.parse_args()
-    print(f"machine: {psutil.cpu_count()} cores; load {psutil.getloadavg()[0]:.2f}")
+    where = machine()
+    print(said(where))
     print(f"\n| wandb | a step waits, median | worst | CPU of all processes | CPU share of a {given.step_s:g} s step |")
     print("|---|---|---|---|---|")
-    result: dict[str, Any] = {"machine": f"{platform.machine()}, {psutil.cpu_count()} cores", "step_s": given.step_s}
+    result: dict[str, Any] = {"machine": where, "step_s": given.step_s}
     for mode in ("disabled", "offline"):
         median, worst, cpu = logging_cost(mode, given.rows)
         print(f"| {mode} | {median:.2f} ms | {worst:.1f} ms | {cpu:.1f} ms | {cpu / 10 / given.step_s:.3f}% |")

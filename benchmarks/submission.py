@@ -10,7 +10,6 @@ first; a warm-up round uploads the package.
 import argparse
 import json
 import os
-import platform
 import re
 import signal
 import socket
@@ -24,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import machine, said
 
 from submission.targets import EXCLUDES, ROOT
 
@@ -116,8 +117,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before"
-    print(machine)
+    where = machine("ray")
+    print(said(where))
     with ray_cluster() as (address, environment), tempfile.TemporaryDirectory() as folder:
         ways = commands(address, folder)
         for command in ways.values():
@@ -133,7 +134,7 @@ def main() -> None:
     bare, ours = times.values()
     more = [b[FIRST_LINE] - a[FIRST_LINE] for a, b in zip(bare, ours, strict=True)]
     print(f"submit.py takes {shown(more)} s more than ray job submit (paired)")
-    RESULTS.write_text(json.dumps({"machine": machine, "seconds": times, "more_s": more}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"machine": where, "seconds": times, "more_s": more}, indent=1) + "\n")
 
 
 def shown(cell: list[float]) -> str:

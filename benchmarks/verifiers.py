@@ -9,8 +9,6 @@ verifier takes more than the function, in seconds a rollout. An update of the de
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +16,11 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.extend(
+    map(str, Path(__file__).resolve().parents[:2])
+)  # the processes of a function import this file by its path
+
+from machine import machine, said  # beside this file
 
 from contracts.config import ScorerConfig
 from contracts.records import Score
@@ -26,6 +28,7 @@ from reward_service.kinds.function import FunctionPool
 from reward_service.kinds.verifier import VerifierPool
 from reward_service.scorer_kind import Text
 
+HERE = Path(__file__).resolve().parent
 ROUNDS = 20
 WAYS = (
     "We add both and get {0}.\nThe answer is {0}.",
@@ -66,7 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("answers", 10_000), ("processes", 2), ("update-s", 14.0), ("rollouts", 64)):
         parser.add_argument(f"--{name}", type=type(default), default=default)
-    chosen = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=HERE / "results/verifiers.json")
+    chosen, where = parser.parse_args(), machine("math-verify")
     function = ScorerConfig(kind="function", function=f"{__file__}:nothing", processes=chosen.processes)
     nothing_pool = FunctionPool(function)
     pools: list[FunctionPool | VerifierPool] = [nothing_pool]
@@ -85,10 +89,11 @@ def main() -> None:
     for used in pools:
         used.close()
     rollout_s = chosen.update_s / chosen.rollouts
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {chosen.processes} processes each;")
+    print(f"{said(where)}; {chosen.processes} processes each")
     print(f"an update takes {chosen.update_s:g} s for {chosen.rollouts} rollouts, {rollout_s * 1e3:.0f} ms each\n")
     print("| | answers | without a score | a second | ms each | more than nothing, ms | share of a rollout |")
     print("|---|---|---|---|---|---|---|")
+    rows = {}
     for name, seconds in spent.items():
         more = (seconds - spent["nothing"]) / len(answers)
         each = seconds / len(answers)
@@ -96,6 +101,9 @@ def main() -> None:
             f"| {name} | {len(answers)} | {len(answers) - scored[name]} | {1 / each:,.0f} | {each * 1e3:.3f} "
             f"| {more * 1e3:.3f} | {more / rollout_s:.3%} |"
         )
+        rows[name] = {"ms": each * 1e3, "more_ms": more * 1e3, "without_a_score": len(answers) - scored[name]}
+    record = {"machine": where, "answers": len(answers), "verifiers": rows}
+    chosen.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

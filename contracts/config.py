@@ -6,12 +6,16 @@ bounds, choices, or why there are neither; null where the annotation has it.
 
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
-
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from typing import TYPE_CHECKING, Any
 
 from contracts.keys import Allowed, Rule, key, names_in, section
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+MISSING: Any = (
+    "???"  # OmegaConf's own; it is imported where a configuration is composed, since the engines need none of it
+)
 
 
 def _is_day(value: str) -> bool:
@@ -370,7 +374,7 @@ class LearnerConfig:
     # Tokens whose activations may be kept from the log-probability pass to the backward pass, which saves the second
     # forward pass of the first epoch; 0 recomputes everything. About 1.2 MB a token for a 135M policy and value.
     held_tokens: int = key(0, least=0)
-    # auto: short_causal on CPU
+    # auto: short_causal on CPU, where alone it may be; sdpa on GPUs
     attention: str = key("auto", choices=("auto", "sdpa", "eager", "short_causal", "flash_attention_2"))
     gradient_checkpointing: bool = False
     checkpointed_layers: int | None = key(None, least=1)  # the first so many recompute their activations; null: all
@@ -593,16 +597,20 @@ class TandemConfig:
 
 def register_schema() -> None:
     """Let Hydra find the schema by the name that conf/config.yaml gives it."""
+    from hydra.core.config_store import ConfigStore
+
     ConfigStore.instance().store(name="tandem", node=TandemConfig)
 
 
-def to_config(composed: DictConfig) -> TandemConfig:
+def to_config(composed: "DictConfig") -> TandemConfig:
     """What Hydra has composed, as an object. A path that is still open (`???`) is empty: which of them a stage needs is for
     `validate` to say, all at once.
 
     Raises:
         OmegaConfBaseException: where the composed values are not of the schema's types.
     """
+    from omegaconf import OmegaConf
+
     for missing in OmegaConf.missing_keys(composed):
         OmegaConf.update(composed, missing, "")
     config = OmegaConf.to_object(composed)

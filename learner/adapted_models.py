@@ -15,8 +15,9 @@ from common.models.adapters import HEAD, fill, modules_in, read_tensors, split
 from common.models.forward import decoder_layers
 from common.models.lora import REFERENCE, add_adapter, counting, target_modules
 from contracts.config import TandemConfig
-from learner.engine import Ranks, TrainEngine, frozen
+from learner.engine import TrainEngine, frozen
 from learner.models import Adapter, PolicyModel, ScalarModel, freeze_below, load_policy, load_scalar
+from learner.ranks import Ranks
 
 DROPS = ("sft", "reward_model")  # tasks in which every graph is built once, so that dropout changes no comparison
 

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -12,45 +11,12 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
-from common.models.lora import TRAINED, is_of_adapter
 from common.processes.network_interface import interface_towards
 from contracts.config import LearnerConfig, OptimizerConfig
 from contracts.interfaces import NonFiniteError
 from learner.models import PolicyModel, ScalarModel
-
-
-@dataclass
-class Ranks:
-    """This process among the learner's processes."""
-
-    rank: int
-    world_size: int
-    on_cpu: bool
-    passes: int = 0  # forward, backward and optimizer steps so far: a rank that hangs counts no further
-    is_writing: bool = False  # an optimizer step waits for the writer of a commit, which may take long and is no hang
-    bad_loss: float | None = None  # since the last step
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu") if self.on_cpu else torch.device("cuda", torch.cuda.current_device())
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def max(self, values: torch.Tensor) -> torch.Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values
-
-    def require_finite(self) -> None:
-        """All ranks together, so that none waits for one that gave up. Raises NonFiniteError on all where a loss of any is
-        NaN or infinite."""
-        mine, self.bad_loss = self.bad_loss, None
-        if self.max(torch.tensor(float(mine is not None), device=self.device)).item():
-            raise NonFiniteError("the loss of another rank is not finite" if mine is None else f"the loss is {mine}")
+from learner.ranks import Ranks
+from learner.stored_weights import weight_groups
 
 
 def is_collective(error: BaseException) -> bool:
@@ -296,24 +262,6 @@ class TrainEngine:
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 # Where DeepSpeed's optimizers keep their part of the float32 weights: ZeRO 3, ZeRO 1 and 2.
 MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
-
-
-def weight_groups(model: PolicyModel | ScalarModel) -> list[list[tuple[str, torch.Tensor]]]:
-    """Parameters and persistent buffers (a router's correction is one) by the model's own names, one group for each decoder
-    layer and one for each neighbour in between; of a model with LoRA the adapter that trains and the head alone."""
-    groups: dict[str, list[tuple[str, torch.Tensor]]] = {}
-    stored = model.state_dict().keys()
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
-    tensors: list[tuple[str, torch.Tensor]] = [*model.named_parameters(), *buffers]
-    if model.adapter:
-        tensors = [(n, p) for n, p in tensors if is_of_adapter(n, TRAINED) or ".score." in n]
-    for name, tensor in tensors:
-        name = name.removeprefix("lm.")
-        parts = name.split(".")
-        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        key = name if index is None else ".".join(parts[: index + 1])
-        groups.setdefault(key, []).append((name, tensor))
-    return list(groups.values())
 
 
 def frozen(model: PolicyModel, learner: LearnerConfig, ranks: Ranks) -> Any:

@@ -10,10 +10,10 @@ from contracts.estimators import Estimator, Rollouts, chosen_correction
 from contracts.interfaces import NonFiniteError
 from contracts.records import TrainingBatch
 from learner.advantages import explained_variance, token_rewards, whiten, whitening_moments
-from learner.engine import Ranks
 from learner.kl import kl_k1, kl_k3
 from learner.losses import aggregation_weights, off_policy_weights
 from learner.passes import Pass
+from learner.ranks import Ranks
 
 
 @torch.no_grad()

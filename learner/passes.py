@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,11 +74,31 @@ def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 class Timer:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    """Seconds of the parts of an update. A GPU only queues what a call asks for, so events in its queue are read there."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._parts: list[tuple[str, Any, Any]] = []  # name, mark at its start, mark at its end
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._mark()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self._parts.append((name, start, self._mark()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By name; waits on a GPU until all of it is done."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        found: dict[str, float] = {}
+        for name, start, end in self._parts:
+            found[name] = found.get(name, 0.0) + (start.elapsed_time(end) / 1e3 if self._on_gpu else end - start)
+        return found
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,88 +1,57 @@
-"""One rank's part of a PPO update.
-
-    ref, policy and value forward passes     (policy and value keep their graphs where memory allows: `held_tokens`;
-                                              layers that they share run once: `learner/shared_trunk.py`)
-      -> token rewards -> advantages (GAE, or against the rollouts of the same prompt) or coefficients of the
-         log-likelihood (RAFT, RWR, online DPO), over the global batch
-      -> for each epoch, minibatch, microbatch: policy and value loss, backward; one step of both a minibatch
-
-With the graphs kept, the first minibatch needs no second forward pass: its proximal log-probabilities are the policy's own,
-detached. Log-probabilities of the rollout engine enter nothing but the off-policy correction; without it they only measure
-the mismatch between sampler and learner, which is rounding. Without a value model (`contracts.estimators`) there is nothing
-of it: no network, no pass, no metric.
+"""PPO on one rank: loads its networks, has DeepSpeed step them, publishes, saves and commits. The update itself is in
+`learner/ppo_update.py`.
 """
 
-from typing import Any
-
-import numpy as np
 import torch
-from torch import Tensor
 
-from common.microbatches import cut_microbatches
-from common.models.forward import knows_shared_prompts
 from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
-from contracts.objectives import chosen_clip, find_objective
-from contracts.records import Example, Microbatch, TrainingBatch
+from contracts.records import Example
 from contracts.weights import PublishReport
 from learner.adapted_models import reference_of, trained_pair
-from learner.engine import Ranks, TrainEngine
-from learner.global_batch import batch_metrics, set_advantages, set_weights
-from learner.losses import kl_loss, likelihood_loss, value_loss
-from learner.models import PolicyModel, ScalarModel
-from learner.passes import Pass, Places, Timer, over_steps
+from learner.engine import TrainEngine
+from learner.ppo_update import PPOUpdate, shared_trunk
 from learner.rank_state import RankState
+from learner.ranks import Ranks
 from learner.saved_model import gather_checkpoint, save_checkpoint
-from learner.sft import example_nll, loss_tokens
-from learner.shared_trunk import SharedTrunk
 from learner.weight_publisher import WeightPublisher
 from learner.weight_sources import EngineSource
 
 
-class PPOTask:
-    """Policy, value (where the estimator has one) and reference model of one rank."""
+class PPOTask(PPOUpdate):
+    """`policy` and `value` are checkpoints; the reference is the policy as it is there."""
+
+    policy: TrainEngine
+    value: TrainEngine | None
 
     def __init__(
         self, ranks: Ranks, config: TandemConfig, policy: str, value: str, end_ids: tuple[int, ...], ptx: list[Example]
     ):
         ppo, learner = config.ppo, config.learner
-        self.ranks = ranks
-        self.config = config
-        self.end_ids = end_ids
-        self.ptx = ptx
-        self.policy_path, self.estimator = policy, chosen_estimator(ppo)
+        self.policy_path, estimator = policy, chosen_estimator(ppo)
         steps = ppo.epochs * ppo.minibatches
-        start = value if self.estimator.has_value_model else None
-        model, scalar = trained_pair(policy, start, config, ranks)
+        model, scalar = trained_pair(policy, value if estimator.has_value_model else None, config, ranks)
         self.policy = TrainEngine(model, ppo.optimizer, learner, ranks, ppo.updates * steps)
-        self.value: TrainEngine | None = None
+        self.value = None
         if scalar is not None:
             value_steps = (ppo.updates + warmup_updates(ppo)) * steps
             self.value = TrainEngine(scalar, ppo.value_optimizer, learner, ranks, value_steps)
-        self.reference = reference_of(self.policy, policy, config, ranks)
-        self.trunk = self._share_trunk(model, scalar)
-        networks: list[Any] = [model, *([scalar] if scalar else [])]  # the reference is of the policy's class
-        self._shares_prompts = all(knows_shared_prompts(network.lm, network.layout) for network in networks)
-        self._ptx_rng = np.random.default_rng(config.seed)  # the same draws on every rank
+        reference = reference_of(self.policy, policy, config, ranks)
+        trunk = shared_trunk(config, ranks, self.policy, self.value, reference)
+        super().__init__(
+            ranks,
+            config,
+            policy=self.policy,
+            value=self.value,
+            reference=reference,
+            trunk=trunk,
+            end_ids=end_ids,
+            ptx=ptx,
+        )
         self._publisher: WeightPublisher | None = None
         engines = {"policy": self.policy} | ({"value": self.value} if self.value else {})
         self.state = RankState(ranks, engines, lambda: gather_checkpoint(self.policy, policy, config.model, ranks))
-
-    def _share_trunk(self, policy: PolicyModel, value: ScalarModel | None) -> SharedTrunk:
-        if self.config.learner.zero_stage == 3:  # which gathers weights layer by layer, in the order of the first pass
-            return SharedTrunk(policy, {})
-        others = {"reference": policy if self.config.model.lora else self.reference}
-        trunk = SharedTrunk(policy, others | ({"value": value} if value else {}))
-
-        def run(packed: Packed) -> list[Tensor]:
-            select = torch.arange(packed.input_ids.shape[1] - 1, device=self.ranks.device)
-            targets = packed.input_ids[0, select + 1]
-            found = [network(packed, select, targets)[0] for network in (self.reference, self.policy)]
-            return found + ([self.value(packed, select)] if self.value else [])
-
-        trunk.try_out(run)
-        return trunk
 
     # ---- commits
 
@@ -128,185 +97,6 @@ class PPOTask:
             select = torch.arange(start - 1, len(token_ids) - 1, device=self.ranks.device)
             result.append(self.policy(packed, select, packed.input_ids[0, start:])[0].tolist())
         return result
-
-    # ---- the update
-
-    def update(
-        self, batch: TrainingBatch, kl_coef: float, train_policy: bool, policy_coef: float = 1.0
-    ) -> dict[str, float]:
-        """All optimizer steps of one update; collective over the ranks.
-
-        Args:
-            policy_coef: of the policy's loss, its KL term included, beside `ppo.ptx_coef` of the text loss.
-            train_policy: false in the first updates, which only fit the value model.
-
-        Raises:
-            NonFiniteError: before any optimizer step with a loss, or what an estimator compares, that is NaN or infinite.
-            ValueError: without `train_policy` where there is no value model to fit.
-        """
-        if not (train_policy or self.value):
-            raise ValueError(f"the estimator {self.config.ppo.estimator} has no value model to fit")
-        timer, ppo = Timer(), self.config.ppo
-        held_left = self.config.learner.held_tokens
-        passes: list[list[Pass]] = []
-        for microbatches in batch.minibatches:
-            passes.append([])
-            for mb in microbatches:
-                hold = len(passes) == 1 and mb.num_tokens <= held_left
-                held_left -= mb.num_tokens if hold else 0
-                passes[-1].append(self._first_pass(mb, hold, train_policy, timer))
-        everything = [p for minibatch in passes for p in minibatch]
-        compared = set_advantages(everything, batch, self.ranks, ppo, self.estimator, kl_coef)
-        off_policy = set_weights(passes, batch, self.ranks, ppo, self.estimator)
-
-        steps: list[dict[str, float]] = []
-        for epoch in range(ppo.epochs):
-            for minibatch, tokens in zip(passes, batch.global_loss_tokens, strict=True):
-                steps.append(self._step(minibatch, tokens, kl_coef, policy_coef, train_policy, timer))
-            # Of the epoch's last minibatch, before its step. An epoch is never left half-way: every rollout trains.
-            approx_kl = steps[-1].get("policy/approx_kl", 0.0)
-            if ppo.target_approx_kl is not None and approx_kl > ppo.target_approx_kl:
-                self._skip((ppo.epochs - epoch - 1) * len(passes), train_policy)
-                break
-        metrics = over_steps(steps) | {"policy/optimizer_steps": float(len(steps))}
-        described = batch_metrics(everything, batch, self.ranks, self.value is not None)
-        return metrics | compared | off_policy | described | timer.seconds
-
-    def _skip(self, steps: int, train_policy: bool) -> None:
-        """Steps that an early end leaves out: the schedules go on as if they had been taken, and end with the run."""
-        if train_policy:
-            self.policy.skip(steps)
-        if self.value:
-            self.value.skip(steps)
-
-    def _first_pass(self, mb: Microbatch, hold: bool, train_policy: bool, timer: Timer) -> Pass:
-        places = Places(mb, self.ranks.device, self._shares_prompts)
-        with timer("perf/reference_s"), torch.no_grad():
-            ref_logprobs, _ = self._logprobs(self.reference, places)
-        with timer("perf/policy_forward_s"), torch.set_grad_enabled(hold and train_policy):
-            policy_logprobs, entropy = self._logprobs(self.policy, places, self.config.ppo.entropy_coef > 0)
-        values = None
-        if self.value:
-            with timer("perf/value_forward_s"), torch.set_grad_enabled(hold):
-                values = self._values(self.value, places)
-        if not hold:
-            places.below.clear()
-        return Pass(
-            batch=mb,
-            places=places,
-            ref_logprobs=ref_logprobs,
-            proximal_logprobs=policy_logprobs.detach(),
-            behavior_logprobs=torch.from_numpy(mb.behavior_logprobs).to(self.ranks.device),
-            old_values=torch.zeros_like(ref_logprobs) if values is None else values.detach(),
-            entropy=entropy.detach(),
-            live=(policy_logprobs, entropy, values) if hold else None,
-            is_held=hold,
-        )
-
-    def _logprobs(self, model: Any, places: Places, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
-        sampling = self.config.ppo.sampling
-        early = places.early(sampling.min_completion_tokens, self.config.environment.min_turn_tokens)
-        banned = None if early is None else self.end_ids
-        with self.trunk.using(places.below):
-            logprobs, entropy = model(
-                places.packed, places.select, places.targets, sampling.temperature, banned, early, entropy_gradient
-            )
-        return places.spread(logprobs), places.spread(entropy)
-
-    def _values(self, value: TrainEngine, places: Places) -> Tensor:
-        with self.trunk.using(places.below):
-            return places.spread(value(places.packed, places.select))
-
-    def _step(
-        self,
-        minibatch: list[Pass],
-        tokens: int,
-        kl_coef: float,
-        policy_coef: float,
-        train_policy: bool,
-        timer: Timer,
-    ) -> dict[str, float]:
-        """One optimizer step of both models. Returns means over the tokens of the global minibatch."""
-        tokens = max(tokens, 1)  # of a minibatch in which nothing trains the gradient is 0
-        use_ptx, spread = train_policy and self.config.ppo.ptx_coef > 0, self.config.ppo.entropy_coef
-        sums = torch.zeros(8, dtype=torch.float64, device=self.ranks.device)
-        ratio_max = torch.zeros((), device=self.ranks.device)
-        for i, p in enumerate(minibatch):
-            is_last = i == len(minibatch) - 1
-            live, p.live = p.live, None
-            if train_policy:
-                with timer("perf/policy_forward_s"):
-                    policy_logprobs, entropy = live[:2] if live else self._logprobs(self.policy, p.places, spread > 0)
-                with timer("perf/policy_backward_s"):
-                    loss, kl, stats = self._policy_losses(policy_logprobs, p)
-                    bonus = torch.where(p.places.trains, entropy, 0.0).sum() if spread else torch.zeros_like(loss)
-                    scaled = policy_coef * (loss + kl_coef * kl - spread * bonus) / tokens
-                    self.policy.backward(scaled, is_last and not use_ptx)
-                sums[:3] += torch.stack([stats["clipped"], stats["approx_kl"], stats["ratio"]])
-                sums[3:6] += torch.stack([loss.detach(), kl.detach(), bonus.detach()])
-                ratio_max = torch.maximum(ratio_max, stats["ratio_max"])
-            if self.value:
-                with timer("perf/value_forward_s"):
-                    values = live[2] if live else None
-                    values = self._values(self.value, p.places) if values is None else values
-                with timer("perf/value_backward_s"):
-                    loss, stats = value_loss(
-                        values, p.old_values, p.returns, p.places.trains, self.config.ppo.value_clip
-                    )
-                    self.value.backward(loss / tokens, is_last)
-                sums[6:] += torch.stack([loss.detach(), stats["clipped"]])
-            if not p.is_held:
-                p.places.below.clear()
-        metrics = {}
-        if use_ptx:
-            with timer("perf/ptx_s"):
-                metrics["policy/ptx_loss"] = self._ptx_backward()
-        with timer("perf/optimizer_s"):
-            if train_policy:
-                metrics["policy/grad_norm"] = self.policy.step()
-            if self.value:
-                metrics["value/grad_norm"] = self.value.step()
-        means = (self.ranks.sum(sums) / tokens).tolist()
-        if train_policy:
-            metrics |= self._policy_means(means) | {"policy/ratio_max": self.ranks.max(ratio_max).item()}
-        if self.value:
-            metrics |= {"value/loss": means[6], "value/clipfrac": means[7]}
-        return metrics
-
-    def _policy_losses(self, policy_logprobs: Tensor, p: Pass) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss, KL term (0 where it is none) and statistics, summed over a microbatch."""
-        ppo, mask = self.config.ppo, p.places.trains
-        if self.estimator.loss == "likelihood":
-            loss, stats = likelihood_loss(policy_logprobs, p.proximal_logprobs, p.advantages, mask, p.weights)
-        else:
-            objective = find_objective(ppo.objective)
-            loss, stats = objective.loss(
-                policy_logprobs, p.proximal_logprobs, p.advantages, mask, chosen_clip(ppo), p.weights
-            )
-        if not self.estimator.has_kl_loss:
-            return loss, torch.zeros_like(loss), stats
-        return loss, kl_loss(policy_logprobs, p.ref_logprobs, mask, self.estimator.kl, p.weights), stats
-
-    def _policy_means(self, means: list[float]) -> dict[str, float]:
-        clipped, approx_kl, ratio, loss, kl, bonus = means[:6]
-        metrics = {"policy/approx_kl": approx_kl, "policy/ratio_mean": ratio, "policy/loss": loss}
-        metrics |= {"policy/kl_loss": kl} if self.estimator.has_kl_loss else {}
-        metrics |= {"policy/entropy_bonus": bonus} if self.config.ppo.entropy_coef else {}
-        return metrics | ({"policy/clipfrac": clipped} if self.estimator.loss == "clipped" else {})
-
-    def _ptx_backward(self) -> float:
-        """PPO-ptx (InstructGPT): the SFT loss of a few examples joins the same optimizer step."""
-        rows = self._ptx_rng.choice(len(self.ptx), self.config.ppo.ptx_batch_size, replace=False)
-        examples = [self.ptx[i] for i in rows]
-        tokens = loss_tokens(examples)
-        lengths = [len(e.token_ids) for e in examples]
-        cut = cut_microbatches(lengths, self.config.learner.microbatch_tokens, self.ranks.world_size)[self.ranks.rank]
-        total = torch.zeros((), device=self.ranks.device)
-        for i, part in enumerate(cut):
-            loss = example_nll(self.policy, [examples[r] for r in part], self.ranks.device) / tokens
-            self.policy.backward(self.config.ppo.ptx_coef * loss, is_last=i == len(cut) - 1)
-            total += loss.detach()
-        return self.ranks.sum(total).item()
 
 
 TASK = PPOTask

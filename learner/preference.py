@@ -21,11 +21,13 @@ from contracts.config import PreferenceConfig, TandemConfig
 from contracts.preference_losses import find_preference_loss
 from contracts.records import Example, ExamplePair, RatedExample
 from learner.adapted_models import trained_policy
-from learner.engine import Ranks, TrainEngine
+from learner.engine import TrainEngine
+from learner.examples import example_logprobs, loss_tokens
 from learner.models import PolicyModel
 from learner.pair_losses import pair_metrics, pair_preferences, preference_loss, preference_matrix
+from learner.ranks import Ranks
 from learner.saved_model import save_checkpoint
-from learner.sft import epoch_batches, example_logprobs, loss_tokens
+from learner.sft import epoch_batches
 
 
 def batch_examples(batch: Sequence[RatedExample | ExamplePair]) -> tuple[list[Example], Tensor, Tensor]:

@@ -19,7 +19,8 @@ from safetensors import safe_open
 
 from common.files import durable
 from common.files.durable import FileRecord, RawTensor
-from learner.engine import Ranks, TrainEngine
+from learner.engine import TrainEngine
+from learner.ranks import Ranks
 
 DTYPES = {
     torch.float32: "F32",

@@ -15,9 +15,10 @@ from contracts.config import TandemConfig
 from contracts.records import PreferencePair, RatedText
 from contracts.scoring import write_golden
 from learner.adapted_models import trained_scalar
-from learner.engine import Ranks, TrainEngine
+from learner.engine import TrainEngine
 from learner.losses import soft_pairwise_loss
 from learner.pair_losses import pair_preferences, preference_matrix
+from learner.ranks import Ranks
 from learner.saved_model import save_checkpoint
 from learner.sft import epoch_batches
 

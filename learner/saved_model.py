@@ -14,8 +14,9 @@ from common.models import adapters
 from common.models.lora import saved_name
 from common.text.tokenizers import load_tokenizer
 from contracts.config import ModelConfig
-from learner.engine import Ranks, TrainEngine
+from learner.engine import TrainEngine
 from learner.models import PolicyModel, ScalarModel
+from learner.ranks import Ranks
 
 
 def save_checkpoint(

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from common.models.adapters import split, stored_adapter
-from common.models.lora import saved_name, stored_name
 from contracts.config import ModelConfig
 from learner.engine import TrainEngine
+from learner.stored_weights import as_stored, stored_shapes
 
 
 class EngineSource(WeightSource):
@@ -27,21 +26,12 @@ class EngineSource(WeightSource):
         self._engine = engine
 
     def metadata(self) -> list[ParamMeta]:
-        stored = []
-        for group in self._engine.weight_shapes():
-            on_meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in group}
-            stored += self._as_stored(on_meta)
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored]
+        shapes = stored_shapes(self._engine.model, self._engine.weight_shapes())
+        return [ParamMeta(name, dtype, shape) for name, dtype, shape in shapes]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for group in self._engine.gathered():
-            yield from self._as_stored({name: tensor.detach() for name, tensor in group})
-
-    def _as_stored(self, weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-        """As `save_pretrained` writes them. What it takes apart lies within one layer, and so within one group."""
-        if self._engine.model.adapter:
-            return [(stored_name(self._engine.model.lm, saved_name(name)), w) for name, w in weights.items()]
-        return list(revert_weight_conversion(self._engine.model.lm, weights).items())
+            yield from as_stored(self._engine.model, {name: tensor.detach() for name, tensor in group})
 
 
 class CheckpointSource(WeightSource):

@@ -9,6 +9,20 @@ from typing import Any
 from common.processes.cores import usable_cores
 from contracts.config import ClusterConfig
 
+ON_CPU = {
+    # Keep what was allocated, in huge pages: a training step allocates and frees gigabytes of activations, and touching
+    # fresh 4 KiB pages took a third of it. Where a GPU has the activations, whole models that pass through the host's memory
+    # would stay there.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=67108864",
+    # Sampling and scoring are eager; without this vLLM compiles a sampler for 22 s on the first request. On GPUs
+    # engine.enforce_eager says whether it compiles.
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Ray 2.60 hides a node's GPUs no more from processes that ask for none, and a scorer takes one where it sees one.
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
 
 def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
     """Environment of one actor, learner rank or reward replica that may use `threads` cores."""
@@ -19,15 +33,8 @@ def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
         # A thread that waits for its sibling sleeps at once. Spinning, it keeps the core from what its sibling waits
         # for whenever another process wants one too (benchmarks/busy.py).
         "GOMP_SPINCOUNT": "0",
-        # Keep what was allocated, in huge pages: a training step allocates and frees gigabytes of activations, and
-        # touching fresh 4 KiB pages took a third of it.
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
-        "glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=67108864",
-        # Sampling and scoring are eager; without this vLLM compiles a sampler for 22 s on the first request.
-        "TORCH_COMPILE_DISABLE": "1",
         # The engine runs inside the actor process: half the start-up time, and no core reserved for a front-end.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "ERROR",
         # Whatever the user's shell says: no debugging endpoints, no pickle from whoever reaches a socket of an engine.
         "VLLM_SERVER_DEV_MODE": "0",
@@ -40,7 +47,7 @@ def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     # DeepSpeed otherwise probes for devices and warns that it found none.
-    return env | {"DS_ACCELERATOR": "cpu" if on_cpu else "cuda"}
+    return env | ({"DS_ACCELERATOR": "cpu"} | ON_CPU if on_cpu else {"DS_ACCELERATOR": "cuda"})
 
 
 def scorer_env(threads: int, on_cpu: bool) -> dict[str, str]:

@@ -269,9 +269,9 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
             "bfloat16",
         ),
         Check(
-            not (learner.attention == "flash_attention_2" and on_cpu),
+            learner.attention != ("flash_attention_2" if on_cpu else "short_causal"),
             "learner.attention",
-            "one that runs on CPU (cluster.gpus_per_learner_rank 0)",
+            f"one for {'CPUs' if on_cpu else 'GPUs'} (cluster.gpus_per_learner_rank {cluster.gpus_per_learner_rank:g})",
             learner.attention,
             "auto",
         ),

@@ -116,8 +116,8 @@ def find_triples(config: TandemConfig, tokenizer: Any) -> tuple[list[Triple], di
 
 def cross_entropy(path: str, config: TandemConfig, tokenizer: Any) -> Callable[[str], tuple[float, int]]:
     """A function from a text to its loss in nats under a language model, as SFT computes it, and its number of tokens."""
+    from learner.examples import example_nll, loss_tokens
     from learner.models import load_policy
-    from learner.sft import example_nll, loss_tokens
 
     model = load_policy(path, replace(config.model, dtype="float32"), config.learner, on_cpu=True)
 

@@ -21,9 +21,9 @@ from common.models.lora import adapter_parameters
 from common.processes.shared_memory import Segment, SegmentReader, layout
 from contracts.config import TandemConfig
 from contracts.records import PreferencePair
-from learner.engine import Ranks
 from learner.ppo import PPOTask
 from learner.preference import PreferenceTask
+from learner.ranks import Ranks
 from learner.reward_model import RewardModelTask
 from learner.sft import SFTTask
 from learner.weight_sources import EngineSource, stored_source

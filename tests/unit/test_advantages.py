@@ -157,6 +157,30 @@ def test_deleting_masked_columns_changes_nothing(batch, gamma, lam):
         assert returns[row, keep].tolist() == pytest.approx(expected_returns, abs=1e-4)
 
 
+def test_gae_of_a_long_row_with_observations():
+    generator = torch.Generator().manual_seed(5)
+    rewards, values = torch.randn(2, 1, 700, generator=generator)
+    mask = torch.rand(1, 700, generator=generator) < 0.8
+    advantages, _ = gae(rewards, values, mask, 1.0, 0.97)
+    kept = [row[mask].double().tolist() for row in (rewards, values)]
+    torch.testing.assert_close(
+        advantages[mask].double(), torch.tensor(gae_by_definition(*kept, 1.0, 0.97)).double(), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 31])
+def test_padding_behind_a_row_changes_no_bit(columns):
+    """A microbatch is as wide as its longest completion, which is another one after another cut."""
+    generator = torch.Generator().manual_seed(columns)
+    rewards, values = torch.randn(2, 3, columns, generator=generator)
+    mask = torch.rand(3, columns, generator=generator) < 0.8
+    narrow = gae(rewards, values, mask, 0.99, 0.95)
+    wide = gae(*(torch.nn.functional.pad(x, (0, 9)) for x in (rewards, values, mask)), 0.99, 0.95)
+    for a, b in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(b[:, :columns], a, rtol=0, atol=0)
+        assert (b[:, columns:] == 0).all()
+
+
 def test_no_gradient_reaches_the_value_model_through_the_targets():
     values = torch.ones(1, 3, requires_grad=True)
     advantages, returns = gae(torch.ones(1, 3), values, torch.ones(1, 3, dtype=torch.bool), 1.0, 0.95)

@@ -10,8 +10,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from contracts.checks.deepspeed_checks import KNOWN, OURS, QUANTISED, deepspeed_checks
 from contracts.config import LearnerConfig, TandemConfig
-from learner.engine import Ranks, TrainEngine, deepspeed_config
+from learner.engine import TrainEngine, deepspeed_config
 from learner.models import load_policy
+from learner.ranks import Ranks
 from tests.conftest import make_config
 
 ZERO = "zero_optimization."

@@ -28,9 +28,9 @@ from contracts.records import Completion, Prompt, Rollout, TrainingBatch
 from controller.loop.training_batches import make_batches
 from controller.pipeline.ingredients import estimator_source
 from learner.advantages import whiten, whitening_moments
-from learner.engine import Ranks
 from learner.estimators.gae import gae
 from learner.ppo import PPOTask
+from learner.ranks import Ranks
 from tests.conftest import ROOT, compared, make_config
 
 quick = settings(max_examples=40, deadline=None)

@@ -16,10 +16,12 @@ from contracts.checks.validation import ConfigError
 from contracts.config import LoraConfig, ModelConfig, TandemConfig
 from contracts.records import Example
 from controller.start_checks.model_checks import check_weights_and_code
-from learner.engine import Ranks, TrainEngine
+from learner.engine import TrainEngine
+from learner.examples import example_nll
 from learner.models import load_policy
 from learner.ppo import PPOTask
-from learner.sft import SFTTask, example_nll
+from learner.ranks import Ranks
+from learner.sft import SFTTask
 from learner.weight_sources import EngineSource
 from tests.conftest import make_config
 from tests.tiny_models import make

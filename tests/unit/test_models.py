@@ -18,7 +18,7 @@ from transformers import (
 
 from common.models.packed_attention import Packed
 from contracts.config import LearnerConfig, ModelConfig, OptimizerConfig
-from learner.engine import Ranks, TrainEngine, weight_groups
+from learner.engine import TrainEngine
 from learner.models import (
     FloatLinear,
     PolicyModel,
@@ -30,7 +30,9 @@ from learner.models import (
     prove_policy,
     scalar_config,
 )
+from learner.ranks import Ranks
 from learner.saved_model import save_checkpoint
+from learner.stored_weights import weight_groups
 from tests.tiny_models import TINY, make
 
 EOS = 2  # the pad token too

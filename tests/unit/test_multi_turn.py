@@ -17,9 +17,9 @@ from contracts.records import Completion, Prompt, Rollout, Score, Turn
 from controller.loop.rewards import ScoreNormalizer, shaped
 from controller.loop.training_batches import make_batches
 from learner.advantages import token_rewards
-from learner.engine import Ranks
 from learner.estimators.gae import gae
 from learner.ppo import PPOTask
+from learner.ranks import Ranks
 from tests.conftest import compared, make_config
 
 EOS, BETA, NAN = 2, 0.1, math.nan

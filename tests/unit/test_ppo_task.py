@@ -16,9 +16,9 @@ from contracts.config import TandemConfig
 from contracts.interfaces import NonFiniteError
 from contracts.records import Example, Rollout, TrainingBatch
 from controller.loop.training_batches import make_batches
-from learner.engine import Ranks
 from learner.passes import Places, over_steps
 from learner.ppo import PPOTask
+from learner.ranks import Ranks
 from tests.conftest import make_config
 from tests.rollouts import rollout
 

@@ -15,9 +15,9 @@ from contracts.config import TandemConfig
 from contracts.methods import chosen_preference
 from contracts.preference_losses import find_preference_loss
 from contracts.records import Example, ExamplePair, RatedExample
-from learner.engine import Ranks
 from learner.pair_losses import pair_metrics, pair_preferences, preference_loss
 from learner.preference import PreferenceTask, batch_examples
+from learner.ranks import Ranks
 from tests.conftest import make_config
 
 

@@ -16,9 +16,9 @@ from common.files import durable
 from contracts.config import TandemConfig
 from contracts.records import Example, TrainingBatch
 from controller.loop.training_batches import make_batches
-from learner.engine import Ranks
 from learner.learner_actor import LearnerActor
 from learner.ppo import PPOTask
+from learner.ranks import Ranks
 from tests.conftest import make_config
 from tests.unit.test_ppo_task import EOS, PTX, ROLLOUTS, SCORES
 

@@ -24,7 +24,7 @@ from common.models.loading import LoadingError
 from contracts.config import TandemConfig
 from contracts.records import Example, PreferencePair, RatedText
 from contracts.scoring import scoring_ids
-from learner.engine import Ranks
+from learner.ranks import Ranks
 from learner.reward_model import RewardModelTask
 from learner.sft import SFTTask, epoch_batches
 from reward_service.model import RewardModel, check_reward_model

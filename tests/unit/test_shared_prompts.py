@@ -11,10 +11,10 @@ from common.models.forward import hidden_states, knows_shared_prompts
 from common.models.packed_attention import MAX_TOKENS, Packed
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
 from controller.loop.training_batches import make_batches
-from learner.engine import Ranks
 from learner.models import load_policy
 from learner.passes import Places
 from learner.ppo import PPOTask
+from learner.ranks import Ranks
 from tests.conftest import make_config
 from tests.rollouts import rollout
 from tests.tiny_models import TINY, make
@@ -154,8 +154,8 @@ def test_an_update_is_that_of_whole_sequences(
     for shares in (True, False):
         tokens.clear()
         task = PPOTask(ranks, config, str(small_vocab), str(small_vocab), (2,), [])
-        assert task._shares_prompts
-        task._shares_prompts = shares
+        assert task.shares_prompts
+        task.shares_prompts = shares
         batch = make_batches(rollouts, list(drawn_scores()), 1, minibatches, 1000, np.random.default_rng(0))[0]
         metrics = task.update(batch, 0.1, train_policy=True)
         engines = [task.policy, *([task.value] if task.value else [])]

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from common.models.forward import decoder_layers
 from contracts.config import LoraConfig, TandemConfig
 from controller.loop.training_batches import make_batches
-from learner.engine import Ranks
 from learner.ppo import PPOTask
+from learner.ranks import Ranks
 from learner.shared_trunk import SharedTrunk
 from tests.conftest import make_config
 from tests.rollouts import rollout

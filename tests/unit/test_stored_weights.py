@@ -8,7 +8,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from contracts.config import LearnerConfig, ModelConfig, OptimizerConfig
-from learner.engine import Ranks, TrainEngine
+from learner.engine import TrainEngine
+from learner.ranks import Ranks
 from learner.saved_model import save_checkpoint
 from learner.weight_sources import EngineSource
 from tests.tiny_models import TINY, make

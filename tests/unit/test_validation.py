@@ -236,7 +236,11 @@ def test_a_choice_suggests_the_closest_name(config):
         ),
         (
             {"learner__attention": "flash_attention_2"},
-            ["learner.attention must be one that runs on CPU", "found flash_attention_2", "write auto"],
+            ["learner.attention must be one for CPUs", "found flash_attention_2", "write auto"],
+        ),
+        (
+            {"learner__attention": "short_causal", "cluster__gpus_per_learner_rank": 1.0},
+            ["learner.attention must be one for GPUs", "rank 1)", "found short_causal", "write auto"],
         ),
         (
             {"learner__weight_transfer": "nccl"},

@@ -11,8 +11,9 @@ import torch
 from actors.weight_receiver import WeightReceiver
 from common.processes.shared_memory import Segment, layout
 from contracts.weights import LoadReport, Parameters, WeightsRefused, WeightUpdate, checksum
-from learner.engine import Ranks, TrainEngine
+from learner.engine import TrainEngine
 from learner.models import load_policy
+from learner.ranks import Ranks
 from learner.weight_sources import CheckpointSource, EngineSource
 from tests.conftest import make_config
 

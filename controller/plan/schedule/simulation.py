@@ -271,7 +271,7 @@ def update_seconds(
 
 
 def passes(config: TandemConfig, share: Share) -> dict[str, tuple[float, float, float]]:
-    """By phase: how often its fixed part counts, tokens, and completion tokens, as `learner/ppo.py` runs them."""
+    """By phase: how often its fixed part counts, tokens, and completion tokens, as `learner/ppo_update.py` runs them."""
     epochs, steps = config.ppo.epochs, config.ppo.epochs * config.ppo.minibatches
     once = 1.0, float(share.tokens), float(share.completion)
     forward = 1.0, (1 + epochs) * once[1] - share.held, (1 + epochs) * once[2] - share.held_completion
