@@ -72,7 +72,7 @@ class PPOTask:
     def _share_trunk(self, policy: PolicyModel, value: ScalarModel | None) -> SharedTrunk:
         if self.config.learner.zero_stage == 3:  # which gathers weights layer by layer, in the order of the first pass
             return SharedTrunk(policy, {})
-        others = {"reference": policy if self.config.model.lora else self.reference}
+        others = {"reference": policy if policy.adapter else self.reference}
         trunk = SharedTrunk(policy, others | ({"value": value} if value else {}))
 
         def run(packed: Packed) -> list[Tensor]:
