@@ -95,5 +95,5 @@ def _write_adapter(
 @cache
 def _tokenizer(source: str, revision: str | None, trust_remote_code: bool, template_date: str) -> Any:
     """Once a process: it takes a third of a second, in which nothing else of the process runs."""
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, "template_date": template_date}
-    return load_tokenizer(source, ModelConfig(**options))
+    model = ModelConfig(revision=revision, trust_remote_code=trust_remote_code, template_date=template_date)
+    return load_tokenizer(source, model)

@@ -157,7 +157,7 @@ def settings(config: TandemConfig) -> dict[str, Any]:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
-        found[name] = asdict(value) if is_dataclass(value) else value
+        found[name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     return found
 
 
