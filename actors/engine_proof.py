@@ -35,7 +35,7 @@ from common.models.twin import LARGEST, NoTwin, telling_weights, twin_config
 from common.processes.process_env import worker_env
 from common.processes.shared_memory import pack
 from common.text.tokenizers import load_config, vocab_size
-from contracts.config import EngineConfig, LoraConfig, ModelConfig
+from contracts.config import EngineConfig, LoraByRoleConfig, LoraConfig, ModelConfig
 from contracts.interfaces import EngineLostError
 from contracts.weights import Parameters
 
@@ -361,9 +361,9 @@ def main(model: ModelConfig, max_model_len: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    lora = asked["model"].pop("lora")
+    lora = asked["model"]["lora"]
     main(
-        ModelConfig(**asked["model"], lora=LoraConfig(**lora) if lora else None),
+        ModelConfig(**asked["model"] | {"lora": lora and LoraConfig(**lora), "lora_by_role": LoraByRoleConfig()}),
         asked["max_model_len"],
         Path(asked["folder"]),
     )

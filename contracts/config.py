@@ -13,9 +13,7 @@ from contracts.keys import Allowed, Rule, key, names_in, section
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-MISSING: Any = (
-    "???"  # OmegaConf's own; it is imported where a configuration is composed, since the engines need none of it
-)
+MISSING: Any = "???"  # OmegaConf's own, which is imported where a configuration is composed: the engines need none of it
 
 
 def _is_day(value: str) -> bool:
@@ -31,6 +29,7 @@ COLUMN, WORD = "the name of a column", "a name of the user's"
 KIND = "the kinds that read it check it"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FORMATS = ("auto", "text", "prompt", "prompt_completion", "messages", "pair", "rated")
+LORA_INITS = ("kaiming", "gaussian")
 KL_PLACES = ("none", "reward", "k2", "k3")
 AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
 HEAD_ALONE = Rule("0 (the head alone) or more", lambda value: value >= 0)
@@ -43,6 +42,7 @@ TARGETS = Rule(
     "a list of different names, or of all-linear alone",
     lambda value: len({*value}) == len(value) > 0 and ("all-linear" not in value or len(value) == 1),
 )
+NO_DROPOUT = Rule("0, as PPO compares forward passes", lambda value: value == 0)
 NO_PROMPTS = Rule("left to data.prompts and data.eval_prompts", lambda value: False)
 BIASED = "the log-probabilities of a truncated, renormalised distribution bias the policy ratio"
 UNBIASED = Rule(f"1, as {BIASED}", lambda value: value == 1)
@@ -50,7 +50,7 @@ UNBIASED = Rule(f"1, as {BIASED}", lambda value: value == 1)
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters on a frozen base, in every stage: docs/lora.md."""
+    """Low-rank adapters on a frozen base: docs/lora.md."""
 
     rank: int = key(16, least=1)
     alpha: float = key(32.0, above=0)  # the product of both matrices counts alpha / rank
@@ -58,9 +58,32 @@ class LoraConfig:
     dropout: float = key(0.0, least=0, below=1)
     # Names of linear layers as they end (q_proj), in every decoder layer; all-linear: all of these.
     targets: list[str] = key(["all-linear"], rule=TARGETS)
-    init: str = key("kaiming", choices=("kaiming", "gaussian"))  # of A; B begins with zeros, so the base is the start
+    init: str = key("kaiming", choices=LORA_INITS)  # of A; B begins with zeros, so the base is the start
     rslora: bool = False  # alpha / sqrt(rank): Kalajdzievski 2023
     dora: bool = False  # a magnitude of each output beside its direction: Liu 2024
+
+
+@dataclass
+class RoleLoraConfig:
+    """What the adapters of one role have in place of model.lora's; null: as model.lora, or its defaults where it is null."""
+
+    rank: int | None = key(None, least=1)
+    alpha: float | None = key(None, above=0)
+    dropout: float | None = key(None, least=0, below=1)
+    targets: list[str] | None = key(None, rule=TARGETS)
+    init: str | None = key(None, choices=LORA_INITS)
+    rslora: bool | None = None
+    dora: bool | None = None
+
+
+@dataclass
+class LoraByRoleConfig:
+    """Each null: as model.lora, so that a role has adapters where model.lora is set, or where it is set here."""
+
+    policy: RoleLoraConfig | None = None  # in SFT, PPO and what trains in its place
+    # of PPO: with the rank, alpha, rslora and dora of what it starts from
+    value_model: RoleLoraConfig | None = field(default=None, metadata={"narrower": {"dropout": Allowed(NO_DROPOUT)}})
+    reward_model: RoleLoraConfig | None = None  # proxy and gold
 
 
 @dataclass
@@ -75,6 +98,8 @@ class ModelConfig:
     template_date: str = key("2026-01-01", rule=Rule("a day as 2026-01-31", _is_day))
     # What trains in every stage; null: the model itself. model.lora={rank:16} switches it on.
     lora: LoraConfig | None = None
+    # Where the adapters of a role are others: model.lora_by_role.value_model.rank=8
+    lora_by_role: LoraByRoleConfig = field(default_factory=LoraByRoleConfig)
 
 
 @dataclass

@@ -53,10 +53,16 @@ def scoring_models(config: TandemConfig) -> set[str]:
     return {role for role, path in stand_ins.items() if path in paths}
 
 
+def has_value_model(config: TandemConfig) -> bool:
+    """Whether PPO's estimator, if it is known, has one."""
+    estimator = known_estimator(config.ppo.estimator)
+    return estimator is not None and estimator.has_value_model
+
+
 def starts_value_model(config: TandemConfig) -> bool:
     """Whether PPO's value model starts from the reward model of the role proxy; else from the policy, where there is one."""
-    estimator, chosen = known_estimator(config.ppo.estimator), config.ppo.init_value_from
-    if estimator is None or not estimator.has_value_model:
+    chosen = config.ppo.init_value_from
+    if not has_value_model(config):
         return False
     return "proxy" in scoring_models(config) if chosen is None else chosen == "reward_model"
 

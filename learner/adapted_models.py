@@ -14,12 +14,11 @@ from common.files.fingerprints import MEMORY, checkpoint_fingerprint
 from common.models.adapters import HEAD, fill, modules_in, read_tensors, split
 from common.models.forward import decoder_layers
 from common.models.lora import REFERENCE, add_adapter, counting, target_modules
-from contracts.config import TandemConfig
+from contracts.config import LoraConfig, TandemConfig
+from contracts.lora_roles import Role, role_model
 from learner.engine import TrainEngine, frozen
 from learner.models import Adapter, PolicyModel, ScalarModel, freeze_below, load_policy, load_scalar
 from learner.ranks import Ranks
-
-DROPS = ("sft", "reward_model")  # tasks in which every graph is built once, so that dropout changes no comparison
 
 
 def trained_policy(
@@ -27,20 +26,21 @@ def trained_policy(
     config: TandemConfig,
     ranks: Ranks,
     trainable_layers: int | None,
-    task: str = "",
+    has_dropout: bool = False,
     has_reference: bool = False,
 ) -> PolicyModel:
     """The policy at `path`, of which the top layers train (None: all).
 
     Args:
-        task: in `DROPS` where `model.lora.dropout` counts.
+        has_dropout: that of its adapters counts: every graph is built once, so that it changes no comparison.
         has_reference: keep what it starts from, as `Reference` needs it.
     """
-    model = load_policy(path, config.model, config.learner, ranks.on_cpu)
-    if config.model.lora is None:
+    mine = role_model(config.model, "policy")
+    model = load_policy(path, mine, config.learner, ranks.on_cpu)
+    if mine.lora is None:
         freeze_below(model.lm, trainable_layers, freeze_embeddings=False)
     else:
-        _adapt(model, path, config, trainable_layers, config.seed, task, has_reference)
+        _adapt(model, path, config, mine.lora, trainable_layers, config.seed, has_dropout, has_reference)
     return model
 
 
@@ -48,17 +48,18 @@ def trained_scalar(
     path: str,
     config: TandemConfig,
     ranks: Ranks,
+    role: Role,
     trainable_layers: int | None,
     freeze_embeddings: bool = False,
-    task: str = "",
     base: PolicyModel | None = None,
 ) -> ScalarModel:
-    """As `trained_policy`. `base` is as in `load_scalar`."""
-    model = load_scalar(path, config.model, config.learner, ranks.on_cpu, config.seed, base)
-    if config.model.lora is None:
+    """As `trained_policy`, of a reward model or PPO's value model. `base` is as in `load_scalar`."""
+    mine = role_model(config.model, role)
+    model = load_scalar(path, mine, config.learner, ranks.on_cpu, config.seed, base)
+    if mine.lora is None:
         freeze_below(model.lm, trainable_layers, freeze_embeddings)
         return model
-    _adapt(model, path, config, trainable_layers, config.seed + 1, task)
+    _adapt(model, path, config, mine.lora, trainable_layers, config.seed + 1, has_dropout=role == "reward_model")
     model.lm.score.weight.requires_grad_(True)
     return model
 
@@ -66,15 +67,19 @@ def trained_scalar(
 def trained_pair(
     policy: str, value: str | None, config: TandemConfig, ranks: Ranks
 ) -> tuple[PolicyModel, ScalarModel | None]:
-    """Policy and value model of PPO, which starts from `value` (None: there is none); with LoRA on one base."""
-    ppo = config.ppo
-    if config.model.lora is None or value is None:
-        model = trained_policy(policy, config, ranks, ppo.trainable_layers, has_reference=True)
-        return model, None if value is None else trained_scalar(value, config, ranks, ppo.value_trainable_layers)
-    model = load_policy(policy, config.model, config.learner, ranks.on_cpu)
+    """Policy and value model of PPO, which starts from `value` (None: there is none); on one base where both have
+    adapters."""
+    ppo, mine = config.ppo, role_model(config.model, "policy")
+    layers, value_layers = ppo.trainable_layers, ppo.value_trainable_layers
+    if value is None:
+        return trained_policy(policy, config, ranks, layers, has_reference=True), None
+    if mine.lora is None or role_model(config.model, "value_model").lora is None:
+        model = trained_policy(policy, config, ranks, layers, has_reference=True)
+        return model, trained_scalar(value, config, ranks, "value_model", value_layers)
+    model = load_policy(policy, mine, config.learner, ranks.on_cpu)
     # Before the policy's layers are replaced by PEFT's.
-    scalar = trained_scalar(value, config, ranks, ppo.value_trainable_layers, base=model)
-    _adapt(model, policy, config, ppo.trainable_layers, config.seed, has_reference=True)
+    scalar = trained_scalar(value, config, ranks, "value_model", value_layers, base=model)
+    _adapt(model, policy, config, mine.lora, layers, config.seed, has_reference=True)
     return model, scalar
 
 
@@ -83,15 +88,15 @@ def _adapt(
     model: PolicyModel | ScalarModel,
     path: str,
     config: TandemConfig,
+    lora: LoraConfig,
     top: int | None,
     seed: int,
-    task: str = "",
+    has_dropout: bool = False,
     has_reference: bool = False,
 ) -> None:
     """Put a new adapter on the targets in the top layers, and that of the directory `path`, if it is one, where it was. In
     the layers below it stays as it is."""
-    lora, (base, adapter), layers = config.model.lora, split(path), decoder_layers(model.lm)
-    assert lora is not None
+    (base, adapter), layers = split(path), decoder_layers(model.lm)
     if top is not None and not 0 <= top <= len(layers):
         raise ValueError(f"trainable_layers is {top}, the model has {len(layers)}: write 0..{len(layers)}")
     tensors = read_tensors(adapter) if adapter else {}
@@ -99,7 +104,7 @@ def _adapt(
     modules = list(dict.fromkeys([*old, *target_modules(model.lm, lora, top)]))
     model.lm.requires_grad_(False)
     if modules:
-        add_adapter(model.lm, lora, modules, seed, dropout=lora.dropout if task in DROPS else 0.0)
+        add_adapter(model.lm, lora, modules, seed, dropout=lora.dropout if has_dropout else 0.0)
         fill(model.lm, tensors, path)
     if old and has_reference:
         add_adapter(model.lm, lora, old, seed, REFERENCE)
@@ -113,8 +118,9 @@ def _adapt(
 
 def reference_of(engine: TrainEngine, path: str, config: TandemConfig, ranks: Ranks) -> Any:
     """What gives log-probabilities as the policy at `path` does, whatever `engine` has learnt since."""
-    if config.model.lora is None:
-        return frozen(load_policy(path, config.model, config.learner, ranks.on_cpu), config.learner, ranks)
+    mine = role_model(config.model, "policy")
+    if mine.lora is None:
+        return frozen(load_policy(path, mine, config.learner, ranks.on_cpu), config.learner, ranks)
     return Reference(engine)
 
 

@@ -260,7 +260,7 @@ def shared_trunk(
     """What the networks of an update have in common, tried out."""
     if config.learner.zero_stage == 3:  # which gathers weights layer by layer, in the order of the first pass
         return SharedTrunk(policy.model, {})
-    others = {"reference": policy.model if config.model.lora else reference}
+    others = {"reference": policy.model if policy.model.adapter else reference}
     trunk = SharedTrunk(policy.model, others | ({"value": value.model} if value else {}))
 
     def run(packed: Packed) -> list[Tensor]:

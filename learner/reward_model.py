@@ -48,8 +48,8 @@ class RewardModelTask:
         self.examples = examples
         stage = config.reward_model
         self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
-        path = config.model.path
-        model = trained_scalar(path, config, ranks, stage.trainable_layers, stage.freeze_embeddings, "reward_model")
+        layers, embeddings = stage.trainable_layers, stage.freeze_embeddings
+        model = trained_scalar(config.model.path, config, ranks, "reward_model", layers, embeddings)
         self.engine = TrainEngine(model, stage.optimizer, config.learner, ranks, len(self.batches))
         self.model = model
 

@@ -2,7 +2,6 @@
 of PEFT."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,12 @@ def gather_checkpoint(
 
     def write(path: str) -> None:
         lm = engine.model.lm
+        tokenizer = _tokenizer(tokenizer_from, model.revision, model.trust_remote_code, model.template_date)
         for key, value in (config_fields or {}).items():
             setattr(lm.config, key, value)
         if engine.model.adapter:
             _write_adapter(path, engine.model, weights, config_fields or {})
-            _tokenizer(tokenizer_from, **asdict(replace(model, lora=None))).save_pretrained(path)
+            tokenizer.save_pretrained(path)
             return
         # Tied weights appear once in `weights`, as they do on disk.
         generation = lm.generation_config if lm.can_generate() else None
@@ -74,7 +74,7 @@ def gather_checkpoint(
             lm.generation_config = generation
         if generation is not None:
             generation.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
-        _tokenizer(tokenizer_from, **asdict(replace(model, lora=None))).save_pretrained(path)
+        tokenizer.save_pretrained(path)
 
     return write
 
@@ -94,6 +94,7 @@ def _write_adapter(
 
 
 @cache
-def _tokenizer(source: str, **model: Any) -> Any:
+def _tokenizer(source: str, revision: str | None, trust_remote_code: bool, template_date: str) -> Any:
     """Once a process: it takes a third of a second, in which nothing else of the process runs."""
-    return load_tokenizer(source, ModelConfig(**model))
+    model = ModelConfig(revision=revision, trust_remote_code=trust_remote_code, template_date=template_date)
+    return load_tokenizer(source, model)

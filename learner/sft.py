@@ -38,7 +38,7 @@ class SFTTask:
         self.examples, self.held_out = examples, held_out
         stage = config.sft
         self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
-        model = trained_policy(config.model.path, config, ranks, config.sft.trainable_layers, task="sft")
+        model = trained_policy(config.model.path, config, ranks, config.sft.trainable_layers, has_dropout=True)
         self.engine = TrainEngine(model, config.sft.optimizer, config.learner, ranks, len(self.batches))
         self.model: PolicyModel = model
 

@@ -33,6 +33,7 @@ from common.models.lora import (
 )
 from contracts.checks.check import Check
 from contracts.config import LoraConfig, ModelConfig
+from contracts.lora_roles import Role
 
 SETTINGS, WEIGHTS, OURS = ADAPTER, "adapter_model.safetensors", "tandem_adapter.json"
 PREFIX = "base_model.model."  # of every name in PEFT's files
@@ -213,9 +214,11 @@ def fill(lm: nn.Module, tensors: dict[str, Tensor], path: str, name: str = TRAIN
         there[key].copy_(tensor)
 
 
-def misfit(path: str, key: str, base: str, lora: LoraConfig, memory: Path | None = None) -> str | None:
+def misfit(
+    path: str, key: str, base: str, lora: LoraConfig, memory: Path | None = None, role: Role = "policy"
+) -> str | None:
     """Why the adapter in the directory `path`, which the configuration names at `key`, is not one of the checkpoint `base`
-    with the settings of `model.lora`; None where it is.
+    with the settings `lora` of the role that it is for; None where it is.
 
     Raises:
         LoadingError: it cannot be read.
@@ -224,7 +227,9 @@ def misfit(path: str, key: str, base: str, lora: LoraConfig, memory: Path | None
     for name in ("rank", "alpha", "rslora", "dora"):
         mine, its = getattr(lora, name), getattr(found, name)
         if mine != its:
-            rule, instead = f"an adapter with model.lora's {name}, {mine}", f"model.lora={{{name}:{its}}}"
+            rule = f"an adapter with the {role.replace('_', ' ')}'s {name}, {mine}"
+            where = "model.lora" if role == "policy" else f"model.lora_by_role.{role}"
+            instead = f"{where}={{{name}:{its}}}"
             return Check(False, f"{key}={path}", rule, its, instead).message
     problem = other_base(path, base, memory)
     if problem:

@@ -34,9 +34,9 @@ class GradientDropout(nn.Dropout):
         return F.dropout(input, self.p, torch.is_grad_enabled())
 
 
-def target_modules(lm: Any, lora: LoraConfig, top: int | None = None) -> list[str]:
+def target_modules(lm: Any, lora: LoraConfig, top: int | None = None, key: str = "model.lora.targets") -> list[str]:
     """Names of the modules of `lm`, which has no adapters yet, that `lora.targets` stands for, in its top `top` decoder
-    layers (None: all).
+    layers (None: all). `key` is where the configuration has them.
 
     Raises:
         LoadingError: a target names no linear layer of the decoder layers, or experts that are fused.
@@ -52,9 +52,9 @@ def target_modules(lm: Any, lora: LoraConfig, top: int | None = None) -> list[st
         problem = _problem(lm, layers, inside, target) if target == ALL or not found else None
         if problem or not found:
             there = sorted({name.rpartition(".")[2] for name in linear})[:SHOWN]
-            instead = f"model.lora.targets=[{','.join(there)}] or some of these" if there else "model.lora=null"
+            instead = f"{key}=[{','.join(there)}] or some of these" if there else f"{key.rpartition('.')[0]}=null"
             raise LoadingError(
-                f"model.lora.targets must name linear layers of the decoder layers of {type(lm).__name__}; found "
+                f"{key} must name linear layers of the decoder layers of {type(lm).__name__}; found "
                 f"{target}, {problem or 'which names none'}; write {instead}"
             )
         chosen.update(found)
@@ -62,7 +62,7 @@ def target_modules(lm: Any, lora: LoraConfig, top: int | None = None) -> list[st
     for name in sorted(chosen):
         if (other := owners.setdefault(id(inside[name].weight), name)) != name:
             raise LoadingError(
-                f"model.lora.targets must name layers with weights of their own; found {other} and {name} of "
+                f"{key} must name layers with weights of their own; found {other} and {name} of "
                 f"{type(lm).__name__}, which share theirs: merged, both adapters would count in both; write other targets"
             )
     return [name for name in linear if name in chosen and int(name.removeprefix(f"{prefix}.").split(".")[0]) >= first]

@@ -9,7 +9,15 @@ from typing import Any, get_args
 from omegaconf import MISSING
 
 from contracts.checks.check import Leaf, leaves, shown
-from contracts.config import LoraConfig, PromptSourceConfig, ScorerConfig, SourceConfig, TandemConfig
+from contracts.config import (
+    LoraByRoleConfig,
+    LoraConfig,
+    PromptSourceConfig,
+    RoleLoraConfig,
+    ScorerConfig,
+    SourceConfig,
+    TandemConfig,
+)
 
 HEADER = """# Configuration
 
@@ -52,6 +60,7 @@ def page() -> str:
     config = TandemConfig()
     config.data.gold = SourceConfig()
     config.model.lora = LoraConfig()
+    config.model.lora_by_role = LoraByRoleConfig(RoleLoraConfig(), RoleLoraConfig(), RoleLoraConfig())
     found = [*_sections(config), *_sections(ScorerConfig(), "reward_service.scorers.NAME")]
     found.append(("data.prompt_sources.NAME", PromptSourceConfig()))
     everywhere, parts = {leaf.key: leaf for leaf in leaves(config)}, [HEADER]

@@ -12,6 +12,7 @@ import torch
 from common.processes.process_env import embedded_cpus, fitting_threads, scorer_env, worker_env
 from common.processes.ray_access import start_ray
 from contracts.config import ClusterConfig, TandemConfig
+from contracts.lora_roles import role_model
 from contracts.placement import Resources, actor_bounds
 from contracts.scorer_roles import chosen_scorers
 from contracts.weights import WeightsRefused, WeightUpdate
@@ -118,7 +119,8 @@ class Runtime:
 
         self.start()
         config = self.config
-        model, env = replace(config.model, path=model_path), environments(config.cluster)["actor"]
+        model = replace(role_model(config.model, "policy"), path=model_path)
+        env = environments(config.cluster)["actor"]
         assert self._placement is not None
         self._start_actors = partial(
             start_actors,

@@ -14,6 +14,7 @@ import ray
 
 from common import statistics
 from contracts.config import TandemConfig
+from contracts.lora_roles import role_model
 from contracts.methods import method_config, method_title
 from contracts.records import Prompt, Rollout, RolloutRequest
 from controller.data.prompts import sampling_seed
@@ -89,7 +90,7 @@ def judge_models(
     for version, (name, path) in enumerate(models.items()):
         with progress.phase(f"evaluating {name}: {len(prompts)} held-out prompts"):
             if version:
-                publisher = WeightPublisher(BACKEND, stored_source(path, config.model))
+                publisher = WeightPublisher(BACKEND, stored_source(path, role_model(config.model, "policy")))
                 publisher.connect(actors)
                 report = publisher.send(version)
                 assert report is not None

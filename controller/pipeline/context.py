@@ -12,6 +12,7 @@ from common.files.fingerprints import MEMORY, checkpoint_fingerprint
 from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
+from contracts.lora_roles import Role, role_model
 from contracts.scorer_roles import scoring_models
 from contracts.stages import Stage
 from controller.cluster.placement_group import nodes
@@ -55,13 +56,14 @@ class StageContext:
 
     # ---- what inputs are made of
 
-    def common_inputs(self) -> dict[str, Any]:
-        """What decides the result of every stage that trains."""
+    def common_inputs(self, role: Role = "policy") -> dict[str, Any]:
+        """What decides the result of every stage that trains a model of this role."""
         config = self.config
+        adapters = role_model(config.model, role).lora
         # Only where there is one: a new key would set the stages and commits of before aside.
         # Adapters name their base by its path.
         base = str(Path(config.model.path).absolute())
-        lora = {"lora": config.model.lora, "base": base} if config.model.lora else {}
+        lora = {"lora": adapters, "base": base} if adapters else {}
         return lora | {
             "format": 2,
             "seed": config.seed,

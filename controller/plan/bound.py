@@ -69,9 +69,10 @@ def _rank(config: TandemConfig, stage: Stage, data: Data) -> float:
     tokens = sum(lengths.largest)
     held = max(tokens, held_tokens(config, stage.name, lengths))
     state = size * (BUCKET + LIVE) if config.learner.zero_stage else 0.0
-    passes, lora = 0.0, config.model.lora
+    passes = 0.0
     for network in stage_networks(config, stage.name):
         weights, text = _weights(config, network), _text(config, network)
+        lora = model_of(config, network).lora
         trained = _layers(network, text)
         head = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
         part = min(1.0, ADAPTERS * lora.rank / text.hidden_size) if lora else trained / text.num_hidden_layers

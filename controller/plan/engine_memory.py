@@ -6,6 +6,7 @@ import torch
 
 from common.models.adapters import split
 from contracts.config import ModelConfig, TandemConfig
+from contracts.lora_roles import role_model
 from controller.plan.activations import pass_memory
 from controller.plan.learner_memory import Network, network_shapes, served_policy, sizes
 from controller.plan.memory_items import GIB, Item, shown
@@ -82,7 +83,8 @@ def replica_items(config: TandemConfig, path: str) -> list[Item]:
     length = min(service.max_tokens, service.batch_tokens)
     batch = pass_memory(shapes, (length,) * max(1, service.batch_tokens // length), 1)
     how = f"{total / 1e6:.1f}M, {size} bytes each, in the file"
-    is_merged = split(path)[1] or (config.model.lora and path == config.model.path)  # and so not in the file any more
+    is_made_of_adapters = path == config.model.path and role_model(config.model, "reward_model").lora
+    is_merged = split(path)[1] or is_made_of_adapters  # and so not in the file any more
     weights = Item("weights", total * size, how, on_gpu, "" if on_gpu or is_merged else path)
     how = f"a batch of reward_service.batch_tokens {service.batch_tokens}"
     return [weights, Item("activations", batch.inference, how, on_gpu, least=0.0)]

@@ -14,8 +14,8 @@ gradient is not converted in the step (2 e in place of 4 + 2 e), and without ZeR
 On a CPU a weight that does not train stays in the pages of its checkpoint's file, which all processes of a node share, where
 the file has the number format of the run.
 
-With LoRA the T are adapters and heads. Policy and value model have one frozen base, and the reference is the policy without
-its adapter (`learner/adapted_models.py`).
+With LoRA the T are adapters and heads. Policy and value model have one frozen base where both have adapters, and the
+reference is the policy without its adapter (`learner/adapted_models.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -28,6 +28,7 @@ from common.models.lora import add_adapter, target_modules
 from common.text.tokenizers import load_config
 from contracts.config import ModelConfig, TandemConfig
 from contracts.estimators import chosen_estimator
+from contracts.lora_roles import Role, role_model
 from contracts.methods import chosen_preference
 from controller.plan.activations import FUSED, PassMemory, pass_memory
 from controller.plan.measured import measured
@@ -59,6 +60,7 @@ class Network:
     trainable_layers: int | None = None
     freeze_embeddings: bool = False
     trains: bool = True
+    role: Role = "policy"  # whose adapters it has
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,12 @@ def stage_networks(config: TandemConfig, stage: str) -> list[Network]:
     if stage == "reward_model":
         chosen = config.reward_model
         layers, embeddings = chosen.trainable_layers, chosen.freeze_embeddings
-        return [Network("reward model", path, True, layers, freeze_embeddings=embeddings)]
+        return [Network("reward model", path, True, layers, freeze_embeddings=embeddings, role="reward_model")]
     networks = [Network("policy", config.sft_model or path, trainable_layers=ppo.trainable_layers)]
     if chosen_estimator(ppo).has_value_model:
-        networks.append(Network("value model", config.proxy_model or path, True, ppo.value_trainable_layers))
-    return [*networks, *([served_policy(config)] if config.model.lora is None else [])]
+        start = config.proxy_model or path
+        networks.append(Network("value model", start, True, ppo.value_trainable_layers, role="value_model"))
+    return [*networks, *([served_policy(config)] if role_model(config.model, "policy").lora is None else [])]
 
 
 def served_policy(config: TandemConfig) -> Network:
@@ -122,8 +125,9 @@ _SHAPES: dict[str, PolicyModel | ScalarModel] = {}
 
 
 def model_of(config: TandemConfig, network: Network) -> ModelConfig:
-    """The revision is that of `model.path` alone."""
-    return config.model if network.path == config.model.path else replace(config.model, revision=None)
+    """With the adapters of its role. The revision is that of `model.path` alone."""
+    model = role_model(config.model, network.role)
+    return model if network.path == config.model.path else replace(model, revision=None)
 
 
 def sizes(shapes: torch.nn.Module) -> Sizes:
@@ -175,7 +179,10 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
     size, zero = getattr(torch, config.model.dtype).itemsize, config.learner.zero_stage
     ranks, on_gpu = config.cluster.num_learner_ranks, config.cluster.gpus_per_learner_rank > 0
     counts, offload = {name: sizes(shape) for name, shape in shapes.items()}, config.learner.offload
-    if config.model.lora and "value model" in counts:  # whose base is the policy's
+    if {network.name for network in networks if model_of(config, network).lora} >= {
+        "policy",
+        "value model",
+    }:  # one base
         trained = counts["value model"].trained
         counts["value model"] = Sizes(trained, trained)
     states = {name: network_state(found, size, zero, ranks) for name, found in counts.items()}

@@ -14,6 +14,7 @@ import torch
 
 from contracts.config import TandemConfig
 from contracts.estimators import warmup_updates
+from contracts.lora_roles import role_model
 from contracts.methods import chosen_preference, results_needed, running_stages
 from contracts.placement import Plan
 from contracts.placement import plan as placement
@@ -97,13 +98,13 @@ def stage_lengths(config: TandemConfig, stage: Stage, data: Data) -> tuple[Lengt
 
 def _sent_weights(config: TandemConfig) -> int:
     """How many of the policy are published and saved: with LoRA the adapters alone."""
-    if config.model.lora:
+    if role_model(config.model, "policy").lora:
         return sizes(network_shapes(config, stage_networks(config, "ppo")[0])).trained
     return sizes(network_shapes(config, served_policy(config))).total
 
 
 def _every(config: TandemConfig) -> str:
-    return "A and B of every adapter once" if config.model.lora else "every weight once"
+    return "A and B of every adapter once" if role_model(config.model, "policy").lora else "every weight once"
 
 
 def _checkpoint(config: TandemConfig, stage: Stage, policy_bytes: float) -> Movement:

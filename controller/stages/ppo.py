@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from contracts.config import CurriculumConfig, TandemConfig
-from contracts.estimators import ESTIMATORS
+from contracts.estimators import ESTIMATORS, chosen_estimator
+from contracts.lora_roles import role_model
 from contracts.methods import method_config, method_title
 from contracts.objectives import OBJECTIVES
 from contracts.placement import actor_bounds, is_elastic
@@ -72,6 +73,7 @@ def inputs(context: "StageContext") -> dict[str, Any]:
     # Only where there is one: a new key would set the commits of before aside.
     own: dict[str, Any] = {"estimator_source": source} if (source := estimator_source(config)) else {}
     own |= {"weights": weights} if (weights := mixture_weights(config)) else {}
+    own |= _value_adapters(config)
     own |= {"curriculum": config.data.curriculum} if config.data.curriculum != CurriculumConfig() else {}
     return context.common_inputs() | {
         "ppo": config.ppo,
@@ -88,6 +90,14 @@ def inputs(context: "StageContext") -> dict[str, Any]:
         "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
         **unseen(config),
     }
+
+
+def _value_adapters(config: TandemConfig) -> dict[str, Any]:
+    """Of the value model, where they are others than the policy's."""
+    policy, value = (role_model(config.model, role).lora for role in ("policy", "value_model"))
+    if value == policy or not chosen_estimator(config.ppo).has_value_model:
+        return {}
+    return {"value_lora": value}
 
 
 def run(context: "StageContext") -> dict[str, Any]:
@@ -134,7 +144,7 @@ def run(context: "StageContext") -> dict[str, Any]:
                 learner,
                 backend,
                 actors,
-                model=replace(config.model, path=policy),
+                model=replace(role_model(config.model, "policy"), path=policy),
                 prompts=context.data["prompts"],
                 max_model_len=config.engine.max_model_len,
                 timeout_s=config.cluster.start_timeout_s,

@@ -19,7 +19,7 @@ def reads(config: TandemConfig, role: str) -> list[Reading]:
 
 
 def inputs(context: "StageContext") -> dict[str, Any]:
-    return context.common_inputs() | {
+    return context.common_inputs("reward_model") | {
         "reward_model": context.config.reward_model,
         "data": context.data_fingerprint(f"preferences/{context.role}"),
         "test": context.data_fingerprint("test"),

@@ -1,4 +1,4 @@
-"""Checkpoints of a run with and without `model.lora`: which may be adapters, and of which base."""
+"""Checkpoints of a run with and without adapters: which may be adapters, and of which base."""
 
 from pathlib import Path
 
@@ -7,41 +7,57 @@ from common.models.adapters import is_adapter, misfit, split
 from common.models.loading import refuse_adapter
 from contracts.checks.check import Check
 from contracts.config import TandemConfig
+from contracts.lora_roles import Role, role_model
 from contracts.methods import runs
-from contracts.scorer_roles import CHECKPOINTS, starts_value_model
+from contracts.scorer_roles import CHECKPOINTS, has_value_model, starts_value_model
 
 
 def adapter_problems(config: TandemConfig, key: str, path: str) -> list[str]:
     """What is wrong with the checkpoint at `path`, which the configuration names at `key`, as an adapter or as none.
 
-    With `model.lora` whatever trains lies on `model.path`. What only scores may be a whole model or an adapter of any base.
+    What trains with adapters lies on `model.path`, but for a value model beside a policy that trains itself. What only
+    scores may be a whole model or an adapter of any base.
 
     Raises:
         LoadingError: it cannot be read, or its base is not there.
         OSError, ValueError: there is no such checkpoint.
     """
-    lora, base = config.model.lora, config.model.path
-    trains = key not in CHECKPOINTS or (key == "proxy_model" and runs(config, "ppo") and starts_value_model(config))
     if key == "model.path":
         if not is_adapter(path):
             return []
         rule, instead = "a whole model", f"model.path={split(path)[0]} sft_model={path} with its model.lora"
         return [Check(False, f"{key}={path}", rule, "an adapter of PEFT", instead).message]
-    if not trains:
+    roles = _roles(config, key)
+    if not roles:
         split(path)
-        return []
+    problems = (_role_problem(config, key, path, role) for role in roles)
+    return list(dict.fromkeys(problem for problem in problems if problem))
+
+
+def _roles(config: TandemConfig, key: str) -> list[Role]:
+    """Which models go on from the checkpoint that `key` names, or are served in its place."""
+    has_value = runs(config, "ppo") and has_value_model(config)
+    from_reward_model = starts_value_model(config)
+    if key in CHECKPOINTS:
+        return ["value_model"] if key == "proxy_model" and has_value and from_reward_model else []
+    is_start = key == f"{config.ppo.init_from}_model" and has_value and not from_reward_model
+    return ["policy", "value_model"] if is_start else ["policy"]
+
+
+def _role_problem(config: TandemConfig, key: str, path: str, role: Role) -> str | None:
+    lora, base = role_model(config.model, role).lora, config.model.path
     if lora is None:
         refuse_adapter(path, key)
-        return []
+        return None
     memory = Path(config.cache_dir) / MEMORY
     if is_adapter(path):
         split(path)
-        found = misfit(path, key, base, lora, memory)
-        return [found] if found else []
-    if checkpoint_fingerprint(path, memory=memory) == checkpoint_fingerprint(base, memory=memory):
-        return []
+        return misfit(path, key, base, lora, memory, role)
+    is_alone = role == "value_model" and role_model(config.model, "policy").lora is None  # on a base of its own
+    if is_alone or checkpoint_fingerprint(path, memory=memory) == checkpoint_fingerprint(base, memory=memory):
+        return None
     rule = f"an adapter of model.path={base}, or that checkpoint itself, with model.lora"
     instead = f"model.path={path} as well, or model.lora=null"
     if key == "proxy_model":
         instead = "ppo.init_value_from=policy, or model.lora=null"
-    return [Check(False, f"{key}={path}", rule, "another whole model", instead).message]
+    return Check(False, f"{key}={path}", rule, "another whole model", instead).message

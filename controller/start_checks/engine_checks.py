@@ -13,6 +13,7 @@ import ray
 from actors.engine_proof import EngineProof, EngineUnproven, prove_engine
 from contracts.checks.validation import ConfigError
 from contracts.config import ModelConfig, TandemConfig
+from contracts.lora_roles import role_model
 from contracts.methods import samples
 from contracts.records import Prompt
 from contracts.scorer_roles import CHECKPOINTS
@@ -47,7 +48,7 @@ def begin_proofs(config: TandemConfig) -> Callable[[], list[EngineProof]]:
 
     def work() -> None:
         try:
-            models = [replace(config.model, path=path) for path in paths]
+            models = [replace(role_model(config.model, "policy"), path=path) for path in paths]
             memory = Path(config.cache_dir, PROOFS)
             found.set_result([prove_engine(model, config.engine.max_model_len, memory) for model in models])
         except BaseException as error:

@@ -13,9 +13,11 @@ from common.models.loading import LoadingError, loading_report, refuse_unloaded
 from common.models.lora import stored_name, target_modules
 from common.models.proof import NoClass, Proof, Unproven
 from common.text.tokenizers import load_config
+from contracts.checks.lora_checks import adapted_roles
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator
+from contracts.lora_roles import Role, lora_key, role_model
 from contracts.methods import checkpoints_read, reads, results_needed, running_stages, runs
 from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, starts_value_model
 from contracts.stages import POLICY, REWARD_MODEL
@@ -96,10 +98,11 @@ def _prove(config: TandemConfig, use: str, found: Any) -> Proof:
 
     on_cpu = not config.cluster.gpus_per_learner_rank
     if use == POLICY:
-        return prove_policy(found, config.model, config.learner, on_cpu)
+        return prove_policy(found, role_model(config.model, "policy"), config.learner, on_cpu)
     if use == "a scorer":
         return prove_scores(found, on_cpu)
-    return prove_scalar(scalar_config(found), config.model, config.learner, on_cpu)
+    role: Role = "reward_model" if use == REWARD_MODEL else "value_model"
+    return prove_scalar(scalar_config(found), role_model(config.model, role), config.learner, on_cpu)
 
 
 def _unloaded(check: Callable[[str, str], None], key: str, path: str) -> str | None:
@@ -121,8 +124,9 @@ def _check_policy(config: TandemConfig, path: str, key: str) -> None:
         refuse_unloaded(report, base, key, model=made)
         if adapter:
             check_fits(made, adapter, key, base)
-        if config.model.lora and key == "model.path":
-            for module in target_modules(made, config.model.lora):
+        adapted = adapted_roles(config) if key == "model.path" else {}
+        for role, lora in adapted.items():
+            for module in target_modules(made, lora, key=lora_key(config.model, role, "targets")):
                 stored_name(made, f"{module}.lora_A.weight")
 
 

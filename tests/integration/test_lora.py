@@ -16,6 +16,7 @@ from tests.integration.test_resume import UPDATES, Run
 LORA = (
     "stage=pipeline",
     "model.lora={rank:4,alpha:8}",
+    "model.lora_by_role={value_model:{rank:2},reward_model:{rank:2}}",
     "sft_model=null",
     "proxy_model=null",
     *(f"data.{part}.path={VADER}/{file}.jsonl" for part, file in (("preferences", "proxy"), ("test", "test"))),
@@ -27,6 +28,7 @@ LORA = (
     "evaluate.prompts=6",
     "evaluate.bootstrap_samples=100",
 )
+RANKS = {"sft": 4, "reward_model": 2, "ppo": 4}  # by stage
 
 
 class AdapterRun(Run):
@@ -63,6 +65,9 @@ def test_adapters_from_sft_to_evaluation_stopped_and_resumed(tiny_model: Path, t
     assert stopped.finish() == 0, stopped.printed[-4000:]
     assert [r for r in stopped.metrics if r["stage"] == "ppo"] == rows
     assert stopped.model == unbroken.model
+
+    made = (unbroken.folder / "cache/stages").glob("*/model/adapter_config.json")
+    assert {file.parts[-3].split("-")[0]: json.loads(file.read_text())["r"] for file in made} == RANKS
 
     # The base is nowhere but where it was: weights are bfloat16 there, masters and moments 12 bytes for each that trains.
     base = (tiny_model / "model.safetensors").stat().st_size

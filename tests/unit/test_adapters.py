@@ -19,8 +19,9 @@ from common.models.adapters import config_of
 from common.models.loading import LoadingError
 from common.models.lora import adapter_parameters
 from common.processes.shared_memory import Segment, SegmentReader, layout
-from contracts.config import TandemConfig
+from contracts.config import RoleLoraConfig, TandemConfig
 from contracts.records import PreferencePair
+from controller.start_checks.adapter_checks import adapter_problems
 from learner.ppo import PPOTask
 from learner.preference import PreferenceTask
 from learner.ranks import Ranks
@@ -234,6 +235,41 @@ def test_an_adapter_of_another_base_is_named(
     found = adapters.misfit(path, "sft_model", base, lora)
     assert found is not None
     assert "rank, 8; found 4; write model.lora={rank:4}" in found
+
+
+def test_a_checkpoint_fits_the_roles_that_go_on_from_it(
+    sft: tuple[SFTTask, Path],
+    proxy: tuple[RewardModelTask, Path],
+    classifier: Path,
+    make_lora_config: Callable[..., TandemConfig],
+) -> None:
+    config, reward, policy = make_lora_config(), str(proxy[1]), str(sft[1])
+    config.stage, roles = "ppo", config.model.lora_by_role
+
+    def problem(key: str, path: str) -> str:
+        return "\n".join(adapter_problems(config, key, path))
+
+    assert problem("proxy_model", reward) == problem("sft_model", policy) == ""
+    assert "proxy_model=" in problem("proxy_model", str(classifier))
+    roles.value_model = RoleLoraConfig(rank=2)
+    assert problem("sft_model", policy) == ""
+    wrong = "must be an adapter with the value model's rank, 2; found 4; write model.lora_by_role.value_model={rank:4}"
+    assert wrong in problem("proxy_model", reward)
+    config.ppo.init_value_from = "policy"
+    assert problem("proxy_model", reward) == problem("proxy_model", str(classifier)) == ""  # it only scores
+    assert wrong in problem("sft_model", policy)
+    # A value model with adapters beside a policy that trains itself has the base that it likes.
+    config.model.lora, roles.value_model = None, RoleLoraConfig(rank=4, alpha=8.0)
+    assert problem("sft_model", str(classifier)) == ""
+    with pytest.raises(LoadingError, match=r"sft_model=.* must be a whole model; found an adapter of PEFT"):
+        problem("sft_model", policy)
+    config.ppo.init_value_from = "reward_model"
+    assert problem("proxy_model", reward) == problem("proxy_model", str(classifier)) == ""
+    # And one that trains itself beside adapters of the policy starts from no adapter.
+    roles.policy, roles.value_model = RoleLoraConfig(rank=4, alpha=8.0), None
+    assert problem("sft_model", policy) == problem("proxy_model", str(classifier)) == ""
+    with pytest.raises(LoadingError, match=r"proxy_model=.* must be a whole model; found an adapter of PEFT"):
+        problem("proxy_model", reward)
 
 
 def test_another_base_is_another_checkpoint(sft: tuple[SFTTask, Path], small_vocab: Path, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_what_a_sampler_will_draw_is_not_guessed() -> None:
         ("model.lora.rank=8", "model={lora:{rank:8}}"),
         ("model.lora.targets=[q_proj,v_proj]", "model={lora:{targets:[q_proj,v_proj]}}"),
         ("model.lora.rank=8,16", "model={lora:{rank:8}},{lora:{rank:16}}"),
+        ("model.lora_by_role.policy.rank=8", "model.lora_by_role={policy:{rank:8}}"),
         ("data.gold={path:x}", "data={gold:{path:x}}"),
         ("model.lora=null", "model.lora=null"),
         ("model.lora=3", "model.lora=3"),
@@ -155,6 +156,13 @@ def test_a_section_that_may_be_null_is_set_from_the_one_around_it(word: str, who
 
 def test_adapters_are_switched_on_by_a_word() -> None:
     assert command_line_problems(["model.lora={rank:8}"], CONF) == []
+    of_roles = [
+        f"model.lora_by_role.{part}" for part in ("value_model.rank=8", "value_model.alpha=9", "reward_model={rank: 8}")
+    ]
+    _, one = command_line_problems(["model.lora={rank:16}", *of_roles, "misspelt=1"], CONF)
+    assert one.startswith(
+        "model.lora_by_role.value_model.alpha must be 32.0, as of the reward model (model.lora.alpha)"
+    )
     _, problem = command_line_problems(["model.lora.rank=0", "misspelt=1"], CONF)
     assert "model.lora.rank must be at least 1; found 0" in problem
     [problem] = command_line_problems(["model.lora={rnk:8}"], CONF)

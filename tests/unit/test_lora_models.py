@@ -1,6 +1,7 @@
 """LoRA in the learner: one frozen base under policy, value model and reference; against PEFT around transformers' class."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from common.models.lora import adapter_parameters, merged
 from common.models.packed_attention import Packed
 from contracts.checks.validation import ConfigError
-from contracts.config import LoraConfig, ModelConfig, TandemConfig
+from contracts.config import LoraByRoleConfig, LoraConfig, ModelConfig, RoleLoraConfig, TandemConfig
 from contracts.records import Example
 from controller.start_checks.model_checks import check_weights_and_code
 from learner.engine import TrainEngine
@@ -186,11 +187,29 @@ def test_updates_of_one_base_are_those_of_two(
             assert update(sharded, number) == pytest.approx(row, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "zero"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 2), ("bfloat16", 3)])
+@pytest.mark.parametrize(
+    ("roles", "dtype", "zero"),
+    [
+        ("", "float32", 0),
+        ("", "bfloat16", 0),
+        ("", "bfloat16", 2),
+        ("", "bfloat16", 3),
+        ("smaller value", "bfloat16", 2),
+        ("whole value", "bfloat16", 0),
+        ("whole policy", "bfloat16", 2),
+    ],
+)
 def test_a_resumed_rank_goes_on_bit_for_bit(
-    dtype: str, zero: int, make_lora_config: Callable[..., TandemConfig], ranks: Ranks, tmp_path: Path
+    roles: str,
+    dtype: str,
+    zero: int,
+    make_lora_config: Callable[..., TandemConfig],
+    make_roles_config: Callable[..., TandemConfig],
+    ranks: Ranks,
+    tmp_path: Path,
 ) -> None:
-    unbroken = ppo(ranks, make_lora_config(dtype, zero))
+    make: Any = partial(make_roles_config, roles) if roles else make_lora_config
+    unbroken = ppo(ranks, make(dtype, zero))
     for number in range(2):
         update(unbroken, number)
     commit = tmp_path / "step_2"
@@ -198,14 +217,71 @@ def test_a_resumed_rank_goes_on_bit_for_bit(
     unbroken.begin_commit(str(commit))
     records = unbroken.state.result()
     expected = [update(unbroken, number) for number in (2, 3)]
-    resumed = ppo(ranks, make_lora_config(dtype, zero))
+    resumed = ppo(ranks, make(dtype, zero))
     assert resumed.state.check(str(commit), records) is None
     resumed.load_commit(str(commit))
     assert [update(resumed, number) for number in (2, 3)] == expected
     mine, theirs = weights(resumed), weights(unbroken)
     assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
-    trained = sum(p.numel() for e in (unbroken.policy, unbroken.value) for _, p in e.named_weights() if e)
+    engines = [engine for engine in (unbroken.policy, unbroken.value) if engine]
+    trained = sum(p.numel() for engine in engines for _, p in engine.named_weights())
     assert (commit / "rank_0.safetensors").stat().st_size < 12 * trained + 200_000  # master and two moments
+
+
+# ---- roles with adapters of their own, or with none
+
+ROLES: dict[str, tuple[bool, LoraByRoleConfig]] = {  # whether model.lora is set
+    "smaller value": (True, LoraByRoleConfig(value_model=RoleLoraConfig(rank=2, targets=["q_proj"]))),
+    "whole value": (False, LoraByRoleConfig(policy=RoleLoraConfig(rank=4))),
+    "whole policy": (False, LoraByRoleConfig(value_model=RoleLoraConfig(rank=4))),
+}
+
+
+@pytest.fixture
+def make_roles_config(make_lora_config: Callable[..., TandemConfig]) -> Callable[..., TandemConfig]:
+    def make(name: str, dtype: str = "float32", zero: int = 0) -> TandemConfig:
+        config = make_lora_config(dtype, zero)
+        is_set, config.model.lora_by_role = ROLES[name]
+        config.model.lora = config.model.lora if is_set else None
+        config.ppo.trainable_layers = config.ppo.value_trainable_layers = None
+        return config
+
+    return make
+
+
+def test_a_value_model_has_adapters_of_its_own_on_the_one_base(
+    make_roles_config: Callable[..., TandemConfig], ranks: Ranks
+) -> None:
+    task = ppo(ranks, make_roles_config("smaller value"))
+    assert task.value is not None
+    mine, its = (adapter_parameters(engine.model.lm) for engine in (task.policy, task.value))
+    assert mine["model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (4, 128)
+    assert {name.split(".")[4]: p.shape[0] for name, p in its.items() if "lora_A" in name} == {"q_proj": 2}
+    bases = [engine.model.lm.model.layers[0].mlp.up_proj for engine in (task.policy, task.value)]
+    assert bases[0].base_layer.weight.data_ptr() == bases[1].weight.data_ptr()
+
+
+@pytest.mark.parametrize(("roles", "same"), [("whole value", "value/"), ("whole policy", "policy/")])
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_role_without_adapters_trains_as_in_a_run_without_any(
+    roles: str, same: str, zero: int, make_roles_config: Callable[..., TandemConfig], ranks: Ranks
+) -> None:
+    """Until the other model, whose B begins with zeros, has learnt something else."""
+    config = make_roles_config(roles, zero=zero)
+    plain = make_roles_config(roles, zero=zero)
+    plain.model.lora_by_role = LoraByRoleConfig()
+    with_adapters, without = ppo(ranks, config), ppo(ranks, plain)
+    found, expected = (update(task, 0) for task in (with_adapters, without))
+    names = [name for name in expected if name.startswith((same, "kl/", "reward/"))]
+    assert len(names) > 5
+    assert {name: found[name] for name in names} == {name: expected[name] for name in names}
+    mine, theirs = weights(with_adapters), weights(without)
+    whole = {name for name in theirs if name.startswith(same[:-1])}
+    assert all(torch.equal(mine[name], theirs[name]) for name in whole)
+    assert {"lora_" in name or "score" in name for name in mine.keys() - whole} == {True}
+    with torch.no_grad():
+        base = load_policy(plain.model.path, plain.model, plain.learner, on_cpu=True)
+        assert torch.equal(logprobs(with_adapters.reference), logprobs(base))
 
 
 def test_what_is_published_is_the_adapter_alone(make_lora_config: Callable[..., TandemConfig], ranks: Ranks) -> None:

@@ -12,7 +12,7 @@ from common.models.packed_attention import Packed
 from common.processes.memory_room import Room, memory_room
 from common.text.tokenizers import load_config
 from contracts.checks.validation import ConfigError
-from contracts.config import LearnerConfig, LoraConfig, ModelConfig, TandemConfig
+from contracts.config import LearnerConfig, LoraConfig, ModelConfig, RoleLoraConfig, TandemConfig
 from contracts.records import Example
 from controller.plan.activations import Unplannable, _measure, pass_memory
 from controller.plan.bound import most
@@ -134,11 +134,17 @@ def test_what_is_offloaded_is_in_the_host(tiny_config: TandemConfig) -> None:
 # ---- LoRA
 
 
-def test_adapters_train_on_one_base_with_moments_of_their_own(tiny_config: TandemConfig) -> None:
+@pytest.fixture
+def ppo_of_adapters(tiny_config: TandemConfig) -> TandemConfig:
     tiny_config.stage, tiny_config.model.lora = "ppo", LoraConfig(rank=4, targets=["q_proj", "down_proj"])
     tiny_config.sft_model = tiny_config.proxy_model = tiny_config.model.path
     tiny_config.ppo.trainable_layers = tiny_config.ppo.value_trainable_layers = None
     tiny_config.data.gold = None
+    return tiny_config
+
+
+def test_adapters_train_on_one_base_with_moments_of_their_own(ppo_of_adapters: TandemConfig) -> None:
+    tiny_config = ppo_of_adapters
     base = load_config(tiny_config.model.path, ModelConfig(path=""))
     # A [rank, in] and B [out, rank] of two layers' attention and MLP
     layers, width, mlp = base.num_hidden_layers, base.hidden_size, base.intermediate_size
@@ -160,6 +166,38 @@ def test_adapters_train_on_one_base_with_moments_of_their_own(tiny_config: Tande
     less, more = (plan_job(config).largest.cpu for config in (tiny_config, full))
     assert less < more
     assert plan.cpu < most(tiny_config, planned_stages(tiny_config)[0], lambda item: ())
+
+
+@pytest.mark.parametrize(("policy", "value"), [(4, 2), (4, None), (None, 4)])
+def test_each_role_is_counted_with_its_adapters(
+    policy: int | None, value: int | None, ppo_of_adapters: TandemConfig
+) -> None:
+    config = ppo_of_adapters
+    base = load_config(config.model.path, ModelConfig(path=""))
+    width, heads = base.hidden_size, base.num_attention_heads * base.head_dim
+    block = width * (heads + 2 * base.num_key_value_heads * base.head_dim + heads + 3 * base.intermediate_size)
+    body = base.vocab_size * width + base.num_hidden_layers * (block + 2 * width) + width
+    a_rank = base.num_hidden_layers * ((width + heads) + (base.intermediate_size + width))  # of both matrices
+    config.model.lora = None
+    for role, rank in (("policy", policy), ("value_model", value)):
+        own = RoleLoraConfig(rank=rank, targets=["q_proj", "down_proj"]) if rank else None
+        setattr(config.model.lora_by_role, role, own)
+    plan = plan_job(config).largest
+    (rank_,) = (process for process in plan.processes if process.role == "learner rank")
+    held = {item.what: item.nbytes for item in rank_.items}
+    trained = {
+        "policy": a_rank * policy if policy else body,
+        "value model": (a_rank * value if value else body) + width,
+    }
+    for name, count in trained.items():
+        assert held[f"masters and moments of the {name}"] == 12 * count
+    assert any("reference" in what for what in held) == (policy is None)
+    of_value = held["weights of the value model"]
+    assert of_value == 2 * (a_rank * value + width) if policy and value else 2 * (body + width) >= of_value
+    movements = {movement.what: movement.nbytes for movement in plan.movements}
+    assert movements["publish"] == 2 * trained["policy"]
+    assert movements["commit"] == 12 * sum(trained.values()) + 2 * trained["policy"]
+    assert plan.cpu < most(config, planned_stages(config)[0], lambda item: ())
 
 
 # ---- the job

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from contracts.config import LoraConfig, ScorerConfig, TandemConfig
+from contracts.config import LoraConfig, RoleLoraConfig, ScorerConfig, TandemConfig
+from contracts.lora_roles import ROLES
 from contracts.stages import find_stage
 from controller.data.inputs import Inputs
 from controller.pipeline.context import StageContext
@@ -20,6 +21,9 @@ DECIDES = {
     "model.dtype": EVERY,
     "model.trust_remote_code": EVERY,
     "model.lora": EVERY,
+    "model.lora_by_role.policy": ("sft", "filtered_sft", "preference", "ppo"),
+    "model.lora_by_role.value_model": ("ppo",),
+    "model.lora_by_role.reward_model": ("reward_model/proxy",),
     "learner": EVERY,
     "cluster.num_learner_ranks": EVERY,
     "sft": ("sft", "filtered_sft"),
@@ -37,6 +41,7 @@ DECIDES = {
 }
 OTHER = {"preference.loss": "rank", "ppo.init_from": "base", "reward_service.scorers": {"x": ScorerConfig()}}
 OTHER |= {"environment.options": {"x": 1}, "learner.deepspeed": {"dump_state": True}, "model.lora": LoraConfig()}
+OTHER |= {f"model.lora_by_role.{role}": RoleLoraConfig(rank=4) for role in ROLES}
 APART = ("data", "model.path", "model.revision")
 
 

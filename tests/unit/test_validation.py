@@ -16,7 +16,14 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from common.models.positions import positions
 from contracts.checks.check import Leaf, leaves
 from contracts.checks.validation import ConfigError, check_machine, validate, validate_service
-from contracts.config import LoraConfig, ScorerConfig, SourceConfig, TandemConfig
+from contracts.config import (
+    LoraByRoleConfig,
+    LoraConfig,
+    RoleLoraConfig,
+    ScorerConfig,
+    SourceConfig,
+    TandemConfig,
+)
 from contracts.plugins import closest
 from contracts.records import Example, Prompt, RatedExample
 from contracts.stages import method_titles
@@ -44,6 +51,9 @@ OUTSIDE = {
     "null or 0 (the head alone) or more": -1,
     "in [0, 1]": 1.5,
     "in [0, 1)": 1.0,
+    "null or in [0, 1)": 1.0,
+    "null or 0, as PPO compares forward passes": 0.1,
+    "null or a list of different names, or of all-linear alone": ["all-linear", "q_proj"],
     "in [1, 64]": 0,
     "1 of a judge": 2,
     "in (0, 1)": 1.0,
@@ -80,8 +90,8 @@ def put(config: TandemConfig, **values: Any) -> TandemConfig:
         section: Any = changed
         for parent in parents:  # a scorer has a name of the user's
             is_named = isinstance(section, dict)
-            if parent == "lora" and section.lora is None:
-                section.lora = LoraConfig()
+            if not is_named and getattr(section, parent) is None:
+                setattr(section, parent, LoraConfig() if parent == "lora" else RoleLoraConfig())
             section = section.setdefault(parent, ScorerConfig()) if is_named else getattr(section, parent)
         setattr(section, name, value)
     return changed
@@ -103,6 +113,7 @@ def schema() -> list[Leaf]:
     """Every key, also of what is null or empty by default."""
     filled = TandemConfig()
     filled.data.gold, filled.model.lora = SourceConfig(), LoraConfig()
+    filled.model.lora_by_role = LoraByRoleConfig(RoleLoraConfig(), RoleLoraConfig(), RoleLoraConfig())
     filled.reward_service.scorers = {"any": ScorerConfig()}
     return list(leaves(filled))
 
@@ -455,6 +466,45 @@ def test_a_choice_suggests_the_closest_name(config):
         (
             {"model__lora": LoraConfig(dora=True, dropout=0.1)},
             ["model.lora.dropout must be 0 with model.lora.dora", "found 0.1", "write model.lora.dropout=0"],
+        ),
+        (
+            {"model__lora": LoraConfig(dropout=0.1), "model__lora_by_role__policy": RoleLoraConfig(dora=True)},
+            ["model.lora.dropout must be 0 with model.lora_by_role.policy.dora", "found 0.1"],
+        ),
+        (
+            {"model__lora": LoraConfig(), "model__lora_by_role__value_model": RoleLoraConfig(rank=4)},
+            [
+                "model.lora_by_role.value_model.rank must be 16, as of the reward model (model.lora.rank)",
+                "found 4; write model.lora_by_role.value_model.rank=16; or ppo.init_value_from=policy",
+            ],
+        ),
+        (
+            {
+                "model__lora": LoraConfig(),
+                "model__lora_by_role__policy": RoleLoraConfig(rslora=True),
+                "ppo__init_value_from": "policy",
+            },
+            [
+                "model.lora.rslora must be True, as of the policy (model.lora_by_role.policy.rslora)",
+                "found False; write model.lora_by_role.value_model.rslora=true",
+            ],
+        ),
+        (
+            {
+                "model__lora_by_role__policy": RoleLoraConfig(),
+                "model__lora_by_role__value_model": RoleLoraConfig(rank=4),
+            },
+            [
+                "model.lora_by_role.value_model must be null where the policy has adapters and the reward model",
+                "write 'model.lora_by_role.reward_model={rank:4,alpha:32.0,rslora:false,dora:false}' as well; or",
+            ],
+        ),
+        (
+            {"model__lora_by_role__reward_model": RoleLoraConfig(rank=4)},
+            [
+                "model.lora_by_role.value_model must be set where the reward model, from which the value model starts",
+                "found null; write 'model.lora_by_role.value_model={rank:4,alpha:32.0,rslora:false,dora:false}'",
+            ],
         ),
         (
             {

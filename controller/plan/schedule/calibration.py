@@ -13,7 +13,7 @@ Speeds stand by the threads of the process, or by "any": a GPU's. All times are 
 import json
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ SHAPE = (
 )  # fmt: skip
 # On which speeds depend, beside threads: a calibration is of their values.
 SETTINGS = (
-    "model.dtype", "model.lora", "engine.tensor_parallel_size", "engine.enforce_eager", "learner.microbatch_tokens",
-    "learner.attention", "learner.gradient_checkpointing", "learner.checkpointed_layers", "learner.zero_stage",
-    "learner.offload", "ppo.estimator", "ppo.trainable_layers", "ppo.value_trainable_layers",
+    "model.dtype", "model.lora", "model.lora_by_role", "engine.tensor_parallel_size", "engine.enforce_eager",
+    "learner.microbatch_tokens", "learner.attention", "learner.gradient_checkpointing", "learner.checkpointed_layers",
+    "learner.zero_stage", "learner.offload", "ppo.estimator", "ppo.trainable_layers", "ppo.value_trainable_layers",
     "reward_service.batch_tokens",
 )  # fmt: skip
 
@@ -157,7 +157,7 @@ def settings(config: TandemConfig) -> dict[str, Any]:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
-        found[name] = asdict(value) if name == "model.lora" and value is not None else value
+        found[name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     return found
 
 

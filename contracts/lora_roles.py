@@ -1,0 +1,24 @@
+"""The adapters of each role: those of `model.lora`, with what `model.lora_by_role` has in their place."""
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+from contracts.config import LoraByRoleConfig, LoraConfig, ModelConfig
+
+Role = Literal["policy", "value_model", "reward_model"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+def role_model(model: ModelConfig, role: Role) -> ModelConfig:
+    """`model` as one role has it: `lora` is its own, null where it trains itself, and nothing is said of other roles."""
+    own, lora = getattr(model.lora_by_role, role), model.lora
+    if own is not None:
+        lora = replace(lora or LoraConfig(), **{name: value for name, value in vars(own).items() if value is not None})
+    return replace(model, lora=lora, lora_by_role=LoraByRoleConfig())
+
+
+def lora_key(model: ModelConfig, role: Role, name: str) -> str:
+    """The key that says it: `model.lora_by_role.policy.rank` where it is set, else `model.lora.rank`."""
+    own = getattr(model.lora_by_role, role)
+    is_own = model.lora is None or (own is not None and getattr(own, name) is not None)
+    return f"model.lora_by_role.{role}.{name}" if is_own else f"model.lora.{name}"
