@@ -13,7 +13,7 @@ from contracts.keys import Allowed, Rule, key, names_in, section
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-MISSING: Any = "???"  # OmegaConf's own, which is imported where a configuration is composed: the engines need none of it
+MISSING: Any = "???"  # OmegaConf's own; the engines import a configuration's types and need none of it
 
 
 def _is_day(value: str) -> bool:

@@ -158,8 +158,8 @@ class Fleet:
         return len(self._present) < self.least
 
     def not_started(self, number: int, error: BaseException) -> None:
-        """It is tried again, later each time. A start that fails is not another loss: a replacement may be sent to a host that
-        is cut off, until Ray counts that for dead.
+        """It is tried again, later each time. A start that fails is not another loss: a replacement may be sent to a host
+        that is cut off, until Ray counts that for dead.
 
         Raises:
             ActorLostError: there are too few, and more than `max_restarts` starts in a row have failed.
