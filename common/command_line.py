@@ -6,6 +6,7 @@ try.
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import MISSING, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -166,12 +167,23 @@ def _wrong_types(override: Override) -> list[str]:
             read = f"{written}, which is read as {value}"
             found.append(f"{key} must be a text; found {read}; write {key}='\"{written}\"'")
         try:
-            OmegaConf.merge(OmegaConf.structured(section), {name: value})
+            OmegaConf.merge(OmegaConf.structured(_alone(section, name, annotation)), {name: value})
         except ConfigKeyError as error:
             found.append(f"{setting}: {error_lines(error)[0]}")
         except ValidationError:
             found.append(f"{key} must be {_kind(annotation)}; found {value}; write {_example(section, name)}")
     return found
+
+
+def _alone(section: Any, name: str, annotation: Any) -> Any:
+    """A schema with one key of a section, where it holds no keys of its own: OmegaConf would make and copy all that
+    the section has."""
+    if schema_section(annotation):
+        return section
+    (found,) = (entry for entry in fields(section) if entry.name == name)
+    default = {"default": found.default, "default_factory": found.default_factory}
+    given = {kind: value for kind, value in default.items() if value is not MISSING}
+    return make_dataclass(section.__name__, [(name, annotation, field(**given))])
 
 
 def _place(key: str) -> tuple[Any, str]:

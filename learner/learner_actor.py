@@ -1,5 +1,6 @@
 """Ray actor: one rank of the learner, hosting the task of a stage. `LearnerGroup` is the driver's side."""
 
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -32,9 +33,9 @@ class LearnerActor:
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 waits for the others."""
-        from vllm.utils.network_utils import get_open_port
-
-        return ray.util.get_node_ip_address(), get_open_port()
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def unseen(self, paths: list[str]) -> tuple[str, list[str]]:
         """This node's address, and the paths that are not there."""
@@ -122,6 +123,11 @@ class LearnerGroup:
             for rank, options in enumerate(self._placement)
         ]
         self._require_shared()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start the task in processes that are there."""
+        cluster = self._cluster
         address, port = ray.get(self.actors[0].address.remote(), timeout=cluster.start_timeout_s)
         shared = self._task, address, port, self._seed, cluster.step_timeout_s, self._arguments
         self._started = [actor.start.remote(*shared) for actor in self.actors]

@@ -18,6 +18,7 @@ os.environ.update(driver_env())
 
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 from contracts.config import ModelConfig, PPOConfig, RewardServiceConfig, SourceConfig, TandemConfig
 from contracts.estimators import Rollouts, find_estimator
@@ -28,9 +29,12 @@ SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
 VADER = ROOT / ".cache/data/vader"
 
 
-# One for all runs of a session: each test's cache is its own, and the proof of vLLM for its model would be made for each.
-PROOFS = Path(tempfile.gettempdir()) / f"tandem-test-proofs-{os.getpid()}"
-atexit.register(shutil.rmtree, PROOFS, ignore_errors=True)
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+# One for all runs of a session, whichever worker starts them: each test's cache is its own, and the proof of vLLM for its
+# model would be made for each.
+PROOFS = Path(tempfile.gettempdir()) / f"tandem-test-proofs-{os.getppid() if IS_WORKER else os.getpid()}"
+if not IS_WORKER:
+    atexit.register(shutil.rmtree, PROOFS, ignore_errors=True)
 
 
 def cache_in(folder: Path) -> Path:
@@ -52,11 +56,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Of several pytest workers each has its own share of the cores, and what it starts has it too: threads that share a
     core wait for one another at every operator."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if IS_WORKER:
         cores = sorted(os.sched_getaffinity(0))
         share = max(1, len(cores) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
         first = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) * share % len(cores)
         os.sched_setaffinity(0, cores[first : first + share])
+
+
+# Files that share what takes long to start, by what that is: one worker of pytest runs them all.
+TOGETHER = {
+    "the reward service": ("test_reward_clients", "test_reward_examples", "test_reward_service", "test_served_http"),
+    "vLLM, imported": ("test_adapters_served", "test_engine_proof", "test_shared_prefixes"),
+}
+
+
+class FilesTogether(LoadFileScheduling):
+    """A file goes to one worker as a whole, and with it those that belong to it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return next((what for what, names in TOGETHER.items() if Path(file).stem in names), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return FilesTogether(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,15 +101,20 @@ def _metrics_are_declared(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     monkeypatch.setattr(RunLog, "is_strict", "made_up_metrics" not in request.fixturenames)
 
 
+_OF_OTHER_FOLDERS = set[str]()  # modules, which are thousands
+
+
 @pytest.fixture(autouse=True)
 def _modules_of_its_folder_end_with_a_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests write packages of the same name (`my_package`, as the docs do): the next one imports its own."""
     yield
     folder = str(tmp_path_factory.getbasetemp())
-    for name, module in list(sys.modules.items()):
-        said = getattr(module, "__dict__", {})  # asked for an attribute, some modules import more, or raise
+    for name in sys.modules.keys() - _OF_OTHER_FOLDERS:
+        said = getattr(sys.modules[name], "__dict__", {})  # asked for an attribute, some modules import more, or raise
         if str(said.get("__file__") or next(iter(said.get("__path__", ())), None)).startswith(folder):
             del sys.modules[name]
+        else:
+            _OF_OTHER_FOLDERS.add(name)
 
 
 def make_tiny_model(path: Path, dtype: torch.dtype, tied: bool, vocab_size: int = 49152, seed: int = 0) -> Path:

@@ -4,6 +4,7 @@ two edits apart."""
 import ast
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from common.files.source_code import PACKAGES, TANDEM, imported_files, installed_versions, parsed, source_digest
@@ -56,7 +57,7 @@ def stage_code(stage: str, root: Path = TANDEM, named: tuple[str, ...] = ()) -> 
     }
     named = (*known.code, *named, *ours.values())
     files = imported_files([root / name for name in named], [root], lambda file: not _is_no_part(file, root))
-    found = {file.relative_to(root).as_posix(): _meaning(file) for file in sorted(files)}
+    found = {file.relative_to(root).as_posix(): _meaning(file.read_bytes()) for file in sorted(files)}
     found |= {path: source_digest(path) for path in declared if path not in ours}
     return found | installed_versions((*LIBRARIES, *ENGINES) if known.samples else LIBRARIES)
 
@@ -76,8 +77,9 @@ def _is_no_part(file: Path, root: Path) -> bool:
     return not name.startswith(PACKAGES) or name.removesuffix(".py").startswith(NO_PART)
 
 
-def _meaning(file: Path) -> str:
-    tree = parsed(file)
+@cache
+def _meaning(source: bytes) -> str:
+    tree = parsed(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = node.body[ast.get_docstring(node, clean=False) is not None :]

@@ -10,9 +10,10 @@ import importlib.util
 import inspect
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def source_signature(function: str) -> inspect.Signature | None:
     plain `def`, as one with a decorator or what was imported from elsewhere. Raises as `function_source`."""
     file, name = function_source(function), split_function(function)[1]
     try:
-        statements = parsed(file).body
+        statements = parsed(file.read_bytes()).body
     except SyntaxError:  # for whoever runs it to say
         return None
     made = [s for s in statements if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef) and s.name == name]
@@ -132,15 +133,15 @@ def imported_files(entries: Iterable[Path], roots: Iterable[Path], follows: Call
         seen.add(file)
         found = [file.parent / "__init__.py", file.parent.parent / "__init__.py"]
         found = [package for package in found if package.is_file()] if found[0].is_file() else []
-        for dotted, folder in _imports(file):
+        for dotted, folder in _imports(file, file.read_bytes()):
             for root in roots if folder is None else [folder]:
                 found += _files_of(dotted, root)
         left += {new for new in found if new not in seen and follows(new)}
     return seen
 
 
-def parsed(file: Path) -> ast.Module:
-    """The syntax tree of a file.
+def parsed(source: bytes) -> ast.Module:
+    """The syntax tree of a file's content.
 
     Where a run ends by a signal, Python 3.11.7 was seen to make this a SystemError ("recursion depth mismatch": it counts
     the depth of all trees that are being made in one place). So it is made again, and in a thread, which handles no signal.
@@ -149,31 +150,35 @@ def parsed(file: Path) -> ast.Module:
     def parse() -> ast.Module:
         for _ in range(100):
             with suppress(SystemError):
-                return ast.parse(file.read_bytes())
-        return ast.parse(file.read_bytes())
+                return ast.parse(source)
+        return ast.parse(source)
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(parse).result()
 
 
-def _imports(file: Path) -> Iterator[tuple[str, Path | None]]:
-    """(dotted name, the directory that it is relative to) of everything that a file may import; None for absolute names."""
+@cache
+def _imports(file: Path, source: bytes) -> list[tuple[str, Path | None]]:
+    """(dotted name, the directory that it is relative to) of everything that a file may import; None for absolute names.
+    The stages of a run have most files in common."""
+    found: list[tuple[str, Path | None]] = []
     try:
-        nodes: list[ast.AST] = [parsed(file)]
+        nodes: list[ast.AST] = [parsed(source)]
     except SyntaxError:  # for whoever runs it to say
-        return
+        return found
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             nodes += node.orelse
         elif isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
+            found += [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             folder = file.parents[node.level - 1] if node.level else None
             base = [node.module] if node.module else []
-            yield from ((".".join([*base, alias.name]), folder) for alias in node.names)
+            found += [(".".join([*base, alias.name]), folder) for alias in node.names]
         else:
             nodes += ast.iter_child_nodes(node)
+    return found
 
 
 def _files_of(dotted: str, root: Path) -> list[Path]:

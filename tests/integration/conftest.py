@@ -16,6 +16,8 @@ from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, Sco
 from contracts.metrics import declared
 from reward_service.app import RewardService
 from tests.conftest import SMOLLM
+from tests.learners import Learners
+from tests.preloaded import Python, preloaded
 
 TOKEN = "a-token-for-tests-0123456789"
 RULES = """
@@ -34,6 +36,20 @@ def _metrics_of_runs_are_declared(tmp_path_factory: pytest.TempPathFactory) -> I
     texts = [path.read_text() for path in tmp_path_factory.getbasetemp().rglob("metrics.jsonl")]
     names = {name for text in texts for name in re.findall(r'"([a-z_]+/\w+)": ', text)}
     assert {name for name in names if not declared(name, catalogue())} == set()
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Python]:
+    """For runs that end before an engine starts."""
+    with preloaded() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def learners(ray_runtime: None) -> Iterator[Learners]:
+    started = Learners()
+    yield started
+    started.stop()
 
 
 @pytest.fixture(scope="module")

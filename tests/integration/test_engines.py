@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 from contracts.config import SamplingConfig, TandemConfig
 from contracts.records import Assignment, Prompt, Rollout, RolloutRequest
 from contracts.weights import PublishReport
-from controller.cluster.runtime import Runtime, environments
+from controller.cluster.runtime import Runtime
 from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from learner.weight_publisher import BACKEND, WeightPublisher
 from learner.weight_sources import CheckpointSource
 from tests.conftest import kill, make_config, make_tiny_model
+from tests.learners import Learners
 
 EOS = 2
 PROMPTS = [Prompt(i, "", (504, 4771, 314, 253, 100 + i, 7 * i + 3)) for i in range(8)]
@@ -28,14 +29,10 @@ SAMPLING = SamplingConfig(max_completion_tokens=12)
 pytestmark = pytest.mark.usefixtures("ray_runtime")
 
 
-def start_learner(config: TandemConfig, ranks: int, zero_stage: int) -> LearnerGroup:
+def begin(learners: Learners, config: TandemConfig, ranks: int, zero_stage: int) -> LearnerGroup:
     config.cluster.num_learner_ranks, config.learner.zero_stage = ranks, zero_stage
-    config.cluster.threads_per_learner_rank = 1
     path = config.model.path
-    env = environments(config.cluster)["learner"]
-    group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, (EOS,), []), env)
-    group.wait_ready()
-    return group
+    return learners.begin(config, ranks, "ppo", config, path, path, (EOS,), [])
 
 
 def rollouts(actor: Any, requests: list[RolloutRequest] = REQUESTS) -> list[Rollout]:
@@ -141,33 +138,30 @@ def test_bad_prompt_fails_alone(engine: Any) -> None:
 
 @pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 0), (2, 0), (2, 2), (2, 3)])
 def test_engines_and_learner_agree_after_publish(
-    engines: list[Any], config_bf16: TandemConfig, ranks: int, zero_stage: int
+    engines: list[Any], learners: Learners, config_bf16: TandemConfig, ranks: int, zero_stage: int
 ) -> None:
     """bfloat16 and tied embeddings. Each learner is a new publisher, so its versions begin at 0 again."""
-    group = start_learner(config_bf16, ranks, zero_stage)
-    try:
-        group.call("connect", BACKEND, engines)[0].require_all()
-        samples = rollouts(engines[0])
-        assert {int(v) for r in samples for v in r.completion.policy_versions} == {0}
-        before = logprobs(engines[0], samples)
-        metrics = train(group, config_bf16, samples, steps=1)
-        # Sampler against learner before the update: rounding, as below.
-        assert metrics["kl/mismatch_logp_mean"] < 0.05
-        assert metrics["kl/mismatch_k3"] < 1e-3
-        train(group, config_bf16, samples, steps=2)
-        report: PublishReport = group.call("publish", 1)[0]
-        report.require_all()
-        mine = np.concatenate(group.call("token_logprobs", sequences(samples))[0])
-        moved = np.abs(mine - before).mean()
-        assert moved > 0.05, "the test must change the weights to see that they arrive"
-        for engine in engines:
-            # bfloat16 rounding; a stale head or a missed layer shows as a gap of the size of `moved`
-            gap = np.abs(mine - logprobs(engine, samples)).mean()
-            assert gap < 0.05
-            assert gap < moved / 4
-            assert {int(v) for r in rollouts(engine) for v in r.completion.policy_versions} == {1}
-    finally:
-        group.stop()
+    group = begin(learners, config_bf16, ranks, zero_stage)
+    group.call("connect", BACKEND, engines)[0].require_all()
+    samples = rollouts(engines[0])
+    assert {int(v) for r in samples for v in r.completion.policy_versions} == {0}
+    before = logprobs(engines[0], samples)
+    metrics = train(group, config_bf16, samples, steps=1)
+    # Sampler against learner before the update: rounding, as below.
+    assert metrics["kl/mismatch_logp_mean"] < 0.05
+    assert metrics["kl/mismatch_k3"] < 1e-3
+    train(group, config_bf16, samples, steps=2)
+    report: PublishReport = group.call("publish", 1)[0]
+    report.require_all()
+    mine = np.concatenate(group.call("token_logprobs", sequences(samples))[0])
+    moved = np.abs(mine - before).mean()
+    assert moved > 0.05, "the test must change the weights to see that they arrive"
+    for engine in engines:
+        # bfloat16 rounding; a stale head or a missed layer shows as a gap of the size of `moved`
+        gap = np.abs(mine - logprobs(engine, samples)).mean()
+        assert gap < 0.05
+        assert gap < moved / 4
+        assert {int(v) for r in rollouts(engine) for v in r.completion.policy_versions} == {1}
 
 
 def test_weights_change_in_flight(engine: Any, tiny_model: Path, tmp_path: Path) -> None:
@@ -199,31 +193,28 @@ def test_weights_change_in_flight(engine: Any, tiny_model: Path, tmp_path: Path)
 
 
 def test_a_replaced_engine_serves_what_the_others_serve(
-    engines: list[Any], runtime: Runtime, config_bf16: TandemConfig
+    engines: list[Any], learners: Learners, runtime: Runtime, config_bf16: TandemConfig
 ) -> None:
-    group = start_learner(config_bf16, 1, 0)
-    try:
-        group.call("connect", BACKEND, engines)[0].require_all()
-        samples = rollouts(engines[0])
-        checkpoint = logprobs(engines[0], samples)
-        train(group, config_bf16, samples)
-        kill([engines[1]])
-        report = group.call("publish", 1)[0]
-        assert (sorted(report.loaded), sorted(report.missing)) == ([0], [1])
-        survivor = logprobs(engines[0], samples)
-        assert np.abs(survivor - checkpoint).mean() > 0.05
-        assert runtime.replace_actor(engines, 1, report.update)
-        assert np.array_equal(logprobs(engines[1], samples), survivor)
-        # The learner overwrites the memory that both have loaded from: that must not show before they load again.
-        train(group, config_bf16, samples, steps=1)
-        group.call("connect", BACKEND, engines[:1], 1)
-        group.call("publish", 2)
-        assert np.array_equal(logprobs(engines[1], samples), survivor)
-        assert not np.array_equal(logprobs(engines[0], samples), survivor)
-        group.call("connect", BACKEND, engines, 2)[0].require_all()
-        assert np.array_equal(logprobs(engines[1], samples), logprobs(engines[0], samples))
-    finally:
-        group.stop()
+    group = begin(learners, config_bf16, 1, 0)
+    group.call("connect", BACKEND, engines)[0].require_all()
+    samples = rollouts(engines[0])
+    checkpoint = logprobs(engines[0], samples)
+    train(group, config_bf16, samples)
+    kill([engines[1]])
+    report = group.call("publish", 1)[0]
+    assert (sorted(report.loaded), sorted(report.missing)) == ([0], [1])
+    survivor = logprobs(engines[0], samples)
+    assert np.abs(survivor - checkpoint).mean() > 0.05
+    assert runtime.replace_actor(engines, 1, report.update)
+    assert np.array_equal(logprobs(engines[1], samples), survivor)
+    # The learner overwrites the memory that both have loaded from: that must not show before they load again.
+    train(group, config_bf16, samples, steps=1)
+    group.call("connect", BACKEND, engines[:1], 1)
+    group.call("publish", 2)
+    assert np.array_equal(logprobs(engines[1], samples), survivor)
+    assert not np.array_equal(logprobs(engines[0], samples), survivor)
+    group.call("connect", BACKEND, engines, 2)[0].require_all()
+    assert np.array_equal(logprobs(engines[1], samples), logprobs(engines[0], samples))
 
 
 class Incomplete(CheckpointSource):
@@ -256,12 +247,14 @@ def test_an_engine_that_was_sent_too_little_ends_instead_of_sampling(
     ],
     ids=["float32-tied", "float32-untied", "bfloat16-untied"],
 )
-def test_agreement_to_rounding(tmp_path: Path, dtype: torch.dtype, tied: bool, limit: float) -> None:
+def test_agreement_to_rounding(
+    learners: Learners, tmp_path: Path, dtype: torch.dtype, tied: bool, limit: float
+) -> None:
     """The other layouts; all models here have fused qkv and gate_up layers in the engine and none in the learner."""
     name = str(dtype).removeprefix("torch.")
     config = make_config(make_tiny_model(tmp_path / "model", dtype, tied), tmp_path, dtype=name)
     config.ppo.optimizer.learning_rate = 1e-3
-    group, runtime = start_learner(config, 1, 0), Runtime(config)
+    group, runtime = begin(learners, config, 1, 0), Runtime(config)
     try:
         with runtime.actors(config.model.path, BACKEND, (EOS,), None) as actors:
             group.call("connect", BACKEND, actors)
@@ -278,5 +271,4 @@ def test_agreement_to_rounding(tmp_path: Path, dtype: torch.dtype, tied: bool, l
             assert (gap.max() if dtype == torch.float32 else gap.mean()) < limit
             assert np.abs(mine - before).mean() > 0.05
     finally:
-        group.stop()
         runtime.release()

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from contracts.config import PPOConfig
 from contracts.interfaces import NonFiniteError
 from contracts.methods import chosen_preference
 from contracts.records import Completion, Prompt, Rollout
-from controller.cluster.runtime import environments
 from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from tests.conftest import make_config
+from tests.learners import Learners
 from tests.unit.test_preference import pairs
 
 EOS = 2
@@ -68,10 +67,9 @@ def by_import_path(ppo: PPOConfig) -> None:
     ppo.whiten_advantages, ppo.whiten_over, ppo.epochs = True, "group", 2
 
 
-@pytest.mark.usefixtures("ray_runtime")
 @pytest.mark.parametrize("choose", [by_rloo, by_online_dpo, by_import_path])
 def test_two_ranks_make_the_update_of_one(
-    choose: Callable[[PPOConfig], None], small_vocab: Path, tmp_path: Path
+    choose: Callable[[PPOConfig], None], learners: Learners, small_vocab: Path, tmp_path: Path
 ) -> None:
     config = make_config(small_vocab, tmp_path, dtype="float32")
     ppo, samples = config.ppo, rollouts()
@@ -83,25 +81,19 @@ def test_two_ranks_make_the_update_of_one(
     sequences = [([*r.prompt.token_ids, *r.completion.token_ids.tolist()], 2) for r in samples]
     path, outcomes = config.model.path, []
     for ranks in (1, 2):
-        cluster = replace(config.cluster, num_learner_ranks=ranks, threads_per_learner_rank=1)
-        env = environments(cluster)["learner"]
-        group = LearnerGroup(cluster, "ppo", 1, (config, path, path, (EOS,), []), env)
-        try:
-            group.wait_ready()
-            rng = np.random.default_rng(0)
-            batches = make_batches(samples, scores, ranks, 1, 20, rng, mask_truncated=ppo.mask_truncated)
-            if ranks == 2:  # the siblings of a prompt are on both
-                for prompt_id in range(GROUPS):
-                    assert all(any(prompt_id in mb.groups for mb in b.minibatches[0]) for b in batches)
-            before: Any = np.concatenate(group.call("token_logprobs", sequences)[0])
-            # The first update moves the policy from its reference, so that the second has a KL in its rewards.
-            metrics = [ray.get(group.start_each("update", batches, 0.1, True))[0] for _ in range(2)]
-            after = np.concatenate(group.call("token_logprobs", sequences)[0])
-            outcomes.append((after - before, metrics[1]))
-            if ranks == 2 and ppo.estimator == "rloo":
-                check_finite_flag(group, batches)
-        finally:
-            group.stop()
+        group = learners.begin(config, ranks, "ppo", config, path, path, (EOS,), [])
+        rng = np.random.default_rng(0)
+        batches = make_batches(samples, scores, ranks, 1, 20, rng, mask_truncated=ppo.mask_truncated)
+        if ranks == 2:  # the siblings of a prompt are on both
+            for prompt_id in range(GROUPS):
+                assert all(any(prompt_id in mb.groups for mb in b.minibatches[0]) for b in batches)
+        before: Any = np.concatenate(group.call("token_logprobs", sequences)[0])
+        # The first update moves the policy from its reference, so that the second has a KL in its rewards.
+        metrics = [ray.get(group.start_each("update", batches, 0.1, True))[0] for _ in range(2)]
+        after = np.concatenate(group.call("token_logprobs", sequences)[0])
+        outcomes.append((after - before, metrics[1]))
+        if ranks == 2 and ppo.estimator == "rloo":
+            check_finite_flag(group, batches)
     (moved, one), (moved_by_two, two) = outcomes
     assert np.abs(moved).mean() > 0.02
     assert np.abs(moved_by_two - moved).max() < 1e-3 * np.abs(moved).max()
@@ -117,8 +109,7 @@ def test_two_ranks_make_the_update_of_one(
     assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.usefixtures("ray_runtime")
-def test_two_ranks_learn_the_preferences_of_one(small_vocab: Path, tmp_path: Path) -> None:
+def test_two_ranks_learn_the_preferences_of_one(learners: Learners, small_vocab: Path, tmp_path: Path) -> None:
     """The texts of a pair lie on different ranks, and each rank computes the reference of its own share."""
     config = make_config(small_vocab, tmp_path, dtype="float32")
     config.learner.microbatch_tokens, config.preference.batch_size = 20, 6
@@ -126,17 +117,11 @@ def test_two_ranks_learn_the_preferences_of_one(small_vocab: Path, tmp_path: Pat
     items, outcomes = pairs(6), []
     texts = [text for pair in items for text in (pair.chosen, pair.rejected)]
     for ranks in (1, 2):
-        cluster = replace(config.cluster, num_learner_ranks=ranks, threads_per_learner_rank=1)
-        arguments = (config, chosen_preference(config), config.model.path, items)
-        group = LearnerGroup(cluster, "preference", 1, arguments, environments(cluster)["learner"])
-        try:
-            group.wait_ready()
-            before = np.array(group.call("logprobs", texts)[0])
-            group.call("compute_reference", 0, len(items))
-            metrics = [group.call("step", 0)[0] for _ in range(2)]
-            outcomes.append((np.array(group.call("logprobs", texts)[-1]) - before, metrics[1]))
-        finally:
-            group.stop()
+        group = learners.begin(config, ranks, "preference", config, chosen_preference(config), config.model.path, items)
+        before = np.array(group.call("logprobs", texts)[0])
+        group.call("compute_reference", 0, len(items))
+        metrics = [group.call("step", 0)[0] for _ in range(2)]
+        outcomes.append((np.array(group.call("logprobs", texts)[-1]) - before, metrics[1]))
     (moved, one), (moved_by_two, two) = outcomes
     assert np.abs(moved).mean() > 0.02
     assert np.abs(moved_by_two - moved).max() < 1e-3 * np.abs(moved).max()

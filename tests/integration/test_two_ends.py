@@ -21,6 +21,7 @@ from controller.loop.score_metrics import rollout_metrics
 from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from tests.conftest import kill, make_config
+from tests.learners import Learners
 
 EOS, OTHER = 2, 0
 PROMPTS = [Prompt(i, "", (504, 4771, 314, 253, 100 + i, 7 * i + 3)) for i in range(16)]
@@ -70,19 +71,18 @@ def ends(config: TandemConfig) -> tuple[int, ...]:
 
 
 @pytest.fixture(params=[(EnvironmentConfig(), ONCE), (TURNS, TWICE)], ids=["single", "two_turn"])
-def engines(config: TandemConfig, ends: tuple[int, ...], request: Any) -> Iterator[tuple[Any, LearnerGroup]]:
+def engines(
+    learners: Learners, config: TandemConfig, ends: tuple[int, ...], request: Any
+) -> Iterator[tuple[Any, LearnerGroup]]:
     config.environment, config.ppo.sampling = request.param
     envs, path = environments(config.cluster), config.model.path
     anywhere = [{"num_cpus": config.cluster.cpus_per_process}]
     actors = start_actors(
         anywhere, config.cluster, config.model, config.engine, "ray_object", ends, None, envs["actor"], request.param[0]
     )
-    group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, ends, []), envs["learner"])
     try:
-        group.wait_ready()
-        yield actors[0], group
+        yield actors[0], learners.begin(config, 1, "ppo", config, path, path, ends, [])
     finally:
-        group.stop()
         kill(actors)
 
 

@@ -15,8 +15,8 @@ from contracts.records import Prompt, Rollout, RolloutRequest, Score
 from controller.cluster.runtime import environments
 from controller.loop.rewards import ScoreNormalizer, shaped
 from controller.loop.training_batches import make_batches
-from learner.learner_actor import LearnerGroup
 from tests.conftest import kill, make_config
+from tests.learners import Learners
 
 EOS = 2
 PROMPTS = [Prompt(i, "", (504, 4771, 314, 253, 100 + i, 7 * i + 3)) for i in range(8)]
@@ -78,7 +78,7 @@ def eager(tiny_float32: Path, tmp_path: Path) -> Path:
     return tmp_path / "eager"
 
 
-def test_two_turns_through_engine_and_learner(eager: Path, tmp_path: Path) -> None:
+def test_two_turns_through_engine_and_learner(learners: Learners, eager: Path, tmp_path: Path) -> None:
     config = make_config(eager, tmp_path, dtype="float32")
     config.environment, config.ppo.optimizer.learning_rate = ENVIRONMENT, 1e-3
     envs = environments(config.cluster)
@@ -87,9 +87,8 @@ def test_two_turns_through_engine_and_learner(eager: Path, tmp_path: Path) -> No
         anywhere, config.cluster, config.model, config.engine, "ray_object", (EOS,), None, envs["actor"], ENVIRONMENT
     )
     path = config.model.path
-    group = LearnerGroup(config.cluster, "ppo", config.seed, (config, path, path, (EOS,), []), envs["learner"])
     try:
-        group.wait_ready()
+        group = learners.begin(config, 1, "ppo", config, path, path, (EOS,), [])
         group.call("connect", "ray_object", actors)
         tokenizer = AutoTokenizer.from_pretrained(path)
         told = tokenizer("\nAnd now shorter.\n", add_special_tokens=False)["input_ids"]
@@ -137,7 +136,6 @@ def test_two_turns_through_engine_and_learner(eager: Path, tmp_path: Path) -> No
         assert np.abs(moved - theirs).max() < 1e-3
         check_form(played(actors[0]), told, version=1)
     finally:
-        group.stop()
         kill(actors)
 
 
