@@ -161,8 +161,11 @@ def tables(found: dict[int, dict[str, dict[int, float]]]) -> tuple[dict[str, Flo
     return {name: table[:, whole] for name, table in stacked.items()}, int((~whole).sum())
 
 
-def estimate(members: Sequence[Member], contrast: Contrast, plan: Preregistration) -> Estimate:
-    """A contrast over all seeds, by the rules of the pre-registration."""
+def estimate(
+    members: Sequence[Member], contrast: Contrast, plan: Preregistration, seeds: Sequence[int] | None = None
+) -> Estimate:
+    """A contrast by the rules of the pre-registration, over these seeds or over all that ran."""
+    members = [m for m in members if seeds is None or m.seed in seeds]
     not_run = [arm for arm in contrast.arms if not any(m.arm == arm for m in members)]
     if not_run:
         return absent(f"not in this study: {', '.join(not_run)}")
