@@ -49,8 +49,11 @@ def write_model(target: Path) -> None:
 
 
 def read_vader(archive: Path, name: str) -> list[dict]:
-    """Unique snippets of at least one letter of a set (`movie`, `amazon`), as `{"text", "rating", "ratings"}`; ratings run from
-    -4 to 4."""
+    """Unique snippets of at least one letter, as `{"text", "rating", "ratings"}`; ratings run from -4 to 4.
+
+    Args:
+        name: of the set, `movie` or `amazon`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(archive) as outer:
             inner = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))

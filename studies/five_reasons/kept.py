@@ -1,9 +1,10 @@
 """Results of members that outlive their run directories: one small file each, in the repository.
 
-    runs/STUDY/0-arm=ppo,ppo.seed=11/ ── keep ──> docs/results/STUDY/members/arm=ppo,ppo.seed=11.json ── read_kept ──> Member
+    runs/STUDY/0-arm=ppo,ppo.seed=11/ ── keep ──> docs/results/STUDY/members/arm=ppo,ppo.seed=11.json
+        ── read_kept ──> Member
 
-A study of some hours is run in pieces, on machines that are gone afterwards with everything in `runs` and in the cache. A
-file has what verdicts and page read: scores by prompt, the settings that make an arm, the curves of the frontier, and which code,
+A study of some hours is run in pieces, on machines that are gone afterwards with all of `runs` and of the cache. A file has
+what verdicts and page read: scores by prompt, the settings that make an arm, the curves of the frontier, and which code,
 registration and models the run had. Completions are not in it.
 """
 
@@ -48,13 +49,14 @@ def keep(member: Member, registration: str, directory: Path) -> Path:
         "registration": registration,
         "facts": {name: member.facts.get(name) for name in FACTS} | {"models": models_of(run)},
         "overrides": run.overrides,
-        "config": {"name": run.name} | {name: run.config[name] for name in SECTIONS if name in run.config},
+        "config": {"name": run.name, "model": {"dtype": run.setting("model.dtype")}}
+        | {name: run.config[name] for name in SECTIONS if name in run.config},
         "curves": {name: curve for name in CURVES if (curve := run.curve("ppo", name))},
         "seconds": run.phases[-1]["end_s"] if run.phases else None,
         "stages": [
             {"name": row["name"], "seconds": row.get("seconds"), "metrics": row.get("metrics")}
             for row in run.stages
-            if row["name"] != "evaluate"  # its metrics are all of evaluation.json
+            if row["name"] != "evaluate"  # all of evaluation.json
         ],
         "evaluation": {
             "method": run.evaluation.get("method"),
@@ -66,7 +68,9 @@ def keep(member: Member, registration: str, directory: Path) -> Path:
         },
         "prompts": prompts,
         "scores": {
-            model: {metric: [_rounded(table.get(p), PLACES[metric]) for p in prompts] for metric, table in tables.items()}
+            model: {
+                metric: [_rounded(table.get(p), PLACES[metric]) for p in prompts] for metric, table in tables.items()
+            }
             for model, tables in member.scores.items()
         },
     }

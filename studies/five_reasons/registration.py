@@ -95,6 +95,7 @@ class Preregistration(_Strict):
     bootstrap: Bootstrap
     seeds: int = Field(ge=1)
     first_seed: int | None = Field(default=None, ge=1)  # its seeds are this one and those after it; null: whichever ran
+    prompts: int | None = Field(default=None, ge=2)  # held-out ones, at least; null: as the experiment has it
     design: list[str] = []  # how many seeds and prompts, and why
     diverged: Diverged
     tuning: str = ""  # the rule by which a setting of an arm is chosen

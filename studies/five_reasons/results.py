@@ -81,6 +81,7 @@ class Arm:
 class Study:
     directory: Path
     plan: Preregistration
+    file: str  # of the pre-registration
     sha: str
     registered_at: float | None
     problems: list[str]  # what a reader must know before any number
@@ -106,7 +107,7 @@ def study_of(directory: str | Path, tuning: Sequence[Path] = ()) -> Study:
     root = Path(directory)
     members = kept_members(root) or members_of_study(root)
     _refuse_twins(members)
-    plan, sha, registered_at, problems = _registered(root, members)
+    plan, file, sha, registered_at, problems = _registered(root, members)
     problems += _unlike(members)
     found = _negation(root, sha, problems)
     claims = judge_claims(members, found, plan)
@@ -114,7 +115,22 @@ def study_of(directory: str | Path, tuning: Sequence[Path] = ()) -> Study:
     tried = tuned(tuning or [_tuning_of(root)], members, plan)
     areas = {name: negation.auc(found["scored"], {name: 1.0}, plan.bootstrap) for name in MEASURES} if found else {}
     path, mdp = matched_kl(members), two_turn_mdp.results()
-    return Study(root, plan, sha, registered_at, problems, members, claims, arms, path, found, areas, tried, mdp)
+    return Study(
+        directory=root,
+        plan=plan,
+        file=file,
+        sha=sha,
+        registered_at=registered_at,
+        problems=problems,
+        members=members,
+        claims=claims,
+        arms=arms,
+        matched=path,
+        negation=found,
+        areas=areas,
+        tuning=tried,
+        mdp=mdp,
+    )
 
 
 def _tuning_of(root: Path) -> Path:
@@ -164,12 +180,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _registered(root: Path, members: Sequence[Member]) -> tuple[Preregistration, str, float | None, list[str]]:
-    """The plan that was registered when the sweep began, else the file as it is, with what is wrong about that."""
+def _registered(root: Path, members: Sequence[Member]) -> tuple[Preregistration, str, str, float | None, list[str]]:
+    """The plan that was registered when the sweep began, else the first study's as it is, with its file's name, its hash,
+    its time and what is wrong about that."""
     note = root / RECORD
     if not note.exists():
         problem = f"There is no {RECORD}: nothing shows that claims and margins were fixed before these runs."
-        return parse(PREREGISTRATION.read_text(encoding="utf-8")), sha256(), None, [problem]
+        return parse(PREREGISTRATION.read_text(encoding="utf-8")), PREREGISTRATION.name, sha256(), None, [problem]
     known = recorded(note)
     plan, sha, when = parse(known["text"]), str(known["sha256"]), float(known["time"])
     problems, file = [], PREREGISTRATION.with_name(str(known.get("file", PREREGISTRATION.name)))
@@ -185,7 +202,7 @@ def _registered(root: Path, members: Sequence[Member]) -> tuple[Preregistration,
     early = sum(1 for value in started if value is not None and value < when)
     if early:
         problems.append(f"{early} members started before the registration.")
-    return plan, sha, when, problems
+    return plan, file.name, sha, when, problems
 
 
 def _refuse_twins(members: Sequence[Member]) -> None:
@@ -221,7 +238,9 @@ def _unlike(members: Sequence[Member]) -> list[str]:
     of_seeds: dict[int, dict[str, str]] = {}
     for member in members:
         models = member.facts.get("models") or {}
-        if other := sorted(n for n, v in of_seeds.setdefault(member.seed, dict(models)).items() if models.get(n, v) != v):
+        if other := sorted(
+            n for n, v in of_seeds.setdefault(member.seed, dict(models)).items() if models.get(n, v) != v
+        ):
             problems.append(
                 f"{member.arm}, seed {member.seed}, had another model than the first arm of its seed: {', '.join(other)}."
             )

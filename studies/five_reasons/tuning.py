@@ -1,5 +1,9 @@
-"""The tuning before a study: what was tried of every arm, by runs that are there and by the study.json of an earlier one."""
+"""The tuning before a study: what was tried of every arm, by runs that are there and by the study.json of an earlier one.
 
+`python -m studies.five_reasons.tuning SOURCE`: what the rule of the pre-registration chooses, to be written into conf/arm.
+"""
+
+import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -12,7 +16,7 @@ from controller.record.number_text import number
 from controller.record.reader import Run
 from studies.five_reasons.kept import kept_members
 from studies.five_reasons.members import Member, members_of_study
-from studies.five_reasons.registration import Preregistration, StudyError
+from studies.five_reasons.registration import PREREGISTRATION, RECORD, Preregistration, StudyError, parse, recorded
 
 # What the tuning sets of what an arm reads, by method.
 TUNED = {
@@ -129,3 +133,25 @@ def _written(path: Path) -> list[Tried]:
     for row in rows:
         row.source = row.source or f"study {str(study['preregistration'])[:12]}"
     return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m studies.five_reasons.tuning", description="What a tuning chose.")
+    parser.add_argument("source", type=Path, help="directory of a tuning sweep, or of what is kept of one")
+    given = parser.parse_args(arguments)
+    try:
+        note = given.source / RECORD
+        plan = parse(recorded(note)["text"] if note.exists() else PREREGISTRATION.read_text(encoding="utf-8"))
+        rows = tuned([given.source], [], plan)
+    except StudyError as error:
+        raise SystemExit(f"study: {error}") from error
+    for row in rows:
+        said = "no result" if row.objective is None else f"objective {row.objective:+.2f}, gain {row.gain:+.2f}"
+        notes = "; ".join([*row.missed, *row.diverged])
+        print(
+            f"  {'✦' if row.is_best else ' '} {row.arm} {row.key} {row.value}: {said}{f' ({notes})' if notes else ''}"
+        )
+
+
+if __name__ == "__main__":
+    main()
