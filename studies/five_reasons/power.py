@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,8 @@ def components_of(claim: Mapping[str, Any]) -> Components:
     """Of one row of `claims` of a study.json with two seeds or more, exactly: `crossed_error` turned round.
 
     With S seeds, P prompts and the mean squares MS, whole = se^2 S P = MS_seeds + MS_prompts - MS_rest, and
-    whole^2 / freedom is the sum of MS^2 over their degrees of freedom; MS_seeds is P times the variance of means by seed. Two
-    equations are left for MS_prompts and MS_rest. Components are those of the expected mean squares (Cornfield & Tukey
+    whole^2 / freedom is the sum of MS^2 over their degrees of freedom; MS_seeds is P times the variance of means by seed.
+    Two equations are left for MS_prompts and MS_rest. Components are those of the expected mean squares (Cornfield & Tukey
     1956), and 0 where these say less.
 
     Raises:
@@ -105,10 +105,10 @@ def components_of(claim: Mapping[str, Any]) -> Components:
 def planned(claims: Sequence[Mapping[str, Any]]) -> dict[int, Components]:
     """What a second study is planned with, by number of those claims of a study.json that have seeds.
 
-    The variance of seeds is the claim's own, or the mean of all claims where that is larger: each comes from few seeds.
-    The first study sampled base and SFT models with one seed, so that the noise of their completions is in the prompts' part;
+    The variance of seeds is the claim's own, or the mean of all claims where that is larger: each comes from few seeds. The
+    first study sampled base and SFT models with one seed, which puts the noise of their completions into the prompts' part;
     the second samples them anew with every seed (`evaluate.seed`), which makes it part of the rest. It is taken to be what
-    a claim with such cells has in its prompts' part beyond the largest of those without.
+    a claim with such cells has in its part of prompts beyond the largest of those without.
     """
     found = {row["number"]: components_of(row) for row in claims if row["metric"] != "negation_auc"}
     mean = float(np.mean([part.seeds for part in found.values()]))
@@ -204,14 +204,13 @@ def needed_runs(claims: Sequence[Mapping[str, Any]], seeds: Mapping[int, int]) -
     return sum(by_arm.values())
 
 
-def what_it_takes(study: Mapping[str, Any], alpha: float, prompts: Sequence[int], studies: int) -> list[str]:
+def what_it_takes(study: Mapping[str, Any], alpha: float, prompts: Sequence[int], studies: int) -> Iterator[str]:
     """Lines: the fewest seeds of each claim at so many prompts, at the strictest level that is left when the claims without
     seeds are decided, and the hours of all claims together."""
     parts, claims = planned(study["claims"]), study["claims"]
     margins = {row["number"]: row["margin"] for row in claims}
-    lines = [
-        f"  {n}. variances: seeds {c.seeds:.4f}, prompts {c.prompts:.3f}, rest {c.rest:.3f}" for n, c in parts.items()
-    ]
+    for n, c in parts.items():
+        yield f"  {n}. variances: seeds {c.seeds:.4f}, prompts {c.prompts:.3f}, rest {c.rest:.3f}"
     for count in prompts:
         for scale, title in ((1.0, "a true difference of the margin"), (0.0, "no difference")):
             found = {
@@ -220,14 +219,13 @@ def what_it_takes(study: Mapping[str, Any], alpha: float, prompts: Sequence[int]
                 )
                 for n, c in parts.items()
             }
-            known = {n: seeds for n, seeds in found.items() if seeds}
-            cost = f"{needed_runs(claims, known)} runs, {hours(needed_runs(claims, known)):.1f} h"
+            runs = needed_runs(claims, {n: seeds or MOST_SEEDS for n, seeds in found.items()})
+            cost = f"{'' if all(found.values()) else 'more than '}{runs} runs, {hours(runs):.1f} h"
             seeds = ", ".join(f"{n}: {s or f'> {MOST_SEEDS}'}" for n, s in found.items())
-            lines.append(f"  {count} prompts, {title}: seeds by claim {seeds} ({cost})")
-    return lines
+            yield f"  {count} prompts, {title}: seeds by claim {seeds} ({cost})"
 
 
-def what_it_decides(study: Mapping[str, Any], plan: Preregistration, studies: int) -> list[str]:
+def what_it_decides(study: Mapping[str, Any], plan: Preregistration, studies: int) -> Iterator[str]:
     """Lines: verdicts of simulated studies of a plan's design, by what is true."""
     rows = {row["number"]: row for row in study["claims"]}
     parts = {n: part for n, part in planned(study["claims"]).items() if n in {claim.number for claim in plan.claims}}
@@ -237,7 +235,7 @@ def what_it_decides(study: Mapping[str, Any], plan: Preregistration, studies: in
     measured = {n: float(rows[n]["estimate"]["mean"]) for n in parts}
     known = [rows[n]["p_value"] for n in claims if n not in parts]
     runs = len(plan.needed())
-    lines = [f"  seeds by claim {seeds}, {plan.prompts} prompts: {runs} runs, {hours(runs):.1f} h"]
+    yield f"  seeds by claim {seeds}, {plan.prompts} prompts: {runs} runs, {hours(runs):.1f} h"
     for title, effects in (
         ("differences as measured", measured),
         ("three quarters of them", {n: 0.75 * effect for n, effect in measured.items()}),
@@ -250,8 +248,7 @@ def what_it_decides(study: Mapping[str, Any], plan: Preregistration, studies: in
         )
         for number, verdicts in said.items():
             shares = ", ".join(f"{name} {share / studies:.0%}" for name, share in verdicts.most_common())
-            lines.append(f"  {title}: claim {number} ({effects[number]:+.2f}) {shares}")
-    return lines
+            yield f"  {title}: claim {number} ({effects[number]:+.2f}) {shares}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -267,9 +264,11 @@ def main(arguments: list[str] | None = None) -> None:
             plan = parse(given.plan.read_text(encoding="utf-8"))
             if plan.prompts is None or plan.first_seed is None:
                 raise StudyError(f"{given.plan} registers no prompts or no first_seed: there is no design to simulate")
-            print("\n".join(what_it_decides(study, plan, given.studies)))
+            lines = what_it_decides(study, plan, given.studies)
         else:
-            print("\n".join(what_it_takes(study, ALPHA, given.prompts, given.studies)))
+            lines = what_it_takes(study, ALPHA, given.prompts, given.studies)
+        for line in lines:
+            print(line, flush=True)
     except StudyError as error:
         raise SystemExit(f"power: {error}") from error
 
