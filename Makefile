@@ -5,10 +5,14 @@ PY := .venv/bin/python
 ARGS ?=
 # Where studies/five_reasons/conf/arm comes from: a tuning that was run here, and for arms that it has not the one of the study in docs.
 TUNING := --tuning runs/five_reasons_tuning docs/results/study.json
+# A study that is run in pieces: no seed is begun that would take longer. What it leaves in docs/results is to be committed.
+MINUTES ?= 100
+MISSING = $(PY) -m studies.five_reasons.run_missing --minutes $(MINUTES) $(ARGS)
 # Most of the tests' time is the start of processes, which uses one core: two files at a time, each with its own cores.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo demo-long demo-verify study-quick study study-tuning test test-unit test-full test-chaos test-nodes test-fuzz lint bench lock clean
+.PHONY: help setup demo demo-long demo-verify study-quick study study-tuning study-second study-second-tuning study-products \
+	study-products-tuning test test-unit test-full test-chaos test-nodes test-fuzz lint bench lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -38,6 +42,25 @@ study: setup ## the whole study: 15 arms, 3 seeds, some hours; started again it 
 study-tuning: setup ## before it: the same four settings for every arm
 	-$(PY) train.py -m +experiment=five_reasons_tuning $(ARGS)
 	$(PY) train.py -m +experiment=five_reasons_tuning_rank $(ARGS)
+
+study-second-tuning: setup ## what is missing of the second study's tuning, in MINUTES
+	$(MISSING) five_reasons_2_tuning five_reasons_2_tuning_filtered five_reasons_2_tuning_rank five_reasons_2_tuning_base \
+		five_reasons_2_tuning_combined five_reasons_2_tuning_turns
+	$(PY) -m studies.five_reasons.tuning docs/results/five_reasons_2_tuning
+
+study-second: setup ## what is missing of the second study, in MINUTES; on another machine it goes on
+	$(MISSING) five_reasons_2
+	-$(PY) -m controller.study.negation runs/five_reasons_2 --into docs/results/five_reasons_2
+	$(PY) -m controller.study docs/results/five_reasons_2 --tuning docs/results/five_reasons_2_tuning docs/results/study.json
+
+study-products-tuning: setup ## the tuning of its replication on product reviews
+	$(MISSING) five_reasons_products_tuning
+	$(PY) -m studies.five_reasons.tuning docs/results/five_reasons_products_tuning
+
+study-products: setup ## the replication on product reviews, in MINUTES
+	$(MISSING) five_reasons_products
+	-$(PY) -m controller.study.negation runs/five_reasons_products --into docs/results/five_reasons_products
+	$(PY) -m controller.study docs/results/five_reasons_products
 
 lint: setup ## style, format, types, import direction
 	.venv/bin/ruff check .

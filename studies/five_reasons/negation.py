@@ -29,7 +29,7 @@ from controller.record.reader import is_run
 from studies.five_reasons import contrasts
 from studies.five_reasons.contrasts import Estimate, absent
 from studies.five_reasons.negation_rules import Triple, triple
-from studies.five_reasons.registration import Bootstrap, StudyError, sha256
+from studies.five_reasons.registration import RECORD, Bootstrap, StudyError, recorded, sha256
 
 NAME = "negation.json"
 STAGES = {"sft": "sft", "reward_model/proxy": "proxy", "reward_model/gold": "gold"}
@@ -142,8 +142,8 @@ def scorer(path: str, tokenizer: Any) -> Callable[[Sequence[str]], list[float]]:
     return score
 
 
-def measure(run: Path) -> dict[str, Any]:
-    """Every triple with every measure, and what was left out."""
+def measure(run: Path, registration: str) -> dict[str, Any]:
+    """Every triple with every measure, and what was left out. `registration`: SHA-256 of the study's pre-registration."""
     from transformers import AutoTokenizer
 
     config, paths = loaded_config(run), checkpoints(run)
@@ -157,7 +157,7 @@ def measure(run: Path) -> dict[str, Any]:
     columns = {"cross_entropy": [nats / tokens for nats, tokens in losses], "cross_entropy_sum": [n for n, _ in losses]}
     columns |= {name: scorer(paths[name], tokenizer)(texts) for name in ("proxy", "gold") if name in paths}
     return {
-        "preregistration": sha256(),
+        "preregistration": registration,
         "models": paths,
         "texts": len(triples) + sum(left_out.values()),
         "left_out": left_out,
@@ -169,13 +169,15 @@ def measure(run: Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m controller.study.negation", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run, or the directory of a study")
+    parser.add_argument("--into", type=Path, metavar="DIR", help=f"where {NAME} is written (default: RUN)")
     given = parser.parse_args(arguments)
+    folder = given.into or given.run
     try:
-        run = find_run(given.run)
-        result = measure(run)
+        run, note = find_run(given.run), folder / RECORD
+        result = measure(run, recorded(note)["sha256"] if note.exists() else sha256())
     except StudyError as error:
         raise SystemExit(f"negation: {error}") from error
-    target = given.run / NAME
+    target = folder / NAME
     target.write_text(json.dumps(result, indent=1) + "\n")
     plan = Bootstrap(samples=2000, seed=0)
     for name in (*result["scored"], "cross_entropy_signed"):

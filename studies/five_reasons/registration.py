@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-PREREGISTRATION = Path(__file__).with_name("preregistration.yaml")
+PREREGISTRATION = Path(__file__).with_name("preregistration.yaml")  # of the first study; others lie beside it
 RECORD = "registration.json"
 MEASURES = ("proxy", "gold", "cross_entropy", "cross_entropy_sum", "cross_entropy_signed")  # of the negation test
 
@@ -66,6 +66,7 @@ class Claim(Contrast):
     claim: str
     test: str
     margin: float = Field(gt=0)
+    seeds: int | None = Field(default=None, ge=1)  # null: as all
     secondary: list[Contrast] = []
 
 
@@ -93,8 +94,12 @@ class Preregistration(_Strict):
     alpha: float = Field(gt=0, lt=1)
     bootstrap: Bootstrap
     seeds: int = Field(ge=1)
+    first_seed: int | None = Field(default=None, ge=1)  # its seeds are this one and those after it; null: whichever ran
+    prompts: int | None = Field(default=None, ge=2)  # held-out ones, at least; null: as the experiment has it
+    design: list[str] = []  # how many seeds and prompts, and why
     diverged: Diverged
     tuning: str = ""  # the rule by which a setting of an arm is chosen
+    tuning_avoids_divergence: bool = False  # as that rule says
     checks: list[Check] = []
     exclusions: list[str]
     max_missing_prompts: float = Field(ge=0, le=1)
@@ -104,9 +109,22 @@ class Preregistration(_Strict):
     @model_validator(mode="after")
     def _numbers(self) -> "Preregistration":
         numbers = [claim.number for claim in self.claims]
-        if numbers != list(range(1, len(numbers) + 1)):
-            raise ValueError(f"claims must be numbered from 1 in order; found {numbers}")
+        if numbers != sorted(set(numbers)):
+            raise ValueError(f"claims must be numbered in order, each once; found {numbers}")
+        if self.first_seed is None and any(claim.seeds for claim in self.claims):
+            raise ValueError("seeds of a claim need first_seed, or nothing says which they are")
         return self
+
+    def seeds_of(self, claim: Claim) -> list[int] | None:
+        """The seeds that the claim is judged by; None for whichever ran."""
+        if self.first_seed is None:
+            return None
+        return list(range(self.first_seed, self.first_seed + (claim.seeds or self.seeds)))
+
+    def needed(self) -> list[tuple[int, str]]:
+        """(seed, arm) of every run that a verdict needs, seed by seed."""
+        pairs = {(s, arm): None for claim in self.claims for arm in claim.arms for s in self.seeds_of(claim) or ()}
+        return sorted(pairs, key=lambda pair: pair[0])
 
 
 def sha256(path: Path = PREREGISTRATION) -> str:
@@ -153,7 +171,7 @@ def record(directory: Path, path: Path = PREREGISTRATION) -> dict[str, Any]:
             )
         return known
     directory.mkdir(parents=True, exist_ok=True)
-    content = {"sha256": found, "time": time.time(), "text": text}
+    content = {"sha256": found, "time": time.time(), "file": path.name, "text": text}
     note.write_text(json.dumps(content, indent=1) + "\n")
     return content
 
@@ -161,9 +179,12 @@ def record(directory: Path, path: Path = PREREGISTRATION) -> dict[str, Any]:
 class Registration(Callback):
     """Hydra's hook: the record is made before the first member of a study is composed."""
 
+    def __init__(self, file: str = PREREGISTRATION.name) -> None:
+        self._path = PREREGISTRATION.with_name(file)
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            record(Path(config.hydra.sweep.dir))
+            record(Path(config.hydra.sweep.dir), self._path)
         except StudyError as error:
             # Hydra makes a warning of what a callback raises, and goes on; an exit it lets through.
             raise SystemExit(f"study: {error}") from error

@@ -15,6 +15,7 @@ from controller.record.number_text import number
 from studies.five_reasons import negation, two_turn_mdp
 from studies.five_reasons.contrasts import Estimate, absent, estimate, holm_levels, length_matched_wins, verdict
 from studies.five_reasons.frontier import Matched, matched_kl
+from studies.five_reasons.kept import kept_members
 from studies.five_reasons.members import Member, members_of_study
 from studies.five_reasons.registration import (
     MEASURES,
@@ -32,7 +33,6 @@ from studies.five_reasons.tuning import Tried, tuned
 
 NAME = "study.json"
 OF_A_MEMBER = ("ppo.seed", "run_dir")  # settings in which the seeds of an arm differ
-TUNING = "five_reasons_tuning"  # beside the study's directory
 
 
 @dataclass
@@ -81,6 +81,7 @@ class Arm:
 class Study:
     directory: Path
     plan: Preregistration
+    file: str  # of the pre-registration
     sha: str
     registered_at: float | None
     problems: list[str]  # what a reader must know before any number
@@ -104,30 +105,51 @@ def study_of(directory: str | Path, tuning: Sequence[Path] = ()) -> Study:
         StudyError: no member of a study is there, one is there twice, or its registration or tuning cannot be read.
     """
     root = Path(directory)
-    members = members_of_study(root)
+    members = kept_members(root) or members_of_study(root)
     _refuse_twins(members)
-    plan, sha, registered_at, problems = _registered(root, members)
+    plan, file, sha, registered_at, problems = _registered(root, members)
     problems += _unlike(members)
     found = _negation(root, sha, problems)
     claims = judge_claims(members, found, plan)
     arms = [_arm(name, members, plan) for name in dict.fromkeys(m.arm for m in members)]
-    tried = tuned(tuning or [root.resolve().parent / TUNING], members, plan.checks)
+    tried = tuned(tuning or [_tuning_of(root)], members, plan)
     areas = {name: negation.auc(found["scored"], {name: 1.0}, plan.bootstrap) for name in MEASURES} if found else {}
     path, mdp = matched_kl(members), two_turn_mdp.results()
-    return Study(root, plan, sha, registered_at, problems, members, claims, arms, path, found, areas, tried, mdp)
+    return Study(
+        directory=root,
+        plan=plan,
+        file=file,
+        sha=sha,
+        registered_at=registered_at,
+        problems=problems,
+        members=members,
+        claims=claims,
+        arms=arms,
+        matched=path,
+        negation=found,
+        areas=areas,
+        tuning=tried,
+        mdp=mdp,
+    )
+
+
+def _tuning_of(root: Path) -> Path:
+    """Beside the study's directory: its own, else that of the first study."""
+    own = root.resolve().with_name(f"{root.resolve().name}_tuning")
+    return own if own.is_dir() else own.with_name("five_reasons_tuning")
 
 
 def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: Preregistration) -> list[Finding]:
     """Verdicts on all claims, at Holm's levels."""
 
-    def of(contrast: Contrast) -> Estimate:
+    def of(contrast: Contrast, claim: Claim) -> Estimate:
         if contrast.metric != "negation_auc":
-            return estimate(members, contrast, plan)
+            return estimate(members, contrast, plan, plan.seeds_of(claim))
         if found is None:
             return absent("python -m controller.study.negation has not run")
         return negation.auc(found["scored"], contrast.contrast, plan.bootstrap)
 
-    estimates = [of(claim) for claim in plan.claims]
+    estimates = [of(claim, claim) for claim in plan.claims]
     levels = holm_levels([e.p_value for e in estimates], plan.alpha)
     findings = []
     for claim, primary, level in zip(plan.claims, estimates, levels, strict=True):
@@ -135,8 +157,8 @@ def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: 
         if len(claim.contrast) == 2 and claim.metric == "gold":
             first, second = claim.contrast
             wins = length_matched_wins(members, first, second, plan)
-        rows = [(contrast, of(contrast)) for contrast in claim.secondary]
-        few = claim.metric != "negation_auc" and 0 < len(primary.seeds) < plan.seeds
+        rows = [(contrast, of(contrast, claim)) for contrast in claim.secondary]
+        few = claim.metric != "negation_auc" and 0 < len(primary.seeds) < (claim.seeds or plan.seeds)
         conclusion = verdict(*primary.interval(1 - level), claim.margin)
         findings.append(Finding(claim, primary, level, conclusion, rows, wins, few))
     return findings
@@ -158,25 +180,29 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _registered(root: Path, members: Sequence[Member]) -> tuple[Preregistration, str, float | None, list[str]]:
-    """The plan that was registered when the sweep began, else the file as it is, with what is wrong about that."""
+def _registered(root: Path, members: Sequence[Member]) -> tuple[Preregistration, str, str, float | None, list[str]]:
+    """The plan that was registered when the sweep began, else the first study's as it is, with its file's name, its hash,
+    its time and what is wrong about that."""
     note = root / RECORD
     if not note.exists():
         problem = f"There is no {RECORD}: nothing shows that claims and margins were fixed before these runs."
-        return parse(PREREGISTRATION.read_text(encoding="utf-8")), sha256(), None, [problem]
+        return parse(PREREGISTRATION.read_text(encoding="utf-8")), PREREGISTRATION.name, sha256(), None, [problem]
     known = recorded(note)
     plan, sha, when = parse(known["text"]), str(known["sha256"]), float(known["time"])
-    problems = []
-    if sha != sha256():
+    problems, file = [], PREREGISTRATION.with_name(str(known.get("file", PREREGISTRATION.name)))
+    now = sha256(file) if file.exists() else "gone"
+    if sha != now:
         problems.append(
-            f"preregistration.yaml has changed since this study began ({sha[:12]} -> {sha256()[:12]}); it is judged by "
-            "the one that it began with."
+            f"{file.name} has changed since this study began ({sha[:12]} -> {now[:12]}); it is judged by the one that it "
+            "began with."
         )
+    if other := sorted({str(m.facts["registration"])[:12] for m in members if m.facts.get("registration", sha) != sha}):
+        problems.append(f"Members were kept under another pre-registration: {', '.join(other)}.")
     started = [number(m.facts.get("started")) for m in members]
     early = sum(1 for value in started if value is not None and value < when)
     if early:
         problems.append(f"{early} members started before the registration.")
-    return plan, sha, when, problems
+    return plan, file.name, sha, when, problems
 
 
 def _refuse_twins(members: Sequence[Member]) -> None:
@@ -209,6 +235,15 @@ def _unlike(members: Sequence[Member]) -> list[str]:
         known = first.setdefault(member.arm, settings)
         if other := sorted(key for key in {*known, *settings} if known.get(key) != settings.get(key)):
             problems.append(f"{member.arm}, seed {member.seed}, was not run as its first seed was: {', '.join(other)}.")
+    of_seeds: dict[int, dict[str, str]] = {}
+    for member in members:
+        models = member.facts.get("models") or {}
+        if other := sorted(
+            n for n, v in of_seeds.setdefault(member.seed, dict(models)).items() if models.get(n, v) != v
+        ):
+            problems.append(
+                f"{member.arm}, seed {member.seed}, had another model than the first arm of its seed: {', '.join(other)}."
+            )
     return problems
 
 

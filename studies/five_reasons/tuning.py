@@ -1,5 +1,9 @@
-"""The tuning before a study: what was tried of every arm, by runs that are there and by the study.json of an earlier one."""
+"""The tuning before a study: what was tried of every arm, by runs that are there and by the study.json of an earlier one.
 
+`python -m studies.five_reasons.tuning SOURCE`: what the rule of the pre-registration chooses, to be written into conf/arm.
+"""
+
+import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -9,8 +13,10 @@ from typing import Any
 
 from controller.record.evaluation import PENALTY
 from controller.record.number_text import number
+from controller.record.reader import Run
+from studies.five_reasons.kept import kept_members
 from studies.five_reasons.members import Member, members_of_study
-from studies.five_reasons.registration import Check, StudyError
+from studies.five_reasons.registration import PREREGISTRATION, RECORD, Preregistration, StudyError, parse, recorded
 
 # What the tuning sets of what an arm reads, by method.
 TUNED = {
@@ -27,24 +33,26 @@ class Tried:
     """One run of the tuning."""
 
     arm: str
-    setting: str
-    key: str
-    value: Any
+    setting: str  # of the tuning group; empty where the sweep sets keys of its own
+    key: str  # or several, by commas
+    value: Any  # of one key; of several a text
     state: str
     gain: float | None
     drift: float | None  # `Member.drift`
     objective: float | None
     missed: list[str] = field(default_factory=list)  # checks of its arm: such a setting is not chosen
+    diverged: list[str] = field(default_factory=list)  # such a setting is chosen where all others diverged too
     source: str = ""  # the directory of its run's sweep, or the study.json that it was read from
     is_best: bool = False
     is_used: bool | None = None  # whether the study ran with this value; None where the arm is not in it
 
 
-def tuned(sources: Sequence[Path], members: Sequence[Member], checks: Sequence[Check]) -> list[Tried]:
+def tuned(sources: Sequence[Path], members: Sequence[Member], plan: Preregistration) -> list[Tried]:
     """What was tried, by arm and value, with the best of each arm.
 
     The best has the largest gold gain over SFT less the penalty for drift (`controller.record.evaluation`, with the KL from
-    where its training started), of those that have not missed a check of their arm.
+    where its training started), of those that have not missed a check of their arm, and where the plan says so, of those of
+    them that have not diverged, if there are any.
 
     Args:
         sources: directories of tuning sweeps, of which one that is not there has nothing, and files study.json. An arm's
@@ -56,22 +64,35 @@ def tuned(sources: Sequence[Path], members: Sequence[Member], checks: Sequence[C
     rows: list[Tried] = []
     for source in sources:
         known = {row.arm for row in rows}
-        found = _written(source) if source.is_file() else _run(source, checks)
+        found = _written(source) if source.is_file() else _run(source, plan)
         rows += [row for row in found if row.arm not in known]
     for arm in {row.arm for row in rows}:
         fit = [row for row in rows if row.arm == arm and row.objective is not None and not row.missed]
+        whole = [row for row in fit if not row.diverged]
+        fit = whole if whole and plan.tuning_avoids_divergence else fit
         for row in fit:
             row.is_best = row is max(fit, key=lambda row: row.objective or 0.0)
     for row in rows:
-        used = [m.run.setting(row.key) for m in members if m.arm == row.arm]
+        used = [_value(m.run, row.key.split(", ")) for m in members if m.arm == row.arm]
         row.is_used = row.value in used if used else None
     order = list(dict.fromkeys(row.arm for row in rows))
     return sorted(rows, key=lambda row: (order.index(row.arm), number(row.value) or 0.0))
 
 
-def _run(directory: Path, checks: Sequence[Check]) -> list[Tried]:
+def _value(run: Run, keys: Sequence[str]) -> Any:
+    """The setting of one key; of several a text."""
+    return run.setting(keys[0]) if len(keys) == 1 else ", ".join(str(run.setting(key)) for key in keys)
+
+
+def _swept(run: Run) -> list[str]:
+    """The keys that a sweep of its own gave to an arm; empty for one over the tuning group."""
+    given = [override.lstrip("+").split("=", 1)[0] for override in run.overrides or []]
+    return [key for key in given if key.startswith(("ppo.", "preference.", "sft.")) and key != "ppo.seed"]
+
+
+def _run(directory: Path, plan: Preregistration) -> list[Tried]:
     try:
-        runs = members_of_study(directory)
+        runs = kept_members(directory) or members_of_study(directory)
     except StudyError:
         return []
     rows = []
@@ -81,9 +102,20 @@ def _run(directory: Path, checks: Sequence[Check]) -> list[Tried]:
         gain = own - sft if own is not None and sft is not None else None
         bound = number(member.run.setting("evaluate.max_kl")) or math.inf
         objective = None if gain is None else gain - PENALTY * max(0.0, (drift or 0.0) - bound)
-        key = TUNED.get(str(member.run.setting("method") or "ppo"), "")
-        value, missed = member.run.setting(key), member.missed_checks(checks)
-        row = Tried(member.arm, setting, key, value, member.state, gain, drift, objective, missed, directory.name)
+        keys = _swept(member.run) or [TUNED.get(str(member.run.setting("method") or "ppo"), "")]
+        row = Tried(
+            arm=member.arm,
+            setting=setting,
+            key=", ".join(keys),
+            value=_value(member.run, keys),
+            state=member.state,
+            gain=gain,
+            drift=drift,
+            objective=objective,
+            missed=member.missed_checks(plan.checks),
+            diverged=member.divergence(plan.diverged),
+            source=directory.name,
+        )
         rows.append(row)
     return rows
 
@@ -101,3 +133,25 @@ def _written(path: Path) -> list[Tried]:
     for row in rows:
         row.source = row.source or f"study {str(study['preregistration'])[:12]}"
     return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m studies.five_reasons.tuning", description="What a tuning chose.")
+    parser.add_argument("source", type=Path, help="directory of a tuning sweep, or of what is kept of one")
+    given = parser.parse_args(arguments)
+    try:
+        note = given.source / RECORD
+        plan = parse(recorded(note)["text"] if note.exists() else PREREGISTRATION.read_text(encoding="utf-8"))
+        rows = tuned([given.source], [], plan)
+    except StudyError as error:
+        raise SystemExit(f"study: {error}") from error
+    for row in rows:
+        said = "no result" if row.objective is None else f"objective {row.objective:+.2f}, gain {row.gain:+.2f}"
+        notes = "; ".join([*row.missed, *row.diverged])
+        print(
+            f"  {'✦' if row.is_best else ' '} {row.arm} {row.key} {row.value}: {said}{f' ({notes})' if notes else ''}"
+        )
+
+
+if __name__ == "__main__":
+    main()

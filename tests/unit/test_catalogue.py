@@ -22,7 +22,7 @@ READERS = (*WRITERS, "studies", "benchmarks")
 NAME = re.compile(r"[a-z_]+/[a-z_0-9]*[a-z0-9]")
 # What looks like a metric and is none: the names of two stages, axes and a table that wandb alone has, two folders.
 OTHERS = {"reward_model/proxy", "reward_model/gold", "progress/wall_s", "sft/step", "samples/table"}
-OTHERS |= {"data/vader", "data/sums"}
+OTHERS |= {"data/vader", "data/products", "data/sums"}
 OTHERS |= {"application/json", "text/plain"}
 MEMBERS = {"fault/wandb"}  # of a family, by their own names
 # Put together of a prefix and a name: tests below ask who makes them.

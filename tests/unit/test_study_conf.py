@@ -1,5 +1,6 @@
 """The sweeps of the study: every member composes and is valid, and no arm has a larger budget than another."""
 
+import json
 import re
 from dataclasses import asdict
 from itertools import product
@@ -15,15 +16,21 @@ from common.command_line import command_line_problems
 from contracts.checks.validation import validate
 from contracts.config import TandemConfig, to_config
 from studies.five_reasons.members import planned_episodes
-from studies.five_reasons.registration import PREREGISTRATION, Contrast, parse
+from studies.five_reasons.registration import PREREGISTRATION, Contrast, Preregistration, parse
+from studies.five_reasons.run_missing import ROOT, seed_of, sweep_of
 from studies.five_reasons.tuning import TUNED
 
 CONF = train.CONF
 OWN = CONF.parent / "studies/five_reasons/conf"
 ARMS = sorted(path.stem for path in (OWN / "arm").glob("*.yaml"))
+FIRST = [arm for arm in ARMS if not arm.startswith("products_")]  # arms of the first study
 SETTINGS = sorted(path.stem for path in (OWN / "tuning").glob("*.yaml"))
 STUDIES = ("five_reasons", "five_reasons_quick", "five_reasons_tuning", "five_reasons_tuning_rank")
 PLAN = parse(PREREGISTRATION.read_text())
+SECOND, PRODUCTS = (
+    parse(PREREGISTRATION.with_name(f"preregistration_{name}.yaml").read_text()) for name in ("2", "products")
+)
+PIECES = sorted(path.stem for path in (OWN / "experiment").glob("five_reasons_[2p]*.yaml"))
 
 
 def composed(overrides: list[str], hydra: bool = False) -> DictConfig:
@@ -69,8 +76,8 @@ def test_a_study_is_well_formed_on_the_command_line(study: str) -> None:
 
 
 def test_the_full_study_has_every_arm_and_the_tuning_too() -> None:
-    assert sorted(swept("five_reasons")["arm"]) == ARMS
-    assert sorted([*swept("five_reasons_tuning")["arm"], *swept("five_reasons_tuning_rank")["arm"]]) == ARMS
+    assert sorted(swept("five_reasons")["arm"]) == FIRST
+    assert sorted([*swept("five_reasons_tuning")["arm"], *swept("five_reasons_tuning_rank")["arm"]]) == FIRST
     assert len(swept("five_reasons")["ppo.seed"]) == PLAN.seeds
     assert len(members("five_reasons_quick")) == 12
 
@@ -141,3 +148,60 @@ def test_make_runs_the_studies() -> None:
     makefile = Path(CONF.parent, "Makefile").read_text()
     for study in STUDIES:
         assert re.search(rf"train.py -m \+experiment={study} \$\(ARGS\)\n", makefile), study
+
+
+# ---- the second study and the replication
+
+
+def test_the_second_study_judges_the_same_claims_by_the_same_margins_with_other_seeds() -> None:
+    def judged(plan: Preregistration) -> list[tuple[Any, ...]]:
+        return [(c.number, c.title, c.claim, c.metric, c.contrast, c.margin) for c in plan.claims]
+
+    assert judged(SECOND) == judged(PLAN)
+    assert (SECOND.alpha, SECOND.bootstrap, SECOND.diverged, SECOND.checks) == (
+        PLAN.alpha,
+        PLAN.bootstrap,
+        PLAN.diverged,
+        PLAN.checks,
+    )
+    assert SECOND.exclusions == PLAN.exclusions
+    again = {claim.number: claim for claim in PLAN.claims}
+    for claim in PRODUCTS.claims:
+        assert (claim.claim, claim.margin) == (again[claim.number].claim, again[claim.number].margin)
+    known = {*map(int, swept("five_reasons")["ppo.seed"]), 100}
+    assert not known & {seed for plan in (SECOND, PRODUCTS) for seed, _ in plan.needed()}
+
+
+@pytest.mark.parametrize(("study", "plan"), [("five_reasons_2", SECOND), ("five_reasons_products", PRODUCTS)])
+def test_a_study_in_pieces_runs_what_its_verdicts_need(study: str, plan: Preregistration) -> None:
+    sweep = sweep_of(study)
+    assert sorted((seed_of(job), job["arm"]) for job in sweep.jobs) == sorted(plan.needed())
+    assert [seed_of(job) for job in sweep.jobs] == sorted(seed_of(job) for job in sweep.jobs)
+    assert sweep.name == study
+    budgets = {}
+    for job in sweep.jobs[:7]:
+        config = configured(study, job)
+        validate(config)
+        assert config.evaluate.seed == config.ppo.seed == int(job["ppo.seed"])
+        source = config.data.eval_prompts
+        assert config.evaluate.prompts >= (source.max_rows or 0)  # all of them, or seeds would judge different ones
+        budgets[job["arm"]] = planned_episodes(asdict(config))
+    # PPO from the base model may have more, which can only work against claim 5.
+    assert {budget for arm, budget in budgets.items() if budget and arm != "ppo_from_base"} == {960}
+    rows = [json.loads(line) for line in (ROOT / source.path).read_text().splitlines()[: source.max_rows]]
+    texts = [row["text"].split() for row in rows]
+    assert len({tuple(words[:4]) for words in texts if len(words) >= 7}) == plan.prompts
+
+
+@pytest.mark.parametrize("experiment", PIECES)
+def test_every_sweep_in_pieces_is_valid_and_tunings_use_another_seed_on_other_prompts(experiment: str) -> None:
+    sweep = sweep_of(experiment)
+    for job in sweep.jobs:
+        config = configured(experiment, job)
+        validate(config)
+        assert config.name == sweep.name
+        if "tuning" in experiment:
+            assert config.ppo.seed == 100
+            assert config.data.eval_prompts.path == config.data.prompts.path
+            assert sweep.name.endswith("_tuning")
+    assert re.search(rf"\b{experiment}\b", Path(CONF.parent, "Makefile").read_text())

@@ -295,8 +295,8 @@ def test_the_best_setting_counts_drift_from_where_training_started_and_must_have
     path = next(tuning.glob("*rank*upper"))
     stage = {"name": "preference", "metrics": {"accuracy": 0.52, "accuracy_low": 0.5, "sft_accuracy": 0.5}}
     (path / "stages.json").write_text(json.dumps([stage]))
-    checks = parse(PREREGISTRATION.read_text()).checks
-    rows = tuned([tuning], [], checks)
+    plan = parse(PREREGISTRATION.read_text())
+    rows = tuned([tuning], [], plan)
     assert [(row.arm, row.setting, row.is_best) for row in rows] == [
         ("ppo_from_base", "lower", False),
         ("ppo_from_base", "upper", True),

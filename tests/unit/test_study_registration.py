@@ -28,7 +28,7 @@ def test_the_shipped_one_has_five_claims_with_a_contrast_and_a_margin_each() -> 
         ("alpha: 0.05", "alpha: 0.05\nalpa: 1", "alpa: Extra inputs are not permitted"),
         ('"rank:sft": -1', '"rank:ppo": -1', "rank:ppo names no model"),
         ("cross_entropy_sum: -1", "perplexity: -1", "perplexity is no measure of the negation test"),
-        ("number: 5", "number: 6", "claims must be numbered from 1"),
+        ("number: 5", "number: 4", "claims must be numbered in order, each once"),
         (
             "metric: gold\n    contrast: {ppo: 1, rank",
             "metric: golden\n    contrast: {ppo: 1, rank",

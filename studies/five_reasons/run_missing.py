@@ -1,0 +1,227 @@
+"""`python -m studies.five_reasons.run_missing EXPERIMENT`: run what is missing of a study, in the time there is.
+
+    what EXPERIMENT sweeps ── less what docs/results/STUDY/members has ──> seed by seed, so many at a time
+        train.py -m ──> runs/STUDY/<member>/ ── keep ──> docs/results/STUDY/members/
+
+A study of hours is run in pieces on machines that are gone afterwards: commit docs/results after each. The arms of a seed
+are compared with each other, so a seed is begun only where there is time for all of them, and where its kept members turn
+out to have had other models (SFT and reward models are made anew on a new machine), those run again.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from common.models.precision import cpu_dtype
+from studies.five_reasons.kept import keep, kept_members, models_of
+from studies.five_reasons.members import Member, members_of_study
+from studies.five_reasons.registration import PREREGISTRATION, StudyError, parse, record
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs/results"
+# Of a member that nothing is known of, two at a time: ten of a seed took 81 and 87 in sum on an Intel Xeon (docs/study.md).
+MEMBER_MINUTES = 8.4
+TRIES = 2
+POLL_S = 2.0
+
+Job = dict[str, str]  # what the sweep sets of a member: arm, ppo.seed, ...
+
+
+@dataclass
+class Sweep:
+    """An experiment of the study, as its configuration says."""
+
+    experiment: str
+    name: str
+    runs: Path  # the directory of its members
+    jobs: list[Job]  # seed by seed
+    registration: Path
+    registered: set[
+        int
+    ]  # seeds by which verdicts are drawn; of others, as a tuning's, an arm is compared with itself alone
+    overrides: list[str]  # that all members share
+
+
+def sweep_of(experiment: str, overrides: Sequence[str] = ()) -> Sweep:
+    """What an experiment sweeps, where overrides do not say otherwise, less the arms that no verdict needs at a registered
+    seed."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", [f"+experiment={experiment}"], return_hydra_config=True)
+    params = {key: str(values).split(",") for key, values in composed.hydra.sweeper.params.items()}
+    given = dict(word.split("=", 1) for word in overrides)
+    params |= {key: value.split(",") for key, value in given.items() if key in params}
+    shared = [word for word in overrides if word.split("=")[0] not in params]
+    file = OmegaConf.select(composed, "hydra.callbacks.registration.file") or PREREGISTRATION.name
+    path = PREREGISTRATION.with_name(file)
+    needed = parse(path.read_text(encoding="utf-8")).needed()
+    seeds = {seed for seed, _ in needed}
+    jobs = [dict(zip(params, values, strict=True)) for values in product(*params.values())]
+    jobs = [job for job in jobs if seed_of(job) not in seeds or (seed_of(job), job["arm"]) in needed]
+    runs = ROOT / given.get("hydra.sweep.dir", f"runs/{composed.name}")
+    return Sweep(experiment, str(composed.name), runs, sorted(jobs, key=seed_of), path, seeds, shared)
+
+
+def seed_of(job: Job) -> int:
+    return int(job["ppo.seed"])
+
+
+def is_of(member: Member, job: Job) -> bool:
+    return {f"{key}={value}" for key, value in job.items()} <= set(member.run.overrides or [])
+
+
+@dataclass
+class Pieces:
+    """One session's work on a sweep."""
+
+    sweep: Sweep
+    kept_in: Path  # docs/results/STUDY
+    start: Callable[[Job], "subprocess.Popen[bytes]"]
+    at_a_time: int
+    deadline: float  # time.monotonic()
+    say: Callable[[str], None]
+    poll_s: float = POLL_S
+    _tries: dict[str, int] = field(default_factory=dict)
+
+    def missing(self) -> list[Job]:
+        found = kept_members(self.kept_in)
+        return [job for job in self.sweep.jobs if not any(is_of(member, job) for member in found)]
+
+    def minutes(self, jobs: Sequence[Job]) -> float:
+        """That these members will take, so many at a time, by what kept ones of their arms took."""
+        took: dict[str, list[float]] = {}
+        for member in kept_members(self.kept_in):
+            if member.run.phases:
+                took.setdefault(member.arm, []).append(member.run.phases[-1]["end_s"] / 60)
+        known = {arm: sum(times) / len(times) for arm, times in took.items()}
+        return sum(known.get(job["arm"], MEMBER_MINUTES) for job in jobs) / min(self.at_a_time, max(1, len(jobs)))
+
+    def run(self) -> list[Job]:
+        """Run seed after seed while there is time for a whole one; returns what is still missing."""
+        for seed in dict.fromkeys(map(seed_of, self.missing())):
+            # Of one that was broken off the kept members too: they may have had other models.
+            jobs = [job for job in self.sweep.jobs if seed_of(job) == seed]
+            wanted, left = self.minutes(jobs), (self.deadline - time.monotonic()) / 60
+            if wanted > left:
+                self.say(f"seed {seed}: {len(jobs)} members would take {wanted:.0f} min; {left:.0f} are left")
+                break
+            while jobs := [j for j in self.missing() if seed_of(j) == seed and self._tries.get(str(j), 0) < TRIES]:
+                self._run_side_by_side(jobs)
+        return self.missing()
+
+    def _run_side_by_side(self, jobs: list[Job]) -> None:
+        running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+        try:
+            while jobs or running:
+                while len(running) < self.at_a_time and (job := _next(jobs, [job for job, _ in running])):
+                    jobs.remove(job)
+                    self._tries[str(job)] = self._tries.get(str(job), 0) + 1
+                    running.append((job, self.start(job)))
+                time.sleep(self.poll_s)
+                for job, process in [(j, p) for j, p in running if p.poll() is not None]:
+                    running.remove((job, process))
+                    self._keep(job, process.returncode)
+        finally:  # of an interrupted session: members that have not ended run again in the next
+            for _, process in running:
+                process.terminate()
+            for _, process in running:
+                process.wait()
+
+    def _keep(self, job: Job, code: int) -> None:
+        try:
+            member = next((m for m in members_of_study(self.sweep.runs) if is_of(m, job) and m.is_judged), None)
+        except StudyError:  # the first of all has left no run directory
+            member = None
+        label = " ".join(f"{key}={value}" for key, value in job.items())
+        if member is None:
+            self.say(f"✗ {label}: exit code {code}, not judged; its log is in {self.sweep.runs}")
+            return
+        path = keep(member, record(self.kept_in, self.sweep.registration)["sha256"], self.kept_in)
+        took = f"{member.run.phases[-1]['end_s'] / 60:.1f} min, " if member.run.phases else ""
+        self.say(f"✓ {label}: {took}{path.name}")
+        mine = models_of(member.run)
+        for other in kept_members(self.kept_in):
+            together = other.seed == member.seed and (other.seed in self.sweep.registered or other.arm == member.arm)
+            if together and any(other.facts["models"].get(name, value) != value for name, value in mine.items()):
+                other.run.path.unlink()
+                self.say(f"  {other.run.path.name} had other models: it runs again")
+
+
+def _next(jobs: Sequence[Job], running: Sequence[Job]) -> Job | None:
+    """The next member; two conversations side by side would need more memory than 24 GiB leaves (docs/study.md)."""
+    busy = any(job["arm"].startswith("two_turn") for job in running)
+    return next((job for job in jobs if not (busy and job["arm"].startswith("two_turn"))), None)
+
+
+def command(sweep: Sweep, overrides: Sequence[str]) -> list[str]:
+    return [sys.executable, "train.py", f"+experiment={sweep.experiment}", *sweep.overrides, *overrides]
+
+
+def make_models(sweep: Sweep) -> None:
+    """SFT and reward models, with every core, before members share the cores."""
+    for stage in ("sft", "reward_model"):
+        where = sweep.runs.with_name(f"{sweep.runs.name}_models") / stage
+        subprocess.run(command(sweep, [f"stage={stage}", f"run_dir={where}"]), cwd=ROOT, check=True)
+
+
+def run_sweep(sweep: Sweep, results: Path, at_a_time: int, deadline: float, dry_run: bool) -> list[Job]:
+    """Run what is missing of one experiment; returns what is missing then."""
+    folder, shared = results / sweep.name, list[str]()
+    if at_a_time > 1:
+        shared = [f"cluster.threads_per_{part}=1" for part in ("actor", "learner_rank", "reward_replica")]
+
+    def start(job: Job) -> "subprocess.Popen[bytes]":
+        log = sweep.runs / f"{','.join(f'{key}={value}' for key, value in sorted(job.items()))}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        words = command(sweep, ["-m", *(f"{key}={value}" for key, value in job.items()), *shared])
+        with log.open("wb") as file:
+            return subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+
+    pieces = Pieces(sweep, folder, start, at_a_time, deadline, say=partial(print, flush=True))
+    missing = pieces.missing()
+    said = f"{sweep.experiment}: {len(missing)} of {len(sweep.jobs)} members missing, {pieces.minutes(missing):.0f} min"
+    print(said, flush=True)
+    if dry_run or not missing:
+        return missing
+    if cpu_dtype() != "bfloat16":
+        print(
+            "this CPU does not multiply bfloat16: members take several times as long, in float32 (docs/study.md)",
+            flush=True,
+        )
+    record(folder, sweep.registration)
+    make_models(sweep)
+    return pieces.run()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.five_reasons.run_missing", description=__doc__.splitlines()[0]
+    )
+    words = "of studies/five_reasons/conf/experiment, and key=value for all members"
+    parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help=words)
+    parser.add_argument("--into", type=Path, default=RESULTS, help="where STUDY/members are kept (docs/results)")
+    parser.add_argument("--minutes", type=float, default=100.0, help="no seed is begun that would take longer (100)")
+    parser.add_argument("--at-a-time", type=int, default=2, help="members side by side, a core each (2)")
+    parser.add_argument("--dry-run", action="store_true", help="say what is missing and how long it would take")
+    given = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * given.minutes
+    try:
+        overrides = [word for word in given.words if "=" in word]
+        for experiment in (word for word in given.words if "=" not in word):
+            sweep = sweep_of(experiment, overrides)
+            missing = run_sweep(sweep, given.into, given.at_a_time, deadline, given.dry_run)
+            print(f"{experiment}: {len(missing)} members are missing now; what is kept is in {given.into}", flush=True)
+    except StudyError as error:
+        raise SystemExit(f"study: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

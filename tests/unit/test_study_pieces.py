@@ -1,0 +1,245 @@
+"""Results that outlive their runs, and a sweep that is run in pieces. The runs are invented."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from studies.five_reasons.kept import FOLDER, MOST_BYTES, keep, kept_members, read_kept
+from studies.five_reasons.members import members_of_study
+from studies.five_reasons.registration import (
+    PREREGISTRATION,
+    RECORD,
+    Preregistration,
+    StudyError,
+    parse,
+    record,
+    sha256,
+)
+from studies.five_reasons.results import as_json, study_of
+from studies.five_reasons.run_missing import ROOT, Job, Pieces, Sweep, sweep_of
+from studies.five_reasons.tuning import tuned
+from tests.unit.test_study_page import make_member, make_study, negation
+
+
+def study_plan(**changed: object) -> Preregistration:
+    return parse(PREREGISTRATION.read_text()).model_copy(update=changed)
+
+
+def with_models(run: Path, fingerprints: dict[str, str]) -> None:
+    """As a run that has these stages in the cache."""
+    rows = []
+    for name, fingerprint in fingerprints.items():
+        folder = run.parent / "cache" / fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stage.json").write_text(json.dumps({"fingerprint": fingerprint}))
+        rows.append({"name": name, "path": str(folder / "model"), "seconds": 1.0, "metrics": {}})
+    (run / "stages.json").write_text(json.dumps(rows))
+
+
+def test_a_page_from_what_is_kept_is_that_of_the_runs(tmp_path: Path) -> None:
+    runs = make_study(tmp_path / "runs/five_reasons")
+    kept = tmp_path / "results/five_reasons"
+    registered = record(kept)["sha256"]
+    for folder in (runs, kept):
+        negation(folder, registered)
+    for member in members_of_study(runs):
+        if member.is_judged:
+            keep(member, registered, kept)
+    whole, small = as_json(study_of(runs)), as_json(study_of(kept))
+    assert len(small["members"]) == len(whole["members"]) - 2  # one failed and one was refused: nothing to keep
+    for a, b in zip(whole["claims"], small["claims"], strict=True):
+        assert a["verdict"] == b["verdict"]
+        assert b["estimate"]["mean"] == pytest.approx(a["estimate"]["mean"], abs=5e-4)
+        assert b["estimate"]["seeds"] == a["estimate"]["seeds"]
+    assert small["problems"] == whole["problems"] == []
+    theirs = {(m["arm"], m["seed"]): m for m in whole["members"]}
+    for row in small["members"]:
+        assert row["diverged"] == theirs[row["arm"], row["seed"]]["diverged"]
+        assert row["constraint"] == theirs[row["arm"], row["seed"]]["constraint"]
+    assert {row["arm"]: row["episodes"] for row in small["arms"]} == {
+        row["arm"]: row["episodes"] for row in whole["arms"] if row["arm"] != "dpo"
+    }
+    gains = [{(row["arm"], row["seed"]): row["ppo_gain"] for row in page["matched_kl"]} for page in (whole, small)]
+    assert gains[1].keys() == gains[0].keys()
+    assert [v for v in gains[1].values() if v is not None] == pytest.approx(
+        [gains[0][key] for key, v in gains[1].items() if v is not None]
+    )
+
+
+def test_what_is_kept_is_small_and_says_what_it_is_of(tmp_path: Path) -> None:
+    make_member(tmp_path, 7, "rank", 3)
+    (member,) = members_of_study(tmp_path)
+    member.scores["own"]["gold"][4] = math.nan
+    path = keep(member, "a" * 64, tmp_path / "kept")
+    assert path == tmp_path / "kept" / FOLDER / "arm=rank,ppo.seed=3.json"
+    assert path.stat().st_size < MOST_BYTES / 4
+    back = read_kept(path)
+    assert (back.arm, back.seed, back.state, back.facts["registration"]) == ("rank", 3, "done", "a" * 64)
+    assert math.isnan(back.scores["own"]["gold"][4])
+    assert back.scores["own"]["gold"][5] == round(member.scores["own"]["gold"][5], 3)
+    assert back.mean("own", "ended") == member.mean("own", "ended")
+    assert back.kl == member.kl
+    assert back.run.stage("preference")["metrics"] == member.run.stage("preference")["metrics"]  # for its check
+    assert "prompt" not in json.loads(path.read_text())["scores"]["own"]
+
+
+def test_nothing_is_kept_of_a_run_that_was_not_judged_or_of_too_much(tmp_path: Path) -> None:
+    make_member(tmp_path, 0, "ppo", 1, failed=True)
+    with pytest.raises(StudyError, match="was not judged"):
+        keep(members_of_study(tmp_path)[0], "a" * 64, tmp_path / "kept")
+    make_member(tmp_path, 1, "ppo", 2)
+    member = members_of_study(tmp_path)[1]
+    member.scores["own"]["gold"] = {prompt: 0.123 for prompt in range(20000)}
+    with pytest.raises(StudyError, match=f"more than {MOST_BYTES}"):
+        keep(member, "a" * 64, tmp_path / "kept")
+    assert kept_members(tmp_path / "kept") == []
+    (tmp_path / "kept" / FOLDER).mkdir(parents=True)
+    (tmp_path / "kept" / FOLDER / "x.json").write_text("{}")
+    with pytest.raises(StudyError, match="is no kept result of a member"):
+        kept_members(tmp_path / "kept")
+
+
+def test_a_seed_whose_arms_had_other_models_is_named(tmp_path: Path) -> None:
+    for number, (arm, sft) in enumerate((("ppo", "first"), ("raft", "second"))):
+        make_member(tmp_path, number, arm, 1)
+        with_models(tmp_path / f"{number}-arm={arm},ppo.seed=1", {"sft": sft, "reward_model/gold": "same"})
+    record(tmp_path / "kept")
+    for member in members_of_study(tmp_path):
+        keep(member, "b" * 64, tmp_path / "kept")
+    other, models = study_of(tmp_path / "kept").problems
+    assert other == f"Members were kept under another pre-registration: {'b' * 12}."
+    assert models == "raft, seed 1, had another model than the first arm of its seed: sft."
+
+
+def test_the_tuning_is_read_from_what_is_kept_by_the_keys_of_its_sweep(tmp_path: Path) -> None:
+    folder = tmp_path / "tuning"
+    for number, (arm, rate) in enumerate((("ppo", 0.1), ("ppo", 0.2), ("ppo_from_base", 0.1))):
+        make_member(folder, number, arm, 100 + number)
+        path = next(folder.glob(f"{number}-*"))
+        given = ["+experiment=x", f"arm={arm}", "ppo.seed=100", f"ppo.optimizer.learning_rate={rate}", "ppo.updates=8"]
+        (path / "hydra/overrides.yaml").write_text(yaml.safe_dump([*given, "cluster.threads_per_actor=1"]))
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        config["ppo"]["optimizer"]["learning_rate"] = rate
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+    for member in members_of_study(folder):
+        keep(member, "a" * 64, tmp_path / "kept")
+    plan = study_plan(tuning_avoids_divergence=True)
+    rows = tuned([tmp_path / "kept"], members_of_study(folder)[:1], plan)
+    keys = "ppo.optimizer.learning_rate, ppo.updates"
+    assert [(row.arm, row.key, row.value, row.is_used) for row in rows] == [
+        ("ppo", keys, "0.1, 8", True),
+        ("ppo", keys, "0.2, 8", False),
+        ("ppo_from_base", keys, "0.1, 8", None),
+    ]
+    assert rows[2].diverged  # and the best all the same, as nothing else was tried
+    assert rows[2].is_best
+
+
+def test_of_settings_that_diverged_none_is_chosen_where_one_did_not(tmp_path: Path) -> None:
+    for number, setting in enumerate(("lower", "upper")):  # of PPO, which gains more at the upper rate
+        make_member(tmp_path, number, "ppo", 100, setting=setting)
+    path = tmp_path / "1-arm=ppo,ppo.seed=100,tuning=upper/evaluation.json"
+    path.write_text(path.read_text().replace('"distinct_2": 0.8', '"distinct_2": 0.1'))
+    for avoids, best in ((False, "upper"), (True, "lower")):
+        rows = tuned([tmp_path], [], study_plan(tuning_avoids_divergence=avoids))
+        assert [row.setting for row in rows if row.is_best] == [best]
+
+
+# ---- a sweep in pieces
+
+
+class Runs:
+    """In place of train.py: a run that is done at once, with the models of this machine."""
+
+    def __init__(self, folder: Path, sft: str, failing: tuple[str, ...] = ()) -> None:
+        self.folder, self.sft, self.failing = folder, sft, failing
+        self.started: list[tuple[str, str]] = []
+        self.most = 0
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def __call__(self, job: Job) -> "subprocess.Popen[bytes]":
+        self.started.append((job["arm"], job["ppo.seed"]))
+        number = len(self.started)
+        fails = job["arm"] in self.failing
+        make_member(self.folder, number, job["arm"], int(job["ppo.seed"]), failed=fails)
+        if not fails:
+            run = next(self.folder.glob(f"{number}-*"))
+            with_models(run, {"sft": self.sft})
+            (run / "phases.jsonl").write_text(json.dumps({"name": "PPO", "start_s": 0.0, "end_s": 3600.0}) + "\n")
+        self.running = [p for p in self.running if p.poll() is None]
+        self.running.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.2)"]))
+        self.most = max(self.most, len(self.running))
+        return self.running[-1]
+
+
+def pieces(tmp_path: Path, runs: Runs, seeds: tuple[int, ...] = (1, 2), minutes: float = 1e6) -> Pieces:
+    arms = ("two_turn_cumulative", "two_turn_combined", "ppo")
+    jobs = [{"arm": arm, "ppo.seed": str(seed)} for seed in seeds for arm in arms]
+    sweep = Sweep("x", "x", runs.folder, jobs, PREREGISTRATION, {*seeds} - {100}, [])
+    deadline = time.monotonic() + 60 * minutes
+    return Pieces(sweep, tmp_path / "kept", runs, 2, deadline, say=lambda text: None, poll_s=0.02)
+
+
+def test_what_is_kept_is_not_run_again(tmp_path: Path) -> None:
+    first = Runs(tmp_path / "first", "a")
+    assert pieces(tmp_path, first, seeds=(1,)).run() == []
+    assert sorted(first.started) == [("ppo", "1"), ("two_turn_combined", "1"), ("two_turn_cumulative", "1")]
+    assert json.loads((tmp_path / "kept" / RECORD).read_text())["sha256"] == sha256()
+    second = Runs(tmp_path / "second", "b")  # a fresh machine: only the repository is left
+    assert pieces(tmp_path, second).run() == []
+    assert {seed for _, seed in second.started} == {"2"}
+    assert second.most == 2
+    assert len(kept_members(tmp_path / "kept")) == 6
+
+
+def test_conversations_do_not_share_the_memory(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs", "a")
+    pieces(tmp_path, runs, seeds=(1,)).run()
+    assert [arm for arm, _ in runs.started] == ["two_turn_cumulative", "ppo", "two_turn_combined"]
+
+
+def test_a_seed_is_begun_only_where_there_is_time_for_all_its_arms(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs", "a")
+    work = pieces(tmp_path, runs, minutes=12)  # three members of unknown length, two at a time
+    assert work.minutes(work.missing()[:3]) == pytest.approx(12.6)
+    assert len(work.run()) == 6
+    assert runs.started == []
+    work = pieces(tmp_path, runs, minutes=13)
+    assert len(work.run()) == 3  # one seed, and no second: by now members are known to take an hour
+    assert work.minutes(work.missing()) == 90
+
+
+def test_members_of_a_broken_off_seed_run_again_where_their_models_are_gone(tmp_path: Path) -> None:
+    first = Runs(tmp_path / "first", "a", failing=("ppo",))
+    assert pieces(tmp_path, first, seeds=(1,)).run() == [{"arm": "ppo", "ppo.seed": "1"}]
+    assert first.started.count(("ppo", "1")) == 2  # tried twice
+    second = Runs(tmp_path / "second", "b")
+    assert pieces(tmp_path, second, seeds=(1,)).run() == []
+    assert sorted(second.started) == [("ppo", "1"), ("two_turn_combined", "1"), ("two_turn_cumulative", "1")]
+    assert {m.facts["models"]["sft"] for m in kept_members(tmp_path / "kept")} == {"b"}
+
+
+def test_of_a_tuning_an_arm_is_compared_with_itself_alone(tmp_path: Path) -> None:
+    first = Runs(tmp_path / "first", "a", failing=("ppo",))
+    assert len(pieces(tmp_path, first, seeds=(100,)).run()) == 1
+    second = Runs(tmp_path / "second", "b")
+    assert pieces(tmp_path, second, seeds=(100,)).run() == []
+    assert second.started == [("ppo", "100")]
+
+
+def test_a_sweep_is_read_from_its_configuration() -> None:
+    sweep = sweep_of("five_reasons_quick")
+    assert sweep.name == "five_reasons_quick"
+    assert sweep.registration == PREREGISTRATION
+    assert len(sweep.jobs) == 12
+    assert sweep.jobs[0] == {"ppo.seed": "1", "arm": "ppo"}
+    assert sweep.runs == ROOT / "runs/five_reasons_quick"
+    narrower = sweep_of("five_reasons_quick", ["arm=ppo,rank", "ppo.seed=7", "sft.epochs=1"])
+    assert narrower.jobs == [{"ppo.seed": "7", "arm": "ppo"}, {"ppo.seed": "7", "arm": "rank"}]
+    assert narrower.overrides == ["sft.epochs=1"]
