@@ -92,7 +92,7 @@ def test_what_a_second_study_is_planned_with() -> None:
     """The variance of seeds is the mean where a claim has less; noise of models that are sampled anew goes to the rest."""
     rng = np.random.default_rng(5)
     rows = [
-        as_claim(Components(s, p, 0.5).draw(0.4, 3, 160, rng), number=n) for n, s, p in ((1, 0.01, 0.2), (2, 0.08, 0.9))
+        as_claim(Components(s, p, 0.5).draw(0.4, 3, 160, rng), number=n) for n, s, p in ((1, 0.1, 0.2), (2, 0.4, 0.9))
     ]
     rows[1]["contrast"] = {"a": 1, "a:sft": -1}
     own, plans = [components_of(row) for row in rows], planned(rows)
