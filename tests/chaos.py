@@ -98,7 +98,7 @@ class Run:
     def printed(self) -> str:
         return "\n".join(f"{seconds:7.1f} {line}" for seconds, line in self.lines)
 
-    def wait_for(self, pattern: str, timeout_s: float = 180, after_s: float = 0.0) -> float:
+    def wait_for(self, pattern: str, timeout_s: float = 300, after_s: float = 0.0) -> float:
         """When a line that the regular expression is found in was printed, after `after_s`. Raises AssertionError."""
         end, seen = time.monotonic() + timeout_s, 0
         with self._changed:

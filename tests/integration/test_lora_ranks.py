@@ -21,6 +21,7 @@ from tests.conftest import make_config
 from tests.integration.test_ranks import EOS, rollouts
 
 pytestmark = pytest.mark.usefixtures("ray_runtime")
+STAGES = [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(3, marks=pytest.mark.full)]
 SAMPLES = rollouts()
 SCORES = np.random.default_rng(1).normal(size=len(SAMPLES)).tolist()
 SEQUENCES = [([*r.prompt.token_ids, *r.completion.token_ids.tolist()], 2) for r in SAMPLES]
@@ -84,7 +85,7 @@ def of_one(update_of: Callable[[int, int], Any]) -> Any:
     return update_of(1, 0)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", STAGES)
 def test_two_ranks_make_the_update_of_one(zero: int, of_one: Any, update_of: Callable[[int, int], Any]) -> None:
     metrics, before, after = update_of(2, zero)
     expected, its_before, its_after = of_one
@@ -114,7 +115,7 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         runtime.release()
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", STAGES)
 def test_two_ranks_resume_to_the_bit_and_publish_what_they_have(
     zero: int, engine: list[Any], tiny_model: Path, tmp_path: Path
 ) -> None:
