@@ -64,9 +64,9 @@ def test_components_are_those_of_the_table_that_nobody_kept() -> None:
 
 def test_seeds_that_do_not_differ_have_no_component() -> None:
     """There `crossed_error` has a lower bound."""
-    table = Components(1e-9, 0.3, 0.6).draw(0.5, 4, 120, np.random.default_rng(4))
-    seeds, prompts, rest = mean_squares(table)
-    assert seeds < rest
+    table = Components(0.05, 0.3, 0.6).draw(0.5, 4, 120, np.random.default_rng(4))
+    table += 0.5 - table.mean(axis=1, keepdims=True)
+    _, prompts, rest = mean_squares(table)
     error = crossed_error(table)
     assert error is not None
     row = as_claim(table)
@@ -75,8 +75,8 @@ def test_seeds_that_do_not_differ_have_no_component() -> None:
     row["p_value"] = 2 * stats.t.sf(row["estimate"]["mean"] / error[0], error[1])
     found = components_of(row)
     assert found.seeds == 0.0
-    assert found.rest == pytest.approx(rest, rel=1e-4)
-    assert found.prompts == pytest.approx((prompts - rest) / 4, rel=1e-4)
+    assert found.rest == pytest.approx(rest, rel=1e-3)
+    assert found.prompts == pytest.approx((prompts - rest) / 4, rel=1e-3)
 
 
 def test_those_of_the_first_study() -> None:
