@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,7 +105,7 @@ def write_sums(target: Path) -> None:
 
 
 def main(cache: str) -> None:
-    targets = {
+    targets: dict[str, Callable[[Path], None]] = {
         "models/smollm2-135m-instruct": write_model,
         "data/vader": partial(write_ratings, name="movie", split=SPLIT),
         "data/products": partial(write_ratings, name="amazon", split=PRODUCTS_SPLIT),

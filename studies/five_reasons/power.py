@@ -99,6 +99,9 @@ def components_of(claim: Mapping[str, Any]) -> Components:
     if inside < 0:
         raise StudyError(f"claim {claim['number']}: no mean squares give its interval; its components are not known")
     rest = (-b + math.sqrt(inside)) / (2 * a)
+    if rest > of_seeds:  # then the lower bound of `crossed_error` counts, and whole is MS_prompts
+        rest = math.sqrt((left - whole**2 / free[0]) * free[1])
+        difference = whole - rest
     return Components(max(0.0, (of_seeds - rest) / prompts), max(0.0, difference / seeds), rest)
 
 

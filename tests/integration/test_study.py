@@ -48,16 +48,16 @@ def test_a_study_in_pieces_keeps_what_its_page_needs(tmp_path: Path, tiny_model:
     same = ["evaluate.prompts=96", "data.eval_prompts.max_rows=12"]  # else every seed draws prompts of its own
     words = sweep_command(tmp_path, tiny_model, "runs", *same)
     shared = [word for word in words if "=" in word and not word.startswith("+experiment")]
-    module = [sys.executable, "-m", "studies.five_reasons.run_missing", "five_reasons_products", "arm=products_ppo"]
+    module = [sys.executable, "-m", "studies.five_reasons.run_missing", "five_reasons_2", "arm=ppo"]
     pieces = [*module, "ppo.seed=11,12", *shared, "--into", str(tmp_path / "kept")]
     done = subprocess.run(pieces, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "five_reasons_products: 2 of 2 members missing" in done.stdout
+    assert "five_reasons_2: 2 of 2 members missing" in done.stdout
     assert done.stdout.count("✓ ppo.seed=1") == 2
     (tmp_path / "runs").rename(tmp_path / "gone")
     again = subprocess.run(pieces, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "0 of 2 members missing" in again.stdout
-    folder = tmp_path / "kept/five_reasons_products"
+    folder = tmp_path / "kept/five_reasons_2"
     drawn = subprocess.run(
         [sys.executable, "-m", "controller.study", str(folder)], cwd=ROOT, capture_output=True, text=True
     )
@@ -65,8 +65,8 @@ def test_a_study_in_pieces_keeps_what_its_page_needs(tmp_path: Path, tiny_model:
     results = json.loads((folder / "study.json").read_text())
     assert results["problems"] == []
     assert [(row["arm"], row["seed"], row["state"]) for row in results["members"]] == [
-        ("products_ppo", 11, "done"),
-        ("products_ppo", 12, "done"),
+        ("ppo", 11, "done"),
+        ("ppo", 12, "done"),
     ]
     (arm,) = results["arms"]
     assert arm["gold_gain"]["seeds"] == [11, 12]

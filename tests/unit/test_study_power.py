@@ -62,6 +62,23 @@ def test_components_are_those_of_the_table_that_nobody_kept() -> None:
     assert found.seeds == pytest.approx((seeds - rest) / 120, rel=1e-6)
 
 
+def test_seeds_that_do_not_differ_have_no_component() -> None:
+    """There `crossed_error` has a lower bound."""
+    table = Components(0.05, 0.3, 0.6).draw(0.5, 4, 120, np.random.default_rng(4))
+    table += 0.5 - table.mean(axis=1, keepdims=True)
+    _, prompts, rest = mean_squares(table)
+    error = crossed_error(table)
+    assert error is not None
+    row = as_claim(table)
+    reach = stats.t.ppf(1 - 0.0125 / 2, error[1]) * error[0]
+    row["estimate"] |= {"low": row["estimate"]["mean"] - reach, "high": row["estimate"]["mean"] + reach}
+    row["p_value"] = 2 * stats.t.sf(row["estimate"]["mean"] / error[0], error[1])
+    found = components_of(row)
+    assert found.seeds == 0.0
+    assert found.rest == pytest.approx(rest, rel=1e-3)
+    assert found.prompts == pytest.approx((prompts - rest) / 4, rel=1e-3)
+
+
 def test_those_of_the_first_study() -> None:
     claims = {row["number"]: row for row in json.loads(RESULTS.read_text())["claims"]}
     found = {number: components_of(claims[number]) for number in (1, 2, 4, 5)}
