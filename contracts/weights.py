@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import xxhash
 
 Parameters = tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, dtype, shape) in the order of the packed buffer
 
@@ -82,4 +81,6 @@ class PublishReport:
 
 def checksum(buffer: np.ndarray) -> int:
     """xxh3 of uint8 [n]; 16 GB/s, so that checking costs less than copying."""
+    import xxhash  # only who sends bytes needs it
+
     return xxhash.xxh3_64_intdigest(buffer.data)
