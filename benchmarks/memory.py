@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from memory_sampler import Job, Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +120,8 @@ def measure(name: str, models: Path) -> dict[str, Any]:
         job = sampler.stop()
         if code:
             raise SystemExit(f"{name}: train.py ended with {code}\n{log.read_text()[-3000:]}")
-    return _stored(job) | {"seconds": round(time.time() - start)}
+        dtype = yaml.safe_load(Path(folder, "run/config.yaml").read_text())["model"]["dtype"]
+    return _stored(job) | {"seconds": round(time.time() - start), "dtype": dtype}
 
 
 def _stored(job: Job) -> dict[str, Any]:
@@ -130,13 +132,15 @@ def _stored(job: Job) -> dict[str, Any]:
     return {"job": round(job.total), "at_peak": found}
 
 
-def planned(name: str, models: Path) -> list[dict[str, Any]]:
+def planned(name: str, models: Path, dtype: str) -> list[dict[str, Any]]:
+    """In the number format that was measured, which is the CPU's choice."""
     from common.text.tokenizers import load_tokenizer
     from controller.data.inputs import load_inputs
     from controller.plan.plan import plan_job
     from controller.plan.show import read_config
 
-    config = read_config([*overrides(name, models), f"cache_dir={models}/cache"])
+    formats = [f"model.dtype={dtype}", f"reward_service.dtype={dtype}"]
+    config = read_config([*overrides(name, models), *formats, f"cache_dir={models}/cache"])
     data = load_inputs(config, load_tokenizer(config.model.path, config.model), lambda line: None)
     stage = plan_job(config, data.__getitem__).largest
     return [
@@ -151,6 +155,7 @@ def planned(name: str, models: Path) -> list[dict[str, Any]]:
 
 
 WITHIN_PROCESS, WITHIN_JOB = 0.10, 0.07
+USUAL = "bfloat16"  # is not said
 
 
 def compared(plan: list[dict[str, Any]], measured: dict[str, Any]) -> list[tuple[str, float, float]]:
@@ -175,7 +180,9 @@ def table(found: dict[str, Any], models: Path) -> str:
         title = f"{kind}: {name.strip()}"
         if title not in found["runs"]:
             continue
-        for what, mine, theirs in compared(planned(name, models), found["runs"][title]):
+        measured = found["runs"][title]
+        title += "" if measured["dtype"] == USUAL else f", {measured['dtype']}"
+        for what, mine, theirs in compared(planned(name, models, measured["dtype"]), measured):
             off = mine / theirs - 1
             is_outside = abs(off) > (WITHIN_JOB if what == "job" else WITHIN_PROCESS)
             outside += is_outside
