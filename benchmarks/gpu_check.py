@@ -7,9 +7,9 @@
                                  ──> whole updates in the device's format: seconds, rate, memory of each phase
                                  ──> the weights sent to another process (benchmarks/gpu_publish.py)
 
-It needs torch, transformers and numpy. With DeepSpeed the learner's own engine steps the networks, else a plain AdamW with
-float32 masters. Rates are of operations that were carried out, a second forward pass included, against the best matrix
-product of the same run. The exit code is 1 where numbers differ.
+It needs torch, transformers, numpy and PyYAML. With DeepSpeed the learner's own engine steps the networks, else a plain
+AdamW with float32 masters. Rates are of operations that were carried out, a second forward pass included, against the best
+matrix product of the same run. The exit code is 1 where numbers differ.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import gc
 import importlib.util
 import json
 import resource
-import socket
 import sys
 import tempfile
 import time
@@ -40,6 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.models.precision import cpu_dtype
 from common.models.proof import GRADIENT_TOLERANCE, TOLERANCE
+from common.processes.network_interface import free_port
 from contracts.config import ModelConfig, OptimizerConfig, TandemConfig
 from contracts.records import Completion, Prompt, Rollout, TrainingBatch
 from controller.loop.training_batches import make_batches
@@ -318,10 +318,7 @@ def deepspeed_engine(path: Path, size: Size, ranks: Ranks, steps: int) -> Callab
     """The learner's own, in a process group of this process alone."""
     from learner.engine import TrainEngine, join
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    join(0, 1, "127.0.0.1", port, ranks.on_cpu, seed=0)
+    join(0, 1, "127.0.0.1", free_port(), ranks.on_cpu, seed=0)
     learner = settings(path, size, torch.float32).learner
     return lambda model, optimizer: TrainEngine(model, optimizer, learner, ranks, steps)
 

@@ -14,7 +14,6 @@ on two processes are tried, too, which need not succeed. Tandem itself uses NCCL
 
 import os
 import queue
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from common.processes.network_interface import free_port
 from learner.models import PolicyModel
 from learner.stored_weights import as_stored, stored_shapes, weight_groups
 
@@ -73,10 +73,7 @@ def _run(
     """One after another, in two processes of their own, which end by the deadline of the way that fails."""
     context = mp.get_context("spawn")
     answers, there, back = context.Queue(), context.Queue(), context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {})}
+    more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **(environment or {})}
     processes = [
         context.Process(target=_child, args=(ways, str(path), rank, device, more, answers, there, back))
         for rank, device in enumerate(devices)

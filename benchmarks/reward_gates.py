@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 from machine import machine, said
 
+from common.processes.network_interface import free_port
 from common.processes.process_env import driver_env, scorer_env
 
 os.environ.update(driver_env())  # before ray and torch are imported
@@ -115,9 +115,7 @@ class Bench:
 
         (folder / "tokens").write_text(TOKEN)
         (folder / "rules.py").write_text(RULES)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         ray.init(
             address="local", num_cpus=4, object_store_memory=2**28, include_dashboard=False, log_to_driver=False,
             logging_level=logging.ERROR,

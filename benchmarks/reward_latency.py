@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine, said  # beside this file
+
+from common.processes.network_interface import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = (1, 8, 64)
@@ -32,9 +33,7 @@ class Service:
 
     def __init__(self, root: Path, model: Path, folder: Path):
         (folder / "rules.py").write_text(RULE)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         scorers = f'{{length: {{kind: function, function: "{folder}/rules.py:length"}}}}'
         overrides = ["reward_service=http", f"reward_service.http.port={port}", f"model.path={model}"]

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import machine, said
 
+from common.processes.network_interface import free_port
 from submission.targets import EXCLUDES, ROOT
 
 RESULTS = ROOT / "benchmarks/results/submission.json"
@@ -37,12 +37,6 @@ MARKS = {
     RUNNING: re.compile("Running entrypoint for job"),
 }
 MARKS[FIRST_LINE] = re.compile("^Tandem: stage=")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @contextmanager

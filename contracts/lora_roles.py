@@ -1,12 +1,11 @@
 """The adapters of each role: those of `model.lora`, with what `model.lora_by_role` has in their place."""
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 from contracts.config import LoraByRoleConfig, LoraConfig, ModelConfig
 
 Role = Literal["policy", "value_model", "reward_model"]
-ROLES: tuple[Role, ...] = get_args(Role)
 
 
 def role_model(model: ModelConfig, role: Role) -> ModelConfig:
@@ -15,6 +14,11 @@ def role_model(model: ModelConfig, role: Role) -> ModelConfig:
     if own is not None:
         lora = replace(lora or LoraConfig(), **{name: value for name, value in vars(own).items() if value is not None})
     return replace(model, lora=lora, lora_by_role=LoraByRoleConfig())
+
+
+def shares_base(model: ModelConfig) -> bool:
+    """Whether a learner rank holds one base for policy and value model: both are adapters and heads on it then."""
+    return role_model(model, "policy").lora is not None and role_model(model, "value_model").lora is not None
 
 
 def lora_key(model: ModelConfig, role: Role, name: str) -> str:

@@ -15,7 +15,7 @@ from common.models.adapters import HEAD, fill, modules_in, read_tensors, split
 from common.models.forward import decoder_layers
 from common.models.lora import REFERENCE, add_adapter, counting, target_modules
 from contracts.config import LoraConfig, TandemConfig
-from contracts.lora_roles import Role, role_model
+from contracts.lora_roles import Role, role_model, shares_base
 from learner.engine import TrainEngine, frozen
 from learner.models import Adapter, PolicyModel, ScalarModel, freeze_below, load_policy, load_scalar
 from learner.ranks import Ranks
@@ -73,7 +73,7 @@ def trained_pair(
     layers, value_layers = ppo.trainable_layers, ppo.value_trainable_layers
     if value is None:
         return trained_policy(policy, config, ranks, layers, has_reference=True), None
-    if mine.lora is None or role_model(config.model, "value_model").lora is None:
+    if mine.lora is None or not shares_base(config.model):
         model = trained_policy(policy, config, ranks, layers, has_reference=True)
         return model, trained_scalar(value, config, ranks, "value_model", value_layers)
     model = load_policy(policy, mine, config.learner, ranks.on_cpu)

@@ -1,6 +1,5 @@
 """Ray actor: one rank of the learner, hosting the task of a stage. `LearnerGroup` is the driver's side."""
 
-import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import ray
 
+from common.processes.network_interface import free_port
 from contracts.checks.validation import ConfigError
 from contracts.config import ClusterConfig
 from contracts.interfaces import CollectiveError
@@ -33,9 +33,7 @@ class LearnerActor:
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 waits for the others."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+        return ray.util.get_node_ip_address(), free_port("")
 
     def unseen(self, paths: list[str]) -> tuple[str, list[str]]:
         """This node's address, and the paths that are not there."""

@@ -254,14 +254,10 @@ def ray_runtime() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ranks() -> Any:
     """This process as the learner's only rank: DeepSpeed runs without Ray, one process group a session."""
-    import socket
-
+    from common.processes.network_interface import free_port
     from learner.engine import join
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return join(0, 1, "127.0.0.1", port, on_cpu=True, seed=0)
+    return join(0, 1, "127.0.0.1", free_port(), on_cpu=True, seed=0)
 
 
 def kill(actors: list[Any]) -> None:

@@ -1,8 +1,6 @@
-"""Which of this machine's network interfaces leads to another."""
+"""This machine's network: which of its interfaces leads to another, and ports that nobody has."""
 
 import socket
-
-import psutil
 
 
 def interface_towards(address: str, port: int) -> str:
@@ -12,6 +10,8 @@ def interface_towards(address: str, port: int) -> str:
     Raises:
         OSError: no interface leads there.
     """
+    import psutil  # only who has another machine needs it
+
     family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)
@@ -20,3 +20,10 @@ def interface_towards(address: str, port: int) -> str:
         if any(entry.address.split("%")[0] == mine for entry in addresses):
             return name
     raise OSError(f"no interface has {mine}, from which {address} is reached")
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of `host` ("": of every interface) that nobody listens at now."""
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return int(free.getsockname()[1])

@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,14 +80,24 @@ def read_vader(archive: Path, name: str) -> list[dict]:
     return rows
 
 
-def write_ratings(target: Path, name: str, split: dict[str, int | None]) -> None:
-    """Write one JSONL file per part of `split`, by a permutation that depends on nothing but a fixed seed."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        done = subprocess.run([*command, VADER_PACKAGE, "-d", folder], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"cannot fetch {VADER_PACKAGE}: {done.stderr.strip()[-500:]}")
-        rows = read_vader(next(Path(folder).glob("*.tar.gz")), name)
+@cache
+def fetch_vader(folder: str) -> Path:
+    """The source distribution, which has the ratings of both sets."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    done = subprocess.run([*command, VADER_PACKAGE, "-d", folder], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"cannot fetch {VADER_PACKAGE}: {done.stderr.strip()[-500:]}")
+    return next(Path(folder).glob("*.tar.gz"))
+
+
+def write_ratings(target: Path, folder: str, name: str, split: dict[str, int | None]) -> None:
+    """Write one JSONL file per part of `split`, by a permutation that depends on nothing but a fixed seed.
+
+    Args:
+        folder: for what is fetched.
+        name: as in `read_vader`.
+    """
+    rows = read_vader(fetch_vader(folder), name)
     random.Random(20140601).shuffle(rows)
     target.mkdir(parents=True, exist_ok=True)
     start = 0
@@ -104,19 +114,20 @@ def write_sums(target: Path) -> None:
     write_rows(target, make_rows("chain_sum", SUMS_SPLIT, seed=1, options=SUMS))
 
 
-def main(cache: str) -> None:
-    targets: dict[str, Callable[[Path], None]] = {
-        "models/smollm2-135m-instruct": write_model,
-        "data/vader": partial(write_ratings, name="movie", split=SPLIT),
-        "data/products": partial(write_ratings, name="amazon", split=PRODUCTS_SPLIT),
-        "data/sums": write_sums,
-    }
-    for name, write in targets.items():
-        target = Path(cache) / name
-        if not target.exists():
-            unfinished = target.with_name(target.name + ".partial")
-            write(unfinished)
-            unfinished.rename(target)
+def main(assets: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        targets: dict[str, Callable[[Path], None]] = {
+            "models/smollm2-135m-instruct": write_model,
+            "data/vader": partial(write_ratings, folder=folder, name="movie", split=SPLIT),
+            "data/products": partial(write_ratings, folder=folder, name="amazon", split=PRODUCTS_SPLIT),
+            "data/sums": write_sums,
+        }
+        for name, write in targets.items():
+            target = Path(assets) / name
+            if not target.exists():
+                unfinished = target.with_name(target.name + ".partial")
+                write(unfinished)
+                unfinished.rename(target)
 
 
 if __name__ == "__main__":

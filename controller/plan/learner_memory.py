@@ -28,7 +28,7 @@ from common.models.lora import add_adapter, target_modules
 from common.text.tokenizers import load_config
 from contracts.config import ModelConfig, TandemConfig
 from contracts.estimators import chosen_estimator
-from contracts.lora_roles import Role, role_model
+from contracts.lora_roles import Role, role_model, shares_base
 from contracts.methods import chosen_preference
 from controller.plan.activations import FUSED, PassMemory, pass_memory
 from controller.plan.measured import measured
@@ -179,10 +179,7 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
     size, zero = getattr(torch, config.model.dtype).itemsize, config.learner.zero_stage
     ranks, on_gpu = config.cluster.num_learner_ranks, config.cluster.gpus_per_learner_rank > 0
     counts, offload = {name: sizes(shape) for name, shape in shapes.items()}, config.learner.offload
-    if {network.name for network in networks if model_of(config, network).lora} >= {
-        "policy",
-        "value model",
-    }:  # one base
+    if "value model" in counts and shares_base(config.model):  # the policy's
         trained = counts["value model"].trained
         counts["value model"] = Sizes(trained, trained)
     states = {name: network_state(found, size, zero, ranks) for name, found in counts.items()}

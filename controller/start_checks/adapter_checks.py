@@ -7,7 +7,7 @@ from common.models.adapters import is_adapter, misfit, split
 from common.models.loading import refuse_adapter
 from contracts.checks.check import Check
 from contracts.config import TandemConfig
-from contracts.lora_roles import Role, role_model
+from contracts.lora_roles import Role, role_model, shares_base
 from contracts.methods import runs
 from contracts.scorer_roles import CHECKPOINTS, has_value_model, starts_value_model
 
@@ -53,7 +53,7 @@ def _role_problem(config: TandemConfig, key: str, path: str, role: Role) -> str 
     if is_adapter(path):
         split(path)
         return misfit(path, key, base, lora, memory, role)
-    is_alone = role == "value_model" and role_model(config.model, "policy").lora is None  # on a base of its own
+    is_alone = role == "value_model" and not shares_base(config.model)
     if is_alone or checkpoint_fingerprint(path, memory=memory) == checkpoint_fingerprint(base, memory=memory):
         return None
     rule = f"an adapter of model.path={base}, or that checkpoint itself, with model.lora"

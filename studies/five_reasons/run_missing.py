@@ -45,9 +45,8 @@ class Sweep:
     runs: Path  # the directory of its members
     jobs: list[Job]  # seed by seed
     registration: Path
-    registered: set[
-        int
-    ]  # seeds by which verdicts are drawn; of others, as a tuning's, an arm is compared with itself alone
+    # Seeds by which verdicts are drawn; of others, as a tuning's, an arm is compared with itself alone.
+    registered: set[int]
     overrides: list[str]  # that all members share
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from common.processes.network_interface import free_port
 from common.processes.process_env import scorer_env, worker_env
 from contracts.catalogue import catalogue
 from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig, ScorerConfig
@@ -63,12 +63,6 @@ def engine_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def processes(part: str) -> list[psutil.Process]:

@@ -17,8 +17,8 @@ import pytest
 import requests
 
 from common.files.outcome import read_outcome
+from common.processes.network_interface import free_port
 from tests.conftest import ROOT, VADER, cache_in
-from tests.integration.conftest import free_port
 
 TOKEN = "a-token-of-the-test-cluster-0123456789abcdef"
 

@@ -13,10 +13,10 @@ import psutil
 import pytest
 import requests
 
+from common.processes.network_interface import free_port
 from reward_service.__main__ import main
 from reward_service.http_client import HttpClient
 from tests.conftest import ROOT, SMOLLM
-from tests.integration.conftest import free_port
 from tests.unit.test_scorer_kinds import write_package
 
 FIRST, SECOND = "the-first-token-0123456789", "the-second-token-0123456789"

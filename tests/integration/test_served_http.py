@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import requests
 
+from common.processes.network_interface import free_port
 from contracts.config import ClusterConfig, HttpConfig, RewardServiceConfig
 from reward_service.app import RewardService
 from reward_service.http_client import HttpClient
 from reward_service.resolve import ScorerError
 from tests.conftest import SMOLLM
-from tests.integration.conftest import TOKEN, free_port, replicas
+from tests.integration.conftest import TOKEN, replicas
 
 SECRET = "xylophonesecret"  # in texts; must be in no log
 

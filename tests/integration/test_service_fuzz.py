@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from common.processes.network_interface import free_port
 from tests.conftest import ROOT, SMOLLM
-from tests.integration.conftest import free_port
 from tests.schema_fuzz import by_schema
 from tests.service_fuzz import Attack, scorers
 

@@ -135,9 +135,12 @@ class Host:
         ray = str(Path(sys.executable).with_name("ray"))
         size = ["--object-store-memory=200000000", f"--num-cpus={num_cpus}"]
         command = [ray, "start", *part, f"--node-ip-address={self.address}", *size, "--disable-usage-stats", "--block"]
-        self._start_ray = [*self.enter, *command]
+        self._ray = [*self.enter, *command]
+        self._try_ray()
+
+    def _try_ray(self) -> None:
         with self.log.open("ab") as log:
-            self._raylet = subprocess.Popen(self._start_ray, env=self.environment, stdout=log, stderr=log)
+            self._raylet = subprocess.Popen(self._ray, env=self.environment, stdout=log, stderr=log)
 
     @property
     def log(self) -> Path:
@@ -151,8 +154,7 @@ class Host:
         while "Ray runtime started" not in self.log.read_text():
             if self._raylet.poll() is not None:
                 assert self.log.read_text().count("timed out during startup") == 1, self.log.read_text()
-                with self.log.open("ab") as log:
-                    self._raylet = subprocess.Popen(self._start_ray, env=self.environment, stdout=log, stderr=log)
+                self._try_ray()
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.2)
 

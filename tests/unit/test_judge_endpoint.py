@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import math
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from common.processes.network_interface import free_port
 from contracts.config import JudgeConfig
 from contracts.scoring import RETRYABLE
 from reward_service.isolate import Failed
@@ -310,9 +310,7 @@ def test_a_server_that_can_be_asked_passes_whatever_it_thinks_of_the_question(se
 
 
 def test_nobody_at_the_address(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    address = f"http://127.0.0.1:{free_port()}"
     judge = JudgeConfig(address=address, model_name="m")
     with pytest.raises(ValueError, match=f"address={address}: no answer .*; write where the judge listens"):
         asyncio.run(Endpoint(judge, scale_of(judge)).probe(1.0))

@@ -10,11 +10,11 @@ import jsonschema
 import pytest
 from starlette.routing import Route
 
+from common.processes.network_interface import free_port
 from contracts.config import HttpConfig
 from reward_service.http import HttpService
 from reward_service.openapi import OPERATIONS, description
 from tests.conftest import ROOT
-from tests.integration.conftest import free_port
 from tests.schema_fuzz import by_schema
 from tests.service_fuzz import Attack, scorers
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from contracts.config import LoraConfig, RoleLoraConfig, ScorerConfig, TandemConfig
-from contracts.lora_roles import ROLES
+from contracts.lora_roles import Role
 from contracts.stages import find_stage
 from controller.data.inputs import Inputs
 from controller.pipeline.context import StageContext
@@ -41,7 +41,7 @@ DECIDES = {
 }
 OTHER = {"preference.loss": "rank", "ppo.init_from": "base", "reward_service.scorers": {"x": ScorerConfig()}}
 OTHER |= {"environment.options": {"x": 1}, "learner.deepspeed": {"dump_state": True}, "model.lora": LoraConfig()}
-OTHER |= {f"model.lora_by_role.{role}": RoleLoraConfig(rank=4) for role in ROLES}
+OTHER |= {f"model.lora_by_role.{role}": RoleLoraConfig(rank=4) for role in get_args(Role)}
 APART = ("data", "model.path", "model.revision")
 
 
