@@ -6,7 +6,7 @@ try.
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import MISSING, field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -181,9 +181,9 @@ def _alone(section: Any, name: str, annotation: Any) -> Any:
     if schema_section(annotation):
         return section
     (found,) = (entry for entry in fields(section) if entry.name == name)
-    default = {"default": found.default, "default_factory": found.default_factory}
-    given = {kind: value for kind, value in default.items() if value is not MISSING}
-    return make_dataclass(section.__name__, [(name, annotation, field(**given))])
+    same: Any = field()
+    same.default, same.default_factory = found.default, found.default_factory
+    return make_dataclass(section.__name__, [(name, annotation, same)])
 
 
 def _place(key: str) -> tuple[Any, str]:

@@ -6,6 +6,7 @@
 The program's file is run as `__main__` in a process of its own, which begins with the modules and ends as any other does.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -44,10 +45,8 @@ def preloaded() -> Iterator[Python]:
 
 def serve() -> None:
     """Every line of the input is a program; every line of the output its exit code."""
-    import controller.pipeline.pipeline
-    import learner.models
-    import train
-    import wandb  # noqa: F401
+    for name in ("controller.pipeline.pipeline", "learner.models", "train", "wandb"):
+        importlib.import_module(name)
 
     for line in sys.stdin:
         folder, *words = json.loads(line)
