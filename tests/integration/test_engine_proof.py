@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.engine_proof import EngineUnproven, compare, in_fork, prove_engine, save_tokenizer, verdict
+from actors.engine_proof import EngineUnproven, compare, in_fork, prove_engine, prove_here, save_tokenizer, verdict
+from common.text.tokenizers import load_config
 from contracts.config import LoraConfig, ModelConfig
 from tests.conftest import SMOLLM
 from tests.tiny_models import TINY, make
@@ -143,8 +144,13 @@ def test_a_proof_is_remembered_and_a_refusal_names_model_and_numbers(tmp_path: P
 
 
 @pytest.mark.parametrize(("max_model_len", "accepted"), [(8, True), (64, False)])
-def test_a_window_counts_where_the_engine_passes_it(max_model_len: int, accepted: bool, tmp_path: Path) -> None:
-    """vLLM 0.32 gives Cohere 2 a window that is one token too wide."""
+def test_a_window_counts_where_the_engine_passes_it(
+    max_model_len: int, accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.32 gives Cohere 2 a window that is one token too wide. This process has vLLM imported."""
+    monkeypatch.setattr(
+        "actors.engine_proof._ask", lambda model, length: prove_here(load_config(model.path, model), model, length)
+    )
     config = TINY["cohere2-window"]()
     config.architectures = ["Cohere2ForCausalLM"]
     config.save_pretrained(tmp_path)

@@ -1,11 +1,12 @@
 """Adapters through the whole road with the real engines: SFT, reward model, PPO and evaluation on one base; a run that is
-stopped and resumed is the run that was never stopped."""
+stopped and resumed is the run that was never stopped. `test_lora_models.py` has a rank that is."""
 
 import json
 import shutil
 import signal
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -42,9 +43,14 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def test_adapters_from_sft_to_evaluation_stopped_and_resumed(tiny_model: Path, tmp_path: Path) -> None:
-    unbroken, stopped = (AdapterRun(tmp_path / name, tiny_model, tiny_model, *LORA) for name in ("unbroken", "stopped"))
-    assert unbroken.finish() == 0, unbroken.printed[-4000:]
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> AdapterRun:
+    run = AdapterRun(tmp_path_factory.mktemp("adapters") / "unbroken", tiny_model, tiny_model, *LORA)
+    assert run.finish() == 0, run.printed[-4000:]
+    return run
+
+
+def test_adapters_from_sft_to_evaluation(unbroken: AdapterRun, tiny_model: Path, tmp_path: Path) -> None:
     rows = [row for row in unbroken.metrics if row["stage"] == "ppo"]
     assert [row["progress/version"] for row in rows] == list(range(1, UPDATES))
     assert rows[0]["kl/ref_seq"] == 0.0  # the reference is SFT's adapter
@@ -52,19 +58,6 @@ def test_adapters_from_sft_to_evaluation_stopped_and_resumed(tiny_model: Path, t
     assert max(abs(row["kl/ref_seq"]) for row in rows) > 0.1
     assert max(row["kl/mismatch_k3"] for row in rows) < 1e-3
     assert set(json.loads((unbroken.dir / "evaluation.json").read_text())["models"]) == {"base", "sft", "ppo"}
-
-    for model in (unbroken.folder / "cache/stages").glob("[!p]*/model"):
-        shutil.copytree(model.parent, stopped.folder / "cache/stages" / model.parent.name)
-    with stopped.start() as driver:
-        stopped.wait_for(driver, "version 2 ")
-        driver.send_signal(signal.SIGTERM)
-        assert driver.stdout is not None
-        stopped.printed += driver.stdout.read()
-    assert driver.returncode == 75, stopped.printed[-4000:]
-    assert 0 < commit_store.steps(stopped.dir)[-1] < UPDATES
-    assert stopped.finish() == 0, stopped.printed[-4000:]
-    assert [r for r in stopped.metrics if r["stage"] == "ppo"] == rows
-    assert stopped.model == unbroken.model
 
     made = (unbroken.folder / "cache/stages").glob("*/model/adapter_config.json")
     assert {file.parts[-3].split("-")[0]: json.loads(file.read_text())["r"] for file in made} == RANKS
@@ -86,3 +79,21 @@ def test_adapters_from_sft_to_evaluation_stopped_and_resumed(tiny_model: Path, t
 
 def size_of_tokenizer(commit: Path) -> int:
     return sum(file.stat().st_size for file in (commit / "policy").glob("tokenizer*"))
+
+
+@pytest.mark.full
+def test_stopped_and_resumed(unbroken: AdapterRun, tiny_model: Path, tmp_path: Path) -> None:
+    stopped = AdapterRun(tmp_path, tiny_model, tiny_model, *LORA)
+    for model in (unbroken.folder / "cache/stages").glob("[!p]*/model"):
+        shutil.copytree(model.parent, stopped.folder / "cache/stages" / model.parent.name)
+    with stopped.start() as driver:
+        stopped.wait_for(driver, "version 2 ")
+        driver.send_signal(signal.SIGTERM)
+        assert driver.stdout is not None
+        stopped.printed += driver.stdout.read()
+    assert driver.returncode == 75, stopped.printed[-4000:]
+    assert 0 < commit_store.steps(stopped.dir)[-1] < UPDATES
+    assert stopped.finish() == 0, stopped.printed[-4000:]
+    expected = [row for row in unbroken.metrics if row["stage"] == "ppo"]
+    assert [row for row in stopped.metrics if row["stage"] == "ppo"] == expected
+    assert stopped.model == unbroken.model

@@ -14,6 +14,7 @@ import pytest
 
 from common.files.outcome import read_outcome
 from tests.conftest import ROOT, VADER, cache_in
+from tests.preloaded import Python
 
 
 def command(folder: Path, model: Path, *overrides: str) -> list[str]:
@@ -44,6 +45,14 @@ def command(folder: Path, model: Path, *overrides: str) -> list[str]:
 
 def run(folder: Path, model: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(folder, model, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def without_an_actor(words: list[str]) -> str:
+    """What a run of AHEAD prints whose actor is killed at version 1, when the last eight rollouts are not admitted yet."""
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
+        printed = kill_an_actor(driver, when="version 1")
+    assert driver.returncode == 0, printed[-4000:]
+    return printed
 
 
 def kill_an_actor(driver: subprocess.Popen[str], when: str) -> str:
@@ -152,8 +161,8 @@ def test_what_a_user_finds_in_the_run_directory(finished: Any, folder: Path) -> 
         assert phase in finished.stdout
 
 
-def test_unchanged_stages_are_reused(finished: Any, folder: Path, tiny_model: Path) -> None:
-    again = run(folder, tiny_model, f"run_dir={folder}/again", "stage=ppo")
+def test_unchanged_stages_are_reused(finished: Any, folder: Path, tiny_model: Path, python: Python) -> None:
+    again = python(command(folder, tiny_model, f"run_dir={folder}/again", "stage=ppo")[1:])
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     assert "ppo: nothing has changed" in again.stdout
     assert "starting" not in again.stdout
@@ -189,9 +198,12 @@ def test_without_a_value_model(finished: Any, folder: Path, tiny_model: Path) ->
     assert "<svg" in (folder / "grpo/report.html").read_text()
 
 
-def test_rules_alone_and_completions_that_fill_the_engine(folder: Path, tiny_model: Path) -> None:
-    """No reward model is trained, none is asked for, and neither are preferences. Prompt and completion are as long as
-    `engine.max_model_len`, which the checks recommend. The rule sees the rows, and its parts are logged."""
+AHEAD = ["ppo.max_staleness=2", "ppo.updates=5", "ppo.score_batch=2"]
+
+
+@pytest.fixture(scope="module")
+def by_rules(folder: Path, tiny_model: Path) -> tuple[list[str], str]:
+    """A command, whose actors work ahead, and what it printed; an actor was killed."""
     prompts = folder / "prompts.jsonl"
     nouns = ["film", "movie", "story", "plot", "end", "music", "cast", "work", "book", "show", "start", "world"]
     rows = [{"prompt": f"The {noun} is", "known": {"noun": noun, "letters": len(noun)}} for noun in nouns]
@@ -208,16 +220,22 @@ def test_rules_alone_and_completions_that_fill_the_engine(folder: Path, tiny_mod
     overrides += [f"data.{name}.path=/no/such.jsonl" for name in ("sft", "preferences", "test")]
     overrides += ["reward_service=rules", f"reward_service.scorers.proxy.function={folder}/my_rules.py:brief"]
     overrides += [f"{stage}.sampling.max_completion_tokens=16" for stage in ("ppo", "evaluate")]
-    overrides += ["engine.max_model_len=19", "ppo.gold_rollouts=0", "ppo.updates=2", "ppo.value_warmup_updates=1"]
+    overrides += ["engine.max_model_len=19", "ppo.gold_rollouts=0", "ppo.value_warmup_updates=1", *AHEAD]
     words = command(folder, tiny_model, f"run_dir={folder}/rules", *overrides)
     words = [word for word in words if not word.startswith("data.gold.")]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return words, without_an_actor(words)
+
+
+def test_rules_alone_and_completions_that_fill_the_engine(
+    by_rules: tuple[list[str], str], folder: Path, python: Python
+) -> None:
+    """No reward model is trained, none is asked for, and neither are preferences. Prompt and completion are as long as
+    `engine.max_model_len`, which the checks recommend. The rule sees the rows, and its parts are logged."""
     stages = {row["name"]: row for row in json.loads((folder / "rules/stages.json").read_text())}
     assert set(stages) == {"ppo", "evaluate"}
     assert set(stages["ppo"]["metrics"]["scorers"]) == {"proxy"}
     rows = [row for row in lines(folder / "rules/metrics.jsonl") if row["stage"] in ("ppo", "value_warmup")]
-    assert [row["stage"] for row in rows] == ["value_warmup", "ppo", "ppo"]
+    assert [row["stage"] for row in rows] == ["value_warmup"] + 5 * ["ppo"]
     for row in rows:
         assert row["fault/unscored"] == 0
         assert abs(row["reward/paid_abs_max"]) < 100
@@ -234,8 +252,7 @@ def test_rules_alone_and_completions_that_fill_the_engine(folder: Path, tiny_mod
     assert "proxy_gain" in result["comparisons"]["ppo_vs_sft"]
     assert "verdict" not in result
     assert "Learned-score" in (folder / "rules/report.html").read_text()
-    words += [f"run_dir={folder}/rules-again", "stage=ppo"]
-    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    again = python([*by_rules[0][1:], f"run_dir={folder}/rules-again", "stage=ppo"])
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     assert "ppo: nothing has changed" in again.stdout
 
@@ -330,17 +347,11 @@ def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Pat
     assert all("Say it again, better." in row["completion"] for row in samples)
 
 
-@pytest.mark.parametrize("weight_update", ["in_flight", pytest.param("drain", marks=pytest.mark.full)])
-def test_actors_work_ahead_of_the_learner(finished: Any, folder: Path, tiny_model: Path, weight_update: str) -> None:
-    overrides = ["ppo.max_staleness=2", "ppo.updates=5", "ppo.value_warmup_updates=0", "ppo.score_batch=2"]
-    overrides += [f"ppo.weight_update={weight_update}", "ppo.sampling.max_completion_tokens=24"]
-    ours = command(folder, tiny_model, f"run_dir={folder}/{weight_update}", "stage=ppo", *overrides)
-    with subprocess.Popen(ours, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
-        printed = kill_an_actor(driver, when="version 1")  # the last eight rollouts are not admitted yet
-    assert driver.returncode == 0, printed[-4000:]
+def check_ahead(run_dir: Path, printed: str, value_updates: int) -> None:
+    """Of a run with AHEAD and eight rollouts an update, without an actor for a while."""
     assert "actor 0 is lost" in printed
     assert "actor 0 is back" in printed
-    rows = [row for row in lines(folder / weight_update / "metrics.jsonl") if row["stage"] == "ppo"]
+    rows = [row for row in lines(run_dir / "metrics.jsonl") if row["stage"] == "ppo"]
     assert [row["progress/version"] for row in rows] == [1, 2, 3, 4, 5]
     stalest = [row["staleness/max"] for row in rows]  # three updates' rollouts are admitted at once
     assert stalest[0] == 0
@@ -350,14 +361,25 @@ def test_actors_work_ahead_of_the_learner(finished: Any, folder: Path, tiny_mode
         assert 0 < row["off_policy/ess"] <= 1
         assert row["staleness/token_mean"] <= row["staleness/max"]
         assert row["ledger/open"] <= 3 * 8
-    trained = [json.loads(line) for line in (folder / weight_update / "ledger.jsonl").read_text().splitlines()]
-    sampled = [row["sampled"] for row in trained if "trained" in row]
-    assert len(sampled) == 5 * 8
-    if weight_update == "drain":
-        assert all(len(versions) == 1 for versions in sampled)
-    audit_it = [sys.executable, "-m", "controller.ledger", str(folder / weight_update)]
+    rollouts = (value_updates + 5) * 8
+    assert len([row for row in lines(run_dir / "ledger.jsonl") if "trained" in row]) == rollouts
+    audit_it = [sys.executable, "-m", "controller.ledger", str(run_dir)]
     audit = subprocess.run(audit_it, cwd=ROOT, capture_output=True, text=True)
-    assert "admitted 40 = trained 40 + quarantined 0 + open 0" in audit.stdout, audit.stdout + audit.stderr
+    expected = f"admitted {rollouts} = trained {rollouts} + quarantined 0 + open 0"
+    assert expected in audit.stdout, audit.stdout + audit.stderr
+
+
+def test_actors_work_ahead_of_the_learner(by_rules: tuple[list[str], str], folder: Path) -> None:
+    check_ahead(folder / "rules", by_rules[1], value_updates=1)
+
+
+@pytest.mark.full
+def test_actors_work_ahead_and_have_one_version_a_completion(finished: Any, folder: Path, tiny_model: Path) -> None:
+    overrides = ["ppo.value_warmup_updates=0", "ppo.weight_update=drain", "ppo.sampling.max_completion_tokens=24"]
+    words = command(folder, tiny_model, f"run_dir={folder}/drain", "stage=ppo", *AHEAD, *overrides)
+    check_ahead(folder / "drain", without_an_actor(words), value_updates=0)
+    trained = [row for row in lines(folder / "drain/ledger.jsonl") if "trained" in row]
+    assert all(len(row["sampled"]) == 1 for row in trained)
 
 
 def sweep_command(folder: Path, model: Path, name: str, *overrides: str) -> list[str]:
@@ -375,9 +397,12 @@ def states(directory: Path) -> dict[str, str]:
     return {path.parent.name: json.loads(path.read_text())["state"] for path in sorted(directory.glob("*/status.json"))}
 
 
-def test_a_member_that_fails_leaves_the_others_alone(finished: Any, folder: Path, tiny_model: Path) -> None:
+def test_a_member_that_fails_leaves_the_others_alone(
+    finished: Any, folder: Path, tiny_model: Path, python: Python
+) -> None:
     overrides = ["stage=sft", f"data.sft.path=/no/such.jsonl,{VADER}/sft.jsonl", "ppo.seed=1,2"]
-    done = sweep(folder, tiny_model, "fails", *overrides)
+    words = sweep_command(folder, tiny_model, "fails", *overrides)[1:]
+    done = python(words)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     assert states(folder / "fails") == {
         "0-data.sft.path=such.jsonl,ppo.seed=1": "refused",
@@ -390,7 +415,7 @@ def test_a_member_that_fails_leaves_the_others_alone(finished: Any, folder: Path
     page = (folder / "fails/report.html").read_text()
     assert "refused" in page
     assert "/no/such.jsonl" in page
-    again = sweep(folder, tiny_model, "fails", *overrides)
+    again = python(words)
     assert again.stdout.count("is done already") == 2
     assert "reusing" not in again.stdout
 
@@ -490,9 +515,9 @@ def test_a_stage_without_its_inputs_says_what_to_run(folder: Path, tiny_model: P
     ],
 )
 def test_bad_input_is_refused_before_an_engine_starts(
-    overrides: list[str], message: str, folder: Path, tiny_model: Path
+    overrides: list[str], message: str, folder: Path, tiny_model: Path, python: Python
 ) -> None:
-    done = run(folder, tiny_model, f"run_dir={folder}/bad", *overrides)
+    done = python(command(folder, tiny_model, f"run_dir={folder}/bad", *overrides)[1:])
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

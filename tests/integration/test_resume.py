@@ -15,6 +15,7 @@ import pytest
 from controller.commits import commit_store
 from controller.ledger.audit import audit
 from tests.conftest import ROOT, VADER, cache_in
+from tests.preloaded import Python
 
 TIMES = ("perf/", "progress/eta_s", "wall_s")
 UPDATES = 5  # one of them fits the value model alone
@@ -178,32 +179,48 @@ def test_a_commit_is_exported_as_a_plain_checkpoint(unbroken: Run, tmp_path: Pat
     assert "proxy: version `" in (tmp_path / "out/README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "kill",
-    [in_update, pytest.param(in_rollouts, marks=pytest.mark.full), pytest.param(in_commit, marks=pytest.mark.full)],
-)
-def test_killed_stopped_and_resumed(
-    kill: Callable[..., psutil.Process], unbroken: Run, tmp_path: Path, tiny_model: Path, reward_model: Path
-) -> None:
-    run = Run(tmp_path, tiny_model, reward_model, *HELD_OUT)
+def stop_after_version_2(run: Run) -> str:
+    """Go on, and be asked to end; what is printed."""
+    run.printed = ""
     with run.start() as driver:
-        frozen = kill(run, driver)
-    reached = commit_store.steps(run.dir)[-1]
-
-    with run.start() as driver:
-        run.wait_for(driver, "going on from")
         run.wait_for(driver, "version 2 ")
         driver.send_signal(signal.SIGTERM)
         assert driver.stdout is not None
         run.printed += driver.stdout.read()
     assert driver.returncode == 75, run.printed[-4000:]
-    assert "of an earlier attempt were still there and have been ended" in run.printed
-    assert not frozen.is_running() or frozen.status() == psutil.STATUS_ZOMBIE
-    assert f"after update {reached}" in run.printed
     assert f"go on with: python train.py stage=ppo {run.command[4]}" in run.printed
     assert 0 < commit_store.steps(run.dir)[-1] < UPDATES
+    return run.printed
 
+
+@pytest.mark.parametrize(
+    ("kill", "is_stopped"),
+    [
+        (in_update, False),
+        pytest.param(in_update, True, marks=pytest.mark.full),
+        pytest.param(in_rollouts, True, marks=pytest.mark.full),
+        pytest.param(in_commit, True, marks=pytest.mark.full),
+    ],
+)
+def test_killed_stopped_and_resumed(
+    kill: Callable[..., psutil.Process],
+    is_stopped: bool,
+    unbroken: Run,
+    tmp_path: Path,
+    tiny_model: Path,
+    reward_model: Path,
+) -> None:
+    run = Run(tmp_path, tiny_model, reward_model, *HELD_OUT)
+    with run.start() as driver:
+        frozen = kill(run, driver)
+    reached = commit_store.steps(run.dir)[-1]
+    printed = stop_after_version_2(run) if is_stopped else ""
     assert run.finish() == 0, run.printed[-4000:]
+    printed = printed or run.printed
+    assert "of an earlier attempt were still there and have been ended" in printed
+    assert not frozen.is_running() or frozen.status() == psutil.STATUS_ZOMBIE
+    assert "going on from" in printed
+    assert f"after update {reached}" in printed
     require_same(run, unbroken)
     answered = [row for row in run.metrics if "heldout/accuracy" in row]
     assert [row["progress/version"] for row in answered] == [1, 3]  # after updates by versions 0 and 2
@@ -224,20 +241,22 @@ def test_exactly_once_where_actors_work_ahead(tmp_path: Path, tiny_model: Path, 
     assert [row["progress/version"] for row in run.metrics] == list(range(UPDATES))
 
 
-def test_another_configuration_is_refused(unbroken: Run) -> None:
+def test_another_configuration_is_refused(unbroken: Run, python: Python) -> None:
     before, config = unbroken.metrics, (unbroken.dir / "config.yaml").read_bytes()
-    assert unbroken.finish("ppo.clip=0.3", "data.prompts.max_rows=23", "reuse_stages=false") == 2
-    assert "ppo.clip: the commit has 0.2, this configuration 0.3" in unbroken.printed
-    assert "prompts: the commit has " in unbroken.printed
-    assert "starting Ray" not in unbroken.printed
+    done = python([*unbroken.command[1:], "ppo.clip=0.3", "data.prompts.max_rows=23", "reuse_stages=false"])
+    assert done.returncode == 2
+    assert "ppo.clip: the commit has 0.2, this configuration 0.3" in done.stderr
+    assert "prompts: the commit has " in done.stderr
+    assert "starting Ray" not in done.stdout
     assert unbroken.metrics == before
     assert (unbroken.dir / "config.yaml").read_bytes() == config
 
 
-def test_two_drivers_in_one_directory(unbroken: Run) -> None:
+def test_two_drivers_in_one_directory(unbroken: Run, python: Python) -> None:
     import fcntl
 
     with (unbroken.dir / "driver.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert unbroken.finish() == 2
-    assert "another driver is working there" in unbroken.printed
+        done = python(unbroken.command[1:])
+    assert done.returncode == 2
+    assert "another driver is working there" in done.stderr

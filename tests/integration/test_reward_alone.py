@@ -27,26 +27,35 @@ def command(*overrides: str) -> list[str]:
     return [sys.executable, "-m", "reward_service", "reward_service=http", "cache_dir=unused", *overrides]
 
 
-@pytest.fixture
-def checkpoint(reward_model: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "checkpoint"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(reward_model: Path, folder: Path) -> Path:
+    path = folder / "checkpoint"
     shutil.copytree(reward_model, path)
     for file in SMOLLM.glob("tokenizer*"):
         shutil.copy(file, path)
     return path
 
 
-@pytest.fixture
-def alone(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    (tmp_path / "tokens").write_text(FIRST + "\n")
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path, folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+    """With a reward model, a rule, and the example of docs/extending.md, without a file of ours that knows of it."""
+    write_package(folder)
+    (folder / "tokens").write_text(FIRST + "\n")
     port = free_port()
     process = subprocess.Popen(
         command(
             f"proxy_model={checkpoint}", f"reward_service.http.port={port}", "reward_service.dtype=float32",
-            f"reward_service.http.token_file={tmp_path}/tokens", "cluster.threads_per_reward_replica=1",
-            "+reward_service.scorers={brief: {kind: function, function: 'reward_service.rules:brevity'}}",
+            f"reward_service.http.token_file={folder}/tokens", "cluster.threads_per_reward_replica=1",
+            "+reward_service.scorers={brief: {kind: function, function: 'reward_service.rules:brevity'}, "
+            "mine: {kind: 'my_package.keywords:MINE', options: {words: [warm, funny]}}}",
         ),
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -56,7 +65,23 @@ def alone(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, 
         process.kill()
 
 
-def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpoint: Path, tmp_path: Path) -> None:
+def test_a_kind_of_another_package_is_served_and_replaced(alone: tuple[subprocess.Popen, str], folder: Path) -> None:
+    process, url = alone
+    assert process.stdout is not None
+    client = HttpClient(url, FIRST, budget_s=30)
+    before = client.score([*TEXT, {"text": "A warm film"}, {"text": "A film"}], "mine")
+    assert [score.value for score in before] == [1.0, 0.5, 0.0]
+    assert {model["id"]: model["kind"] for model in client.models()}["mine"] == "my_package.keywords:MINE"
+    module = folder / "my_package/keywords.py"
+    module.write_text(module.read_text().replace("/ len(words)", ""))
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline().startswith("now serving proxy (")
+    after = client.score(TEXT, "mine")[0]
+    assert (after.value, after.version == before[0].version) == (2.0, False)
+
+
+def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpoint: Path, folder: Path) -> None:
+    """The last test of the service."""
     process, url = alone
     assert process.stdout is not None
     client = HttpClient(url, FIRST, budget_s=30)
@@ -64,7 +89,7 @@ def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpo
     assert before.value is not None
     assert client.score(TEXT, "brief")[0].value == 0.0
 
-    (tmp_path / "tokens").write_text(f"{FIRST}\n{SECOND}\n")
+    (folder / "tokens").write_text(f"{FIRST}\n{SECOND}\n")
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"score_mean": 10.5}))
     process.send_signal(signal.SIGHUP)
@@ -80,7 +105,7 @@ def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpo
     assert client.score([{"text": "Another film"}])[0].value is not None
 
     (checkpoint / "config.json").write_text(json.dumps(config | {"score_mean": 10.5}))
-    for file, part in ((checkpoint / "tokenizer.json", slice(0, -100)), (tmp_path / "tokens", slice(0, 0))):
+    for file, part in ((checkpoint / "tokenizer.json", slice(0, -100)), (folder / "tokens", slice(0, 0))):
         whole = file.read_bytes()
         file.write_bytes(whole[part] + b"\xff\xfe")
         process.send_signal(signal.SIGHUP)
@@ -91,7 +116,7 @@ def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpo
     assert 'tandem_reward_reloads_total{result="failed"} 3.0' in metrics
 
     (checkpoint / "config.json").write_text(json.dumps(config | {"score_mean": 10.5}))
-    (tmp_path / "tokens").write_text(f"{SECOND}\n")
+    (folder / "tokens").write_text(f"{SECOND}\n")
     process.send_signal(signal.SIGHUP)
     assert process.stdout.readline().startswith("now serving")
     with pytest.raises(PermissionError):
@@ -103,34 +128,6 @@ def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpo
     assert psutil.wait_procs(children, timeout=30)[1] == []
     with pytest.raises(requests.ConnectionError):
         requests.get(url + "/healthz", timeout=5)
-
-
-def test_a_kind_of_another_package_is_served_and_replaced(tmp_path: Path) -> None:
-    """The example of docs/extending.md, without a file of ours that knows of it."""
-    module, port = write_package(tmp_path), free_port()
-    scorers = '{proxy: {kind: "my_package.keywords:MINE", options: {words: [warm, funny]}}}'
-    overrides = (f"model.path={SMOLLM}", f"reward_service.http.port={port}", f"+reward_service.scorers={scorers}")
-    process = subprocess.Popen(
-        command(*overrides), cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("serving proxy ("), line + (process.stderr.read() if process.stderr else "")
-        client = HttpClient(f"http://127.0.0.1:{port}", budget_s=30)
-        before = client.score([*TEXT, {"text": "A warm film"}, {"text": "A film"}])
-        assert [score.value for score in before] == [1.0, 0.5, 0.0]
-        assert client.models()[0]["kind"] == "my_package.keywords:MINE"
-        code = module.read_text()
-        module.write_text(code.replace("/ len(words)", ""))
-        process.send_signal(signal.SIGHUP)
-        assert process.stdout.readline().startswith("now serving proxy (")
-        after = client.score(TEXT)[0]
-        assert (after.value, after.version == before[0].version) == (2.0, False)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
 
     def load() -> None:  # whoever pins nothing is answered throughout, by one version or the other
         free = HandleClient(60)
-        while not stop.is_set():
+        while not stop.wait(0.1):  # the new versions start on the same core
             seen.extend(free.score("proxy", [[len(seen) % 40000, 2]]))
 
     thread = threading.Thread(target=load)
