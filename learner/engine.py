@@ -6,17 +6,21 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
+from common.processes.hidden_module import hidden_module
 from common.processes.network_interface import interface_towards
 from contracts.config import LearnerConfig, OptimizerConfig
 from contracts.interfaces import NonFiniteError
 from learner.models import PolicyModel, ScalarModel
 from learner.ranks import Ranks
 from learner.stored_weights import weight_groups
+
+# DeepSpeed 0.19's autotuner, which nothing here uses, imports MLflow where it is installed: half of what the import takes.
+with hidden_module("mlflow"):
+    import deepspeed
 
 
 def is_collective(error: BaseException) -> bool:

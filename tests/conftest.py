@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,12 +224,18 @@ def make_config(model: Path, folder: Path, dtype: str = "bfloat16") -> TandemCon
 
 
 def wandb_records(run_dir: Path) -> list[dict[str, Any]]:
-    """The only offline run, read back by wandb's own reader."""
+    """The only offline run, read back by wandb's own reader. wandb 0.31's `finish` may return before the file is written."""
     [file] = (run_dir / "wandb").glob("offline-run-*/*.wandb")
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return [record[record["type"]] | {"type": record["type"]} for record in map(json.loads, done.stdout.splitlines())]
+    end = time.monotonic() + 60
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        if records and records[-1]["type"] == "exit":
+            return [record[record["type"]] | {"type": record["type"]} for record in records]
+        assert time.monotonic() < end, f"{file} has no end"
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from tests.conftest import kill
 from tests.stand_ins import StandIn
 
 pytestmark = pytest.mark.usefixtures("ray_runtime")
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 class Source(WeightSource):
