@@ -114,9 +114,9 @@ def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
     thread = threading.Thread(target=load)
     thread.start()
     with pytest.raises(RuntimeError, match="is missed by 5"):
-        reward_service.update(changed(broken), timeout_s=120)
+        reward_service.update(changed(broken), timeout_s=300)
     np.testing.assert_allclose([s.value for s in before.score("proxy", SEQUENCES)], old, atol=1e-4)
-    reward_service.update(changed(better), timeout_s=120)
+    reward_service.update(changed(better), timeout_s=300)
     new = reward_service.client().score("proxy", SEQUENCES)
     np.testing.assert_allclose([s.value for s in new], np.array(old) - 5, atol=1e-4)
     stop.set()
@@ -125,5 +125,5 @@ def test_a_new_version_takes_over_and_one_that_fails_its_golden_scores_does_not(
     assert {s.version for s in seen} == {before.versions["proxy"], new[0].version}
     with pytest.raises(LookupError, match="the pinned one is gone"):
         before.score("proxy", SEQUENCES)
-    reward_service.update(changed(reward_model), timeout_s=120)
+    reward_service.update(changed(reward_model), timeout_s=300)
     np.testing.assert_allclose([s.value for s in before.score("proxy", SEQUENCES)], old, atol=1e-4)
