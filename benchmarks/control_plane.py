@@ -147,6 +147,7 @@ def measure(actors: int, rollouts_per_update: int, rollouts: int, run_dir: Path)
     )
     config.ppo.updates = max(4, math.ceil(rollouts / rollouts_per_update))
     config.checkpoint.every = 0
+    config.cluster.actor_silence_s = 3600.0  # one process plays all, and an update of the largest takes it minutes
     config.logger = LoggerConfig(wandb="disabled", samples_per_update=4)
     prompts = [Prompt(i, "a prompt of forty tokens", tuple(range(40))) for i in range(10_000)]
     # A call of `collect` waits for each actor, and others come.

@@ -9,7 +9,6 @@ numbers are in results/memory.json; the tables of docs/memory.md are written her
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from machine import machine
 from memory_sampler import Job, Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 RESULTS = ROOT / "benchmarks/results/memory.json"
 DOCS = ROOT / "docs/memory.md"
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
@@ -264,7 +265,7 @@ def main() -> None:
         if known.compare or (known.only and not any(part in f"{kind}: {name}" for part in known.only)):
             continue
         found["runs"][title] = measure(name, known.models)
-        found["machine"] = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
+        found["machine"] = machine("torch", "vllm")
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{title}: job {found['runs'][title]['job']:.0f} MiB", flush=True)
     if not known.measure:

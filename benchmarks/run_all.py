@@ -6,9 +6,9 @@
     python benchmarks/run_all.py --compare          # runs nothing: the results that are there against the committed ones
 
 A benchmark writes its results file anew; what it said is in runs/benchmarks. A figure is better or worse where it has moved
-by more than its tolerance, which is about the spread of its rounds, and neither within it. Seconds and rates are compared
-only where both results come from the same kind of machine; ratios within one run, memory and counts always. The exit code is
-1 where a benchmark failed or a figure is worse.
+by more than its tolerance, which is about the spread of its rounds, and neither within it. Seconds, rates and memory are
+compared only where both results come from the same kind of machine; ratios within one run and counts always. The exit code
+is 1 where a benchmark failed or a figure is worse.
 """
 
 import argparse
@@ -36,7 +36,8 @@ class Figure:
     unit: str = ""
     is_higher_better: bool = False
     tolerance: float = 0.1  # share of the committed figure
-    is_of_machine: bool = True  # seconds and rates; not ratios within a run, counts or MiB
+    # Seconds, rates, and memory, which goes by the number format; not ratios within a run or counts.
+    is_of_machine: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def update_figures(estimator: str) -> tuple[Figure, ...]:
         Figure("generation, of bare vLLM", share("generate", "vllm_same_options"), "", True, 0.05, False),
         Figure("training, of a bare loop", share("train_policy", "bare_packed_loop"), "", True, 0.08, False),
         Figure("first update after", lambda r: r["summary"]["first_update_s"], "s", tolerance=0.15),
-        Figure("learner's peak", lambda r: r["summary"]["learner_peak_gib"], "GiB", False, 0.03, False),
+        Figure("learner's peak", lambda r: r["summary"]["learner_peak_gib"], "GiB", False, 0.03),
     )
 
 
@@ -214,7 +215,7 @@ BENCHMARKS = (
         10,
         "checkpoint.json",
         (
-            Figure("a commit", lambda r: r["commit_mb"], "MB", tolerance=0.01, is_of_machine=False),
+            Figure("a commit", lambda r: r["commit_mb"], "MB", tolerance=0.01),
             Figure("costs", lambda r: r["cost_s"], "s", tolerance=0.3),
             Figure("the loop stands still", lambda r: r["loop_stood_still_s"], "s", tolerance=0.3),
         ),
@@ -276,7 +277,7 @@ BENCHMARKS = (
         ("benchmarks/memory.py",),
         60,
         "memory.json",
-        tuple(Figure(run, job_mib(run), "MiB", tolerance=0.05, is_of_machine=False) for run in MEMORY),
+        tuple(Figure(run, job_mib(run), "MiB", tolerance=0.05) for run in MEMORY),
     ),
     Benchmark(
         "gpu_check",
@@ -286,7 +287,7 @@ BENCHMARKS = (
         (
             Figure("an update", lambda r: r["update"]["phases"]["whole"]["s"], "s"),
             Figure("MFU", lambda r: r["update"]["phases"]["whole"]["share"], "", True, is_of_machine=False),
-            Figure("peak memory", lambda r: r["update"]["peak_gib"], "GiB", False, 0.03, False),
+            Figure("peak memory", lambda r: r["update"]["peak_gib"], "GiB", False, 0.03),
         ),
         needs_gpu=True,
     ),
@@ -297,8 +298,10 @@ BENCHMARKS = (
 
 
 def other_machine(new: Any, old: Any) -> str:
-    """How the machines of two results differ, or nothing. Only what both say is known to differ."""
+    """How the machines of two results differ, or nothing. Both must say something, and only what both say can differ."""
     mine, theirs = (r.get("machine") if isinstance(r.get("machine"), dict) else {} for r in (new, old))
+    if not (mine and theirs):
+        return f"no machine is named {'here' if theirs else 'there'}"
     mine, theirs = mine | new.get("options", {}), theirs | old.get("options", {})
     different = [key for key in (*SAME, "dtype") if key in mine and key in theirs and mine[key] != theirs[key]]
     return ", ".join(f"{key} {theirs[key]} there, {mine[key]} here" for key in different)

@@ -21,6 +21,18 @@ def shares_base(model: ModelConfig) -> bool:
     return role_model(model, "policy").lora is not None and role_model(model, "value_model").lora is not None
 
 
+def lora_section(model: ModelConfig, role: Role) -> str:
+    """Where to write what a role's adapter is to have; `model.lora` is everybody's and says it of the policy."""
+    is_everybodys = role == "policy" and model.lora_by_role.policy is None
+    return "model.lora" if is_everybodys else f"model.lora_by_role.{role}"
+
+
+def without_lora(model: ModelConfig, role: Role) -> str:
+    """What to write for no adapters in that role."""
+    written = {"model.lora": model.lora, f"model.lora_by_role.{role}": getattr(model.lora_by_role, role)}
+    return " and ".join(f"{key}=null" for key, value in written.items() if value is not None)
+
+
 def lora_key(model: ModelConfig, role: Role, name: str) -> str:
     """The key that says it: `model.lora_by_role.policy.rank` where it is set, else `model.lora.rank`."""
     own = getattr(model.lora_by_role, role)

@@ -215,10 +215,16 @@ def fill(lm: nn.Module, tensors: dict[str, Tensor], path: str, name: str = TRAIN
 
 
 def misfit(
-    path: str, key: str, base: str, lora: LoraConfig, memory: Path | None = None, role: Role = "policy"
+    path: str,
+    key: str,
+    base: str,
+    lora: LoraConfig,
+    memory: Path | None = None,
+    role: Role = "policy",
+    section: str = "model.lora",
 ) -> str | None:
     """Why the adapter in the directory `path`, which the configuration names at `key`, is not one of the checkpoint `base`
-    with the settings `lora` of the role that it is for; None where it is.
+    with the settings `lora` of the role that it is for, which are to be written at `section`; None where it is.
 
     Raises:
         LoadingError: it cannot be read.
@@ -228,8 +234,7 @@ def misfit(
         mine, its = getattr(lora, name), getattr(found, name)
         if mine != its:
             rule = f"an adapter with the {role.replace('_', ' ')}'s {name}, {mine}"
-            where = "model.lora" if role == "policy" else f"model.lora_by_role.{role}"
-            instead = f"{where}={{{name}:{its}}}"
+            instead = f"{section}={{{name}:{its}}}"
             return Check(False, f"{key}={path}", rule, its, instead).message
     problem = other_base(path, base, memory)
     if problem:

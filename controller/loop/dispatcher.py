@@ -204,7 +204,7 @@ class Dispatcher:
         for number in [n for n in self._behind if lives.get(n) == self._life[n]]:
             self._behind.discard(number)
             self._serving.add(number)
-            self._lease_to(number)
+        self._lease_to_all()
         return report.metrics()
 
     # ---- answers
@@ -357,9 +357,7 @@ class Dispatcher:
             )
 
     def _on_not_started(self, number: int, error: BaseException) -> None:
-        if self._fleet.is_short and not _is_loss(error):
-            raise error
-        self._fleet.not_started(number, error)
+        self._fleet.not_started(number, error, _is_loss(error))
 
     def _on_joined(self, number: int, joined: Joined) -> None:
         """A new actor is there."""

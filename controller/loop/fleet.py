@@ -157,17 +157,24 @@ class Fleet:
         """Whether there are fewer actors than the run needs."""
         return len(self._present) < self.least
 
-    def not_started(self, number: int, error: BaseException) -> None:
+    def not_started(self, number: int, error: BaseException, is_loss: bool) -> None:
         """It is tried again, later each time. A start that fails is not another loss: a replacement may be sent to a host
-        that is cut off, until Ray counts that for dead.
+        that is cut off, until Ray counts that for dead. Nothing ends while enough are there or on their way.
+
+        Args:
+            is_loss: the process or its host has gone; else trying again would end the same way.
 
         Raises:
             ActorLostError: there are too few, and more than `max_restarts` starts in a row have failed.
+            BaseException: `error`, where there are too few and it is no loss.
         """
         self._starting.discard(number)
         self._room.give_back(self.actors, number)
         failures = self._failed_starts[number] = self._failed_starts.get(number, 0) + 1
-        if self.is_short and failures > self._max_restarts:
+        too_few = len(self._present) + len(self._starting) < self.least
+        if too_few and not is_loss:
+            raise error
+        if too_few and failures > self._max_restarts:
             raise ActorLostError(
                 f"actor {number} did not start ({typed_line(error)}), and {failures - 1} times before, in a row: "
                 f"cluster.max_actor_restarts is {self._max_restarts}"

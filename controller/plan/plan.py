@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from contracts.config import TandemConfig
+from contracts.config import ModelConfig, TandemConfig
 from contracts.estimators import warmup_updates
 from contracts.lora_roles import role_model
 from contracts.methods import chosen_preference, results_needed, running_stages
@@ -21,7 +21,14 @@ from contracts.placement import plan as placement
 from contracts.scorer_roles import chosen_scorers, judges
 from contracts.stages import Stage
 from controller.plan.engine_memory import actor_items, replica_items
-from controller.plan.learner_memory import learner_items, network_shapes, served_policy, sizes, stage_networks
+from controller.plan.learner_memory import (
+    learner_items,
+    model_of,
+    network_shapes,
+    served_policy,
+    sizes,
+    stage_networks,
+)
 from controller.plan.measured import measured
 from controller.plan.memory_items import MIB, Item, JobPlan, Movement, Process, StagePlan, shown
 from controller.plan.microbatch_lengths import Lengths, batch_lengths
@@ -69,7 +76,8 @@ def plan_stage(config: TandemConfig, stage: Stage, data: Data = lambda item: (),
         processes.append(Process(ACTOR, cluster.num_actors, actor, tuple(where.actors)))
         processes += _replicas(config, where)
         processes += [Process(role, 1, ()) for role in SERVE]
-        movements.append(Movement("publish", sent, f"{_every(config)}, to a buffer that the actors of a node share"))
+        what = _every(role_model(config.model, "policy"))
+        movements.append(Movement("publish", sent, f"{what}, to a buffer that the actors of a node share"))
     processes += [Process(role, 1, ()) for role in RAY]
     if stage.samples and not cluster.gpus_per_actor:
         processes = _with_segment(processes, sent, RANK if stage.trains else DRIVER)
@@ -103,15 +111,17 @@ def _sent_weights(config: TandemConfig) -> int:
     return sizes(network_shapes(config, served_policy(config))).total
 
 
-def _every(config: TandemConfig) -> str:
-    return "A and B of every adapter once" if role_model(config.model, "policy").lora else "every weight once"
+def _every(model: ModelConfig) -> str:
+    return "A and B of every adapter once" if model.lora else "every weight once"
 
 
 def _checkpoint(config: TandemConfig, stage: Stage, policy_bytes: float) -> Movement:
-    trained = {n.name: sizes(network_shapes(config, n)) for n in stage_networks(config, stage.name) if n.trains}
+    networks = stage_networks(config, stage.name)
     if not stage.resumes or not config.checkpoint.every:
-        return Movement("checkpoint", policy_bytes, f"{_every(config)}, when the stage is done")
-    state = sum(12 * found.trained for found in trained.values())
+        made, model = sizes(network_shapes(config, networks[0])), model_of(config, networks[0])
+        nbytes = (made.trained if model.lora else made.total) * getattr(torch, config.model.dtype).itemsize
+        return Movement("checkpoint", nbytes, f"{_every(model)}, when the stage is done")
+    state = sum(12 * sizes(network_shapes(config, network)).trained for network in networks if network.trains)
     words = "12 bytes of master and moments for each weight that trains, and the policy's checkpoint"
     return Movement("commit", state + policy_bytes, f"{words}; every {config.checkpoint.every} updates")
 

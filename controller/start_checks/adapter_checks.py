@@ -7,7 +7,7 @@ from common.models.adapters import is_adapter, misfit, split
 from common.models.loading import refuse_adapter
 from contracts.checks.check import Check
 from contracts.config import TandemConfig
-from contracts.lora_roles import Role, role_model, shares_base
+from contracts.lora_roles import Role, lora_section, role_model, shares_base, without_lora
 from contracts.methods import runs
 from contracts.scorer_roles import CHECKPOINTS, has_value_model, starts_value_model
 
@@ -52,12 +52,11 @@ def _role_problem(config: TandemConfig, key: str, path: str, role: Role) -> str 
     memory = Path(config.cache_dir) / MEMORY
     if is_adapter(path):
         split(path)
-        return misfit(path, key, base, lora, memory, role)
+        return misfit(path, key, base, lora, memory, role, lora_section(config.model, role))
     is_alone = role == "value_model" and not shares_base(config.model)
     if is_alone or checkpoint_fingerprint(path, memory=memory) == checkpoint_fingerprint(base, memory=memory):
         return None
     rule = f"an adapter of model.path={base}, or that checkpoint itself, with model.lora"
-    instead = f"model.path={path} as well, or model.lora=null"
-    if key == "proxy_model":
-        instead = "ppo.init_value_from=policy, or model.lora=null"
+    instead = "ppo.init_value_from=policy" if key == "proxy_model" else f"model.path={path} as well"
+    instead += f", or {without_lora(config.model, role)}"
     return Check(False, f"{key}={path}", rule, "another whole model", instead).message

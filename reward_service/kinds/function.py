@@ -35,7 +35,8 @@ from reward_service.isolate import KILLS, Failed, Quarantine, isolate
 from reward_service.processes import MARK, end_family
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, Text, text_reader, version_of
 
-START_S = 300.0  # as cluster.start_timeout_s: it may share a core with all that starts
+# It may share a core with all that starts. After cluster.start_timeout_s, which is more, the service gives up.
+START_S = 240.0
 CALL_S = 0.1
 # An item's entry in each field of a request (call_forms.FIELDS). What is JSON already stays as it is.
 JSON_OF: dict[str, Callable[[Text], str]] = {

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         metavar="SOURCE",
         help="directory of a tuning sweep, or an earlier study.json; of an arm the first that has it counts (default: "
-        "five_reasons_tuning beside RUNDIR)",
+        "RUNDIR_tuning beside RUNDIR, or five_reasons_tuning where there is none)",
     )
     given = parser.parse_args(arguments)
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files.durable import replace_text
+from common.files.source_code import TANDEM
 from controller.record.evaluation import judged_model
 from controller.record.reader import Run
 from studies.five_reasons.members import Member
@@ -84,9 +85,19 @@ def keep(member: Member, registration: str, directory: Path) -> Path:
 
 
 def models_of(run: Run) -> dict[str, str]:
-    """Fingerprints of the SFT model and the reward models that a run had from the cache or left there."""
-    paths = {row["name"]: Path(row["path"]).parent / "stage.json" for row in run.stages if row["name"] in MODELS}
-    return {name: json.loads(path.read_text())["fingerprint"] for name, path in paths.items() if path.exists()}
+    """Fingerprints of the SFT model and the reward models that a run had from the cache or left there.
+
+    Raises:
+        StudyError: the cache has one no more, so that nothing tells whether other arms had the same.
+    """
+    # The cache is written down as the run saw it, from the repository.
+    paths = {
+        row["name"]: TANDEM / Path(row["path"]).parent / "stage.json" for row in run.stages if row["name"] in MODELS
+    }
+    gone = [str(path) for path in paths.values() if not path.exists()]
+    if gone:
+        raise StudyError(f"{run.path}: {', '.join(gone)} are gone, so which models it had cannot be told")
+    return {name: json.loads(path.read_text())["fingerprint"] for name, path in paths.items()}
 
 
 def _rounded(value: float | None, places: int) -> float | int | None:

@@ -173,6 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     folder = given.into or given.run
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # before hours of scoring
         run, note = find_run(given.run), folder / RECORD
         result = measure(run, recorded(note)["sha256"] if note.exists() else sha256())
     except StudyError as error:

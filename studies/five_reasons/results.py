@@ -32,7 +32,7 @@ from studies.five_reasons.registration import (
 from studies.five_reasons.tuning import Tried, tuned
 
 NAME = "study.json"
-OF_A_MEMBER = ("ppo.seed", "run_dir")  # settings in which the seeds of an arm differ
+OF_A_MEMBER = ("ppo.seed", "evaluate.seed", "run_dir")  # settings in which the seeds of an arm differ
 
 
 @dataclass

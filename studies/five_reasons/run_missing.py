@@ -65,8 +65,9 @@ def sweep_of(experiment: str, overrides: Sequence[str] = ()) -> Sweep:
     seeds = {seed for seed, _ in needed}
     jobs = [dict(zip(params, values, strict=True)) for values in product(*params.values())]
     jobs = [job for job in jobs if seed_of(job) not in seeds or (seed_of(job), job["arm"]) in needed]
-    runs = ROOT / given.get("hydra.sweep.dir", f"runs/{composed.name}")
-    return Sweep(experiment, str(composed.name), runs, sorted(jobs, key=seed_of), path, seeds, shared)
+    name = given.get("name", str(composed.name))
+    runs = ROOT / given.get("hydra.sweep.dir", f"runs/{name}")
+    return Sweep(experiment, name, runs, sorted(jobs, key=seed_of), path, seeds, shared)
 
 
 def seed_of(job: Job) -> int:
@@ -175,7 +176,9 @@ def run_sweep(sweep: Sweep, results: Path, at_a_time: int, deadline: float, dry_
     """Run what is missing of one experiment; returns what is missing then."""
     folder, shared = results / sweep.name, list[str]()
     if at_a_time > 1:
-        shared = [f"cluster.threads_per_{part}=1" for part in ("actor", "learner_rank", "reward_replica")]
+        keys = [f"cluster.threads_per_{part}" for part in ("actor", "learner_rank", "reward_replica")]
+        given = {word.partition("=")[0] for word in sweep.overrides}
+        shared = [f"{key}=1" for key in keys if key not in given]
 
     def start(job: Job) -> "subprocess.Popen[bytes]":
         log = sweep.runs / f"{','.join(f'{key}={value}' for key, value in sorted(job.items()))}.log"
@@ -191,10 +194,8 @@ def run_sweep(sweep: Sweep, results: Path, at_a_time: int, deadline: float, dry_
     if dry_run or not missing:
         return missing
     if cpu_dtype() != "bfloat16":
-        print(
-            "this CPU does not multiply bfloat16: members take several times as long, in float32 (docs/study.md)",
-            flush=True,
-        )
+        said = "this CPU does not multiply bfloat16: members train in float32 and take longer (docs/study.md)"
+        print(said, flush=True)
     record(folder, sweep.registration)
     make_models(sweep)
     return pieces.run()

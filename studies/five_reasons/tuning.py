@@ -143,6 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
         note = given.source / RECORD
         plan = parse(recorded(note)["text"] if note.exists() else PREREGISTRATION.read_text(encoding="utf-8"))
         rows = tuned([given.source], [], plan)
+        if not rows:
+            raise StudyError(f"{given.source} has no tuning")
     except StudyError as error:
         raise SystemExit(f"study: {error}") from error
     for row in rows:

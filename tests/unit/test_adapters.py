@@ -258,6 +258,11 @@ def test_a_checkpoint_fits_the_roles_that_go_on_from_it(
     config.ppo.init_value_from = "policy"
     assert problem("proxy_model", reward) == problem("proxy_model", str(classifier)) == ""  # it only scores
     assert wrong in problem("sft_model", policy)
+    roles.policy = RoleLoraConfig(rank=8)
+    assert "rank, 8; found 4; write model.lora_by_role.policy={rank:4}" in problem("sft_model", policy)
+    assert "or model.lora=null and model.lora_by_role.policy=null" in problem("sft_model", str(classifier))
+    roles.policy = None
+    assert problem("sft_model", str(classifier)).partition("\n")[0].endswith("or model.lora=null")
     # A value model with adapters beside a policy that trains itself has the base that it likes.
     config.model.lora, roles.value_model = None, RoleLoraConfig(rank=4, alpha=8.0)
     assert problem("sft_model", str(classifier)) == ""

@@ -506,6 +506,23 @@ def test_a_replacement_that_dies_before_it_is_there_is_no_other_loss(monkeypatch
     assert fleet.num_not_started == 4
 
 
+def test_failed_starts_of_a_surplus_place_do_not_count_when_another_is_lost() -> None:
+    """Two are enough; a third place cannot be filled. Then one of the two is lost, and its replacement is under way."""
+    fleet, _, _ = crew([Actor(), Actor()], restarts=1)
+    gone = EngineLostError("no memory")
+    for _ in range(5):
+        fleet.not_started(2, gone, is_loss=True)
+    fleet.lost(0, 0, "gone")
+    fleet._starting = {0}
+    fleet.not_started(2, gone, is_loss=True)
+    fleet.not_started(2, ValueError("of another kind"), is_loss=False)
+    fleet._starting = set()
+    with pytest.raises(ValueError, match="of another kind"):
+        fleet.not_started(2, ValueError("of another kind"), is_loss=False)
+    with pytest.raises(ActorLostError, match=r"actor 2 did not start \(.*no memory\), and 8 times before"):
+        fleet.not_started(2, gone, is_loss=True)
+
+
 def test_a_replacement_that_never_starts_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("controller.loop.fleet.AGAIN_S", 0.01)
     actors = [Actor()]

@@ -49,7 +49,7 @@ def make_member(folder: Path, number: int, arm: str, seed: int, failed: bool = F
     ppo |= {"estimator": estimator, "gold_rollouts": 32, "optimizer": {"learning_rate": rate}}
     environment = {"name": "two_turn" if arm.startswith("two_turn") else "single_turn"}
     config = {"name": "five_reasons", "method": method, "ppo": ppo, "environment": environment}
-    config |= {"evaluate": {"max_kl": 10.0, "best_of_n": 8}, "sft": {"top_fraction": 0.5}}
+    config |= {"evaluate": {"max_kl": 10.0, "best_of_n": 8, "seed": seed}, "sft": {"top_fraction": 0.5}}
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     status: dict[str, Any] = {"state": "failed" if failed else "done", "started": 2e9, "ended": 2e9 + 60}
     if failed:

@@ -15,7 +15,6 @@ from studies.five_reasons.power import (
     family,
     fewest_seeds,
     hours,
-    judged,
     main,
     needed_runs,
     planned,
@@ -151,8 +150,6 @@ def test_a_family_is_judged_by_holm() -> None:
     assert said[1] == Counter(reproduced=40)
     assert said[4]["reproduced"] + said[4]["opposite"] <= 5  # 5% of 40, and its chance
     assert said[4]["equivalent"] > 20
-    # With one more hypothesis that is not rejected, claim 1 alone cannot lower the level of claim 4 below half of it.
-    assert judged(np.zeros((3, 4))).mean == 0.0
 
 
 def test_runs_and_hours_of_a_design() -> None:
