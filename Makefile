@@ -72,7 +72,7 @@ lint: setup ## style, format, types, import direction
 test-unit: setup ## the tests that start no engine
 	$(PY) -m pytest $(TWO) tests/unit
 
-test: lint ## everything CI runs, about 40 minutes on two cores
+test: lint ## everything CI runs, 40 minutes to an hour on two cores
 	$(PY) -m pytest $(TWO) -m "not gpu and not full and not chaos and not nodes and not fuzz"
 
 test-full: lint ## the longer proofs too

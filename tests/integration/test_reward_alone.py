@@ -130,6 +130,27 @@ def test_it_serves_reloads_and_ends(alone: tuple[subprocess.Popen, str], checkpo
         requests.get(url + "/healthz", timeout=5)
 
 
+@pytest.mark.full
+def test_without_a_reward_model_and_a_token(tmp_path: Path) -> None:
+    write_package(tmp_path)
+    port = free_port()
+    scorers = '{proxy: {kind: "my_package.keywords:MINE", options: {words: [warm, funny]}}}'
+    overrides = (f"model.path={SMOLLM}", f"reward_service.http.port={port}", f"+reward_service.scorers={scorers}")
+    process = subprocess.Popen(
+        command(*overrides), cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("serving proxy ("), line + (process.stderr.read() if process.stderr else "")
+        client = HttpClient(f"http://127.0.0.1:{port}", budget_s=30)
+        assert [score.value for score in client.score([{"text": "A warm film"}, {"text": "A film"}])] == [0.5, 0.0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
