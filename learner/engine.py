@@ -18,7 +18,8 @@ from learner.models import PolicyModel, ScalarModel
 from learner.ranks import Ranks
 from learner.stored_weights import weight_groups
 
-# DeepSpeed 0.19's autotuner, which nothing here uses, imports MLflow where it is installed: half of what the import takes.
+# DeepSpeed 0.19's autotuner, which nothing here uses, imports MLflow where it is installed: half of what the import takes
+# (findings/deepspeed_autotuning_beside_mlflow.sh).
 with hidden_module("mlflow"):
     import deepspeed
 
