@@ -22,7 +22,6 @@ from memory_sampler import Job, Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
 RESULTS = ROOT / "benchmarks/results/memory.json"
 DOCS = ROOT / "docs/memory.md"
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"

@@ -33,7 +33,7 @@ from common.models.lora import (
 )
 from contracts.checks.check import Check
 from contracts.config import LoraConfig, ModelConfig
-from contracts.lora_roles import Role
+from contracts.lora_roles import Role, lora_section, role_model
 
 SETTINGS, WEIGHTS, OURS = ADAPTER, "adapter_model.safetensors", "tandem_adapter.json"
 PREFIX = "base_model.model."  # of every name in PEFT's files
@@ -214,27 +214,20 @@ def fill(lm: nn.Module, tensors: dict[str, Tensor], path: str, name: str = TRAIN
         there[key].copy_(tensor)
 
 
-def misfit(
-    path: str,
-    key: str,
-    base: str,
-    lora: LoraConfig,
-    memory: Path | None = None,
-    role: Role = "policy",
-    section: str = "model.lora",
-) -> str | None:
-    """Why the adapter in the directory `path`, which the configuration names at `key`, is not one of the checkpoint `base`
-    with the settings `lora` of the role that it is for, which are to be written at `section`; None where it is.
+def misfit(path: str, key: str, model: ModelConfig, memory: Path | None = None, role: Role = "policy") -> str | None:
+    """Why the adapter in the directory `path`, which the configuration names at `key`, is not one of the checkpoint
+    `model.path` with the settings of the role that it is for, which has adapters; None where it is.
 
     Raises:
         LoadingError: it cannot be read.
     """
-    found = lora_of(path)
+    found, lora, base = lora_of(path), role_model(model, role).lora, model.path
+    assert lora is not None
     for name in ("rank", "alpha", "rslora", "dora"):
         mine, its = getattr(lora, name), getattr(found, name)
         if mine != its:
             rule = f"an adapter with the {role.replace('_', ' ')}'s {name}, {mine}"
-            instead = f"{section}={{{name}:{its}}}"
+            instead = f"{lora_section(model, role)}={{{name}:{its}}}"
             return Check(False, f"{key}={path}", rule, its, instead).message
     problem = other_base(path, base, memory)
     if problem:

@@ -152,11 +152,6 @@ class Fleet:
         self._say(f"actor {number} is back" if number in self._lost else f"actor {number} has joined")
         self._lost.discard(number)
 
-    @property
-    def is_short(self) -> bool:
-        """Whether there are fewer actors than the run needs."""
-        return len(self._present) < self.least
-
     def not_started(self, number: int, error: BaseException, is_loss: bool) -> None:
         """It is tried again, later each time. A start that fails is not another loss: a replacement may be sent to a host
         that is cut off, until Ray counts that for dead. Nothing ends while enough are there or on their way.
@@ -201,8 +196,9 @@ class Fleet:
             numbers.discard(number)
         self._room.give_back(self.actors, number)
         self._lost.add(number)
-        self._restarts += self.is_short
-        if self.is_short and self._restarts > self._max_restarts:
+        is_short = len(self._present) < self.least
+        self._restarts += is_short
+        if is_short and self._restarts > self._max_restarts:
             raise ActorLostError(
                 f"actor {number} is lost ({reason}), after {self._restarts - 1} others: cluster.max_actor_restarts is "
                 f"{self._max_restarts}"

@@ -7,7 +7,7 @@ from common.models.adapters import is_adapter, misfit, split
 from common.models.loading import refuse_adapter
 from contracts.checks.check import Check
 from contracts.config import TandemConfig
-from contracts.lora_roles import Role, lora_section, role_model, shares_base, without_lora
+from contracts.lora_roles import Role, role_model, shares_base, without_lora
 from contracts.methods import runs
 from contracts.scorer_roles import CHECKPOINTS, has_value_model, starts_value_model
 
@@ -45,14 +45,14 @@ def _roles(config: TandemConfig, key: str) -> list[Role]:
 
 
 def _role_problem(config: TandemConfig, key: str, path: str, role: Role) -> str | None:
-    lora, base = role_model(config.model, role).lora, config.model.path
-    if lora is None:
+    base = config.model.path
+    if role_model(config.model, role).lora is None:
         refuse_adapter(path, key)
         return None
     memory = Path(config.cache_dir) / MEMORY
     if is_adapter(path):
         split(path)
-        return misfit(path, key, base, lora, memory, role, lora_section(config.model, role))
+        return misfit(path, key, config.model, memory, role)
     is_alone = role == "value_model" and not shares_base(config.model)
     if is_alone or checkpoint_fingerprint(path, memory=memory) == checkpoint_fingerprint(base, memory=memory):
         return None

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -216,23 +217,23 @@ def test_an_adapter_of_another_base_is_named(
     config, path = make_lora_config(), str(sft[1])
     lora, base, other = config.model.lora, config.model.path, tmp_path / "other"
     assert lora is not None
-    assert adapters.misfit(path, "sft_model", base, lora) is None
+    assert adapters.misfit(path, "sft_model", config.model) is None
     shutil.copytree(base, other)
     model = AutoModelForCausalLM.from_pretrained(other)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     model.save_pretrained(other)
-    found = adapters.misfit(path, "sft_model", str(other), lora)
+    found = adapters.misfit(path, "sft_model", replace(config.model, path=str(other)))
     assert found is not None
     assert f"sft_model={path} must be an adapter of model.path={other}; found it was trained on" in found
     (
         Path(path) / "tandem_adapter.json"
     ).unlink()  # as of an adapter that PEFT has written: the base is found by its path
-    assert adapters.misfit(path, "sft_model", base, lora) is None
-    found = adapters.misfit(path, "sft_model", str(other), lora)
+    assert adapters.misfit(path, "sft_model", config.model) is None
+    found = adapters.misfit(path, "sft_model", replace(config.model, path=str(other)))
     assert found is not None
     assert "found it was trained on" in found
     lora.rank = 8
-    found = adapters.misfit(path, "sft_model", base, lora)
+    found = adapters.misfit(path, "sft_model", config.model)
     assert found is not None
     assert "rank, 8; found 4; write model.lora={rank:4}" in found
 
