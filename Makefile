@@ -81,8 +81,8 @@ test-full: lint ## the longer proofs too
 test-chaos: setup ## kill and stop the processes of whole runs, then 15 minutes of it at random
 	$(PY) -m pytest -m chaos --soak-minutes 15
 
-test-nodes: setup ## runs on several machines, which are namespaces of this one (needs root), and their faults
-	$(PY) -m pytest -m nodes
+test-nodes: setup ## runs on several machines, which are namespaces of this one (needs root), their faults, and 15 minutes of them at random
+	$(PY) -m pytest -m nodes --soak-minutes 15
 
 test-fuzz: setup ## 10,000 requests of all kinds to the reward service, and what others may write into files
 	$(PY) -m pytest -m fuzz

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 import numpy as np
 import ray
 import torch
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
+from common.error_text import typed_line
 from common.processes.shared_memory import SegmentReader, Superseded, Unreachable, layout, reachable
 from contracts.weights import LoadReport, Parameters, SegmentAddress, WeightsRefused, WeightUpdate, checksum
 
@@ -75,7 +77,10 @@ class WeightReceiver:
         except Unreachable as error:
             if not update.objects:
                 raise WeightsRefused(f"version {update.version} cannot be read from here: {error}") from error
-            array = ray.get(update.objects[0], timeout=FETCH_S)
+            try:
+                array = ray.get(update.objects[0], timeout=FETCH_S)
+            except (ObjectLostError, GetTimeoutError) as lost:  # with the learner that sent it, or its node
+                raise WeightsRefused(f"version {update.version} cannot be fetched: {typed_line(lost)}") from lost
             _check_size(array, wanted, update.version)
             if checksum(array) != update.checksum:
                 raise WeightsRefused(f"the bytes of version {update.version} are not those that were sent") from None

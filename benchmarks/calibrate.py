@@ -10,6 +10,7 @@ tokens, as many as the data's have on average.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -305,10 +306,11 @@ def measure(config: TandemConfig, prompt: int, say: Callable[[str], None]) -> di
     }
 
 
-def driver_speed() -> dict[str, float]:
-    """Of benchmarks/control_plane.py, on whichever machine it ran last."""
-    found = json.loads(CONTROL.read_text())["results"]["same work for each actor"]["10"]
-    return {"rollout_s": 1 / found["rollouts_per_cpu_s"], "update_s": 0.0}
+def driver_speed(actors: int) -> dict[str, float]:
+    """Of benchmarks/control_plane.py, on whichever machine it ran last, with a number of actors near to this one."""
+    found = json.loads(CONTROL.read_text())["results"]["same work for each actor"]
+    nearest = min(found, key=lambda number: abs(math.log(int(number) / actors)))
+    return {"rollout_s": 1 / found[nearest]["rollouts_per_cpu_s"], "update_s": 0.0}
 
 
 def machine() -> str:
@@ -332,7 +334,7 @@ def written(file: Path, config: TandemConfig, rows: dict[str, Any]) -> dict[str,
         "settings": settings(config),
         **rows,
         "beside": beside,
-        "driver": driver_speed(),
+        "driver": driver_speed(config.cluster.num_actors),
     }
 
 

@@ -65,6 +65,13 @@ def is_elastic(cluster: ClusterConfig) -> bool:
     return least != most
 
 
+def actors_that_fit(cluster: ClusterConfig) -> int:
+    """So many actors must find room on what is there: on one machine all that may be asked for, on a cluster the fewest, as
+    others wait for room of their own."""
+    least, most = actor_bounds(cluster)
+    return max(least, most) if cluster.address == "local" else least
+
+
 def needs(config: TandemConfig, num_actors: int | None = None) -> list[Need]:
     """What the job's stage starts, with so many actors; None: with the fewest. A pipeline books once for all of its stages,
     so that no late one fails for want of it."""
@@ -142,7 +149,8 @@ REMEDY = {
     "GPU": "write fewer or smaller of them (cluster.num_actors, cluster.gpus_per_actor, cluster.num_learner_ranks, "
     "cluster.gpus_per_learner_rank, reward_service.replicas, cluster.gpus_per_reward_replica, "
     "in an elastic fleet cluster.max_actors)",
-    "CPU": "write a smaller cluster.cpus_per_process, or fewer processes",
+    "CPU": "write a smaller cluster.cpus_per_process, or fewer processes (cluster.num_actors, in an elastic fleet "
+    "cluster.max_actors; cluster.num_learner_ranks, reward_service.replicas)",
 }
 
 

@@ -78,11 +78,11 @@ def pod(job_id: str, target: KubeRay, cluster: ClusterConfig, head: bool) -> dic
         "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{target.shared_memory_gib}Gi"}}],
         "terminationGracePeriodSeconds": target.stop_wait_s + GRACE_S,
     }
-    if head:
-        # A pod that must go signals its first process alone; this one stops the job, which sends train.py a SIGTERM, and
-        # waits for its checkpoint.
-        stop = ["ray", "job", "stop", "--address", "http://127.0.0.1:8265", job_id]
-        container["lifecycle"] = {"preStop": {"exec": {"command": stop}}}
+    # A pod that must go signals its first process alone. The head's stops the job, which sends train.py a SIGTERM, and waits
+    # for its checkpoint; another's rollout actors finish what they hold.
+    job_stops = ["ray", "job", "stop", "--address", "http://127.0.0.1:8265", job_id]
+    actors_leave = ["python", "-m", "actors.leave", "--within", str(target.stop_wait_s)]
+    container["lifecycle"] = {"preStop": {"exec": {"command": job_stops if head else actors_leave}}}
     if target.volume_claim is not None:
         container["volumeMounts"].append({"name": "shared", "mountPath": target.volume_path})
         spec["volumes"].append({"name": "shared", "persistentVolumeClaim": {"claimName": target.volume_claim}})

@@ -17,6 +17,7 @@ import psutil
 from controller.ledger.audit import Audit, audit
 from controller.ledger.log import NAME
 from tests.conftest import ROOT, VADER, cache_in
+from tests.nodes.hosts import Host
 
 # What the heartbeat says the run waits for, at the moments at which harm is done.
 MOMENTS = {
@@ -61,11 +62,14 @@ def overrides(folder: Path, policy: Path, reward: Path, *more: str) -> list[str]
 
 
 class Run:
-    """One `train.py`. Lines come with the seconds since its start. `before`: what enters a host."""
+    """One `train.py`. Lines come with the seconds since its start. `hosts`: of the cluster that it works on, where that is
+    not this machine; the first has the driver."""
 
     def __init__(
-        self, folder: Path, arguments: list[str], env: dict[str, str] | None = None, before: Sequence[str] = ()
+        self, folder: Path, arguments: list[str], env: dict[str, str] | None = None, hosts: Sequence[Host] = ()
     ):
+        self._hosts = hosts
+        before, around = (hosts[0].enter, hosts[0].environment) if hosts else ([], os.environ)
         self.run_dir = next(Path(a.split("=", 1)[1]) for a in arguments if a.startswith("run_dir="))
         folder.mkdir(parents=True, exist_ok=True)
         self.lines: list[tuple[float, str]] = []
@@ -77,7 +81,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **(env or {})},
+            env={**around, **(env or {})},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -114,6 +118,9 @@ class Run:
 
     def processes(self, role: str) -> list[psutil.Process]:
         """Of a role, the oldest first."""
+        if self._hosts:
+            there = [process for host in self._hosts for process in host.processes(ROLES[role])]
+            return sorted(there, key=lambda p: p.create_time())
         found = []
         for process in psutil.Process(self.driver.pid).children(recursive=True):
             try:
@@ -146,6 +153,17 @@ class Run:
             assert time.monotonic() < end, f"no commit was begun within {timeout_s} s:\n{self.printed}"
             time.sleep(0.002)
         return self.now()
+
+    def signal_driver(self, how: signal.Signals) -> None:
+        """To it alone."""
+        drivers = self._hosts[0].processes("train.py") if self._hosts else [psutil.Process(self.driver.pid)]
+        for process in drivers:
+            process.send_signal(how)
+
+    def stop(self) -> None:
+        """As SIGTERM does it: saved, and out. Raises AssertionError."""
+        self.signal_driver(signal.SIGTERM)
+        assert self.end() == 75, self.printed
 
     def end(self, timeout_s: float = 300) -> int:
         """The exit code; ends the driver where it does not end itself."""

@@ -51,9 +51,9 @@ def cluster_checks(config: TandemConfig) -> list[Check]:
 
 
 def _elastic_checks(config: TandemConfig) -> list[Check]:
-    """Of a fleet that changes. Bounds of the wrong order are said alone."""
+    """Of bounds that are written, and of a fleet that changes. Bounds of the wrong order are said alone."""
     cluster, (least, most) = config.cluster, actor_bounds(config.cluster)
-    if not is_elastic(cluster):
+    if cluster.min_actors is None and cluster.max_actors is None:
         return []
     if cluster.min_actors is not None and cluster.max_actors is not None and least > most:
         rule = f"at most cluster.max_actors ({most})"
@@ -62,14 +62,17 @@ def _elastic_checks(config: TandemConfig) -> list[Check]:
     anywhere = [name for name in reversed(names(TRANSPORTS)) if not find_transport(name).needs_all]
     fixed = "cluster.min_actors=null cluster.max_actors=null"
     bounds = f"{cluster.min_actors or 'null'} and {cluster.max_actors or 'null'}, where null is cluster.num_actors"
+    within = Check(
+        least <= cluster.num_actors <= most,
+        "cluster.num_actors",
+        f"from cluster.min_actors to cluster.max_actors ({bounds})",
+        cluster.num_actors,
+        f"{cluster.max_actors or cluster.min_actors}, or other bounds",
+    )
+    if not is_elastic(cluster):
+        return [within]
     return [
-        Check(
-            least <= cluster.num_actors <= most,
-            "cluster.num_actors",
-            f"from cluster.min_actors to cluster.max_actors ({bounds})",
-            cluster.num_actors,
-            f"{cluster.max_actors or cluster.min_actors}, or other bounds",
-        ),
+        within,
         Check(
             cluster.layout == "disaggregated",
             "cluster.layout",

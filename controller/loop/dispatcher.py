@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from common.error_text import typed_line
 from contracts.config import ClusterConfig, PPOConfig, SamplingConfig
@@ -357,7 +357,7 @@ class Dispatcher:
             )
 
     def _on_not_started(self, number: int, error: BaseException) -> None:
-        self._fleet.not_started(number, error, _is_loss(error))
+        self._fleet.not_started(number, error, _is_loss(error) or isinstance(error, GetTimeoutError))
 
     def _on_joined(self, number: int, joined: Joined) -> None:
         """A new actor is there."""
@@ -407,7 +407,8 @@ def _holder(number: int) -> str:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether it says that a process or its engine is gone, which another can replace."""
+    """Whether it says that a process or its engine is gone, or its node with an answer that nobody had fetched: another can
+    replace it."""
     if isinstance(error, RayTaskError):
         error = error.cause
-    return isinstance(error, (RayActorError, EngineLostError))
+    return isinstance(error, (RayActorError, EngineLostError, ObjectLostError))

@@ -157,7 +157,7 @@ class Fleet:
         that is cut off, until Ray counts that for dead. Nothing ends while enough are there or on their way.
 
         Args:
-            is_loss: the process or its host has gone; else trying again would end the same way.
+            is_loss: the process or its host has gone, or hangs; else trying again would end the same way.
 
         Raises:
             ActorLostError: there are too few, and more than `max_restarts` starts in a row have failed.

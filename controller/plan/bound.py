@@ -11,6 +11,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from common.models.adapters import split
 from common.text.tokenizers import load_config
 from contracts.config import TandemConfig
+from contracts.placement import actors_that_fit
 from contracts.stages import Stage
 from controller.plan.engine_memory import CPU_BATCH_TOKENS, SAMPLER_COPIES
 from controller.plan.learner_memory import (
@@ -55,7 +56,7 @@ def _most(config: TandemConfig, stage: Stage, data: Data) -> float:
         actor = weights
         if not cluster.gpus_per_actor:
             actor += weights + engine.kv_cache_gib * GIB + _workspace(config, policy)
-        total += weights + cluster.num_actors * (actor + known["private"]["actor"] * MIB)
+        total += weights + actors_that_fit(cluster) * (actor + known["private"]["actor"] * MIB)
         for _, path in judges_placed(config):
             replica = _replica(config, path) if path and not cluster.gpus_per_reward_replica else 0.0
             total += config.reward_service.replicas * (replica + known["private"]["reward replica"] * MIB)

@@ -16,12 +16,13 @@ from contracts.config import ModelConfig, TandemConfig
 from contracts.estimators import warmup_updates
 from contracts.lora_roles import role_model
 from contracts.methods import chosen_preference, results_needed, running_stages
-from contracts.placement import Plan
+from contracts.placement import Plan, actors_that_fit
 from contracts.placement import plan as placement
 from contracts.scorer_roles import chosen_scorers, judges
 from contracts.stages import Stage
 from controller.plan.engine_memory import actor_items, replica_items
 from controller.plan.learner_memory import (
+    Network,
     learner_items,
     model_of,
     network_shapes,
@@ -73,7 +74,7 @@ def plan_stage(config: TandemConfig, stage: Stage, data: Data = lambda item: (),
         movements.append(_checkpoint(config, stage, sent))
     if stage.samples:
         actor = tuple(actor_items(config, gpu_gib))
-        processes.append(Process(ACTOR, cluster.num_actors, actor, tuple(where.actors)))
+        processes.append(Process(ACTOR, actors_that_fit(cluster), actor, tuple(where.actors)))
         processes += _replicas(config, where)
         processes += [Process(role, 1, ()) for role in SERVE]
         what = _every(role_model(config.model, "policy"))
@@ -105,10 +106,15 @@ def stage_lengths(config: TandemConfig, stage: Stage, data: Data) -> tuple[Lengt
 
 
 def _sent_weights(config: TandemConfig) -> int:
-    """How many of the policy are published and saved: with LoRA the adapters alone."""
-    if role_model(config.model, "policy").lora:
-        return sizes(network_shapes(config, stage_networks(config, "ppo")[0])).trained
-    return sizes(network_shapes(config, served_policy(config))).total
+    """How many of the policy are published and saved."""
+    has_adapters = role_model(config.model, "policy").lora
+    return _saved_weights(config, stage_networks(config, "ppo")[0] if has_adapters else served_policy(config))
+
+
+def _saved_weights(config: TandemConfig, network: Network) -> int:
+    """How many of a network are saved: with LoRA the adapters alone."""
+    found = sizes(network_shapes(config, network))
+    return found.trained if model_of(config, network).lora else found.total
 
 
 def _every(model: ModelConfig) -> str:
@@ -118,9 +124,8 @@ def _every(model: ModelConfig) -> str:
 def _checkpoint(config: TandemConfig, stage: Stage, policy_bytes: float) -> Movement:
     networks = stage_networks(config, stage.name)
     if not stage.resumes or not config.checkpoint.every:
-        made, model = sizes(network_shapes(config, networks[0])), model_of(config, networks[0])
-        nbytes = (made.trained if model.lora else made.total) * getattr(torch, config.model.dtype).itemsize
-        return Movement("checkpoint", nbytes, f"{_every(model)}, when the stage is done")
+        nbytes = _saved_weights(config, networks[0]) * getattr(torch, config.model.dtype).itemsize
+        return Movement("checkpoint", nbytes, f"{_every(model_of(config, networks[0]))}, when the stage is done")
     state = sum(12 * sizes(network_shapes(config, network)).trained for network in networks if network.trains)
     words = "12 bytes of master and moments for each weight that trains, and the policy's checkpoint"
     return Movement("commit", state + policy_bytes, f"{words}; every {config.checkpoint.every} updates")

@@ -158,7 +158,7 @@ def _candidates(config: TandemConfig) -> Iterator[tuple[str, Any]]:
     if cluster.num_learner_ranks > 1:
         yield from (("learner.zero_stage", stage) for stage in (2, 3) if stage > learner.zero_stage)
     halved = ["learner.microbatch_tokens", "engine.kv_cache_gib", "engine.max_num_seqs", "reward_model.batch_size"]
-    halved += ["reward_service.batch_tokens", "reward_service.replicas", "cluster.num_actors"]
+    halved += ["reward_service.batch_tokens", "reward_service.replicas", "cluster.num_actors", "cluster.max_actors"]
     trained = ["sft", "reward_model", "preference", "ppo"]
     halved += [f"{section}.trainable_layers" for section in trained] + ["ppo.value_trainable_layers"]
     for key in halved:

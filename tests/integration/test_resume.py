@@ -84,6 +84,17 @@ class Run:
                 return
         raise AssertionError(f"the driver ended without saying {text!r}: {self.printed[-4000:]}")
 
+    def stop_after(self, version: int) -> None:
+        """Go on until then, and be asked to end: saved, and out."""
+        self.printed = ""
+        with self.start() as driver:
+            self.wait_for(driver, f"version {version} ")
+            driver.send_signal(signal.SIGTERM)
+            assert driver.stdout is not None
+            self.printed += driver.stdout.read()
+        assert driver.returncode == 75, self.printed[-4000:]
+        assert 0 < commit_store.steps(self.dir)[-1] < UPDATES
+
     @property
     def metrics(self) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
@@ -179,20 +190,6 @@ def test_a_commit_is_exported_as_a_plain_checkpoint(unbroken: Run, tmp_path: Pat
     assert "proxy: version `" in (tmp_path / "out/README.md").read_text()
 
 
-def stop_after_version_2(run: Run) -> str:
-    """Go on, and be asked to end; what is printed."""
-    run.printed = ""
-    with run.start() as driver:
-        run.wait_for(driver, "version 2 ")
-        driver.send_signal(signal.SIGTERM)
-        assert driver.stdout is not None
-        run.printed += driver.stdout.read()
-    assert driver.returncode == 75, run.printed[-4000:]
-    assert f"go on with: python train.py stage=ppo {run.command[4]}" in run.printed
-    assert 0 < commit_store.steps(run.dir)[-1] < UPDATES
-    return run.printed
-
-
 @pytest.mark.parametrize(
     ("kill", "is_stopped"),
     [
@@ -214,7 +211,11 @@ def test_killed_stopped_and_resumed(
     with run.start() as driver:
         frozen = kill(run, driver)
     reached = commit_store.steps(run.dir)[-1]
-    printed = stop_after_version_2(run) if is_stopped else ""
+    printed = ""
+    if is_stopped:
+        run.stop_after(2)
+        printed = run.printed
+        assert f"go on with: python train.py stage=ppo {run.command[4]}" in printed
     assert run.finish() == 0, run.printed[-4000:]
     printed = printed or run.printed
     assert "of an earlier attempt were still there and have been ended" in printed

@@ -44,10 +44,9 @@ def start(net: Network, tmp_path: Path, tiny_model: Path, reward_model: Path) ->
     """Starts a run on a host; the cluster's address is the first argument."""
     runs: list[Run] = []
 
-    def begin(address: str, *more: str, on: Host | None = None) -> Run:
-        host = on or net.hosts[0]
+    def begin(address: str, *more: str) -> Run:
         arguments = overrides(tmp_path, tiny_model, reward_model, f"cluster.address={address}", *SHORT, *more)
-        run = Run(tmp_path, arguments, host.environment, before=host.enter)
+        run = Run(tmp_path, arguments, hosts=net.hosts)
         runs.append(run)
         return run
 
@@ -72,13 +71,6 @@ def versions(run: Run, number: int, timeout_s: float = 180) -> None:
     at_s = run.now()
     for _ in range(number):
         at_s = run.wait_for(r"^version \d", timeout_s, after_s=at_s) + 1e-6
-
-
-def stop(run: Run, net: Network) -> None:
-    """As SIGTERM to its driver does it: saved, and out."""
-    for process in net.hosts[0].processes("train.py"):
-        process.terminate()
-    assert run.end() == 75, run.printed
 
 
 def check(run: Run, net: Network) -> dict[str, Any]:
@@ -172,7 +164,7 @@ def test_a_cable_is_pulled_for_a_moment_and_for_good(net: Network, start: Start)
     net.mend(host)  # it learns that it counts for dead
     run.wait_for("^version ", after_s=back_s)
     versions(run, 2)
-    stop(run, net)
+    run.stop()
     last = check(run, net)
     assert (last["fault/actors_lost"], last["fault/learner_restarts"]) == (2, 0)
 
@@ -191,9 +183,34 @@ def test_a_host_dies_with_all_processes_of_a_run_but_the_driver(net: Network, st
     run.wait_for("^actor 0 is back", 300)
     versions(run, 2)
     assert {host for hosts in where(net).values() for host in hosts}.isdisjoint(before["actor"])
-    stop(run, net)
+    run.stop()
     last = check(run, net)
     assert (last["fault/actors_lost"], last["fault/learner_restarts"]) == (1, 1)
+
+
+@nodes
+def test_a_host_that_is_about_to_go_loses_nothing(net: Network, start: Start) -> None:
+    """Its actors leave, as `python -m actors.leave` asks them, and Ray starts none there any more."""
+    for _ in range(3):
+        net.add()
+    bounds = ("cluster.min_actors=1", "cluster.num_actors=3", "cluster.max_actors=3", "cluster.leave_grace_s=10")
+    run = start(net.start_ray(1, 3, 3), "ppo.updates=1000", *bounds)
+    run.wait_for("^actor [12] has joined", 400)
+    at_s = run.wait_for("^actor [12] has joined", 300, after_s=run.now())
+    going = next(host for host in net.hosts[1:] if host.processes(ROLES["actor"]) and not host.processes(ROLES["rank"]))
+    leave = [*going.enter, sys.executable, "-m", "actors.leave", "--within", "60"]
+    told = subprocess.run(leave, env=going.environment, capture_output=True, text=True, timeout=120)
+    assert (told.returncode, told.stderr) == (0, ""), told.stdout + told.stderr
+    assert "rollout actors have left" in told.stdout
+    run.wait_for(r"^actor \d has left", after_s=at_s)
+    versions(run, 2)
+    assert not going.processes(ROLES["actor"])
+    net.power_off(going)
+    versions(run, 2)
+    run.stop()
+    last = check(run, net)
+    assert (last["fault/actors_lost"], last["fault/learner_restarts"]) == (0, 0)
+    assert last["fleet/left"] >= 1
 
 
 @nodes
@@ -214,7 +231,7 @@ def test_commits_lie_on_the_disk_of_the_learners_host(net: Network, start: Start
     net.power_off(other)
     run.wait_for("^actor 1 is lost", 60)
     versions(run, 2)
-    stop(run, net)
+    run.stop()
     check(run, net)
     assert not list((tmp_path / "run").iterdir())
     assert list((run.run_dir / "checkpoints").glob("step_*/MANIFEST.json"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError
 
 from contracts.config import ClusterConfig, PPOConfig
 from contracts.interfaces import ActorLostError, EngineLostError
@@ -247,13 +248,38 @@ def test_one_that_does_not_start_is_tried_again_later_each_time(monkeypatch: pyt
 
 def test_below_the_fewest_a_start_that_fails_ends_the_run() -> None:
     def begin(actors: list[Any], number: int, update: Any) -> bool:
-        raise TimeoutError("300 s")
+        raise ValueError("no such model")
 
     actors, fleet, _, _, _ = elastic(least=1, most=2, wanted=1, restarts=1, begin=begin)
     dispatcher, _ = start(actors, fleet=fleet)
     actors[0].asked.pop()[0].set_exception(EngineLostError("gone"))
-    with pytest.raises(TimeoutError, match="300 s"):
+    with pytest.raises(ValueError, match="no such model"):
         until(dispatcher, lambda: False)
+
+
+@pytest.mark.parametrize("error", [GetTimeoutError("it hangs"), OwnerDiedError("ab", None, "")])
+def test_a_replacement_that_hangs_or_whose_weights_are_gone_is_tried_again(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from controller.loop import fleet as module
+
+    monkeypatch.setattr(module, "AGAIN_S", 0.05)
+    failures = [error, error]
+
+    def begin(actors: list[Any], number: int, update: Any) -> bool:
+        if failures:
+            raise failures.pop()
+        actors[number] = Actor()
+        return True
+
+    actors, fleet, _, _, _ = elastic(least=1, most=1, wanted=1, restarts=2, begin=begin)
+    dispatcher, _ = start(actors, fleet=fleet)
+    dispatcher.admit_rollouts(updates_left=1)
+    # Its node has gone with an answer that nobody had fetched.
+    actors[0].asked.pop()[0].set_exception(ObjectLostError("ab", None, ""))
+    until(dispatcher, lambda: not failures and fleet.present() == {0})
+    assert works(actors) == [4]
+    assert (dispatcher.num_lost, fleet.num_not_started) == (1, 2)
 
 
 def test_two_wishes_in_a_row_are_the_last_one() -> None:

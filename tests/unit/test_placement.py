@@ -6,7 +6,7 @@ import pytest
 
 from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import ScorerConfig, SourceConfig, TandemConfig
-from contracts.placement import PlacementError, Resources, check_nodes, plan
+from contracts.placement import PlacementError, Resources, actors_that_fit, check_nodes, plan
 
 
 def job(stage: str = "ppo", replicas: int = 1, gold: bool = False, **cluster: Any) -> TandemConfig:
@@ -155,6 +155,20 @@ def test_an_elastic_job_reserves_the_fewest_and_is_refused_where_the_most_never_
     told = r"4 actors x 2 GPUs \+ 1 learner rank x 1 GPU .* = 9.5 GPUs; the cluster has 8 GPUs .* cluster\.max_actors"
     with pytest.raises(ConfigError, match=told):
         check_machine(elastic, free_memory_gib=64, cpu_count=64, nodes=[node(8)])
+
+
+def test_cpus_that_the_most_actors_never_have_are_told_by_their_key() -> None:
+    many = job(num_actors=2, max_actors=40)
+    with pytest.raises(ConfigError, match=r"40 actors x 0.1 CPUs .* in an elastic fleet cluster\.max_actors"):
+        check_machine(many, free_memory_gib=64, cpu_count=2, nodes=[{"CPU": 2}])
+
+
+def test_one_machine_must_hold_all_actors_that_may_be_asked_for() -> None:
+    cluster = job(num_actors=2, min_actors=1, max_actors=4).cluster
+    assert actors_that_fit(cluster) == 4
+    cluster.address = "ray-head:6379"
+    assert actors_that_fit(cluster) == 1  # others bring room of their own
+    assert actors_that_fit(job(num_actors=2).cluster) == 2
 
 
 def test_replicas_that_come_and_go_share_no_bundle() -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from contracts.catalogue import catalogue
-from contracts.config import SamplingConfig
+from contracts.config import SamplingConfig, TandemConfig
 from controller.plan import show
 from controller.plan.schedule.calibration import (
     PHASES,
+    Calibration,
     CalibrationError,
     EngineSpeed,
     model_shape,
@@ -25,6 +26,7 @@ from controller.plan.schedule.calibration import (
 from controller.plan.schedule.completion_lengths import empirical, long_tailed, read_lengths
 from controller.plan.schedule.drawing import timeline, write_page
 from controller.plan.schedule.recommendation import divisions, recommend
+from controller.plan.schedule.simulation import Forecast
 from tests.schedules import configured, planned, speeds
 
 # ---- lengths
@@ -177,7 +179,8 @@ def test_the_command_predicts_and_says_what_it_rests_on(capsys: Any, monkeypatch
         (GOOD, ["environment=two_turn"], "environment=two_turn: the time of conversations is not planned"),
         (GOOD, ["ppo.ptx_coef=0.5"], "ppo.ptx_coef=0.5: the texts of an optimizer step are not planned"),
         (GOOD, ["cluster.layout=colocated"], "cluster.layout=colocated"),
-        (GOOD, ["--updates", "2"], "2 updates: the first 2 do not count"),
+        (GOOD, ["--updates", "2"], "--updates=2: the first 2 do not count; write 3 or more"),
+        (GOOD, ["ppo.updates=2"], "ppo.updates=2: the first 2 do not count"),
         (GOOD, ["--lengths", "x"], "there is no such run"),
         (GOOD, ["cluster.step_timeout_s=3", "cluster.publish_timeout_s=2"], "such a run would end: waited 3 s"),
         (GOOD, ["--devices", "0"], "--devices 0: write a number from 1"),
@@ -215,6 +218,25 @@ def test_the_least_stale_of_what_is_as_fast_is_recommended() -> None:
     rates = [choice.forecast.rollouts_per_s for choice in tried]
     assert rates == sorted(rates, reverse=True)
     assert best.forecast.rollouts_per_s >= 0.97 * rates[0]
+
+
+def test_divisions_that_would_end_a_run_are_left_out() -> None:
+    config, calibration = configured(rollouts=8), speeds(score_s=0.0, train_s=0.0, token_s=1.0, publish=(0.0, 0.0, 0.0))
+    config.engine.tensor_parallel_size = 1
+
+    def simulated(config: TandemConfig, calibration: Calibration) -> Forecast:
+        if config.ppo.rollouts_per_update == 16:
+            raise TimeoutError("waited 3 s")
+        return planned(config, calibration, updates=8)
+
+    _, tried = recommend(config, calibration, 2, simulated)
+    assert {choice.rollouts_per_update for choice in tried} == {4, 8}
+
+    def never(config: TandemConfig, calibration: Calibration) -> Forecast:
+        raise TimeoutError("waited 3 s")
+
+    with pytest.raises(CalibrationError, match="2 devices: every run would end: waited 3 s"):
+        recommend(config, calibration, 2, never)
 
 
 def test_devices_are_divided_whole() -> None:

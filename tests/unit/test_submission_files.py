@@ -454,6 +454,9 @@ def test_a_pod_that_must_go_stops_the_job_and_waits_for_it() -> None:
         == found["metadata"]["name"]
     )
     assert spec["terminationGracePeriodSeconds"] > 200
+    [workers] = found["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    command = workers["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == ["python", "-m", "actors.leave", "--within", "200"]
     assert yaml.safe_load(found["spec"]["runtimeEnvYAML"])["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "200"}
 
 

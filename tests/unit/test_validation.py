@@ -415,6 +415,10 @@ def test_a_choice_suggests_the_closest_name(config):
             ],
         ),
         (
+            {"cluster__min_actors": 2, "cluster__max_actors": 2, "cluster__num_actors": 4},
+            ["cluster.num_actors must be from cluster.min_actors to cluster.max_actors (2 and 2", "found 4; write 2"],
+        ),
+        (
             {"cluster__max_actors": 2, "cluster__layout": "colocated"},
             ["cluster.layout must be disaggregated with cluster.min_actors and cluster.max_actors", "found colocated"],
         ),

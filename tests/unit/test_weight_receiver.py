@@ -3,10 +3,12 @@
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import GetTimeoutError, OwnerDiedError
 
 from actors.weight_receiver import WeightReceiver
 from common.processes.shared_memory import Segment, layout
@@ -130,6 +132,17 @@ def test_other_bytes_than_were_sent_are_refused(
     arrived[SIZE // 2] ^= 1
     receiver.load(update)
     assert engine.bytes == sent.tolist()
+
+
+@pytest.mark.parametrize("error", [OwnerDiedError("ab", None, ""), GetTimeoutError("60 s")])
+def test_bytes_that_are_gone_with_their_sender_are_refused(
+    error: Exception, engine: Engine, receiver: WeightReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.get", Mock(side_effect=error))
+    update = WeightUpdate("one", 2, PARAMETERS, objects=[None], checksum=0)
+    with pytest.raises(WeightsRefused, match=f"version 2 cannot be fetched: {type(error).__name__}"):
+        receiver.load(update)
+    assert engine.versions == []
 
 
 def test_a_layout_of_another_size_is_refused(engine: Engine, receiver: WeightReceiver) -> None:

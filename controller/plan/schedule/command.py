@@ -11,7 +11,7 @@ from rich.console import Console
 
 from contracts.config import TandemConfig
 from controller.plan.schedule.calibration import Calibration, CalibrationError, read_calibration
-from controller.plan.schedule.completion_lengths import Quantile, fixed, read_lengths
+from controller.plan.schedule.completion_lengths import fixed, read_lengths
 from controller.plan.schedule.drawing import as_dict, draw, draw_choices, write_page
 from controller.plan.schedule.recommendation import recommend
 from controller.plan.schedule.simulation import Forecast, simulate
@@ -57,9 +57,15 @@ def plan_time(known: argparse.Namespace, config: TandemConfig, prompts: Sequence
     lengths = read_lengths(known.lengths, most) if known.lengths else fixed(most, most)
 
     def simulated(config: TandemConfig, calibration: Calibration) -> Forecast:
-        return _simulated(known, config, calibration, prompts, lengths)
+        found = simulate(config, calibration, prompts, lengths, known.updates, known.seed)
+        if found.faults:
+            raise RuntimeError(f"the ledger of the simulation does not balance: {found.faults}")
+        return found
 
-    found = simulated(config, calibration)
+    try:
+        found = simulated(config, calibration)
+    except TimeoutError as error:
+        raise CalibrationError(f"such a run would end: {error}; write a larger one") from None
     result: dict[str, Any] = as_dict(found) | {"source": calibration.source}
     console = Console(width=None if sys.stdout.isatty() else 120, quiet=known.json)
     draw(found, calibration, console)
@@ -74,23 +80,6 @@ def plan_time(known: argparse.Namespace, config: TandemConfig, prompts: Sequence
         result["recommended"] = best.overrides
     if known.json:
         print(json.dumps(result, indent=1))
-
-
-def _simulated(
-    known: argparse.Namespace,
-    config: TandemConfig,
-    calibration: Calibration,
-    prompts: Sequence[int],
-    lengths: Quantile,
-) -> Forecast:
-    """Raises CalibrationError where such a run would end with an error."""
-    try:
-        found = simulate(config, calibration, prompts, lengths, known.updates, known.seed)
-    except TimeoutError as error:
-        raise CalibrationError(f"such a run would end: {error}; write a larger one") from None
-    if found.faults:
-        raise RuntimeError(f"the ledger of the simulation does not balance: {found.faults}")
-    return found
 
 
 def warnings(config: TandemConfig, calibration: Calibration) -> list[str]:

@@ -43,22 +43,28 @@ def recommend(
         devices: cores, of a calibration whose processes share them, else GPUs.
 
     Raises:
-        CalibrationError: they are too few.
+        CalibrationError: they are too few, or too slow for `cluster.step_timeout_s` however they are divided.
     """
     if devices < 1:
         raise CalibrationError(f"--devices {devices}: write a number from 1")
     if calibration.cores:
         calibration = replace(calibration, cores=float(devices))
-    tried = []
+    tried: list[Choice] = []
+    too_slow: TimeoutError | None = None
     for actors, ranks in divisions(config, calibration, devices):
         for rollouts in _batches(config, ranks):
             for staleness in STALENESS:
                 ppo = replace(config.ppo, rollouts_per_update=rollouts, max_staleness=staleness)
                 cluster = replace(config.cluster, num_actors=actors, num_learner_ranks=ranks)
-                forecast = simulate(replace(config, ppo=ppo, cluster=cluster), calibration)
-                tried.append(Choice(actors, ranks, staleness, rollouts, forecast))
+                try:
+                    forecast = simulate(replace(config, ppo=ppo, cluster=cluster), calibration)
+                except TimeoutError as error:
+                    too_slow = error
+                else:
+                    tried.append(Choice(actors, ranks, staleness, rollouts, forecast))
     if not tried:
-        raise CalibrationError(f"{devices} devices: no update of rollouts fills their learner ranks")
+        why = f"every run would end: {too_slow}" if too_slow else "no update of rollouts fills their learner ranks"
+        raise CalibrationError(f"{devices} devices: {why}")
     tried.sort(key=lambda choice: -choice.forecast.rollouts_per_s)
     enough = tried[0].forecast.rollouts_per_s * (1 - WITHIN)
     as_fast = [choice for choice in tried if choice.forecast.rollouts_per_s >= enough]

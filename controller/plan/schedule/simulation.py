@@ -131,7 +131,8 @@ def simulate(
     check_planned(config)
     updates = min(updates, config.ppo.updates)
     if updates <= FILLING:
-        raise CalibrationError(f"{updates} updates: the first {FILLING} do not count; simulate more of them")
+        key = "ppo.updates" if updates == config.ppo.updates else "--updates"
+        raise CalibrationError(f"{key}={updates}: the first {FILLING} do not count; write {FILLING + 1} or more")
     collects = gc.isenabled()
     gc.disable()  # many small objects that live long: looking for cycles among all of them is a third of the time
     try:
