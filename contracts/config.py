@@ -402,7 +402,7 @@ class LearnerConfig:
     # auto: short_causal on CPU, where alone it may be; sdpa on GPUs
     attention: str = key("auto", choices=("auto", "sdpa", "eager", "short_causal", "flash_attention_2"))
     gradient_checkpointing: bool = False
-    checkpointed_layers: int | None = key(None, least=1)  # the first so many recompute their activations; null: all
+    checkpointed_layers: int | None = key(None, least=1)  # the top so many recompute their activations; null: all
     # What ZeRO keeps in the CPU's memory, not the device's: masters and moments (zero_stage 1 to 3), weights as well (3)
     offload: str = key("none", choices=("none", "optimizer", "parameters"))
     # More of DeepSpeed's own configuration, by its names, as {zero_optimization: {reduce_bucket_size: 200000000}}

@@ -258,7 +258,8 @@ def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTr
             # as a router's jitter, would make a second pass another one.
             module.training = bool(getattr(module, "gradient_checkpointing", False))
         layers: list[Any] = [*decoder_layers(lm)]
-        for layer in layers[learner.checkpointed_layers :] if learner.checkpointed_layers else ():
+        # The others are the lowest, which are often frozen and keep nothing.
+        for layer in layers[: -learner.checkpointed_layers] if learner.checkpointed_layers else ():
             layer.gradient_checkpointing = layer.training = False
     if on_cpu:
         make_lean(lm)

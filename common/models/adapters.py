@@ -5,6 +5,7 @@ Beside PEFT's own files (adapter_config.json, adapter_model.safetensors) ours ha
 what training has set in its configuration. With a config.json of its own transformers would look for a whole model there.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers.utils import CONFIG_NAME, cached_file
 
-from common.files.checkpoint_files import ADAPTER, adapter_base
-from common.files.fingerprints import checkpoint_fingerprint
+from common.files.checkpoint_files import ADAPTER, adapter_base, checkpoint_files
+from common.files.fingerprints import checkpoint_fingerprint, file_hashes
 from common.models.loading import LoadingError
 from common.models.lora import (
     ALL,
@@ -44,6 +46,11 @@ PLAIN: dict[str, Any] = {
     "target_parameters": None, "trainable_token_indices": None, "layer_replication": None, "exclude_modules": None,
     "megatron_config": None, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None,
 }  # fmt: skip
+# Beginnings of A and B by name that leave the base as it is; PEFT changes it for others (PiSSA, OLoRA, CorDA, LoftQ), each
+# time that it loads one.
+INITS = ("gaussian", "eva", "orthogonal")
+# What PEFT lists beside the adapter of every classifier, whichever of these it has.
+HEADS = {HEAD, "classifier"}
 
 
 def is_adapter(path: str) -> bool:
@@ -134,8 +141,16 @@ def lora_of(path: str) -> LoraConfig:
     """
     found = _settings_of(path)
     kind, strange = found.get("peft_type"), [key for key, plain in PLAIN.items() if found.get(key) not in (None, plain)]
-    if kind != "LORA" or strange or found.get("modules_to_save") not in (None, [], [HEAD]):
-        what = f"peft_type {kind}" if kind != "LORA" else f"{(strange or ['modules_to_save'])[0]}"
+    init = found.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in INITS:
+        raise LoadingError(
+            f"{path} must be an adapter of its base as it is; found init_lora_weights={init}, for which PEFT changes the "
+            "base; write one that was saved with path_initial_model_for_weight_conversion"
+        )
+    if not HEADS.issuperset(found.get("modules_to_save") or ()):
+        strange.append("modules_to_save")
+    if kind != "LORA" or strange:
+        what = f"peft_type {kind}" if kind != "LORA" else strange[0]
         raise LoadingError(
             f"{path} must be a plain adapter of LoRA or DoRA; found {what}; write one that was trained without"
         )
@@ -237,13 +252,32 @@ def misfit(path: str, key: str, model: ModelConfig, memory: Path | None = None, 
 
 
 def other_base(path: str, base: str, memory: Path | None = None) -> str | None:
-    """Why `base` is not the checkpoint that the adapter was trained on, as far as its directory tells; None where it is."""
-    # PEFT keeps no hash, but a path.
-    said = _ours(path).get("base") or checkpoint_fingerprint(split(path)[0], None, memory)
-    found = checkpoint_fingerprint(base, None, memory)
-    if said == found:
+    """Why `base` is not the checkpoint that the adapter was trained on, as far as its directory tells; None where it is.
+
+    PEFT keeps no hash but a name, whose weights count: many a copy has another tokenizer file.
+    """
+    its, mine = _ours(path).get("base"), None
+    if its:
+        mine = checkpoint_fingerprint(base, None, memory)
+    elif (named := split(path)[0]) != base:
+        its, mine = _weights_hash(named, memory), _weights_hash(base, memory)
+        if not its or not mine:
+            missing, here = (base, named) if its else (named, base)
+            return f"{missing} has no weights on this machine to be compared with those of {here}"
+    if its == mine:
         return None
-    return f"it was trained on a checkpoint with the hash {said[:12]}, {base} has {found[:12]}"
+    return f"it was trained on a checkpoint with the hash {str(its)[:12]}, {base} has {str(mine)[:12]}"
+
+
+def _weights_hash(path: str, memory: Path | None) -> str | None:
+    """Of all weights of a checkpoint, here or in the hub's cache; None where none are there."""
+    if not Path(path).is_dir():
+        known = cached_file(path, CONFIG_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        if known is None:
+            return None
+        path = str(Path(known).parent)
+    weights = [file for file in checkpoint_files(Path(path)) if file.suffix == ".safetensors"]
+    return hashlib.sha256("".join(file_hashes(weights, memory)).encode()).hexdigest() if weights else None
 
 
 def write(
@@ -316,15 +350,20 @@ def _layers_of(lm: nn.Module, path: str, lora: LoraConfig, tensors: dict[str, Te
 
 def check_fits(lm: nn.Module, path: str, key: str, base: str) -> None:
     """Refuse an adapter, named by the configuration at `key`, that is not of `lm`, which may be without memory, or that was
-    trained on another checkpoint than `base`; and one of a reward model without its head.
+    trained on another checkpoint than `base`; one of a reward model without its head, or for a language model.
 
     Raises:
         LoadingError: naming what does not fit.
     """
     tensors = read_tensors(path)
     _layers_of(lm, path, lora_of(path), tensors)
-    head = tensors.get(f"{HEAD}.weight")
-    if "SequenceClassification" in type(lm).__name__ and (head is None or head.shape[0] != 1):
+    head, is_classifier = tensors.get(f"{HEAD}.weight"), "SequenceClassification" in type(lm).__name__
+    if not is_classifier and (head is not None or _settings_of(path).get("task_type") == "SEQ_CLS"):
+        instead = "one of a language model, or the key of a reward model"
+        raise LoadingError(
+            Check(False, f"{key}={path}", "an adapter of a language model", "one of a reward model", instead).message
+        )
+    if is_classifier and (head is None or head.shape[0] != 1):
         found = "none" if head is None else f"one of shape {list(head.shape)}"
         instead = f"one that was trained with modules_to_save=[{HEAD}] and one label"
         raise LoadingError(

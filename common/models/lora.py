@@ -99,7 +99,7 @@ def add_adapter(
         dropout: of what goes into it, while a graph is built.
 
     Raises:
-        LoadingError: PEFT has none for one of the modules.
+        LoadingError: PEFT has none for one of the modules, or has them elsewhere.
     """
     import peft
 
@@ -117,6 +117,14 @@ def add_adapter(
             peft.inject_adapter_in_model(settings, lm, name)
         except ValueError as error:  # as of the projections of Mamba, whose kernels take weights past their layers
             raise LoadingError(f"model.lora: {type(lm).__name__} cannot have these adapters: {error}") from error
+    # PEFT puts those of some mixtures of experts on the fused experts in place of the layers that are named.
+    there = {layer for layer, module in adapted_layers(lm).items() if name in module.lora_A}
+    if there != set(modules):
+        found = ", ".join(sorted(there.symmetric_difference(modules))[:SHOWN])
+        raise LoadingError(
+            f"model.lora.targets must name layers of {type(lm).__name__} that PEFT adapts as such; found others of {found}; "
+            "write other targets"
+        )
     for layer in adapted_layers(lm).values():
         layer._active_adapter = [TRAINED]
         if dropout and name in layer.lora_dropout:

@@ -10,12 +10,10 @@ from contracts.checks.check import Check
 from contracts.config import TandemConfig
 from contracts.plugins import closest
 
-FLAG, COUNT, NUMBER = "true or false", "a number from 0 on", "a number above 0"
+FLAG, COUNT = "true or false", "a number from 0 on"
 TYPES = ("fp32", "bf16")  # in float16 gradients would overflow
 KNOWN: dict[str, str | tuple[str, ...]] = {
     "communication_data_type": TYPES,
-    "prescale_gradients": FLAG,
-    "gradient_predivide_factor": NUMBER,
     "disable_allgather": FLAG,
     "wall_clock_breakdown": FLAG,
     "memory_breakdown": FLAG,
@@ -118,5 +116,5 @@ def _option_check(name: str, value: Any, zero_stage: int) -> Check:
     if isinstance(allowed, tuple):
         return Check(value in allowed, key, f"one of {', '.join(allowed)}", value, allowed[0])
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    holds = {FLAG: isinstance(value, bool), COUNT: is_number and value >= 0, NUMBER: is_number and value > 0}
-    return Check(holds[allowed], key, allowed, value, "true" if allowed == FLAG else "for example 500000000")
+    holds = isinstance(value, bool) if allowed == FLAG else is_number and value >= 0
+    return Check(holds, key, allowed, value, "true" if allowed == FLAG else "for example 500000000")

@@ -14,7 +14,6 @@ import yaml
 from common.files import durable
 from common.files.templates import filled
 from common.models.adapters import is_adapter, write_merged
-from common.models.loading import LoadingError
 from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, Commit
 
@@ -145,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         commit = chosen(options.run, options.step)
         export(options.run, commit, options.out, options.merged)
-    except (CheckpointError, LoadingError, OSError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{options.out}: the policy of {commit.path}, version {commit.version}")

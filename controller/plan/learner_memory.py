@@ -28,7 +28,7 @@ from common.models.lora import add_adapter, target_modules
 from common.text.tokenizers import load_config
 from contracts.config import ModelConfig, TandemConfig
 from contracts.estimators import chosen_estimator
-from contracts.lora_roles import Role, role_model, shares_base
+from contracts.lora_roles import Role, lora_key, role_model, shares_base
 from contracts.methods import chosen_preference
 from controller.plan.activations import FUSED, PassMemory, pass_memory
 from controller.plan.measured import measured
@@ -113,7 +113,11 @@ def network_shapes(
     shapes = make(found, model, learner, form, on_cpu)
     shapes.lm.requires_grad_(network.trains)
     if network.trains and model.lora:
-        add_adapter(shapes.lm, model.lora, target_modules(shapes.lm, model.lora, network.trainable_layers), seed=0)
+        key = lora_key(config.model, network.role, "targets")
+        if modules := target_modules(shapes.lm, model.lora, network.trainable_layers, key):
+            add_adapter(shapes.lm, model.lora, modules, seed=0)
+        else:
+            shapes.lm.requires_grad_(False)
         if isinstance(shapes, ScalarModel):
             shapes.lm.score.weight.requires_grad_(True)
     elif network.trains:

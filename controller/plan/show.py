@@ -17,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from common.command_line import command_line_problems, whole_sections
+from common.models.loading import LoadingError
 from common.models.precision import choose_dtypes
+from common.models.proof import Unproven
 from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, raise_conflicts, validate
 from contracts.config import TandemConfig, register_schema, to_config
@@ -123,7 +125,7 @@ def main() -> int:
             command.plan_time(known, config, prompts or [len(prompt.token_ids) for prompt in data])
             return 0
         plan = plan_job(config, (lambda item: ()) if known.no_data else _inputs(config).__getitem__, known.gpu_gib)
-    except (ConfigError, DataError, Unplannable, CalibrationError) as error:
+    except (ConfigError, DataError, CalibrationError, LoadingError, Unplannable, Unproven, OSError) as error:
         print(f"\nTandem cannot plan:\n{error}", file=sys.stderr)
         return 2
     if known.json:

@@ -2,13 +2,20 @@
 stopped and resumed is the run that was never stopped. `test_lora_models.py` has a rank that is."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
+import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from common.processes.process_env import worker_env
 from controller.commits import commit_store, export
 from tests.conftest import VADER
 from tests.integration.test_resume import UPDATES, Run
@@ -78,6 +85,52 @@ def test_adapters_from_sft_to_evaluation(unbroken: AdapterRun, tiny_model: Path,
 
 def size_of_tokenizer(commit: Path) -> int:
     return sum(file.stat().st_size for file in (commit / "policy").glob("tokenizer*"))
+
+
+# Log-probabilities of a prompt's tokens, by vLLM as anybody uses it.
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+model, adapter, ids = *sys.argv[1:3], json.loads(sys.argv[3])
+options = {"enable_lora": True, "max_lora_rank": 8} if adapter else {}
+llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=2, **options)
+request = LoRARequest("ours", 1, adapter) if adapter else None
+sampling = SamplingParams(max_tokens=1, prompt_logprobs=1)
+[found] = llm.generate([{"prompt_token_ids": ids}], sampling, lora_request=request, use_tqdm=False)
+print(json.dumps([row[token].logprob for row, token in zip(found.prompt_logprobs[1:], ids[1:])]))
+"""
+IDS = [*range(300, 324)]
+
+
+def vllm_logprobs(model: Path, adapter: Path | str = "") -> torch.Tensor:
+    env = {**os.environ, **worker_env(1, on_cpu=True), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = [sys.executable, "-c", VLLM, str(model), str(adapter), json.dumps(IDS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.tensor(json.loads(done.stdout.strip().split("\n")[-1]))
+
+
+def logprobs(lm: Any) -> torch.Tensor:
+    with torch.no_grad():
+        rows = lm(torch.tensor([IDS])).logits[0, :-1].float().log_softmax(-1)
+    return rows.gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+
+
+@pytest.mark.full
+def test_exports_load_in_vllm_peft_and_transformers(unbroken: AdapterRun, tiny_model: Path, tmp_path: Path) -> None:
+    adapter, whole = tmp_path / "adapter", tmp_path / "whole"
+    assert export.main([str(unbroken.dir), str(adapter)]) == 0
+    assert export.main([str(unbroken.dir), str(whole), "--merged"]) == 0
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    before = logprobs(base)
+    expected = logprobs(peft.PeftModel.from_pretrained(base, str(adapter)))
+    assert (expected - before).abs().max() > 0.1  # it has learnt something
+    torch.testing.assert_close(vllm_logprobs(tiny_model, adapter), expected, atol=1e-3, rtol=0)
+    merged = logprobs(AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32))
+    torch.testing.assert_close(merged, expected, atol=0.1, rtol=0)  # rounded to the base's bfloat16
+    torch.testing.assert_close(vllm_logprobs(whole), merged, atol=1e-3, rtol=0)
 
 
 @pytest.mark.full

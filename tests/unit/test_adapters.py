@@ -306,6 +306,7 @@ def test_a_base_that_is_not_there_is_named(sft: tuple[SFTTask, Path]) -> None:
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["score", "embed_tokens"]}, "modules_to_save"),
     ],
 )
 def test_other_kinds_of_adapters_are_refused(change: dict[str, Any], named: str, sft: tuple[SFTTask, Path]) -> None:
@@ -314,6 +315,64 @@ def test_other_kinds_of_adapters_are_refused(change: dict[str, Any], named: str,
     (path / "adapter_config.json").write_text(json.dumps(said | change))
     with pytest.raises(LoadingError, match=f"must be a plain adapter of LoRA or DoRA; found.*{named}"):
         adapters.lora_of(str(path))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "PiSSA"])
+def test_adapters_for_which_peft_changes_the_base_are_refused(init: str, sft: tuple[SFTTask, Path]) -> None:
+    said = json.loads((sft[1] / "adapter_config.json").read_text())
+    (sft[1] / "adapter_config.json").write_text(json.dumps(said | {"init_lora_weights": init}))
+    with pytest.raises(LoadingError, match=f"init_lora_weights={init}, for which PEFT changes the base"):
+        adapters.lora_of(str(sft[1]))
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_other_beginnings_are_taken(init: Any, sft: tuple[SFTTask, Path]) -> None:
+    said = json.loads((sft[1] / "adapter_config.json").read_text())
+    (sft[1] / "adapter_config.json").write_text(json.dumps(said | {"init_lora_weights": init}))
+    assert adapters.lora_of(str(sft[1])).rank == said["r"]
+
+
+def test_a_reward_models_adapter_that_peft_has_written_is_read(
+    small_vocab: Path, tmp_path: Path, make_lora_config: Callable[..., TandemConfig]
+) -> None:
+    """PEFT lists every name that a classifier's head may have."""
+    lm = AutoModelForSequenceClassification.from_pretrained(small_vocab, num_labels=1)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    model = peft.get_peft_model(lm, settings)
+    model.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {"classifier", "score"} <= {*said["modules_to_save"]}
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(lm.config)
+        policy = AutoModelForCausalLM.from_config(lm.config)
+    adapters.check_fits(classifier, str(tmp_path), "proxy_model", adapters.split(str(tmp_path))[0])
+    with pytest.raises(
+        LoadingError, match=r"sft_model=.* must be an adapter of a language model; found one of a reward"
+    ):
+        adapters.check_fits(policy, str(tmp_path), "sft_model", adapters.split(str(tmp_path))[0])
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        plain = AutoModelForSequenceClassification.from_pretrained(small_vocab, num_labels=1)
+        adapters.merge(plain, str(tmp_path))
+        torch.testing.assert_close(plain(ids).logits, expected)
+
+
+def test_an_adapters_base_by_another_name_is_known_by_its_weights(
+    sft: tuple[SFTTask, Path], make_lora_config: Callable[..., TandemConfig], tmp_path: Path
+) -> None:
+    """A copy, with a tokenizer of another version; and a hub id that is not on this machine."""
+    config, path = make_lora_config(), sft[1]
+    (path / "tandem_adapter.json").unlink()
+    shutil.copytree(config.model.path, tmp_path / "copy")
+    (tmp_path / "copy/special_tokens_map.json").write_text("{}")
+    model = replace(config.model, path=str(tmp_path / "copy"))
+    assert adapters.misfit(str(path), "sft_model", model) is None
+    said = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": "nobody/nothing"}))
+    found = adapters.misfit(str(path), "sft_model", model)
+    assert found is not None
+    assert "found nobody/nothing has no weights on this machine to be compared with those of" in found
 
 
 def test_without_lora_an_adapter_is_no_policy(
