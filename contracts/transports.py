@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from contracts.config import TandemConfig
+from contracts.lora_roles import role_model
+from contracts.placement import is_elastic
 from contracts.plugins import Kind, UnknownPlugin, find, names
 
 TRANSPORTS = Kind("weight transport", "learner.weight_transports", "TRANSPORT")
@@ -30,9 +32,11 @@ def find_transport(name: str) -> Transport:
 
 
 def weight_backend(config: TandemConfig) -> str:
-    """The transport that `learner.weight_transfer` stands for on this cluster."""
+    """The transport that `learner.weight_transfer` stands for on this cluster. `auto` is none of vLLM's own where these cannot
+    do what is asked: carry adapters, or, in one group, have members that come and go."""
     chosen = config.learner.weight_transfer
-    suited = (name for name in names(TRANSPORTS) if find_transport(name).is_default(config))
+    is_plain = role_model(config.model, "policy").lora is None and not is_elastic(config.cluster)
+    suited = (name for name in names(TRANSPORTS) if is_plain and find_transport(name).is_default(config))
     return chosen if chosen != "auto" else next(suited, "shared_memory")
 
 

@@ -27,6 +27,7 @@ from contracts.config import (
 from contracts.plugins import closest
 from contracts.records import Example, Prompt, RatedExample
 from contracts.stages import method_titles
+from contracts.transports import weight_backend
 from controller.data.inputs import Inputs
 from controller.start_checks.amounts import check_amounts, check_model
 from controller.start_checks.row_checks import check_rows
@@ -423,11 +424,16 @@ def test_a_choice_suggests_the_closest_name(config):
             ["cluster.layout must be disaggregated with cluster.min_actors and cluster.max_actors", "found colocated"],
         ),
         (
-            {"cluster__max_actors": 2, "cluster__gpus_per_actor": 1.0, "cluster__gpus_per_learner_rank": 1.0},
+            {
+                "cluster__max_actors": 2,
+                "cluster__gpus_per_actor": 1.0,
+                "cluster__gpus_per_learner_rank": 1.0,
+                "learner__weight_transfer": "nccl",
+            },
             [
                 "learner.weight_transfer must be shared_memory or ray_object with cluster.min_actors",
                 "nccl joins the learner and all actors in one group",
-                "found auto; write shared_memory, or cluster.min_actors=null cluster.max_actors=null",
+                "found nccl; write shared_memory, or cluster.min_actors=null cluster.max_actors=null",
             ],
         ),
         (
@@ -599,6 +605,26 @@ def test_a_directory_that_is_a_file_is_refused(config, tmp_path):
 )
 def test_what_is_allowed(config, values):
     validate(put(config, **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "nccl"),
+        (
+            {"cluster__layout": "colocated", "cluster__gpus_per_actor": 0.5, "cluster__gpus_per_learner_rank": 0.5},
+            "ipc",
+        ),
+        ({"model__lora": LoraConfig()}, "shared_memory"),
+        ({"model__lora_by_role__policy": RoleLoraConfig(rank=4)}, "shared_memory"),
+        ({"model__lora_by_role__value_model": RoleLoraConfig(rank=4)}, "nccl"),  # which is not sent
+        ({"cluster__max_actors": 3}, "shared_memory"),
+        ({"cluster__gpus_per_actor": 0.0}, "shared_memory"),
+    ],
+)
+def test_the_transport_that_auto_stands_for(config, values, expected):
+    on_gpus = {"cluster__gpus_per_actor": 1.0, "cluster__gpus_per_learner_rank": 1.0}
+    assert weight_backend(put(config, **on_gpus | values)) == expected
 
 
 def test_a_stage_needs_only_the_data_it_reads():
