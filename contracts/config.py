@@ -407,7 +407,7 @@ class LearnerConfig:
     offload: str = key("none", choices=("none", "optimizer", "parameters"))
     # More of DeepSpeed's own configuration, by its names, as {zero_optimization: {reduce_bucket_size: 200000000}}
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    # auto: shared_memory on CPU, with LoRA and in an elastic fleet; else on GPUs nccl or (colocated) ipc
+    # auto: on GPUs nccl or (colocated) ipc; on CPU, with LoRA and in an elastic fleet shared_memory
     weight_transfer: str = key("auto", choices=names_in("contracts.transports", "TRANSPORTS", "auto"))
 
 
