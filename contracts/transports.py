@@ -32,8 +32,11 @@ def find_transport(name: str) -> Transport:
 
 
 def weight_backend(config: TandemConfig) -> str:
-    """The transport that `learner.weight_transfer` stands for on this cluster. `auto` is none of vLLM's own with adapters, which
-    they do not carry, and in an elastic fleet: they join all in one group, whose members must stay."""
+    """The transport that `learner.weight_transfer` stands for on this cluster.
+
+    `auto` is none of vLLM's own with adapters, which they do not carry, and in an elastic fleet, whose members would have to
+    stay in their one group.
+    """
     chosen = config.learner.weight_transfer
     is_plain = role_model(config.model, "policy").lora is None and not is_elastic(config.cluster)
     suited = (name for name in names(TRANSPORTS) if is_plain and find_transport(name).is_default(config))
