@@ -15,7 +15,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Gold:
 def read_gold(path: Path) -> Gold:
     """Raises GoldError; OSError where there is no such file."""
     rows, form = [], None
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -206,8 +206,12 @@ def agreement(gold: Gold, scores: list[Score], scale: list[float] | None, sample
         "without_score": dict(Counter(score.code for score in scores if score.value is None)),
         "pairs": len(pairs),
         **{name: _known(interval) for name, interval in measures.items()},
-        "parts": {name: sum(part[name] for part in parts) / len(parts) for name in (parts[0] if parts else {})},
+        "parts": {name: _mean([part[name] for part in parts if name in part]) for name in dict.fromkeys(chain(*parts))},
     }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _known(interval: Interval) -> dict[str, float | None]:

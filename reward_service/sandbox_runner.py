@@ -100,12 +100,13 @@ def run(job, report):
     end = time.monotonic() + job["seconds"]
     scope = {"__name__": "__main__" if job["inputs"] else "solution", "__builtins__": __builtins__}
     for number, given in enumerate(job["inputs"]):
-        output = attempt(lambda given=given: output_of(job["code"], scope, given, end), job)
+        is_last = number == len(job["inputs"]) - 1
+        output = attempt(lambda given=given, is_last=is_last: output_of(job["code"], scope, given, end, is_last), job)
         os.write(report, json.dumps([number, output]).encode() + b"\n")
     if job["inputs"]:
         return
     word, tests, context = job["word"], job["tests"], job["context"]
-    prepared = attempt(lambda: passes(lambda: prepare(job["code"], context, scope), end), job)
+    prepared = attempt(lambda: passes(lambda: prepare(job["code"], context, scope), end, False), job)
     if not prepared:
         return
     for number, test in enumerate(tests):
@@ -115,7 +116,8 @@ def run(job, report):
             exec(compile(test, "tests", "exec"), scope)
             os.write(report, f"{word} {number}\n".encode())
 
-        attempt(lambda told=told: passes(told, end), job)
+        is_last = number == len(tests) - 1
+        attempt(lambda told=told, is_last=is_last: passes(told, end, is_last), job)
 
 
 def attempt(test, job):
@@ -143,12 +145,12 @@ def prepare(code, context, scope):
     exec(compile(context, "tests", "exec"), scope)
 
 
-def share(end):
-    """Seconds for the next test: half of what is left, so that one that hangs leaves the others some."""
-    return max(0.0, (end - time.monotonic()) / 2)
+def share(end, is_last):
+    """Seconds for the next test: half of what is left, as one that hangs is to leave others some; the last has all."""
+    return max(0.0, (end - time.monotonic()) / (1 if is_last else 2))
 
 
-def passes(work, end):
+def passes(work, end, is_last):
     """Whether `work` comes to its end in a copy of this process."""
     child = os.fork()
     if child == 0:
@@ -159,7 +161,7 @@ def passes(work, end):
             status = 0
         finally:
             os._exit(status)
-    return wait(child, share(end)) == 0
+    return wait(child, share(end, is_last)) == 0
 
 
 def silence():
@@ -183,7 +185,7 @@ def wait(child, seconds):
         time.sleep(0.001)
 
 
-def output_of(code, scope, given, end):
+def output_of(code, scope, given, end, is_last):
     """What a program prints for an input, or None where it fails, takes too long or prints too much."""
     reading, writing = os.pipe()
     with open("input", "w", encoding="utf-8") as file:
@@ -207,7 +209,7 @@ def output_of(code, scope, given, end):
         finally:
             os._exit(status)
     os.close(writing)
-    until, pieces = time.monotonic() + share(end), []
+    until, pieces = time.monotonic() + share(end, is_last), []
     while select.select([reading], [], [], max(0.0, until - time.monotonic()))[0]:
         piece = os.read(reading, 1 << 16)
         pieces.append(piece)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.text.tokenizers import known_ids, load_decoder
+from common.text.tokenizers import known_ids, load_decoder, text_start
 from contracts import plugins
 from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
@@ -241,14 +241,16 @@ def text_reader(tokenizer: str, with_controls: bool = True) -> Callable[[list[Sc
 
     The function raises Failed where an item has a token id that is no token: no text says what it was.
     """
-    decode, known = load_decoder(tokenizer, with_controls), known_ids(tokenizer)
+    decode, known, bos = load_decoder(tokenizer, with_controls), known_ids(tokenizer), text_start(tokenizer)
 
     def texts(items: list[ScoringItem]) -> list[Text]:
         if not all(known.issuperset(item.token_ids) for item in items):
             raise Failed("out_of_vocabulary")
         found = []
         for item in items:
-            said = item.token_ids[item.prompt_tokens : -1]  # without its EOS, which every scoring input has
+            # Without its EOS, which every scoring input has, and the BOS that is written before a text without a prompt.
+            start = item.prompt_tokens or int(item.token_ids[0] == bos)
+            said = item.token_ids[start:-1]
             prompt = decode(item.token_ids[: item.prompt_tokens])
             found.append(Text(prompt, decode(said), item.label, item.row, item.messages, said))
         return found

@@ -174,10 +174,17 @@ def _paths(config: TandemConfig) -> dict[str, str]:
     data = config.data
     sources = {name: getattr(data, name) for name in ("sft", "prompts", "preferences", "gold", "test", "eval_prompts")}
     found: dict[str, Any] = {"model.path": config.model.path}
+    found |= {f"data.prompt_sources.{name}.path": source.path for name, source in data.prompt_sources.items()}
     found |= {f"data.{name}.path": source.path for name, source in sources.items() if source is not None}
     found |= {key: getattr(config, key) for key in checkpoint_keys().values()}
     scorers = config.reward_service.scorers
     found |= {f"reward_service.scorers.{name}.path": scorer.path for name, scorer in scorers.items()}
+    for name, scorer in scorers.items():
+        key = f"reward_service.scorers.{name}"
+        found[f"{key}.function"] = (scorer.function or "").rpartition(":")[0]
+        found |= {
+            f"{key}.judge.{part}": getattr(scorer.judge, part) for part in ("rubric", "token_file") if scorer.judge
+        }
     found["reward_service.http.token_file"] = config.reward_service.http.token_file
     return {key: path for key, path in found.items() if path and path != "???"}
 

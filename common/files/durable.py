@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,7 +149,7 @@ def problem(path: Path, expected: FileRecord, content: bool = True) -> str | Non
 
 def replace_text(path: Path, text: str) -> None:
     """Write a small file that others read meanwhile: they see the old one, the new one or none. It is not fsynced."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

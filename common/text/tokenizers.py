@@ -1,5 +1,6 @@
 """What a run reads of a checkpoint beside its weights: tokenizer and configuration, each loaded in one way by all rooms."""
 
+import json
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -76,6 +77,21 @@ def known_ids(path: str) -> frozenset[int]:
     """The ids of a checkpoint's tokenizer that are tokens, added ones included."""
     tokens = vocabulary(path)
     return frozenset((_slow(path).get_vocab() if tokens is None else tokens).values())
+
+
+def text_start(path: str) -> int | None:
+    """The token that a checkpoint's tokenizer writes before every text, its BOS; None where it writes none."""
+    file, fast = local_checkpoint(path) / "tokenizer_config.json", _fast(path)
+    said = json.loads(file.read_text()) if file.is_file() else {}
+    token = said.get("bos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token and said.get("add_bos_token"):
+        return (vocabulary(path) or _slow(path).get_vocab()).get(token)
+    if fast is None:
+        whole, text = (_slow(path)("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    else:
+        whole, text = (fast.encode("a", add_special_tokens=added).ids for added in (True, False))
+    return whole[0] if len(whole) > len(text) and whole[0] != text[0] else None
 
 
 def load_decoder(path: str, with_controls: bool = True) -> Callable[[Sequence[int]], str]:

@@ -114,7 +114,10 @@ def card(run_dir: Path, commit: Commit, is_of_adapter: bool = False) -> str:
 def last_metrics(run_dir: Path, step: int) -> dict[str, float]:
     """Scores, KL and lengths of the update that the commit was made after."""
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        row: dict[str, Any] = json.loads(line)
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:  # torn, where a disk was full
+            continue
         if row.get("stage") in ("ppo", "value_warmup") and row.get("step") == step - 1:
             return {n: v for n, v in row.items() if n.startswith(("reward/", "kl/", "completion/")) and v is not None}
     return {}
@@ -126,7 +129,10 @@ def base_licence(base: str) -> str | None:
     if not readme.is_file():
         return None
     parts = readme.read_text().split("---")
-    head = yaml.safe_load(parts[1]) if len(parts) > 2 else None
+    try:
+        head = yaml.safe_load(parts[1]) if len(parts) > 2 else None
+    except yaml.YAMLError:  # other people's cards are as they are
+        return None
     return head.get("license") if isinstance(head, dict) else None
 
 

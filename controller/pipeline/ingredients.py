@@ -9,7 +9,7 @@ from common.files.code_digest import code_digest, stage_code
 from common.files.fingerprints import MEMORY, checkpoint_fingerprint, file_hashes, json_digest
 from common.files.source_code import source_digest
 from contracts.checks.validation import ConfigError
-from contracts.config import TandemConfig
+from contracts.config import SourceConfig, TandemConfig
 from contracts.environments import is_import_path
 from contracts.methods import running_stages, samples, sources_read
 from contracts.stages import checkpoint_keys
@@ -61,7 +61,8 @@ def made_of(config: TandemConfig) -> str:
         OSError, ValueError: something is not there.
     """
     memory = Path(config.cache_dir) / MEMORY
-    files = [file for name in sorted(sources_read(config)) for file in _files(getattr(config.data, name).path)]
+    sources = [source for name in sorted(sources_read(config)) for source in _sources(config, name)]
+    files = [file for source in sources for file in _files(source.path)]
     # A given checkpoint may be of a stage that this run has no part of, and not be there.
     given = [path for key in checkpoint_keys().values() if (path := getattr(config, key)) and Path(path).is_dir()]
     checkpoints = [checkpoint_fingerprint(path, memory=memory) for path in given]
@@ -71,8 +72,15 @@ def made_of(config: TandemConfig) -> str:
     return json_digest([code_digest(), file_hashes(files, memory), checkpoints, scoring, elsewhere])
 
 
+def _sources(config: TandemConfig, name: str) -> list[SourceConfig]:
+    mixed = config.data.prompt_sources if name == "prompts" else {}
+    return [mixed[key] for key in sorted(mixed)] or [getattr(config.data, name)]
+
+
 def _files(source: str) -> list[Path]:
     """Of a file, a directory or a pattern; none of a hub id."""
-    path = Path(source)
-    found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob(source, recursive=True))
+    path = Path(source).expanduser()
+    found = (
+        [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob(str(path), recursive=True))
+    )
     return sorted(file for file in found if file.is_file())

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from common.files.durable import replace_text
 
 REDACTED = "[redacted]"
 SECRET_WORDS = frozenset({"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"})
 SECRET_PART = re.compile("key|token|secret|password", re.IGNORECASE)
+# In a text of Hydra's grammar.
+PAIR = re.compile(r"""(?P<name>[\w.'"-]+)\s*:\s*(?P<value>'[^']*'|"[^"]*"|[^\s,:{}\[\]'"]+)""")
 URL_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 
 
@@ -40,14 +44,22 @@ def redacted_override(override: str) -> str:
     """`key=value` without what is a secret of it."""
     name, _, value = override.partition("=")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:  # Hydra's own grammar has more forms
+        parsed = OverridesParser.create().parse_override(override).value()
+        yaml.safe_dump(parsed)  # a sweep's is no plain value
+    except (HydraException, yaml.YAMLError):
         parsed = value
     hidden = redacted({name: parsed})[name]
+    if isinstance(hidden, str) and "{" in hidden:  # of several values, or of a form that is not Hydra's
+        hidden = PAIR.sub(_redacted_pair, hidden)
     if hidden == parsed:
         return override
     shown = yaml.safe_dump(hidden, default_flow_style=True).strip() if isinstance(hidden, dict | list) else hidden
     return f"{name}={shown}"
+
+
+def _redacted_pair(pair: re.Match[str]) -> str:
+    name, value = pair["name"].strip("'\""), yaml.safe_load(pair["value"])
+    return f"{pair['name']}:{REDACTED}" if _is_secret(name, value) else pair[0]
 
 
 def redact_hydra(folder: Path) -> None:

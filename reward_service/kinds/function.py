@@ -267,9 +267,19 @@ class FunctionPool:
         return [self._threads.submit(self._score, texts[i : i + size], expires) for i in range(0, len(texts), size)]
 
     def _score(self, texts: list[Text], expires: float) -> list[Score]:
-        process = self._idle.get()
+        process, is_down = self._idle.get(), False
+
+        def call(part: list[Text]) -> list[Plain]:
+            nonlocal is_down
+            try:
+                if not is_down:
+                    return self._call(process, part, expires)
+            except FunctionError:  # nothing is known against the items
+                is_down = True
+            raise Failed("unavailable: its process does not start")
+
         try:
-            return isolate(lambda part: self._call(process, part, expires), texts)
+            return isolate(call, texts)
         finally:
             self._idle.put(process)
 

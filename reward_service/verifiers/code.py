@@ -2,6 +2,8 @@
 
 import ast
 import json
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -10,7 +12,9 @@ from reward_service.verifier import BadRow, Option, Options, Row, Verified, Veri
 from reward_service.verifiers._answers import fenced
 
 WANTED = "Python with asserts, a list of such texts, or a list of {input, output} for a program that reads and prints"
-CONTEXT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITION = (ast.Import, ast.ImportFrom, *FUNCTION, ast.ClassDef)
+CONTEXT = (*DEFINITION, ast.Assign, ast.AnnAssign)
 
 
 class Wanted(NamedTuple):
@@ -42,30 +46,108 @@ def _is_case(value: Any) -> bool:
 
 
 def statements(name: str, sources: list[str]) -> Tests:
-    """Each statement that is no import, definition or assignment is a test; so is each function test_*, where nothing calls
-    it. Raises BadRow."""
-    context: list[ast.stmt] = []
-    tests: list[ast.stmt] = []
+    """The tests of a row. Those of a text are its statements with an assert, its calls of functions that have some, and its
+    functions test_*, where nothing calls them; a text without any has each statement that is no definition or assignment.
+
+    What stands before a test in its text comes before it, and so do definitions and assignments of earlier texts. Earlier
+    tests come too where the text has something that they may have changed.
+
+    Raises:
+        BadRow: there is no test, or one that would not be run.
+    """
+    before: list[ast.stmt] = []  # of earlier texts
+    tests: list[list[ast.stmt]] = []
     for source in sources:
-        try:
-            body = ast.parse(source).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise BadRow(f"{name} must be {WANTED}; found what is no Python; write valid Python") from None
+        body = _body(name, source)
+        functions = [one for one in [*before, *body] if isinstance(one, FUNCTION)]
+        asserting = {one.name for one in functions if _has_assert(one)}
+        ours = [one for one in body if not isinstance(one, CONTEXT)]
+        chosen = [one for one in ours if _has_assert(one) or _calls(one) & asserting]
+        alone = _uncalled_tests(name, body, ours)
+        if not chosen and not alone:
+            chosen = [one for one in ours if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
+        has_state = any(not isinstance(one, DEFINITION) for one in body if one not in chosen)
+        own = [*before]
         for statement in body:
-            (context if isinstance(statement, CONTEXT) else tests).append(statement)
-    called = {node.func.id for test in tests for node in ast.walk(test) if _calls_name(node)}  # type: ignore[attr-defined]
-    functions = [one for one in context if isinstance(one, ast.FunctionDef) and not one.args.args]
-    for name_of_test in [one.name for one in functions if one.name.startswith("test") and one.name not in called]:
-        tests += ast.parse(f"{name_of_test}()").body
-    tests = [test for test in tests if not (isinstance(test, ast.Expr) and isinstance(test.value, ast.Constant))]
+            if statement not in chosen:
+                own.append(statement)
+                continue
+            tests.append([*own, statement])
+            if has_state:
+                own.append(ast.Try([statement], [ast.ExceptHandler(None, None, [ast.Pass()])], [], []))
+        tests += [[*own, call] for call in alone]
+        before += [one for one in body if isinstance(one, CONTEXT)]
     if not tests:
         raise BadRow(f"{name} must be {WANTED}; found no test; write asserts, or a call of the function that has them")
+    shared = 0
+    while all(len(test) > shared + 1 and test[shared] is tests[0][shared] for test in tests):
+        shared += 1
+    return Tests(_text(tests[0][:shared]), tuple(_text(test[shared:]) for test in tests))
+
+
+def _text(body: list[ast.stmt]) -> str:
     # The source may have come with line numbers of several texts; what is run is made of the statements alone.
-    return Tests("\n".join(map(ast.unparse, context)), tuple(map(ast.unparse, tests)))
+    return "\n".join(ast.unparse(ast.fix_missing_locations(statement)) for statement in body)
 
 
-def _calls_name(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+def _body(name: str, source: str) -> list[ast.stmt]:
+    """Statements, those under `if __name__ == "__main__":` among them, without the call of a framework's main."""
+    try:
+        found = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise BadRow(f"{name} must be {WANTED}; found what is no Python; write valid Python") from None
+    body: list[ast.stmt] = []
+    for statement in found:
+        is_guard = isinstance(statement, ast.If) and "__name__" in {n.id for n in _inside(statement.test, ast.Name)}
+        body += statement.body if is_guard else [statement]  # type: ignore[attr-defined]
+    return [
+        one
+        for one in body
+        if not (isinstance(one, ast.Expr) and re.match(r"(?:unittest|pytest)\.main\(", ast.unparse(one)))
+    ]
+
+
+def _uncalled_tests(name: str, body: list[ast.stmt], ours: list[ast.stmt]) -> list[ast.stmt]:
+    """Calls of the functions test_* that nothing calls. Raises BadRow for tests that are not to be called so."""
+    called = {call for statement in ours for call in _calls(statement)}
+    found: list[ast.stmt] = []
+    for one in body:
+        methods = [f for f in one.body if isinstance(f, FUNCTION)] if isinstance(one, ast.ClassDef) else []
+        is_test = isinstance(one, FUNCTION) and one.name.startswith("test") and one.name not in called
+        needs_more = is_test and (isinstance(one, ast.AsyncFunctionDef) or _needs_arguments(one))  # type: ignore[arg-type]
+        if needs_more or any(method.name.startswith("test") for method in methods):
+            raise BadRow(
+                f"{name} must be {WANTED}; found {one.name}, "  # type: ignore[attr-defined]
+                "which a framework would have to call; write asserts, or functions test_* without arguments"
+            )
+        if is_test:
+            found += ast.parse(f"{one.name}()").body  # type: ignore[attr-defined]
+    return found
+
+
+def _needs_arguments(function: ast.FunctionDef) -> bool:
+    of = function.args
+    return len(of.posonlyargs) + len(of.args) > len(of.defaults) or any(default is None for default in of.kw_defaults)
+
+
+def _inside(node: ast.AST, kind: type) -> Iterator[Any]:
+    """Nodes of a kind, which are not in definitions within."""
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, kind):
+            yield one
+        if one is node or not isinstance(one, (*FUNCTION, ast.ClassDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(one)
+
+
+def _has_assert(statement: ast.stmt) -> bool:
+    return any(_inside(statement, ast.Assert))
+
+
+def _calls(statement: ast.stmt) -> set[str]:
+    """Names of the functions that a statement calls."""
+    return {call.func.id for call in _inside(statement, ast.Call) if isinstance(call.func, ast.Name)}
 
 
 def verify(completion: str, right: Wanted, options: Options) -> Verified:

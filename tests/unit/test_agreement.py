@@ -70,6 +70,8 @@ def test_items_without_a_score_count_as_such_and_nothing_else(tmp_path: Path) ->
     scores = [
         Score(v, None if v is not None else "unreadable: x", parts={"off_scale": 0.1} if v else None) for v in values
     ]
+    found = agreement(gold, [*scores[:5], Score(3.0, parts={"late": 1.0})], [1.0, 2.0, 3.0, 4.0, 5.0], 200, 1)
+    assert found["parts"] == {"off_scale": pytest.approx(0.1), "late": 1.0}  # each of those that have it
     found = agreement(gold, scores, [1.0, 2.0, 3.0, 4.0, 5.0], 200, 1)
     assert (found["rows"], found["items"], found["scored"], found["pairs"]) == (6, 6, 5, 2)
     assert found["without_score"] == {"unreadable": 1}

@@ -103,6 +103,12 @@ def test_a_test_that_hangs_leaves_time_to_the_others(place: str) -> None:
     assert passed(code, tests, LIMITS) == {0, 2}
 
 
+def test_the_last_test_has_all_the_time_that_is_left(place: str) -> None:
+    code, limits = "import time\ndef f(x):\n    time.sleep(1.2)\n    return x + 1", Limits(2.0, 256, 8)
+    assert passed(code, Tests(statements=("assert f(1) == 2",)), limits) == {0}
+    assert outputs("import time\ntime.sleep(1.2)\nprint(input())", Tests(inputs=("1\n",)), limits) == {0: "1\n"}
+
+
 def test_tests_do_not_see_one_another(place: str) -> None:
     tests = Tests("", ("seen.append(1)\nassert len(seen) == 1", "seen.append(1)\nassert len(seen) == 1"))
     assert passed("seen = []", tests, LIMITS) == {0, 1}

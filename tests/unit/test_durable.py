@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.files import durable
-from common.files.durable import FileRecord, RawTensor, publish, write_chunks, write_json, write_tensors
+from common.files.durable import FileRecord, RawTensor, publish, replace_text, write_chunks, write_json, write_tensors
 
 
 def raw(tensor: torch.Tensor, dtype: str) -> RawTensor:
@@ -96,6 +98,13 @@ def test_a_directory_appears_with_all_of_its_files(tmp_path: Path) -> None:
     (tmp_path / ".new").mkdir()
     with pytest.raises(FileExistsError):
         publish(tmp_path / ".new", tmp_path / "done")
+
+
+def test_threads_replace_one_file(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        [*threads.map(lambda n: replace_text(tmp_path / "file", f"{n:04}" * 1000), range(200))]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert len({*re.findall("....", (tmp_path / "file").read_text())}) == 1
 
 
 def test_a_disk_without_room_is_an_error(tmp_path: Path) -> None:

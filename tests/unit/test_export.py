@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from controller.commits.commit_store import step_path
-from controller.commits.export import main
+from controller.commits.export import base_licence, main
 from tests.unit.test_commits import commit, flip
 
 
@@ -27,10 +27,16 @@ def run_dir(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     run.mkdir()
     rows = [{"stage": "ppo", "step": i, "reward/score_mean": i / 4, "perf/step_s": 9.0} for i in range(4)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torn = '{"stage": "ppo", "st\n'  # a disk was full
+    (run / "metrics.jsonl").write_text(torn + "".join(json.dumps(row) + "\n" for row in rows))
     for step, quality in ((2, 0.9), (4, 0.1)):
         commit(run, step, quality, config)
     return run
+
+
+def test_a_card_that_is_no_yaml_has_no_licence(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: [a\n---\n")
+    assert base_licence(str(tmp_path)) is None
 
 
 def test_a_model_card_says_where_it_comes_from(run_dir: Path, tmp_path: Path) -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from common.text.tokenizers import load_decoder
 from contracts.config import ScorerConfig
 from contracts.records import Score, ScoringItem
 from contracts.scoring import RETRYABLE
 from reward_service.isolate import Failed, isolate
-from reward_service.kinds.function import FunctionError, FunctionPool, FunctionScorer, Text
+from reward_service.kinds.function import FunctionError, FunctionPool, FunctionProcess, FunctionScorer, Text
 from reward_service.scorer_kind import ThreadScorer, text_reader
 from tests.conftest import SMOLLM
 
@@ -269,6 +271,41 @@ def test_a_text_reader_of_a_kind_of_ones_own_costs_one_item() -> None:
     scorer = ThreadScorer(lambda items: [float(len(text.completion)) for text in texts(items)])
     scores = asyncio.run(scorer.score([ScoringItem((28, 2)), ScoringItem((-1, 2)), ScoringItem((28, 2**40, 2))], 10.0))
     assert [s.error for s in scores] == [None, "out_of_vocabulary", "out_of_vocabulary"]
+
+
+def test_a_text_alone_begins_behind_its_bos(tmp_path: Path) -> None:
+    """Which nobody wrote; behind a prompt it would be part of what was sampled."""
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM)
+    bos = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    template = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(tmp_path)
+    ids, end = tokenizer("42", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
+    alone, behind = ScoringItem((bos, *ids, end)), ScoringItem((bos, *ids, end), 1)
+    sampled = ScoringItem((*ids, bos, *ids, end), len(ids))
+    assert [text.completion for text in text_reader(str(tmp_path))([alone, behind, sampled])] == [
+        "42",
+        "42",
+        "<|im_start|>42",
+    ]
+    # Of a tokenizer that writes none, it is somebody's.
+    assert text_reader(str(SMOLLM))([alone])[0].completion == "<|im_start|>42"
+
+
+def test_a_process_that_does_not_start_again_says_nothing_against_an_item(
+    pool: Callable[..., FunctionPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length, starts = pool("length"), list[int]()
+    length._idle.queue[0].end()
+
+    def start(process: FunctionProcess) -> None:
+        starts.append(1)
+        raise FunctionError("no memory")
+
+    monkeypatch.setattr(FunctionProcess, "start", start)
+    scores = [score for future in length.submit([Text("", "a"), Text("", "b")]) for score in future.result(10)]
+    assert {score.error for score in scores} == {"unavailable: its process does not start"}
+    assert len(starts) == 1
 
 
 def test_what_nobody_waits_for_any_more_is_not_called(pool: Callable[..., FunctionPool]) -> None:

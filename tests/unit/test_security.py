@@ -121,6 +121,9 @@ def test_what_hydra_wrote_loses_its_secrets(tmp_path: Path) -> None:
     overrides = [f"+environment.options.api_key={CANARY}", "ppo.updates=3", f"model.path=https://me:{CANARY}@hub/model"]
     overrides += [f"+environment.options={{deep: {{token: {CANARY}, tokens: 3}}}}", "ppo.optimizer.betas=[0.9,0.99]"]
     overrides += ["ppo.sampling.max_completion_tokens=64", "+environment.options.pin_token=1234"]
+    # As Hydra reads them, not YAML; several of a sweep.
+    overrides += [f"+environment.options={{api_key:{CANARY}}}", "model.lora={rank:16,alpha:32}"]
+    overrides += [f"+environment.options={{deep:{{tokens:3,token:'{CANARY}'}}}},{{api_key:{CANARY}}}"]
     (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(overrides))
     redact_hydra(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["overrides.yaml"]
@@ -133,6 +136,9 @@ def test_what_hydra_wrote_loses_its_secrets(tmp_path: Path) -> None:
         "ppo.optimizer.betas=[0.9,0.99]",
         "ppo.sampling.max_completion_tokens=64",
         "+environment.options.pin_token=[redacted]",
+        "+environment.options={api_key: '[redacted]'}",
+        "model.lora={rank:16,alpha:32}",
+        "+environment.options={deep:{tokens:3,token:[redacted]}},{api_key:[redacted]}",
     ]
     assert CANARY not in resume_command(overrides, str(tmp_path))
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from common.files.outcome import write_outcome
 from common.flatten import flat
 from common.models.precision import choose_dtypes
-from contracts.config import ScorerConfig, TandemConfig
+from contracts.config import PromptSourceConfig, ScorerConfig, TandemConfig
 from controller.pipeline.ingredients import made_of
 from controller.record.evaluation import evaluation_metrics, objective
 from controller.record.reader import ReportError
@@ -244,6 +244,26 @@ def test_a_member_whose_files_have_changed_runs_again_and_says_so(
     done.reuse_stages = True
     config.write_text(config.read_text().replace("reuse_stages: auto", "reuse_stages: true"))
     assert finished_objective(done) == (True, 0.25)
+
+
+@pytest.mark.parametrize("way", ["sources", "home"])
+def test_prompts_of_several_sources_and_of_the_home_count(
+    way: str, done: TandemConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing else does: the path of what has several sources is open, and no file of the working directory."""
+    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done.stage, done.sft_model = "ppo", str(tmp_path / "model")
+    if way == "home":
+        done.data.prompts.path = "~/prompts.jsonl"
+    else:
+        done.data.prompts.path = ""
+        done.data.prompt_sources = {"sums": PromptSourceConfig(path=str(tmp_path / "prompts.jsonl"))}
+    before = made_of(done)
+    (tmp_path / "run/metrics.jsonl").write_text("{}")
+    assert made_of(done) == before
+    (tmp_path / "prompts.jsonl").write_text("{}")
+    assert made_of(done) != before
 
 
 @pytest.mark.parametrize(

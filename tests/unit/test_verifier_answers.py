@@ -308,6 +308,38 @@ CODE: Table = [
          block("import sys\nprint(sum(map(int, sys.stdin.read().split())))")],
         [block("print(3)"), block("a, b = map(int, input().split())\nprint(a, b)"), block("print(input())"), block("")],
     ),
+    # A guard is entered, and hides no test.
+    (
+        'def test_add():\n    assert add(1, 2) == 3\n\nif __name__ == "__main__":\n    test_add()',
+        [block("def add(a, b): return a + b")],
+        [block("def unrelated(): pass")],
+    ),
+    (
+        'import unittest\ndef test_add():\n    assert add(1, 2) == 3\nif __name__ == "__main__":\n    unittest.main()',
+        [block("def add(a, b): return a + b")],
+        [block("def unrelated(): pass"), block("def add(a, b): return 0")],
+    ),
+    # Texts of a row may use the same names.
+    (
+        ["def test(): assert f(1) == 1", "def test(): assert f(2) == 2"],
+        [block("def f(x): return x")],
+        [block("def f(x): return 2"), block("def f(x): return 1")],
+    ),
+    (
+        ["x = [3, 1]\nassert s(x) == [1, 3]", "x = [2]\nassert s(x) == [2]"],
+        [block("s = sorted")],
+        [block("def s(x): return [2]"), block("def s(x): return [1, 3]")],
+    ),
+    # What comes before a test is done before it.
+    (
+        "s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2\nassert s.pop() == 1",
+        [block("class Stack(list):\n    push = list.append")],
+        [block("class Stack(list):\n    push = list.append\n    def pop(self): return self[0]")],
+    ),
+    ("import random\nrandom.seed(0)\nassert f(1) == 2", [block("def f(x): return x + 1")], [block("def f(x): return x")]),
+    (["import math", "assert f(1) == math.pi"], [block("from math import *\nf = lambda x: pi")], [block("f = lambda x: 3")]),
+    ("def check(g):\n    assert g(1) == 2\ncheck(f)", [block("def f(x): return 2")], [block("def f(x): return 1")]),
+    ("for x in range(3):\n    assert f(x) == x", [block("def f(x): return x")], [block("def f(x): return 0")]),
 ]  # fmt: skip
 TABLES: dict[str, tuple[dict[str, Any], Table]] = {
     "math": ({}, MATH),
