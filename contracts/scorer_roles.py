@@ -67,6 +67,14 @@ def starts_value_model(config: TandemConfig) -> bool:
     return "proxy" in scoring_models(config) if chosen is None else chosen == "reward_model"
 
 
+def value_model_key(config: TandemConfig) -> str | None:
+    """The key of the checkpoint that PPO's value model starts from; None where there is no value model."""
+    if not has_value_model(config):
+        return None
+    given = "proxy_model" if starts_value_model(config) else "sft_model"
+    return given if getattr(config, given) else "model.path"
+
+
 def num_models(config: TandemConfig) -> int:
     """How many reward models PPO and evaluation start: each once, however many names it has."""
     chosen, _ = _chosen(config)

@@ -35,7 +35,9 @@ SSM_HEADS = (
     ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
 )
 # What says after how many layers a kind of layer comes again.
-RHYTHM = ("period", "pattern", "offset", "first_k_dense", "interval", "every_n", "step")
+RHYTHM = ("period", "pattern", "offset", "interval", "every_n", "step")
+# What says after how many layers a kind of layer begins.
+BEGINS = ("first_k_dense", "start_index", "num_dense_layers")
 
 
 class NoTwin(ValueError):
@@ -113,9 +115,13 @@ def _fewer_layers(text: Any) -> None:
         for i in range(layers)
     ]
     needed = max((kinds.index(kind) + 1 for kind in set(kinds)), default=1)
+    counts = {name: value for name, value in settings if _is_count(value)}
+    begins, comes = (
+        max((value for name, value in counts.items() if any(word in name for word in words)), default=0)
+        for words in (BEGINS, RHYTHM)
+    )
+    needed = max(needed, begins + comes + 1)
     for name, value in settings:
-        if _is_count(value) and any(word in name for word in RHYTHM):
-            needed = max(needed, value + 1)
         if isinstance(value, list | tuple) and len(value) < layers and ("types" in name or "pattern" in name):
             needed = max(needed, len(value))
     keep = min(layers, max(2, needed))

@@ -190,6 +190,8 @@ def load_prompts(
 
     def build(number: int, row: dict) -> Prompt:
         prompt, completion, tools = opened.parts(row, data.prompt_words)
+        if prompt and isinstance(prompt, str) and isinstance(completion, list):
+            prompt = as_turns(prompt, "user")  # as what is trained on them shows both
         if not prompt and isinstance(completion, list):
             prompt = completion[:-1] if completion[-1]["role"] == "assistant" else completion
         if not prompt:

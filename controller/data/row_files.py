@@ -18,6 +18,7 @@ from contracts.plugins import closest
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,300})(?:\.\d+)?(?:[eE][+-]?\d+)?")  # of JSON
 SPLIT = re.compile(r"(?:^|(?<=[-_.]))(train|validation|valid|val|dev|test|eval)(?=[-_.])")  # in names of shards
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # beside shards; they hold no rows
 
@@ -91,15 +92,12 @@ def _is_object(line: str) -> bool:
 
 
 def _read_csv(path: Path, base: str) -> list[dict]:
-    import datasets
     import pandas
 
     text = _read_text(path, base)
     try:
-        # "NA", "null" and "None" are words of a text; only an empty cell is a missing value. Read in one piece: of a piece
-        # whose cells all look like numbers, the texts would be written anew ("007" as "7").
-        table = pandas.read_csv(StringIO(text), keep_default_na=False, na_values=[""], low_memory=False)
-        rows = datasets.Dataset.from_pandas(table, preserve_index=False)
+        # "NA", "null" and "None" are words of a text; only an empty cell is a missing value.
+        table = pandas.read_csv(StringIO(text), keep_default_na=False, na_values=[""], low_memory=False, dtype=str)
     except ValueError as error:
         raise DataError(f"{base}.path: {path} cannot be read as csv: {error}") from error
     if not isinstance(table.index, pandas.RangeIndex):  # pandas took the first cells for names of the rows
@@ -107,7 +105,16 @@ def _read_csv(path: Path, base: str) -> list[dict]:
             f"{base}.path: the first line of a .csv file names every column; {path} has rows with more cells. Write texts "
             "with commas in quotes"
         )
-    return _rows(rows)
+    columns = {str(name): _numbers([None if pandas.isna(c) else c for c in table[name]]) for name in table}
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _numbers(cells: list[str | None]) -> list[Any]:
+    """The cells of a column, as numbers where that changes none of them: 007 and 0.50 may be answers."""
+    said = [cell for cell in cells if cell is not None]
+    if not all(NUMBER.fullmatch(cell) and json.dumps(json.loads(cell)) == cell for cell in said):
+        return cells
+    return [cell if cell is None else json.loads(cell) for cell in cells]
 
 
 def _read_parquet(path: Path, base: str) -> list[dict]:

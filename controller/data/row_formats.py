@@ -56,6 +56,17 @@ def _sharegpt(row: dict, source: SourceConfig) -> dict:
     return {**row, source.messages_column: row.get("conversations")}
 
 
+def _sharegpt_pair(row: dict, source: SourceConfig) -> dict:
+    """LLaMA-Factory's: each side is one turn, or its text."""
+    sides = {column: row.get(name) for column, name in zip(_pair_columns(source), ("chosen", "rejected"), strict=True)}
+    turns = {column: [side] if isinstance(side, dict) else side for column, side in sides.items()}
+    return {**row, source.prompt_column: row.get("conversations"), **turns}
+
+
+def _pair_columns(source: SourceConfig) -> tuple[str, str]:
+    return source.chosen_column, source.rejected_column
+
+
 def _comparison(row: dict, source: SourceConfig) -> dict:
     """openai/summarize_from_feedback: `choice` is the number of the better summary."""
     info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
@@ -74,6 +85,7 @@ def _comparison(row: dict, source: SourceConfig) -> dict:
 SHAPES = (
     Shape(("info", "summaries", "choice"), lambda s: (s.chosen_column, s.rejected_column), _comparison),
     Shape(("instruction", "output"), lambda s: (s.prompt_column, s.completion_column), _alpaca),
+    Shape(("conversations", "chosen", "rejected"), lambda s: (s.prompt_column,), _sharegpt_pair),
     Shape(("conversations",), lambda s: (s.messages_column,), _sharegpt),
 )
 ALSO_READ = {"info": (), "instruction": ("input",), "conversations": ()}  # by the first column of a shape
@@ -205,6 +217,9 @@ def ratings(row: dict, source: SourceConfig) -> list[float]:
 
 
 def _number(value: Any, column: str) -> float:
+    if isinstance(value, str):  # as 4.50 of a CSV file, where not all cells are as JSON writes them
+        with suppress(ValueError):  # then the check below names the text
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise LeftOut(f"{column} is not a number", f"found {value!r}")
     if not abs(value) <= sys.float_info.max:

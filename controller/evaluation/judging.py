@@ -127,7 +127,7 @@ def _token_logprobs(actors: list[Any], rollouts: list[Rollout], timeout_s: float
 
 def _best_of_n(config: TandemConfig, sample: Callable[[int, int], list[Rollout]], progress: Progress) -> Judged:
     """Of completions that SFT, which the actors serve, samples anew: the one that it is compared with is none of them."""
-    n, epoch = config.evaluate.best_of_n, method_config(config).seed
+    n, epoch = config.evaluate.best_of_n, 1 + method_config(config).seed  # 0 is the completions that are judged
     with progress.phase(f"sampling {n} completions a prompt from SFT, for the best of them"):
         rounds = [sample(epoch, index) for index in range(1, n + 1)]
     candidates = [list(group) for group in zip(*rounds, strict=True)]

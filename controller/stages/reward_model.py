@@ -7,6 +7,7 @@ from contracts.records import RatedText
 from contracts.stages import REWARD_MODEL, Reading, Stage
 
 if TYPE_CHECKING:
+    from controller.data.inputs import Inputs
     from controller.pipeline.context import StageContext
 
 LIMITS = ("reward_model.max_tokens",)
@@ -53,6 +54,22 @@ def run(context: "StageContext") -> dict[str, Any]:
     return found
 
 
+def problems(config: TandemConfig, data: "Inputs") -> list[str]:
+    """Held-out texts are scored once the model has trained."""
+    test, least = data["test"], config.cluster.num_learner_ranks
+    rated = [sum(item.ratings) / len(item.ratings) for item in test if isinstance(item, RatedText)]
+    if rated:
+        usable, least = len(test) if len({*rated}) > 1 else 0, max(2, least)
+    else:
+        usable = sum(item.preference != 0.5 for item in test)
+    found = f"{usable}, where ties do not count"
+    return (
+        []
+        if usable >= least
+        else [f"data.test must have at least {least} usable rows for reward models; found {found}"]
+    )
+
+
 def _sides(pair: Any) -> tuple[list[int], list[int]]:
     return pair.chosen_ids, pair.rejected_ids
 
@@ -72,6 +89,7 @@ STAGE = Stage(
     starts_from=(),
     results={"proxy": "proxy_model", "gold": "gold_model"},
     reads=reads,
+    problems=problems,
     keys=("reward_model", "evaluate.bootstrap_samples"),
     trains=REWARD_MODEL,
     task="reward_model",

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from common.error_text import error_lines
+from common.models.adapters import split
 from common.models.loading import LoadingError, refuse_quantised
-from common.text.tokenizers import load_config
+from common.text.tokenizers import load_config, vocabulary
+from contracts.checks.check import Check
 from contracts.checks.validation import ConfigError
 from contracts.config import ModelConfig, TandemConfig
 from contracts.methods import checkpoints_read, results_needed, running_stages
 from contracts.placement import needs
+from contracts.scorer_roles import CHECKPOINTS, value_model_key
 from controller.data.inputs import Inputs
 from controller.start_checks.adapter_checks import adapter_problems
 from controller.start_checks.lengths import too_long
@@ -30,8 +33,9 @@ def check_model(config: TandemConfig) -> None:
             problems += adapter_problems(config, key, path)
             found = load_config(path, model_at(config, key))
             refuse_quantised(found, path, key)
+            problems += _too_many_layers(config, key, getattr(found.get_text_config(), "num_hidden_layers", None))
+            problems += _other_vocabulary(config, key, path, found)
             if key == "model.path":
-                problems += _too_many_layers(config, getattr(found.get_text_config(), "num_hidden_layers", None))
                 problems += _undivided_heads(config, found.get_text_config())
             problems += too_long(config, key, path, found.get_text_config())
         except LoadingError as error:
@@ -65,9 +69,24 @@ def check_amounts(config: TandemConfig, data: Inputs) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _too_many_layers(config: TandemConfig, layers: int | None) -> list[str]:
+def _other_vocabulary(config: TandemConfig, key: str, path: str, found: Any) -> list[str]:
+    """Of what the learner or the engines read prompts with, which the tokenizer of `model.path` has encoded."""
+    if key == "model.path" or (key in CHECKPOINTS and key != value_model_key(config)):
+        return []
+    own, ours = vocabulary(split(path)[0]), vocabulary(config.model.path)
+    size = getattr(found.get_text_config(), "vocab_size", None)
+    is_short = ours is not None and size is not None and size <= max(ours.values())
+    if not is_short and (own is None or ours is None or own == ours):
+        return []
+    rule = f"a model with the vocabulary of model.path={config.model.path}, whose tokenizer encodes all texts"
+    other = f"{size} tokens" if is_short else "another one"
+    return [Check(False, f"{key}={path}", rule, other, f"model.path={path} as well").message]
+
+
+def _too_many_layers(config: TandemConfig, key: str, layers: int | None) -> list[str]:
     sections = dict.fromkeys(key for stage in running_stages(config) for key in stage.keys if "." not in key)
-    keys = [f"{section}.{name}" for section in sections for name in ("trainable_layers", "value_trainable_layers")]
+    keys = [f"{section}.trainable_layers" for section in sections] if key == "model.path" else []
+    keys += ["ppo.value_trainable_layers"] if "ppo" in sections and key == value_model_key(config) else []
     return [
         f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"
         for key in keys

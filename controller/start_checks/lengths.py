@@ -7,9 +7,9 @@ from typing import Any
 from common.models.positions import positions
 from contracts.checks.check import Check
 from contracts.config import TandemConfig
-from contracts.methods import readings
+from contracts.methods import readings, runs
 from contracts.placement import needs
-from contracts.scorer_roles import CHECKPOINTS, scoring_models
+from contracts.scorer_roles import CHECKPOINTS, scoring_models, value_model_key
 
 BY_LENGTH = ("dynamic", "longrope", "su")  # whose speed follows the length of what is computed together
 
@@ -49,7 +49,7 @@ def too_long(config: TandemConfig, key: str, path: str, model: Any) -> list[str]
 def _lengths(config: TandemConfig, key: str) -> Iterator[tuple[str, int]]:
     """The longest sequences that the model at `key` sees, by what says so."""
     samples = needs(config)[0].count > 0
-    if samples and key not in CHECKPOINTS:
+    if samples and (key not in CHECKPOINTS or (runs(config, "ppo") and key == value_model_key(config))):
         yield "engine.max_model_len", config.engine.max_model_len
     if key == "model.path":
         limits = {key: None for reading in readings(config).values() for key in reading.limits}

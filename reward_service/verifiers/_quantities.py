@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 MAX_DIGITS = 400  # beyond, a number is nothing that is compared here: some take longer to compute than anyone waits
 _DIGITS = (
-    r"(?:\d{1,3}(?:(?P<separator>,|\{,\}|\\,|\\!|\s|\u2009|\u202f)\d{3})(?:(?P=separator)\d{3})*|\d+)(?:\.\d*)?|\.\d+"
+    r"(?:(?!0)\d{1,3}(?:(?P<separator>,|\{,\}|\\,|\\!|\s|\u2009|\u202f)\d{3})(?:(?P=separator)\d{3})*|\d+)(?:\.\d*)?"
+    r"|\.\d+"
 )
 _EXPONENT = r"(?:\s*(?:e|E)\s*[+-]?\d{1,3}|\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*(?:\^|\*\*)\s*\{?\s*[+-]?\d{1,3}\s*\}?)?"
 _QUANTITY = re.compile(
@@ -21,11 +22,19 @@ _FRACTION = re.compile(
 _MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _NO_UNIT = re.compile(
     r"\b(?:or|and|not|no|is|isn't|are|aren't|was|wrong|incorrect|to|than|minus|plus|times|more|less|fewer|about|but|if|dozen|"
-    r"dozens|half|halves|quarter|score|pairs?|modulo|mod|over|divided|squared|cubed|factorial|through|between|either|"
+    r"dozens|half|halves|quarters?|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths|"
+    r"score|pairs?|modulo|mod|over|divided|squared|cubed|factorial|through|between|either|"
     r"i|x|y|z|n|pi|e|sqrt|base|remainder|r)\b",
     re.IGNORECASE,
 )
-_UNIT = re.compile(r"(?:[A-Za-zµμΩ°'’]+\.?(?:\s*\^?\s*\{?[23²³]\}?)?(?:\s*/\s*|\s+|-)?){1,5}|°\s*[CF]?")
+_WORD = r"[A-Za-zµμΩ°'’]+\.?(?:\s*\^\s*\{?[23]\}?|[23²³])?"
+_UNIT = re.compile(rf"{_WORD}(?:(?:\s*/\s*|\s+|-){_WORD}){{0,4}}|°\s*[CF]?")
+# Of one or two letters; others are variables, as in 2a and 3t.
+_SHORT = frozenset(
+    "m g s h L l J N W V K C F cm mm km dm nm kg mg ml mL dL cl cL dl ft in yd mi lb oz hr ms ns Hz kW kJ kV kN kB MB GB Pa "  # noqa: SIM905
+    "pt qt am pm of Ω µm μm µs μs".split()
+)
+MOST_UNIT = 100  # characters
 
 
 class Quantity(NamedTuple):
@@ -33,6 +42,7 @@ class Quantity(NamedTuple):
     unit: str  # in small letters without its plural; empty without one
     is_percent: bool
     is_decimal: bool  # it may be a rounded one
+    currency: str = ""  # its sign
 
 
 def quantity(text: str) -> Quantity | None:
@@ -46,7 +56,7 @@ def quantity(text: str) -> Quantity | None:
         if not below or (whole and above < 0):
             return None
         value = int(whole or 0) + Fraction(above, below)
-        return _with_unit(-value if sign == "-" else value, rest, False, False)
+        return _with_unit(-value if sign == "-" else value, rest, False, False, "")
     match = _QUANTITY.fullmatch(text)
     if match is None:
         return None
@@ -65,10 +75,11 @@ def quantity(text: str) -> Quantity | None:
             return None
         value += Fraction(int(match["above"]), int(match["mixed"]))
     value = -value if match["sign"] == "-" else value
-    return _with_unit(value, match["unit"], bool(match["percent"]), "." in number)
+    currency = (match["currency"] or "").removeprefix("\\")
+    return _with_unit(value, match["unit"], bool(match["percent"]), "." in number, currency)
 
 
-def _with_unit(value: Fraction, rest: str, is_percent: bool, is_decimal: bool) -> Quantity | None:
+def _with_unit(value: Fraction, rest: str, is_percent: bool, is_decimal: bool, currency: str) -> Quantity | None:
     rest = re.sub(r"\\(?:text|mathrm|textbf|textit|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 ", rest)
     rest = re.sub(r"\\[,;:! ]|~", " ", rest)
     rest = re.sub(r"[\s.]+$", "", rest).strip()
@@ -77,9 +88,12 @@ def _with_unit(value: Fraction, rest: str, is_percent: bool, is_decimal: bool) -
     first = rest.split()[0].lower() if rest else ""
     if first in _MULTIPLES:
         value, rest = value * _MULTIPLES[first], " ".join(rest.split()[1:])
-    if rest and (_NO_UNIT.search(rest) or not _UNIT.fullmatch(rest + " ")):
+    if len(rest) > MOST_UNIT or (rest and (_NO_UNIT.search(rest) or not _UNIT.fullmatch(rest))):
         return None
-    return Quantity(value, _unit(rest), is_percent, is_decimal)
+    start = re.match(r"[^\W\d_]+|°[CF]?", rest)
+    if start and len(start[0]) < 3 and start[0] not in _SHORT and start[0][0] != "°":
+        return None
+    return Quantity(value, _unit(rest), is_percent, is_decimal, currency)
 
 
 def _unit(text: str) -> str:
@@ -92,12 +106,15 @@ def _unit(text: str) -> str:
 
 def same(right: Quantity, given: Quantity, tolerance: Fraction) -> bool:
     """Whether they are one number. Where both have a unit it must be the same one; 50% is 1/2, and also the 50 of one who
-    asks for a percentage. Decimals may be rounded, within `tolerance`."""
+    asks for a percentage. Decimals may be rounded, within `tolerance`, of small ones a thousandth."""
     if right.unit and given.unit and right.unit != given.unit:
         return False
-    near = tolerance if right.is_decimal or given.is_decimal else Fraction(0)
+    if right.currency and given.currency and right.currency != given.currency:
+        return False
     a, b = right.value, given.value
+    near = min(tolerance, max(abs(a), abs(b)) / 1000) if right.is_decimal or given.is_decimal else Fraction(0)
     if right.is_percent == given.is_percent:
         return abs(a - b) <= near
     percent, plain = (a, b) if right.is_percent else (b, a)
-    return abs(percent - plain) <= near or abs(percent / 100 - plain) <= near
+    is_asked = right.is_percent or abs(plain) > 1  # nobody writes 0.5 for what is to be 0.5%
+    return (is_asked and abs(percent - plain) <= near) or abs(percent / 100 - plain) <= near

@@ -24,7 +24,8 @@ STATEMENTS = (
 # What may follow a letter that is none: more of a word, or another choice.
 IN_A_WORD = r"(?![\w'’]|[-/+][A-Za-z0-9])"
 ANOTHER = re.compile(
-    r"[\s*_`)\]}]*(?:,|/|&|\+|\bor\b|\band\b|\bnor\b)\s*(?:(?:option|choice)\s+)?[\s*_`(\[{]*(?:[A-Z])(?![\w'’])"
+    r"[\s*_`)\]}]*(?:,|/|&|\+|\bor\b|\band\b|\bnor\b)\s*(?:(?:option|choice)\s+)?[\s*_`(\[{]*"
+    r"(?!I\s+[a-z]|A\s+(?!(?:and|or|nor)\b)[a-z])[A-Z](?![\w'’])"
 )
 LISTED = r"^[\s*_`]*[(\[]?@[)\].:][*_`]*\s+\S"  # a line "B. Paris"
 ARTICLE = re.compile(r"\s+(?!because|since|as\b|and\b|which|for\b|due|due\b|due to)[a-z]")

@@ -21,6 +21,10 @@ SAID = re.compile(
     re.IGNORECASE,
 )
 HASHES = re.compile(r"####")
+# Said of an answer, and none; a heading.
+REMARK = re.compile(
+    r"(?:correct|right|confirmed|verified|reasonable|consistent|valid|clear)\b|[^\W\d]*$", re.IGNORECASE
+)
 WORDS = re.compile(r"[A-Za-z]{2,}")
 # "It is 7", "it's 7": nobody writes products so, and the library would read I*t*i*s*7.
 PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2}(?:['’][a-z]+)?\s+\$?[A-Za-z\d]")
@@ -37,11 +41,13 @@ PLAIN = {
 }  # fmt: skip
 # In a sentence with a number: it is no answer, or more than the number.
 DENIED = (
-    r"\b(?:not|isn't|wrong|incorrect|cannot|can't|or|about|around|roughly|unless|hundred|thousand|million|billion|dozen|half)\b"
-    r"|\\boxed"
+    r"\b(?:not|\w+n['’]t|never|wrong|incorrect|cannot|or|about|around|roughly|unless|hundred|thousand|million|billion|dozen|half"
+    r"|quarters?|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths)\b|\\boxed"
 )
 # Read as something else by the library: 0.\overline{3} as 0, 12:30 as 2/5, words as products of their letters.
-UNREAD = re.compile(r"\\overline|\\dot\b|\\bar\b|\d\s*:\s*\d|\d\s+\d|(?<![A-Za-z\\])\d+[eE]\d|!\s*\d|[?#@~](?!\\)")
+UNREAD = re.compile(
+    r"(?<!\d)0,\d|\\overline|\\dot\b|\\bar\b|\d\s*:\s*\d|\d\s+\d|(?<![A-Za-z\\])\d+[eE]\d|!\s*\d|[?#@~](?!\\)"
+)
 # What may take longer than anyone waits: powers of powers of large numbers, and factorials.
 HUGE = re.compile(r"\^\s*\{?\s*-?\s*\d{5,}|\d{4,}\s*!|\^[^+*/=,]*\^|!\s*!|!\s*\^|\^\s*\{?\s*[({\d]*\d+\s*!")
 
@@ -120,8 +126,9 @@ def candidates(completion: str, options: Options) -> list[str]:
     if boxes:  # a later sentence counts where it has an answer of its own
         later = [text for at, text in said if at > boxes[-1][0] and readable(text)]
         return _sides(later[-1] if later else boxes[-1][1])
-    if said:
-        return _sides(said[-1][1])
+    if said := [text for _, text in said if not REMARK.match(text.strip())] or [text for _, text in said]:
+        whole = _sides(said[-1])
+        return whole if any(map(readable, whole)) else amounts(said[-1])
     lines = [line for line in completion.splitlines() if line.strip(" *_`$\\[]().")]
     if not lines:
         return []
@@ -132,15 +139,23 @@ def candidates(completion: str, options: Options) -> list[str]:
 def _sides(text: str) -> list[str]:
     text = clean(text)
     sides = re.split(r"(?<![<>!\\])=|\\approx|≈", text)
+    between = [re.sub(r"\([^()]*\)|,(?=\d{3}\b)", "", side) for side in sides[1:-1]]
+    if len(sides) > 1 and (
+        re.search(r"\bor\b", sides[0]) or any(re.search(r"\bor\b|\band\b|[,;]", s) for s in between)
+    ):
+        return [text]  # several equations
     return [text] if len(sides) == 1 else [text, clean(sides[-1])] if len(sides) == 2 else [clean(sides[-1])]
 
 
 def amounts(line: str) -> list[str]:
     """The only number of a sentence; nothing where it has several."""
-    found = re.findall(r"(?<![\w.,/^-])[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w/^]|[.,]\d)", clean(line))
+    found = re.findall(
+        r"(?<![\w.,/^-])[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w/^]|[.,]\d|[-–−]\s*\d)", clean(line)
+    )
     digits = re.findall(r"\d+(?:[.,]\d+)*", line)
     is_denied = re.search(DENIED, line, re.IGNORECASE)
-    return [found[0].replace("−", "-").rstrip(",")] if len(found) == 1 and len(digits) <= 2 and not is_denied else []
+    is_alone = len(found) == 1 and len(digits) == len(re.findall(r"\d+(?:[.,]\d+)*", found[0]))
+    return [found[0].replace("−", "-").rstrip(",")] if is_alone and not is_denied else []
 
 
 def readable(text: str) -> bool:

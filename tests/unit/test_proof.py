@@ -174,6 +174,17 @@ def test_a_twin_is_small_whatever_the_model(size: str) -> None:
     assert set(kinds) == set(getattr(twin.get_text_config(), "layer_types", None) or [])
 
 
+@pytest.mark.parametrize(("begins", "every"), [(1, 1), (3, 1), (2, 2), (6, 3)])
+def test_a_twin_has_the_layers_that_begin_late(begins: int, every: int) -> None:
+    config = transformers.Ernie4_5_MoeConfig(
+        num_hidden_layers=12, moe_layer_start_index=begins, moe_layer_end_index=11, moe_layer_interval=every
+    )
+    twin = twin_config(config, narrow=True, short=True)
+    with torch.device("meta"):
+        layers = AutoModelForCausalLM.from_config(twin).model.layers
+    assert {type(layer.mlp).__name__ for layer in layers} == {"Ernie4_5_MoeMLP", "Ernie4_5_MoeSparseMoeBlock"}
+
+
 # ---- the attention that is ours
 
 

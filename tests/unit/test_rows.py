@@ -22,6 +22,7 @@ from controller.data.datasets import (
 )
 from controller.data.inputs import check_vocabulary, load_inputs
 from controller.data.row_files import load_rows
+from controller.data.row_formats import ratings
 from tests.unit.test_data import DATA, jsonl, refusal, source, trained  # noqa: F401
 from tests.unit.test_joins import sentencepiece
 
@@ -425,3 +426,35 @@ def test_prompts_of_messages_are_in_chat_whatever_data_chat_says(
     said: list[str] = []
     assert load_inputs(tiny_config, tokenizer, said.append).in_chat == in_chat
     assert said == []
+
+
+def test_numbers_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:
+    """An answer is compared as text; a trailing row of commas, as spreadsheets write them, makes no floats of a column."""
+    (tmp_path / "a.csv").write_text("prompt,answer,rating,padded\nWhat is 5+7?,12,4.50,007\nAnd 1+1?,2,3,010\n,,,\n")
+    first, second, empty = load_rows(source(tmp_path / "a.csv"))
+    assert first == {"prompt": "What is 5+7?", "answer": 12, "rating": "4.50", "padded": "007"}
+    assert (second["answer"], second["rating"]) == (2, "3")
+    assert set(empty.values()) == {None}
+    assert ratings(first, source(tmp_path / "a.csv")) == [4.5]
+
+
+@pytest.mark.parametrize("chosen", ["Eleven.", {"from": "gpt", "value": "Eleven."}])
+def test_conversations_beside_two_answers_are_their_prompt(chosen: Any, jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    """LLaMA-Factory's form."""
+    turns = [("human", "Name a prime."), ("gpt", "Seven."), ("human", "Another?")]
+    conversations = [{"from": who, "value": said} for who, said in turns]
+    rejected = {"from": "gpt", "value": NO["content"]} if isinstance(chosen, dict) else NO["content"]
+    row = {"system": "Be brief.", "conversations": conversations, "chosen": chosen, "rejected": rejected}
+    ours = {"system": "Be brief.", "prompt": [ASK, SAID, MORE], "chosen": [YES], "rejected": [NO]}
+    for load in (load_rated_examples, load_preferences, load_sft):
+        assert load(jsonl(row), CHAT, tokenizer, 99) == load(jsonl(ours), CHAT, tokenizer, 99)
+    [pair] = load_preferences(jsonl(row), CHAT, tokenizer, 99)
+    assert "Another?" in tokenizer.decode(pair.chosen_ids)
+
+
+def test_a_text_prompt_of_messages_is_shown_as_it_is_trained_on(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    row = {"prompt": "Name a prime.", "completion": [SAID]}
+    [taught] = load_sft(jsonl(row), DATA, tokenizer, 99)
+    [prompt] = load_prompts(jsonl(row), DATA, tokenizer, 8, 99)
+    start = taught.loss_mask.index(True)
+    assert tuple(taught.token_ids[:start]) == prompt.token_ids

@@ -32,6 +32,7 @@ from controller.data.inputs import Inputs
 from controller.start_checks.amounts import check_amounts, check_model
 from controller.start_checks.row_checks import check_rows
 from reward_service.call_forms import ACCEPTED
+from tests.conftest import SMOLLM
 
 # A value that breaks each rule of the table of ranges.
 OUTSIDE = {
@@ -1111,6 +1112,39 @@ def test_a_stage_by_itself_is_refused_for_what_it_reads_alone(config):
     ]
     assert {"evaluate.prompts", "engine.max_model_len", "environment.name", "reward_service.replicas"} <= set(alone)
     assert not {"ppo.estimator", "checkpoint.keep", "preference.epochs"} & set(alone)
+
+
+def test_the_value_model_has_layers_of_its_own(config, tmp_path):
+    from transformers import LlamaConfig
+
+    for name, layers in (("policy", 4), ("proxy", 2)):
+        LlamaConfig(num_hidden_layers=layers).save_pretrained(tmp_path / name)
+    paths = {"model__path": str(tmp_path / "policy"), "sft_model": str(tmp_path / "policy")}
+    given = put(config, stage="ppo", proxy_model=str(tmp_path / "proxy"), ppo__value_trainable_layers=3, **paths)
+    with pytest.raises(ConfigError, match=r"ppo\.value_trainable_layers is 3, the model has 2 layers"):
+        check_model(given)
+    check_model(put(given, ppo__init_value_from="policy"))
+
+
+def test_a_model_of_another_vocabulary_than_the_tokenizer_is_refused(config, tmp_path):
+    from transformers import AutoTokenizer, LlamaConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM)
+    for name in ("ours", "other", "short"):
+        LlamaConfig(num_hidden_layers=2, vocab_size=600 if name == "short" else 49160).save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / "ours")
+    tokenizer.add_tokens(["<|one_more|>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    given = put(config, stage="ppo", model__path=str(tmp_path / "ours"), proxy_model=str(tmp_path / "ours"))
+    check_model(put(given, sft_model=str(tmp_path / "ours")))
+    rule = "must be a model with the vocabulary of model.path"
+    with pytest.raises(ConfigError, match=rf"sft_model=.*other {rule}=.*ours.*; found another one; write"):
+        check_model(put(given, sft_model=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match=rf"sft_model=.*short {rule}.*; found 600 tokens"):
+        check_model(put(given, sft_model=str(tmp_path / "short")))
+    fine = put(given, sft_model=str(tmp_path / "ours"), proxy_model=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match=rf"proxy_model=.*other {rule}"):  # the value model starts from it
+        check_model(put(fine, ppo__init_value_from="reward_model"))
 
 
 def test_checkpoints_and_layers_of_other_stages_are_not_looked_at(config, tmp_path):
