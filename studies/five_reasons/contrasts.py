@@ -205,16 +205,23 @@ def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
     return levels
 
 
-def verdict(low: float, high: float, margin: float) -> str:
-    """From the interval of a contrast that the claim says is positive.
+def verdict(interval: tuple[float, float], wide: tuple[float, float], margin: float) -> str:
+    """From the intervals of a contrast that the claim says is positive.
 
-    equivalent: all of it is closer to 0 than the margin, even where it does not hold 0: too small to matter.
-    reproduced, opposite: all of it is above, below 0. inconclusive: anything else. Without data there is no
+    equivalent: all of `wide` is closer to 0 than the margin, even where it does not hold 0: too small to matter.
+    reproduced, opposite: all of `interval` is above, below 0. inconclusive: anything else. Without data there is no
     verdict.
+
+    Args:
+        interval: at the level of `holm_levels`.
+        wide: at alpha / m for m claims, as "no difference", by which Holm orders claims, is another hypothesis than "a
+            difference of the margin": with his levels some claim that is off by the margin would be called equivalent in up
+            to 1 - (1 - alpha / 2)^m of all studies.
     """
+    low, high = interval
     if math.isnan(low) or math.isnan(high):
         return NOT_JUDGED
-    if -margin < low and high < margin:
+    if -margin < wide[0] and wide[1] < margin:
         return "equivalent"
     return "reproduced" if low > 0 else "opposite" if high < 0 else "inconclusive"
 

@@ -11,6 +11,7 @@ registration and models the run had. Completions are not in it.
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,30 @@ def keep(member: Member, registration: str, directory: Path) -> Path:
             for model, tables in member.scores.items()
         },
     }
+    return _write(content, directory, re.sub(r"^[0-9]+-", "", run.path.name))  # what Hydra has swept
+
+
+def keep_failed(job: Mapping[str, str], error: str, registration: str, directory: Path) -> Path:
+    """Write of a member that could not be judged that it ran: it takes its seed out of contrasts, and does not run again
+    until it succeeds. `job` is what the sweep set of it."""
+    nothing: dict[str, Any] = {"config": {}, "curves": {}, "stages": [], "evaluation": {}, "prompts": [], "scores": {}}
+    content = {
+        "arm": job["arm"],
+        "seed": int(job["ppo.seed"]),
+        "state": "failed",
+        "registration": registration,
+        "facts": dict.fromkeys(FACTS) | {"models": {}, "error": error},
+        "overrides": [f"{key}={value}" for key, value in job.items()],
+        "seconds": None,
+    }
+    return _write(content | nothing, directory, ",".join(f"{key}={value}" for key, value in sorted(job.items())))
+
+
+def _write(content: dict[str, Any], directory: Path, name: str) -> Path:
     text = json.dumps(content, separators=(",", ":")) + "\n"
     if len(text) > MOST_BYTES:
-        raise StudyError(f"{member.arm}, seed {member.seed}: {len(text)} bytes to keep, more than {MOST_BYTES}")
-    path = directory / FOLDER / f"{re.sub(r'^[0-9]+-', '', run.path.name)}.json"  # what Hydra has swept
+        raise StudyError(f"{content['arm']}, seed {content['seed']}: {len(text)} bytes to keep, more than {MOST_BYTES}")
+    path = directory / FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text)
     return path
@@ -125,7 +146,7 @@ def read_kept(path: Path) -> Member:
             stages=content["stages"],
             evaluation=content["evaluation"],
         )
-        member = Member(content["arm"], content["seed"], run, "done", content["facts"])
+        member = Member(content["arm"], content["seed"], run, content.get("state", "done"), content["facts"])
         member.facts["registration"] = content["registration"]
         member.scores = {
             model: {

@@ -138,7 +138,7 @@ def power(
     """How often simulated studies come to each verdict on one claim that is tested at `level` (two-sided)."""
     rng = np.random.default_rng([seeds, prompts])
     found = [judged(parts.draw(effect, seeds, prompts, rng)) for _ in range(studies)]
-    return Counter(verdict(*row.interval(1 - level), margin) for row in found)
+    return Counter(verdict(row.interval(1 - level), row.interval(1 - level), margin) for row in found)
 
 
 def right(effect: float) -> str:
@@ -174,7 +174,7 @@ def family(
     known: Sequence[float] = (),
     studies: int,
 ) -> dict[int, Counter[str]]:
-    """How often whole studies come to each verdict, by claim, at Holm's levels.
+    """How often whole studies come to each verdict, by claim, at the levels of a study's verdicts.
 
     Args:
         effects: true ones by claim. Claims are drawn independently, though they share arms.
@@ -186,7 +186,8 @@ def family(
         rows = [judged(parts[n].draw(effects[n], seeds[n], prompts, rng)) for n in parts]
         levels = holm_levels([*(row.p_value for row in rows), *known], alpha)
         for number, row, level in zip(parts, rows, levels, strict=False):
-            said[number][verdict(*row.interval(1 - level), margins[number])] += 1
+            wide = row.interval(1 - alpha / (len(parts) + len(known)))
+            said[number][verdict(row.interval(1 - level), wide, margins[number])] += 1
     return said
 
 

@@ -140,7 +140,7 @@ def _tuning_of(root: Path) -> Path:
 
 
 def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: Preregistration) -> list[Finding]:
-    """Verdicts on all claims, at Holm's levels."""
+    """Verdicts on all claims, at the levels of `verdict`."""
 
     def of(contrast: Contrast, claim: Claim) -> Estimate:
         if contrast.metric != "negation_auc":
@@ -159,7 +159,8 @@ def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: 
             wins = length_matched_wins(members, first, second, plan)
         rows = [(contrast, of(contrast, claim)) for contrast in claim.secondary]
         few = claim.metric != "negation_auc" and 0 < len(primary.seeds) < (claim.seeds or plan.seeds)
-        conclusion = verdict(*primary.interval(1 - level), claim.margin)
+        wide = primary.interval(1 - plan.alpha / len(plan.claims))
+        conclusion = verdict(primary.interval(1 - level), wide, claim.margin)
         findings.append(Finding(claim, primary, level, conclusion, rows, wins, few))
     return findings
 

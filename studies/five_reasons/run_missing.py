@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from common.models.precision import cpu_dtype
-from studies.five_reasons.kept import keep, kept_members, models_of
+from studies.five_reasons.kept import keep, keep_failed, kept_members, models_of
 from studies.five_reasons.members import Member, members_of_study
 from studies.five_reasons.registration import PREREGISTRATION, StudyError, parse, record
 
@@ -102,7 +102,12 @@ class Pieces:
             if member.run.phases:
                 took.setdefault(member.arm, []).append(member.run.phases[-1]["end_s"] / 60)
         known = {arm: sum(times) / len(times) for arm, times in took.items()}
-        return sum(known.get(job["arm"], MEMBER_MINUTES) for job in jobs) / min(self.at_a_time, max(1, len(jobs)))
+        each = [(job["arm"], known.get(job["arm"], MEMBER_MINUTES)) for job in jobs]
+        side_by_side = sum(minutes for _, minutes in each) / min(self.at_a_time, max(1, len(jobs)))
+        return max(side_by_side, sum(minutes for arm, minutes in each if _is_alone(arm)))
+
+    def _registration(self) -> str:
+        return str(record(self.kept_in, self.sweep.registration)["sha256"])
 
     def run(self) -> list[Job]:
         """Run seed after seed while there is time for a whole one; returns what is still missing."""
@@ -143,8 +148,11 @@ class Pieces:
         label = " ".join(f"{key}={value}" for key, value in job.items())
         if member is None:
             self.say(f"✗ {label}: exit code {code}, not judged; its log is in {self.sweep.runs}")
+            if self._tries.get(str(job), 0) >= TRIES:
+                file = keep_failed(job, f"exit code {code}, {TRIES} times", self._registration(), self.kept_in)
+                self.say(f"  it counts as failed: {file.name}")
             return
-        path = keep(member, record(self.kept_in, self.sweep.registration)["sha256"], self.kept_in)
+        path = keep(member, self._registration(), self.kept_in)
         took = f"{member.run.phases[-1]['end_s'] / 60:.1f} min, " if member.run.phases else ""
         self.say(f"✓ {label}: {took}{path.name}")
         mine = models_of(member.run)
@@ -156,9 +164,14 @@ class Pieces:
 
 
 def _next(jobs: Sequence[Job], running: Sequence[Job]) -> Job | None:
-    """The next member; two conversations side by side would need more memory than 24 GiB leaves (docs/study.md)."""
-    busy = any(job["arm"].startswith("two_turn") for job in running)
-    return next((job for job in jobs if not (busy and job["arm"].startswith("two_turn"))), None)
+    """The next member that may run beside these."""
+    busy = any(_is_alone(job["arm"]) for job in running)
+    return next((job for job in jobs if not (busy and _is_alone(job["arm"]))), None)
+
+
+def _is_alone(arm: str) -> bool:
+    """Two conversations side by side would need more memory than 24 GiB leaves (docs/study.md)."""
+    return arm.startswith("two_turn")
 
 
 def command(sweep: Sweep, overrides: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from scipy.stats import norm
 
 from controller.record.reader import Run
 from studies.five_reasons.contrasts import (
@@ -57,7 +58,25 @@ def against(first: str, second: str) -> Contrast:
     ],
 )
 def test_the_four_conclusions(low: float, high: float, expected: str) -> None:
-    assert verdict(low, high, 0.2) == expected
+    assert verdict((low, high), (low, high), 0.2) == expected
+
+
+def test_equivalent_is_said_at_a_level_of_its_own() -> None:
+    assert verdict((-0.15, 0.15), (-0.25, 0.25), 0.2) == "inconclusive"
+    assert verdict((0.05, 0.15), (-0.01, 0.21), 0.2) == "reproduced"
+    # Five claims that are all off by the margin: at Holm's levels one in eight families has a false "equivalent".
+    rng, wrong, error, margin = np.random.default_rng(0), 0, 0.03, 0.2
+    for _ in range(2000):
+        means = rng.normal(margin, error, 5)
+        levels = holm_levels([2 * norm.sf(abs(mean) / error) for mean in means], 0.05)
+        reaches = [error * norm.ppf(1 - level / 2) for level in levels]
+        wide = error * norm.ppf(1 - 0.01 / 2)
+        found = [
+            verdict((mean - reach, mean + reach), (mean - wide, mean + wide), margin)
+            for mean, reach in zip(means, reaches, strict=True)
+        ]
+        wrong += "equivalent" in found
+    assert wrong / 2000 < 0.05
 
 
 def test_holm_by_hand() -> None:

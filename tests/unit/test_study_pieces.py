@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from studies.five_reasons.contrasts import cells
 from studies.five_reasons.kept import FOLDER, MOST_BYTES, keep, kept_members, read_kept
 from studies.five_reasons.members import members_of_study
 from studies.five_reasons.registration import (
     PREREGISTRATION,
     RECORD,
+    Contrast,
     Preregistration,
     StudyError,
     parse,
@@ -212,13 +214,33 @@ def test_a_seed_is_begun_only_where_there_is_time_for_all_its_arms(tmp_path: Pat
     assert runs.started == []
     work = pieces(tmp_path, runs, minutes=13)
     assert len(work.run()) == 3  # one seed, and no second: by now members are known to take an hour
-    assert work.minutes(work.missing()) == 90
+    assert work.minutes(work.missing()) == 120  # two of three are conversations, one after the other
+
+
+def test_a_member_that_fails_twice_takes_its_seed_out_for_good(tmp_path: Path) -> None:
+    """Tried until it succeeds, seeds would be chosen by success."""
+    first = Runs(tmp_path / "first", "a", failing=("ppo",))
+    assert pieces(tmp_path, first, seeds=(1,)).run() == []
+    assert first.started.count(("ppo", "1")) == 2
+    second = Runs(tmp_path / "second", "b")
+    assert pieces(tmp_path, second, seeds=(1,)).run() == []
+    assert second.started == []
+    [failed] = [m for m in kept_members(tmp_path / "kept") if m.state == "failed"]
+    assert (failed.arm, failed.seed, failed.error) == ("ppo", 1, "exit code 0, 2 times")
+    contrast = Contrast(title="x", metric="gold", contrast={"ppo": 1.0, "two_turn_combined": -1.0})
+    assert cells(kept_members(tmp_path / "kept"), contrast, []) == ({}, [1])
+
+
+def broken_off(tmp_path: Path, seed: int) -> None:
+    """A seed of which PPO had not ended when the session did."""
+    first = Runs(tmp_path / "first", "a")
+    assert pieces(tmp_path, first, seeds=(seed,)).run() == []
+    [kept] = [member for member in kept_members(tmp_path / "kept") if member.arm == "ppo"]
+    kept.run.path.unlink()
 
 
 def test_members_of_a_broken_off_seed_run_again_where_their_models_are_gone(tmp_path: Path) -> None:
-    first = Runs(tmp_path / "first", "a", failing=("ppo",))
-    assert pieces(tmp_path, first, seeds=(1,)).run() == [{"arm": "ppo", "ppo.seed": "1"}]
-    assert first.started.count(("ppo", "1")) == 2  # tried twice
+    broken_off(tmp_path, 1)
     second = Runs(tmp_path / "second", "b")
     assert pieces(tmp_path, second, seeds=(1,)).run() == []
     assert sorted(second.started) == [("ppo", "1"), ("two_turn_combined", "1"), ("two_turn_cumulative", "1")]
@@ -226,8 +248,7 @@ def test_members_of_a_broken_off_seed_run_again_where_their_models_are_gone(tmp_
 
 
 def test_of_a_tuning_an_arm_is_compared_with_itself_alone(tmp_path: Path) -> None:
-    first = Runs(tmp_path / "first", "a", failing=("ppo",))
-    assert len(pieces(tmp_path, first, seeds=(100,)).run()) == 1
+    broken_off(tmp_path, 100)
     second = Runs(tmp_path / "second", "b")
     assert pieces(tmp_path, second, seeds=(100,)).run() == []
     assert second.started == [("ppo", "100")]
