@@ -19,7 +19,7 @@ from contracts.config import TandemConfig
 from submission import kuberay, slurm
 from submission.job import RECORDS, Job, recorded, to_job
 from submission.ray_jobs import Cluster, ClusterError
-from submission.targets import RayJobs, Slurm, is_target, to_target
+from submission.targets import RayJobs, Slurm, changed, is_target, to_target
 
 VERBS = ("status", "logs", "stop", "resume")
 
@@ -122,7 +122,7 @@ def manage(verb: str, jobs: list[str], overrides: list[str], detach: bool) -> in
     if strange := [word for word in overrides if not is_target(word)]:
         raise ConfigError(f"{strange[0]} is nothing that {verb} can change; resume takes the overrides of the job")
     known = recorded(jobs[0])
-    target = known.target if known is not None and not overrides else to_target(overrides)
+    target = to_target(overrides) if known is None else changed(known.target, overrides)
     if isinstance(target, RayJobs):
         return manage_ray_job(verb, jobs[0], target, detach)
     if known is None:

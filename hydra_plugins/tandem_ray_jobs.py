@@ -50,7 +50,7 @@ class RayJobsLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
         members = [self._compose(initial_job_idx + i, list(o)) for i, o in enumerate(job_overrides)]
-        self.running: set[str] = set()
+        self.running, self.is_ending = set[str](), False
         try:
             cluster = Cluster(self.target)
         except ClusterError as error:
@@ -64,6 +64,7 @@ class RayJobsLauncher(Launcher):
             except (
                 BaseException
             ):  # above all Ctrl-C and SIGTERM: the jobs would go on, and nobody would read their results
+                self.is_ending = True  # for those that are being submitted
                 pool.shutdown(wait=False, cancel_futures=True)
                 for job_id in list(self.running):
                     cluster.client.stop_job(job_id)
@@ -108,6 +109,8 @@ class RayJobsLauncher(Launcher):
     def _wait(self, cluster: Cluster, number: int, job: Job) -> int:
         cluster.submit(job)
         self.running.add(job.id)
+        if self.is_ending:
+            cluster.client.stop_job(job.id)
         print(f"#{number} {job.id}: python submit.py logs {job.id}", flush=True)
         code = cluster.wait(job.id)
         self.running.remove(job.id)

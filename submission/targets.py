@@ -4,7 +4,7 @@ None of these is a key of the job: `train.py` does not know them.
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,17 @@ def to_target(overrides: list[str]) -> Target:
     if unknown:
         raise ConfigError("\n".join(unknown))
     return OmegaConf.to_object(composed("submission", overrides).target)  # type: ignore[return-value]
+
+
+def changed(target: Target, overrides: list[str]) -> Target:
+    """`target` with what overrides as those of `to_target` say of it. Raises ConfigError."""
+    named = [word for word in overrides if word.startswith("target=")]
+    new = to_target(overrides if named else [f"target={target_name(target)}", *overrides])
+    if type(new) is not type(target):
+        return new
+    names = {word.lstrip("+~").split("=")[0].split(".")[1] for word in overrides if word not in named}
+    values = {name: getattr(new, name) for name in names}
+    return replace(target, **{k: {**getattr(target, k), **v} if isinstance(v, dict) else v for k, v in values.items()})
 
 
 def composed(name: str, overrides: list[str]) -> DictConfig:

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ from controller.sweep import group_of
 from hydra_plugins.tandem_ray_jobs import RayJobsLauncher, RayJobsLauncherConf
 from submission.job import Job, next_id, recorded, to_job
 from submission.ray_jobs import Cluster
-from submission.targets import KubeRay, RayJobs, Slurm, composed, to_target
+from submission.targets import KubeRay, RayJobs, Slurm, changed, composed, to_target
 from tests.conftest import ROOT
 
 PLACES = ["run_dir=/shared/runs/a", "cache_dir=/shared/cache"]
@@ -241,7 +241,7 @@ def test_a_member_that_is_done_is_not_sent_again_and_the_others_share_a_group(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launcher: RayJobsLauncher = instantiate(OmegaConf.structured(RayJobsLauncherConf(python=sys.executable)))
-    launcher.running = set()
+    launcher.running, launcher.is_ending = set(), False
     model, cluster = tmp_path / "model", NoCluster()
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -303,3 +303,11 @@ def test_a_log_goes_on_where_the_connection_was_lost(
     cluster.client, cluster.target = Client(), RayJobs()
     assert cluster.follow("job") == 128 + 9
     assert capsys.readouterr().out == log
+
+
+def test_a_job_on_another_address_keeps_the_rest_of_its_target() -> None:
+    known = RayJobs(python="/opt/python", env={"A": "1", "B": "2"}, stop_wait_s=315)
+    found = changed(known, ["target.address=http://10.0.0.1:8265", "target.env.B=3"])
+    assert found == replace(known, address="http://10.0.0.1:8265", env={"A": "1", "B": "3"})
+    assert changed(known, []) == known
+    assert isinstance(changed(known, ["target=slurm"]), Slurm)
