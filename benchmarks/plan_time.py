@@ -186,7 +186,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="parts of names")
     parser.add_argument("--compare", action="store_true", help="measures nothing")
     parser.add_argument("--no-docs", action="store_true", help="leaves docs/scale.md as it is")
-    sys.path.append(sys.path.pop(0))  # here is a benchmark by the name of the package `submission`, which Hydra's plugins want
+    # Beside this file is a benchmark by the name of the package `submission`, which Hydra's plugins want.
+    sys.path.append(sys.path.pop(0))
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "tandem-plan-models")
     known = parser.parse_args()
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
