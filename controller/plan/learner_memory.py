@@ -113,8 +113,8 @@ def network_shapes(
     shapes = make(found, model, learner, form, on_cpu)
     shapes.lm.requires_grad_(network.trains)
     if network.trains and model.lora:
-        key = lora_key(config.model, network.role, "targets")
-        if modules := target_modules(shapes.lm, model.lora, network.trainable_layers, key):
+        written = lora_key(config.model, network.role, "targets")
+        if modules := target_modules(shapes.lm, model.lora, network.trainable_layers, written):
             add_adapter(shapes.lm, model.lora, modules, seed=0)
         else:
             shapes.lm.requires_grad_(False)

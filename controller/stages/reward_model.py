@@ -65,7 +65,7 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
     found = f"{usable}, where ties do not count"
     return (
         []
-        if usable >= least
+        if usable >= least or not test
         else [f"data.test must have at least {least} usable rows for reward models; found {found}"]
     )
 

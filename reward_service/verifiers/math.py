@@ -48,6 +48,10 @@ DENIED = (
 UNREAD = re.compile(
     r"(?<!\d)0,\d|\\overline|\\dot\b|\\bar\b|\d\s*:\s*\d|\d\s+\d|(?<![A-Za-z\\])\d+[eE]\d|!\s*\d|[?#@~](?!\\)"
 )
+# Before a letter that is a factor: behind a number the library drops it as a unit (0.9: 3t is 3, 2ab is 2).
+VARIABLE = re.compile(
+    r"(?<=\d)\s*(?=[A-Za-z])|(?<=[})])\s*(?=[A-Za-z]{1,2}$)|(?<=(?<![A-Za-z\\])[A-Za-z])\s+(?=[A-Za-z](?![A-Za-z]))"
+)
 # What may take longer than anyone waits: powers of powers of large numbers, and factorials.
 HUGE = re.compile(r"\^\s*\{?\s*-?\s*\d{5,}|\d{4,}\s*!|\^[^+*/=,]*\^|!\s*!|!\s*\^|\^\s*\{?\s*[({\d]*\d+\s*!")
 
@@ -178,7 +182,7 @@ def expression(text: str) -> str | None:
     plain = COMMANDS.sub(" ", text)
     prose = [said for said in PROSE.findall(plain) if said[:2].lower() not in FUNCTIONS]
     words = [word for word in WORDS.findall(plain) if word.lower() not in FUNCTIONS]
-    return None if prose or any(len(word) > 2 for word in words) else text
+    return None if prose or any(len(word) > 2 for word in words) else VARIABLE.sub("*", text)
 
 
 def _bound() -> int | None:

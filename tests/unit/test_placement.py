@@ -93,7 +93,8 @@ def test_too_many_processes_for_the_cpus() -> None:
     found = refusal(job(num_actors=20, num_learner_ranks=9), [node(0, cpus=2)])
     assert found == (
         "the job needs 20 actors x 0.1 CPUs + 9 learner ranks x 0.1 CPUs + 1 reward replica x 0.1 CPUs = 3 CPUs; "
-        "the cluster has 2 CPUs (1 node x 2); write a smaller cluster.cpus_per_process, or fewer processes"
+        "the cluster has 2 CPUs (1 node x 2); write a smaller cluster.cpus_per_process, or fewer processes "
+        "(cluster.num_actors, in an elastic fleet cluster.max_actors; cluster.num_learner_ranks, reward_service.replicas)"
     )
 
 

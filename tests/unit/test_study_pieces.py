@@ -208,11 +208,11 @@ def test_conversations_do_not_share_the_memory(tmp_path: Path) -> None:
 
 def test_a_seed_is_begun_only_where_there_is_time_for_all_its_arms(tmp_path: Path) -> None:
     runs = Runs(tmp_path / "runs", "a")
-    work = pieces(tmp_path, runs, minutes=12)  # three members of unknown length, two at a time
-    assert work.minutes(work.missing()[:3]) == pytest.approx(12.6)
+    work = pieces(tmp_path, runs, minutes=16)  # three members of unknown length, two of them conversations
+    assert work.minutes(work.missing()[:3]) == pytest.approx(16.8)
     assert len(work.run()) == 6
     assert runs.started == []
-    work = pieces(tmp_path, runs, minutes=13)
+    work = pieces(tmp_path, runs, minutes=17)
     assert len(work.run()) == 3  # one seed, and no second: by now members are known to take an hour
     assert work.minutes(work.missing()) == 120  # two of three are conversations, one after the other
 

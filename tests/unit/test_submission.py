@@ -307,7 +307,7 @@ def test_a_log_goes_on_where_the_connection_was_lost(
 
 def test_a_job_on_another_address_keeps_the_rest_of_its_target() -> None:
     known = RayJobs(python="/opt/python", env={"A": "1", "B": "2"}, stop_wait_s=315)
-    found = changed(known, ["target.address=http://10.0.0.1:8265", "target.env.B=3"])
+    found = changed(known, ["target.address=http://10.0.0.1:8265", "+target.env.B=3"])
     assert found == replace(known, address="http://10.0.0.1:8265", env={"A": "1", "B": "3"})
     assert changed(known, []) == known
     assert isinstance(changed(known, ["target=slurm"]), Slurm)
