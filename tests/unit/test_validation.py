@@ -906,7 +906,7 @@ def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemCon
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": count}))
     config = put(config, model__path=paths["policy"], proxy_model=paths["judge"], data__gold=None)
-    served, value = refused(config)
+    value, served = refused(config)
     assert f"must be at most the 304 positions of {paths['judge']} (max_position_embeddings); found 305" in served
     assert value.startswith("engine.max_model_len must be at most the 304 positions")  # the value model starts from it
     (line,) = refused(put(config, ppo__estimator="grpo", ppo__samples_per_prompt=2))
