@@ -146,6 +146,11 @@ class Host:
     def log(self) -> Path:
         return self.folder / f"{self.name}.log"
 
+    def ray_logs(self) -> str:
+        """The ends of what Ray's own processes have said here; for a test that has failed."""
+        tail = "tail -n 40 /tmp/ray/session_2*/logs/{raylet,gcs_server}.{out,err} 2>/dev/null || true"
+        return f"{self.name}: raylet {self._raylet and self._raylet.poll()}\n{self.call('bash', '-c', tail)}"
+
     def wait_for_ray(self) -> None:
         """Until the head knows it. Ray gives a raylet 30 s and no setting changes that; on two busy cores a second trial is
         needed now and then."""

@@ -62,4 +62,8 @@ def test_nothing_is_lost_where_cables_are_pulled_too(
     address = f"cluster.address={net.start_ray(1, CPUS, CPUS)}"
     arguments = overrides(tmp_path, tiny_model, reward_model, *SETTINGS, address, *CLUSTER)
     soak = SoakOnHosts(lambda: Run(tmp_path, arguments, hosts=net.hosts), net)
-    soak.go_through(random_events(seed, KINDS), minutes)
+    try:
+        soak.go_through(random_events(seed, KINDS), minutes)
+    except BaseException:
+        print("\n".join(host.ray_logs() for host in net.hosts))
+        raise
