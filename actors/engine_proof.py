@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 
 from common.error_text import typed_line
-from common.files.durable import write_json
+from common.files.durable import replace_text
 from common.files.fingerprints import json_digest
 from common.files.source_code import installed_versions
 from common.models.lora import adapter_parameters, stored_name, with_telling_adapter
@@ -115,7 +115,7 @@ def prove_engine(model: ModelConfig, max_model_len: int, memory: Path | None = N
         answer = _ask(model, max_model_len)
         if remembered and "error" not in answer:
             remembered.parent.mkdir(parents=True, exist_ok=True)
-            write_json(remembered, answer)
+            replace_text(remembered, json.dumps(answer, allow_nan=False))  # others may prove the same meanwhile
     formats = {name: Differences(**numbers) for name, numbers in answer["formats"].items()}
     problem = verdict(answer)
     if problem:

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import Gemma3Config
 
-from actors.engine_proof import Differences, _key, _twin, verdict
-from common.text.tokenizers import vocab_size
+from actors.engine_proof import Differences, _key, _twin, prove_engine, verdict
+from common.text.tokenizers import load_config, vocab_size
 from contracts.config import LoraConfig, ModelConfig, TandemConfig
 from controller.start_checks.engine_checks import begin_proofs
 from tests.tiny_models import TINY
@@ -47,6 +48,29 @@ def test_a_proof_is_of_one_configuration_format_and_length() -> None:
     assert len({*keys}) == 6
     llama._name_or_path = "elsewhere"
     assert _key(llama, dataclasses.replace(model, path="elsewhere"), 64) == keys[0]
+
+
+@pytest.mark.parametrize("there", ["", "{}"])
+def test_two_runs_that_share_a_cache_prove_the_same_engine_at_once(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is later writes the same; and what a run was torn from while it wrote is written anew."""
+    TINY["llama"]().save_pretrained(tmp_path / "model")
+    answer, memory = {"formats": {"float32": dataclasses.asdict(GOOD)}, "seconds": 1.0}, tmp_path / "proofs"
+    asked = []
+
+    def ask(model: ModelConfig, max_model_len: int) -> dict[str, Any]:
+        asked.append(1)
+        memory.mkdir(exist_ok=True)
+        key = _key(load_config(model.path, model), model, max_model_len)
+        (memory / f"{key}.json").write_text(there)
+        return answer
+
+    monkeypatch.setattr("actors.engine_proof._ask", ask)
+    for _ in range(2):
+        prove_engine(ModelConfig(path=str(tmp_path / "model"), dtype="float32"), 64, memory)
+    assert len(asked) == 1
+    assert [path.suffix for path in memory.iterdir()] == [".json"]
 
 
 def test_a_window_that_the_engine_never_passes_is_none_of_the_proof() -> None:
