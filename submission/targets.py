@@ -188,8 +188,11 @@ def changed(target: Target, overrides: list[str]) -> Target:
     if type(new) is not type(target):
         return new
     names = {word.lstrip("+~").split("=")[0].split(".")[1] for word in overrides if word not in named}
+    before: Any = target
     values = {name: getattr(new, name) for name in names}
-    return replace(target, **{k: {**getattr(target, k), **v} if isinstance(v, dict) else v for k, v in values.items()})
+    merged = {k: {**getattr(target, k), **v} if isinstance(v, dict) else v for k, v in values.items()}
+    found: Target = replace(before, **merged)
+    return found
 
 
 def composed(name: str, overrides: list[str]) -> DictConfig:

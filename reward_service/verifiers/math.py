@@ -130,9 +130,11 @@ def candidates(completion: str, options: Options) -> list[str]:
     if boxes:  # a later sentence counts where it has an answer of its own
         later = [text for at, text in said if at > boxes[-1][0] and readable(text)]
         return _sides(later[-1] if later else boxes[-1][1])
-    if said := [text for _, text in said if not REMARK.match(text.strip())] or [text for _, text in said]:
-        whole = _sides(said[-1])
-        return whole if any(map(readable, whole)) else amounts(said[-1])
+    if said:
+        stated = [text for _, text in said]
+        last = next((text for text in reversed(stated) if not REMARK.match(text.strip())), stated[-1])
+        whole = _sides(last)
+        return whole if any(map(readable, whole)) else amounts(last)
     lines = [line for line in completion.splitlines() if line.strip(" *_`$\\[]().")]
     if not lines:
         return []
