@@ -86,9 +86,9 @@ class Soak:
         self._start_run = start
         self._begin, self._damaged = time.monotonic(), set[Path]()
         self.done, self.printed, self.counts = list[str](), list[str](), Counter[str]()
-        self.run = self._start()
+        self.run = self.start()
 
-    def _start(self) -> Run:
+    def start(self) -> Run:
         run = self._start_run()
         run.wait_for(r"^version \d")
         return run
@@ -172,7 +172,7 @@ class Soak:
             assert self.run.audit().faults == []
         if "damaged" in event.what:
             self._damage(event)
-        self.run = self._start()
+        self.run = self.start()
 
     def _damage(self, event: Event) -> None:
         """One file of the newest commit, where there is a sound one before it."""

@@ -30,6 +30,7 @@ from common.processes.process_env import driver_env
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACES = ("--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--uts", "--ipc")
+STARTED = "Ray runtime started"
 TOKEN = "0123456789abcdef" * 4
 # The first process of a host: it makes the host's own directories, reaps orphans, and lives until its input ends. No name
 # server is asked: it would be waited for.
@@ -146,6 +147,17 @@ class Host:
     def log(self) -> Path:
         return self.folder / f"{self.name}.log"
 
+    def start_ray_again(self) -> bool:
+        """Where it has ended by itself, as a machine's supervisor does; returns when it is up. Whether it had."""
+        if self._raylet is None or self._raylet.poll() is None:
+            return False
+        said, end = self.log.read_text().count(STARTED), time.monotonic() + 180
+        self._try_ray()
+        while self.log.read_text().count(STARTED) == said:
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.2)
+        return True
+
     def ray_logs(self) -> str:
         """The ends of what Ray's own processes have said here; for a test that has failed."""
         tail = "tail -n 40 /tmp/ray/session_2*/logs/{raylet,gcs_server}.{out,err} 2>/dev/null || true"
@@ -156,7 +168,7 @@ class Host:
         needed now and then."""
         assert self._raylet is not None
         end = time.monotonic() + 180
-        while "Ray runtime started" not in self.log.read_text():
+        while STARTED not in self.log.read_text():
             if self._raylet.poll() is not None:
                 assert self.log.read_text().count("timed out during startup") == 1, self.log.read_text()
                 self._try_ray()

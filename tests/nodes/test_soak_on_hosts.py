@@ -26,6 +26,14 @@ class SoakOnHosts(Soak):
         self._net = net
         super().__init__(start)
 
+    def start(self) -> Run:
+        """Ray 2.60's raylets may end when a driver is killed (docs/nodes.md)."""
+        for host in self._net.hosts:
+            if host.start_ray_again():
+                self.note(f"Ray had ended on {host.name}, and has started again")
+                self.counts["Ray ended on a host"] += 1
+        return super().start()
+
     def harm(self, event: Event) -> None:
         if event.what not in (FOR_SECONDS, FOR_GOOD):
             return super().harm(event)
