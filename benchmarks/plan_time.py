@@ -6,8 +6,7 @@
 
 Speeds come from `benchmarks/calibrate.py`, with one thread a process and with two; each configuration is a short run of
 `train.py stage=ppo` on two cores. Nothing is fitted to the runs but the lengths of their completions, of which a
-plan is for. Wants a machine with nothing beside it: about an hour on two
-cores.
+plan is for. Wants a machine with nothing beside it: about an hour.
 """
 
 import argparse

@@ -98,7 +98,7 @@ def shape_of(columns: Iterable[str], source: SourceConfig) -> Shape | None:
 
 def columns_read(form: str, source: SourceConfig, shape: Shape | None, in_chat: bool) -> set[str]:
     """The columns that say something in a format; the others are nobody's."""
-    pair = (source.chosen_column, source.rejected_column)
+    pair = _pair_columns(source)
     read = {
         "text": (source.text_column,),
         "prompt": (source.prompt_column,),
@@ -290,7 +290,7 @@ def pair_parts(row: dict, source: SourceConfig, data: DataConfig, words: int | N
 
 def preference(row: dict, source: SourceConfig) -> float:
     """P(chosen beats rejected): 1, or 1/2 where the scores beside them are equal."""
-    columns = [f"score_{column}" for column in (source.chosen_column, source.rejected_column)]
+    columns = [f"score_{column}" for column in _pair_columns(source)]
     if any(row.get(column) is None for column in columns):
         return 1.0
     better, worse = (_number(row[column], column) for column in columns)

@@ -62,12 +62,10 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
         usable, least = len(test) if len({*rated}) > 1 else 0, max(2, least)
     else:
         usable = sum(item.preference != 0.5 for item in test)
-    found = f"{usable}, where ties do not count"
-    return (
-        []
-        if usable >= least or not test
-        else [f"data.test must have at least {least} usable rows for reward models; found {found}"]
-    )
+    if usable >= least or not test:
+        return []
+    rule = f"data.test must have at least {least} usable rows for reward models"
+    return [f"{rule}; found {usable}, where ties do not count"]
 
 
 def _sides(pair: Any) -> tuple[list[int], list[int]]:
