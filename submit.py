@@ -86,9 +86,9 @@ def commands(job: Job) -> dict[str, list[str]]:
 def submit_file(job: Job, config: TandemConfig, dry_run: bool) -> int:
     """Write the script or manifest; hand it to sbatch or kubectl."""
     job.record()
-    render = slurm.render if isinstance(job.target, Slurm) else kuberay.render
+    text = slurm.render(job, config.cluster) if isinstance(job.target, Slurm) else kuberay.render(job, config)
     command = commands(job)["submit"]
-    Path(command[-1].removeprefix("--filename=")).write_text(render(job, config.cluster))
+    Path(command[-1].removeprefix("--filename=")).write_text(text)
     if dry_run:
         print(f"it would run\n  {shlex.join(command)}")
         return 0

@@ -1,6 +1,7 @@
 """A job on Kubernetes: the manifest of a RayJob, for which KubeRay makes a cluster, runs train.py and removes the cluster.
 
-The head's pod is the first node of the layout, a group of workers the others. Not run on Kubernetes yet.
+The head's pod is the first node of the layout, a group of workers the others: all of them, or with an elastic fleet as many
+as are asked for, by Ray's autoscaler. Not run on Kubernetes yet.
 """
 
 from importlib.metadata import version
@@ -8,33 +9,38 @@ from typing import Any
 
 import yaml
 
-from contracts.config import ClusterConfig
+from contracts.config import ClusterConfig, TandemConfig
+from contracts.placement import is_elastic, nodes_for
 from submission.job import Job
 from submission.targets import KubeRay
 
 GRACE_S = 30  # that a pod gets beyond the job's own time to stop
 
 
-def render(job: Job, cluster: ClusterConfig) -> str:
+def render(job: Job, config: TandemConfig) -> str:
     """The manifest as YAML.
 
     Args:
-        cluster: with num_nodes, gpus_per_node and cpus_per_node set.
+        config: with cluster.num_nodes, gpus_per_node and cpus_per_node set.
     """
-    return yaml.safe_dump(manifest(job, cluster), sort_keys=False, width=120)
+    return yaml.safe_dump(manifest(job, config), sort_keys=False, width=120)
 
 
-def manifest(job: Job, cluster: ClusterConfig) -> dict[str, Any]:
+def manifest(job: Job, config: TandemConfig) -> dict[str, Any]:
     """A ray.io/v1 RayJob."""
-    target = job.target
+    target, cluster = job.target, config.cluster
     assert isinstance(target, KubeRay)
     assert cluster.num_nodes is not None
+    grows = is_elastic(cluster) or config.reward_service.max_replicas is not None
+    least, first = (nodes_for(config), nodes_for(config, cluster.num_actors)) if grows else (cluster.num_nodes,) * 2
     start = {"num-cpus": f"{cluster.cpus_per_node:g}", "num-gpus": f"{cluster.gpus_per_node:g}"}
     template = pod(job.id, target, cluster, head=True)
     head = {"rayStartParams": {**start, "dashboard-host": "0.0.0.0"}, "template": template}
     workers = {
         "groupName": "workers",
-        **dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), cluster.num_nodes - 1),
+        "replicas": first - 1,
+        "minReplicas": least - 1,
+        "maxReplicas": cluster.num_nodes - 1,
         "rayStartParams": start,
         "template": pod(job.id, target, cluster, head=False),
     }
@@ -53,6 +59,7 @@ def manifest(job: Job, cluster: ClusterConfig) -> dict[str, Any]:
             "rayClusterSpec": {
                 "rayVersion": version("ray"),
                 "authOptions": {"mode": "token"},  # KubeRay (1.5.1 or newer) makes one and gives it to every pod
+                "enableInTreeAutoscaling": grows,
                 "headGroupSpec": head,
                 "workerGroupSpecs": [workers] if cluster.num_nodes > 1 else [],
             },

@@ -391,6 +391,7 @@ RAY_JOB = {
                     "properties": {
                         "rayVersion": {"type": "string"},
                         "authOptions": {"type": "object", "properties": {"mode": {"enum": ["disabled", "token"]}}},
+                        "enableInTreeAutoscaling": {"type": "boolean"},
                         "headGroupSpec": {
                             "type": "object",
                             "required": ["rayStartParams", "template"],
@@ -422,7 +423,7 @@ RAY_JOB = {
 def manifest(*arguments: str) -> dict[str, Any]:
     """As it is read from the file."""
     job, config = to_job(["target=kuberay", *arguments])
-    found = yaml.safe_load(kuberay.render(job, config.cluster))
+    found = yaml.safe_load(kuberay.render(job, config))
     jsonschema.validate(found, RAY_JOB)
     return found
 
@@ -435,6 +436,7 @@ def test_a_manifest_has_the_documented_fields_and_the_size_of_the_layout() -> No
     [workers] = cluster["workerGroupSpecs"]
     head = cluster["headGroupSpec"]
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 1
+    assert cluster["enableInTreeAutoscaling"] is False
     for group in (head, workers):
         [container] = group["template"]["spec"]["containers"]
         assert group["rayStartParams"]["num-gpus"] == "8"
@@ -443,6 +445,24 @@ def test_a_manifest_has_the_documented_fields_and_the_size_of_the_layout() -> No
         assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/dev/shm", "/shared"]
         assert container["env"] == [{"name": "HF_HOME", "value": "/shared/hf"}]
     assert found["spec"]["entrypoint"].startswith("exec python train.py cache_dir=/shared/cache cluster=multi_node")
+
+
+@pytest.mark.parametrize(
+    ("fleet", "replicas", "least", "most"),
+    [
+        ([], 5, 5, 5),  # fixed: what the layout states, used or not
+        (["cluster.min_actors=1", "cluster.max_actors=30"], 1, 1, 5),  # 7 + 8 + 0.5 of 16, 1 + 8 + 0.5 of 16
+        (["cluster.min_actors=9", "cluster.num_actors=20", "cluster.max_actors=30"], 3, 2, 5),
+        (["reward_service.max_replicas=4"], 1, 1, 5),  # Serve asks for more of them
+    ],
+)
+def test_the_pods_of_an_elastic_fleet_come_as_they_are_asked_for(
+    fleet: list[str], replicas: int, least: int, most: int
+) -> None:
+    cluster = manifest(*TWO_NODES, "cluster.num_nodes=6", *fleet)["spec"]["rayClusterSpec"]
+    [workers] = cluster["workerGroupSpecs"]
+    assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (replicas, least, most)
+    assert cluster["enableInTreeAutoscaling"] is bool(fleet)
 
 
 def test_a_pod_that_must_go_stops_the_job_and_waits_for_it() -> None:
