@@ -18,7 +18,7 @@ help: ## list the targets
 
 setup: .venv/.ready ## create .venv and fetch the demos' model and data (done by the other targets when needed)
 .venv/.ready: pyproject.toml deploy/setup_env.py controller/data/demo_assets.py
-	$(PYTHON) deploy/setup_env.py
+	$(PYTHON) deploy/setup_env.py --extra $$(cat .venv/.ready 2>/dev/null || echo cpu)
 
 demo: setup ## SFT, reward models, PPO and evaluation on real data, on two cores
 	$(PY) train.py $(ARGS)

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -163,14 +164,19 @@ class RolloutActor:
             The rollouts in the order of the requests.
 
         Raises:
-            As `collect`, and TimeoutError after `timeout_s`.
+            As `collect`, and TimeoutError after `timeout_s`. An actor whose process has been asked to end goes on until it
+            ends.
         """
         assignments = [Assignment(i, request, tuple(scorers)) for i, request in enumerate(requests)]
         self.assign(assignments, sampling)  # type: ignore[operator]  # Ray's stub knows only its remote form
-        delivery: Delivery = self.collect(len(requests), timeout_s)  # type: ignore[operator]  # likewise
-        if len(delivery.rollouts) < len(requests):
-            raise TimeoutError(f"{len(delivery.rollouts)} of {len(requests)} rollouts after {timeout_s:.0f} s")
-        return [rollout for _, rollout in delivery.rollouts]
+        found: dict[int, Rollout] = {}
+        end = time.monotonic() + timeout_s
+        while (missing := len(requests) - len(found)) and (left_s := end - time.monotonic()) > 0:
+            delivery: Delivery = self.collect(missing, left_s)  # type: ignore[operator]  # likewise
+            found |= delivery.rollouts
+        if missing:
+            raise TimeoutError(f"{len(found)} of {len(requests)} rollouts after {timeout_s:.0f} s")
+        return [found[i] for i in range(len(requests))]
 
     @ray.method(concurrency_group="control")
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
@@ -223,11 +229,13 @@ def start_actors(
     reward_client: RewardClient | None,
     env: dict[str, str],
     environment: EnvironmentConfig | None = None,
+    created: Callable[[ray.actor.ActorHandle], None] = lambda actor: None,
 ) -> list[ray.actor.ActorHandle]:
     """Start an actor for each of `placement`, the Ray options of one; returns when all of them can serve.
 
     Args:
         end_ids: the tokens that end a completion (`common.text.end_tokens`).
+        created: is told of each actor before it has begun to start.
 
     Raises:
         ray.exceptions.RayTaskError: where an engine cannot start, with the engine's own error.
@@ -238,10 +246,11 @@ def start_actors(
     remote = ray.remote(concurrency_groups={"control": 4})(RolloutActor)  # type: ignore[call-overload]
     arguments = (model, engine, weight_transfer, on_cpu, end_ids, reward_client)
     talks_to = environment or EnvironmentConfig()
-    actors = [
-        remote.options(**options, runtime_env={"env_vars": env}).remote(*arguments, talks_to, cluster.leave_grace_s)
-        for options in placement
-    ]
+    actors = []
+    for options in placement:
+        made = remote.options(**options, runtime_env={"env_vars": env})
+        actors.append(made.remote(*arguments, talks_to, cluster.leave_grace_s))
+        created(actors[-1])
     for actor in actors:
         actor.serve.remote()
     try:

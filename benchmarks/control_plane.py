@@ -1,8 +1,8 @@
 """What the controller costs: rollouts a second through controller, dispatcher, ledger and batcher, on engines that answer
 at once, and the driver's memory along the run.
 
-    python benchmarks/control_plane.py
-    python benchmarks/control_plane.py --actors 10 1000 10000 --rollouts 1000000    # about ten minutes
+    python benchmarks/control_plane.py                                           # about seven minutes
+    python benchmarks/control_plane.py --actors 10 100 1000 --rollouts 50000     # one
 
 The controller is the real one, and every call to an actor is a real Ray call: but one process plays all actors, with
 completions of 48 made-up tokens, and the learner answers an update without computing. The time of that process is not the
@@ -42,7 +42,7 @@ from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 
 HERE = Path(__file__).resolve().parent
-ACTORS = (10, 100, 1000)
+ACTORS = (10, 10_000)
 PER_ACTOR = 16  # rollouts of an update for each actor
 TOKENS = 48
 
@@ -194,7 +194,9 @@ def memory(marks: list[Mark], rollouts_per_update: int) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--actors", type=int, nargs="+", default=ACTORS)
-    parser.add_argument("--rollouts", type=int, default=50_000, help="of the largest; of the others a tenth at least")
+    parser.add_argument(
+        "--rollouts", type=int, default=1_000_000, help="of the largest; of the others a tenth at least"
+    )
     parser.add_argument("--json", type=Path, default=HERE / "results/control_plane.json")
     args = parser.parse_args()
     most = max(args.actors)

@@ -1,8 +1,8 @@
 """Statistics of an evaluation: bootstrap intervals over prompts, paired comparisons, diversity of completions.
 
 The unit of resampling is what was sampled independently: a prompt, or a text where pairs share texts. All intervals are
-95% percentile bootstraps (Efron and Tibshirani 1993, chapter 13). Seeds of the training run are not resampled: an
-interval speaks about other prompts, not about other runs.
+95% percentile bootstraps (Efron and Tibshirani 1993, chapter 13), those of shares no narrower than what so few prompts can
+show. Seeds of the training run are not resampled: an interval speaks about other prompts, not about other runs.
 
 What cannot be known is NaN, never an invented value: no data gives NaN throughout; a single observation gives its value
 as the mean and NaN as both limits, since a percentile bootstrap would claim a width of zero. Comparisons with NaN are
@@ -76,16 +76,29 @@ def _interval(estimate: float, resampled: ArrayLike) -> Interval:
     return Interval(estimate, float(low), float(high))
 
 
-def bootstrap_mean(values: ArrayLike, samples: int, seed: int) -> Interval:
+def bootstrap_mean(values: ArrayLike, samples: int, seed: int, bounds: tuple[float, float] | None = None) -> Interval:
     """Mean of `values` [n], one for each prompt, with a bootstrap over prompts.
 
     No value: all NaN. One value: NaN limits.
+
+    Args:
+        bounds: of what a value may be, where that is known, as of a share. Resamples know of no other values than those
+            that were seen, and of none where all are the same. So the limits also leave room for what n prompts do not show
+            with a probability of 2.5%: a share 1 - 0.025^(1 / n) of the prompts (Clopper and Pearson 1934, of no success in
+            n) with the lowest, or the highest, value that there may be.
     """
     vector = _vector("values", values)
     if vector.size < 2:
         return Interval(*vector.tolist())  # the one value, without limits
     means = [vector[rows].mean(axis=1) for rows in _resamples(vector.size, samples, seed)]
-    return _interval(float(vector.mean()), np.concatenate(means))
+    found = _interval(float(vector.mean()), np.concatenate(means))
+    return found if bounds is None else _with_unseen(found, vector.size, bounds)
+
+
+def _with_unseen(found: Interval, count: int, bounds: tuple[float, float]) -> Interval:
+    unseen = 1 - ((1 - LEVEL) / 2) ** (1 / count)
+    low, high = (found.mean + unseen * (bound - found.mean) for bound in bounds)
+    return Interval(found.mean, min(found.low, low), max(found.high, high))
 
 
 def bootstrap_groups(
@@ -116,16 +129,19 @@ def bootstrap_groups(
     return _interval(estimate, draws)
 
 
-def paired_gain(a: ArrayLike, b: ArrayLike, samples: int, seed: int) -> Interval:
-    """Mean of a - b over prompts; row i of both [n] belongs to the same prompt. Undefined cases as `bootstrap_mean`."""
+def paired_gain(
+    a: ArrayLike, b: ArrayLike, samples: int, seed: int, bounds: tuple[float, float] | None = None
+) -> Interval:
+    """Mean of a - b over prompts; row i of both [n] belongs to the same prompt. Undefined cases, and `bounds` (of the
+    differences), as `bootstrap_mean`."""
     first, second = _paired(a, b)
-    return bootstrap_mean(first - second, samples, seed)
+    return bootstrap_mean(first - second, samples, seed, bounds)
 
 
 def win_rate(a: ArrayLike, b: ArrayLike, samples: int, seed: int) -> Interval:
     """Share of prompts where a > b, a tie counting half. Undefined cases as `bootstrap_mean`."""
     first, second = _paired(a, b)
-    return bootstrap_mean((first > second) + 0.5 * (first == second), samples, seed)
+    return bootstrap_mean((first > second) + 0.5 * (first == second), samples, seed, bounds=(0, 1))
 
 
 def matched_length(
@@ -208,7 +224,7 @@ def pair_accuracy(scores: ArrayLike, ratings: ArrayLike, pairs: ArrayLike, sampl
         total = weights.sum()
         if total > 0:
             draws[sample] = (weights * right_share).sum() / total
-    return _interval(estimate, draws)
+    return _with_unseen(_interval(estimate, draws), max(1, len(texts) // 2), (0, 1))  # so many pairs share no text
 
 
 def random_pairs(ratings: ArrayLike, count: int, seed: int) -> IntArray:

@@ -4,7 +4,7 @@ Every field that is not self-evident says its unit and what it trades. What a ke
 bounds, choices, or why there are neither; null where the annotation has it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,14 @@ class ModelConfig:
     # Where the adapters of a role are others: model.lora_by_role.value_model.rank=8
     lora_by_role: LoraByRoleConfig = field(default_factory=LoraByRoleConfig)
 
+    def revision_of(self, path: str) -> str | None:
+        """That of the checkpoint at `path`: `revision` is one of this model alone."""
+        return self.revision if path == self.path else None
+
+    def at(self, path: str) -> "ModelConfig":
+        """Of the checkpoint at `path`, which is loaded as this model is."""
+        return replace(self, path=path, revision=self.revision_of(path))
+
 
 @dataclass
 class SourceConfig:
@@ -157,6 +165,8 @@ class DataConfig:
     chat: bool = False  # wrap prompts in the tokenizer's chat template
     max_prompt_tokens: int = key(256, least=1)
     max_bad_rows: float = key(0.001, least=0, most=1)  # share of unusable rows above which a run refuses to start
+    # Share of rows that a stage's max_tokens leaves out as too long, above which a run refuses to start.
+    max_long_rows: float = key(0.5, least=0, most=1)
 
 
 @dataclass

@@ -152,7 +152,9 @@ def nodes_for(config: TandemConfig, num_actors: int | None = None) -> int:
         config: of which the stated nodes hold the job with so many actors.
     """
     cluster, made = config.cluster, plan(config, num_actors)
-    assert cluster.num_nodes is not None and cluster.cpus_per_node is not None and cluster.gpus_per_node is not None
+    assert cluster.num_nodes is not None
+    assert cluster.cpus_per_node is not None
+    assert cluster.gpus_per_node is not None
     nodes: list[Resources] = [{"CPU": cluster.cpus_per_node, "GPU": cluster.gpus_per_node}] * cluster.num_nodes
     return next(count for count in range(1, len(nodes) + 1) if place(made, nodes[:count])[1] is None)
 

@@ -113,10 +113,14 @@ def main() -> None:
 
 
 def set_up(extra: str) -> None:
-    start = time.time()
-    if not READY.exists():  # one that a killed set-up has left half made is completed
+    start, made_for = time.time(), VENV / ".extra"
+    # One that a killed set-up has left half made is completed. One of the other engines is made anew: to pip a CPU's PyTorch
+    # is the same version, and both packages of vLLM have the same files.
+    is_other = any(file.exists() and file.read_text() != extra for file in (READY, made_for))
+    if is_other or not READY.exists():
         say("creating .venv")
-        run(sys.executable, "-m", "venv", str(VENV))
+        run(sys.executable, "-m", "venv", *(["--clear"] if is_other else []), str(VENV))
+    made_for.write_text(extra)
     READY.unlink(missing_ok=True)
     install(extra)
     say("fetching the demos' model and data")

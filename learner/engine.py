@@ -2,7 +2,9 @@
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -73,6 +75,35 @@ def deepspeed_config(learner: LearnerConfig, dtype: torch.dtype, on_cpu: bool) -
     }
 
 
+@contextmanager
+def frozen_as_loaded(model: torch.nn.Module, ranks: Ranks, zero_stage: int) -> Iterator[None]:
+    """Within it DeepSpeed does not send rank 0's frozen weights to the others, on a CPU: they have loaded the same file, of
+    which all processes of a machine share the pages until one of them writes there.
+
+    Raises:
+        ValueError: a rank has loaded others.
+    """
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    if not ranks.on_cpu or ranks.world_size == 1 or zero_stage == 3:
+        yield
+        return
+    sums = torch.tensor([zlib.crc32(p.detach().reshape(-1).view(torch.uint8).numpy().data) for p in frozen.values()])
+    others = sums.clone()
+    if frozen:
+        dist.broadcast(others, 0)
+    differ = [name for name, mine, first in zip(frozen, sums, others, strict=True) if mine != first]
+    if ranks.max(torch.tensor(float(len(differ)))).item():
+        raise ValueError(
+            f"rank {ranks.rank} of the learner has loaded {len(differ)} weights that are not those of rank 0"
+            f"{': ' + differ[0] if differ else ', another rank has'}; a checkpoint must be the same on every node"
+        )
+    for p in frozen.values():
+        p.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed's own mark of what each rank has for itself
+    yield
+    for p in frozen.values():
+        del p.ds_optim_param  # type: ignore[attr-defined]
+
+
 class TrainEngine:
     """A model under DeepSpeed. Gradients accumulate over `backward` calls until `step`.
 
@@ -110,13 +141,14 @@ class TrainEngine:
 
         dtype = next(model.parameters()).dtype
         config = deepspeed_config(learner, dtype, ranks.on_cpu) | {"gradient_clipping": optimizer.max_grad_norm}
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=[p for _, p in named],
-            optimizer=adam,
-            lr_scheduler=lambda wrapped: LambdaLR(wrapped, factor),
-            config=config,
-        )
+        with frozen_as_loaded(model, ranks, learner.zero_stage):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=[p for _, p in named],
+                optimizer=adam,
+                lr_scheduler=lambda wrapped: LambdaLR(wrapped, factor),
+                config=config,
+            )
         self._adam = adam
         self.is_sharded = learner.zero_stage == 3  # a rank holds a part of every weight
         self.model = model

@@ -50,7 +50,8 @@ def policy_loss(
 
     Returns:
         The weighted sum over the mask (float32 scalar) and detached scalars without weights. Sums over the mask: `clipped`
-        (tokens where the clip decides), `approx_kl` (k3 of proximal against policy: rho - 1 - log rho, nats), `ratio` (rho).
+        (tokens where a clip decides, so that they have no gradient), `approx_kl` (k3 of proximal against policy: rho - 1 -
+        log rho, nats), `ratio` (rho).
         A maximum: `ratio_max`, 0 where the mask is empty.
     """
     advantages = torch.where(mask, advantages.detach().float(), 0.0)
@@ -58,13 +59,14 @@ def policy_loss(
     rho = _mean_ratio(log_ratio, mask) if of_sequences else ratio
     unclipped = -advantages * rho
     clipped = -advantages * rho.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
-    losses = torch.maximum(unclipped, clipped)
+    losses, decided = torch.maximum(unclipped, clipped), clipped > unclipped
     if dual_clip is not None:
-        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
+        most = torch.where(advantages < 0, -advantages * dual_clip, torch.inf)
+        losses, decided = torch.minimum(losses, most), decided | (losses > most)
     if weights is not None:
         losses = losses * torch.where(mask, weights.detach().float(), 0.0)
     stats = _ratio_statistics(log_ratio, ratio, mask)
-    return losses.sum(), stats | {"clipped": (clipped > unclipped).sum().float()}
+    return losses.sum(), stats | {"clipped": decided.sum().float()}
 
 
 def likelihood_loss(

@@ -232,7 +232,7 @@ def _load(
     loaded, report = auto.from_pretrained(
         path,
         dtype=getattr(torch, model.dtype),
-        revision=model.revision,
+        revision=model.revision_of(path),
         trust_remote_code=model.trust_remote_code,
         attn_implementation=proof.attention,
         use_safetensors=True,

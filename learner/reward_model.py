@@ -17,7 +17,7 @@ from contracts.scoring import write_golden
 from learner.adapted_models import trained_scalar
 from learner.engine import TrainEngine
 from learner.losses import soft_pairwise_loss
-from learner.pair_losses import pair_preferences, preference_matrix
+from learner.pair_losses import pair_metrics, pair_preferences, preference_matrix
 from learner.ranks import Ranks
 from learner.saved_model import save_checkpoint
 from learner.sft import epoch_batches
@@ -68,11 +68,10 @@ class RewardModelTask:
         self.engine.backward(loss, is_last=True)
         norm = self.engine.step()
         with torch.no_grad():
-            upper = known.to(device).triu(1) & (preferences.to(device) != 0.5)
-            agrees = (scores[:, None] > scores[None, :]) == (preferences.to(device) > 0.5)
+            accuracy, _ = pair_metrics(scores, preferences.to(device), known.to(device))
         return {
             "reward_model/loss": loss.item(),
-            "reward_model/accuracy": agrees[upper].float().mean().item() if upper.any() else 0.0,
+            "reward_model/accuracy": accuracy,
             "reward_model/score_std": scores.detach().std().item(),
             "reward_model/grad_norm": norm,
             "perf/train_tokens_per_s": sum(map(len, texts)) / (time.perf_counter() - start),

@@ -57,7 +57,9 @@ def gather_checkpoint(
 
     def write(path: str) -> None:
         lm = engine.model.lm
-        tokenizer = _tokenizer(tokenizer_from, model.revision, model.trust_remote_code, model.template_date)
+        tokenizer = _tokenizer(
+            tokenizer_from, model.revision_of(tokenizer_from), model.trust_remote_code, model.template_date
+        )
         for key, value in (config_fields or {}).items():
             setattr(lm.config, key, value)
         if engine.model.adapter:
@@ -96,5 +98,7 @@ def _write_adapter(
 @cache
 def _tokenizer(source: str, revision: str | None, trust_remote_code: bool, template_date: str) -> Any:
     """Once a process: it takes a third of a second, in which nothing else of the process runs."""
-    model = ModelConfig(revision=revision, trust_remote_code=trust_remote_code, template_date=template_date)
+    model = ModelConfig(
+        path=source, revision=revision, trust_remote_code=trust_remote_code, template_date=template_date
+    )
     return load_tokenizer(source, model)

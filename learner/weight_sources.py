@@ -1,13 +1,14 @@
 """Where published weights come from: name by name, as vLLM's trainer API reads them."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
+from common.files.checkpoint_files import weight_files
 from common.models.adapters import split, stored_adapter
+from common.text.tokenizers import local_checkpoint
 from contracts.config import ModelConfig
 from learner.engine import TrainEngine
 from learner.stored_weights import as_stored, stored_shapes
@@ -35,12 +36,10 @@ class EngineSource(WeightSource):
 
 
 class CheckpointSource(WeightSource):
-    """The weights of a safetensors checkpoint directory, in the dtype that it was saved in."""
+    """The weights of a safetensors checkpoint, a directory or a hub id, in the dtype that it was saved in."""
 
-    def __init__(self, path: str):
-        self._files = sorted(Path(path).glob("*.safetensors"))
-        if not self._files:
-            raise FileNotFoundError(f"no .safetensors file in {path}")
+    def __init__(self, path: str, revision: str | None = None):
+        self._files = weight_files(local_checkpoint(path, revision))
         self._metadata: list[ParamMeta] = []
 
     def metadata(self) -> list[ParamMeta]:
@@ -73,4 +72,4 @@ class AdapterSource(WeightSource):
 
 def stored_source(path: str, model: ModelConfig) -> WeightSource:
     """What an engine that was started for `model` is sent so that it serves the checkpoint at `path`."""
-    return CheckpointSource(path) if model.lora is None else AdapterSource(path, model)
+    return AdapterSource(path, model) if model.lora else CheckpointSource(path, model.revision_of(path))

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 
 from common.error_text import typed_line
@@ -68,7 +68,7 @@ class FrontReplica:
         except asyncio.CancelledError:  # nobody waits for it any more, so its replica need not compute it
             call.cancel()
             raise
-        except (RayActorError, ReplicaUnavailableError) as fault:
+        except (RayActorError, OutOfMemoryError, ReplicaUnavailableError) as fault:
             self.front.metrics.deaths.labels(application).inc()
             raise ReplicaDied(type(fault).__name__) from None
         except RayTaskError as fault:

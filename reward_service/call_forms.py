@@ -224,5 +224,5 @@ def parsed_request(line: str) -> Request:
         request["rows"] = [row or {} for row in request["rows"]]
     if "labels" in request:
         pairs = zip(request["labels"], request["rows"], strict=True)
-        request["labels"] = [row.get("label") if label is None else label for label, row in pairs]
+        request["labels"] = [row.get("label", row.get("labels")) if label is None else label for label, row in pairs]
     return request

@@ -7,6 +7,7 @@ Of a program, the output for each input is told on standard output and compared 
 are, each with a word that the job has brought. What a copy prints or returns as its status counts for nothing.
 """
 
+import atexit
 import ctypes
 import json
 import os
@@ -14,7 +15,9 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
+import types
 
 NAMESPACES = 0x00020000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000  # mounts, IPC, users, processes, network
 NOBODY = 65534
@@ -98,7 +101,10 @@ def limit(job):
 def run(job, report):
     """Each test in a copy of this process. `report` is a file descriptor."""
     end = time.monotonic() + job["seconds"]
-    scope = {"__name__": "__main__" if job["inputs"] else "solution", "__builtins__": __builtins__}
+    module = types.ModuleType("__main__" if job["inputs"] else "solution")
+    vars(module)["__builtins__"] = __builtins__
+    sys.modules[module.__name__] = module  # tests import from it, and dataclasses look there
+    scope = vars(module)
     for number, given in enumerate(job["inputs"]):
         is_last = number == len(job["inputs"]) - 1
         output = attempt(lambda given=given, is_last=is_last: output_of(job["code"], scope, given, end, is_last), job)
@@ -205,6 +211,8 @@ def output_of(code, scope, given, end, is_last):
                 status = 0
             except SystemExit as ended:
                 status = 0 if ended.code in (None, 0) else 1
+            threading._shutdown()  # type: ignore[attr-defined]  # as Python ends: when all threads have
+            atexit._run_exitfuncs()
             sys.stdout.flush()
         finally:
             os._exit(status)

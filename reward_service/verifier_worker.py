@@ -40,6 +40,7 @@ class Rows:
                 row = None
             if not isinstance(row, dict):
                 raise BadRow("row must be JSON of an object")
+            label = row.get("label") if label is None else label  # one that is no text comes in the row
             if label is not None and column(row, self._options["answer"]) is None:
                 row[self._options["answer"]] = label
             self._read[key] = self._verifier.right(row, self._options)

@@ -21,6 +21,7 @@ from contracts.stages import checkpoint_keys
 from submission.targets import (
     ROOT,
     TARGETS,
+    KubeRay,
     RayJobs,
     Slurm,
     Target,
@@ -57,7 +58,7 @@ class Job:
     @property
     def metadata(self) -> dict[str, str]:
         """What a cluster keeps beside the job; strings, as Ray wants them."""
-        return {"overrides": json.dumps(self.overrides), "run_dir": self.run_dir}
+        return {"overrides": json.dumps(self.overrides), "run_dir": self.run_dir, "python": self.target.python}
 
     def record(self) -> None:
         RECORDS.mkdir(mode=0o700, parents=True, exist_ok=True)  # overrides may hold secrets
@@ -143,6 +144,16 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
     checks += name_checks(target)
     if isinstance(target, Slurm):
         checks += form_checks(target) + directive_checks(target, config.run_dir)
+    else_resumed = "which is resumed and queued again with the same command"
+    checks.append(
+        Check(
+            isinstance(target, RayJobs) or config.checkpoint.resume != "never",
+            "checkpoint.resume",
+            f"auto with target={target_name(target)}, {else_resumed}: it would start afresh each time",
+            config.checkpoint.resume,
+            "checkpoint.resume=auto and a run_dir of its own",
+        )
+    )
     if isinstance(target, RayJobs):
         checks += [
             Check(
@@ -166,7 +177,32 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
                 "all three, as in conf/cluster/multi_node.yaml (cluster=multi_node)",
             )
         )
+        checks += [
+            Check(
+                value is None or float(value).is_integer(),
+                f"cluster.{key}",
+                f"a whole number with target={target_name(target)}, which asks for nodes of that size",
+                value,
+                f"{math.floor(value or 0)}",
+            )
+            for key, value in size.items()
+        ]
+    if isinstance(target, KubeRay):
+        checks += _volume_checks(config, target)
     return checks
+
+
+def _volume_checks(config: TandemConfig, target: KubeRay) -> list[Check]:
+    """What is written elsewhere ends with its pod."""
+    place = PurePosixPath(target.volume_path)
+    rule = "the PersistentVolumeClaim that holds the run directory, as pods and what they write end with the job"
+    found = [Check(target.volume_claim is not None, "target.volume_claim", rule, "null", "target.volume_claim=NAME")]
+    for key, path in (("run_dir", config.run_dir), ("cache_dir", config.cache_dir)):
+        rule = f"below target.volume_path ({place}), where the claim is mounted in every pod"
+        found.append(
+            Check(PurePosixPath(path).is_relative_to(place), key, rule, path, f"for example {key}={place}/...")
+        )
+    return found
 
 
 def _paths(config: TandemConfig) -> dict[str, str]:

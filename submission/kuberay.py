@@ -1,7 +1,7 @@
 """A job on Kubernetes: the manifest of a RayJob, for which KubeRay makes a cluster, runs train.py and removes the cluster.
 
-The head's pod is the first node of the layout, a group of workers the others: all of them, or with an elastic fleet as many
-as are asked for, by Ray's autoscaler. Not run on Kubernetes yet.
+The head's pod is the first node of the layout, a group of workers the others: all of them, or with an elastic fleet those
+of the fewest actors and what is asked for, by Ray's autoscaler. Not run on Kubernetes yet.
 """
 
 from importlib.metadata import version
@@ -32,19 +32,21 @@ def manifest(job: Job, config: TandemConfig) -> dict[str, Any]:
     assert isinstance(target, KubeRay)
     assert cluster.num_nodes is not None
     grows = is_elastic(cluster) or config.reward_service.max_replicas is not None
-    least, first = (nodes_for(config), nodes_for(config, cluster.num_actors)) if grows else (cluster.num_nodes,) * 2
+    least = nodes_for(config) if grows else cluster.num_nodes
     start = {"num-cpus": f"{cluster.cpus_per_node:g}", "num-gpus": f"{cluster.gpus_per_node:g}"}
     template = pod(job.id, target, cluster, head=True)
     head = {"rayStartParams": {**start, "dashboard-host": "0.0.0.0"}, "template": template}
     workers = {
         "groupName": "workers",
-        "replicas": first - 1,
+        "replicas": least - 1,  # KubeRay starts the job when all of these are there
         "minReplicas": least - 1,
         "maxReplicas": cluster.num_nodes - 1,
         "rayStartParams": start,
         "template": pod(job.id, target, cluster, head=False),
     }
-    environment = {**target.env, "RAY_JOB_STOP_WAIT_TIME_S": str(target.stop_wait_s)}
+    # The pods have target.env. KubeRay writes this section into a line of a shell, in double quotes, in which that would
+    # expand a `$`; so it writes `metadata`, which is left out.
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(target.stop_wait_s)}
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -52,7 +54,6 @@ def manifest(job: Job, config: TandemConfig) -> dict[str, Any]:
         "spec": {
             "entrypoint": job.command,
             "jobId": job.id,
-            "metadata": job.metadata,
             "runtimeEnvYAML": yaml.safe_dump({"working_dir": target.directory, "env_vars": environment}, width=1000),
             "backoffLimit": target.retries,
             "shutdownAfterJobFinishes": True,
@@ -88,7 +89,7 @@ def pod(job_id: str, target: KubeRay, cluster: ClusterConfig, head: bool) -> dic
     # A pod that must go signals its first process alone. The head's stops the job, which sends train.py a SIGTERM, and waits
     # for its checkpoint; another's rollout actors finish what they hold.
     job_stops = ["ray", "job", "stop", "--address", "http://127.0.0.1:8265", job_id]
-    actors_leave = ["python", "-m", "actors.leave", "--within", str(target.stop_wait_s)]
+    actors_leave = [target.python, "-m", "actors.leave", "--within", str(target.stop_wait_s)]
     container["lifecycle"] = {"preStop": {"exec": {"command": job_stops if head else actors_leave}}}
     if target.volume_claim is not None:
         container["volumeMounts"].append({"name": "shared", "mountPath": target.volume_path})

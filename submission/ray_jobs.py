@@ -14,14 +14,15 @@ from typing import Any
 import requests
 
 from common.error_text import error_lines
-from contracts.checks.cluster_checks import placement_conflicts, stated_nodes
-from contracts.checks.validation import raise_conflicts
+from contracts.checks.cluster_checks import stated_nodes
+from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
-from contracts.placement import Resources
-from submission.job import Job, next_id
+from contracts.placement import PlacementError, Resources, check_nodes, plan
+from submission.job import Job, next_id, recorded
 from submission.targets import ROOT, RayJobs
 
 STOPPED_EXIT_CODE = 128 + 15  # Ray keeps no exit code of a job that was stopped; this is SIGTERM's
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # between SIGTERM and SIGKILL, in the job's environment
 POLL_S = 0.5
 RECONNECT_S = 5.0
 MAX_LOST = 60
@@ -97,16 +98,22 @@ class Cluster:
         """Ray would keep a job that can never be placed waiting for ever.
 
         Raises:
-            ConfigError: with the arithmetic. A stated size (`cluster.num_nodes`) has been checked without the cluster, which
-                may still grow to it.
+            ConfigError: with the arithmetic, of the fewest actors: for others nodes may come. A stated size
+                (`cluster.num_nodes`) has been checked without the cluster, which may still grow to it.
         """
-        if stated_nodes(config) is None:
-            raise_conflicts([], placement_conflicts(config, self.nodes()))
+        if stated_nodes(config) is not None:
+            return
+        try:
+            check_nodes(plan(config), self.nodes())
+        except PlacementError as error:
+            raise ConfigError(str(error)) from error
 
     def submit(self, job: Job) -> None:
         """Upload the working directory and queue the job."""
-        environment = {**self.target.env, "RAY_JOB_STOP_WAIT_TIME_S": str(self.target.stop_wait_s)}
-        files = {"working_dir": str(ROOT), "excludes": self.target.excludes}
+        target = job.target
+        assert isinstance(target, RayJobs)
+        environment = {**target.env, STOP_WAIT: str(target.stop_wait_s)}
+        files = {"working_dir": str(ROOT), "excludes": target.excludes}
         try:
             self.client.submit_job(
                 entrypoint=entrypoint(job),
@@ -185,14 +192,23 @@ class Cluster:
         self.wait(job_id)
 
     def resume(self, job_id: str) -> Job:
-        """The same command in the same run directory, as a new job."""
+        """The same command in the same run directory, as a new job; it goes on, however the first one was to begin."""
         info = self.info(job_id)
         if not info.status.is_terminal():
             raise ClusterError(f"{job_id} is {info.status.value}: stop it first")
-        old = self.job(job_id)
-        job = replace(old, id=next_id(job_id))
+        old, is_same = self.job(job_id), recorded(job_id) is not None
+        target = self.target if is_same else self._target_of(info)
+        overrides = [o for o in old.overrides if not o.startswith("checkpoint.resume=")]
+        job = replace(old, id=next_id(job_id), overrides=overrides, target=target)
         self.submit(job)
         return job
+
+    def _target_of(self, info: Any) -> RayJobs:
+        """As another machine has submitted the job, where this one's command line says nothing else."""
+        there = dict((info.runtime_env or {}).get("env_vars", {}))
+        there.pop(STOP_WAIT, None)
+        python = self.target.python if self.target.python != RayJobs.python else (info.metadata or {}).get("python")
+        return replace(self.target, env=there | self.target.env, python=python or self.target.python)
 
     def describe(self, job_id: str) -> list[tuple[str, str]]:
         """Rows for a reader."""

@@ -42,6 +42,20 @@ def checkpoint_files(root: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
+def weight_files(root: Path) -> list[Path]:
+    """The safetensors files of the weights in the directory `root`, as transformers chooses them: those of the index, or
+    `model.safetensors`. What else lies there (an original format, an adapter) is none of them.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    index, one = root / INDEX, root / "model.safetensors"
+    found = [one] if one.exists() else sorted(root / name for name in _named_by(index)) if index.exists() else []
+    if not found:
+        raise FileNotFoundError(f"{root} has neither {one.name} nor {INDEX}")
+    return found
+
+
 def adapter_base(root: Path) -> str | None:
     """The checkpoint that an adapter of PEFT says it belongs to: a directory, or else a hub id or what is not there; None
     of another checkpoint, and where nothing is said.

@@ -17,12 +17,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from common.files.checkpoint_files import ADAPTER, adapter_base, checkpoint_files
 from common.files.fingerprints import checkpoint_fingerprint, file_hashes
-from common.models.loading import LoadingError
+from common.models.loading import LoadingError, refuse_quantised
 from common.models.lora import (
     ALL,
     KINDS,
@@ -38,7 +44,9 @@ from contracts.config import LoraConfig, ModelConfig
 from contracts.lora_roles import Role, lora_section, role_model
 
 SETTINGS, WEIGHTS, OURS = ADAPTER, "adapter_model.safetensors", "tandem_adapter.json"
+TOKENIZER = "tokenizer_config.json"
 PREFIX = "base_model.model."  # of every name in PEFT's files
+OF_TRAINING = (".safetensors", ".bin", ".pt", ".pth")  # beside an adapter: weights, states of optimizers
 HEAD = "score"  # of a reward model, which trains beside its adapter
 # What LoRA may be besides, in PEFT, and is not read here: by its key, what it is when it is not used.
 PLAIN: dict[str, Any] = {
@@ -68,7 +76,7 @@ def split(path: str) -> tuple[str, str | None]:
     if whole := sorted(Path(path).glob("model*.safetensors")):
         rule, found = "a whole model or an adapter of PEFT", f"{whole[0].name} beside {SETTINGS}"
         raise LoadingError(Check(False, path, rule, found, "a directory with one of them").message)
-    _settings_of(path)
+    settings = _settings_of(path)
     named = adapter_base(Path(path))
     if named is None:
         raise LoadingError(
@@ -78,6 +86,11 @@ def split(path: str) -> tuple[str, str | None]:
         raise LoadingError(
             f"{path} is an adapter of {named}, which is not there; put that checkpoint there, or write where it is as "
             f"base_model_name_or_path in {SETTINGS}"
+        )
+    if settings.get("revision") not in (None, "main") and not Path(named).is_dir():
+        raise LoadingError(
+            f"{path} is an adapter of the revision {settings['revision']!r} of {named}; write the directory of that "
+            f"revision as base_model_name_or_path in {SETTINGS}"
         )
     return named, path
 
@@ -196,7 +209,7 @@ def read_tensors(path: str) -> dict[str, Tensor]:
 
 def on_meta(path: str, model: ModelConfig) -> Any:
     """The language model of a checkpoint or an adapter, without memory: its names and shapes."""
-    config = config_of(path, model.trust_remote_code, model.revision)
+    config = config_of(path, model.trust_remote_code, model.revision_of(path))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code, dtype=torch.float32)
 
@@ -345,7 +358,15 @@ def _layers_of(lm: nn.Module, path: str, lora: LoraConfig, tensors: dict[str, Te
         if shapes != wanted:
             of = type(lm).__name__
             raise LoadingError(f"{path} must be an adapter of {of}; found one of {module}, which does not fit it")
+        if layer is getattr(lm, "get_output_embeddings", lambda: None)() and _is_tied(lm):
+            raise LoadingError(
+                f"{path} must leave {module} as it is: it is {type(lm).__name__}'s embedding too, which merging would move"
+            )
     return found
+
+
+def _is_tied(lm: Any) -> bool:
+    return bool(getattr(lm.config.get_text_config(), "tie_word_embeddings", False))
 
 
 def check_fits(lm: nn.Module, path: str, key: str, base: str) -> None:
@@ -376,10 +397,11 @@ def check_fits(lm: nn.Module, path: str, key: str, base: str) -> None:
 
 
 def write_merged(path: str, out: Path) -> None:
-    """The adapter in the directory `path` and its base as one plain checkpoint, in the base's own dtype.
+    """The adapter in the directory `path` and its base as one plain checkpoint, in the base's own dtype, with the tokenizer
+    and the settings of generation that lie beside the adapter, or else beside the base.
 
     Raises:
-        LoadingError: the base is not there, or another one.
+        LoadingError: the base is not there, or another one, or of few bits.
     """
     base, _ = split(path)
     if problem := other_base(path, base):
@@ -387,6 +409,7 @@ def write_merged(path: str, out: Path) -> None:
     is_reward_model = _settings_of(path).get("task_type") == "SEQ_CLS"
     auto: Any = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
     config = config_of(path)
+    refuse_quantised(config, base, "base_model_name_or_path")
     if is_reward_model:
         config.num_labels = 1
     options: dict[str, Any] = {"config": config, "dtype": "auto", "use_safetensors": True}
@@ -395,6 +418,17 @@ def write_merged(path: str, out: Path) -> None:
     if lm.can_generate():
         lm.generation_config = GenerationConfig()  # transformers refuses to save what many published ones hold
     lm.save_pretrained(out)
+    (out / GENERATION_CONFIG_NAME).unlink(missing_ok=True)  # what stands in for none says that nothing ends a text
+    if generation := _file_of(path, GENERATION_CONFIG_NAME):
+        shutil.copyfile(generation, out / GENERATION_CONFIG_NAME)
+    if _file_of(path, TOKENIZER):
+        AutoTokenizer.from_pretrained(holder(path, TOKENIZER), trust_remote_code=False).save_pretrained(out)
     for file in Path(path).iterdir():
-        if file.is_file() and file.name not in (SETTINGS, WEIGHTS, OURS):
+        if file.is_file() and file.suffix not in OF_TRAINING and file.name not in (SETTINGS, OURS, CONFIG_NAME):
             shutil.copyfile(file, out / file.name)
+
+
+def _file_of(path: str, name: str) -> str | None:
+    """Of the adapter, or else of its base; None where neither has it."""
+    found: str | None = cached_file(holder(path, name), name, _raise_exceptions_for_missing_entries=False)
+    return found

@@ -207,10 +207,12 @@ def adapter_shapes(module: str, weight: Sequence[int], lora: LoraConfig) -> dict
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
     """W' = W + scale B A, computed in float32 and rounded once to the dtype of W [out, in]; of DoRA (Liu 2024) each row of
-    W' is scaled to its magnitude [out]."""
+    W' is scaled to its magnitude [out]. The norm of a row is rounded as magnitudes are stored: PEFT, which trains, divides
+    one rounded number by the other, so that with B = 0 nothing changes."""
     found = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
     if magnitude is not None:
-        found *= (magnitude.float() / torch.linalg.vector_norm(found, dim=1))[:, None]
+        norm = torch.linalg.vector_norm(found, dim=1).to(magnitude.dtype)
+        found *= (magnitude / norm).float()[:, None]
     return found.to(weight.dtype)
 
 

@@ -36,6 +36,14 @@ def start_ray(cluster: ClusterConfig, namespace: str) -> None:
             raise
 
 
+def process_is_gone(error: BaseException) -> bool:
+    """Whether an actor of Ray, or what it was asked, is lost with its process: that ended, its node did, or Ray's monitor
+    of memory has ended it."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    return isinstance(error, (RayActorError, OutOfMemoryError))
+
+
 def check_access(mode: str, gcs_address: str, token: Path | None) -> None:
     """Raises ConfigError where the cluster at `gcs_address` is not on loopback and this process uses no token."""
     host = gcs_address.rsplit(":", 1)[0].strip("[]")

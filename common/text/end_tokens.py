@@ -32,7 +32,7 @@ def end_ids(tokenizer: "Tokenizer", model: ModelConfig, chat: bool) -> tuple[int
     config = load_config(model.path, model)
     try:
         path = holder(model.path, "generation_config.json")
-        generation = GenerationConfig.from_pretrained(path, revision=model.revision or "main")
+        generation = GenerationConfig.from_pretrained(path, revision=model.revision_of(path) or "main")
     except OSError:  # no such file; vLLM goes on in the same way
         generation = GenerationConfig.from_model_config(config)
     named = generation.eos_token_id

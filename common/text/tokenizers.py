@@ -26,7 +26,7 @@ def load_tokenizer(path: str, model: ModelConfig) -> "Tokenizer":
     from common.models.adapters import holder
 
     path = holder(path, "tokenizer_config.json")
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    options = {"revision": model.revision_of(path), "trust_remote_code": model.trust_remote_code}
     return with_date(AutoTokenizer.from_pretrained(path, **options), model.template_date)
 
 
@@ -34,7 +34,7 @@ def load_config(path: str, model: ModelConfig) -> Any:
     """The configuration of a checkpoint, likewise. Raises OSError or ValueError where there is none."""
     from common.models.adapters import config_of
 
-    return config_of(path, model.trust_remote_code, model.revision)
+    return config_of(path, model.trust_remote_code, model.revision_of(path))
 
 
 def vocab_size(path: str, model: ModelConfig) -> int:
@@ -42,13 +42,13 @@ def vocab_size(path: str, model: ModelConfig) -> int:
     return int(load_config(path, model).get_text_config().vocab_size)
 
 
-def local_checkpoint(path: str) -> Path:
-    """The directory of a checkpoint: itself, or where the hub's cache keeps it."""
+def local_checkpoint(path: str, revision: str | None = None) -> Path:
+    """The directory of a checkpoint: itself, or where the hub's cache keeps that revision of it."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path))
+    return Path(snapshot_download(path, revision=revision))
 
 
 def _fast(path: str) -> Any:

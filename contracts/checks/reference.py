@@ -4,8 +4,10 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_args
 
+import yaml
 from omegaconf import MISSING
 
 from contracts.checks.check import Leaf, leaves, shown
@@ -19,10 +21,13 @@ from contracts.config import (
     TandemConfig,
 )
 
+DEMO = Path(__file__).parents[2] / "conf/config.yaml"
 HEADER = """# Configuration
 
-Every key, as `contracts/config.py` declares it. Written by `python -m contracts.checks.reference > docs/configuration.md`.
-A number must also be finite. How values work together is checked when a run starts (`contracts/checks/`).
+Every key, as `contracts/config.py` declares it. Every run begins with `conf/config.yaml`, the demo of a model with 135M
+weights: where that says otherwise, its value stands behind the default, and it is what a run has that does not set the key.
+`python train.py --cfg job` prints what holds. A number must also be finite. How values work together is checked when a run
+starts (`contracts/checks/`). Written by `python -m contracts.checks.reference > docs/configuration.md`.
 """
 
 
@@ -48,6 +53,15 @@ def _comments(section: type) -> dict[str, str]:
     return found
 
 
+def _demo(values: dict[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of conf/config.yaml, in full, with their values."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _demo(value, f"{name}{key}.")
+        elif not isinstance(value, list) and "$" not in str(value):
+            yield name + key, value
+
+
 def _may_be(leaf: Leaf) -> str:
     if leaf.rule:
         return leaf.rule.text
@@ -63,6 +77,7 @@ def page() -> str:
     config.model.lora_by_role = LoraByRoleConfig(RoleLoraConfig(), RoleLoraConfig(), RoleLoraConfig())
     found = [*_sections(config), *_sections(ScorerConfig(), "reward_service.scorers.NAME")]
     found.append(("data.prompt_sources.NAME", PromptSourceConfig()))
+    demo = dict(_demo(yaml.safe_load(DEMO.read_text())))
     everywhere, parts = {leaf.key: leaf for leaf in leaves(config)}, [HEADER]
     for kind in dict.fromkeys(type(section) for _, section in found):
         names = [name for name, section in found if type(section) is kind]
@@ -76,6 +91,10 @@ def page() -> str:
             for here in [everywhere[key] for name in names if (key := f"{name}.{leaf.key}") in everywhere]:
                 may_be += f"; `{here.key}`: {_may_be(here)}" if _may_be(here) != _may_be(leaf) else ""
             default = "to be given" if leaf.value == MISSING else shown(leaf.value)
+            for name in names:
+                key = f"{name}.{leaf.key}".lstrip(".")
+                if key in demo and shown(demo[key]) != shown(everywhere[key].value):
+                    default += f"; `{key}={shown(demo[key])}`"
             parts.append(f"| `{leaf.key}` | {default} | {may_be} | {comments[leaf.key].replace('|', '/')} |\n")
     return "".join(parts)
 

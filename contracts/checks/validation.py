@@ -261,10 +261,9 @@ def _learner_checks(config: TandemConfig) -> list[Check]:
             "learner.held_tokens=0 or learner.zero_stage=2",
         ),
         Check(
-            not (config.model.dtype == "float16" and on_cpu),
+            config.model.dtype != "float16",
             "model.dtype",
-            "bfloat16 or float32 on CPU (cluster.gpus_per_learner_rank 0): without loss scaling, small float16 "
-            "gradients vanish",
+            "bfloat16 or float32: the learner has no loss scaling, without which small float16 gradients vanish",
             config.model.dtype,
             "bfloat16",
         ),

@@ -67,10 +67,11 @@ def spread_collapses(run: Run) -> Iterator[Alarm]:
             "Without differences between completions there is nothing to learn from: the scorer says one thing of all.",
             "Read the samples; look at the scorer, or give it prompts of which some succeed.",
         )  # fmt: skip
-    elif values[-1] <= 0.05 * values[0]:
+    elif len(values) >= 2 * WINDOW and (means := _windows(values))[-1] <= 0.05 * means[0] and means[0] > 0:
         yield Alarm(
             "alarm", "All completions score the same",
-            f"reward/score_std fell from {compact(values[0])} to {compact(values[-1])}, under 5% of its start.",
+            f"reward/score_std fell from {compact(means[0])} to {compact(means[-1])} (means of {WINDOW} versions), "
+            "under 5% of its start.",
             "Without differences between completions there is nothing to learn from; the policy has likely collapsed.",
             "Read the samples; raise ppo.kl.coef or the temperature, and go back to an earlier checkpoint.",
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +43,24 @@ def ray_session() -> str:
     return node.get_session_dir_path()
 
 
+class _Crew:
+    """All actors that are created for one stage, also those that are still starting, in threads, when it ends."""
+
+    def __init__(self) -> None:
+        self._actors: list[Any] = []
+        self._is_over = False
+
+    def add(self, actor: Any) -> None:
+        self._actors.append(actor)
+        if self._is_over:
+            ray.kill(actor)
+
+    def end(self) -> None:
+        self._is_over = True
+        for actor in self._actors:
+            ray.kill(actor)
+
+
 class Runtime:
     """One Ray for all stages of a run; `with Runtime(config) as runtime` leaves no process behind."""
 
@@ -51,7 +68,8 @@ class Runtime:
         self.config = config
         self._service: Any = None
         self._placement: Placement | None = None
-        self._start_actors: Callable[[list[dict[str, Any]]], list[Any]]
+        # The actors of the stage that runs, and what starts others like them.
+        self._serving: tuple[list[Any], Callable[[list[dict[str, Any]]], list[Any]]]
 
     def __enter__(self) -> "Runtime":
         return self
@@ -119,10 +137,11 @@ class Runtime:
 
         self.start()
         config = self.config
-        model = replace(role_model(config.model, "policy"), path=model_path)
+        model = role_model(config.model, "policy").at(model_path)
         env = environments(config.cluster)["actor"]
         assert self._placement is not None
-        self._start_actors = partial(
+        crew = _Crew()
+        start = partial(
             start_actors,
             cluster=config.cluster,
             model=model,
@@ -132,15 +151,16 @@ class Runtime:
             reward_client=reward_client,
             env=env,
             environment=config.environment,
+            created=crew.add,
         )
-        started = self._start_actors([self._placement.actor(i) for i in range(actor_bounds(config.cluster)[0])])
         try:
+            started = start([self._placement.actor(i) for i in range(actor_bounds(config.cluster)[0])])
+            self._serving = started, start
             yield started
         finally:
-            for number, actor in enumerate(started):
-                if actor is not None:
-                    ray.kill(actor)
-                self._placement.give_back(number)  # which ends one that is still starting there
+            crew.end()
+            for number in range(max(actor_bounds(config.cluster))):
+                self._placement.give_back(number)
 
     def room(self) -> Room:
         """Of the actors."""
@@ -156,11 +176,15 @@ class Runtime:
 
         Raises:
             ray.exceptions.RayError: the new actor cannot start, or fails while it loads; its place stays empty.
+            RuntimeError: `actors` are those of a stage that has ended.
         """
         assert self._placement is not None
+        serving, start = self._serving
+        if actors is not serving:
+            raise RuntimeError("the stage that the actor was to start for has ended")
         if actors[number] is not None:
             ray.kill(actors[number])  # Ray ends a stopped process too, after 5 s
-        [new] = self._start_actors([self._placement.actor(number)])
+        [new] = start([self._placement.actor(number)])
         served = True
         try:
             if update is not None:

@@ -17,10 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray.exceptions import RayActorError
-
 from common.error_text import last_line
 from common.files.durable import FileRecord
+from common.processes.ray_access import process_is_gone
 from contracts.config import CheckpointConfig
 from contracts.interfaces import LearnerLostError
 from controller.commits import commit_store
@@ -183,7 +182,11 @@ def load_learner(learner: LearnerGroup, commit: Commit) -> None:
         LearnerLostError: a rank is gone.
     """
     votes = learner.votes("state.check", str(commit.path), commit.records)
-    lost = [f"rank {rank}: {_reason(vote)}" for rank, vote in enumerate(votes) if isinstance(vote, RayActorError)]
+    lost = [
+        f"rank {rank}: {_reason(vote)}"
+        for rank, vote in enumerate(votes)
+        if isinstance(vote, BaseException) and process_is_gone(vote)
+    ]
     if lost:
         raise LearnerLostError(f"lost before it took {commit.path}: {'; '.join(lost)}")
     refusals = [f"rank {rank}: {_reason(vote)}" for rank, vote in enumerate(votes) if vote is not None]

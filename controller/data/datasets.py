@@ -40,6 +40,7 @@ from controller.data.row_formats import (
     preference,
     prompt_columns,
     ratings,
+    refuses_answers,
     shape_of,
 )
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 T = TypeVar("T")
+TOO_LONG = "over max_tokens"
 LABELLED = ("prompt_completion", "messages")  # formats whose rows may have KTO's label
 
 
@@ -122,7 +124,7 @@ class _Source:
             self.tokenizer, found.prompt, found.completion, self.data.chat, found.tools, self.report.notes
         )
         if len(example.token_ids) > max_tokens:
-            raise LeftOut("over max_tokens", f"{len(example.token_ids)} > {max_tokens}", bad=False)
+            raise LeftOut(TOO_LONG, f"{len(example.token_ids)} > {max_tokens}", bad=False)
         if not any(example.loss_mask):
             raise LeftOut("every answer has weight 0", bad=False)
         return example
@@ -131,7 +133,7 @@ class _Source:
         """The scoring input: as a policy's completion of the same prompt."""
         ids = scored_ids(self.tokenizer, found.prompt, found.completion, self.data.chat, found.tools, self.report.notes)
         if len(ids) > max_tokens:
-            raise LeftOut("over max_tokens", f"{len(ids)} > {max_tokens}", bad=False)
+            raise LeftOut(TOO_LONG, f"{len(ids)} > {max_tokens}", bad=False)
         return ids
 
 
@@ -147,6 +149,8 @@ def _open(
     columns = dict.fromkeys(column for row in rows for column in row)
     shape = shape_of(columns, source)
     form = detect_format(source, [*columns, *(shape.ours(source) if shape else ())], base)
+    if source.format == "auto" and form == "text" and "prompt" in allowed and source.prompt_column in columns:
+        form = "prompt"  # which is asked for; the text is another column
     if form not in allowed:
         unpaired = form in LABELLED and "label" in columns
         hint = (
@@ -240,9 +244,10 @@ def load_sft(
 ) -> list[Example]:
     """Supervised examples of at most `max_tokens`; a pair gives its chosen side, a rated text the text."""
     opened = _open(source, data, tokenizer, report, base, ("text", "rated", "prompt_completion", "messages", "pair"))
+    is_labelled = opened.form in LABELLED and refuses_answers(opened.rows)
 
     def build(_: int, row: dict) -> Example:
-        if opened.form in LABELLED and is_refused_answer(row):
+        if is_labelled and is_refused_answer(row):
             raise LeftOut("label is false: not to be imitated", bad=False)
         return opened.example(opened.parts(row, data.prompt_words), max_tokens)
 

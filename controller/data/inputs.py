@@ -11,7 +11,7 @@ from contracts.config import TandemConfig
 from contracts.methods import readings
 from contracts.records import ExamplePair, PreferencePair, RatedExample
 from controller.data import datasets
-from controller.data.datasets import LoadReport
+from controller.data.datasets import TOO_LONG, LoadReport
 from controller.data.mixture import of_source
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
     does not show.
 
     Raises:
-        DataError: a source cannot be read, has too many unusable rows or tokens without embeddings.
+        DataError: a source cannot be read, has too many unusable or too long rows, or tokens without embeddings.
     """
     inputs = Inputs()
     vocab_size = load_config(config.model.path, config.model).get_text_config().vocab_size
@@ -71,11 +71,24 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
             report, base = LoadReport(), f"data.prompt_sources.{name}" if name else f"data.{source}"
             items = getattr(datasets, loader)(rows, config.data, tokenizer, *values, report, base)
             _say(report, base, say)
+            _check_lengths(report, base, config, limits)
             inputs.in_chat |= {source} if report.notes.template else set()
             check_vocabulary(items, tokenizer, vocab_size, base, config.model.path)
             found += of_source(items, name, sorted(mixed).index(name) + 1) if name else items
         inputs.items[item] = found
     return inputs
+
+
+def _check_lengths(report: LoadReport, base: str, config: TandemConfig, limits: Sequence[str]) -> None:
+    """Refuse a limit of tokens that is meant for other rows than these. Raises DataError."""
+    long, most = report.left_out[TOO_LONG], config.data.max_long_rows
+    if long > most * report.rows:
+        key = next(key for key in limits if key.endswith("max_tokens"))
+        raise DataError(
+            f"{base}: {long} of {report.rows} rows ({long / report.rows:.0%}) are longer than {key}="
+            f"{attrgetter(key)(config)} tokens and would be left out; data.max_long_rows allows {most:.0%}. Write a larger "
+            f"{key}, or raise data.max_long_rows"
+        )
 
 
 def _say(report: LoadReport, base: str, say: Callable[[str], None]) -> None:

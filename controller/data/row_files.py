@@ -15,8 +15,16 @@ from common.error_text import error_lines
 from common.text.encoding import DataError
 from contracts.config import SourceConfig
 from contracts.plugins import closest
+from controller.data.row_formats import pair_columns
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+OTHERS_TEXTS = (
+    "instruction",
+    "input",
+    "output",
+    "question",
+    "system",
+)  # columns of known data sets (`row_formats.SHAPES`)
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,300})(?:\.\d+)?(?:[eE][+-]?\d+)?")  # of JSON
 SPLIT = re.compile(r"(?:^|(?<=[-_.]))(train|validation|valid|val|dev|test|eval)(?=[-_.])")  # in names of shards
@@ -219,15 +227,28 @@ def _files(source: SourceConfig, path: Path, base: str) -> list[Path]:
     return files
 
 
+def _in_texts(rows: list[dict], file: Path, source: SourceConfig) -> list[dict]:
+    """Those of a .csv file with every cell of a column of texts as it is written: 7 is what a completion says."""
+    if _kind(file) != ".csv":
+        return rows
+    ours = (source.prompt_column, source.completion_column, source.text_column, *pair_columns(source))
+    texts = {*ours, *OTHERS_TEXTS}
+    return [
+        {name: json.dumps(v) if name in texts and isinstance(v, int | float) else v for name, v in row.items()}
+        for row in rows
+    ]
+
+
 def load_rows(source: SourceConfig, base: str = "data.x") -> list[dict]:
     """The rows of `source`, at most `max_rows`. Raises DataError; `base` is the name of the setting in its messages."""
     path = Path(source.path).expanduser()
     if files := _files(source, path, base):
-        rows = [row for file in files for row in _read_file(file, base)]
+        rows = [row for file in files for row in _in_texts(_read_file(file, base), file, source)]
     elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         rows = _read_saved(path, source.split, base)
     elif path.is_dir():
-        rows = [row for file in _shards(path, source.split, base) for row in _read_file(file, base)]
+        files = _shards(path, source.split, base)
+        rows = [row for file in files for row in _in_texts(_read_file(file, base), file, source)]
     elif _kind(path) in EXTENSIONS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{base}.path: no such file: {path.absolute()}{_did_you_mean(path.name, siblings)}")

@@ -24,6 +24,8 @@ ANSWERS = "\n\nAssistant:"
 SPEAKERS = {"\n\nHuman:": "user", ANSWERS: "assistant"}  # of a transcript as hh-rlhf has it
 SPEAKER = re.compile(f"({'|'.join(SPEAKERS)})")
 LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+GOOD, BAD = {"true", "1", "1.0"}, {"false", "0", "0.0"}  # as KTO's label says it
+SPEAKER_KEYS = ("role", "from")
 
 
 class Parts(NamedTuple):
@@ -58,12 +60,19 @@ def _sharegpt(row: dict, source: SourceConfig) -> dict:
 
 def _sharegpt_pair(row: dict, source: SourceConfig) -> dict:
     """LLaMA-Factory's: each side is one turn, or its text."""
-    sides = {column: row.get(name) for column, name in zip(_pair_columns(source), ("chosen", "rejected"), strict=True)}
+    sides = {column: row.get(name) for column, name in zip(pair_columns(source), ("chosen", "rejected"), strict=True)}
     turns = {column: [side] if isinstance(side, dict) else side for column, side in sides.items()}
     return {**row, source.prompt_column: row.get("conversations"), **turns}
 
 
-def _pair_columns(source: SourceConfig) -> tuple[str, str]:
+def _asked_pair(row: dict, source: SourceConfig) -> dict:
+    """LLaMA-Factory's pairs of Alpaca's form, and Orca's."""
+    if "instruction" in row:
+        return {**row, source.prompt_column: _alpaca(row, source)[source.prompt_column]}
+    return {**row, source.prompt_column: row.get("question")}
+
+
+def pair_columns(source: SourceConfig) -> tuple[str, str]:
     return source.chosen_column, source.rejected_column
 
 
@@ -84,11 +93,18 @@ def _comparison(row: dict, source: SourceConfig) -> dict:
 
 SHAPES = (
     Shape(("info", "summaries", "choice"), lambda s: (s.chosen_column, s.rejected_column), _comparison),
+    Shape(("instruction", "chosen", "rejected"), lambda s: (s.prompt_column,), _asked_pair),
+    Shape(("question", "chosen", "rejected"), lambda s: (s.prompt_column,), _asked_pair),
     Shape(("instruction", "output"), lambda s: (s.prompt_column, s.completion_column), _alpaca),
     Shape(("conversations", "chosen", "rejected"), lambda s: (s.prompt_column,), _sharegpt_pair),
     Shape(("conversations",), lambda s: (s.messages_column,), _sharegpt),
 )
-ALSO_READ = {"info": (), "instruction": ("input",), "conversations": ()}  # by the first column of a shape
+ALSO_READ = {
+    "info": (),
+    "instruction": ("input",),
+    "question": (),
+    "conversations": (),
+}  # by the first column of a shape
 
 
 def shape_of(columns: Iterable[str], source: SourceConfig) -> Shape | None:
@@ -98,7 +114,7 @@ def shape_of(columns: Iterable[str], source: SourceConfig) -> Shape | None:
 
 def columns_read(form: str, source: SourceConfig, shape: Shape | None, in_chat: bool) -> set[str]:
     """The columns that say something in a format; the others are nobody's."""
-    pair = _pair_columns(source)
+    pair = pair_columns(source)
     read = {
         "text": (source.text_column,),
         "prompt": (source.prompt_column,),
@@ -187,9 +203,21 @@ def _content(row: dict, column: str) -> str | Turns:
     value = _cell(row, column)
     if isinstance(value, dict):  # one message, as in ShareGPT's pairs
         value = [value]
-    if isinstance(value, list) or (isinstance(value, str) and LOOKS_LIKE_MESSAGES.match(value)):
+    if isinstance(value, list) or (isinstance(value, str) and _may_be_messages(value)):
         return _turns(value, column)
     return _text(value, column)
+
+
+def _may_be_messages(text: str) -> bool:
+    """Whether a text is JSON of messages, whole or broken. An answer may be JSON too, where nobody speaks."""
+    found = LOOKS_LIKE_MESSAGES.match(text)
+    if found is None or found[1] in SPEAKER_KEYS:
+        return found is not None
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return all(isinstance(one, dict) and any(key in one for key in SPEAKER_KEYS) for one in said)
 
 
 def _tools(row: dict) -> list | None:
@@ -239,8 +267,11 @@ def parts(row: dict, form: str, source: SourceConfig, data: DataConfig, words: i
     column = {"prompt_completion": source.completion_column, "pair": source.chosen_column}.get(form, source.text_column)
     said = _said(row, column, data, is_text=form == "text")
     prompt: str | Turns = ""
+    if form == "pair" and _is_transcript(said):  # whole, also next to a column with its prompt
+        end = list(SPEAKER.finditer(said))[-1].end()
+        prompt, said = said[:end], said[end:]
     # UltraFeedback's form: chosen and rejected are whole conversations next to a prompt column that repeats the start.
-    if (
+    elif (
         form != "text"
         and not _is_whole(said)
         and (form == "prompt_completion" or row.get(source.prompt_column) is not None)
@@ -248,13 +279,18 @@ def parts(row: dict, form: str, source: SourceConfig, data: DataConfig, words: i
         prompt = _asked(row, source, data)
         if isinstance(said, str) and isinstance(prompt, list) and isinstance(row[source.prompt_column], str):
             said = said.removeprefix(" ")  # as of every turn of a transcript
-    elif form == "pair" and _is_transcript(said):
-        end = list(SPEAKER.finditer(said))[-1].end()
-        prompt, said = said[:end], said[end:]
+        if form == "pair" and _repeat(prompt, row, source):
+            said = said.removeprefix(str(prompt))  # type: ignore[union-attr]
     elif isinstance(said, str):
         prompt, said = first_words(said, words)
         said = said.lstrip() if prompt and data.chat else said  # the space of the cut belongs to neither turn
     return _framed(row, prompt, said, data)
+
+
+def _repeat(prompt: str | Turns, row: dict, source: SourceConfig) -> bool:
+    """Whether both sides of a pair are texts that begin with the prompt, which stands in a column of its own too."""
+    sides = [row.get(column) for column in pair_columns(source)]
+    return bool(prompt) and isinstance(prompt, str) and all(isinstance(s, str) and s.startswith(prompt) for s in sides)
 
 
 def pair_parts(row: dict, source: SourceConfig, data: DataConfig, words: int | None) -> tuple[Parts, Parts]:
@@ -290,7 +326,7 @@ def pair_parts(row: dict, source: SourceConfig, data: DataConfig, words: int | N
 
 def preference(row: dict, source: SourceConfig) -> float:
     """P(chosen beats rejected): 1, or 1/2 where the scores beside them are equal."""
-    columns = [f"score_{column}" for column in _pair_columns(source)]
+    columns = [f"score_{column}" for column in pair_columns(source)]
     if any(row.get(column) is None for column in columns):
         return 1.0
     better, worse = (_number(row[column], column) for column in columns)
@@ -299,9 +335,15 @@ def preference(row: dict, source: SourceConfig) -> float:
     return 0.5 if better == worse else 1.0
 
 
+def refuses_answers(rows: Iterable[dict]) -> bool:
+    """Whether the column `label` is KTO's, which says of a completion whether it is a good one: elsewhere it may be an
+    answer, as in OpenRLHF's data."""
+    return {str(label).lower() for row in rows if (label := row.get("label")) is not None} <= GOOD | BAD
+
+
 def is_refused_answer(row: dict) -> bool:
     """Whether KTO's `label` says that the completion is a bad one."""
-    return str(row.get("label")).lower() in ("false", "0", "0.0")
+    return str(row.get("label")).lower() in BAD
 
 
 def _said(row: dict, column: str, data: DataConfig, is_text: bool = False) -> str | Turns:

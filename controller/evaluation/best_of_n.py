@@ -37,6 +37,7 @@ def expected_best(by_proxy: np.ndarray, values: np.ndarray, k: int) -> np.ndarra
         float64 [P]
     """
     n = by_proxy.shape[1]
+    by_proxy, values = by_proxy[:, ::-1], values[:, ::-1]  # of equal ones the first counts as the best, as in `choose`
     order = np.argsort(by_proxy, axis=1, kind="stable")
     weights = np.array([math.comb(i, k - 1) for i in range(n)]) / math.comb(n, k)
     return np.take_along_axis(values, order, axis=1) @ weights

@@ -138,7 +138,7 @@ def _best_of_n(config: TandemConfig, sample: Callable[[int, int], list[Rollout]]
 def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig) -> dict[str, Any]:
     """The content of evaluation.json. Prompts where a judge failed on any model leave that judge's comparison."""
     judges = [*judges, "vader"]
-    options = {"samples": config.evaluate.bootstrap_samples, "seed": config.evaluate.seed}
+    options: dict[str, Any] = {"samples": config.evaluate.bootstrap_samples, "seed": config.evaluate.seed}
     scores = {name: {judge: j.score(judge) for judge in judges} for name, j in judged.items()}
     models: dict[str, Any] = {}
 

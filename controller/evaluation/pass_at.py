@@ -48,10 +48,10 @@ def summary(found: Rates, prompts: Sequence[Prompt], config: EvaluateConfig, opt
     rows: dict[str, Any] = {}
     for k, values in found.items():
         known = np.isfinite(values)
-        rows[f"pass_at_{k}"] = statistics.bootstrap_mean(values[known], **options).as_dict()
+        rows[f"pass_at_{k}"] = statistics.bootstrap_mean(values[known], **options, bounds=(0, 1)).as_dict()
         for source in sorted(set(names)) if config.by else ():
             chosen = values[known & (names == source)]
-            rows[f"pass_at_{k}/{source}"] = statistics.bootstrap_mean(chosen, **options).as_dict()
+            rows[f"pass_at_{k}/{source}"] = statistics.bootstrap_mean(chosen, **options, bounds=(0, 1)).as_dict()
     return rows
 
 
@@ -60,5 +60,6 @@ def gains(mine: Rates, theirs: Rates, options: dict[str, Any]) -> dict[str, Any]
     rows = {}
     for k in mine.keys() & theirs.keys():
         both = np.isfinite(mine[k]) & np.isfinite(theirs[k])
-        rows[f"pass_at_{k}_gain"] = statistics.paired_gain(mine[k][both], theirs[k][both], **options).as_dict()
+        gain = statistics.paired_gain(mine[k][both], theirs[k][both], **options, bounds=(-1, 1))
+        rows[f"pass_at_{k}_gain"] = gain.as_dict()
     return dict(sorted(rows.items()))

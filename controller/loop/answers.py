@@ -7,9 +7,10 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from common.error_text import typed_line
+from common.processes.ray_access import process_is_gone
 from contracts.config import ClusterConfig
 from contracts.interfaces import CollectiveError, LearnerLostError
 from controller.loop.clock import Clock
@@ -120,6 +121,6 @@ class Answers:
         if round_ != self._round:
             return  # of a call that nobody waits for any more
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, (RayActorError, CollectiveError)):
+        if process_is_gone(cause) or isinstance(cause, CollectiveError):
             raise LearnerLostError(f"a learner rank is lost: {typed_line(cause)}") from error
         raise error

@@ -32,9 +32,10 @@ from dataclasses import asdict
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from common.processes.garbage import full_collections_on_request
+from common.processes.ray_access import process_is_gone
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator, warmup_updates
 from contracts.interfaces import CollectiveError, LearnerLostError, NonFiniteError
@@ -140,7 +141,10 @@ class PPOController:
                     try:
                         self._next_update(total)
                         self._commit(total)
-                    except (LearnerLostError, RayActorError) as error:  # a lost actor is the dispatcher's affair
+                    except (LearnerLostError, RayError) as error:
+                        # A lost actor is the dispatcher's affair.
+                        if not isinstance(error, LearnerLostError) and not process_is_gone(error):
+                            raise
                         self._recover(error)
             except Stopping:
                 self._commit_and_leave()
@@ -225,7 +229,7 @@ class PPOController:
         metrics = {"perf/rollout_s": time.perf_counter() - start, "fault/unscored": unscored}
         metrics |= self._describe(described)
         if compares:
-            metrics |= {"fault/no_sibling": alone} | group_metrics(described, kept, rounds)
+            metrics |= {"fault/no_sibling": alone} | group_metrics(with_siblings(described), kept, rounds)
         return kept, metrics
 
     def _set_aside(self, rollouts: list[Rollout], kept: list[Rollout], reason: Callable[[Rollout], str]) -> float:
@@ -325,8 +329,9 @@ class PPOController:
         """Go back to the last commit with new learner ranks; again, where one of these is lost meanwhile."""
         try:
             self.restore(self.recovery.restart(error))
-        except (LearnerLostError, RayActorError, CollectiveError) as again:
-            if self.recovery.is_spent:
+        except (LearnerLostError, RayError, CollectiveError) as again:
+            is_loss = process_is_gone(again) or isinstance(again, (LearnerLostError, CollectiveError))
+            if self.recovery.is_spent or not is_loss:
                 raise
             self._recover(again)
 

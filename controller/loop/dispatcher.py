@@ -18,9 +18,10 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError
 
 from common.error_text import typed_line
+from common.processes.ray_access import process_is_gone
 from contracts.config import ClusterConfig, PPOConfig, SamplingConfig
 from contracts.interfaces import EngineLostError
 from contracts.records import Assignment, Delivery, Rollout, RolloutRequest
@@ -124,7 +125,8 @@ class Dispatcher:
         return self._ledger.take(n, version)
 
     def sample_held_out(self, requests: list[RolloutRequest], sampling: SamplingConfig) -> list[Rollout]:
-        """Scored completions of prompts that nothing trains on, in order: neither the ledger nor `usage` knows them.
+        """Scored completions of prompts that nothing trains on, in order: the ledger does not know them, nor does `usage`
+        where nothing else is sampled meanwhile.
 
         Raises:
             As `wait_for_batch`.
@@ -146,7 +148,8 @@ class Dispatcher:
             return len(self._held_out) == len(wanted)
 
         self.answers.wait_until(ready, f"{len(requests)} completions of held-out prompts")
-        self._usage, self._tokens = used
+        if self._ppo.max_staleness == 0:
+            self._usage, self._tokens = used
         return [self._held_out[lease] for lease in wanted]
 
     def interrupt(self) -> None:
@@ -223,12 +226,12 @@ class Dispatcher:
         self._usage[number] = generate_s + delivery.generate_s, score_s + delivery.score_s
         now = self._now()
         for lease, rollout in delivery.rollouts:
+            self._tokens += len(rollout.completion.sampled_ids)
             if lease < 0:
                 if self._held[number].pop(lease, None) is not None:  # else of a wait that the loss of the learner ended
                     self._held_out[lease] = rollout
                 continue
             self._stragglers.took(now - self._held[number].pop(lease, now))
-            self._tokens += len(rollout.completion.sampled_ids)
             if self._ledger.is_late(lease):
                 continue
             siblings = self._parts.setdefault(rollout.group, {})
@@ -411,4 +414,4 @@ def _is_loss(error: BaseException) -> bool:
     replace it."""
     if isinstance(error, RayTaskError):
         error = error.cause
-    return isinstance(error, (RayActorError, EngineLostError, ObjectLostError))
+    return process_is_gone(error) or isinstance(error, (EngineLostError, ObjectLostError))

@@ -60,7 +60,7 @@ def require_enough(config: TandemConfig, kept: list[Rollout], sampled: list[Roll
 
 
 def group_metrics(described: list[Rollout], kept: list[Rollout], rounds: int) -> dict[str, float]:
-    """Of the groups that the update has sampled, and of what trains."""
+    """Of the groups that the update has sampled, of two or more scored rollouts each, and of what trains."""
     groups, differ = ({rollout.group for rollout in rollouts} for rollouts in (described, with_spread(described)))
     return {
         "reward/equal_groups_frac": 1 - len(differ) / max(len(groups), 1),

@@ -192,8 +192,9 @@ class Fleet:
 
     def lost(self, number: int, held: int, reason: str) -> None:
         """Raises ActorLostError where there are too few without it and no more may be replaced."""
-        for numbers in (self._present, self._starting, self._leaving, self._connected or set()):
+        for numbers in (self._present, self._starting, self._leaving):
             numbers.discard(number)
+        self._connected = None  # else the learner would go on to publish to what is gone
         self._room.give_back(self.actors, number)
         self._lost.add(number)
         is_short = len(self._present) < self.least

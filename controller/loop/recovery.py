@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from common.error_text import typed_line
+from common.processes.ray_access import process_is_gone
 from contracts.interfaces import CollectiveError, EngineLostError, LearnerLostError
 from contracts.weights import ActorsMissing
 from controller.commits.commit_store import Commit, newest_valid
@@ -28,9 +29,9 @@ def once_more(work: Callable[[], Result], stage: str, log: RunLog, say: Callable
     log.forget(stage)
     try:
         return work()
-    except (RayActorError, RayTaskError, ActorsMissing) as error:
+    except (RayError, ActorsMissing) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if not isinstance(cause, (RayActorError, CollectiveError, EngineLostError, ActorsMissing)):
+        if not process_is_gone(cause) and not isinstance(cause, (CollectiveError, EngineLostError, ActorsMissing)):
             raise
         say(f"{stage} has lost a process and begins again ({typed_line(cause)})")
     log.cut(stage, {"metrics.jsonl": 0, "samples.jsonl": 0})  # what the driver was busy with stays true

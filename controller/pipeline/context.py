@@ -90,7 +90,7 @@ class StageContext:
         """What ends a completion of an engine that serves the checkpoints at `paths`, one after another, and is asked the
         prompts of `sources`."""
         base, in_chat = self.config.model, not self.data.in_chat.isdisjoint(sources)
-        models = [base if path == base.path else replace(base, path=path, revision=None) for path in paths]
+        models = [base.at(path) for path in paths]
         return tuple(dict.fromkeys(end for model in models for end in end_ids(self.tokenizer, model, in_chat)))
 
     def reward_models(self, roles: tuple[str, ...]) -> dict[str, str | None]:

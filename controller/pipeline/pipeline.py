@@ -13,6 +13,7 @@ Whatever can be known beforehand is checked before an engine starts: configurati
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import TandemConfig
 from contracts.methods import results_needed, running_stages
 from contracts.records import StageResult
-from contracts.stages import Stage, find_stage
+from contracts.stages import Stage, all_stages, find_stage
 from controller.cluster.runtime import Runtime, embedded_nodes
 from controller.cluster.signals import Stop
 from controller.commits.resume import RunDirectory
@@ -107,6 +108,7 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Run `config.stage`. Returns the numbers of the summary."""
+        set_aside_reports(self.run_dir, self.progress.line)
         with self.context.runtime:
             for stage in running_stages(self.config):
                 self._run(stage)
@@ -185,3 +187,13 @@ def rehearse_environment(config: TandemConfig, tokenizer: Any, data: Inputs, pro
 
         with progress.phase(f"rehearsing {config.environment.name}"):
             rehearse(config, tokenizer, {key: found for key, found in sampled.items() if found}, data.in_chat)
+
+
+def set_aside_reports(run_dir: Path, say: Callable[[str], None]) -> None:
+    """What another attempt in the same directory has found out, as in evaluation.json, is not of the one that begins."""
+    for name in sorted({stage.report for stage in all_stages() if stage.report}):
+        path = run_dir / name
+        if path.exists():
+            before = path.with_name(f"{path.stem}.before{path.suffix}")
+            path.replace(before)
+            say(f"{name} of an earlier attempt is {before.name} now")

@@ -166,7 +166,8 @@ def _measure(network: PolicyModel | ScalarModel, lengths: Sequence[int], selecte
             live.peak = live.now
             if trained:
                 numbers.sum().backward()
-    except (RuntimeError, TypeError) as error:  # as of Tensor.item() and Tensor.numpy()
+    # As of Tensor.item() and Tensor.numpy(), and of layers that need what a lower one has left out.
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise Unplannable(f"{type(network.lm).__name__} cannot be planned: {error_lines(error)[0]}") from error
     finally:
         for hook in hooks:

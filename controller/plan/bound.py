@@ -15,14 +15,13 @@ from contracts.placement import actors_that_fit
 from contracts.stages import Stage
 from controller.plan.engine_memory import CPU_BATCH_TOKENS, SAMPLER_COPIES
 from controller.plan.learner_memory import (
-    BUCKET,
-    LIVE,
     PRODUCTS,
     Network,
     held_tokens,
     model_of,
     served_policy,
     stage_networks,
+    zero_pieces,
 )
 from controller.plan.measured import measured
 from controller.plan.memory_items import GIB, MIB
@@ -57,8 +56,8 @@ def _most(config: TandemConfig, stage: Stage, data: Data) -> float:
         if not cluster.gpus_per_actor:
             actor += weights + engine.kv_cache_gib * GIB + _workspace(config, policy)
         total += weights + actors_that_fit(cluster) * (actor + known["private"]["actor"] * MIB)
-        for _, path in judges_placed(config):
-            replica = _replica(config, path) if path and not cluster.gpus_per_reward_replica else 0.0
+        for _, judge in judges_placed(config):
+            replica = _replica(config, judge.path) if judge and not cluster.gpus_per_reward_replica else 0.0
             total += config.reward_service.replicas * (replica + known["private"]["reward replica"] * MIB)
     return total
 
@@ -69,7 +68,7 @@ def _rank(config: TandemConfig, stage: Stage, data: Data) -> float:
     size = getattr(torch, config.model.dtype).itemsize
     tokens = sum(lengths.largest)
     held = max(tokens, held_tokens(config, stage.name, lengths))
-    state = size * (BUCKET + LIVE) if config.learner.zero_stage else 0.0
+    state = size * sum(zero_pieces(config.learner)) if config.learner.zero_stage else 0.0
     passes = 0.0
     for network in stage_networks(config, stage.name):
         weights, text = _weights(config, network), _text(config, network)

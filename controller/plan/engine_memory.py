@@ -1,5 +1,6 @@
 """What holds models that only compute: vLLM in an actor, and the replicas of the reward service."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from common.models.adapters import split
 from contracts.config import ModelConfig, TandemConfig
 from contracts.lora_roles import role_model
 from controller.plan.activations import pass_memory
-from controller.plan.learner_memory import Network, network_shapes, served_policy, sizes
+from controller.plan.learner_memory import Network, mapped_file, network_shapes, served_policy, sizes
 from controller.plan.memory_items import GIB, Item, shown
 
 CPU_BATCH_TOKENS = 4096  # of a step of an engine on CPU at least: actors/vllm_engine.py
@@ -74,17 +75,18 @@ def actor_items(config: TandemConfig, gpu_gib: float) -> list[Item]:
     return [*items, Item("engine workspace", workspace.inference + SAMPLER_COPIES * logits, how, least=0.0)]
 
 
-def replica_items(config: TandemConfig, path: str) -> list[Item]:
+def replica_items(config: TandemConfig, judge: Network) -> list[Item]:
     """One replica of a reward model, beside its libraries."""
-    service, on_gpu = config.reward_service, config.cluster.gpus_per_reward_replica > 0
+    service, on_gpu, path = config.reward_service, config.cluster.gpus_per_reward_replica > 0, judge.path
     model = ModelConfig(path=path, dtype=service.dtype)
-    shapes = network_shapes(config, Network("reward model", path, True, trains=False), model)
+    shapes = network_shapes(config, judge, model)
     size, total = getattr(torch, service.dtype).itemsize, sizes(shapes).total
     length = min(service.max_tokens, service.batch_tokens)
     batch = pass_memory(shapes, (length,) * max(1, service.batch_tokens // length), 1)
-    how = f"{total / 1e6:.1f}M, {size} bytes each, in the file"
-    is_made_of_adapters = path == config.model.path and role_model(config.model, "reward_model").lora
-    is_merged = split(path)[1] or is_made_of_adapters  # and so not in the file any more
-    weights = Item("weights", total * size, how, on_gpu, "" if on_gpu or is_merged else path)
+    made_by = role_model(config.model, "reward_model").at(path)
+    is_merged = split(path)[1] or (judge.made and made_by.lora)  # and so not in the file any more
+    file = None if on_gpu or is_merged else mapped_file(judge, replace(made_by, lora=None), service.dtype)
+    how = f"{total / 1e6:.1f}M, {size} bytes each{', in the file' if file else ''}"
+    weights = Item("weights", total * size, how, on_gpu, file or "")
     how = f"a batch of reward_service.batch_tokens {service.batch_tokens}"
     return [weights, Item("activations", batch.inference, how, on_gpu, least=0.0)]

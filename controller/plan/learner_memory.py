@@ -26,10 +26,11 @@ from common.models.adapters import split
 from common.models.forward import Form
 from common.models.lora import add_adapter, target_modules
 from common.text.tokenizers import load_config
-from contracts.config import ModelConfig, TandemConfig
+from contracts.config import LearnerConfig, ModelConfig, TandemConfig
 from contracts.estimators import chosen_estimator
 from contracts.lora_roles import Role, lora_key, role_model, shares_base
 from contracts.methods import chosen_preference
+from contracts.scorer_roles import starts_value_model
 from controller.plan.activations import FUSED, PassMemory, pass_memory
 from controller.plan.measured import measured
 from controller.plan.memory_items import MIB, Item, shown
@@ -61,6 +62,7 @@ class Network:
     freeze_embeddings: bool = False
     trains: bool = True
     role: Role = "policy"  # whose adapters it has
+    made: str = ""  # the result that the run makes and this loads, which `path` stands for in shape alone
 
 
 @dataclass(frozen=True)
@@ -74,24 +76,34 @@ class Sizes:
 def stage_networks(config: TandemConfig, stage: str) -> list[Network]:
     """What the learner of a stage loads, in order."""
     path, ppo = config.model.path, config.ppo
-    if stage in ("sft", "filtered_sft"):
+    if stage == "sft":
         return [Network("policy", path, trainable_layers=config.sft.trainable_layers)]
+    if stage == "filtered_sft":
+        return [replace(_sft(config), trainable_layers=config.sft.trainable_layers)]
     if stage == "preference":
-        return [Network("policy", path, trainable_layers=chosen_preference(config).trainable_layers)]
+        return [replace(_sft(config), trainable_layers=chosen_preference(config).trainable_layers)]
     if stage == "reward_model":
         chosen = config.reward_model
         layers, embeddings = chosen.trainable_layers, chosen.freeze_embeddings
         return [Network("reward model", path, True, layers, freeze_embeddings=embeddings, role="reward_model")]
-    networks = [Network("policy", config.sft_model or path, trainable_layers=ppo.trainable_layers)]
+    policy = Network("policy", path) if ppo.init_from == "base" else _sft(config)
+    networks = [replace(policy, trainable_layers=ppo.trainable_layers)]
     if chosen_estimator(ppo).has_value_model:
-        start = config.proxy_model or path
-        networks.append(Network("value model", start, True, ppo.value_trainable_layers, role="value_model"))
+        start, made = policy.path, policy.made
+        if starts_value_model(config):
+            start, made = config.proxy_model or path, "" if config.proxy_model else "reward_model/proxy"
+        networks.append(Network("value model", start, True, ppo.value_trainable_layers, role="value_model", made=made))
     return [*networks, *([served_policy(config)] if role_model(config.model, "policy").lora is None else [])]
+
+
+def _sft(config: TandemConfig) -> Network:
+    return Network("policy", config.sft_model or config.model.path, made="" if config.sft_model else "sft")
 
 
 def served_policy(config: TandemConfig) -> Network:
     """The policy as actors have it, and the reference."""
-    return Network("reference", config.sft_model or config.model.path, trains=False)
+    policy = Network("policy", config.model.path) if config.ppo.init_from == "base" else _sft(config)
+    return replace(policy, name="reference", trains=False)
 
 
 def network_shapes(
@@ -129,9 +141,9 @@ _SHAPES: dict[str, PolicyModel | ScalarModel] = {}
 
 
 def model_of(config: TandemConfig, network: Network) -> ModelConfig:
-    """With the adapters of its role. The revision is that of `model.path` alone."""
+    """With the adapters of its role."""
     model = role_model(config.model, network.role)
-    return model if network.path == config.model.path else replace(model, revision=None)
+    return model.at(network.path)
 
 
 def sizes(shapes: torch.nn.Module) -> Sizes:
@@ -155,18 +167,24 @@ class State:
     gathered: float = 0.0  # of `backward`, full weights
 
 
-def network_state(found: Sizes, size: int, zero: int, ranks: int) -> State:
-    """As the module's docstring has it. `size` is e."""
+def zero_pieces(learner: LearnerConfig) -> tuple[int, int]:
+    """Weights in a bucket, and weights that ZeRO-3 gathers, at most."""
+    options = learner.deepspeed.get("zero_optimization", {})
+    return int(options.get("reduce_bucket_size", BUCKET)), int(options.get("stage3_max_live_parameters", LIVE))
+
+
+def network_state(found: Sizes, size: int, zero: int, ranks: int, pieces: tuple[int, int] = (BUCKET, LIVE)) -> State:
+    """As the module's docstring has it. `size` is e, `pieces` as `zero_pieces` has them."""
     total, trained, mine = found.total, found.trained, found.trained / (ranks if zero else 1)
     converted = 0 if size == MASTER else MASTER
     if zero == 0:
         masters = converted * trained
         gradients = size * trained
         return State(size * total, masters, MOMENTS * trained, 2 * gradients, gradients, gradients + masters)
-    bucket, step = size * min(trained, BUCKET), (converted + 2 * size) * mine
+    bucket, step = size * min(trained, pieces[0]), (converted + 2 * size) * mine
     if zero < 3:
         return State(size * total, MASTER * mine, MOMENTS * mine, bucket + 2 * size * mine, size * mine, step)
-    gathered = size * min(total, LIVE) if trained or ranks > 1 else 0
+    gathered = size * min(total, pieces[1]) if trained or ranks > 1 else 0
     kept = bucket + size * mine
     step = kept + step - size * mine
     return State(size * total / ranks, MASTER * mine, MOMENTS * mine, gathered + kept, kept, step, gathered)
@@ -186,19 +204,19 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
     if "value model" in counts and shares_base(config.model):  # the policy's
         trained = counts["value model"].trained
         counts["value model"] = Sizes(trained, trained)
-    states = {name: network_state(found, size, zero, ranks) for name, found in counts.items()}
+    pieces = zero_pieces(config.learner)
+    states = {name: network_state(found, size, zero, ranks, pieces) for name, found in counts.items()}
     items = []
     for network in networks:
         found, state = counts[network.name], states[network.name]
         over = f" over {ranks} ranks by ZeRO-{zero}" if zero and ranks > 1 else ""
-        frozen = size * (found.total - found.trained) if zero < 3 and not on_gpu and _is_mapped(config, network) else 0
+        file = mapped_file(network, model_of(config, network)) if zero < 3 and not on_gpu else None
+        frozen = size * (found.total - found.trained) if file else 0
         how = (
             f"{found.total / 1e6:.1f}M, {found.trained / 1e6:.1f}M train, {size} bytes each{over if zero == 3 else ''}"
         )
-        if frozen:
-            items.append(
-                Item(f"frozen weights of the {network.name}", frozen, "in the file", False, split(network.path)[0])
-            )
+        if file and frozen:
+            items.append(Item(f"frozen weights of the {network.name}", frozen, "in the file", False, file))
         if state.weights - frozen:
             items.append(
                 Item(f"weights of the {network.name}", state.weights - frozen, how, on_gpu and offload != "parameters")
@@ -217,8 +235,8 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
         items.append(Item("slack of the heap", slack * working.nbytes, how, least=0.0))
     if not on_gpu and zero:
         share = measured()["bucket"]
-        how = f"{share:.0%} of DeepSpeed's bucket of {BUCKET:.0e} weights, whose place others take meanwhile (measured)"
-        items.append(Item("place of the bucket", share * size * BUCKET, how, least=0.0))
+        how = f"{share:.0%} of DeepSpeed's bucket of {pieces[0]:.0e} weights, whose place others take meanwhile (measured)"
+        items.append(Item("place of the bucket", share * size * pieces[0], how, least=0.0))
     if not on_gpu and config.model.dtype == "bfloat16":
         items.append(_compiled([(shapes[n.name], n.trains) for n in networks], lengths))
     return items
@@ -242,10 +260,14 @@ def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) ->
     return Item("compiled products", count * each * MIB, how, least=0.0)
 
 
-def _is_mapped(config: TandemConfig, network: Network) -> bool:
-    """Whether transformers leaves the weights where they are: it converts other number formats."""
-    found = load_config(network.path, model_of(config, network))
-    return str(getattr(found, "dtype", None)).removeprefix("torch.") == config.model.dtype
+def mapped_file(network: Network, model: ModelConfig, dtype: str | None = None) -> str | None:
+    """The checkpoint in whose pages a network's weights stay, when it is loaded in `dtype` (None: that of `model`); None
+    where transformers converts them from another number format. What a run makes is in the format of `model`."""
+    wanted = dtype or model.dtype
+    if network.made and not model.lora:
+        return network.made if model.dtype == wanted else None
+    stored = str(getattr(load_config(network.path, model), "dtype", None)).removeprefix("torch.")
+    return split(network.path)[0] if stored == wanted else None
 
 
 def _working(

@@ -20,6 +20,7 @@ from contracts.placement import Plan, actors_that_fit
 from contracts.placement import plan as placement
 from contracts.scorer_roles import chosen_scorers, judges
 from contracts.stages import Stage
+from contracts.transports import find_transport, weight_backend
 from controller.plan.engine_memory import actor_items, replica_items
 from controller.plan.learner_memory import (
     Network,
@@ -80,7 +81,8 @@ def plan_stage(config: TandemConfig, stage: Stage, data: Data = lambda item: (),
         what = _every(role_model(config.model, "policy"))
         movements.append(Movement("publish", sent, f"{what}, to a buffer that the actors of a node share"))
     processes += [Process(role, 1, ()) for role in RAY]
-    if stage.samples and not cluster.gpus_per_actor:
+    # An evaluation sends whole checkpoints through the host's memory, whatever PPO's transport is.
+    if stage.samples and (stage.name == "evaluate" or not find_transport(weight_backend(config)).needs_gpus):
         processes = _with_segment(processes, sent, RANK if stage.trains else DRIVER)
     processes = _with_libraries(_sharing_files(processes))
     return StagePlan(stage.title, tuple(processes), tuple(movements))
@@ -131,25 +133,31 @@ def _checkpoint(config: TandemConfig, stage: Stage, policy_bytes: float) -> Move
     return Movement("commit", state + policy_bytes, f"{words}; every {config.checkpoint.every} updates")
 
 
-def judges_placed(config: TandemConfig) -> list[tuple[int, str]]:
-    """(number of its bundle, its reward model or "") of each scorer with a place in the placement; a rule's processes have
+def judges_placed(config: TandemConfig) -> list[tuple[int, Network | None]]:
+    """(number of its bundle, its reward model or None) of each scorer with a place in the placement; a rule's processes have
     a limit of their own (`memory_gib`)."""
-    paths = {role: getattr(config, f"{role}_model") or config.model.path for role in judges(config)}
+    given = {role: getattr(config, f"{role}_model") for role in judges(config)}
+    paths = {role: path or config.model.path for role, path in given.items()}
     chosen = chosen_scorers(config.reward_service.scorers, paths)
     placed = {
-        name if entry.path in paths.values() else entry.path or name: entry
+        name if entry.path in paths.values() else entry.path or name: (name, entry)
         for name, entry in chosen.items()
         if scorer_kind(entry.kind).has_place(entry)
     }
-    kinds = [(scorer_kind(entry.kind), entry.path) for entry in placed.values()]
-    return [(n, path if path and kind.is_reward_model else "") for n, (kind, path) in enumerate(kinds)]
+    found: list[Network | None] = []
+    for name, entry in placed.values():
+        is_made = name in given and given[name] is None and entry.path == config.model.path
+        network = Network("reward model", str(entry.path), True, trains=False, role="reward_model")
+        is_model = entry.path and scorer_kind(entry.kind).is_reward_model
+        found.append(replace(network, made=f"reward_model/{name}" if is_made else "") if is_model else None)
+    return list(enumerate(found))
 
 
 def _replicas(config: TandemConfig, where: Plan) -> list[Process]:
     count = config.reward_service.replicas
     return [
-        Process(REPLICA, count, tuple(replica_items(config, path)) if path else (), tuple(where.scorers[n : n + 1]))
-        for n, path in judges_placed(config)
+        Process(REPLICA, count, tuple(replica_items(config, judge)) if judge else (), tuple(where.scorers[n : n + 1]))
+        for n, judge in judges_placed(config)
     ]
 
 

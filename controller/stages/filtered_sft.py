@@ -36,7 +36,7 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
 
 def run(context: "StageContext") -> dict[str, Any]:
     config, best = method_config(context.config), context.data["best_sft"]
-    config = replace(config, model=replace(config.model, path=context.checkpoint("sft"), revision=None))
+    config = replace(config, model=config.model.at(context.checkpoint("sft")))
     return train_supervised(context, "filtered SFT", config, best) | {"texts": len(best)}
 
 

@@ -1,7 +1,7 @@
 """The loop, PPO and its relatives: `controller.loop.controller` on the learner, the actors and the reward service."""
 
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from contracts.config import CurriculumConfig, TandemConfig
@@ -144,7 +144,7 @@ def run(context: "StageContext") -> dict[str, Any]:
                 learner,
                 backend,
                 actors,
-                model=replace(role_model(config.model, "policy"), path=policy),
+                model=role_model(config.model, "policy").at(policy),
                 prompts=context.data["prompts"],
                 max_model_len=config.engine.max_model_len,
                 timeout_s=config.cluster.start_timeout_s,

@@ -17,6 +17,7 @@ from contracts.scorer_roles import CHECKPOINTS, value_model_key
 from controller.data.inputs import Inputs
 from controller.start_checks.adapter_checks import adapter_problems
 from controller.start_checks.lengths import too_long
+from learner.shared_trunk import BESIDE_LAYERS
 from reward_service.scorer_kind import scorer_kind
 
 
@@ -34,7 +35,7 @@ def check_model(config: TandemConfig) -> None:
             found = load_config(path, model_at(config, key))
             refuse_quantised(found, path, key)
             problems += _too_many_layers(config, key, getattr(found.get_text_config(), "num_hidden_layers", None))
-            problems += _other_vocabulary(config, key, path, found)
+            problems += _other_vocabulary(config, key, path, found) or _other_settings(config, key, path, found)
             if key == "model.path":
                 problems += _undivided_heads(config, found.get_text_config())
             problems += too_long(config, key, path, found.get_text_config())
@@ -81,6 +82,32 @@ def _other_vocabulary(config: TandemConfig, key: str, path: str, found: Any) -> 
     rule = f"a model with the vocabulary of model.path={config.model.path}, whose tokenizer encodes all texts"
     other = f"{size} tokens" if is_short else "another one"
     return [Check(False, f"{key}={path}", rule, other, f"model.path={path} as well").message]
+
+
+def _other_settings(config: TandemConfig, key: str, path: str, found: Any) -> list[str]:
+    """Of a policy that is evaluated: the engines are started for `model.path` and get weights alone, so that rotations,
+    windows and all else that decides a number would be those of `model.path`."""
+    is_policy = key != "model.path" and key not in CHECKPOINTS
+    if not is_policy or not any(stage.name == "evaluate" for stage in running_stages(config)):
+        return []
+    ours, its = (_deciding(c.to_dict()) for c in (load_config(config.model.path, config.model), found))
+    differ = sorted(name for name in ours.keys() | its.keys() if ours.get(name) != its.get(name))
+    differ.sort(key=lambda name: name != "model_type")
+    if not differ:
+        return []
+    rule = f"a model with the settings of model.path={config.model.path}, with which the evaluation serves both"
+    said = "; ".join(f"{name} {its.get(name)} instead of {ours.get(name)}" for name in differ[:3])
+    return [Check(False, f"{key}={path}", rule, said, f"model.path={path} as well").message]
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides what a model computes."""
+    beside = BESIDE_LAYERS - {"tie_word_embeddings"} | {"max_position_embeddings"}
+    return {
+        name: _deciding(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in beside
+    }
 
 
 def _too_many_layers(config: TandemConfig, key: str, layers: int | None) -> list[str]:

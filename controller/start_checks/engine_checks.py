@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def begin_proofs(config: TandemConfig) -> Callable[[], list[EngineProof]]:
 
     def work() -> None:
         try:
-            models = [replace(role_model(config.model, "policy"), path=path) for path in paths]
+            models = [role_model(config.model, "policy").at(path) for path in paths]
             memory = Path(config.cache_dir, PROOFS)
             found.set_result([prove_engine(model, config.engine.max_model_len, memory) for model in models])
         except BaseException as error:

@@ -34,6 +34,17 @@ _SHORT = frozenset(
     "m g s h L l J N W V K C F cm mm km dm nm kg mg ml mL dL cl cL dl ft in yd mi lb oz hr ms ns Hz kW kJ kV kN kB MB GB Pa "  # noqa: SIM905
     "pt qt am pm of Ω µm μm µs μs".split()
 )
+# Names without their plural, by sign.
+_SIGNS = {
+    name: sign
+    for sign, names in {
+        "°": "degree deg °", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
+        "mm": "millimeter millimetre", "in": "inch inche", "ft": "foot feet", "yd": "yard yds", "mi": "mile",
+        "s": "second sec secs", "min": "minute mins", "h": "hour hr hrs", "g": "gram", "kg": "kilogram", "mg": "milligram",
+        "L": "liter litre l", "mL": "milliliter millilitre ml", "lb": "pound lbs", "oz": "ounce",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
 MOST_UNIT = 100  # characters
 
 
@@ -97,17 +108,41 @@ def _with_unit(value: Fraction, rest: str, is_percent: bool, is_decimal: bool, c
 
 
 def _unit(text: str) -> str:
-    text = re.sub(r"[\s{}^.]|\bof\b", "", text.replace("²", "2").replace("³", "3"))
-    if text in ("°", "degrees", "degree", "deg"):
-        return "°"
+    """In one form: words without their plural, known ones by their sign; parts by a space, or a slash for "per"."""
+    text = re.sub(r"\bper\b|\s*/\s*", "/", text.replace("²", "2").replace("³", "3").replace("-", " "))
+    text = re.sub(r"[{}^.]|\bof\b", "", re.sub(r"\s*\^\s*|\s+(?=[23]\b)", "", text))
+    text = re.sub(r"\b(square|sq|cubic)\s+(\w+)", lambda m: m[2] + ("3" if m[1] == "cubic" else "2"), text)
+    parts = [" ".join(map(_word, part.split())) for part in text.split("/")]
+    return "/".join(parts)
+
+
+def _word(text: str) -> str:
+    power = text[-1] if text[-1:] in ("2", "3") else ""
+    word = text.removesuffix(power)
     # Of long words the number, of short ones (m and M, s) everything counts.
-    return text.casefold().removesuffix("s") if len(text) > 3 else text
+    plain = word.casefold().removesuffix("s") if len(word) > 3 else word
+    return _SIGNS.get(plain, _SIGNS.get(plain.removesuffix("e"), plain)) + power
+
+
+def unit_of(text: str) -> str | None:
+    """The unit that words say, in one form; None where they say more, or something else."""
+    text = re.sub(r"[\s.]+$", "", text).strip()
+    is_unit = 0 < len(text) <= MOST_UNIT and not _NO_UNIT.search(text) and _UNIT.fullmatch(text)
+    return _unit(text) if is_unit else None
+
+
+def same_unit(one: str, other: str) -> bool:
+    """Whether they name one thing: of words, the last may have others before it (red apples)."""
+    if one == other:
+        return True
+    longer, shorter = sorted((one, other), key=len, reverse=True)
+    return "/" not in longer and len(shorter) > 2 and longer.endswith(f" {shorter}")
 
 
 def same(right: Quantity, given: Quantity, tolerance: Fraction) -> bool:
     """Whether they are one number. Where both have a unit it must be the same one; 50% is 1/2, and also the 50 of one who
     asks for a percentage. Decimals may be rounded, within `tolerance`, of small ones a thousandth."""
-    if right.unit and given.unit and right.unit != given.unit:
+    if right.unit and given.unit and not same_unit(right.unit, given.unit):
         return False
     if right.currency and given.currency and right.currency != given.currency:
         return False

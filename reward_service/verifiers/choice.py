@@ -6,23 +6,28 @@ import re
 from reward_service.verifier import BadRow, Option, Options, Row, Verified, Verifier, answer_text
 from reward_service.verifiers._answers import verdict
 
-OPEN, CLOSE = r"[\s*_`'\"“(\[{$]*(?:\\text\{|\\textbf\{|\\mathrm\{|\\mathbf\{)?[\s*_`'\"“(\[{]*", r"[*_`'\"”)\]}$]*"
+# The runs are possessive: nothing of them is given back, and so no text takes long.
+OPEN = r"[\s*_`'\"“(\[{$]*+(?:\\text\{|\\textbf\{|\\mathrm\{|\\mathbf\{)?[\s*_`'\"“(\[{]*+"
+CLOSE = r"[*_`'\"”)\]}$]*"
+NAMED = r"(?:(?:choice|option|letter)\s+)?"
 SAID = (
-    r"(?:final\s+|correct\s+|right\s+|best\s+|my\s+)*(?:answer|choice|option)\b[\s*_`]*"
-    r"(?:is|:|=|would be|must be)[\s*_`]*:?"
+    r"(?:final\s+|correct\s+|right\s+|best\s+|my\s+)*(?:answer|choice|option)\b(?:\s+(?:to|for|of)\b[^.\n:=]{0,60}?)?[\s*_`]*+"
+    r"(?:is|:|=|would be|must be|should be)[\s*_`]*+:?"
 )
 STATEMENTS = (
-    rf"{SAID}\s*(?:(?:choice|option|letter)\s+)?{OPEN}@{CLOSE}",
-    rf"\\boxed\s*\{{{OPEN}@{CLOSE}",
-    rf"<answer>{OPEN}@{CLOSE}",
+    rf"{SAID}\s*+{NAMED}{OPEN}@{CLOSE}",
+    rf"\\boxed\s*\{{{OPEN}{NAMED}@{CLOSE}",
+    rf"<answer>{OPEN}{NAMED}@{CLOSE}",
     rf"####{OPEN}@{CLOSE}",
     rf"\b(?:actually|rather|instead|correction|no)\b[,:]?\s*(?:it\s+is|it's)?\s*{OPEN}@{CLOSE}(?=\s*(?:[.,;!]|$))",
     rf"\bit(?:\s+is|'s)\s+{OPEN}@{CLOSE}(?=\s*(?:[.,;!]|$))",
     rf"(?<![\w'’-])@{CLOSE}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b",
     rf"^{OPEN}@{CLOSE}\s*[.:)]?[*_`]*\s*$",
+    rf"\b(?:I\s+(?:choose|pick|select)|(?:therefore|thus|hence|so),?)\s+{NAMED}{OPEN}@{CLOSE}(?=\s*(?:[.,;!]|$))",
 )
+IS_CORRECT = STATEMENTS[6]  # which says that it is a letter
 # What may follow a letter that is none: more of a word, or another choice.
-IN_A_WORD = r"(?![\w'’]|[-/+][A-Za-z0-9])"
+IN_A_WORD = r"(?!\w|['’][A-Za-z]|[-/+][A-Za-z0-9])"
 ANOTHER = re.compile(
     r"[\s*_`)\]}]*(?:,|/|&|\+|\bor\b|\band\b|\bnor\b)\s*(?:(?:option|choice)\s+)?[\s*_`(\[{]*"
     r"(?!I\s+[a-z]|A\s+(?!(?:and|or|nor)\b)[a-z])[A-Z](?![\w'’])"
@@ -57,7 +62,8 @@ def chosen(completion: str, options: Options) -> str | None:
         pattern = statement.replace("@", f"(?P<letter>{letters(options)}){IN_A_WORD}")
         for match in re.finditer(pattern, completion, re.IGNORECASE | re.MULTILINE):
             at, letter = match.start("letter"), match["letter"]
-            if not _is_article(letter, completion, match) and at > last[0]:
+            is_letter = statement is IS_CORRECT or not _is_article(letter, completion, match)
+            if is_letter and at > last[0]:
                 last = (at, None if ANOTHER.match(completion, match.end("letter")) else letter.upper())
     if last[0] >= 0:
         return last[1]
@@ -68,6 +74,8 @@ def chosen(completion: str, options: Options) -> str | None:
 
 def _is_article(letter: str, completion: str, match: re.Match) -> bool:
     """Whether it is the word "a" or "I", or a small letter in a sentence that goes on."""
+    if letter == "A" and re.search(r"\b(?:is|be)[\s*_`]*$", completion[match.start() : match.start("letter")]):
+        return False  # nobody writes the article with a capital within a sentence
     is_bare = completion[match.start("letter") - 1 : match.start("letter")] not in ("(", "[", "{", "*", '"', "'", "`")
     goes_on = ARTICLE.match(completion, match.end("letter")) is not None
     return is_bare and goes_on and (letter in "AI" or letter.islower())

@@ -26,8 +26,11 @@ def read(row: Row, options: Options) -> Wanted:
     name = options["answer"]
     value: Any = column(row, name)
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        with suppress(ValueError, RecursionError):  # a list of Python
+        try:
             value = json.loads(value)
+        except (ValueError, RecursionError):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # as Python writes a list of texts
+                value = ast.literal_eval(value)
     if isinstance(value, dict) and isinstance(value.get("inputs"), list) and isinstance(value.get("outputs"), list):
         if len(value["inputs"]) != len(value["outputs"]):
             raise BadRow(f"{name} must have as many outputs as inputs; write one for each")
@@ -47,7 +50,8 @@ def _is_case(value: Any) -> bool:
 
 def statements(name: str, sources: list[str]) -> Tests:
     """The tests of a row. Those of a text are its statements with an assert, its calls of functions that have some, and its
-    functions test_*, where nothing calls them; a text without any has each statement that is no definition or assignment.
+    functions test_*, where nothing calls them; a text without any has each call and statement that is no definition or
+    assignment, as it may raise.
 
     What stands before a test in its text comes before it, and so do definitions and assignments of earlier texts. Earlier
     tests come too where the text has something that they may have changed.
@@ -65,7 +69,8 @@ def statements(name: str, sources: list[str]) -> Tests:
         chosen = [one for one in ours if _has_assert(one) or _calls(one) & asserting]
         alone = _uncalled_tests(name, body, ours)
         if not chosen and not alone:
-            chosen = [one for one in ours if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
+            # A comparison without an assert would hold whatever it says.
+            chosen = [one for one in ours if not isinstance(one, ast.Expr) or isinstance(one.value, ast.Call)]
         has_state = any(not isinstance(one, DEFINITION) for one in body if one not in chosen)
         own = [*before]
         for statement in body:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from reward_service.verifier import BadRow, Options, Row, Verified, Verifier, answer_text, flag
 from reward_service.verifiers._answers import TAG, verdict
-from reward_service.verifiers._quantities import MAX_DIGITS, Quantity, quantity, same
+from reward_service.verifiers._quantities import MAX_DIGITS, Quantity, quantity, same, same_unit, unit_of
 
 LIBRARY_S = 2  # of parsing, and of comparing: beyond, the answer has no score
 MAX_CHARACTERS = 400
@@ -46,20 +46,34 @@ DENIED = (
 )
 # Read as something else by the library: 0.\overline{3} as 0, 12:30 as 2/5, words as products of their letters.
 UNREAD = re.compile(
-    r"(?<!\d)0,\d|\\overline|\\dot\b|\\bar\b|\d\s*:\s*\d|\d\s+\d|(?<![A-Za-z\\])\d+[eE]\d|!\s*\d|[?#@~](?!\\)"
+    r"^\s*-?0,\d+\s*$|\\overline|\\dot\b|\\bar\b|\d\s*:\s*\d|\d\s+\d|(?<![A-Za-z\\])\d+[eE]\d|!\s*\d|[?#@~](?!\\)"
 )
 # Before a letter that is a factor: behind a number the library drops it as a unit (0.9: 3t is 3, 2ab is 2).
 VARIABLE = re.compile(
     r"(?<=\d)\s*(?=[A-Za-z])|(?<=[})])\s*(?=[A-Za-z]{1,2}$)|(?<=(?<![A-Za-z\\])[A-Za-z])\s+(?=[A-Za-z](?![A-Za-z]))"
 )
 # What may take longer than anyone waits: powers of powers of large numbers, and factorials.
-HUGE = re.compile(r"\^\s*\{?\s*-?\s*\d{5,}|\d{4,}\s*!|\^[^+*/=,]*\^|!\s*!|!\s*\^|\^\s*\{?\s*[({\d]*\d+\s*!")
+HUGE = re.compile(
+    r"\^\s*\{?\s*-?\s*\d{5,}|\d{4,}\s*!|\^\s*(?:\{[^{}]*|\([^()]*|\\?[A-Za-z]+|\d+)\^|!\s*!|!\s*\^|\^\s*\{?\s*[({\d]*\d+\s*!"
+)
+
+
+# Before an argument without brackets: a power, or a base. \sin^2 x, \log_2 x.
+FUNCTION = re.compile(
+    r"(\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|\\(?:log|ln|lg|exp))((?:[_^](?:\{[^{}]*\}|\w))+)\s*([A-Za-z])(?![A-Za-z\d])"
+)
+UNIT_BEHIND = re.compile(
+    r"(.*?)(?:\\[,;: !])*\s*\\(?:text|textrm|mathrm)\s*\{([^{}]*)\}(\s*\^\s*\{?[23]\}?)?", re.DOTALL
+)
+ALTERNATIVES = re.compile(r",?\s+or\s+|\s*\\text\s*\{\s*or\s*\}\s*")
+BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|,?\s*(?:or|and)\b)[\s$]*(?:[A-Za-z]\s*=)?[\s$]*")
 
 
 class Right(NamedTuple):
     number: Quantity | None
     parsed: list[Any]  # of math-verify; empty where the number says it all
     opening: str = ""  # its bracket, where it is in brackets as a whole
+    unit: str = ""  # behind an expression
 
 
 def clean(text: str) -> str:
@@ -126,20 +140,31 @@ def candidates(completion: str, options: Options) -> list[str]:
     """What the answer may be: the last statement, as a whole and behind its last equals sign."""
     boxes, said = boxed(completion), statements(completion)
     if options["boxed"]:
-        return _sides(boxes[-1][1]) if boxes else []
+        return _sides(_last_boxes(completion, boxes)) if boxes else []
     if boxes:  # a later sentence counts where it has an answer of its own
         later = [text for at, text in said if at > boxes[-1][0] and readable(text)]
-        return _sides(later[-1] if later else boxes[-1][1])
+        return _sides(later[-1] if later else _last_boxes(completion, boxes))
     if said:
         stated = [text for _, text in said]
         last = next((text for text in reversed(stated) if not REMARK.match(text.strip())), stated[-1])
         whole = _sides(last)
-        return whole if any(map(readable, whole)) else amounts(last)
+        return whole if any(map(readable, whole)) else _amounts(last)
     lines = [line for line in completion.splitlines() if line.strip(" *_`$\\[]().")]
     if not lines:
         return []
     whole = _sides(lines[-1])
-    return whole if any(map(readable, whole)) else amounts(lines[-1])
+    return whole if any(map(readable, whole)) else _amounts(lines[-1])
+
+
+def _last_boxes(completion: str, boxes: list[tuple[int, str]]) -> str:
+    """The last one, with those before that only a comma, "or" or "and" parts from it: several answers."""
+    found, start = [boxes[-1][1]], boxes[-1][0]
+    for at, inner in reversed(boxes[:-1]):
+        end = completion.index("{", at) + len(inner) + 2
+        if end > start or not BETWEEN_BOXES.fullmatch(completion[end:start]):
+            break
+        found, start = [inner, *found], at
+    return ", ".join(found)
 
 
 def _sides(text: str) -> list[str]:
@@ -151,6 +176,11 @@ def _sides(text: str) -> list[str]:
     ):
         return [text]  # several equations
     return [text] if len(sides) == 1 else [text, clean(sides[-1])] if len(sides) == 2 else [clean(sides[-1])]
+
+
+def _amounts(line: str) -> list[str]:
+    """`amounts` of a sentence, or else of what stands behind its last equals sign."""
+    return amounts(line) or (amounts(line.rsplit("=", 1)[1]) if "=" in line else [])
 
 
 def amounts(line: str) -> list[str]:
@@ -168,8 +198,16 @@ def readable(text: str) -> bool:
     return quantity(clean(text)) is not None or expression(text) is not None
 
 
+def with_unit(text: str) -> tuple[str, str]:
+    """An expression, and the unit in words that may stand behind it."""
+    found = UNIT_BEHIND.fullmatch(clean(text))
+    unit = unit_of(found[2] + (found[3] or "")) if found else None
+    return (found[1], unit) if found and unit else (text, "")
+
+
 def expression(text: str) -> str | None:
     """LaTeX of what is no plain number, where the library reads it as people do."""
+    text = re.sub(r"_(\d)\s+", r"_{\1} ", with_unit(text)[0])
     text = re.sub(r"\s*(?:,\s*)?(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*", ", ", clean(text))
     text = re.sub(r"\\[,;:!]|\\(?:left|right|displaystyle|limits)(?![A-Za-z])", " ", text)
     text = re.sub(
@@ -184,7 +222,10 @@ def expression(text: str) -> str | None:
     plain = COMMANDS.sub(" ", text)
     prose = [said for said in PROSE.findall(plain) if said[:2].lower() not in FUNCTIONS]
     words = [word for word in WORDS.findall(plain) if word.lower() not in FUNCTIONS]
-    return None if prose or any(len(word) > 2 for word in words) else VARIABLE.sub("*", text)
+    if prose or any(len(word) > 2 for word in words):
+        return None
+    text = re.sub(r"\\([dt]?frac)\s*(\d)\s*([A-Za-z])", r"\\\1{\2}{\3}", FUNCTION.sub(r"\1\2(\3)", text))
+    return VARIABLE.sub("*", text)
 
 
 def _bound() -> int | None:
@@ -233,16 +274,25 @@ def read(row: Row, options: Options) -> Right:
             "choice or regex for words"
         )
     within = re.fullmatch(r"([(\[])[^()\[\]]*[)\]]", clean(text).replace("\\left", "").replace("\\right", ""))
-    return Right(number, tree, within[1] if within and "," in within[0] else "")
+    return Right(number, tree, within[1] if within and "," in within[0] else "", "" if number else with_unit(text)[1])
 
 
 def verify(completion: str, right: Right, options: Options) -> Verified:
     found = candidates(completion, options)
-    return verdict(any(equal(right, text) for text in found), any(map(readable, found)))
+    return verdict(any(_is_right(right, text) for text in found), any(map(readable, found)))
+
+
+def _is_right(right: Right, text: str) -> bool:
+    """An answer in several forms, "3/4 or 0.75", is right where each is."""
+    forms = ALTERNATIVES.split(text)
+    return equal(right, text) or (len(forms) > 1 and all(equal(right, clean(form)) for form in forms))
 
 
 def equal(right: Right, text: str) -> bool:
     given = quantity(text)
+    units = (right.unit, "" if given else with_unit(text)[1])
+    if all(units) and not same_unit(*units):
+        return False
     if right.number and given:
         return same(right.number, given, TOLERANCE)
     if (right.number or given) and not (right.number or given).unit:  # type: ignore[union-attr]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -18,6 +19,7 @@ from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from learner.weight_publisher import BACKEND
 from tests.conftest import make_config
+from tests.integration.conftest import processes
 from tests.integration.test_ranks import EOS, rollouts
 
 pytestmark = pytest.mark.usefixtures("ray_runtime")
@@ -58,6 +60,18 @@ def update(group: LearnerGroup, number: int = 0) -> dict[str, float]:
     return {name: value for name, value in metrics[0].items() if not name.startswith("perf/")}
 
 
+def own_pages(process: psutil.Process) -> float:
+    """KiB of the checkpoint's files that the process has copied by writing to them; others it shares."""
+    found, is_file = 0.0, False
+    for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            is_file = words[-1].endswith(".safetensors")
+        elif is_file and words[0] in ("Private_Dirty:", "Anonymous:"):
+            found += float(words[1])
+    return found
+
+
 def adapter(group: LearnerGroup, folder: Path) -> dict[str, torch.Tensor]:
     group.call("save", str(folder))
     return read_tensors(str(folder))
@@ -69,10 +83,13 @@ def update_of(small_vocab: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     def run(ranks: int, zero: int) -> Any:
         folder = tmp_path_factory.mktemp("update")
+        others = {process.pid for process in processes("LearnerActor")}
         group = started(configured(small_vocab, folder, "float32"), ranks, zero)
         try:
             before = adapter(group, folder / "before")
             metrics = [update(group) for _ in range(2)]  # A has no gradient before B has moved
+            mine = [process for process in processes("LearnerActor") if process.pid not in others]
+            assert zero == 3 or [own_pages(process) for process in mine] == [0] * ranks
             return metrics, before, adapter(group, folder / "after")
         finally:
             group.stop()

@@ -96,6 +96,7 @@ class Host:
     def __init__(self, number: int, folder: Path):
         self.name, self.address, self.port = f"host{number}", f"10.77.0.{number}", f"port{number}"
         self.folder = folder
+        self.settings = dict[str, str]()  # of Ray here, besides those of all hosts
         names = folder / f"{self.name}.hosts"
         lines = ["127.0.0.1 localhost", f"127.0.1.1 {self.name}", *(f"10.77.0.{n} node{n}" for n in range(1, 10))]
         names.write_text("\n".join(lines) + "\n")
@@ -112,7 +113,7 @@ class Host:
     def environment(self) -> dict[str, str]:
         """Of whatever runs here with Ray."""
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
-        return {**os.environ, **driver_env(), **token}
+        return {**os.environ, **driver_env(), **token, **self.settings}
 
     def call(self, *command: str) -> str:
         return _call(*self.enter, *command)
@@ -126,8 +127,8 @@ class Host:
         """`path` as this host sees it, for the test to read."""
         return Path(f"/proc/{self.pid}/root{path}")
 
-    def start_ray(self, head: "Host", num_cpus: int) -> None:
-        """Without waiting until it is up."""
+    def start_ray(self, head: "Host", num_cpus: int, *more: str) -> None:
+        """Without waiting until it is up. `more`: further options of `ray start`."""
         part = (
             ["--head", "--port=6379", "--include-dashboard=false"]
             if head is self
@@ -136,6 +137,7 @@ class Host:
         ray = str(Path(sys.executable).with_name("ray"))
         size = ["--object-store-memory=200000000", f"--num-cpus={num_cpus}"]
         command = [ray, "start", *part, f"--node-ip-address={self.address}", *size, "--disable-usage-stats", "--block"]
+        command += more
         self._ray = [*self.enter, *command]
         self._try_ray()
 

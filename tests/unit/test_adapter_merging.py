@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from actors.adapter_merging import decoder_layer, merged_layers, misfit
+from common.models.lora import merged
 from contracts.config import LoraConfig
 from contracts.weights import Parameters
 
@@ -48,6 +49,14 @@ def test_dora_scales_rows_to_their_magnitudes() -> None:
     [(_, found)] = merged_layers(base, adapter, {"model.layers.0"}, torch.float32, scale=1.0)
     # [3, 4], [3, 4], [0, 1], of norms 5, 5, 1
     torch.testing.assert_close(found, torch.tensor([[1.2, 1.6], [3.0, 4.0], [0.0, 1.0]]))
+
+
+def test_dora_that_has_not_trained_changes_nothing_in_bfloat16() -> None:
+    """As in PEFT's forward pass, which rounds norms as it stores magnitudes."""
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    magnitude = torch.linalg.vector_norm(weight.float(), dim=1).bfloat16()
+    a, b = torch.randn(4, 32).bfloat16(), torch.zeros(64, 4).bfloat16()
+    assert torch.equal(merged(weight, a, b, 2.0, magnitude), weight)
 
 
 def test_decoder_layers_are_told_apart() -> None:

@@ -80,6 +80,55 @@ def test_a_merged_checkpoint_is_a_plain_one(
         torch.testing.assert_close(padded_logprobs(whole), logprobs(task.engine), rtol=0, atol=5e-5)
 
 
+def as_others_leave_it(base: Path, out: Path, **lora: Any) -> Path:
+    """An adapter by PEFT alone, in a directory as trainers of others leave it: no tokenizer, files of training."""
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=2, **lora))
+    model.save_pretrained(out, save_embedding_layers=False)
+    (out / "training_args.bin").write_bytes(b"of training")
+    (out / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
+    return out
+
+
+def test_what_others_have_trained_is_merged_with_tokenizer_and_ends_of_its_base(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    generation = {"eos_token_id": [2, 5, 7], "temperature": 0.6, "do_sample": True}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    adapter = as_others_leave_it(base, tmp_path / "adapter", target_modules=["q_proj"])
+    adapters.write_merged(str(adapter), tmp_path / "whole")
+    assert json.loads((tmp_path / "whole/generation_config.json").read_text()) == generation
+    assert "quantization_config" not in json.loads((tmp_path / "whole/config.json").read_text())
+    assert not (tmp_path / "whole/training_args.bin").exists()
+    mine, theirs = AutoTokenizer.from_pretrained(tmp_path / "whole"), AutoTokenizer.from_pretrained(base)
+    assert mine("a b").input_ids == theirs("a b").input_ids
+    (base / "generation_config.json").unlink()  # then what ends a text stands in config.json alone
+    adapters.write_merged(str(adapter), tmp_path / "without")
+    assert not (tmp_path / "without/generation_config.json").exists()
+
+
+def test_an_adapter_of_another_revision_is_refused(sft: tuple[SFTTask, Path]) -> None:
+    _, path = sft
+    said = json.loads((path / "adapter_config.json").read_text())
+    for revision, named, is_refused in (("v2", "owner/name", True), ("main", "owner/name", False), ("v2", None, False)):
+        changed = said | {"revision": revision} | ({"base_model_name_or_path": named} if named else {})
+        (path / "adapter_config.json").write_text(json.dumps(changed))
+        if is_refused:
+            with pytest.raises(
+                LoadingError, match="is an adapter of the revision 'v2' of owner/name; write the directory"
+            ):
+                adapters.split(str(path))
+        else:
+            assert adapters.split(str(path)) == (named or said["base_model_name_or_path"], str(path))
+
+
+def test_an_adapter_on_a_tied_head_is_not_merged(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = as_others_leave_it(tiny_model, tmp_path / "adapter", target_modules=["lm_head"])
+    with pytest.raises(LoadingError, match="must leave lm_head as it is: it is LlamaForCausalLM's embedding too"):
+        adapters.write_merged(str(adapter), tmp_path / "whole")
+
+
 def test_a_tied_head_stays_with_its_embeddings(
     tiny_model: Path, make_lora_config: Callable[..., TandemConfig], ranks: Ranks, tmp_path: Path
 ) -> None:

@@ -46,6 +46,12 @@ def test_the_mean_over_all_subsets(k: int) -> None:
         assert expected_best(proxy, gold, k)[row] == pytest.approx(np.mean([gold[row, i] for i in best]))
 
 
+def test_of_equal_ones_the_curve_takes_the_one_that_is_judged() -> None:
+    group = [rollout(i, 1.0, gold) for i, gold in enumerate([3.0, 0.0, 0.0, 5.0])]
+    assert choose(group).scores["gold"].value == 3.0
+    assert expected_best(np.ones((1, 4)), np.array([[3.0, 0.0, 0.0, 5.0]]), 4) == pytest.approx([3.0])
+
+
 def test_the_curve_by_hand() -> None:
     """Two prompts with three samples; the third prompt has one without a gold score and is left out."""
     samples = [

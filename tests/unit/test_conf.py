@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import train
 from common.command_line import command_line_problems, whole_sections
 from contracts.checks.overrides import unknown_overrides
 from contracts.checks.reference import page
 from contracts.checks.validation import validate
-from contracts.config import ClusterConfig, TandemConfig
+from contracts.config import ClusterConfig, TandemConfig, to_config
 from contracts.placement import PlacementError, check_nodes, plan
 from contracts.scorer_roles import judges, scoring_models
 from contracts.stages import method_titles, stage_names
@@ -42,9 +41,7 @@ FILL_IN = {
 
 def composed(overrides: list[str]) -> TandemConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", whole_sections(overrides)))
-    assert isinstance(config, TandemConfig)
-    return config
+        return to_config(compose("config", whole_sections(overrides)))
 
 
 def overrides_of(file: str) -> list[str]:
@@ -162,7 +159,17 @@ def test_run_directories_are_below_the_name() -> None:
 
 def documented(program: str) -> list[list[str]]:
     """The arguments of each `python PROGRAM` in the blocks of the README and of the pages that are about commands."""
-    names = ("sweeps", "dashboards", "preference", "algorithms", "coming_from")
+    names = (
+        "sweeps",
+        "dashboards",
+        "preference",
+        "algorithms",
+        "coming_from",
+        "verifiers",
+        "lora",
+        "elastic",
+        "judges",
+    )
     pages = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in names)]
     blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]

@@ -4,13 +4,14 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from contracts.config import ClusterConfig, PPOConfig, SamplingConfig
 from contracts.interfaces import ActorLostError, CollectiveError, EngineLostError, LearnerLostError
@@ -523,6 +524,20 @@ def test_failed_starts_of_a_surplus_place_do_not_count_when_another_is_lost() ->
         fleet.not_started(2, gone, is_loss=True)
 
 
+def test_the_learner_publishes_to_nobody_who_is_gone() -> None:
+    """Beyond the fewest a lost actor is not replaced at once, or ever: nothing more is sent to it, or counted as missing."""
+    calls: list[str] = []
+    learner: Any = SimpleNamespace(start=lambda method, *_: calls.append(method) or [])
+    fleet = Fleet([Actor()], learner, "", lambda *_: True, 1, print, most=2)
+    fleet.joined(1)
+    for version in (1, 2):
+        fleet.start_publish(version)
+    fleet.lost(1, 0, "gone")
+    for version in (3, 4):
+        fleet.start_publish(version)
+    assert calls == ["connect", "publish", "connect", "publish"]
+
+
 def test_a_replacement_that_never_starts_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("controller.loop.fleet.AGAIN_S", 0.01)
     actors = [Actor()]
@@ -664,7 +679,9 @@ def test_one_actor_is_never_hedged() -> None:
     assert ledger.metrics()["ledger/hedged"] == 0
 
 
-@pytest.mark.parametrize("error", [RayActorError(), CollectiveError("rank 0: connection closed by peer")])
+@pytest.mark.parametrize(
+    "error", [RayActorError(), OutOfMemoryError("killed"), CollectiveError("rank 0: connection closed by peer")]
+)
 def test_a_lost_rank_is_told_from_an_error_and_later_answers_count_no_more(error: Exception) -> None:
     dispatcher, _ = start([Actor()])
     gone, other, fine = Future[Any](), Future[Any](), Future[Any]()
@@ -782,12 +799,13 @@ def test_held_out_prompts_are_no_rollouts_of_the_ledger() -> None:
     assert with_them == without
 
 
-def test_what_a_lost_actor_held_of_them_another_answers() -> None:
+@pytest.mark.parametrize("error", [RayActorError(), OutOfMemoryError("Ray's monitor of memory has ended it")])
+def test_what_a_lost_actor_held_of_them_another_answers(error: Exception) -> None:
     actors = [Actor(), Actor()]
     dispatcher, _ = start(actors, fleet=Fleet(actors, Learner(actors), "", lambda *_: False, 1, print))  # type: ignore[arg-type]
     found = in_background(dispatcher, held_out(4))
     eventually(lambda: [len(a.work) for a in actors] == [2, 2])
-    actors[0].asked.pop()[0].set_exception(RayActorError())
+    actors[0].asked.pop()[0].set_exception(error)
     eventually(lambda: len(actors[1].work) == 4)
     assert sorted(actors[1].prompts) == [1000, 1001, 1002, 1003]
     actors[1].finish(0, 1, 2, 3)
@@ -800,8 +818,9 @@ def test_while_actors_work_ahead_their_rollouts_are_kept() -> None:
     dispatcher.admit_rollouts(updates_left=5)
     found = in_background(dispatcher, held_out(2))
     eventually(lambda: len(actor.work) == 10)
-    actor.finish(*range(10))
+    actor.finish(*range(10), generate_s=5.0)
     assert [r.prompt.prompt_id for r in found.result(5)] == [1000, 1001]
+    assert dispatcher.usage()["perf/gen_tokens_per_s"] == 2.0  # ten tokens, those of the rollouts among them
     assert len(dispatcher.wait_for_batch(0)) == 4
     assert ledger.counts["fenced"] == 0
 

@@ -236,6 +236,7 @@ def test_failed_scores_are_counted_over_the_update(tmp_path: Path) -> None:
     run = Run(score, tmp_path, max_failed_scores=0.15)
     keys, metrics = run.update(1)
     assert (metrics["fault/unscored"], metrics["fault/no_sibling"]) == (1, 1)
+    assert metrics["reward/equal_groups_frac"] == pytest.approx(3 / 7)  # the failed one's group says nothing
     assert late not in {key[1] for key in keys}
     assert len(keys) == 8
     result = audit(run.log)

@@ -8,9 +8,10 @@ import pytest
 
 from contracts.config import TandemConfig
 from controller.alarms.rules import loses_to_sft
+from controller.pipeline.pipeline import set_aside_reports
 from controller.pipeline.summary import summary_rows
 from controller.record.evaluation import against_sft, judged_model, judged_title, objective
-from controller.record.reader import Run, load
+from controller.record.reader import Run, load, read
 from controller.report.members import members_of
 from controller.report.run_page import run_page
 from tests.unit.test_report import invented_evaluation, write_run
@@ -125,3 +126,14 @@ def test_the_alarm_names_the_method() -> None:
     }
     [alarm] = loses_to_sft(run) or []
     assert alarm.title == "Rank-SL loses to SFT"
+
+
+def test_a_new_attempt_does_not_show_what_another_has_found_out(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(of_method("dpo")))
+    said: list[str] = []
+    set_aside_reports(tmp_path, said.append)
+    assert read(tmp_path).evaluation == {}
+    assert said == ["evaluation.json of an earlier attempt is evaluation.before.json now"]
+    assert json.loads((tmp_path / "evaluation.before.json").read_text()) == of_method("dpo")
+    set_aside_reports(tmp_path, said.append)
+    assert len(said) == 1

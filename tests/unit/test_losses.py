@@ -30,19 +30,19 @@ RATIOS = (1.5, 0.5, 1.1, 0.5, 4.0)
 ADVANTAGES = (2.0, 1.0, -1.0, -2.0, -1.0)
 
 
-@pytest.mark.parametrize(("dual_clip", "expected"), [(3.0, 2.8), (None, 3.8)])
-def test_policy_loss_by_hand(dual_clip, expected):
+@pytest.mark.parametrize(("dual_clip", "expected", "clipped"), [(3.0, 2.8, 3), (None, 3.8, 2)])
+def test_policy_loss_by_hand(dual_clip, expected, clipped):
     # rho 1.5, A  2: max(-3.0, -2.4) = -2.4, clipped
     # rho 0.5, A  1: max(-0.5, -0.8) = -0.5
     # rho 1.1, A -1: 1.1
     # rho 0.5, A -2: max(1.0, 1.6) = 1.6, clipped
-    # rho 4.0, A -1: max(4.0, 1.2) = 4.0; the dual clip makes it min(4, 3) = 3
+    # rho 4.0, A -1: max(4.0, 1.2) = 4.0; the dual clip makes it min(4, 3) = 3, clipped
     # sum = -2.4 - 0.5 + 1.1 + 1.6 + 3 = 2.8, and 3.8 without the dual clip
     # k3 sum = sum(rho - 1) - log(product) = 2.6 - log(1.65) = 2.099225
     mask = torch.ones(1, 5, dtype=torch.bool)
     loss, stats = policy_loss(logs(*RATIOS), torch.zeros(1, 5), torch.tensor([ADVANTAGES]), mask, 0.2, dual_clip)
     assert loss.item() == pytest.approx(expected, abs=1e-5)
-    assert stats["clipped"].item() == 2
+    assert stats["clipped"].item() == clipped
     assert stats["approx_kl"].item() == pytest.approx(2.099225, abs=1e-5)
     assert stats["ratio"].item() == pytest.approx(7.6, abs=1e-5)
     assert stats["ratio_max"].item() == pytest.approx(4.0, abs=1e-5)
@@ -52,7 +52,9 @@ def test_policy_loss_gradient_by_hand():
     # Clipped or dual-clipped tokens have no gradient; the others -A * rho: -1 * 0.5 and 1 * 1.1.
     policy_logprobs = logs(*RATIOS).requires_grad_()
     mask = torch.ones(1, 5, dtype=torch.bool)
-    policy_loss(policy_logprobs, torch.zeros(1, 5), torch.tensor([ADVANTAGES]), mask, 0.2, 3.0)[0].backward()
+    loss, stats = policy_loss(policy_logprobs, torch.zeros(1, 5), torch.tensor([ADVANTAGES]), mask, 0.2, 3.0)
+    loss.backward()
+    assert stats["clipped"].item() == (policy_logprobs.grad == 0).sum().item() == 3
     torch.testing.assert_close(policy_logprobs.grad, torch.tensor([[0.0, -0.5, 1.1, 0.0, 0.0]]))
 
 

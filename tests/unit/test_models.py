@@ -18,7 +18,7 @@ from transformers import (
 
 from common.models.packed_attention import Packed
 from contracts.config import LearnerConfig, ModelConfig, OptimizerConfig
-from learner.engine import TrainEngine
+from learner.engine import TrainEngine, frozen_as_loaded
 from learner.models import (
     FloatLinear,
     PolicyModel,
@@ -269,6 +269,28 @@ def test_weights_have_the_names_of_the_checkpoint(tied: bool, tiny_model: Path, 
     # One group for each decoder layer, which ZeRO-3 gathers at a time.
     layers = [{name.split(".")[2] for name, _ in group} for group in groups if ".layers." in group[0][0]]
     assert layers == [{"0"}, {"1"}]
+
+
+def test_ranks_that_have_loaded_other_frozen_weights_are_refused(
+    small_vocab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a checkpoint that is another one on another node: nobody sends frozen weights around."""
+    second, model = Ranks(1, 2, on_cpu=True), policy(small_vocab)
+    freeze_below(model.lm, 1, freeze_embeddings=True)
+    number = sum(not p.requires_grad for p in model.parameters())
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_: None)
+    with frozen_as_loaded(model, second, 2):
+        assert [hasattr(p, "ds_optim_param") for p in model.parameters()].count(True) == number
+    assert not any(hasattr(p, "ds_optim_param") for p in model.parameters())
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda sums, _: sums[0].add_(1))
+    with (
+        pytest.raises(
+            ValueError, match=r"rank 1 of the learner has loaded 1 weights that are not those of rank 0: lm\."
+        ),
+        frozen_as_loaded(model, second, 2),
+    ):
+        pass
 
 
 def test_sources_of_a_weight_transfer(small_vocab: Path, ranks: Ranks, tmp_path: Path) -> None:

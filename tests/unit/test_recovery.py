@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from contracts.config import LoggerConfig
 from contracts.interfaces import CollectiveError, EngineLostError, LearnerLostError
@@ -89,6 +89,7 @@ def stage(log: RunLog, *errors: Exception) -> Callable[[], str]:
     "error",
     [
         RayActorError(),
+        OutOfMemoryError("Ray's monitor of memory has ended it"),
         RayTaskError("step", "traceback", CollectiveError("rank 0: gloo")),
         RayTaskError("rollout", "traceback", EngineLostError("the engine is dead")),
         ActorsMissing("version 1 of the weights did not reach every actor"),

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from contracts.config import DataConfig, SourceConfig
+from contracts.config import DataConfig, ModelConfig, SourceConfig, TandemConfig
 from contracts.records import Example
 from controller.data.datasets import (
     DataError,
@@ -458,3 +458,93 @@ def test_a_text_prompt_of_messages_is_shown_as_it_is_trained_on(jsonl: Any, toke
     [prompt] = load_prompts(jsonl(row), DATA, tokenizer, 8, 99)
     start = taught.loss_mask.index(True)
     assert tuple(taught.token_ids[:start]) == prompt.token_ids
+
+
+def test_pairs_beside_an_instruction_or_a_question_are_its_answers(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    """LLaMA-Factory's preferences in Alpaca's form, and Orca's."""
+    sides = {"chosen": "Seven.", "rejected": "Nine."}
+    asked = [
+        {"instruction": "Name a prime.", "input": "", **sides},
+        {"instruction": "Name", "input": "a prime.", **sides},
+        {"system": "Be brief.", "question": "Name a prime.", **sides},
+    ]
+    ours = [
+        {"prompt": "Name a prime.", **sides},
+        {"prompt": "Name\na prime.", **sides},
+        {"system": "Be brief.", "prompt": "Name a prime.", **sides},
+    ]
+    for row, same in zip(asked, ours, strict=True):
+        report = LoadReport()
+        for load in (load_rated_examples, load_preferences, load_sft):
+            assert load(jsonl(row), CHAT, tokenizer, 99, report) == load(jsonl(same), CHAT, tokenizer, 99)
+            assert report.unread == []
+
+
+@pytest.mark.parametrize("labels", [["72", "0"], [72, 0], ["yes", "0"]])
+def test_a_label_that_is_an_answer_leaves_no_row_out(labels: list[Any], jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    rows = [{"prompt": "What is it?", "completion": str(label), "label": label} for label in labels]
+    report = LoadReport()
+    assert len(load_sft(jsonl(*rows), DATA, tokenizer, 99, report)) == 2
+    assert report.left_out == {}
+
+
+def test_a_transcript_beside_its_prompt_is_asked_once(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    start = "\n\nHuman: Name a prime.\n\nAssistant:"
+    whole = {"chosen": f"{start} Seven.", "rejected": f"{start} Nine."}
+    for load in (load_sft, load_rated_examples, load_preferences):
+        assert load(jsonl({"prompt": start, **whole}), DATA, tokenizer, 99) == load(jsonl(whole), DATA, tokenizer, 99)
+    [text] = load_sft(jsonl({"prompt": start, **whole}), DATA, tokenizer, 99)
+    assert tokenizer.decode(text.token_ids).count("Name a prime.") == 1
+
+
+def test_sides_that_repeat_their_prompt_are_asked_once(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    apart = {"prompt": "Name a prime:", "chosen": " Seven.", "rejected": " Nine."}
+    whole = {**apart, "chosen": "Name a prime: Seven.", "rejected": "Name a prime: Nine."}
+    for load in (load_sft, load_rated_examples, load_preferences):
+        assert load(jsonl(whole), DATA, tokenizer, 99) == load(jsonl(apart), DATA, tokenizer, 99)
+    one = {**apart, "chosen": "Name a prime: Seven."}  # of one side alone it is what it says
+    [text] = load_sft(jsonl(one), DATA, tokenizer, 99)
+    assert tokenizer.decode(text.token_ids).count("Name a prime:") == 2
+
+
+def test_numbers_that_a_csv_file_has_as_texts_are_texts(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\nWhat is 3+4?,7\nWhat is 1+1?,2\n")
+    found = load_sft(source(tmp_path / "a.csv"), CHAT, tokenizer, 99)
+    assert [trained(tokenizer, one) for one in found] == ["7<|im_end|>", "2<|im_end|>"]
+    (tmp_path / "b.csv").write_text("instruction,output\nWhat is 3+4?,7\n2,4\n")
+    assert len(load_sft(source(tmp_path / "b.csv"), CHAT, tokenizer, 99)) == 2
+
+
+@pytest.mark.parametrize(
+    "said", ['[{"value": 1}]', '[{"content": "x"}, {"content": "y"}]', '[{"value": 1}, {"from": 2']
+)
+def test_an_answer_that_is_json_is_no_conversation(said: str, jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    [found] = load_sft(jsonl({"prompt": "Extract.", "completion": said}), CHAT, tokenizer, 99)
+    assert trained(tokenizer, found) == f"{said}<|im_end|>"
+
+
+def test_a_prompt_beside_a_text_is_the_prompt(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    row = {"prompt": "Name a prime.", "text": "a whole page"}
+    [prompt] = load_prompts(jsonl(row), CHAT, tokenizer, 8, 99)
+    assert prompt.text.count("Name a prime.") == 1
+    assert json.loads(prompt.row or "") == {"text": "a whole page"}
+    [text] = load_sft(jsonl(row), DATA, tokenizer, 99)
+    assert trained(tokenizer, text) == "a whole page<|im_end|>"
+
+
+def test_a_limit_that_leaves_most_rows_out_is_refused(
+    jsonl: Any,  # noqa: F811
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    config = TandemConfig(stage="sft", model=ModelConfig(path=str(SMOLLM)), run_dir=str(tmp_path))
+    config.data.sft = jsonl({"text": "short"}, *({"text": "word " * 60} for _ in range(3)))
+    config.sft.max_tokens = 48
+    with pytest.raises(
+        DataError, match=r"data\.sft: 3 of 4 rows \(75%\) are longer than sft\.max_tokens=48 tokens .*Write a larger"
+    ):
+        load_inputs(config, tokenizer, print)
+    config.data.max_long_rows = 0.8
+    assert len(load_inputs(config, tokenizer, print)["sft"]) == 1
+    config.data.max_long_rows, config.sft.max_tokens = 0.5, 64
+    assert len(load_inputs(config, tokenizer, print)["sft"]) == 4

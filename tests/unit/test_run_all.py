@@ -25,7 +25,7 @@ BENCHMARK = Benchmark(
 # Programs that are parts of a benchmark or fill tables of documents, which are neither better nor worse.
 OTHERS = {
     "run_all", "machine", "gpu_publish", "limits", "step_report", "workload", "tandem_ppo_step", "trl_ppo_step",
-    "trl_grpo_step", "trl_clock", "memory_sampler", "calibrate", "plan_scale", "model_table",
+    "trl_grpo_step", "trl_clock", "memory_sampler", "calibrate", "plan_scale", "model_table", "lora",
 }  # fmt: skip
 
 

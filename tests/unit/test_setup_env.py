@@ -1,10 +1,12 @@
 """Two `make` commands at once in a fresh clone: one sets up, the other waits. What is installed is a stand-in here."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +43,15 @@ def clone(tmp_path: Path) -> Path:
     (tmp_path / "deploy").mkdir()
     shutil.copy(ROOT / "deploy/setup_env.py", tmp_path / "deploy")
     return tmp_path
+
+
+def module_from_file(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("setup_env", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def start(clone: Path, seconds: float, result: str = "works", *arguments: str) -> "subprocess.Popen[str]":
@@ -99,3 +110,25 @@ def test_alone_it_is_set_up_again(clone: Path) -> None:
     assert start(clone, 0).communicate(timeout=30)[0] == "set up cpu\n"
     shutil.rmtree(clone / ".venv")
     assert start(clone, 0, "works", "--extra", "gpu").communicate(timeout=30)[0] == "set up gpu\n"
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "clears"), [("cpu", "gpu", True), ("cpu", "cpu", False), ("gpu", "cpu", True)]
+)
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_an_environment_of_the_other_engines_is_made_anew(
+    there: str, asked: str, clears: bool, is_whole: bool, clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To pip, PyTorch for a CPU is the version that a GPU's engines ask for."""
+    setup = module_from_file(clone / "deploy/setup_env.py")
+    done: list[tuple[str, ...]] = []
+    monkeypatch.setattr(setup, "run", lambda *command: done.append(command))
+    monkeypatch.setattr(setup, "install", lambda extra: done.append((extra,)))
+    setup.VENV.mkdir()
+    (setup.VENV / ".extra").write_text(there)
+    if is_whole:
+        setup.READY.write_text(there)
+    setup.set_up(asked)
+    assert ("--clear" in done[0]) == clears
+    assert (asked,) in done
+    assert setup.READY.read_text() == asked

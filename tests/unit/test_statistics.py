@@ -1,10 +1,11 @@
 """Values are worked out by hand, or come from the normal distribution where a bootstrap is checked for coverage."""
 
 import math
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from common.statistics import (
     Interval,
@@ -95,6 +96,43 @@ def test_unequal_numbers_of_prompts_are_refused():
         paired_gain([1.0, 2.0], [1.0], 100, 0)
     with pytest.raises(ValueError, match="same prompts"):
         matched_length([1.0], [1.0], [3, 4], [3, 4])
+
+
+@pytest.mark.parametrize("count", [2, 20, 500])
+def test_what_was_seen_in_every_prompt_is_not_known_of_all(count):
+    """Limits of a share that is 0 or 1 throughout are Clopper and Pearson's: (alpha / 2)^(1 / n)."""
+    exact = scipy.stats.binomtest(count, count).proportion_ci(0.95, method="exact")
+    unseen = 1 - exact.low
+    assert bootstrap_mean(np.ones(count), 100, 0, bounds=(0, 1)).as_dict() == pytest.approx(
+        {"mean": 1.0, "low": exact.low, "high": 1.0}
+    )
+    for value, low, high in ((0.0, 0.0, unseen), (0.5, 0.5 - unseen / 2, 0.5 + unseen / 2)):
+        found = bootstrap_mean(np.full(count, value), 100, 0, bounds=(0, 1))
+        assert (found.mean, found.low, found.high) == pytest.approx((value, low, high))
+    won = win_rate(np.ones(count), np.zeros(count), 100, 0)
+    assert (won.mean, won.low, won.high) == pytest.approx((1.0, 1 - unseen, 1.0))
+    same = paired_gain(np.ones(count), np.ones(count), 100, 0, bounds=(-1, 1))
+    assert (same.mean, same.low, same.high) == pytest.approx((0.0, -unseen, unseen))
+
+
+@pytest.mark.parametrize("count", [10, 20, 100])
+def test_one_wrong_answer_more_lowers_both_limits(count):
+    found = [
+        bootstrap_mean([1.0] * (count - wrong) + [0.0] * wrong, 2000, 0, bounds=(0, 1)) for wrong in range(count + 1)
+    ]
+    for better, worse in pairwise(found):
+        assert better.mean > worse.mean
+        assert better.low >= worse.low
+        assert better.high >= worse.high
+    half = [1.0] * (count // 2) + [0.0] * (count // 2)
+    assert found[count // 2] == bootstrap_mean(half, 2000, 0)  # in the middle the bootstrap decides
+
+
+def test_pairs_that_are_all_right_have_an_interval():
+    ratings = np.arange(40.0)
+    found = pair_accuracy(ratings, ratings, [[i, i + 20] for i in range(20)], 200, 0)
+    assert (found.mean, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(scipy.stats.binomtest(20, 20).proportion_ci(0.95, method="exact").low)
 
 
 def test_paired_gain_uses_the_pairing():

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import requests
@@ -115,12 +116,13 @@ def test_everything_that_a_cluster_could_not_find_is_refused_at_once() -> None:
 
 @pytest.mark.parametrize("target", ["ray_jobs", "slurm", "kuberay"])
 def test_a_job_is_not_killed_before_it_has_saved(target: str) -> None:
-    [_, line] = refusal(f"target={target}", "checkpoint.grace_s=110.5", *TWO_NODES)
+    places = [*TWO_NODES, *(["target.volume_claim=data"] if target == "kuberay" else [])]
+    [_, line] = refusal(f"target={target}", "checkpoint.grace_s=110.5", *places)
     assert line == (
         "  - target.stop_wait_s must be at least 15 s above checkpoint.grace_s (110.5 s), in which the job saves its state; "
         "found 120; write target.stop_wait_s=126, or a smaller checkpoint.grace_s"
     )
-    to_job([f"target={target}", "checkpoint.grace_s=105", *TWO_NODES])
+    to_job([f"target={target}", "checkpoint.grace_s=105", *places])
 
 
 def test_slurm_and_kuberay_need_the_size_of_the_nodes() -> None:
@@ -197,7 +199,8 @@ def test_the_documented_commands_are_valid(words: list[str]) -> None:
         return
     overrides = [word for word in words if word not in ("...", "--dry-run")]
     places = [] if "run_dir" in " ".join(words) else [*PLACES, "cluster=multi_node"]
-    to_job([*overrides, *places])
+    claim = ["target.volume_claim=data"] if words[0] == "target=kuberay" and "..." in words else []
+    to_job([*overrides, *places, *claim])
 
 
 def test_the_documented_sweep_is_valid() -> None:
@@ -311,3 +314,43 @@ def test_a_job_on_another_address_keeps_the_rest_of_its_target() -> None:
     assert found == replace(known, address="http://10.0.0.1:8265", env={"A": "1", "B": "3"})
     assert changed(known, []) == known
     assert isinstance(changed(known, ["target=slurm"]), Slurm)
+
+
+class Jobs:
+    """One job that has ended, as Ray's Jobs API tells of it; keeps what is submitted."""
+
+    def __init__(self, overrides: list[str]):
+        self.sent: dict[str, Any] = {}
+        metadata = {"overrides": json.dumps(overrides), "run_dir": "/shared/runs/a", "python": "/opt/python"}
+        environment = {"env_vars": {"HF_HOME": "/shared/hf", "RAY_JOB_STOP_WAIT_TIME_S": "120"}}
+        status = SimpleNamespace(is_terminal=lambda: True, value="STOPPED")
+        self.info = SimpleNamespace(metadata=metadata, runtime_env=environment, status=status)
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        return self.info
+
+    def submit_job(self, **options: Any) -> None:
+        self.sent = options
+
+
+def test_what_another_machine_has_sent_is_resumed_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("submission.job.RECORDS", tmp_path)
+    cluster = object.__new__(Cluster)
+    cluster.client, cluster.target = Jobs(["stage=sft", "checkpoint.resume=never"]), RayJobs(address="http://a:1")  # type: ignore[assignment]
+    job = cluster.resume("a-job")
+    sent = cluster.client.sent  # type: ignore[attr-defined]
+    assert job.target == RayJobs(address="http://a:1", python="/opt/python", env={"HF_HOME": "/shared/hf"})
+    assert job.overrides == ["stage=sft"]  # it goes on where the first one has saved
+    assert sent["runtime_env"]["env_vars"] == {"HF_HOME": "/shared/hf", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+    assert sent["entrypoint"].endswith("exec /opt/python train.py stage=sft")
+
+
+def test_an_elastic_job_needs_room_for_its_fewest_actors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = object.__new__(Cluster)
+    monkeypatch.setattr(cluster, "nodes", lambda: [{"CPU": 4.0, "GPU": 4.0}])
+    sizes = ["cluster.gpus_per_actor=1", "cluster.gpus_per_learner_rank=1", "cluster.gpus_per_reward_replica=0.5"]
+    _, elastic = to_job([*PLACES, *sizes, "cluster.min_actors=1", "cluster.max_actors=6"])
+    cluster.check_capacity(elastic)
+    _, fixed = to_job([*PLACES, *sizes, "cluster.num_actors=6"])
+    with pytest.raises(ConfigError, match="6 actors x 1 GPU"):
+        cluster.check_capacity(fixed)

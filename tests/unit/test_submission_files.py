@@ -422,7 +422,7 @@ RAY_JOB = {
 
 def manifest(*arguments: str) -> dict[str, Any]:
     """As it is read from the file."""
-    job, config = to_job(["target=kuberay", *arguments])
+    job, config = to_job(["target=kuberay", "target.volume_claim=data", *arguments])
     found = yaml.safe_load(kuberay.render(job, config))
     jsonschema.validate(found, RAY_JOB)
     return found
@@ -451,8 +451,9 @@ def test_a_manifest_has_the_documented_fields_and_the_size_of_the_layout() -> No
     ("fleet", "replicas", "least", "most"),
     [
         ([], 5, 5, 5),  # fixed: what the layout states, used or not
-        (["cluster.min_actors=1", "cluster.max_actors=30"], 1, 1, 5),  # 7 + 8 + 0.5 of 16, 1 + 8 + 0.5 of 16
-        (["cluster.min_actors=9", "cluster.num_actors=20", "cluster.max_actors=30"], 3, 2, 5),
+        (["cluster.min_actors=1", "cluster.max_actors=30"], 1, 1, 5),  # 1 + 8 + 0.5 of 16
+        # The job starts once the first ones are there: 9 + 8 + 0.5, and not 20 + 8 + 0.5.
+        (["cluster.min_actors=9", "cluster.num_actors=20", "cluster.max_actors=30"], 2, 2, 5),
         (["reward_service.max_replicas=4"], 1, 1, 5),  # Serve asks for more of them
     ],
 )
@@ -466,7 +467,7 @@ def test_the_pods_of_an_elastic_fleet_come_as_they_are_asked_for(
 
 
 def test_a_pod_that_must_go_stops_the_job_and_waits_for_it() -> None:
-    found = manifest(*TWO_NODES, "target.stop_wait_s=200")
+    found = manifest(*TWO_NODES, "target.stop_wait_s=200", "target.python=/opt/tandem/.venv/bin/python")
     spec = found["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     assert (
         spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
@@ -476,7 +477,7 @@ def test_a_pod_that_must_go_stops_the_job_and_waits_for_it() -> None:
     assert spec["terminationGracePeriodSeconds"] > 200
     [workers] = found["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     command = workers["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    assert command == ["python", "-m", "actors.leave", "--within", "200"]
+    assert command == ["/opt/tandem/.venv/bin/python", "-m", "actors.leave", "--within", "200"]
     assert yaml.safe_load(found["spec"]["runtimeEnvYAML"])["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "200"}
 
 
@@ -505,8 +506,38 @@ def test_names_begin_with_a_letter(name: str) -> None:
 )
 def test_names_of_kubernetes_have_its_form(option: str) -> None:
     with pytest.raises(ConfigError, match=rf"{option.split('=')[0]} must be a name of lower-case letters"):
-        to_job(["target=kuberay", option, *TWO_NODES])
+        to_job(["target=kuberay", "target.volume_claim=data", option, *TWO_NODES])
     to_job(["target=kuberay", "target.volume_claim=a.b-1", "target.namespace=7ml", *TWO_NODES])
+
+
+def test_nothing_that_a_shell_would_expand_stands_where_kuberay_writes_double_quotes() -> None:
+    found = manifest(*TWO_NODES, "sft_model=${model.path}", "+target.env.WHERE='$HOME/x'", "name='a`b'")
+    assert "metadata" not in found["spec"]
+    assert "$" not in found["spec"]["runtimeEnvYAML"]
+    assert "'sft_model=${model.path}'" in found["spec"]["entrypoint"]
+    [container] = found["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "WHERE", "value": "$HOME/x"} in container["env"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "target.volume_claim must be the PersistentVolumeClaim that holds the run directory"),
+        (["target.volume_claim=data", "run_dir=/data/x"], r"run_dir must be below target.volume_path \(/shared\)"),
+        (
+            ["target.volume_claim=data", "target.volume_path=/mnt"],
+            r"cache_dir must be below target.volume_path \(/mnt\)",
+        ),
+        (
+            ["target.volume_claim=data", "cluster.cpus_per_node=7.5"],
+            "cluster.cpus_per_node must be a whole number .* write 7",
+        ),
+        (["target.volume_claim=data", "checkpoint.resume=never"], "checkpoint.resume must be auto with target=kuberay"),
+    ],
+)
+def test_what_pods_would_lose_or_could_not_start_is_refused(options: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        to_job(["target=kuberay", *TWO_NODES, *options])
 
 
 def test_a_layout_of_one_node_has_no_workers() -> None:

@@ -245,7 +245,15 @@ def test_a_choice_suggests_the_closest_name(config):
         ),
         (
             {"model__dtype": "float16"},
-            ["model.dtype must be bfloat16 or float32 on CPU", "found float16", "write bfloat16"],
+            [
+                "model.dtype must be bfloat16 or float32: the learner has no loss scaling",
+                "found float16",
+                "write bfloat16",
+            ],
+        ),
+        (
+            {"model__dtype": "float16", "cluster__gpus_per_learner_rank": 1.0},
+            ["model.dtype must be bfloat16 or float32", "found float16"],
         ),
         (
             {"learner__attention": "flash_attention_2"},
@@ -583,7 +591,6 @@ def test_a_directory_that_is_a_file_is_refused(config, tmp_path):
         {"method": "rank", "preference__loss": "rank"},
         {"data__gold": None, "stage": "evaluate"},
         {"stage": "evaluate", "ppo_model": None},
-        {"model__dtype": "float16", "cluster__gpus_per_learner_rank": 1.0},
         {
             "engine__tensor_parallel_size": 2,
             "cluster__gpus_per_actor": 2.0,
@@ -897,6 +904,41 @@ def test_no_row_is_longer_than_where_rope_changes_its_speed(
     (line,) = refused(put(config, sft__max_tokens=limit + 1))
     assert f"at most the {limit} positions" in line
     assert f"of rope_type {kind}" in line
+
+
+def test_the_evaluation_serves_models_of_one_configuration(config: TandemConfig, tmp_path: Path) -> None:
+    """Its engines are started once: another base would be served with the rotations of this one."""
+    said = {"model_type": "llama", "vocab_size": 64, "rope_theta": 1e4, "tie_word_embeddings": False}
+    others = {
+        "same": {
+            "eos_token_id": 7,
+            "max_position_embeddings": 4096,
+            "transformers_version": "4.30",
+            "use_cache": False,
+        },
+        "faster": {"rope_theta": 1e6},
+        "windowed": {"model_type": "mistral", "sliding_window": 16},
+        "tied": {"tie_word_embeddings": True},
+        "thinner": {"hidden_size": 64},
+    }
+    for name, changes in {"base": {}, **others}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(said | changes))
+    config = put(config, model__path=str(tmp_path / "base"), proxy_model=str(tmp_path / "base"), data__gold=None)
+    config = put(config, sft__max_tokens=64, ppo__gold_rollouts=0)
+    for name, what in {
+        "faster": "1000000.0",
+        "windowed": "mistral",
+        "tied": "True",
+        "thinner": "64 instead of 4096",
+    }.items():
+        (line,) = refused(put(config, sft_model=str(tmp_path / name)))
+        assert line.startswith(
+            f"sft_model={tmp_path / name} must be a model with the settings of model.path={tmp_path / 'base'}"
+        )
+        assert what in line
+        check_model(put(config, sft_model=str(tmp_path / name), stage="ppo"))  # which starts its engines for it
+    check_model(put(config, sft_model=str(tmp_path / "same")))
 
 
 def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemConfig, tmp_path: Path) -> None:

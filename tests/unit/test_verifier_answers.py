@@ -184,6 +184,48 @@ MATH: Table = [
     (0, ["0", "-0", "0.0"], ["0.\\overline{3}", "0.1", "zero or one", "-1"]),  # math-verify: 0.\overline{3} is 0
     (7.25, ["29/4", "7.25"], ["7", "7.2"]),
     ("x>3", ["3<x", "$x > 3$"], ["x<3", "x\\ge 3", "3"]),
+    # Powers side by side, behind one another none; brackets with two numbers; functions without brackets.
+    ("x^3-3x^2+2", ["$x^3 - 3x^2 + 2$", "The answer is $2 - 3x^2 + x^3$."], ["$x^3 + 3x^2 + 2$", "$x^3-3x+2$"]),
+    ("x^2y^3", ["\\boxed{x^2y^3}", "$y^3 x^2$"], ["$x^3y^2$", "$x^2+y^3$"]),
+    ("2^3 \\cdot 3^2", ["\\boxed{72}", "$3^2 \\cdot 2^3$"], ["$2^2 \\cdot 3^3$"]),
+    ("\\frac{x^2-1}{x^2+1}", ["$\\frac{x^2-1}{x^2+1}$"], ["$\\frac{x^2+1}{x^2-1}$"]),
+    ("(0, 1)", ["(0,1)", "\\boxed{(0,1)}", "The answer is $(0, 1)$."], ["[0,1]", "(1,0)", "0,1"]),
+    ("\\log_2 3", ["$\\log_2 3$", "\\boxed{\\log_{2} 3}"], ["$\\log_3 2$", "23"]),
+    ("\\sin^2(x)", ["$\\sin^2 x$", "\\boxed{\\sin^{2} x}"], ["$\\sin x$", "$\\cos^2 x$", "$\\sin^2 y$"]),
+    # A unit on one side, and its names.
+    (
+        "25\\pi",
+        ["\\boxed{25\\pi\\text{ square units}}", "$25\\pi \\text{ cm}^2$"],
+        ["\\boxed{5\\pi\\text{ square units}}"],
+    ),
+    (
+        "2\\sqrt{3} \\text{ cm}",
+        ["$2\\sqrt{3}$", "$2\\sqrt{3}\\text{ centimeters}$"],
+        ["$2\\sqrt{3}\\text{ m}$", "$3\\sqrt{2}$"],
+    ),
+    ("5 cm", ["5 centimeters", "5 centimetres", "5"], ["5 m", "5 cm^2", "50 mm"]),
+    ("40 minutes", ["40 min", "40 mins", "\\boxed{40\\text{ minutes}}"], ["40 hours", "40 s"]),
+    ("10 km/h", ["10 km per hour", "10 kilometers per hour"], ["10 km", "10 m/s"]),
+    ("6 square feet", ["6 ft^2", "6 sq ft", "6 feet^2"], ["6 feet", "6 ft^3"]),
+    ("12 apples", ["12 red apples", "12 apples"], ["12 red pears", "12 apples per day"]),
+    # Several answers, and one in several forms.
+    ("6", ["\\boxed{5}. No: \\boxed{6}", "\\boxed{6}"], ["\\boxed{5} or \\boxed{6}", "$\\boxed{6}$ and $\\boxed{5}$"]),
+    (
+        "3, 5",
+        ["\\boxed{3} and \\boxed{5}", "$x = \\boxed{3}$ or $x = \\boxed{5}$"],
+        ["\\boxed{3}", "\\boxed{3}, \\boxed{4}"],
+    ),
+    ("3/4", ["The answer is 3/4 or 0.75.", "The answer is $\\frac{3}{4}$, or 0.75."], ["The answer is 3/4 or 0.5."]),
+    (
+        "18",
+        ["She makes 9 * 2 = $18 every day at the farmer's market."],
+        ["She makes 9 * 2 = $16 every day at the market."],
+    ),
+    (
+        "72",
+        ["She sold 48 + 24 = 72 clips altogether in April and May."],
+        ["She sold 72 + 24 = 48 clips altogether in May."],
+    ),
 ]
 CHOICE: Table = [
     (
@@ -268,6 +310,39 @@ CHOICE: Table = [
     ),
     ("(A)", ["The answer is A.", "(A) is correct"], ["A dog", "The answer is a dog", "I have a cat", "An apple"]),
     ("I", ["The answer is I."], ["I think it is C", "I do not know"]),
+    # The letter A is one as B is, where it is no article.
+    (
+        "A",
+        [
+            "A is correct.",
+            "Option A is correct.",
+            "A is the right answer.",
+            "The answer is A in this case.",
+            "The answer is A based on the text.",
+            "The answer is 'A'.",
+            "Therefore, option A.",
+            "Thus, (A).",
+            "I choose A.",
+            "The answer to the question is A.",
+            "The answer should be A.",
+            "<answer>Option A</answer>",
+            "\\boxed{\\text{Option A}}",
+        ],
+        [
+            "B is correct.",
+            "It is a good question.",
+            "The answer is a mystery.",
+            "I choose B.",
+            "Thus, a dog.",
+            "A dog is best.",
+        ],
+    ),
+    # Nothing but blanks is no answer, and takes no time.
+    (
+        "B",
+        ["Answer:" + " " * 400 + "B"],
+        ["Answer:" + " " * 5000 + ".", "Answer:" + "\n" * 5000, "answer" + "*_" * 3000],
+    ),
 ]
 EXACT: Table = [
     (
@@ -373,6 +448,27 @@ CODE: Table = [
     (["import math", "assert f(1) == math.pi"], [block("from math import *\nf = lambda x: pi")], [block("f = lambda x: 3")]),
     ("def check(g):\n    assert g(1) == 2\ncheck(f)", [block("def f(x): return 2")], [block("def f(x): return 1")]),
     ("for x in range(3):\n    assert f(x) == x", [block("def f(x): return x")], [block("def f(x): return 0")]),
+    # As Python writes a list of texts, and pandas a column of lists.
+    ("['assert add(1, 2) == 3', 'assert add(2, 3) == 5']", [block("def add(a, b): return a + b")], [block("add = print")]),
+    # Tests that import what they test, and code that looks for its own module.
+    (
+        "from solution import add\ndef test_add():\n    assert add(1, 2) == 3",
+        [block("def add(a, b): return a + b")],
+        [block("def add(a, b): return a - b"), block("def plus(a, b): return a + b")],
+    ),
+    (
+        "assert Point(1, 2).x == 1",
+        [block("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Point:\n"
+               "    x: int\n    y: int")],
+        [block("class Point: pass")],
+    ),
+    # What a program prints when its threads and its exit functions end.
+    (
+        [{"input": "3\n", "output": "3\nbye\n"}],
+        [block("import atexit, threading, time\ndef main():\n    time.sleep(0.1)\n    print(input())\n"
+               "atexit.register(print, 'bye')\nthreading.Thread(target=main).start()")],
+        [block("import threading\nthreading.Thread(target=lambda: print(input())).start()")],
+    ),
 ]  # fmt: skip
 TABLES: dict[str, tuple[dict[str, Any], Table]] = {
     "math": ({}, MATH),

@@ -332,6 +332,8 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("code", {}, "tests must be there"),
     ("code", {"tests": "assert f(1) =="}, "found what is no Python"),
     ("code", {"tests": "x = 1"}, "found no test"),
+    ("code", {"tests": "add(1, 2) == 3"}, "found no test"),
+    ("code", {"tests": "add(1, 2), 3"}, "found no test"),
     ("code", {"tests": "'''only words'''"}, "found no test"),
     ("code", {"tests": "assert f(1)\ndef test_g(fixture): assert g(fixture)"}, "found test_g, which a framework would have"),
     ("code", {"tests": "assert f(1)\nasync def test_g(): assert await g()"}, "found test_g, which a framework would have"),

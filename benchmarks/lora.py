@@ -1,0 +1,127 @@
+"""LoRA against whole layers on the demo: what is gained, and what it costs.
+
+    python benchmarks/lora.py                     # about an hour and a half on two cores; goes on where it was stopped
+    python benchmarks/lora.py --seeds 1           # a third of it
+
+Three roads from `model.path` to PPO, judged by one gold judge (the first road's): the top third of the layers as in the
+demo, adapters of rank 16 in all layers (`+experiment=lora`), and all layers, the last for a few updates as only its cost is
+asked for. The runs of a road differ in `ppo.seed` and share SFT and reward models. Memory is that of all processes, sampled
+along the whole run, pages that they share counted once.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import machine
+from memory_sampler import Job, Sampler
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks/results/lora.json"
+DOCS = ROOT / "docs/lora.md"
+MARKS = ("<!-- written by benchmarks/lora.py -->", "<!-- until here -->")
+ALL = ["ppo.trainable_layers=null", "ppo.value_trainable_layers=null"]
+SHORT = ["ppo.updates=6", "evaluate.prompts=8"]
+ROADS = {"top third": [], "LoRA, rank 16": ["+experiment=lora"], "all layers": [*ALL, *SHORT]}
+FOR_COST = ("all layers",)  # with the first seed alone
+
+
+def run(work: Path, road: str, seed: int) -> dict[str, Any]:
+    """One road, to its end."""
+    cache, run_dir = work / "cache", work / f"{road.replace(', ', '-').replace(' ', '-')}-{seed}"
+    cache.mkdir(parents=True, exist_ok=True)
+    for folder in ("models", "data"):
+        if not (cache / folder).exists():
+            (cache / folder).symlink_to(ROOT / ".cache" / folder)
+    gold = sorted(cache.glob("stages/*gold*/model"))
+    judged = [f"gold_model={gold[0]}"] if gold else []
+    places = [f"cache_dir={cache}", f"run_dir={run_dir}", "logger.wandb=disabled", f"ppo.seed={seed}"]
+    command = [sys.executable, "train.py", *ROADS[road], *places, *judged]
+    start = time.time()
+    with (work / f"{run_dir.name}.log").open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+        sampler = Sampler(process.pid)
+        sampler.start()
+        code = process.wait()
+    job = sampler.stop()
+    if code:
+        raise SystemExit(f"{road}, seed {seed}: train.py ended with {code}; see {work / run_dir.name}.log")
+    return {"seconds": round(time.time() - start)} | costs(run_dir, job) | gains(run_dir)
+
+
+def costs(run_dir: Path, job: Job) -> dict[str, float]:
+    """Medians of the updates that move the policy, the newest commit, and peaks in MiB."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in lines if row["stage"] == "ppo" and row.get("perf/policy_backward_s", 0) > 0]
+    found = {f"{name} s": statistics.median(row[f"perf/{name}_s"] for row in rows) for name in ("train", "sync_pause")}
+    commit = max((run_dir / "checkpoints").glob("step_*"), key=lambda path: int(path.name.split("_")[1]))
+    found["commit MB"] = sum(file.stat().st_size for file in commit.rglob("*") if file.is_file()) / 1e6
+    ranks = [held.total for (role, _), held in job.processes.items() if role == "learner rank"]
+    return found | {"job MiB": job.total, "rank MiB": max(ranks)}
+
+
+def gains(run_dir: Path) -> dict[str, Any]:
+    """On the held-out prompts: the gold gain over the road's own SFT model with its 95% interval, and the KL."""
+    from controller.record.evaluation import against_sft, judged_model
+
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    return {"gold gain": against_sft(evaluation)["gold_gain"], "kl": judged_model(evaluation)["kl"]["mean"]}
+
+
+def tables(results: dict[str, dict[str, Any]]) -> str:
+    seeds = sorted({seed for road, runs in results.items() if road not in FOR_COST for seed in runs}, key=int)
+    lines = [
+        "| road | gold gain over its SFT, seeds " + ", ".join(seeds) + " | mean | KL, nats |",
+        "|---|---|---|---|",
+    ]
+    for road, runs in results.items():
+        if road in FOR_COST:
+            continue
+        gained = [runs[seed]["gold gain"] for seed in seeds if seed in runs]
+        each = ", ".join(f"{g['mean']:+.2f} ({g['low']:+.2f} to {g['high']:+.2f})" for g in gained)
+        kls = ", ".join(f"{runs[seed]['kl']:.1f}" for seed in seeds if seed in runs)
+        lines.append(f"| {road} | {each} | {statistics.mean(g['mean'] for g in gained):+.2f} | {kls} |")
+    lines += [
+        "",
+        "| road | training of an update s | actors pause for a publish ms | commit MB | learner rank MiB | whole job MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for road, runs in results.items():
+        middle = {key: statistics.median(found[key] for found in runs.values()) for key in next(iter(runs.values()))
+                  if key.endswith((" s", "MB", "MiB"))}  # fmt: skip
+        numbers = [f"{middle['train s']:.1f}", f"{1000 * middle['sync_pause s']:.0f}", f"{middle['commit MB']:,.0f}"]
+        numbers += [f"{middle[f'{what} MiB']:,.0f}" for what in ("rank", "job")]
+        lines.append(f"| {road} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/lora_or_layers")
+    args = parser.parse_args()
+    stored = (
+        json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": machine("torch", "peft"), "results": {}}
+    )
+    results: dict[str, dict[str, Any]] = stored["results"]
+    for seed in args.seeds:
+        for road in ROADS:
+            if str(seed) in results.get(road, {}) or (road in FOR_COST and seed != args.seeds[0]):
+                continue
+            results.setdefault(road, {})[str(seed)] = run(args.work, road, seed)
+            print(road, seed, json.dumps(results[road][str(seed)]), flush=True)
+            RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+    print(tables(results))
+    head, rest = DOCS.read_text().split(MARKS[0])
+    DOCS.write_text(f"{head}{MARKS[0]}\n{tables(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
