@@ -75,33 +75,46 @@ def deepspeed_config(learner: LearnerConfig, dtype: torch.dtype, on_cpu: bool) -
     }
 
 
+def _divide(model: torch.nn.Module, config: dict[str, Any], ranks: Ranks) -> None:
+    """With ZeRO-3, give every rank its part of each weight, one weight after another: `deepspeed.initialize` would put the
+    whole model on the device first."""
+    if config["zero_optimization"]["stage"] == 3:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(ranks.device)
+
+
 @contextmanager
 def frozen_as_loaded(model: torch.nn.Module, ranks: Ranks, zero_stage: int) -> Iterator[None]:
-    """Within it DeepSpeed does not send rank 0's frozen weights to the others, on a CPU: they have loaded the same file, of
-    which all processes of a machine share the pages until one of them writes there.
+    """Within it DeepSpeed does not broadcast frozen weights, on a CPU: all ranks have loaded the same file, whose pages all
+    processes of a machine share until one of them writes there.
 
     Raises:
         ValueError: a rank has loaded others.
     """
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    if not ranks.on_cpu or ranks.world_size == 1 or zero_stage == 3:
+    if not ranks.on_cpu or zero_stage == 3:
         yield
         return
-    sums = torch.tensor([zlib.crc32(p.detach().reshape(-1).view(torch.uint8).numpy().data) for p in frozen.values()])
-    others = sums.clone()
-    if frozen:
-        dist.broadcast(others, 0)
-    differ = [name for name, mine, first in zip(frozen, sums, others, strict=True) if mine != first]
-    if ranks.max(torch.tensor(float(len(differ)))).item():
-        raise ValueError(
-            f"rank {ranks.rank} of the learner has loaded {len(differ)} weights that are not those of rank 0"
-            f"{': ' + differ[0] if differ else ', another rank has'}; a checkpoint must be the same on every node"
-        )
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    if frozen and ranks.world_size > 1:
+        _require_same(frozen, ranks)
     for p in frozen.values():
         p.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed's own mark of what each rank has for itself
     yield
     for p in frozen.values():
         del p.ds_optim_param  # type: ignore[attr-defined]
+
+
+def _require_same(weights: dict[str, torch.nn.Parameter], ranks: Ranks) -> None:
+    sums = torch.tensor([zlib.crc32(p.detach().reshape(-1).view(torch.uint8).numpy().data) for p in weights.values()])
+    others = sums.clone()
+    dist.broadcast(others, 0)
+    differ = [name for name, mine, first in zip(weights, sums, others, strict=True) if mine != first]
+    if ranks.max(torch.tensor(float(len(differ)))).item():
+        raise ValueError(
+            f"rank {ranks.rank} of the learner has loaded {len(differ)} weights that are not those of rank 0"
+            f"{': ' + differ[0] if differ else ', another rank has'}; a checkpoint must be the same on every node"
+        )
 
 
 class TrainEngine:
@@ -141,6 +154,7 @@ class TrainEngine:
 
         dtype = next(model.parameters()).dtype
         config = deepspeed_config(learner, dtype, ranks.on_cpu) | {"gradient_clipping": optimizer.max_grad_norm}
+        _divide(model, config, ranks)
         with frozen_as_loaded(model, ranks, learner.zero_stage):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -307,5 +321,6 @@ def frozen(model: PolicyModel, learner: LearnerConfig, ranks: Ranks) -> Any:
     if learner.zero_stage < 3:
         return model.to(ranks.device)
     config = deepspeed_config(learner, next(model.parameters()).dtype, ranks.on_cpu)
+    _divide(model, config, ranks)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     return engine

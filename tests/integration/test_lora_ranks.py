@@ -67,7 +67,7 @@ def own_pages(process: psutil.Process) -> float:
         words = line.split()
         if not words[0].endswith(":"):
             is_file = words[-1].endswith(".safetensors")
-        elif is_file and words[0] in ("Private_Dirty:", "Anonymous:"):
+        elif is_file and words[0] == "Anonymous:":
             found += float(words[1])
     return found
 

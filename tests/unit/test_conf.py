@@ -173,7 +173,11 @@ def documented(program: str) -> list[list[str]]:
     pages = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in names)]
     blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line.split(program, 1)[1], comments=True) for line in lines if program in line]
+    return [
+        shlex.split(line.split(program, 1)[1], comments=True)
+        for line in lines
+        if program in line and "my_package" not in line
+    ]
 
 
 def readme_commands() -> list[list[str]]:
