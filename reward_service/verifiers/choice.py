@@ -23,7 +23,7 @@ STATEMENTS = (
     rf"\bit(?:\s+is|'s)\s+{OPEN}@{CLOSE}(?=\s*(?:[.,;!]|$))",
     rf"(?<![\w'’-])@{CLOSE}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b",
     rf"^{OPEN}@{CLOSE}\s*[.:)]?[*_`]*\s*$",
-    rf"\b(?:I\s+(?:choose|pick|select)|(?:therefore|thus|hence|so),?)\s+{NAMED}{OPEN}@{CLOSE}(?=\s*(?:[.,;!]|$))",
+    rf"\b(?:I\s+(?:choose|pick|select)|(?:therefore|thus|hence|so),?)\s+{NAMED}{OPEN}(?!I[\s,;.!])@{CLOSE}(?=\s*(?:[.,;!]|$))",
 )
 IS_CORRECT = STATEMENTS[6]  # which says that it is a letter
 # What may follow a letter that is none: more of a word, or another choice.

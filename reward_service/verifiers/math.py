@@ -54,7 +54,8 @@ VARIABLE = re.compile(
 )
 # What may take longer than anyone waits: powers of powers of large numbers, and factorials.
 HUGE = re.compile(
-    r"\^\s*\{?\s*-?\s*\d{5,}|\d{4,}\s*!|\^\s*(?:\{[^{}]*|\([^()]*|\\?[A-Za-z]+|\d+)\^|!\s*!|!\s*\^|\^\s*\{?\s*[({\d]*\d+\s*!"
+    r"\^\s*\{?\s*-?\s*\d{5,}|\d{4,}\s*!|\^(?:\s*[{(])+[^{}()]*\^|\^\s*(?:\\?[A-Za-z]+|\d+)\s*\^|"
+    r"\^[^+*/=,^]*[)}\]]\s*\^\s*\{?\s*\d{3,}|!\s*!|!\s*\^|\^\s*\{?\s*[({\d]*\d+\s*!"
 )
 
 

@@ -5,7 +5,6 @@ with this provider: a file that it reads is not in the package of Ray 2.60.)
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 from controller import scale
 from tests.chaos import Run, overrides
-from tests.nodes.hosts import Host, Network, network, why_not
+from tests.nodes.hosts import Host, Network, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no hosts of its own: {why_not()}")
 
@@ -63,12 +62,6 @@ def autoscaling(file: Path, address: str) -> str:
     }
     file.write_text(json.dumps(whole))
     return f"--autoscaling-config={file}"
-
-
-@pytest.fixture
-def net() -> Iterator[Network]:
-    with network() as made:
-        yield made
 
 
 def until_raylets(host: Host, number: int) -> None:

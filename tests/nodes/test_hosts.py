@@ -4,13 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.nodes.hosts import Host, Network, network, why_not
+from tests.nodes.hosts import Host, Network, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no hosts of its own: {why_not()}")
 
@@ -25,12 +24,6 @@ try:
 except OSError as error:
     print(error)
 """
-
-
-@pytest.fixture
-def net() -> Iterator[Network]:
-    with network() as made:
-        yield made
 
 
 def listen(host: Host) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.chaos import MOMENTS, ROLES, Run, overrides
 from tests.conftest import PROOFS
-from tests.nodes.hosts import Host, Network, network, why_not
+from tests.nodes.hosts import Host, Network, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no hosts of its own: {why_not()}")
 nodes = pytest.mark.nodes
@@ -31,12 +31,6 @@ SHORT = (
     "evaluate.prompts=8",
 )
 Start = Callable[..., Run]
-
-
-@pytest.fixture
-def net() -> Iterator[Network]:
-    with network() as made:
-        yield made
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """`tests/soak.py` on hosts, whose cables are pulled too: for seconds, or for good, and then another host comes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.chaos import Run, overrides
-from tests.nodes.hosts import Network, network, why_not
+from tests.nodes.hosts import Network, why_not
 from tests.soak import EVENTS, SETTINGS, Event, Soak, random_events
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no hosts of its own: {why_not()}")
@@ -50,12 +50,6 @@ class SoakOnHosts(Soak):
         self._net.power_off(host)
         self.note(f"{self._net.join(CPUS).name} has come for {host.name}")
         return None
-
-
-@pytest.fixture
-def net() -> Iterator[Network]:
-    with network() as made:
-        yield made
 
 
 @pytest.mark.nodes

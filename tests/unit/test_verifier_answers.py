@@ -334,6 +334,7 @@ CHOICE: Table = [
             "The answer is a mystery.",
             "I choose B.",
             "Thus, a dog.",
+            "A, or B. So I, as asked, say C.",
             "A dog is best.",
         ],
     ),

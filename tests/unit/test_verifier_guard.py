@@ -23,6 +23,7 @@ from reward_service.kinds.function import FunctionError
 from reward_service.kinds.verifier import VerifierPool, VerifierScorer
 from reward_service.resolve import resolve
 from reward_service.verifier import VERIFIERS, BadRow, Verifier, find_verifier
+from reward_service.verifiers.math import expression
 from tests.conftest import ROOT, SMOLLM, make_config
 
 SLEEP = "98765.4321"  # seconds: by these the processes are found that were left behind
@@ -346,6 +347,20 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("reasoning_gym", {"answer": "5", "metadata": {"source_dataset": "basic_arithmetic"}, "x": 1}, ""),
     ("reasoning_gym", {"answer": 5, "metadata": {"source_dataset": "basic_arithmetic"}}, "null or a text"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text", ["2^2^2", "2^{2^2}", "2^{{2^{2}}}", "2^(2^2)", "x^{(2^2)}", "(2^{3})^{100}", "2^{3!}", "3!!", "2^{12345}"]
+)
+def test_powers_of_powers_are_not_computed(text: str) -> None:
+    assert expression(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["x^2y^3", "(x^2)^3", "x^{2}(y^{3})", "x^{10}-x^{5}", "\\frac{x^2}{y^2}", "3!"]
+)
+def test_powers_side_by_side_are(text: str) -> None:
+    assert expression(text) is not None
 
 
 @pytest.mark.parametrize(("name", "row", "said"), BAD_ROWS)
