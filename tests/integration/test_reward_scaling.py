@@ -12,7 +12,7 @@ import pytest
 
 from common.processes.network_interface import free_port
 from reward_service.http_client import HttpClient
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMOLLM
 
 TOKEN = "the-only-token-0123456789"
 # Its score is the process that has answered, so that scores say how many replicas there are.
@@ -30,7 +30,7 @@ def scaled(tmp_path: Path) -> Iterator[HttpClient]:
     (tmp_path / "rule.py").write_text(RULE)
     port = free_port()
     arguments = (
-        "reward_service=http", f"cache_dir={tmp_path}/cache", f"reward_service.http.port={port}",
+        "reward_service=http", f"cache_dir={tmp_path}/cache", f"model.path={SMOLLM}", f"reward_service.http.port={port}",
         f"reward_service.http.token_file={tmp_path}/tokens", "reward_service.max_replicas=2",
         f"+reward_service.scorers={{slow: {{kind: function, function: '{tmp_path}/rule.py:slow', processes: 1}}}}",
     )  # fmt: skip
@@ -40,12 +40,13 @@ def scaled(tmp_path: Path) -> Iterator[HttpClient]:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        assert process.stderr is not None
-        line = process.stdout.readline()
-        assert line.startswith("serving slow ("), line + process.stderr.read()
-        yield HttpClient(f"http://127.0.0.1:{port}", TOKEN, budget_s=60)
-        process.terminate()
-        process.communicate(timeout=60)
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("serving slow ("), line
+            yield HttpClient(f"http://127.0.0.1:{port}", TOKEN, budget_s=60)
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
 
 
 @pytest.mark.full
