@@ -356,9 +356,7 @@ def test_powers_of_powers_are_not_computed(text: str) -> None:
     assert expression(text) is None
 
 
-@pytest.mark.parametrize(
-    "text", ["x^2y^3", "(x^2)^3", "x^{2}(y^{3})", "x^{10}-x^{5}", "\\frac{x^2}{y^2}", "3!"]
-)
+@pytest.mark.parametrize("text", ["x^2y^3", "(x^2)^3", "x^{2}(y^{3})", "x^{10}-x^{5}", "\\frac{x^2}{y^2}", "3!"])
 def test_powers_side_by_side_are(text: str) -> None:
     assert expression(text) is not None
 
