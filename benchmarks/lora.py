@@ -1,6 +1,6 @@
 """LoRA against whole layers on the demo: what is gained, and what it costs.
 
-    python benchmarks/lora.py                     # about an hour and a half on two cores; goes on where it was stopped
+    python benchmarks/lora.py                     # some three hours on two cores; goes on where it was stopped
     python benchmarks/lora.py --seeds 1           # a third of it
 
 Three roads from `model.path` to PPO, judged by one gold judge (the first road's): the top third of the layers as in the
