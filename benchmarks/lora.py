@@ -12,16 +12,13 @@ along the whole run, pages that they share counted once.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from machine import machine
-from memory_sampler import Job, Sampler
+from memory_sampler import ROOT, Job, sampled
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks/results/lora.json"
 DOCS = ROOT / "docs/lora.md"
@@ -43,16 +40,10 @@ def run(work: Path, road: str, seed: int) -> dict[str, Any]:
     judged = [f"gold_model={gold[0]}"] if gold else []
     places = [f"cache_dir={cache}", f"run_dir={run_dir}", "logger.wandb=disabled", f"ppo.seed={seed}"]
     command = [sys.executable, "train.py", *ROADS[road], *places, *judged]
-    start = time.time()
-    with (work / f"{run_dir.name}.log").open("w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-        sampler = Sampler(process.pid)
-        sampler.start()
-        code = process.wait()
-    job = sampler.stop()
+    code, job, seconds = sampled(command, work / f"{run_dir.name}.log")
     if code:
         raise SystemExit(f"{road}, seed {seed}: train.py ended with {code}; see {work / run_dir.name}.log")
-    return {"seconds": round(time.time() - start)} | costs(run_dir, job) | gains(run_dir)
+    return {"seconds": seconds} | costs(run_dir, job) | gains(run_dir)
 
 
 def costs(run_dir: Path, job: Job) -> dict[str, float]:

@@ -9,18 +9,15 @@ numbers are in results/memory.json; the tables of docs/memory.md are written her
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 from machine import machine
-from memory_sampler import Job, Sampler
+from memory_sampler import ROOT, Job, sampled
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks/results/memory.json"
 DOCS = ROOT / "docs/memory.md"
@@ -111,17 +108,11 @@ def measure(name: str, models: Path) -> dict[str, Any]:
             "reuse_stages=false",
         ]
         log = Path(folder, "log")
-        start = time.time()
-        with log.open("w") as out:
-            process = subprocess.Popen([*command, *overrides(name, models)], cwd=ROOT, stdout=out, stderr=out)
-            sampler = Sampler(process.pid)
-            sampler.start()
-            code = process.wait()
-        job = sampler.stop()
+        code, job, seconds = sampled([*command, *overrides(name, models)], log)
         if code:
             raise SystemExit(f"{name}: train.py ended with {code}\n{log.read_text()[-3000:]}")
         dtype = yaml.safe_load(Path(folder, "run/config.yaml").read_text())["model"]["dtype"]
-    return _stored(job) | {"seconds": round(time.time() - start), "dtype": dtype}
+    return _stored(job) | {"seconds": seconds, "dtype": dtype}
 
 
 def _stored(job: Job) -> dict[str, Any]:

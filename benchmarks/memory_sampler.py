@@ -1,5 +1,6 @@
 """How much memory the processes of a job hold, counting what they share once: by kind of memory, at every moment."""
 
+import subprocess
 import threading
 import time
 from collections import defaultdict
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).resolve().parent.parent
 INTERVAL_S, FILES_EVERY = 0.5, 3  # the mapped files of a process change rarely, and take long to list
 MODELS = (".safetensors", ".bin", ".arrow")
 # By what Ray and the kernel call a process; the first that is in its command line counts.
@@ -126,6 +128,18 @@ class Sampler(threading.Thread):
             line = " ".join(psutil.Process(pid).cmdline())
             self._roles[pid] = next((role for mark, role in ROLES.items() if mark in line), "other: " + line[:60])
         return self._roles[pid]
+
+
+def sampled(command: list[str], log: Path) -> tuple[int, Job, int]:
+    """Run a program of this repository, which prints to `log`: its exit code, what it and all that it started held, and how
+    many seconds it took."""
+    start = time.time()
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+        sampler = Sampler(process.pid)
+        sampler.start()
+        code = process.wait()
+    return code, sampler.stop(), round(time.time() - start)
 
 
 def _fields(text: str) -> dict[str, float]:

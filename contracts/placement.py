@@ -145,18 +145,9 @@ def check_nodes(plan: Plan, nodes: list[Resources]) -> None:
         )
 
 
-def nodes_for(config: TandemConfig, num_actors: int | None = None) -> int:
-    """How many of the stated nodes the job with so many actors needs; None: with the fewest.
-
-    Args:
-        config: of which the stated nodes hold the job with so many actors.
-    """
-    cluster, made = config.cluster, plan(config, num_actors)
-    assert cluster.num_nodes is not None
-    assert cluster.cpus_per_node is not None
-    assert cluster.gpus_per_node is not None
-    nodes: list[Resources] = [{"CPU": cluster.cpus_per_node, "GPU": cluster.gpus_per_node}] * cluster.num_nodes
-    return next(count for count in range(1, len(nodes) + 1) if place(made, nodes[:count])[1] is None)
+def nodes_for(plan: Plan, nodes: list[Resources]) -> int:
+    """How many of `nodes`, which hold the plan and are all alike, it needs."""
+    return next(count for count in range(1, len(nodes) + 1) if place(plan, nodes[:count])[1] is None)
 
 
 REMEDY = {

@@ -144,12 +144,12 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
     checks += name_checks(target)
     if isinstance(target, Slurm):
         checks += form_checks(target) + directive_checks(target, config.run_dir)
-    else_resumed = "which is resumed and queued again with the same command"
     checks.append(
         Check(
             isinstance(target, RayJobs) or config.checkpoint.resume != "never",
             "checkpoint.resume",
-            f"auto with target={target_name(target)}, {else_resumed}: it would start afresh each time",
+            f"auto with target={target_name(target)}, which is resumed and queued again with the same command: it would "
+            "start afresh each time",
             config.checkpoint.resume,
             "checkpoint.resume=auto and a run_dir of its own",
         )

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from contracts.checks.cluster_checks import stated_nodes
 from contracts.config import ClusterConfig, TandemConfig
-from contracts.placement import is_elastic, nodes_for
+from contracts.placement import is_elastic, nodes_for, plan
 from submission.job import Job
 from submission.targets import KubeRay
 
@@ -32,7 +33,7 @@ def manifest(job: Job, config: TandemConfig) -> dict[str, Any]:
     assert isinstance(target, KubeRay)
     assert cluster.num_nodes is not None
     grows = is_elastic(cluster) or config.reward_service.max_replicas is not None
-    least = nodes_for(config) if grows else cluster.num_nodes
+    least = nodes_for(plan(config), stated_nodes(config) or []) if grows else cluster.num_nodes
     start = {"num-cpus": f"{cluster.cpus_per_node:g}", "num-gpus": f"{cluster.gpus_per_node:g}"}
     template = pod(job.id, target, cluster, head=True)
     head = {"rayStartParams": {**start, "dashboard-host": "0.0.0.0"}, "template": template}

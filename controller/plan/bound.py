@@ -56,7 +56,7 @@ def _most(config: TandemConfig, stage: Stage, data: Data) -> float:
         if not cluster.gpus_per_actor:
             actor += weights + engine.kv_cache_gib * GIB + _workspace(config, policy)
         total += weights + actors_that_fit(cluster) * (actor + known["private"]["actor"] * MIB)
-        for _, judge in judges_placed(config):
+        for judge in judges_placed(config):
             replica = _replica(config, judge.path) if judge and not cluster.gpus_per_reward_replica else 0.0
             total += config.reward_service.replicas * (replica + known["private"]["reward replica"] * MIB)
     return total

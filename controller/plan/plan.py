@@ -133,9 +133,9 @@ def _checkpoint(config: TandemConfig, stage: Stage, policy_bytes: float) -> Move
     return Movement("commit", state + policy_bytes, f"{words}; every {config.checkpoint.every} updates")
 
 
-def judges_placed(config: TandemConfig) -> list[tuple[int, Network | None]]:
-    """(number of its bundle, its reward model or None) of each scorer with a place in the placement; a rule's processes have
-    a limit of their own (`memory_gib`)."""
+def judges_placed(config: TandemConfig) -> list[Network | None]:
+    """The reward model, or None, of each scorer with a place in the placement, in the order of their bundles; a rule's
+    processes have a limit of their own (`memory_gib`)."""
     given = {role: getattr(config, f"{role}_model") for role in judges(config)}
     paths = {role: path or config.model.path for role, path in given.items()}
     chosen = chosen_scorers(config.reward_service.scorers, paths)
@@ -150,14 +150,14 @@ def judges_placed(config: TandemConfig) -> list[tuple[int, Network | None]]:
         network = Network("reward model", str(entry.path), True, trains=False, role="reward_model")
         is_model = entry.path and scorer_kind(entry.kind).is_reward_model
         found.append(replace(network, made=f"reward_model/{name}" if is_made else "") if is_model else None)
-    return list(enumerate(found))
+    return found
 
 
 def _replicas(config: TandemConfig, where: Plan) -> list[Process]:
     count = config.reward_service.replicas
     return [
         Process(REPLICA, count, tuple(replica_items(config, judge)) if judge else (), tuple(where.scorers[n : n + 1]))
-        for n, judge in judges_placed(config)
+        for n, judge in enumerate(judges_placed(config))
     ]
 
 
