@@ -32,6 +32,7 @@ PPO = {
 }  # fmt: skip
 TWO = {"cluster.num_learner_ranks": 2}
 LORA = {"model.lora": "{rank: 16}"}
+ALL_LAYERS = {"ppo.trainable_layers": None, "ppo.value_trainable_layers": None}
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft, 4096 tokens a microbatch": ("smollm2", SFT),
     "sft, 1024 tokens a microbatch": ("smollm2", SFT | {"learner.microbatch_tokens": 1024}),
@@ -42,13 +43,13 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "reward model": ("smollm2", REWARD),
     "ppo, 10 layers train": ("smollm2", PPO),
     "sft, LoRA": ("smollm2", SFT | LORA),
-    "ppo, LoRA": ("smollm2", PPO | LORA | {"ppo.trainable_layers": None, "ppo.value_trainable_layers": None}),
+    "ppo, LoRA": ("smollm2", PPO | LORA | ALL_LAYERS | {"ppo.init_value_from": "policy"}),
     "sft": ("qwen3", SFT),
     "sft, 512 tokens a microbatch": ("qwen3", SFT | {"learner.microbatch_tokens": 512}),
     "sft, ZeRO-2": ("qwen3", SFT | {"learner.zero_stage": 2}),
     "sft, 2 ranks, ZeRO-3 ": ("qwen3", SFT | TWO | {"learner.zero_stage": 3, "learner.held_tokens": 0}),
     "reward model ": ("qwen3", REWARD),
-    "ppo, all layers train": ("qwen3", PPO | {"ppo.trainable_layers": None, "ppo.value_trainable_layers": None}),
+    "ppo, all layers train": ("qwen3", PPO | ALL_LAYERS),
 }
 
 

@@ -164,10 +164,21 @@ class TrainEngine:
                 config=config,
             )
         self._adam = adam
+        self._take_back_first_step()
         self.is_sharded = learner.zero_stage == 3  # a rank holds a part of every weight
         self.model = model
         # Who still reads the weights in place, as a commit that is being written does, makes the next step wait.
         self.before_step: Callable[[], None] = lambda: None
+
+    def _take_back_first_step(self) -> None:
+        """In bfloat16 without ZeRO, DeepSpeed (0.19.2, FP16_UnfusedOptimizer) takes a step with zero gradients when it is
+        made: Adam would correct its moments for a step that they do not have, and weights have decayed once."""
+        if hasattr(self._engine.optimizer, "fp32_groups"):
+            for state in self._adam.state.values():
+                state["step"].zero_()
+            for masters, weights in zip(self._engine.optimizer.fp32_groups, self._engine.optimizer.fp16_groups, strict=True):
+                for master, weight in zip(masters, weights, strict=True):
+                    master.data.copy_(weight.data)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.ranks.passes += 1

@@ -66,6 +66,25 @@ def commit(task: PPOTask, folder: Path) -> dict[str, Any]:
     return task.state.result()
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adam_counts_the_steps_that_were_taken(dtype: str, zero: int, make: Callable[..., PPOTask]) -> None:
+    """DeepSpeed's optimizer for bfloat16 without ZeRO takes one of its own, which is taken back."""
+
+    def decaying(config: TandemConfig) -> None:
+        config.ppo.optimizer.weight_decay = 0.5
+
+    task = make(dtype, zero, decaying)
+    if zero == 0:  # nothing has decayed yet
+        trains = [weight for weight in task.policy.model.parameters() if weight.requires_grad]
+        masters = task.policy._masters()
+        assert all(torch.equal(m.detach(), w.detach().float()) for m, w in zip(masters, trains, strict=True))
+    for number in range(2):
+        update(task, number)
+        engine = task.policy
+        assert {float(engine._adam.state[m]["step"]) for m in engine._masters()} == {float(engine._engine.global_steps)}
+
+
 @pytest.mark.parametrize(
     ("dtype", "zero", "offload"),
     [
