@@ -1,12 +1,13 @@
 """LoRA against whole layers on the demo: what is gained, and what it costs.
 
-    python benchmarks/lora.py                     # some three hours on two cores; goes on where it was stopped
+    python benchmarks/lora.py                     # some two hours and a half on two cores; goes on where it was stopped
     python benchmarks/lora.py --seeds 1           # a third of it
+    python benchmarks/lora.py --seeds             # the costs alone
 
-Three roads from `model.path` to PPO, judged by one gold judge (the first road's): the top third of the layers as in the
-demo, adapters of rank 16 in all layers (`+experiment=lora`), and all layers, the last for a few updates as only its cost is
-asked for. The runs of a road differ in `ppo.seed` and share SFT and reward models. Memory is that of all processes, sampled
-along the whole run, pages that they share counted once.
+Roads from `model.path` to PPO: the top third of the layers as in the demo, and adapters of rank 16 in all layers
+(`+experiment=lora`), judged by one gold judge (the first road's). The runs of a road differ in `ppo.seed` and share SFT and
+reward models. What these cost, and what all layers do, is then measured in runs of a few updates, one after another. Memory
+is that of all processes of PPO, sampled along the run, pages that they share counted once.
 """
 
 import argparse
@@ -24,14 +25,14 @@ RESULTS = ROOT / "benchmarks/results/lora.json"
 DOCS = ROOT / "docs/lora.md"
 MARKS = ("<!-- written by benchmarks/lora.py -->", "<!-- until here -->")
 ALL = ["ppo.trainable_layers=null", "ppo.value_trainable_layers=null"]
-SHORT = ["ppo.updates=6", "evaluate.prompts=8"]
-ROADS = {"top third": [], "LoRA, rank 16": ["+experiment=lora"], "all layers": [*ALL, *SHORT]}
-FOR_COST = ("all layers",)  # with the first seed alone
+SHORT = ["stage=ppo", "ppo.updates=6"]
+ROADS = {"top third": [], "LoRA, rank 16": ["+experiment=lora"], "all layers": ALL}
+JUDGED = ("top third", "LoRA, rank 16")
 
 
-def run(work: Path, road: str, seed: int) -> dict[str, Any]:
-    """One road, to its end."""
-    cache, run_dir = work / "cache", work / f"{road.replace(', ', '-').replace(' ', '-')}-{seed}"
+def run(work: Path, road: str, seed: int, *more: str) -> tuple[Path, Job, int]:
+    """One road, to its end: its directory, what its processes held, and seconds."""
+    cache, run_dir = work / "cache", work / f"{road.replace(', ', '-').replace(' ', '-')}-{seed}{'-short' * bool(more)}"
     cache.mkdir(parents=True, exist_ok=True)
     for folder in ("models", "data"):
         if not (cache / folder).exists():
@@ -39,11 +40,11 @@ def run(work: Path, road: str, seed: int) -> dict[str, Any]:
     gold = sorted(cache.glob("stages/*gold*/model"))
     judged = [f"gold_model={gold[0]}"] if gold else []
     places = [f"cache_dir={cache}", f"run_dir={run_dir}", "logger.wandb=disabled", f"ppo.seed={seed}"]
-    command = [sys.executable, "train.py", *ROADS[road], *places, *judged]
+    command = [sys.executable, "train.py", *ROADS[road], *places, *judged, *more]
     code, job, seconds = sampled(command, work / f"{run_dir.name}.log")
     if code:
         raise SystemExit(f"{road}, seed {seed}: train.py ended with {code}; see {work / run_dir.name}.log")
-    return {"seconds": seconds} | costs(run_dir, job) | gains(run_dir)
+    return run_dir, job, seconds
 
 
 def costs(run_dir: Path, job: Job) -> dict[str, float]:
@@ -66,48 +67,54 @@ def gains(run_dir: Path) -> dict[str, Any]:
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
-    seeds = sorted({seed for road, runs in results.items() if road not in FOR_COST for seed in runs}, key=int)
+    seeds = sorted({seed for runs in results.values() for seed in runs if seed != "costs"}, key=int)
     lines = [
         "| road | gold gain over its SFT, seeds " + ", ".join(seeds) + " | mean | KL, nats |",
         "|---|---|---|---|",
     ]
-    for road, runs in results.items():
-        if road in FOR_COST:
-            continue
+    for road in JUDGED:
+        runs = {seed: found for seed, found in results.get(road, {}).items() if seed != "costs"}
         gained = [runs[seed]["gold gain"] for seed in seeds if seed in runs]
         each = ", ".join(f"{g['mean']:+.2f} ({g['low']:+.2f} to {g['high']:+.2f})" for g in gained)
         kls = ", ".join(f"{runs[seed]['kl']:.1f}" for seed in seeds if seed in runs)
-        lines.append(f"| {road} | {each} | {statistics.mean(g['mean'] for g in gained):+.2f} | {kls} |")
+        if gained:
+            lines.append(f"| {road} | {each} | {statistics.mean(g['mean'] for g in gained):+.2f} | {kls} |")
     lines += [
         "",
         "| road | training of an update s | actors pause for a publish ms | commit MB | learner rank MiB | whole job MiB |",
         "|---|---|---|---|---|---|",
     ]
     for road, runs in results.items():
-        middle = {key: statistics.median(found[key] for found in runs.values()) for key in next(iter(runs.values()))
-                  if key.endswith((" s", "MB", "MiB"))}  # fmt: skip
-        numbers = [f"{middle['train s']:.1f}", f"{1000 * middle['sync_pause s']:.0f}", f"{middle['commit MB']:,.0f}"]
-        numbers += [f"{middle[f'{what} MiB']:,.0f}" for what in ("rank", "job")]
-        lines.append(f"| {road} | {' | '.join(numbers)} |")
+        if cost := runs.get("costs"):
+            numbers = [f"{cost['train s']:.1f}", f"{1000 * cost['sync_pause s']:.0f}", f"{cost['commit MB']:,.0f}"]
+            numbers += [f"{cost[f'{what} MiB']:,.0f}" for what in ("rank", "job")]
+            lines.append(f"| {road} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--work", type=Path, default=ROOT / "runs/lora_or_layers")
     args = parser.parse_args()
     stored = (
         json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": machine("torch", "peft"), "results": {}}
     )
     results: dict[str, dict[str, Any]] = stored["results"]
-    for seed in args.seeds:
-        for road in ROADS:
-            if str(seed) in results.get(road, {}) or (road in FOR_COST and seed != args.seeds[0]):
-                continue
-            results.setdefault(road, {})[str(seed)] = run(args.work, road, seed)
-            print(road, seed, json.dumps(results[road][str(seed)]), flush=True)
-            RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+
+    def note(road: str, what: str, found: dict[str, Any]) -> None:
+        results[road][what] = found
+        print(road, what, json.dumps(found), flush=True)
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+
+    for road, seed in [(road, seed) for seed in args.seeds for road in JUDGED]:
+        if str(seed) not in results.setdefault(road, {}):
+            run_dir, _, seconds = run(args.work, road, seed)
+            note(road, str(seed), {"seconds": seconds} | gains(run_dir))
+    for road in ROADS:
+        if "costs" not in results.setdefault(road, {}):
+            run_dir, job, _ = run(args.work, road, 1, *SHORT)
+            note(road, "costs", costs(run_dir, job))
     print(tables(results))
     head, rest = DOCS.read_text().split(MARKS[0])
     DOCS.write_text(f"{head}{MARKS[0]}\n{tables(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
