@@ -32,7 +32,7 @@ FORMATS = ("auto", "text", "prompt", "prompt_completion", "messages", "pair", "r
 LORA_INITS = ("kaiming", "gaussian")
 KL_PLACES = ("none", "reward", "k2", "k3")
 AGGREGATIONS = ("tokens", "sequences", "sequence_sums", "budget")
-HEAD_ALONE = Rule("0 (the head alone) or more", lambda value: value >= 0)
+HEAD_ALONE = Rule("0 (the head and the norm before it) or more", lambda value: value >= 0)
 BETAS = Rule("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 COLUMNS = Rule("a list of different columns", lambda value: len({*value}) == len(value))
 PASS_AT = Rule(
@@ -167,6 +167,9 @@ class DataConfig:
     max_bad_rows: float = key(0.001, least=0, most=1)  # share of unusable rows above which a run refuses to start
     # Share of rows that a stage's max_tokens leaves out as too long, above which a run refuses to start.
     max_long_rows: float = key(0.5, least=0, most=1)
+    # Share of held-out items (of eval_prompts, test, and preferences beside gold) that stand in what they are held out
+    # from, above which a run refuses to start.
+    max_seen_rows: float = key(0.05, least=0, most=1)
 
 
 @dataclass
@@ -174,7 +177,7 @@ class OptimizerConfig:
     learning_rate: float = key(1e-5, above=0)
     head_learning_rate: float | None = key(None, above=0)  # of a scalar head; null: as the rest
     betas: list[float] = key([0.9, 0.95], rule=BETAS)
-    eps: float = key(1e-5, above=0)
+    eps: float = key(1e-5, above=0)  # of Adam: gradients of this size take half a step (docs/algorithms.md)
     weight_decay: float = key(0.0, least=0)
     max_grad_norm: float = key(1.0, above=0)
     # of the steps that are planned, as `schedule`: PPO may leave some out (ppo.target_approx_kl)
@@ -225,7 +228,7 @@ class PreferenceConfig:
 class SamplingConfig:
     max_completion_tokens: int = key(48, least=1)
     min_completion_tokens: int = key(0, least=0)
-    temperature: float = key(1.0, above=0)
+    temperature: float = key(1.0, least=0.01)  # below it vLLM samples at 0.01
     top_p: float = key(1.0, above=0, most=1)
 
 

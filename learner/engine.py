@@ -176,7 +176,9 @@ class TrainEngine:
         if hasattr(self._engine.optimizer, "fp32_groups"):
             for state in self._adam.state.values():
                 state["step"].zero_()
-            for masters, weights in zip(self._engine.optimizer.fp32_groups, self._engine.optimizer.fp16_groups, strict=True):
+            for masters, weights in zip(
+                self._engine.optimizer.fp32_groups, self._engine.optimizer.fp16_groups, strict=True
+            ):
                 for master, weight in zip(masters, weights, strict=True):
                     master.data.copy_(weight.data)
 

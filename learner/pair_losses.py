@@ -1,6 +1,8 @@
 """From ratings of several people, and from stored pairs, to soft preferences between the texts of a batch; and the loss of a
 policy that ranks them by its own likelihoods."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,9 +98,9 @@ def preference_loss(
 @torch.no_grad()
 def pair_metrics(scores: Tensor, preferences: Tensor, known: Tensor) -> tuple[float, float]:
     """Over the known pairs that are no tie: share whose preferred text has the higher score (equal scores half), and the
-    mean of its score less the other's."""
+    mean of its score less the other's; NaN where all are ties."""
     counted = known.triu(1) & (preferences != 0.5)
     if not counted.any():
-        return 0.0, 0.0
+        return math.nan, math.nan
     margins = ((scores[:, None] - scores[None, :]) * (preferences - 0.5).sign())[counted]
     return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item(), margins.mean().item()

@@ -9,7 +9,7 @@ it has a generation prompt, not that it shows earlier answers as they were given
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache, partial
@@ -125,9 +125,17 @@ def _end_of_call(tokenizer: "Tokenizer", ask: Turns, said: str, end: str) -> str
     return end if end in tail else first_of(tail, _controls(tokenizer)) if shown else None
 
 
+@lru_cache(8)
 def _controls(tokenizer: "Tokenizer") -> list[str]:
     """The tokenizer's control tokens."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def note_spelled(tokenizer: "Tokenizer", texts: Iterable[str], notes: "Notes | None") -> None:
+    """Note the first control token that one row's texts spell."""
+    found = (first_of(text, _controls(tokenizer)) for text in texts) if notes is not None else ()
+    if notes is not None and (token := next(filter(None, found), None)):
+        notes.spelled[token] += 1
 
 
 def first_of(text: str, tokens: list[str]) -> str | None:
@@ -155,8 +163,8 @@ def show(tokenizer: "Tokenizer", turns: Turns, tools: list | None, learnt: list[
         learnt: of each turn, whether it may train.
 
     Raises:
-        LeftOut: where the template prompts for the last answer otherwise than it writes it, or would have to write more than
-            `MAX_RENDERED_TURNS`.
+        LeftOut: where the template prompts for the last answer otherwise than it writes it, drops a part of it
+            (DeepSeek-R1's: thinking), or would have to write more than `MAX_RENDERED_TURNS`.
     """
     opening, ends = template_form(tokenizer)
 
@@ -176,6 +184,12 @@ def show(tokenizer: "Tokenizer", turns: Turns, tools: list | None, learnt: list[
             f"{template_name(tokenizer)} prompts for an answer otherwise than it writes it",
             f"the prompt is ...{asked[start:]!r}, with the answer it is ...{whole[start:]!r}; give answers the form that "
             "the prompt opens, or another template",
+        )
+    if not _says(whole[:stop], turns[last]["content"]):
+        raise LeftOut(
+            f"{template_name(tokenizer)} does not show an answer as it was given",
+            f"of {turns[last]['content']!r:.80} it writes {whole[len(asked) : stop]!r:.80}; leave out of answers what it "
+            "drops, as the thinking before </think>, or give another template",
         )
     earlier = [i for i in range(last) if turns[i]["role"] == "assistant" and learnt[i]]
     starts = turn_starts(tokenizer, turns, tools, _day(tokenizer).strftime, whole) if len(earlier) > 1 else {}
@@ -197,6 +211,11 @@ def show(tokenizer: "Tokenizer", turns: Turns, tools: list | None, learnt: list[
         found.append(_kept(asked, at, ask, alone, ends))
     answers = [place for place in found if place]
     return Shown(whole[:stop], [*answers, (len(asked), stop)], len(found) - len(answers))
+
+
+def _says(shown: str, content: str) -> bool:
+    """Whether a template has written a text: all of it, but for space, which templates trim and put in."""
+    return "".join(content.split()) in "".join(shown.split())
 
 
 def _kept(
@@ -226,8 +245,9 @@ class Notes:
 
     template: str = ""
     rewritten: int = 0  # earlier answers that it shows otherwise than they were given; they do not train
-    shown: set[str] = field(default_factory=set)  # keys that reach the tokens
-    hidden: Counter[str] = field(default_factory=Counter)  # keys that do not -> conversations that have them
+    shown: set[str] = field(default_factory=set)  # keys and roles that reach the tokens
+    hidden: Counter[str] = field(default_factory=Counter)  # those that do not -> conversations that have them
+    spelled: Counter[str] = field(default_factory=Counter)  # control tokens -> rows whose texts spell them
 
     def lines(self) -> list[str]:
         """For the user; none where everything trains and is shown."""
@@ -236,6 +256,12 @@ class Notes:
             found.append(
                 f"{self.template} shows {self.rewritten} earlier answers otherwise than they were given; they do not train. "
                 "To train on them, give each a row of its own that ends with it"
+            )
+        if self.spelled:
+            tokens = ", ".join(f"{token} ({count} rows)" for token, count in self.spelled.most_common(3))
+            found.append(
+                f"WARNING: texts spell control tokens, which are encoded as the characters they are made of: {tokens}. "
+                "Where a chat template has written these texts already, give messages in its place"
             )
         unseen = [f"{key} ({count} rows)" for key, count in self.hidden.items() if key not in self.shown]
         return [*found, f"{self.template} does not show {', '.join(unseen)}"] if unseen else found
@@ -266,18 +292,27 @@ def _with_object(call: Any) -> Any:
 
 
 def note_unshown(tokenizer: "Tokenizer", turns: Turns, tools: list | None, notes: Notes | None) -> None:
-    """Note the keys of these messages that the template does not show; one rendering each, until it has been seen.
+    """Note the keys of these messages that the template does not show, and the roles; one rendering each, until it has been
+    seen.
 
     Raises:
         LeftOut: where it leaves out a call, which may be all that an answer is; the one check without `notes`.
     """
     keys = {key for turn in turns for key, value in turn.items() if value} - {"role", "content"}
     keys = keys & {"tool_calls"} if notes is None else keys - notes.shown
+    roles = {turn["role"] for turn in turns if turn["content"] and turn["role"] != "assistant"}
+    roles = {role for role in roles if notes is not None and _turns_of(role) not in notes.shown}
     is_new = bool(tools) and notes is not None and "tools" not in notes.shown
-    if not keys and not is_new:
+    if not keys and not roles and not is_new:
         return
     notes = notes or Notes()
     whole = render(tokenizer, turns, tools)
+    for role in sorted(roles):
+        others = [turn | {"content": "\ue000"} if turn["role"] == role else turn for turn in turns]
+        if _needs(tokenizer, whole, others, tools):
+            notes.shown.add(_turns_of(role))
+        else:
+            notes.hidden[_turns_of(role)] += 1
     for key in sorted(keys):
         if _needs(tokenizer, whole, [{k: v for k, v in turn.items() if k != key} for turn in turns], tools):
             notes.shown.add(key)
@@ -292,6 +327,10 @@ def note_unshown(tokenizer: "Tokenizer", turns: Turns, tools: list | None, notes
             notes.shown.add("tools")
         else:
             notes.hidden["tools"] += 1
+
+
+def _turns_of(role: str) -> str:
+    return f"turns of the role {role}"
 
 
 def _needs(tokenizer: "Tokenizer", whole: str, turns: Turns, tools: list | None = None) -> bool:

@@ -21,6 +21,7 @@ from common.text.chat_template import (
     Turn,
     Turns,
     first_of,
+    note_spelled,
     note_unshown,
     prepared,
     render,
@@ -62,7 +63,7 @@ def _encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
     if token is None:  # the one for unknown characters
         return ids
     encode, at = partial(_encode_text, tokenizer), text.index(token) + 1
-    return [*encode(text[:at]), *_after(encode, ANCHORS[0], encode(ANCHORS[0]), text[at:])]
+    return [*encode(text[:at]), *ids_after(encode, ANCHORS[0], encode(ANCHORS[0]), text[at:])]
 
 
 def _encode_rendered(tokenizer: "Tokenizer", text: str) -> list[int]:
@@ -77,7 +78,7 @@ def plain_start(tokenizer: "Tokenizer") -> tuple[int, ...]:
     return tuple(whole[:at])
 
 
-def _after(encode: Encode, before: str, before_ids: list[int], text: str) -> list[int]:
+def ids_after(encode: Encode, before: str, before_ids: list[int], text: str) -> list[int]:
     """The tokens of `text` as it stands behind `before`, whose tokens stay as they are.
 
     They are those of both together where no token spans the seam. Else they are found behind a text that `text` does not
@@ -136,7 +137,7 @@ def _encoder(tokenizer: "Tokenizer", hidden: dict[str, str]) -> Encode:
         for piece in filter(None, re.split(pattern, rendered)):
             write = partial(_encode_text if piece in hidden else _encode_rendered, tokenizer)
             text = hidden.get(piece, piece)
-            ids += _after(write, "\n", write("\n"), text) if ids else write(text)
+            ids += ids_after(write, "\n", write("\n"), text) if ids else write(text)
         return ids
 
     return encode
@@ -177,6 +178,7 @@ def encode_conversation(
     ends = [*template_form(tokenizer).ends, str(tokenizer.eos_token)] if tokenizer.chat_template else []
     safe, hidden = _shield(tokenizer, [prepared(turn, ends) for turn in turns], tools)
     note_unshown(tokenizer, safe, tools, notes)
+    note_spelled(tokenizer, hidden.values(), notes)
     if notes is not None:
         notes.template = template_name(tokenizer)
     shown = show(tokenizer, safe, tools, learnt)
@@ -186,7 +188,7 @@ def encode_conversation(
         return Conversation(ids, [False] * len(ids), len(ids))
     start, alone = shown.answers[-1][0], len(shown.answers) == 1
     history = encode(shown.text[:start])
-    said = _after(encode, shown.text[:start], history, shown.text[start:])
+    said = ids_after(encode, shown.text[:start], history, shown.text[start:])
     mask = [False] * len(history) if alone else _earlier(encode, shown.text, shown.answers, ends, history)
     if notes is not None:
         notes.rewritten += shown.rewritten + (len(shown.answers) - 1 if mask is None else 0)
@@ -208,7 +210,7 @@ def _earlier(
         mask += [False] * len(piece)
         if stop == answers[-1][1]:
             break
-        answer = _after(encode, context, head, text[start:stop])
+        answer = ids_after(encode, context, head, text[start:stop])
         ids += answer
         mask += [True] * len(answer)
         before, begin = next(end for end in ends if text.endswith(end, 0, stop)), stop
@@ -240,6 +242,7 @@ def encode_prompt(
     Raises LeftOut (a DataError) where messages end with the assistant's turn.
     """
     if isinstance(text_or_messages, str) and not chat:
+        note_spelled(tokenizer, [text_or_messages], notes)
         return [*plain_start(tokenizer), *_encode_text(tokenizer, text_or_messages)]
     turns = as_turns(text_or_messages, "user")
     if turns[-1]["role"] == "assistant":
@@ -260,7 +263,8 @@ def encode_example(
         encode = partial(_encode_text, tokenizer)
         eos, start = int(tokenizer.eos_token_id), list(plain_start(tokenizer))
         head, said = encode(prompt) if prompt else [], completion.removesuffix(str(tokenizer.eos_token))
-        ids = scoring_ids([*start, *head, *_after(encode, prompt, head, said)], eos)
+        note_spelled(tokenizer, [prompt, said], notes)
+        ids = scoring_ids([*start, *head, *ids_after(encode, prompt, head, said)], eos)
         masked = len(start) + len(head)
         return Example(ids, [False] * masked + [True] * (len(ids) - masked))
     asked = as_turns(prompt, "user") if prompt else []
@@ -299,7 +303,7 @@ def told_ids(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:
     """
     if not chat:
         encode = partial(_encode_text, tokenizer)
-        return _after(encode, ANCHORS[-1], encode(ANCHORS[-1]), text)
+        return ids_after(encode, ANCHORS[-1], encode(ANCHORS[-1]), text)
     answer = "\ue000"  # stands for the first answer: a character that no template writes
     turns = [
         {"role": "user", "content": "-"},
@@ -381,7 +385,7 @@ def item_of_rendered(
         tail = "\ue000completion\ue001"
     encode = _encoder(tokenizer, hidden)
     start = encode(head) if head else []
-    ids = [*start, *_after(encode, head, start, tail)]
+    ids = [*start, *ids_after(encode, head, start, tail)]
     bos = list(plain_start(tokenizer))
     if with_bos is None:
         with_bos = not _has_control(tokenizer, body)

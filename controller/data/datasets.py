@@ -11,7 +11,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -31,6 +33,8 @@ from contracts.records import Example, ExamplePair, PreferencePair, Prompt, Rate
 from controller.data.kept_columns import kept_columns, require_values
 from controller.data.row_files import detect_format, load_rows
 from controller.data.row_formats import (
+    EQUAL,
+    LABELS,
     Parts,
     Shape,
     columns_read,
@@ -42,12 +46,14 @@ from controller.data.row_formats import (
     ratings,
     refuses_answers,
     shape_of,
+    sides_repeat,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 T = TypeVar("T")
+E = TypeVar("E")
 TOO_LONG = "over max_tokens"
 LABELLED = ("prompt_completion", "messages")  # formats whose rows may have KTO's label
 
@@ -108,16 +114,40 @@ class _Source:
 
     def keep(self, build: Callable[[int, dict], T]) -> list[T]:
         """`build` of every usable row, in our columns."""
-        convert = self.shape.convert if self.shape else lambda row, source: row
-        kept = _keep(self.rows, lambda n, row: build(n, convert(row, self.source)), self.data, self.base, self.report)
+        kept = _keep(self.rows, lambda n, row: build(n, self.converted(row)), self.data, self.base, self.report)
         columns = dict.fromkeys(column for row in self.rows for column in row)
-        read = columns_read(self.form, self.source, self.shape, self.report.notes.template != "")
+        in_chat = self.report.notes.template != ""
+        read = columns_read(self.form, self.source, self.shape, in_chat, self.is_labelled)
         known = {*read, *self.report.kept, *self.report.dropped}
         self.report.unread = [column for column in columns if column not in known]
         return kept
 
+    def converted(self, row: dict) -> dict:
+        return self.shape.convert(row, self.source) if self.shape else row
+
+    @cached_property
+    def is_labelled(self) -> bool:
+        """Whether rows say of their completion whether it is a good one."""
+        return self.form in LABELLED and refuses_answers(self.rows)
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether the sides of its pairs begin with their prompt."""
+        found = []
+        for row in self.rows:
+            with suppress(LeftOut):  # told where the row is read
+                found.append(self.converted(row))
+        return sides_repeat(found, self.source)
+
     def parts(self, row: dict, words: int | None) -> Parts:
-        return parts(row, self.form, self.source, self.data, words)
+        return parts(row, self.form, self.source, self.data, words, self.form == "pair" and self.repeats)
+
+    def pair(self, row: dict, words: int | None, encode: Callable[[Parts], E]) -> tuple[E, E]:
+        """Chosen and rejected. Raises LeftOut also where they come to the same tokens."""
+        chosen, rejected = map(encode, pair_parts(row, self.source, self.data, words, self.repeats))
+        if chosen == rejected:
+            raise LeftOut(EQUAL, "as they are encoded", bad=False)
+        return chosen, rejected
 
     def example(self, found: Parts, max_tokens: int) -> Example:
         example = encode_example(
@@ -152,7 +182,7 @@ def _open(
     if source.format == "auto" and form == "text" and "prompt" in allowed and source.prompt_column in columns:
         form = "prompt"  # which is asked for; the text is another column
     if form not in allowed:
-        unpaired = form in LABELLED and "label" in columns
+        unpaired = form in LABELLED and any(name in columns for name in LABELS)
         hint = (
             "; rows with a label say of one completion alone whether it is good, no method here learns from both"
             * unpaired
@@ -244,10 +274,9 @@ def load_sft(
 ) -> list[Example]:
     """Supervised examples of at most `max_tokens`; a pair gives its chosen side, a rated text the text."""
     opened = _open(source, data, tokenizer, report, base, ("text", "rated", "prompt_completion", "messages", "pair"))
-    is_labelled = opened.form in LABELLED and refuses_answers(opened.rows)
 
     def build(_: int, row: dict) -> Example:
-        if is_labelled and is_refused_answer(row):
+        if opened.is_labelled and is_refused_answer(row):
             raise LeftOut("label is false: not to be imitated", bad=False)
         return opened.example(opened.parts(row, data.prompt_words), max_tokens)
 
@@ -276,8 +305,9 @@ def load_preferences(
         return RatedText(text, opened.scored(found, max_tokens), ratings(row, source))
 
     def pair(_: int, row: dict) -> PreferencePair:
-        chosen, rejected = (opened.scored(side, max_tokens) for side in pair_parts(row, source, data, words))
-        return PreferencePair(chosen, rejected, preference(row, source))
+        return PreferencePair(
+            *opened.pair(row, words, lambda side: opened.scored(side, max_tokens)), preference(row, source)
+        )
 
     return opened.keep(rated) if opened.form == "rated" else opened.keep(pair)
 
@@ -297,9 +327,8 @@ def load_rated_examples(
         return RatedExample(opened.example(opened.parts(row, data.prompt_words), max_tokens), ratings(row, source))
 
     def pair(_: int, row: dict) -> ExamplePair:
-        sides = pair_parts(row, source, data, data.prompt_words)
-        chosen, rejected = (opened.example(side, max_tokens) for side in sides)
-        return ExamplePair(chosen, rejected, preference(row, source))
+        sides = opened.pair(row, data.prompt_words, lambda side: opened.example(side, max_tokens))
+        return ExamplePair(*sides, preference(row, source))
 
     return opened.keep(rated) if opened.form == "rated" else opened.keep(pair)
 

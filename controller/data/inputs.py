@@ -54,14 +54,73 @@ def _ids_of(item: Any) -> list[Sequence[int]]:
     return [item.token_ids]
 
 
+# Sources of which the first is to say how good something is that the second has made.
+HELD_OUT = (("eval_prompts", "prompts"), ("test", "preferences"), ("test", "gold"), ("preferences", "gold"))
+
+
+def _check_held_out(read: dict[tuple[str, str], list[Any]], config: TandemConfig, say: Callable[[str], None]) -> None:
+    """Say how many held-out items stand in what they are held out from, and refuse more than `data.max_seen_rows`.
+
+    Args:
+        read: items by source and loader.
+
+    Raises:
+        DataError: naming both sources.
+    """
+    keys = {place: set(map(_compared, items)) for place, items in read.items()}
+    for held, other in HELD_OUT:
+        for (source, loader), mine in keys.items():
+            others = [found for (name, how), found in keys.items() if name == other and how in (loader, "load_prompts")]
+            seen = len(mine & set().union(*others)) if source == held else 0
+            if not seen:
+                continue
+            said = f"data.{held}: {seen} of {len(mine)} items are in data.{other} too"
+            if seen > config.data.max_seen_rows * len(mine):
+                raise DataError(
+                    f"{said} ({seen / len(mine):.0%}), so what is measured on them would not be held out; "
+                    f"data.max_seen_rows allows {config.data.max_seen_rows:.0%}. Remove them from one "
+                    "of both, or raise data.max_seen_rows"
+                )
+            say(f"  {said}")
+
+
+def _compared(item: Any) -> tuple[Any, ...]:
+    """The tokens of its texts."""
+    return tuple(map(tuple, _ids_of(item)))
+
+
+def _check_forms(in_chat: set[str], sources: set[str], say: Callable[[str], None]) -> None:
+    """What a reward model learns from must have the form of what it will score.
+
+    Raises:
+        DataError: where the chat template writes prompts or rated texts, but not both.
+    """
+    for source in ("preferences", "gold", "test", "sft"):
+        if not {"prompts", source} <= sources or (source in in_chat) == ("prompts" in in_chat):
+            continue
+        written, plain = ("prompts", source) if "prompts" in in_chat else (source, "prompts")
+        said = (
+            f"data.{source}: the chat template writes data.{written}, while data.{plain} has plain texts alone, without a "
+            "prompt or messages"
+        )
+        if source == "sft":
+            say(f"  WARNING: {said}")
+            continue
+        raise DataError(
+            f"{said}, so that rewards would be of another form than what is scored. Name the column of its prompts with "
+            f"data.{plain}.prompt_column, give messages in both, or write data.chat: false"
+        )
+
+
 def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str], None]) -> Inputs:
     """Read every source that the run needs, and say what was left out of it, what nobody reads and what the chat template
     does not show.
 
     Raises:
-        DataError: a source cannot be read, has too many unusable or too long rows, or tokens without embeddings.
+        DataError: a source cannot be read, has too many unusable or too long rows, tokens without embeddings, rows of
+            another form than the prompts, or held-out rows that training sees.
     """
-    inputs = Inputs()
+    inputs, read = Inputs(), dict[tuple[str, str], list[Any]]()
     vocab_size = load_config(config.model.path, config.model).get_text_config().vocab_size
     for item, (_, source, loader, limits) in readings(config).items():
         values = [attrgetter(key)(config) for key in limits]
@@ -75,7 +134,9 @@ def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str
             inputs.in_chat |= {source} if report.notes.template else set()
             check_vocabulary(items, tokenizer, vocab_size, base, config.model.path)
             found += of_source(items, name, sorted(mixed).index(name) + 1) if name else items
-        inputs.items[item] = found
+        inputs.items[item] = read[source, loader] = found
+    _check_forms(inputs.in_chat, {source for source, _ in read}, say)
+    _check_held_out(read, config, say)
     return inputs
 
 

@@ -184,6 +184,12 @@ def _shards(path: Path, split: str, base: str) -> list[Path]:
     if split not in splits.values():
         names = sorted(set(splits.values())) or ["train"]
         raise DataError(f"{base}.split: {path} has {', '.join(names)}; found {split!r}{_did_you_mean(split, names)}")
+    if others := [file.name for file in files if file not in splits]:
+        raise DataError(
+            f"{base}.path: of the files of {path} some have a split in their names, and {', '.join(others[:3])} "
+            f"{'has' if len(others) == 1 else 'have'} none; write the files that are meant, as {path}/*{files[0].suffix}, "
+            "or rename them"
+        )
     return [file for file in files if splits.get(file) == split]
 
 

@@ -20,12 +20,16 @@ from controller.data.prompts import first_words
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
-ANSWERS = "\n\nAssistant:"
-SPEAKERS = {"\n\nHuman:": "user", ANSWERS: "assistant"}  # of a transcript as hh-rlhf has it
+ASKS, ANSWERS = "\n\nHuman:", "\n\nAssistant:"
+SPEAKERS = {ASKS: "user", ANSWERS: "assistant"}  # of a transcript as hh-rlhf has it
 SPEAKER = re.compile(f"({'|'.join(SPEAKERS)})")
 LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
-GOOD, BAD = {"true", "1", "1.0"}, {"false", "0", "0.0"}  # as KTO's label says it
+# KTO's label says of a completion whether it is a good one; LLaMA-Factory calls it kto_tag.
+LABELS = ("label", "kto_tag")
+GOOD = {"true", "1", "1.0", "desirable", "chosen"}
+BAD = {"false", "0", "0.0", "-1", "-1.0", "undesirable", "rejected"}
 SPEAKER_KEYS = ("role", "from")
+EQUAL = "chosen equals rejected"
 
 
 class Parts(NamedTuple):
@@ -41,35 +45,49 @@ class Shape:
     columns: tuple[str, ...]
     ours: Callable[[SourceConfig], tuple[str, ...]]
     convert: Callable[[dict, SourceConfig], dict]
+    also: tuple[str, ...] = ()  # columns that a prompt is made of too, where they are there
 
     def fits(self, columns: Iterable[str], source: SourceConfig) -> bool:
-        return set(self.columns) <= set(columns) and not set(self.ours(source)) & set(columns)
+        """Also where ours are named as its own, as `prompt_column=instruction`."""
+        return set(self.columns) <= set(columns) and not set(self.ours(source)) & set(columns) - set(self.columns)
 
 
-def _alpaca(row: dict, source: SourceConfig) -> dict:
-    """LLaMA-Factory's join of instruction and input."""
+def _renamed(row: dict, names: dict[str, str]) -> dict:
+    """With theirs under our names; a column that is missing in the row stays missing."""
+    return {**row, **{ours: row[theirs] for ours, theirs in names.items() if theirs in row}}
+
+
+def _instructed(row: dict, source: SourceConfig) -> dict:
+    """LLaMA-Factory's join of instruction and input, behind the turns of its `history`."""
     asked = row.get("instruction")
     if asked and row.get("input"):
         asked = f"{_text(asked, 'instruction')}\n{_text(row['input'], 'input')}"
-    return {**row, source.prompt_column: asked, source.completion_column: row.get("output")}
+    if history := _parsed(row.get("history") or None, "history"):
+        if not isinstance(history, list) or not all(isinstance(both, list) and len(both) == 2 for both in history):
+            raise LeftOut("history is no list of instructions with their answers", f"found {history!r:.40}")
+        spoken = zip(("user", "assistant") * len(history), (said for both in history for said in both), strict=True)
+        asked = [{"role": role, "content": said} for role, said in [*spoken, ("user", asked)]]
+    return {**row, source.prompt_column: asked} if "instruction" in row else row
+
+
+def _alpaca(row: dict, source: SourceConfig) -> dict:
+    return _renamed(_instructed(row, source), {source.completion_column: "output"})
 
 
 def _sharegpt(row: dict, source: SourceConfig) -> dict:
-    return {**row, source.messages_column: row.get("conversations")}
+    return _renamed(row, {source.messages_column: "conversations"})
 
 
 def _sharegpt_pair(row: dict, source: SourceConfig) -> dict:
     """LLaMA-Factory's: each side is one turn, or its text."""
-    sides = {column: row.get(name) for column, name in zip(pair_columns(source), ("chosen", "rejected"), strict=True)}
-    turns = {column: [side] if isinstance(side, dict) else side for column, side in sides.items()}
-    return {**row, source.prompt_column: row.get("conversations"), **turns}
+    sides = dict(zip(pair_columns(source), ("chosen", "rejected"), strict=True))
+    renamed = _renamed(row, {source.prompt_column: "conversations", **sides})
+    return {**renamed, **{ours: [side] for ours in sides if isinstance(side := renamed.get(ours), dict)}}
 
 
 def _asked_pair(row: dict, source: SourceConfig) -> dict:
-    """LLaMA-Factory's pairs of Alpaca's form, and Orca's."""
-    if "instruction" in row:
-        return {**row, source.prompt_column: _alpaca(row, source)[source.prompt_column]}
-    return {**row, source.prompt_column: row.get("question")}
+    """Orca's."""
+    return _renamed(row, {source.prompt_column: "question"})
 
 
 def pair_columns(source: SourceConfig) -> tuple[str, str]:
@@ -92,19 +110,13 @@ def _comparison(row: dict, source: SourceConfig) -> dict:
 
 
 SHAPES = (
-    Shape(("info", "summaries", "choice"), lambda s: (s.chosen_column, s.rejected_column), _comparison),
-    Shape(("instruction", "chosen", "rejected"), lambda s: (s.prompt_column,), _asked_pair),
+    Shape(("info", "summaries", "choice"), pair_columns, _comparison),
+    Shape(("instruction", "chosen", "rejected"), lambda s: (s.prompt_column,), _instructed, ("input", "history")),
     Shape(("question", "chosen", "rejected"), lambda s: (s.prompt_column,), _asked_pair),
-    Shape(("instruction", "output"), lambda s: (s.prompt_column, s.completion_column), _alpaca),
+    Shape(("instruction", "output"), lambda s: (s.prompt_column, s.completion_column), _alpaca, ("input", "history")),
     Shape(("conversations", "chosen", "rejected"), lambda s: (s.prompt_column,), _sharegpt_pair),
     Shape(("conversations",), lambda s: (s.messages_column,), _sharegpt),
 )
-ALSO_READ = {
-    "info": (),
-    "instruction": ("input",),
-    "question": (),
-    "conversations": (),
-}  # by the first column of a shape
 
 
 def shape_of(columns: Iterable[str], source: SourceConfig) -> Shape | None:
@@ -112,19 +124,19 @@ def shape_of(columns: Iterable[str], source: SourceConfig) -> Shape | None:
     return next((shape for shape in SHAPES if shape.fits(columns, source)), None)
 
 
-def columns_read(form: str, source: SourceConfig, shape: Shape | None, in_chat: bool) -> set[str]:
+def columns_read(form: str, source: SourceConfig, shape: Shape | None, in_chat: bool, is_labelled: bool) -> set[str]:
     """The columns that say something in a format; the others are nobody's."""
     pair = pair_columns(source)
     read = {
         "text": (source.text_column,),
         "prompt": (source.prompt_column,),
-        "prompt_completion": (source.prompt_column, source.completion_column, "label"),
-        "messages": (source.messages_column, "label"),
+        "prompt_completion": (source.prompt_column, source.completion_column),
+        "messages": (source.messages_column,),
         "pair": (*pair, source.prompt_column, *(f"score_{column}" for column in pair)),
         "rated": (source.text_column, source.prompt_column, source.ratings_column, source.rating_column),
     }[form]
-    known = {*read, *(("system", "tools") if in_chat else ())}
-    return known | ({*shape.columns, *ALSO_READ[shape.columns[0]]} if shape else set())
+    known = {*read, *(("system", "tools") if in_chat else ()), *(LABELS if is_labelled else ())}
+    return known | ({*shape.columns, *shape.also} if shape else set())
 
 
 def prompt_columns(form: str, source: SourceConfig, shape: Shape | None) -> set[str]:
@@ -134,7 +146,7 @@ def prompt_columns(form: str, source: SourceConfig, shape: Shape | None) -> set[
         "rated": {source.text_column, source.prompt_column},
         "messages": {source.messages_column},
     }.get(form, {source.prompt_column})
-    return of_prompt | ({shape.columns[0], *ALSO_READ[shape.columns[0]]} if shape else set())
+    return of_prompt | ({shape.columns[0], *shape.also} if shape else set())
 
 
 # ---- values
@@ -258,8 +270,15 @@ def _number(value: Any, column: str) -> float:
 # ---- a row
 
 
-def parts(row: dict, form: str, source: SourceConfig, data: DataConfig, words: int | None) -> Parts:
-    """Of a row with one completion; of a pair the chosen side. `words`: of a text that are its prompt."""
+def parts(
+    row: dict, form: str, source: SourceConfig, data: DataConfig, words: int | None, repeats: bool = False
+) -> Parts:
+    """Of a row with one completion; of a pair the chosen side.
+
+    Args:
+        words: of a text that are its prompt.
+        repeats: whether the sides of the source's pairs begin with their prompt.
+    """
     if form == "messages":
         return _framed(row, "", _turns(_cell(row, source.messages_column), source.messages_column), data)
     if form == "prompt":
@@ -267,55 +286,62 @@ def parts(row: dict, form: str, source: SourceConfig, data: DataConfig, words: i
     column = {"prompt_completion": source.completion_column, "pair": source.chosen_column}.get(form, source.text_column)
     said = _said(row, column, data, is_text=form == "text")
     prompt: str | Turns = ""
-    if form == "pair" and _is_transcript(said):  # whole, also next to a column with its prompt
+    if form == "pair" and _is_whole_transcript(said):  # also next to a column with its prompt
         end = list(SPEAKER.finditer(said))[-1].end()
-        prompt, said = said[:end], said[end:]
+        if not said.endswith(ANSWERS, 0, end):
+            raise LeftOut("the last turn is not the assistant's")
+        prompt, said = said[:end], _text(said[end:], column)
     # UltraFeedback's form: chosen and rejected are whole conversations next to a prompt column that repeats the start.
-    elif (
-        form != "text"
-        and not _is_whole(said)
-        and (form == "prompt_completion" or row.get(source.prompt_column) is not None)
+    elif form == "prompt_completion" or (
+        form != "text" and not _is_whole(said) and row.get(source.prompt_column) is not None
     ):
         prompt = _asked(row, source, data)
         if isinstance(said, str) and isinstance(prompt, list) and isinstance(row[source.prompt_column], str):
             said = said.removeprefix(" ")  # as of every turn of a transcript
-        if form == "pair" and _repeat(prompt, row, source):
-            said = said.removeprefix(str(prompt))  # type: ignore[union-attr]
+        if form == "pair" and repeats and isinstance(said, str):
+            said = _text(said.removeprefix(str(prompt)), column)
     elif isinstance(said, str):
         prompt, said = first_words(said, words)
         said = said.lstrip() if prompt and data.chat else said  # the space of the cut belongs to neither turn
     return _framed(row, prompt, said, data)
 
 
-def _repeat(prompt: str | Turns, row: dict, source: SourceConfig) -> bool:
-    """Whether both sides of a pair are texts that begin with the prompt, which stands in a column of its own too."""
-    sides = [row.get(column) for column in pair_columns(source)]
-    return bool(prompt) and isinstance(prompt, str) and all(isinstance(s, str) and s.startswith(prompt) for s in sides)
+def sides_repeat(rows: Iterable[dict], source: SourceConfig) -> bool:
+    """Whether the sides of every pair of texts begin with the prompt, which stands in a column of its own too: in one pair
+    they may by chance, as "Hello!" answers "Hello"."""
+    columns = (source.prompt_column, *pair_columns(source))
+    found = (tuple(map(row.get, columns)) for row in rows)
+    texts = [texts for texts in found if all(isinstance(text, str) and text for text in texts)]
+    return bool(texts) and all(side.startswith(prompt) for prompt, *sides in texts for side in sides)
 
 
-def pair_parts(row: dict, source: SourceConfig, data: DataConfig, words: int | None) -> tuple[Parts, Parts]:
+def pair_parts(
+    row: dict, source: SourceConfig, data: DataConfig, words: int | None, repeats: bool = False
+) -> tuple[Parts, Parts]:
     """Chosen and rejected, with the prompt that both share.
 
     Raises:
         LeftOut: where they are equal, or answer different prompts.
     """
-    columns = (source.chosen_column, source.rejected_column)
+    columns = pair_columns(source)
     chosen, rejected = (_said(row, column, data) for column in columns)
     if chosen == rejected:
-        raise LeftOut("chosen equals rejected", bad=False)
+        raise LeftOut(EQUAL, bad=False)
     prompts: list[str | Turns]
     answers: list[str | Turns]
     if _is_whole(chosen) and _is_whole(rejected):
         at = _shared(chosen, rejected)
         prompts, answers = [chosen[:at]], [chosen[at:], rejected[at:]]
         is_pair = all(answer and answer[0]["role"] == "assistant" for answer in (chosen[at:], rejected[at:]))  # type: ignore[index]
-    elif _is_transcript(chosen) and _is_transcript(rejected):
+    elif _is_whole_transcript(chosen) and _is_whole_transcript(rejected):
         spoken = [SPEAKER.split(side) for side in (chosen, rejected)]
+        if any(side[-2] != ANSWERS for side in spoken):
+            raise LeftOut("the last turn is not the assistant's")
         at = _shared(*spoken)
         prompts, answers = ["".join(spoken[0][:at])], ["".join(side[at:]) for side in spoken]
-        is_pair = at > 0 and spoken[0][at - 1] == ANSWERS and all(answers)
+        is_pair = at > 0 and spoken[0][at - 1] == ANSWERS and all(answer.strip() for answer in answers)
     else:
-        sides = [parts({**row, columns[0]: row[column]}, "pair", source, data, words) for column in columns]
+        sides = [parts({**row, columns[0]: row[column]}, "pair", source, data, words, repeats) for column in columns]
         prompts, answers = [side.prompt for side in sides], [side.completion for side in sides]
         is_pair = prompts[0] == prompts[1] and isinstance(chosen, str) == isinstance(rejected, str)
     if not is_pair:
@@ -336,14 +362,19 @@ def preference(row: dict, source: SourceConfig) -> float:
 
 
 def refuses_answers(rows: Iterable[dict]) -> bool:
-    """Whether the column `label` is KTO's, which says of a completion whether it is a good one: elsewhere it may be an
+    """Whether the rows have KTO's label, which says of a completion whether it is a good one: elsewhere it may be an
     answer, as in OpenRLHF's data."""
-    return {str(label).lower() for row in rows if (label := row.get("label")) is not None} <= GOOD | BAD
+    labels = {label for row in rows if (label := _label(row))}
+    return bool(labels) and labels <= GOOD | BAD
 
 
 def is_refused_answer(row: dict) -> bool:
-    """Whether KTO's `label` says that the completion is a bad one."""
-    return str(row.get("label")).lower() in BAD
+    """Whether KTO's label says that the completion is a bad one."""
+    return _label(row) in BAD
+
+
+def _label(row: dict) -> str:
+    return next((str(row[name]).lower() for name in LABELS if row.get(name) is not None), "")
 
 
 def _said(row: dict, column: str, data: DataConfig, is_text: bool = False) -> str | Turns:
@@ -361,7 +392,11 @@ def _asked(row: dict, source: SourceConfig, data: DataConfig) -> str | Turns:
 
 def _is_whole(said: str | Turns) -> TypeGuard[Turns]:
     """Whether it is a conversation from its beginning, not only what answers a prompt."""
-    return isinstance(said, list) and said[0]["role"] != "assistant"
+    return isinstance(said, list) and said[0]["role"] in ("system", "user")
+
+
+def _is_whole_transcript(said: str | Turns) -> TypeGuard[str]:
+    return isinstance(said, str) and said.startswith(ASKS)
 
 
 def _is_transcript(said: str | Turns) -> TypeGuard[str]:

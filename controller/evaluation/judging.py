@@ -31,7 +31,9 @@ class Judged:
     """One model's completions of the held-out prompts, in prompt order."""
 
     rollouts: list[Rollout]
-    log_ratio: np.ndarray  # float64 [N], log p - log p_SFT of each completion, nats; of best-of-n the bound of its mean
+    # float64 [N], log p - log p_SFT of each completion, nats; of best-of-n the bound of its mean; NaN where samples do not
+    # tell it
+    log_ratio: np.ndarray
     candidates: list[list[Rollout]] = field(default_factory=list)  # [N][n], what best-of-n chose from
     others: list[list[Rollout]] = field(default_factory=list)  # [n][N], more completions, to count right ones among
 
@@ -72,9 +74,10 @@ def judge_models(
     from learner.weight_sources import stored_source
 
     sampling, timeout_s = config.evaluate.sampling, config.cluster.step_timeout_s
+    # Samples of a sharpened distribution do not estimate the KL of the models.
+    has_kl = sampling.temperature == sampling.top_p == 1
     # Else what was recorded is log p of another distribution than the model's own.
-    is_own = sampling.temperature == sampling.top_p == 1
-    is_own &= sampling.min_completion_tokens == config.environment.min_turn_tokens == 0
+    is_own = has_kl and sampling.min_completion_tokens == config.environment.min_turn_tokens == 0
 
     def sample(epoch: int, index: int) -> list[Rollout]:
         """One scored completion of every prompt."""
@@ -98,16 +101,17 @@ def judge_models(
                 publisher.shutdown()
             rollouts[name] = sample(0, 0)
             others[name] = [sample(0, index) for index in range(1, config.evaluate.samples)]
-            if is_own:
+            if is_own or not has_kl:
                 own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
             else:
                 own[name] = _token_logprobs(actors, rollouts[name], timeout_s)
     judged = {}
     with progress.phase("KL against SFT"):
         for name in models:
-            reference = own[name] if name == REFERENCE else _token_logprobs(actors, rollouts[name], timeout_s)
-            ratio = [sum(a) - sum(b) for a, b in zip(own[name], reference, strict=True)]
-            judged[name] = Judged(rollouts[name], np.array(ratio), others=others[name])
+            is_known = has_kl and name != REFERENCE
+            reference = _token_logprobs(actors, rollouts[name], timeout_s) if is_known else own[name]
+            ratio = np.array([sum(a) - sum(b) for a, b in zip(own[name], reference, strict=True)])
+            judged[name] = Judged(rollouts[name], ratio if has_kl else ratio * np.nan, others=others[name])
     if config.method == "best_of_n":
         judged[config.method] = _best_of_n(config, sample, progress)
     return judged
@@ -149,7 +153,7 @@ def summarize(judged: dict[str, Judged], judges: list[str], config: TandemConfig
         tokens = [r.completion.sampled_ids.tolist() for r in j.rollouts]
         models[name] = {judge: mean(v[np.isfinite(v)]) for judge, v in scores[name].items()} | {
             "length": mean(j.lengths),
-            "kl": mean(j.log_ratio),
+            "kl": mean(j.log_ratio[np.isfinite(j.log_ratio)]),
             "eos_share": float(np.mean([r.completion.finish_reason == "stop" for r in j.rollouts])),
             "distinct_1": statistics.distinct_n(tokens, 1),
             "distinct_2": statistics.distinct_n(tokens, 2),

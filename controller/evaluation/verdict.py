@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from contracts.config import EvaluateConfig
+from controller.record.number_text import bounds
 
 STATES = {"passed": "Passed", "failed": "Not passed", "inconclusive": "Inconclusive"}
 
@@ -18,8 +19,8 @@ def _number(value: Any) -> float:
 
 
 def _interval(values: dict[str, Any] | None) -> tuple[float, float, float]:
-    values = values or {}
-    return _number(values.get("mean")), _number(values.get("low")), _number(values.get("high"))
+    mean, low, high = bounds(values)
+    return _number(mean), _number(low), _number(high)
 
 
 def _direction(interval: tuple[float, float, float]) -> str:

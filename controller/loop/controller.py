@@ -184,7 +184,6 @@ class PPOController:
         rollouts, metrics = self._collect(updates_left)
         metrics |= self._train(rollouts, train_policy)
         if train_policy:
-            self.kl.update(metrics["kl/ref_seq"], len(rollouts))
             metrics |= self._publish()
         self.ledger.trained(self.version)
         metrics["fault/learner_restarts"] = float(self.recovery.num_restarts)
@@ -245,7 +244,10 @@ class PPOController:
         metrics = rollout_metrics(rollouts) | turn_metrics(rollouts)
         self.first_score = metrics["reward/score_mean"] if self.first_score is None else self.first_score
         metrics["reward/score_gain"] = metrics["reward/score_mean"] - self.first_score
-        self.log.samples([sample_row(r, self.version) for r in rollouts[: self.config.logger.samples_per_update]])
+        version = self.version + (
+            self.updates >= warmup_updates(self.config.ppo)
+        )  # as the update's line of metrics says
+        self.log.samples([sample_row(r, version) for r in rollouts[: self.config.logger.samples_per_update]])
         return metrics
 
     def _train(self, rollouts: list[Rollout], train_policy: bool) -> dict[str, float]:
@@ -282,6 +284,8 @@ class PPOController:
         metrics |= {"perf/train_s": train_s, "perf/train_tokens_per_s": tokens / train_s, "kl/coef": self.kl.coef}
         if chosen_estimator(ppo).kl == "reward":
             metrics["reward/kl_penalty_mean"] = -self.kl.coef * metrics["kl/ref_seq"]
+        if train_policy:
+            self.kl.update(metrics["kl/ref_seq"], len(trained_on))
         if train_policy and ppo.combined.target is not None:
             mean_score = float(np.mean([row.sum() for row in worth]))
             metrics |= {"combined/lambda": multiplier, "combined/score_mean": mean_score}

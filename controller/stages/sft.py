@@ -47,9 +47,13 @@ def train_supervised(
 
     order = np.random.default_rng(config.seed).permutation(len(texts))
     held = max(config.cluster.num_learner_ranks, len(order) // 20)
-    examples = [texts[i] for i in order]
-    with context.learner("sft", config, examples[held:], examples[:held]) as group:
-        with context.phase(f"{title} on {len(examples) - held} texts"):
+    held_out = [texts[i] for i in order[:held]]
+    told = {tuple(text.token_ids) for text in held_out}  # which other rows may say too, as the pairs of one answer do
+    trained = [texts[i] for i in order[held:] if tuple(texts[i].token_ids) not in told] or [
+        texts[i] for i in order[held:]
+    ]
+    with context.learner("sft", config, trained, held_out) as group:
+        with context.phase(f"{title} on {len(trained)} texts"):
             steps = group.call("num_steps")[0]
             before = group.call("evaluate")[0]
             context.log_step(0, before)

@@ -289,7 +289,8 @@ def test_what_a_template_cannot_do_without_is_shown(make: Make, plain: Any) -> N
     notes, tokenizer = Notes(), make(template)
     example = encode_example(tokenizer, "", conversation, chat=True, notes=notes)
     assert "<|im_start|>tool\n1: 4 degrees<|im_end|>\n" in plain.decode(example.token_ids)
-    assert (notes.shown, dict(notes.hidden)) == ({"tool_calls", "tool_call_id"}, {"name of messages": 1})
+    roles = {"turns of the role user", "turns of the role tool"}
+    assert (notes.shown - roles, dict(notes.hidden)) == ({"tool_calls", "tool_call_id"}, {"name of messages": 1})
 
 
 def test_a_template_without_an_end_is_refused(make: Make) -> None:
@@ -469,3 +470,29 @@ def test_too_many_answers_of_a_template_that_looks_ahead(make: Make, monkeypatch
         LeftOut, match=r"each of 7 answers takes renderings of its own, 105 turns in all, more than 100"
     ):
         encode_example(make("qwen3"), "", conversation, chat=True)
+
+
+# As DeepSeek-R1's distilled models: the thinking goes from every answer, the last one too.
+FORGETS = DROPS.replace(" and not loop.last", "")
+
+
+def test_an_answer_that_the_template_does_not_show_whole_is_refused(make: Make) -> None:
+    tokenizer = make("{% for m in messages %}" + FORGETS + "<|im_start|>{{ m['role'] }}\n{{ c }}" + TAIL + ASK)
+    asked = {"role": "user", "content": "Name a prime."}
+    with pytest.raises(LeftOut, match=r"does not show an answer as it was given .*'<think>"):
+        encode_example(tokenizer, "", [asked, {"role": "assistant", "content": THOUGHT}], chat=True)
+    with pytest.raises(LeftOut, match="does not show an answer as it was given"):
+        item_of_messages(tokenizer, [asked, {"role": "assistant", "content": THOUGHT}])
+    encode_example(tokenizer, "", [asked, {"role": "assistant", "content": "Seven."}], chat=True)
+
+
+def test_roles_that_the_template_leaves_out_are_told(make: Make) -> None:
+    """Its branches know two roles, as Phi-3's first template."""
+    tokenizer = make(
+        "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+        + ASK
+    )
+    turns = [{"role": role, "content": f"{role} says."} for role in ("system", "user", "assistant")]
+    notes = Notes()
+    encode_example(tokenizer, "", turns, chat=True, notes=notes)
+    assert notes.lines() == [f"{notes.template} does not show turns of the role system (1 rows)"]

@@ -1,18 +1,21 @@
 """Steps of the PPO loop that need no engine."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from contracts.config import EvaluateConfig, SamplingConfig, TandemConfig
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score, row_text
 from controller.loop.controller import PPOController
 from controller.loop.held_out import HeldOut
 from controller.loop.unscored import ScoreError, scored
+from tests.unit.test_shaping import MIXED, NORMALIZER
 
 
 def controller(tmp_path: Path, **values: Any) -> PPOController:
@@ -57,6 +60,19 @@ def test_an_update_without_any_score_ends_the_run_with_the_reasons(tmp_path: Pat
     assert len((tmp_path / "unscored.jsonl").read_text().splitlines()) == 2
 
 
+def test_samples_have_the_version_of_their_line(tmp_path: Path) -> None:
+    """Which is that after the update: 0 while only the value model is fitted, then 1."""
+    written: list[dict[str, Any]] = []
+    log = SimpleNamespace(run_dir=tmp_path, samples=written.extend)
+    loop = controller(tmp_path, log=log, version=0, first_score=None)
+    loop.config.ppo.value_warmup_updates = 2
+    one = np.ones(1, dtype=np.int32)
+    completion = Completion(one, one.astype(np.float32), one, "stop", "x")
+    for loop.updates in (0, 1, 2):
+        loop._describe([Rollout((0, 0, 0), Prompt(0, "", (5,)), completion, {"proxy": Score(1.0)})])
+    assert [row["step"] for row in written] == [0, 0, 1]
+
+
 def test_held_out_prompts_are_answered_by_every_nth_version(tmp_path: Path) -> None:
     """3 of 4 with a score are right; of source b/1 one of two."""
     values, sources = [1.0, 0.5, 1.0, 2.0, None], ["b/1", "b/1", "a", "a", "a"]
@@ -89,3 +105,22 @@ def test_held_out_prompts_are_answered_by_every_nth_version(tmp_path: Path) -> N
     assert asked[0] == asked[1]  # the same seeds
     loop.held_out = None
     assert loop._answer_held_out() == {}
+
+
+@pytest.mark.parametrize(("reward", "episodes"), [("cumulative", 2), ("separate", 4)])
+def test_the_adaptive_coefficient_counts_what_its_kl_is_a_mean_of(
+    reward: str, episodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two conversations of two turns, each of which is an episode where rewards are separate."""
+    told: list[tuple[float, int]] = []
+    kl = SimpleNamespace(coef=0.1, update=lambda kl, count: told.append((kl, count)))
+    answers = SimpleNamespace(wait=lambda update, what: [{"kl/ref_seq": 2.0}])
+    learner = SimpleNamespace(start_each=lambda *asked: None)
+    monkeypatch.setattr(ray, "put", lambda batch: batch)
+    loop = controller(
+        tmp_path, kl=kl, dispatcher=SimpleNamespace(answers=answers), learner=learner, commits=None,
+        rng=np.random.default_rng(0), multiplier=SimpleNamespace(value=0.0), normalizer=NORMALIZER,
+    )  # fmt: skip
+    loop.config.environment.reward = reward
+    loop._train([replace(MIXED, key=(0, number, 0)) for number in range(2)], train_policy=True)
+    assert told == [(2.0, episodes)]

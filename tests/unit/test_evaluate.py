@@ -1,11 +1,16 @@
 """What evaluation.json says of judged completions, by hand."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from contracts.config import TandemConfig
 from contracts.records import Completion, Prompt, Rollout, Score
-from controller.evaluation.judging import Judged, summarize
+from controller.evaluation import judging
+from controller.evaluation.judging import Judged, judge_models, summarize
 
 
 def judged(lengths: list[int], **scores: list[float | None]) -> Judged:
@@ -41,3 +46,20 @@ def test_the_gain_at_matched_length_is_that_of_its_judge(judges: list[str]) -> N
     assert f"{other}_gain" not in matched
     assert ("gold_gain" in found) is ("verdict" in result) is ("gold" in judges)
     assert found["proxy_gain"]["mean"] == pytest.approx((0.5 + 9 + 3 + 9) / 4)
+
+
+@pytest.mark.parametrize(("sampling", "kl"), [({}, 0.0), ({"temperature": 0.7}, None), ({"top_p": 0.9}, None)])
+def test_samples_of_a_sharpened_distribution_tell_no_kl(
+    sampling: dict[str, float], kl: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither that of the models nor that of what was sampled."""
+    config = TandemConfig()
+    vars(config.evaluate.sampling).update(sampling)
+    config.evaluate.bootstrap_samples = 50
+    given = judged([3, 4], proxy=[1.0, 2.0]).rollouts
+    monkeypatch.setattr(judging.ray, "get", lambda calls, timeout: calls)
+    actor: Any = SimpleNamespace(rollout=SimpleNamespace(remote=lambda *asked: given))
+    quiet: Any = SimpleNamespace(phase=lambda what: nullcontext())
+    found = judge_models(config, {"sft": "model"}, [r.prompt for r in given], [actor], ["proxy"], quiet)
+    mean = summarize(found, ["proxy"], config)["models"]["sft"]["kl"]["mean"]  # type: ignore[arg-type]
+    assert mean == kl if kl is not None else mean is None or np.isnan(mean)

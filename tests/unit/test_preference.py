@@ -122,6 +122,8 @@ def test_metrics_by_hand() -> None:
     accuracy, margin = pair_metrics(scores, preferences, torch.ones(4, 4, dtype=torch.bool))
     assert accuracy == pytest.approx((1 + 0.5 + 0) / 3)
     assert margin == pytest.approx((2 + 0 - 1) / 3)
+    ties = torch.full((4, 4), 0.5)
+    assert np.isnan(pair_metrics(scores, ties, torch.ones(4, 4, dtype=torch.bool))).all()
 
 
 # ---- the task

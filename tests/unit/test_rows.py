@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import AutoTokenizer
 
 from contracts.config import DataConfig, ModelConfig, SourceConfig, TandemConfig
 from contracts.records import Example
+from contracts.stages import Reading
+from controller.data import inputs
 from controller.data.datasets import (
     DataError,
     LoadReport,
@@ -548,3 +551,186 @@ def test_a_limit_that_leaves_most_rows_out_is_refused(
     assert len(load_inputs(config, tokenizer, print)["sft"]) == 1
     config.data.max_long_rows, config.sft.max_tokens = 0.5, 64
     assert len(load_inputs(config, tokenizer, print)["sft"]) == 4
+
+
+def test_an_answer_that_begins_with_its_prompt_by_chance_stays_whole(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    by_chance = {"prompt": "Hello", "chosen": "Hello! How can I help?", "rejected": "Hello."}
+    rows = jsonl(by_chance, {"prompt": "Name a prime.", "chosen": "Seven.", "rejected": "Nine."})
+    assert trained(tokenizer, load_sft(rows, CHAT, tokenizer, 99)[0]) == "Hello! How can I help?<|im_end|>"
+    pair = load_rated_examples(rows, CHAT, tokenizer, 99)[0]
+    assert [trained(tokenizer, text) for text in pair.texts] == ["Hello! How can I help?<|im_end|>", "Hello.<|im_end|>"]
+    # Where all repeat it, what is left must be an answer.
+    nothing = {"prompt": "Name a prime:", "chosen": "Name a prime:", "rejected": "Name a prime: Nine."}
+    assert "empty chosen" in refusal(load_preferences, jsonl(nothing), DATA, tokenizer, 99)
+
+
+def test_a_completion_that_begins_with_a_result_keeps_its_prompt(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    row = {"prompt": [ASK, call], "completion": [{"role": "tool", "content": "4"}, SAID]}
+    message = refusal(load_sft, jsonl(row), CHAT, tokenizer, 199)
+    assert "the completion begins with another turn than the assistant's" in message
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [(1, -1), ("desirable", "undesirable"), ("chosen", "rejected"), (1.0, 0.0)],
+)
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_labels_of_every_spelling(column: str, labels: tuple, jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    rows = [
+        {"prompt": "Name a prime.", "completion": said, column: label}
+        for said, label in zip(("Seven.", "Nine."), labels, strict=True)
+    ]
+    report = LoadReport()
+    [only] = load_sft(jsonl(*rows), DATA, tokenizer, 99, report)
+    assert trained(tokenizer, only) == "Seven.<|im_end|>"
+    assert (report.left_out, report.unread) == ({"label is false: not to be imitated": 1}, [])
+
+
+def test_a_label_that_says_nothing_of_answers_is_named_as_unread(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    report = LoadReport()
+    rows = jsonl({"prompt": "Name a prime.", "completion": "Seven.", "label": "sports"})
+    assert len(load_sft(rows, DATA, tokenizer, 99, report)) == 1
+    assert report.unread == ["label"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: thanks", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+            "the last turn is not the assistant's",
+        ),
+        ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "empty chosen"),
+    ],
+)
+def test_transcripts_without_a_last_answer_are_refused(row: dict, said: str, jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    assert said in refusal(load_sft, jsonl(row), DATA, tokenizer, 99)
+    assert said.replace("empty chosen", "answer different prompts") in refusal(
+        load_preferences, jsonl(row), DATA, tokenizer, 99
+    )
+
+
+def test_sides_that_are_last_turns_of_a_transcript_keep_their_prompt(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    row = {"prompt": "\n\nHuman: q", "chosen": "\n\nAssistant: Seven.", "rejected": "\n\nAssistant: Nine."}
+    [text] = load_sft(jsonl(row), DATA, tokenizer, 99)
+    assert tokenizer.decode(text.token_ids) == "\n\nHuman: q\n\nAssistant: Seven.<|im_end|>"
+    [pair] = load_preferences(jsonl(row), DATA, tokenizer, 99)
+    assert tokenizer.decode(pair.rejected_ids) == "\n\nHuman: q\n\nAssistant: Nine.<|im_end|>"
+
+
+def test_alpaca_with_its_columns_named_by_hand(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    row = {"instruction": "Name a prime.", "input": "below 10", "output": "Seven."}
+    by_itself = load_sft(jsonl(row), CHAT, tokenizer, 99)
+    named = jsonl(row)
+    named.prompt_column, named.completion_column = "instruction", "output"
+    report = LoadReport()
+    assert load_sft(named, CHAT, tokenizer, 99, report) == by_itself
+    assert report.unread == []
+    history = {**row, "history": [["Name an even number.", "Two."]]}
+    [text] = load_sft(jsonl(history), CHAT, tokenizer, 99)
+    shown = tokenizer.decode(text.token_ids)
+    assert shown.index("Name an even number.") < shown.index("Two.") < shown.index("Name a prime.\nbelow 10")
+    assert trained(tokenizer, text) == "Seven.<|im_end|>"
+    message = refusal(load_sft, jsonl({**row, "history": ["Two."]}), CHAT, tokenizer, 99)
+    assert "history is no list of instructions with their answers" in message
+
+
+def test_a_column_that_some_rows_of_a_known_form_lack_is_told(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    rows = [{"instruction": "Name a prime.", "output": "Seven."}, {"instruction": "Name a prime.", "response": "Five."}]
+    assert "1 x no completion" in refusal(load_sft, jsonl(*rows), DATA, tokenizer, 99)
+
+
+def test_sides_that_come_to_the_same_tokens_are_no_pair(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    rows = [{"prompt": "Name a prime.", "chosen": "Seven.", "rejected": "Seven.<|im_end|>"},
+            {"prompt": "Name a prime.", "chosen": "Seven.", "rejected": "Nine."}]  # fmt: skip
+    for load in (load_preferences, load_rated_examples):
+        report = LoadReport()
+        assert len(load(jsonl(*rows), DATA, tokenizer, 99, report)) == 1
+        assert report.left_out == {"chosen equals rejected": 1}
+
+
+def test_texts_that_a_template_has_written_already_are_told(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    written = f"{ASKED}Seven.<|im_end|>"
+    for row in ({"text": written}, {"prompt": ASKED, "completion": "Seven."}):
+        report = LoadReport()
+        load_sft(jsonl(row, row), DATA, tokenizer, 99, report)
+        assert "<|im_start|> (2 rows)" in report.notes.lines()[0]
+    report = LoadReport()
+    load_prompts(jsonl({"prompt": ASKED}), CHAT, tokenizer, 8, 99, report)
+    assert "<|im_start|> (1 rows)" in report.notes.lines()[0]
+    report = LoadReport()  # an end at the end is what it should be
+    load_sft(jsonl({"text": "Seven.<|im_end|>"}), DATA, tokenizer, 99, report)
+    assert report.notes.lines() == []
+
+
+def test_files_of_no_split_beside_some_that_have_one_are_refused(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "facts.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    message = refusal(load_rows, source(tmp_path), "data.sft")
+    assert "some have a split in their names, and facts.jsonl has none" in message
+
+
+def config_of(tmp_path: Path, **sources: list[dict]) -> TandemConfig:
+    data = replace(CHAT)
+    for name, rows in sources.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        setattr(data, name, source(file))
+    return TandemConfig(stage="ppo", model=ModelConfig(path=str(SMOLLM)), run_dir=str(tmp_path), data=data)
+
+
+def test_held_out_rows_that_training_sees_are_refused(
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    def reads(**loaders: str) -> None:
+        found = {name: Reading(name, name, loader, limits(loader)) for name, loader in loaders.items()}
+        monkeypatch.setattr(inputs, "readings", lambda config: found)
+
+    def limits(loader: str) -> tuple[str, ...]:
+        return ("reward_model.max_tokens",) if loader == "load_preferences" else (
+            "ppo.sampling.max_completion_tokens", "engine.max_model_len")  # fmt: skip
+
+    asked = [{"prompt": f"Name prime {number}."} for number in range(40)]
+    config = config_of(tmp_path, prompts=asked, eval_prompts=[*asked[38:], {"prompt": "New?"}])
+    reads(prompts="load_prompts", eval_prompts="load_prompts")
+    with pytest.raises(DataError, match=r"data\.eval_prompts: 2 of 3 items are in data\.prompts too \(67%\)"):
+        load_inputs(config, tokenizer, print)
+    others = [{"prompt": f"Another {number}?"} for number in range(39)]
+    config = config_of(tmp_path, prompts=asked, eval_prompts=[asked[0], *others])
+    said: list[str] = []
+    load_inputs(config, tokenizer, said.append)
+    assert "  data.eval_prompts: 1 of 40 items are in data.prompts too" in said
+
+    pair = {"prompt": "Name a prime.", "chosen": "Seven.", "rejected": "Nine."}
+    for held, other in (("test", "preferences"), ("test", "gold"), ("preferences", "gold")):
+        config = config_of(tmp_path, **{held: [pair], other: [pair, {**pair, "rejected": "One."}]})
+        reads(**{held: "load_preferences", other: "load_preferences"})
+        with pytest.raises(DataError, match=rf"data\.{held}: 1 of 1 items are in data\.{other} too"):
+            load_inputs(config, tokenizer, print)
+        config.data.max_seen_rows = 1.0
+        assert len(load_inputs(config, tokenizer, print)[held]) == 1
+
+
+def test_rewards_of_another_form_than_what_they_score_are_refused(
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    """The column of the pair's prompt has another name, so that the sides alone would train."""
+    limits = ("ppo.sampling.max_completion_tokens", "engine.max_model_len")
+    found = {
+        "prompts": Reading("prompts", "prompts", "load_prompts", limits),
+        "preferences": Reading("preferences", "preferences", "load_preferences", ("reward_model.max_tokens",)),
+    }
+    monkeypatch.setattr(inputs, "readings", lambda config: found)
+    pairs = [{"query": "Name a prime.", "chosen": "Seven.", "rejected": "Nine."}]
+    config = config_of(tmp_path, prompts=[{"prompt": "Name a prime."}], preferences=pairs)
+    with pytest.raises(
+        DataError, match=r"writes data\.prompts, while data\.preferences has plain texts .*prompt_column"
+    ):
+        load_inputs(config, tokenizer, print)
+    config.data.preferences.prompt_column = "query"
+    assert len(load_inputs(config, tokenizer, print)["preferences"]) == 1

@@ -50,7 +50,7 @@ OUTSIDE = {
     "above 0": 0,
     "null or above 0": 0,
     "null or at least 1": 0,
-    "null or 0 (the head alone) or more": -1,
+    "null or 0 (the head and the norm before it) or more": -1,
     "in [0, 1]": 1.5,
     "in [0, 1)": 1.0,
     "null or in [0, 1)": 1.0,
