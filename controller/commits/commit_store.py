@@ -7,7 +7,7 @@
             driver.safetensors      the ledger's arrays: rollouts that are sampled but not trained
             rank_R.safetensors      what learner rank R needs to go on
             policy/                 the policy as a plain Hugging Face checkpoint
-        invalid_step_8_T/           was no commit any more when update 8 came again: for who may repair it
+        invalid_step_8_T/           was no commit any more when the run went on from an earlier one: for who may repair it
         step_16.partial/            being written, or left by a crash: nobody reads it
 
 No pointer file names the newest: discovery looks for the newest manifest that verifies.
@@ -16,6 +16,7 @@ No pointer file names the newest: discovery looks for the newest manifest that v
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -133,7 +134,7 @@ class _Content(BaseModel):
 
 
 def read_commit(path: Path) -> Commit:
-    """Raises CheckpointError where there is no manifest that can be believed."""
+    """Raises CheckpointError where there is no manifest that can be believed, OSError where it cannot be read now."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         content = manifest["content"]
@@ -144,9 +145,9 @@ def read_commit(path: Path) -> Commit:
         if strange := [name for name in content["files"] if not is_inside(name)]:
             raise CheckpointError(f"{MANIFEST} names {strange[0]!r}, which is no file of the commit")
         found = _Content.model_validate_json(json.dumps(content))  # in which arrays are tuples
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {typed_line(error)}") from error
     run = RunFacts(**{fact.name: getattr(found, fact.name) for fact in fields(RunFacts)})
     records = {name: FileRecord(*record) for name, record in found.files.items()}
@@ -164,7 +165,7 @@ def step_path(run_dir: Path, step: int) -> Path:
 
 
 def verified(run_dir: Path, step: int) -> Commit:
-    """Raises CheckpointError where the commit is not what its manifest says."""
+    """Raises CheckpointError where the commit is not what its manifest says, OSError where it cannot be read now."""
     commit = read_commit(step_path(run_dir, step))
     if problem := commit.problem():
         raise CheckpointError(problem)
@@ -175,7 +176,8 @@ def newest_valid(run_dir: Path, say: Callable[[str], None]) -> Commit | None:
     """The newest commit that verifies; None where there is none at all. `say` hears of each that does not.
 
     Raises:
-        CheckpointError: there are commits, and none is valid. That is no reason to start afresh.
+        CheckpointError: there are commits, and none is valid: that is no reason to start afresh. Or one cannot be read now:
+            it may be whole, and a run that went on from an earlier one would leave its line.
     """
     reasons = []
     for step in reversed(steps(run_dir)):
@@ -184,12 +186,26 @@ def newest_valid(run_dir: Path, say: Callable[[str], None]) -> Commit | None:
         except CheckpointError as error:
             reasons.append(f"step_{step}: {error}")
             say(f"WARNING: the commit {step_path(run_dir, step)} is not valid ({error}); looking for an earlier one")
+        except OSError as error:
+            raise CheckpointError(
+                f"the commit {step_path(run_dir, step)} cannot be read now and may be whole ({typed_line(error)}): start "
+                "again when the disk answers, or move it elsewhere to go on from an earlier one"
+            ) from error
     if reasons:
         raise CheckpointError(
             f"{run_dir / FOLDER} has commits and none is valid ({'; '.join(reasons)}): repair them, or start afresh with "
             "checkpoint.resume=never or another run_dir"
         )
     return None
+
+
+def set_aside_newer(run_dir: Path, step: int) -> None:
+    """Let those after `step`, which the run goes on from, be no commits any more: none comes back once it is repaired, and
+    none takes the place of one that is kept."""
+    for newer in steps(run_dir):
+        if newer > step:
+            path = step_path(run_dir, newer)
+            path.rename(path.with_name(f"invalid_{path.name}_{time.time_ns()}"))
 
 
 def best(run_dir: Path) -> Commit | None:

@@ -73,6 +73,7 @@ class Committer:
         self._pending = None
         if commit is not None:
             self.newest, self._num_bytes = commit.step, commit.num_bytes
+            commit_store.set_aside_newer(self.run_dir, commit.step)
         commit_store.sweep(self.run_dir)
 
     def begin(self, step: int, policy_version: int, state: State, quality: tuple[str, float] | None) -> None:
@@ -87,8 +88,6 @@ class Committer:
         folder = path.with_name(path.name + ".partial")
         try:
             self._require_space()
-            if path.exists():  # the run went back past it, so it is none: kept for who may repair it
-                path.rename(path.with_name(f"invalid_{path.name}_{time.time_ns()}"))
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700)
         except OSError as error:  # a full disk: no commit

@@ -189,8 +189,8 @@ def way(log: Path, key: Key) -> list[str]:
     lines = []
     for row, mark in [*((r, " (rolled back)") for r in undone), *((r, "") for r in rows)]:
         if tuple(row.get("key", ())) == key:
-            end = next(f"{name}: {row[name]}" for name in ("trained", "filtered", "quarantined") if name in row)
-            end = f"trained into version {row['trained']}" if "trained" in row else end
+            ends = {"trained": "trained into version ", "filtered": "filtered: ", "quarantined": "quarantined: "}
+            end = next(f"{said}{row[name]}" for name, said in ends.items() if name in row)
             by = f"sampled by {row['holder'] or 'nobody'} with version {row.get('sampled', '-')}, lease {row['leases']}"
             end += f" in update {row['update']}" + (f", scored with row {row['row']}" if row.get("row") else "")
             lines.append(f"admitted at version {row['admitted_at']}, {by}, {end}{mark}")

@@ -61,21 +61,22 @@ class StageContext:
         config = self.config
         adapters = role_model(config.model, role).lora
         # Only where there is one: a new key would set the stages and commits of before aside.
-        # Adapters name their base by its path.
-        base = str(Path(config.model.path).absolute())
+        # Adapters name their base by its path, or by its hub id.
+        base = str(path.absolute()) if (path := Path(config.model.path)).is_dir() else config.model.path
         lora = {"lora": adapters, "base": base} if adapters else {}
         return lora | {
             "format": 2,
             "seed": config.seed,
-            "model": self.fingerprint(config.model.path, config.model.revision),
+            "model": self.fingerprint(config.model.path),
             "remote_code": config.model.trust_remote_code,  # transformers may have a class of its own for it
             "dtype": config.model.dtype,
             "learner": config.learner,
             "ranks": config.cluster.num_learner_ranks,
         }
 
-    def fingerprint(self, path: str, revision: str | None = None) -> str:
+    def fingerprint(self, path: str) -> str:
         """Of a checkpoint. Raises ConfigError where there is none."""
+        revision = self.config.model.revision_of(path)
         try:
             return checkpoint_fingerprint(path, revision, Path(self.config.cache_dir) / MEMORY)
         except (OSError, ValueError) as error:

@@ -5,14 +5,15 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from common.files.code_digest import code_digest, stage_code
+from common.files.code_digest import code_digest, package_versions, stage_code
 from common.files.fingerprints import MEMORY, checkpoint_fingerprint, file_hashes, json_digest
 from common.files.source_code import source_digest
+from common.flatten import flat
 from contracts.checks.validation import ConfigError
 from contracts.config import SourceConfig, TandemConfig
 from contracts.environments import is_import_path
-from contracts.methods import running_stages, samples, sources_read
-from contracts.stages import checkpoint_keys
+from contracts.methods import checkpoints_read, running_stages, samples, sources_read
+from controller.record.redaction import redacted
 from reward_service.resolve import content_of
 
 UNSEEN = ("scoring", "hidden")  # the keys of `unseen`
@@ -36,17 +37,16 @@ def unseen(config: TandemConfig) -> dict[str, Any]:
     return {"scoring": [service.dtype, service.max_tokens, contents], "hidden": json_digest(values)}
 
 
-def environment_source(config: TandemConfig) -> str | None:
-    """A digest of an environment's own source; None for those of Tandem. Raises ConfigError where it is not there."""
-    return _own_source("environment.name", config.environment.name)
+def environment_hidden(config: TandemConfig) -> dict[str, str]:
+    """A digest of each of the environment's values that `redacted` blanks, by its key: `keyword` is no secret and decides
+    what a prompt is."""
+    values = asdict(config.environment)
+    whole, shown = flat(values), flat(redacted(values))
+    return {name: json_digest([name, value])[:16] for name, value in whole.items() if shown.get(name, ...) != value}
 
 
-def estimator_source(config: TandemConfig) -> str | None:
-    """The same of the estimator."""
-    return _own_source("ppo.estimator", config.ppo.estimator)
-
-
-def _own_source(key: str, name: str) -> str | None:
+def own_source(key: str, name: str) -> str | None:
+    """A digest of the source of what `key` names; None of what is Tandem's. Raises ConfigError where it is not there."""
     try:
         return source_digest(name) if is_import_path(name) else None
     except ValueError as error:
@@ -54,8 +54,8 @@ def _own_source(key: str, name: str) -> str | None:
 
 
 def made_of(config: TandemConfig) -> str:
-    """SHA-256 (hex) over the content of what a run reads (data, checkpoints, functions, stages that are not ours) and over
-    Tandem's code.
+    """SHA-256 (hex) over the content of what a run reads (data, checkpoints, functions, stages that are not ours), over
+    Tandem's code and the versions of packages.
 
     Raises:
         OSError, ValueError: something is not there.
@@ -63,13 +63,14 @@ def made_of(config: TandemConfig) -> str:
     memory = Path(config.cache_dir) / MEMORY
     sources = [source for name in sorted(sources_read(config)) for source in _sources(config, name)]
     files = [file for source in sources for file in _files(source.path)]
-    # A given checkpoint may be of a stage that this run has no part of, and not be there.
-    given = [path for key in checkpoint_keys().values() if (path := getattr(config, key)) and Path(path).is_dir()]
-    checkpoints = [checkpoint_fingerprint(path, memory=memory) for path in given]
-    checkpoints.append(checkpoint_fingerprint(config.model.path, config.model.revision, memory))
-    scoring = [unseen(config), environment_source(config), estimator_source(config)] if samples(config) else []
+    read = {"model.path": config.model.path, **checkpoints_read(config)}
+    checkpoints = {
+        key: checkpoint_fingerprint(path, config.model.revision_of(path), memory) for key, path in read.items()
+    }
+    named = {"environment.name": config.environment.name, "ppo.estimator": config.ppo.estimator}
+    scoring = [unseen(config), *(own_source(*item) for item in named.items())] if samples(config) else []
     elsewhere = {stage.name: stage_code(stage.name) for stage in running_stages(config) if ":" in stage.name}
-    return json_digest([code_digest(), file_hashes(files, memory), checkpoints, scoring, elsewhere])
+    return json_digest([code_digest(), package_versions(), file_hashes(files, memory), checkpoints, scoring, elsewhere])
 
 
 def _sources(config: TandemConfig, name: str) -> list[SourceConfig]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from common import statistics
-from contracts.config import TandemConfig
+from contracts.config import EvaluateConfig, TandemConfig
 from contracts.records import ExamplePair, PreferencePair, RatedExample, RatedText
 
 if TYPE_CHECKING:
@@ -33,12 +33,20 @@ def train_on_pairs(context: "StageContext", group: Any, title: str) -> None:
         context.log_step(step + 1, metrics)
         recent.append(metrics)
         if step == steps - 1 or step % 20 == 19:
-            means = {k: float(np.mean([m[k] for m in recent])) for k in metrics}
+            loss, speed = (np.mean([m[k] for m in recent]) for k in (f"{kind}/loss", "perf/train_tokens_per_s"))
+            decided = [m[f"{kind}/accuracy"] for m in recent if not np.isnan(m[f"{kind}/accuracy"])]  # NaN: ties alone
+            right = f"{np.mean(decided):.1%}" if decided else "none to tell"
             recent = []
             context.progress.line(
-                f"  {title} step {step + 1}/{steps} | loss {means[f'{kind}/loss']:.3f} | pairs right "
-                f"{means[f'{kind}/accuracy']:.1%} | {means['perf/train_tokens_per_s']:.0f} tok/s"
+                f"  {title} step {step + 1}/{steps} | loss {loss:.3f} | pairs right {right} | {speed:.0f} tok/s"
             )
+
+
+def interval_inputs(config: TandemConfig) -> dict[str, Any]:
+    """What the intervals of `accuracy` depend on beside data and seed; nothing where it is the default, as a new key would
+    set the stages of before aside."""
+    samples = config.evaluate.bootstrap_samples
+    return {"bootstrap_samples": samples} if samples != EvaluateConfig().bootstrap_samples else {}
 
 
 def accuracy(
@@ -47,7 +55,8 @@ def accuracy(
     score: Callable[[list[int]], list[float]],
     count: int,
 ) -> dict[str, float]:
-    """Held-out pairs on which the higher score goes to the text that people rated higher, with 95% intervals.
+    """Held-out pairs on which the higher score goes to the text that people rated higher, with 95% intervals over texts, or
+    over the prompts of pairs.
 
     Args:
         items: all rated texts, or all pairs, of which ties do not count.
@@ -63,5 +72,48 @@ def accuracy(
         return found.row("accuracy") | {"pairs": len(pairs), "texts": len(scores)}
     sides = [item for item in items if isinstance(item, PreferencePair | ExamplePair)]
     chosen = [2 * i for i, item in enumerate(sides) if item.preference != 0.5]
-    wins = statistics.win_rate(score(chosen), score([i + 1 for i in chosen]), **options)
+    prompts = prompts_of([_tokens(sides[i // 2]) for i in chosen])
+    wins = _win_rate(score(chosen), score([i + 1 for i in chosen]), prompts, **options)
     return wins.row("accuracy") | {"pairs": len(chosen)}
+
+
+def _tokens(pair: PreferencePair | ExamplePair) -> tuple[list[int], list[int]]:
+    if isinstance(pair, PreferencePair):
+        return pair.chosen_ids, pair.rejected_ids
+    return pair.chosen.token_ids, pair.rejected.token_ids
+
+
+def prompts_of(pairs: Sequence[tuple[list[int], list[int]]]) -> list[int]:
+    """A number for the prompt of each pair, as far as tokens tell: what both sides begin with, and answers may go on to
+    begin alike. What all pairs begin with, a BOS or the head of a chat template, is no prompt: pairs that have no more in
+    common are each of their own."""
+    starts = [_common([tuple(side) for side in sides]) for sides in pairs]
+    of_all, numbers, prompt = _common(starts), dict[tuple[int, ...], int](), None
+    for new, start in enumerate(sorted({*starts} - {of_all}), len(starts)):  # a prompt, then those that begin with it
+        if prompt is None or start[: len(prompt)] != prompt:
+            prompt, number = start, new
+        numbers[start] = number
+    return [numbers.get(start, own) for own, start in enumerate(starts)]
+
+
+def _common(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all of them begin with."""
+    if not rows:
+        return ()
+    first, last = min(rows), max(rows)  # in between lies nothing that differs earlier
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:shared]
+
+
+def _win_rate(
+    a: Sequence[float], b: Sequence[float], prompts: Sequence[int], samples: int, seed: int
+) -> statistics.Interval:
+    """As `statistics.win_rate`, where several pairs may be of one prompt."""
+    count = len(set(prompts))
+    if count == len(prompts):
+        return statistics.win_rate(a, b, samples, seed)
+    first, second = np.asarray(a), np.asarray(b)
+    right = (first > second) + 0.5 * (first == second)
+    found = statistics.bootstrap_groups(lambda rows: float(right[rows].mean()), prompts, samples, seed)
+    unseen = statistics.bootstrap_mean([found.mean] * count, 1, seed, bounds=(0, 1))  # what so few prompts do not show
+    return statistics.Interval(found.mean, min(found.low, unseen.low), max(found.high, unseen.high))

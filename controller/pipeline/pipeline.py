@@ -108,7 +108,7 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Run `config.stage`. Returns the numbers of the summary."""
-        set_aside_reports(self.run_dir, self.progress.line)
+        set_aside_reports(self.run_dir, self.log, self.progress.line)
         with self.context.runtime:
             for stage in running_stages(self.config):
                 self._run(stage)
@@ -189,9 +189,12 @@ def rehearse_environment(config: TandemConfig, tokenizer: Any, data: Inputs, pro
             rehearse(config, tokenizer, {key: found for key, found in sampled.items() if found}, data.in_chat)
 
 
-def set_aside_reports(run_dir: Path, say: Callable[[str], None]) -> None:
-    """What another attempt in the same directory has found out, as in evaluation.json, is not of the one that begins."""
-    for name in sorted({stage.report for stage in all_stages() if stage.report}):
+def set_aside_reports(run_dir: Path, log: RunLog, say: Callable[[str], None]) -> None:
+    """What another attempt in the same directory has found out, in evaluation.json and in the lines of its stage, is not of
+    the one that begins."""
+    reports = {stage.report: stage.name for stage in all_stages() if stage.report}
+    for name, stage in sorted(reports.items()):
+        log.forget(stage)
         path = run_dir / name
         if path.exists():
             before = path.with_name(f"{path.stem}.before{path.suffix}")

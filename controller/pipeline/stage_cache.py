@@ -1,6 +1,6 @@
 """Finished stages: a directory each, named by what went in and by the code that made it, reused while neither has changed.
 
-cache_dir/stages/<name>-<hash of the inputs>-<hash of the code>/
+cache_dir/stages/<name>-<hash of the inputs>-<hash of the code>/     made again: the same with .2, .3, ...
     model/          the checkpoint
     stage.json      metrics, seconds, what the hashes stand for, and the checkpoint's fingerprint
     log/            the stage's lines of metrics.jsonl, samples.jsonl and phases.jsonl
@@ -64,7 +64,8 @@ class StageStore:
     ) -> Iterator[None]:
         """Runs side by side make a stage once: the others wait here, within `wait()`, and then find it. The lock ends with
         its process, however that ends."""
-        lock = self.directory(name, inputs).with_suffix(".lock")
+        directory = self.directory(name, inputs)
+        lock = directory.with_name(f"{directory.name}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as file:
             try:
@@ -79,11 +80,8 @@ class StageStore:
         the run's. Says why one that is there is not taken."""
         if self.reuse is False:
             return None
-        ours, code = self.directory(name, inputs), self.code(name)
-        others = sorted(self._others(name, inputs), key=lambda path: path.stat().st_mtime, reverse=True)
-        for directory in [ours, *others]:
-            if not directory.exists():
-                continue
+        code = self.code(name)
+        for directory in self._made(name, inputs):
             content, problem = self._read(directory, name, inputs)
             if problem:
                 self._say_once(f"WARNING: {directory} cannot be used ({problem}): {name} has to be made anew")
@@ -102,11 +100,22 @@ class StageStore:
             return StageResult(name, str(directory / "model"), cached=True, metrics=content["metrics"])
         return None
 
-    def _others(self, name: str, inputs: dict[str, Any]) -> list[Path]:
-        """Directories of the same inputs that other code has made."""
+    def _made(self, name: str, inputs: dict[str, Any]) -> list[Path]:
+        """Directories of these inputs: those of today's code first, then those of other code, each from the newest on."""
         prefix, ours = self._prefix(name, inputs), self.directory(name, inputs)
-        found = prefix.parent.glob(f"{prefix.name}-{'[0-9a-f]' * 8}")
-        return [path for path in found if path != ours and path.is_dir()]
+        form = re.compile(re.escape(prefix.name) + r"-[0-9a-f]{8}(\.\d+)?")
+        found = [path for path in prefix.parent.glob(f"{prefix.name}-*") if form.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: (path.name.startswith(ours.name), path.stat().st_mtime_ns), reverse=True)
+
+    def _free(self, name: str, inputs: dict[str, Any]) -> Path:
+        """The directory for a result: in the place of one that cannot be believed, beside those that other runs may be
+        reading."""
+        directory = first = self.directory(name, inputs)
+        number = 1
+        while directory.exists() and self._read(directory, name, inputs)[1] is None:
+            number += 1
+            directory = first.with_name(f"{first.name}.{number}")
+        return directory
 
     def _read(self, directory: Path, name: str, inputs: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """(what stage.json says, why the directory cannot be believed or None)."""
@@ -139,7 +148,7 @@ class StageStore:
         Args:
             work: writes a checkpoint to the path that it is given and returns the stage's metrics.
         """
-        directory = self.directory(name, inputs)
+        directory = self._free(name, inputs)
         partial, replaced = (directory.with_name(f"{directory.name}.{end}") for end in ("partial", "replaced"))
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from contracts.config import CurriculumConfig, TandemConfig
+from contracts.config import CurriculumConfig, RewardServiceConfig, TandemConfig
 from contracts.estimators import ESTIMATORS, chosen_estimator
 from contracts.lora_roles import role_model
 from contracts.methods import method_config, method_title
@@ -57,8 +57,13 @@ def plugins(config: TandemConfig) -> list[tuple[Kind, str]]:
     return [*ours, *((SCORER_KINDS, entry.kind) for entry in scorers.values())]
 
 
+def scored_roles(config: TandemConfig) -> tuple[str, ...]:
+    """The roles that PPO asks for scores."""
+    return judges(config) if config.ppo.gold_rollouts else ROLES[:1]
+
+
 def inputs(context: "StageContext") -> dict[str, Any]:
-    from controller.pipeline.ingredients import environment_source, estimator_source, unseen
+    from controller.pipeline.ingredients import environment_hidden, own_source, unseen
     from controller.record.redaction import redacted
 
     config = context.config
@@ -66,12 +71,17 @@ def inputs(context: "StageContext") -> dict[str, Any]:
     def reward_model(role: str) -> str | None:
         """Where PPO has anything of it."""
         is_value = role == "proxy" and starts_value_model(config)
-        if not is_value and role not in scoring_models(config):
+        scores = role in scored_roles(config) and role in scoring_models(config)
+        if not is_value and not scores:
             return None
         return context.fingerprint(context.checkpoint(f"reward_model/{role}"))
 
     # Only where there is one: a new key would set the commits of before aside.
-    own: dict[str, Any] = {"estimator_source": source} if (source := estimator_source(config)) else {}
+    source, batch_tokens = own_source("ppo.estimator", config.ppo.estimator), config.reward_service.batch_tokens
+    own: dict[str, Any] = {"estimator_source": source} if source else {}
+    own |= {"environment_hidden": hidden} if (hidden := environment_hidden(config)) else {}
+    # What a text is scored beside decides the last bits of its score.
+    own |= {"batch_tokens": batch_tokens} if batch_tokens != RewardServiceConfig().batch_tokens else {}
     own |= {"weights": weights} if (weights := mixture_weights(config)) else {}
     own |= _value_adapters(config)
     own |= {"curriculum": config.data.curriculum} if config.data.curriculum != CurriculumConfig() else {}
@@ -79,7 +89,7 @@ def inputs(context: "StageContext") -> dict[str, Any]:
         "ppo": config.ppo,
         **own,
         "environment": redacted(asdict(config.environment)),
-        "environment_source": environment_source(config),
+        "environment_source": own_source("environment.name", config.environment.name),
         "engine": config.engine,
         # Log-probabilities depend in their last bits on what is sampled beside them.
         "actors": "elastic" if is_elastic(config.cluster) else config.cluster.num_actors,
@@ -119,7 +129,7 @@ def run(context: "StageContext") -> dict[str, Any]:
     identity = flat(seen, keeps_empty=False)
     commit = _find_commit(context, identity)
     policy = context.checkpoint(config.ppo.init_from)
-    scorers = context.reward_models(judges(config) if config.ppo.gold_rollouts else ROLES[:1])
+    scorers = context.reward_models(scored_roles(config))
     value = context.checkpoint("reward_model/proxy") if starts_value_model(config) else policy
     backend, ends = weight_backend(config), context.end_ids([policy], "prompts")
     ptx = context.data["sft"] if config.ppo.ptx_coef else []

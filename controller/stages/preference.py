@@ -20,12 +20,15 @@ READS = [
 
 
 def inputs(context: "StageContext") -> dict[str, Any]:
+    from controller.pipeline.pair_training import interval_inputs
+
     return context.common_inputs() | {
         "seed": method_config(context.config).seed,
         "policy": context.fingerprint(context.checkpoint("sft")),
         "preference": chosen_preference(context.config),
         "data": context.data_fingerprint("completions"),
         "test": context.data_fingerprint("test_completions"),
+        **interval_inputs(context.config),
     }
 
 

@@ -20,10 +20,13 @@ def reads(config: TandemConfig, role: str) -> list[Reading]:
 
 
 def inputs(context: "StageContext") -> dict[str, Any]:
+    from controller.pipeline.pair_training import interval_inputs
+
     return context.common_inputs("reward_model") | {
         "reward_model": context.config.reward_model,
         "data": context.data_fingerprint(f"preferences/{context.role}"),
         "test": context.data_fingerprint("test"),
+        **interval_inputs(context.config),
     }
 
 

@@ -1,16 +1,15 @@
 """What can be known of models and data before an engine starts, beyond the configuration itself."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.error_text import error_lines
 from common.models.adapters import split
 from common.models.loading import LoadingError, refuse_quantised
-from common.text.tokenizers import load_config, vocabulary
+from common.text.tokenizers import load_config, pinned, vocabulary
 from contracts.checks.check import Check
 from contracts.checks.validation import ConfigError
-from contracts.config import ModelConfig, TandemConfig
+from contracts.config import TandemConfig
 from contracts.methods import checkpoints_read, results_needed, running_stages
 from contracts.placement import needs
 from contracts.scorer_roles import CHECKPOINTS, value_model_key
@@ -32,7 +31,7 @@ def check_model(config: TandemConfig) -> None:
     for key, path in keys.items():
         try:
             problems += adapter_problems(config, key, path)
-            found = load_config(path, model_at(config, key))
+            found = load_config(path, config.model)
             refuse_quantised(found, path, key)
             problems += _too_many_layers(config, key, getattr(found.get_text_config(), "num_hidden_layers", None))
             problems += _other_vocabulary(config, key, path, found) or _other_settings(config, key, path, found)
@@ -52,11 +51,6 @@ def check_model(config: TandemConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def model_at(config: TandemConfig, key: str) -> ModelConfig:
-    """How the model that a key names is loaded: the revision is that of `model.path` alone."""
-    return config.model if key == "model.path" else replace(config.model, revision=None)
-
-
 def check_amounts(config: TandemConfig, data: Inputs) -> None:
     """Refuse stages whose data is not what they need: fewer examples than one of their steps takes, no such column.
 
@@ -74,7 +68,7 @@ def _other_vocabulary(config: TandemConfig, key: str, path: str, found: Any) -> 
     """Of what the learner or the engines read prompts with, which the tokenizer of `model.path` has encoded."""
     if key == "model.path" or (key in CHECKPOINTS and key != value_model_key(config)):
         return []
-    own, ours = vocabulary(split(path)[0]), vocabulary(config.model.path)
+    own, ours = (vocabulary(pinned(p, config.model)) for p in (split(path)[0], config.model.path))
     size = getattr(found.get_text_config(), "vocab_size", None)
     is_short = ours is not None and size is not None and size <= max(ours.values())
     if not is_short and (own is None or ours is None or own == ours):

@@ -21,7 +21,6 @@ from contracts.lora_roles import Role, lora_key, role_model
 from contracts.methods import checkpoints_read, reads, results_needed, running_stages, runs
 from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, starts_value_model
 from contracts.stages import POLICY, REWARD_MODEL
-from controller.start_checks.amounts import model_at
 from reward_service.scorer_kind import scorer_kind
 
 
@@ -43,7 +42,7 @@ def check_weights_and_code(config: TandemConfig) -> None:
         raise ConfigError("\n".join(problems))
     for key, use in _uses(config):
         path = paths[key]
-        found = load_config(path, model_at(config, key))
+        found = load_config(path, config.model)
         try:
             _prove(config, use, found)
         except NoClass as error:
@@ -116,11 +115,10 @@ def _unloaded(check: Callable[[str, str], None], key: str, path: str) -> str | N
 
 
 def _check_policy(config: TandemConfig, path: str, key: str) -> None:
-    model = model_at(config, key)
-    found = load_config(path, model)
+    found = load_config(path, config.model)
     if type(found) in AutoModelForCausalLM._model_mapping:  # else remote code, which runs where the model is proved
         base, adapter = split(path)
-        made, report = loading_report(AutoModelForCausalLM, base, config=found, revision=model.revision)
+        made, report = loading_report(AutoModelForCausalLM, base, config=found, revision=config.model.revision_of(path))
         refuse_unloaded(report, base, key, model=made)
         if adapter:
             check_fits(made, adapter, key, base)

@@ -173,6 +173,22 @@ def test_what_is_no_commit_any_more_is_not_in_the_way_of_one(tmp_path: Path) -> 
     assert commit_store.steps(tmp_path) == [1, 2]
 
 
+def test_a_commit_that_was_passed_over_takes_no_place_of_those_that_are_kept(tmp_path: Path) -> None:
+    run = Fixture(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        run.commit(step)
+    damaged = tmp_path / "checkpoints/step_3/driver.json"
+    whole = damaged.read_text()
+    damaged.write_text("{}")
+    run.committer.resume_at(commit_store.newest_valid(tmp_path, run.said.append))
+    assert commit_store.steps(tmp_path) == [2]
+    (kept,) = (tmp_path / "checkpoints").glob("invalid_step_3_*")
+    (kept / "driver.json").write_text(whole)  # it is repaired when the run is on another line
+    found = commit_store.newest_valid(tmp_path, run.said.append)
+    assert found is not None
+    assert found.step == 2
+
+
 def test_one_rank_that_refuses_keeps_all_untouched(tmp_path: Path) -> None:
     run = Fixture(tmp_path)
     run.commit(1)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.stages import all_stages
 from controller.pipeline.stage_cache import code_of
 from reward_service.kinds.function import function_version
+from reward_service.verifier import VERIFIERS
 
 STAGES = [stage.name for stage in all_stages() if stage.results]
 # By hand: what the numbers of each stage come out of, wherever it is imported from.
@@ -114,6 +116,14 @@ def test_what_the_configuration_names_is_part_of_the_stage_and_no_other_module_o
         assert changed_code(before[stage], after[stage]) == reached
 
 
+def test_the_runner_of_the_sandbox_is_part_of_its_verifier(tree: Path) -> None:
+    """It is started by its path, and no import of it runs code."""
+    named = (str(source_file(VERIFIERS, "code")),)
+    before = stage_code("ppo", tree, named)
+    edit(tree / "reward_service/sandbox_runner.py", "OUTPUT_BYTES = 1 << 20", "OUTPUT_BYTES = 1 << 21")
+    assert changed_code(before, stage_code("ppo", tree, named)) == ["reward_service/sandbox_runner.py"]
+
+
 def test_a_stage_has_the_code_of_what_its_configuration_names() -> None:
     config = TandemConfig()
     assert "learner/estimators/gae.py" in code_of(config, "ppo")
@@ -131,6 +141,7 @@ def test_the_versions_of_a_commit_name_tandem() -> None:
     versions = package_versions()
     assert len(versions["tandem"]) == 12
     assert versions["torch"] == stage_code("sft")["torch"]
+    assert versions["peft"] == stage_code("sft")["peft"] == version("peft")
 
 
 # ---- functions, environments

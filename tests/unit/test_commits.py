@@ -1,6 +1,8 @@
 """Commits on disk: what is torn, missing or changed is found; the newest valid one counts; the best one stays."""
 
+import errno
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,40 @@ def test_a_damaged_commit_is_passed_over_loudly(harm: Any, file: str, reason: st
         commit_store.newest_valid(tmp_path, said.append)
     assert "step_2" in str(error.value)
     assert "step_4" in str(error.value)
+
+
+@pytest.mark.parametrize("file", [MANIFEST, "rank_0.safetensors"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_commit_that_cannot_be_read_now_is_not_passed_over(
+    file: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be whole: a run that went on from an earlier one would leave its line, and find it again another time."""
+    for step in (2, 4):
+        commit(tmp_path, step)
+    opened, newest = Path.open, commit_store.step_path(tmp_path, 4)
+
+    def fails(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == newest / file:
+            raise OSError(number, os.strerror(number))
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", fails)
+        with pytest.raises(CheckpointError, match=r"step_4 cannot be read now and may be whole \(\w*Error: "):
+            commit_store.newest_valid(tmp_path, print)
+    found = commit_store.newest_valid(tmp_path, print)
+    assert found is not None
+    assert found.step == 4
+
+
+def test_what_was_passed_over_does_not_come_back(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        commit(tmp_path, step)
+    commit_store.set_aside_newer(tmp_path, 2)
+    assert commit_store.steps(tmp_path) == [2]
+    aside = [path for path in (tmp_path / "checkpoints").iterdir() if path.name != "step_2"]
+    assert sorted(path.name.rpartition("_")[0] for path in aside) == ["invalid_step_4", "invalid_step_6"]
+    assert all((path / MANIFEST).exists() for path in aside)
 
 
 def test_without_commits_there_is_none(tmp_path: Path) -> None:

@@ -50,6 +50,16 @@ def test_a_proof_is_of_one_configuration_format_and_length() -> None:
     assert _key(llama, dataclasses.replace(model, path="elsewhere"), 64) == keys[0]
 
 
+def test_a_proof_is_of_the_classes_that_lie_beside_a_checkpoint_where_they_are_run(tmp_path: Path) -> None:
+    llama, model = TINY["llama"](), ModelConfig(path=str(tmp_path), dtype="float32")
+    (tmp_path / "modeling_mine.py").write_text("scale = 1\n")
+    keys = [_key(llama, replaced, 64) for replaced in (model, dataclasses.replace(model, trust_remote_code=True))]
+    (tmp_path / "modeling_mine.py").write_text("scale = 2\n")
+    keys += [_key(llama, replaced, 64) for replaced in (model, dataclasses.replace(model, trust_remote_code=True))]
+    assert keys[0] == keys[2]
+    assert len({*keys}) == 3
+
+
 @pytest.mark.parametrize("there", ["", "{}"])
 def test_two_runs_that_share_a_cache_prove_the_same_engine_at_once(
     there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

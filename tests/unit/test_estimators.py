@@ -26,7 +26,7 @@ from contracts.methods import method_title
 from contracts.plugins import UnknownPlugin, names
 from contracts.records import Completion, Prompt, Rollout, TrainingBatch
 from controller.loop.training_batches import make_batches
-from controller.pipeline.ingredients import estimator_source
+from controller.pipeline.ingredients import own_source
 from learner.advantages import whiten, whitening_moments
 from learner.estimators.gae import gae
 from learner.ppo import PPOTask
@@ -570,12 +570,12 @@ def test_the_example_of_the_docs_trains(
     assert metrics["median/advantage_abs"] == pytest.approx((0.85 + 0.45 + 0.25 + 0.25 + 0.65 + 0.65) / 6)
     assert any(not torch.equal(before[name], weight) for name, weight in weights_of(task.policy.model).items())
 
-    made = estimator_source(config)
+    made = own_source("ppo.estimator", config.ppo.estimator)
     module.write_text(source.replace("quantile(0.5)", "quantile(0.4)"))
-    assert estimator_source(config) != made
+    assert own_source("ppo.estimator", config.ppo.estimator) != made
     module.unlink()
     with pytest.raises(ConfigError, match=r"ppo\.estimator: my_package\.mine:MINE: there is no source file"):
-        estimator_source(config)
+        own_source("ppo.estimator", config.ppo.estimator)
 
 
 def test_an_import_path_that_leads_nowhere_is_a_conflict() -> None:

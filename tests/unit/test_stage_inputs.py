@@ -1,5 +1,6 @@
 """Which keys of the configuration decide the result of a stage: all of them name its directory."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any, get_args
 
 import pytest
 
+from common.flatten import flat
 from contracts.config import LoraConfig, RoleLoraConfig, ScorerConfig, TandemConfig
 from contracts.lora_roles import Role
 from contracts.stages import find_stage
+from controller.commits.resume import differences
 from controller.data.inputs import Inputs
 from controller.pipeline.context import StageContext
 from controller.pipeline.stage_cache import _plain
@@ -38,6 +41,8 @@ DECIDES = {
     "reward_service.scorers": ("ppo",),
     "reward_service.dtype": ("ppo",),
     "reward_service.max_tokens": ("ppo",),
+    "reward_service.batch_tokens": ("ppo",),
+    "evaluate.bootstrap_samples": ("preference", "reward_model/proxy"),  # of the intervals of held-out accuracy
 }
 OTHER = {"preference.loss": "rank", "ppo.init_from": "base", "reward_service.scorers": {"x": ScorerConfig()}}
 OTHER |= {"environment.options": {"x": 1}, "learner.deepspeed": {"dump_state": True}, "model.lora": LoraConfig()}
@@ -97,3 +102,28 @@ def test_every_key_that_decides_a_result_names_its_directory(inputs: Any) -> Non
         if found != expected:
             wrong[key] = found
     assert wrong == {}
+
+
+def test_what_is_blanked_of_an_environment_is_named_by_a_resume(inputs: Any) -> None:
+    film, movie = (flat(inputs("environment.options", {"keyword": word})["ppo"]) for word in ("film", "movie"))
+    seen = [{key: value for key, value in found.items() if key not in ("hidden", "scoring")} for found in (film, movie)]
+    [line] = differences(*seen)
+    assert line.startswith("environment_hidden.options.keyword: the commit has ")
+    assert "film" not in json.dumps([film, movie])
+
+
+def test_a_judge_that_ppo_does_not_ask_is_none_of_its_inputs(inputs: Any) -> None:
+    ppo = inputs("ppo.gold_rollouts", 2)["ppo"]
+    assert isinstance(ppo["gold"], str)
+    assert ppo["gold"] == ppo["proxy"]
+    assert inputs("ppo.gold_rollouts", 0)["ppo"]["gold"] is None
+
+
+def test_adapters_name_a_local_base_by_its_directory_and_a_hub_id_as_it_is(
+    inputs: Any, small_vocab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_vocab.parent)
+    monkeypatch.setattr(StageContext, "fingerprint", lambda *_: "of no hub")
+    inputs.config.model.lora = LoraConfig()
+    for path, base in ((small_vocab.name, str(small_vocab)), ("owner/model", "owner/model")):
+        assert inputs("model.path", path)["sft"]["base"] == base

@@ -1,5 +1,6 @@
 """Stages are reused while nothing that went in has changed, and never half done."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from contracts.checks.validation import ConfigError
 from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
-from controller.pipeline.ingredients import UNSEEN, environment_source, unseen
+from controller.pipeline.ingredients import UNSEEN, environment_hidden, own_source, unseen
 from controller.pipeline.stage_cache import StageStore
 from controller.record.run_log import LOGS, RunLog
 
@@ -77,13 +78,26 @@ def test_another_input_is_another_stage(change: dict[str, Any], tmp_path: Path) 
     assert store.directory("reward_model/proxy", INPUTS).parent == tmp_path / "cache/stages"
 
 
-def test_without_reuse_nothing_is_found_and_the_result_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reuse", ["auto", True])
+def test_without_reuse_the_result_lies_beside_that_of_who_may_be_reading_it(reuse: Any, tmp_path: Path) -> None:
     store, log = run_of(tmp_path, "first", reuse=False)
-    first = store.run("sft", INPUTS, work_with(log, 2.5))
-    assert store.find("sft", INPUTS) is None
-    second = store.run("sft", INPUTS, work_with(log, 3.5))
-    assert first.path == second.path
-    assert (Path(second.path) / "weights").read_text() == "3.5"
+    made = []
+    for loss in (2.5, 3.5, 4.5):
+        made.append(Path(store.run("sft", INPUTS, work_with(log, loss)).path))
+        assert store.find("sft", INPUTS) is None
+    assert [(path / "weights").read_text() for path in made] == ["2.5", "3.5", "4.5"]
+    code = CODE if reuse == "auto" else other_code(learner__sft="9")
+    later, _ = run_of(tmp_path, "second", reuse=reuse, code=code)
+    found = later.find("sft", INPUTS)
+    assert found is not None
+    assert (found.path, found.metrics) == (str(made[2]), {"eval_loss": 4.5})  # the newest
+
+
+def test_the_lock_of_a_stage_of_ones_own_is_its_own(tmp_path: Path) -> None:
+    store, _ = run_of(tmp_path, "first")
+    with store.alone("my_package.more_sft:STAGE", INPUTS, lambda: pytest.fail("nobody else makes it")):
+        (lock,) = (tmp_path / "cache/stages").iterdir()
+    assert lock.name == f"{store.directory('my_package.more_sft:STAGE', INPUTS).name}.lock"
 
 
 def test_side_by_side_a_stage_is_made_once(tmp_path: Path) -> None:
@@ -329,11 +343,23 @@ def test_an_environment_is_its_source(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "games_of_mine.py").write_text("from rules_of_mine import x\nclass Guess: ...\n")
     (tmp_path / "rules_of_mine.py").write_text("x = 1\n")
     config = TandemConfig()
-    assert environment_source(config) is None
+    assert own_source("environment.name", config.environment.name) is None
     config.environment.name = "games_of_mine:Guess"
-    before = environment_source(config)
+    before = own_source("environment.name", config.environment.name)
     (tmp_path / "rules_of_mine.py").write_text("x = 2\n")
-    assert environment_source(config) != before
+    assert own_source("environment.name", config.environment.name) != before
     config.environment.name = "games_of_nobody:Guess"
     with pytest.raises(ConfigError, match=r"environment\.name: games_of_nobody:Guess: there is no source file"):
-        environment_source(config)
+        own_source("environment.name", config.environment.name)
+
+
+def test_what_is_blanked_of_an_environment_has_a_digest() -> None:
+    config = TandemConfig()
+    assert environment_hidden(config) == {}
+    config.environment.options = {"keyword": "film", "turns": 3, "game": {"key": 3}, "site": "https://me:pw@host/x"}
+    found = environment_hidden(config)
+    film = hashlib.sha256(b'["options.keyword", "film"]').hexdigest()[:16]
+    assert found["options.keyword"] == film
+    assert sorted(found) == ["options.game.key", "options.keyword", "options.site"]
+    config.environment.options |= {"keyword": "movie", "turns": 4}
+    assert {name for name, digest in environment_hidden(config).items() if digest != found[name]} == {"options.keyword"}

@@ -24,6 +24,7 @@ from controller.report.comparison_page import comparison_page
 from controller.report.members import best_of, members_of
 from controller.report.status import main as status
 from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
+from tests.unit.test_pinned_model import files_of, hub_of
 from tests.unit.test_report import around, jsonl, parsed
 
 
@@ -240,10 +241,26 @@ def test_a_member_whose_files_have_changed_runs_again_and_says_so(
     (tmp_path / file).write_text((tmp_path / file).read_text() + "\n")
     assert finished_objective(done) == (False, None)
     assert "run was done with other data, checkpoints, functions or code: it runs again" in capsys.readouterr().out
-    config = Path(done.run_dir) / "config.yaml"
-    done.reuse_stages = True
-    config.write_text(config.read_text().replace("reuse_stages: auto", "reuse_stages: true"))
+    done.reuse_stages = True  # as it says
     assert finished_objective(done) == (True, 0.25)
+    done.seed = 7
+    assert finished_objective(done) == (False, None)
+
+
+def test_a_member_that_other_packages_made_runs_again(done: TandemConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controller.pipeline.ingredients.package_versions", lambda: {"torch": "1.0"})
+    assert finished_objective(done) == (False, None)
+
+
+def test_a_member_is_made_of_the_hub_checkpoints_that_it_reads(
+    done: TandemConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done.sft_model, done.preference_model = "owner/model", "owner/nobody-asks"
+    found = []
+    for words in (("no", "yes"), ("up", "down"), ("no", "yes")):  # somebody uploads another, and takes it back
+        hub_of(tmp_path, monkeypatch, main=files_of(*words))
+        found.append(made_of(done))
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize("way", ["sources", "home"])

@@ -1,0 +1,105 @@
+"""What stages that compare texts say of themselves: held-out accuracy with its interval, and the lines of their steps."""
+
+import math
+from typing import Any
+
+import pytest
+
+from common import statistics
+from contracts.config import TandemConfig
+from contracts.records import Example, ExamplePair, PreferencePair
+from controller.pipeline.pair_training import accuracy, prompts_of, train_on_pairs
+
+BOS, END = 1, 2
+
+
+def test_pairs_of_one_prompt_are_known_by_what_their_sides_begin_with() -> None:
+    first, second = [BOS, 10, 11], [BOS, 20]
+    pairs = [
+        ([*first, 5, END], [*first, 6, END]),
+        ([*second, 5, END], [*second, 7, END]),
+        ([*first, 7, END], [*first, 8, END]),
+        ([*first, 9, 3, END], [*first, 9, 4, END]),  # their answers begin alike
+        ([BOS, 30, END], [BOS, 40, END]),  # without a prompt
+        ([BOS, 50, END], [BOS, 60, END]),
+    ]
+    found = prompts_of(pairs)
+    assert found[0] == found[2] == found[3]
+    assert len({*found}) == 4
+    assert prompts_of([]) == []
+    assert prompts_of(pairs[:1]) == [0]
+
+
+def pair_of(prompt: int, right: bool, answer: int, kind: type) -> PreferencePair | ExamplePair:
+    """Texts are scored by their third token."""
+    better, worse = ([BOS, prompt, score, answer, END] for score in (90 if right else 70, 80))
+    if kind is PreferencePair:
+        return PreferencePair(better, worse)
+    return ExamplePair(*(Example(ids, [0, 0, 1, 1, 1]) for ids in (better, worse)))  # type: ignore[arg-type]
+
+
+def sides_of(pair: PreferencePair | ExamplePair) -> tuple[list[int], list[int]]:
+    if isinstance(pair, PreferencePair):
+        return pair.chosen_ids, pair.rejected_ids
+    return pair.chosen.token_ids, pair.rejected.token_ids
+
+
+@pytest.mark.parametrize("kind", [PreferencePair, ExamplePair])
+def test_the_interval_is_over_prompts_not_over_their_pairs(kind: type) -> None:
+    """Two prompts with ten pairs each, of which one has all right: a resample has 0, 10 or 20 right."""
+    items = [pair_of(prompt, prompt == 10, 100 + i, kind) for i in range(10) for prompt in (10, 20)]
+    texts = [side for item in items for side in sides_of(item)]
+    config = TandemConfig()
+    found = accuracy(config, items, lambda rows: [float(texts[i][2]) for i in rows], 0)
+    assert found == {"accuracy": 0.5, "accuracy_low": 0.0, "accuracy_high": 1.0, "pairs": 20}
+
+
+def test_of_many_prompts_whose_pairs_are_all_right_the_interval_is_that_of_so_many_prompts() -> None:
+    items: list[Any] = [pair_of(prompt, True, answer, PreferencePair) for prompt in range(10, 30) for answer in (5, 6)]
+    found = accuracy(TandemConfig(), items, lambda rows: [1.0 - i % 2 for i in rows], 0)
+    assert (found["accuracy"], found["accuracy_high"]) == (1.0, 1.0)
+    assert found["accuracy_low"] == pytest.approx(0.025 ** (1 / 20))
+
+
+def test_pairs_of_prompts_of_their_own_have_the_interval_of_a_win_rate() -> None:
+    items: list[Any] = [pair_of(prompt, True, 5, PreferencePair) for prompt in range(10, 30)]
+    config, a, b = TandemConfig(), [1.0] * 15 + [0.0] * 5, [0.5] * 20
+    found = accuracy(config, items, lambda rows: [(b if i % 2 else a)[i // 2] for i in rows], 0)
+    wins = statistics.win_rate(a, b, config.evaluate.bootstrap_samples, config.seed)
+    assert found == {**wins.row("accuracy"), "pairs": 20}
+
+
+class Group:
+    """A task with these accuracies, one a step."""
+
+    def __init__(self, *accuracies: float):
+        self.accuracies = accuracies
+
+    def call(self, method: str, *step: int) -> list[Any]:
+        if method == "num_steps":
+            return [len(self.accuracies)]
+        told = {"loss": 0.5, "accuracy": self.accuracies[step[0]]}
+        return [{f"preference/{k}": v for k, v in told.items()} | {"perf/train_tokens_per_s": 100.0}]
+
+
+class Context:
+    """What `train_on_pairs` has of its stage."""
+
+    def __init__(self) -> None:
+        self.result, self.said, self.logged = "preference", list[str](), list[float]()
+        self.progress = self
+
+    def line(self, text: str) -> None:
+        self.said.append(text)
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.logged.append(metrics["preference/accuracy"])
+
+
+def test_batches_without_a_decided_pair_do_not_lower_the_share() -> None:
+    context: Any = Context()
+    train_on_pairs(context, Group(1.0, math.nan, 0.5), "DPO")
+    assert context.said == ["  DPO step 3/3 | loss 0.500 | pairs right 75.0% | 100 tok/s"]
+    assert math.isnan(context.logged[1])
+    train_on_pairs(context, Group(math.nan), "DPO")
+    assert context.said[1] == "  DPO step 1/1 | loss 0.500 | pairs right none to tell | 100 tok/s"
