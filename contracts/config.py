@@ -198,7 +198,7 @@ class SFTConfig:
 @dataclass
 class RewardModelConfig:
     epochs: int = key(1, least=1)
-    batch_size: int = key(32, least=1)  # texts a step; all pairs within a batch count
+    batch_size: int = key(32, least=1)  # rated texts a step, of which all pairs count; or pairs
     max_tokens: int = key(512, least=1)
     trainable_layers: int | None = key(None, rule=HEAD_ALONE)
     freeze_embeddings: bool = True

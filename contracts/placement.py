@@ -72,6 +72,12 @@ def actors_that_fit(cluster: ClusterConfig) -> int:
     return max(least, most) if cluster.address == "local" else least
 
 
+def replicas_that_fit(config: TandemConfig) -> int:
+    """As `actors_that_fit`, replicas of one scorer."""
+    service = config.reward_service
+    return service.most_replicas if config.cluster.address == "local" else service.replicas
+
+
 def needs(config: TandemConfig, num_actors: int | None = None) -> list[Need]:
     """What the job's stage starts, with so many actors; None: with the fewest. A pipeline books once for all of its stages,
     so that no late one fails for want of it."""

@@ -71,7 +71,10 @@ def value_model_key(config: TandemConfig) -> str | None:
     """The key of the checkpoint that PPO's value model starts from; None where there is no value model."""
     if not has_value_model(config):
         return None
-    given = "proxy_model" if starts_value_model(config) else "sft_model"
+    policy = "sft_model" if config.ppo.init_from == "sft" else "model.path"
+    given = "proxy_model" if starts_value_model(config) else policy
+    if given == "model.path":
+        return given
     return given if getattr(config, given) else "model.path"
 
 

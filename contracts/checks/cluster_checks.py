@@ -119,17 +119,30 @@ def _transport_checks(config: TandemConfig) -> list[Check]:
 
 
 def _whole_gpus(config: TandemConfig) -> list[Check]:
-    names = ("gpus_per_actor", "gpus_per_learner_rank", "gpus_per_reward_replica")
-    values = [(f"cluster.{name}", float(getattr(config.cluster, name))) for name in names]
+    """A learner rank and a replica use one device, an engine as many as it is divided over: others would stand idle."""
+    cluster, size = config.cluster, config.engine.tensor_parallel_size
+    actor, single = (
+        float(cluster.gpus_per_actor),
+        {"learner_rank": "learner ranks", "reward_replica": "reward replicas"},
+    )
     return [
         Check(
-            not value > 1 or value.is_integer(),
-            key,
-            "at most 1, or a whole number: Ray divides one GPU among processes, never several",
-            value,
-            f"{value // 1:g} or {value // 1 + 1:g}",
-        )
-        for key, value in values
+            actor <= 1 or actor == size,
+            "cluster.gpus_per_actor",
+            f"at most 1, or engine.tensor_parallel_size ({size}), over whose devices an engine is divided",
+            actor,
+            "1, or the same number for both",
+        ),
+        *(
+            Check(
+                getattr(cluster, f"gpus_per_{process}") <= 1,
+                f"cluster.gpus_per_{process}",
+                "at most 1: each uses one device",
+                float(getattr(cluster, f"gpus_per_{process}")),
+                f"1, and more {processes}",
+            )
+            for process, processes in single.items()
+        ),
     ]
 
 

@@ -11,7 +11,7 @@ from contracts.config import TandemConfig
 from contracts.plugins import closest
 
 FLAG, COUNT = "true or false", "a number from 0 on"
-TYPES = ("fp32", "bf16")  # in float16 gradients would overflow
+TYPES = ("fp32",)  # in float16 gradients would overflow, and bf16 is what a bfloat16 model has by itself
 KNOWN: dict[str, str | tuple[str, ...]] = {
     "communication_data_type": TYPES,
     "disable_allgather": FLAG,
@@ -83,20 +83,28 @@ def deepspeed_checks(config: TandemConfig) -> list[Check]:
             learner.checkpointed_layers,
             "learner.gradient_checkpointing=true as well",
         ),
-        *(_option_check(name, value, stage) for name, value in _flat(learner.deepspeed)),
+        *(_option_check(name, value, stage, is_dotted) for name, value, is_dotted in _flat(learner.deepspeed)),
     ]
 
 
-def _flat(options: dict[str, Any]) -> list[tuple[str, Any]]:
-    nested = options.get("zero_optimization")
-    if not isinstance(nested, dict):
-        return list(options.items())
-    rest = [(name, value) for name, value in options.items() if name != "zero_optimization"]
-    return rest + [(f"zero_optimization.{name}", value) for name, value in nested.items()]
+def _flat(options: dict[str, Any]) -> list[tuple[str, Any, bool]]:
+    """Dotted names, values, and whether the names were written with a dot, which DeepSpeed would take no notice of."""
+    sections = {
+        name: value for name, value in options.items() if name == "zero_optimization" and isinstance(value, dict)
+    }
+    found = [(name, value, "." in name) for name, value in options.items() if name not in sections]
+    for section, nested in sections.items():
+        found += [(f"{section}.{name}", value, "." in name) for name, value in nested.items()]
+    return found
 
 
-def _option_check(name: str, value: Any, zero_stage: int) -> Check:
+def _option_check(name: str, value: Any, zero_stage: int, is_dotted: bool) -> Check:
     key, short = f"{KEY}.{name}", name.rpartition(".")[2]
+    if is_dotted:
+        written = f"{{{': {'.join(name.split('.'))}: {value}{'}' * (name.count('.') + 1)}"
+        return Check(
+            False, key, "written as DeepSpeed nests it, where a dot begins a section", value, f"{KEY}={written}"
+        )
     if name in OURS:
         return Check(False, key, "left to Tandem, which sets it", value, OURS[name])
     if short in QUANTISED:

@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from common.models.adapters import split
 from common.text.tokenizers import load_config
 from contracts.config import TandemConfig
-from contracts.placement import actors_that_fit
+from contracts.placement import actors_that_fit, replicas_that_fit
 from contracts.stages import Stage
 from controller.plan.engine_memory import CPU_BATCH_TOKENS, SAMPLER_COPIES
 from controller.plan.learner_memory import (
@@ -58,7 +58,7 @@ def _most(config: TandemConfig, stage: Stage, data: Data) -> float:
         total += weights + actors_that_fit(cluster) * (actor + known["private"]["actor"] * MIB)
         for judge in judges_placed(config):
             replica = _replica(config, judge.path) if judge and not cluster.gpus_per_reward_replica else 0.0
-            total += config.reward_service.replicas * (replica + known["private"]["reward replica"] * MIB)
+            total += replicas_that_fit(config) * (replica + known["private"]["reward replica"] * MIB)
     return total
 
 

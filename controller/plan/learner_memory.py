@@ -4,7 +4,8 @@ With P weights, of which T train, e bytes a weight, and N ranks, as DeepSpeed 0.
 
     ZeRO   weights         masters   moments   in a backward pass                  in the optimizer step
     0      e P             4 T       8 T       e T, and e T to reduce them          e T + 4 T
-    1, 2   e P             4 T / N   8 T / N   e T in a bucket, 2 e T / N besides   (4 + 2 e) T / N
+    1      e P             4 T / N   8 T / N   e T, e T in a bucket and e T / N     (4 + 2 e) T / N
+    2      e P             4 T / N   8 T / N   e T in a bucket, 2 e T / N besides   (4 + 2 e) T / N
     3      e P / N         4 T / N   8 T / N   e T in a bucket, e T / N besides,    e T, (4 + 2 e) T / N
                                                e P of gathered weights
 
@@ -182,7 +183,11 @@ def network_state(found: Sizes, size: int, zero: int, ranks: int, pieces: tuple[
         gradients = size * trained
         return State(size * total, masters, MOMENTS * trained, 2 * gradients, gradients, gradients + masters)
     bucket, step = size * min(trained, pieces[0]), (converted + 2 * size) * mine
-    if zero < 3:
+    if zero == 1:  # reduces at the end of a step alone: until then every rank has all gradients
+        return State(
+            size * total, MASTER * mine, MOMENTS * mine, bucket + size * (trained + mine), size * trained, step
+        )
+    if zero == 2:
         return State(size * total, MASTER * mine, MOMENTS * mine, bucket + 2 * size * mine, size * mine, step)
     gathered = size * min(total, pieces[1]) if trained or ranks > 1 else 0
     kept = bucket + size * mine

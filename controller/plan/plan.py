@@ -16,7 +16,7 @@ from contracts.config import ModelConfig, TandemConfig
 from contracts.estimators import warmup_updates
 from contracts.lora_roles import role_model
 from contracts.methods import chosen_preference, results_needed, running_stages
-from contracts.placement import Plan, actors_that_fit
+from contracts.placement import Plan, actors_that_fit, replicas_that_fit
 from contracts.placement import plan as placement
 from contracts.scorer_roles import chosen_scorers, judges
 from contracts.stages import Stage
@@ -98,10 +98,16 @@ def stage_lengths(config: TandemConfig, stage: Stage, data: Data) -> tuple[Lengt
         steps = (ppo.updates + warmup_updates(ppo)) * ppo.minibatches
         extra = most if prompts else 0
         found = batch_lengths(config, prompts, batch_size=size, steps=steps, most=longest, extra=extra)
-        return replace(found, tokens=found.tokens * ppo.minibatches), most * found.sequences
+        found, selected = replace(found, tokens=found.tokens * ppo.minibatches), most * found.sequences
+        if ppo.ptx_coef:  # whole texts, which have a backward pass of their own
+            size, longest = ppo.ptx_batch_size, config.sft.max_tokens
+            texts = batch_lengths(config, data("sft"), batch_size=size, steps=steps, most=longest).largest
+            found = replace(found, largest=max(found.largest, texts, key=sum))
+            selected = max(selected, sum(texts))
+        return found, selected
     chosen: Any = {"reward_model": config.reward_model, "preference": chosen_preference(config)}.get(name, config.sft)
     items = [item for reading in stage.reads(config, "proxy")[:1] for item in data(reading.item)][:MOST_ITEMS]
-    texts = 2 if name == "preference" and not items else 1  # a pair has two
+    texts = 2 if name in ("preference", "reward_model") and not items else 1  # a pair has two
     steps = -(-len(items) // chosen.batch_size) * chosen.epochs if items else MOST_ITEMS
     found = batch_lengths(config, items, batch_size=chosen.batch_size * texts, steps=steps, most=chosen.max_tokens)
     return found, found.sequences if name == "reward_model" else sum(found.largest)
@@ -154,10 +160,16 @@ def judges_placed(config: TandemConfig) -> list[Network | None]:
 
 
 def _replicas(config: TandemConfig, where: Plan) -> list[Process]:
-    count = config.reward_service.replicas
+    count, placed = replicas_that_fit(config), judges_placed(config)
+    each = len(where.scorers) // max(1, len(placed))  # bundles of a judge
     return [
-        Process(REPLICA, count, tuple(replica_items(config, judge)) if judge else (), tuple(where.scorers[n : n + 1]))
-        for n, judge in enumerate(judges_placed(config))
+        Process(
+            REPLICA,
+            count,
+            tuple(replica_items(config, judge)) if judge else (),
+            tuple(where.scorers[n * each : (n + 1) * each]),
+        )
+        for n, judge in enumerate(placed)
     ]
 
 

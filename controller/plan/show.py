@@ -125,7 +125,18 @@ def main() -> int:
             command.plan_time(known, config, prompts or [len(prompt.token_ids) for prompt in data])
             return 0
         plan = plan_job(config, (lambda item: ()) if known.no_data else _inputs(config).__getitem__, known.gpu_gib)
-    except (ConfigError, DataError, CalibrationError, LoadingError, Unplannable, Unproven, OSError) as error:
+        if not plan.stages:
+            raise Unplannable(f"none of what stage={config.stage} runs is a stage whose memory is known")
+    except (
+        ConfigError,
+        DataError,
+        CalibrationError,
+        LoadingError,
+        Unplannable,
+        Unproven,
+        OSError,
+        ValueError,
+    ) as error:
         print(f"\nTandem cannot plan:\n{error}", file=sys.stderr)
         return 2
     if known.json:

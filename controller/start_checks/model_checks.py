@@ -16,10 +16,9 @@ from common.text.tokenizers import load_config
 from contracts.checks.lora_checks import adapted_roles
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
-from contracts.estimators import chosen_estimator
 from contracts.lora_roles import Role, lora_key, role_model
 from contracts.methods import checkpoints_read, reads, results_needed, running_stages, runs
-from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, starts_value_model
+from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, value_model_key
 from contracts.stages import POLICY, REWARD_MODEL
 from reward_service.scorer_kind import scorer_kind
 
@@ -78,7 +77,8 @@ def _scorers(config: TandemConfig) -> Iterator[tuple[str, str]]:
 
 def _uses(config: TandemConfig) -> Iterator[tuple[str, str]]:
     """Which key's architecture is used as what."""
-    policy = "sft_model" if config.sft_model else "model.path"
+    from_base = runs(config, "ppo") and config.ppo.init_from == "base"
+    policy = "sft_model" if config.sft_model and not from_base else "model.path"
     running, needed = running_stages(config), results_needed(config)
     if any(stage.trains == POLICY for stage in running):
         yield policy, POLICY
@@ -86,9 +86,8 @@ def _uses(config: TandemConfig) -> Iterator[tuple[str, str]]:
         yield "model.path", REWARD_MODEL
     for key, _ in _scorers(config):
         yield key, "a scorer"
-    if runs(config, "ppo") and chosen_estimator(config.ppo).has_value_model:
-        scores = "proxy_model" if config.proxy_model else "model.path"
-        yield scores if starts_value_model(config) else policy, "the value model"
+    if runs(config, "ppo") and (value := value_model_key(config)):
+        yield value, "the value model"
 
 
 def _prove(config: TandemConfig, use: str, found: Any) -> Proof:

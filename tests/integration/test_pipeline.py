@@ -502,8 +502,8 @@ def test_a_stage_without_its_inputs_says_what_to_run(folder: Path, tiny_model: P
         (["data.sft.path=/no/such/file.jsonl"], "data.sft.path"),
         (["cluster.min_memory_gib=100000"], "free memory must be at least"),
         (
-            ["cluster.gpus_per_actor=1000", "learner.weight_transfer=shared_memory"],
-            "the job needs 1 actor x 1000 GPUs = 1000 GPUs; the cluster has",
+            ["cluster.num_actors=1000", "cluster.gpus_per_actor=1", "learner.weight_transfer=shared_memory"],
+            "the job needs 1000 actors x 1 GPU = 1000 GPUs; the cluster has",
         ),
         (["cluster.gpus_per_actor=1"], "shared_memory or ray_object unless actors and learner ranks have GPUs"),
         (["cluster=single_node_8gpu", "cluster.num_actors=16"], "16 actors x 1 GPU + 4 learner ranks x 1 GPU + "),

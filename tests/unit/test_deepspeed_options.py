@@ -122,9 +122,20 @@ def test_memory_is_pinned_and_communication_overlaps_on_gpus_alone() -> None:
         ),
         ({"deepspeed": {"zero_optimization": [1]}}, "learner.deepspeed.zero_optimization", "must be"),
         (
+            {"zero_stage": 2, "deepspeed": {"zero_optimization.reduce_bucket_size": 5}},
+            "learner.deepspeed.zero_optimization.reduce_bucket_size",
+            "must be written as DeepSpeed nests it, where a dot begins a section; found 5; write "
+            "learner.deepspeed={zero_optimization: {reduce_bucket_size: 5}}",
+        ),
+        (
+            {"deepspeed": {"communication_data_type": "bf16"}},
+            "learner.deepspeed.communication_data_type",
+            "must be one of fp32; found bf16",
+        ),
+        (
             {"deepspeed": {"communication_data_type": "float32"}},
             "learner.deepspeed.communication_data_type",
-            "must be one of fp32, bf16; found float32; write fp32",
+            "must be one of fp32; found float32; write fp32",
         ),
         # DeepSpeed asserts against it where it reduces by scattering, as it does by default.
         ({"deepspeed": {"prescale_gradients": True}}, "learner.deepspeed.prescale_gradients", "known to go with"),

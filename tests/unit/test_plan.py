@@ -14,13 +14,16 @@ from common.text.tokenizers import load_config
 from contracts.checks.validation import ConfigError
 from contracts.config import LearnerConfig, LoraConfig, ModelConfig, RoleLoraConfig, TandemConfig
 from contracts.records import Example
+from contracts.scorer_roles import value_model_key
+from contracts.stages import all_stages
+from controller.plan import show
 from controller.plan.activations import Unplannable, _measure, pass_memory
 from controller.plan.bound import most
 from controller.plan.engine_memory import kv_bytes_a_token
 from controller.plan.learner_memory import Network, Sizes, network_shapes, network_state, sizes
-from controller.plan.memory_items import GIB
+from controller.plan.memory_items import GIB, JobPlan
 from controller.plan.microbatch_lengths import batch_lengths
-from controller.plan.plan import plan_job, plan_stage, planned_stages
+from controller.plan.plan import plan_job, plan_stage, planned_stages, stage_lengths
 from controller.plan.room import check_nodes_room, check_room
 from learner.models import freeze_below, load_policy, policy_shapes, prove_policy
 from tests import tiny_models
@@ -33,6 +36,7 @@ MODEL, LEARNER = ModelConfig(path="", dtype="float32"), LearnerConfig()
     [  # bytes: weights, masters, moments, in a backward pass, of that before its last microbatch, in the step
         (2, 0, 1, (2000, 2400, 4800, 2400, 1200, 3600)),
         (4, 0, 1, (4000, 0, 4800, 4800, 2400, 2400)),
+        (2, 1, 2, (2000, 1200, 2400, 1200 + 1200 + 600, 1200, 2400)),  # reduces at the end alone
         (2, 2, 2, (2000, 1200, 2400, 1200 + 1200, 600, 2400)),
         (2, 3, 2, (1000, 1200, 2400, 2000 + 1200 + 600, 1800, 1800 + 600 + 1200)),
     ],
@@ -331,3 +335,71 @@ def test_a_limit_of_a_control_group_counts(own: str, files: dict[str, str], left
     assert ("free of the machine" in room.free_source) == (left is None)
     assert ("the machine's" in room.whole_source) == (left is None)
     assert left is None or (room.free, room.whole) == (left, GIB + psutil.swap_memory().total)
+
+
+def test_a_batch_of_pairs_without_data_has_two_texts_each(job: TandemConfig) -> None:
+    job.reward_model.batch_size, job.reward_model.max_tokens = 8, 32
+    [stage] = [stage for stage in all_stages() if stage.name == "reward_model"]
+    lengths, _ = stage_lengths(job, stage, lambda item: ())
+    assert lengths.tokens == 8 * 2 * 32
+
+
+def test_texts_of_ptx_are_counted_with_all_their_tokens(job: TandemConfig) -> None:
+    job.stage, job.learner.microbatch_tokens = "ppo", 4096
+    [stage] = [stage for stage in all_stages() if stage.name == "ppo"]
+    job.ppo.sampling.max_completion_tokens, job.ppo.rollouts_per_update, job.ppo.minibatches = 8, 8, 1
+    job.data.max_prompt_tokens, job.engine.max_model_len = 8, 64
+    plain, selected = stage_lengths(job, stage, lambda item: ())
+    assert (sum(plain.largest), selected) == (8 * 16, 8 * 8)
+    job.ppo.ptx_coef, job.ppo.ptx_batch_size, job.sft.max_tokens = 0.5, 4, 200
+    found, selected = stage_lengths(job, stage, lambda item: ())
+    assert (sum(found.largest), selected) == (4 * 200, 4 * 200)
+    assert found.tokens == plain.tokens  # whose graphs may be kept
+
+
+def test_all_replicas_that_may_come_are_counted_on_one_machine(job: TandemConfig) -> None:
+    job.stage, job.data.gold = "ppo", None
+    job.sft_model = job.proxy_model = job.model.path
+
+    def replicas() -> list[int]:
+        return [p.count for p in plan_job(job).largest.processes if p.role == "reward replica"]
+
+    job.reward_service.replicas, job.reward_service.max_replicas = 1, 8
+    assert replicas() == [8]
+    job.cluster.address = "auto"
+    assert replicas() == [1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sft.trainable_layers=99"], "trainable_layers is 99, the model has 2"),
+        (["stage=tests.unit.test_extending_stages:STAGE"], "none of what stage="),
+    ],
+)
+def test_what_cannot_be_planned_is_said_without_a_traceback(
+    overrides: list[str], said: str, job: TandemConfig, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def config(words: list[str]) -> TandemConfig:
+        if words[0].startswith("sft"):
+            job.sft.trainable_layers = 99
+        return job
+
+    monkeypatch.setattr(show, "read_config", config)
+    monkeypatch.setattr("sys.argv", ["plan", "--no-data", *overrides])
+    if overrides[0].startswith("stage"):
+        monkeypatch.setattr(show, "plan_job", lambda *given: JobPlan(()))
+    assert show.main() == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("init_from", "init_value_from", "expected"),
+    [("sft", "policy", "sft_model"), ("base", "policy", "model.path"), ("base", "reward_model", "proxy_model")],
+)
+def test_what_the_value_model_starts_from(
+    init_from: str, init_value_from: str, expected: str, job: TandemConfig
+) -> None:
+    job.stage, job.sft_model, job.proxy_model = "ppo", "other", "judge"
+    job.ppo.init_from, job.ppo.init_value_from = init_from, init_value_from
+    assert value_model_key(job) == expected

@@ -48,6 +48,7 @@ OUTSIDE = {
     "null or a list of different columns": ["answer", "answer"],
     "null or left to data.prompts and data.eval_prompts": ["answer"],
     "above 0": 0,
+    "at least 0.01": 0.005,
     "null or above 0": 0,
     "null or at least 1": 0,
     "null or 0 (the head and the norm before it) or more": -1,
@@ -283,11 +284,19 @@ def test_a_choice_suggests_the_closest_name(config):
         ),
         (
             {"cluster__gpus_per_actor": 1.5, "cluster__gpus_per_learner_rank": 1.0},
-            ["cluster.gpus_per_actor must be at most 1, or a whole number", "found 1.5; write 1 or 2"],
+            ["cluster.gpus_per_actor must be at most 1, or engine.tensor_parallel_size (1), over whose", "found 1.5"],
+        ),
+        (
+            {"cluster__gpus_per_actor": 4.0, "cluster__gpus_per_learner_rank": 1.0},
+            ["cluster.gpus_per_actor must be at most 1, or engine.tensor_parallel_size (1)", "found 4.0"],
+        ),
+        (
+            {"cluster__gpus_per_learner_rank": 2.0},
+            ["cluster.gpus_per_learner_rank must be at most 1: each uses one device", "found 2.0; write 1, and more"],
         ),
         (
             {"cluster__gpus_per_reward_replica": 2.5},
-            ["cluster.gpus_per_reward_replica must be at most 1, or a whole number", "found 2.5; write 2 or 3"],
+            ["cluster.gpus_per_reward_replica must be at most 1: each uses one device", "found 2.5"],
         ),
         (
             {"cluster__gpus_per_actor": 0.5, "cluster__gpus_per_learner_rank": 0.5},

@@ -33,7 +33,8 @@ SHAPE = (
 SETTINGS = (
     "model.dtype", "model.lora", "model.lora_by_role", "engine.tensor_parallel_size", "engine.enforce_eager",
     "learner.microbatch_tokens", "learner.attention", "learner.gradient_checkpointing", "learner.checkpointed_layers",
-    "learner.zero_stage", "learner.offload", "ppo.estimator", "ppo.trainable_layers", "ppo.value_trainable_layers",
+    "learner.zero_stage", "learner.offload", "learner.weight_transfer", "learner.deepspeed", "ppo.estimator",
+    "ppo.trainable_layers", "ppo.value_trainable_layers",
     "reward_service.batch_tokens",
 )  # fmt: skip
 
