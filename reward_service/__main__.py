@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.command_line import whole_sections
 from common.error_text import typed_line
 from common.models.precision import choose_dtypes
+from common.text.tokenizers import pinned
 from contracts.checks.overrides import unknown_overrides
 from contracts.checks.validation import ConfigError, validate_service
 from contracts.config import ScorerConfig, TandemConfig, register_schema, to_config
@@ -79,7 +80,8 @@ def serve(overrides: list[str]) -> None:
     from reward_service.app import RewardService
 
     config, scorers = read_config(overrides)
-    resolve(scorers, config.reward_service, tokenizer_of(config, scorers))  # before anything is started
+    tokenizer = pinned(tokenizer_of(config, scorers), config.model)
+    resolve(scorers, config.reward_service, tokenizer)  # before anything is started
     cluster, http = config.cluster, config.reward_service.http
     start_ray(cluster, "tandem-rewards")
     received: SimpleQueue[int] = SimpleQueue()
@@ -87,7 +89,7 @@ def serve(overrides: list[str]) -> None:
         signal.signal(number, lambda number, frame: received.put(number))
     threads = fitting_threads(cluster, cluster.threads_per_reward_replica)
     env = scorer_env(threads, on_cpu=cluster.gpus_per_reward_replica == 0)
-    service = RewardService(config.reward_service, cluster, env, tokenizer_of(config, scorers))
+    service = RewardService(config.reward_service, cluster, env, tokenizer)
     try:
         service.start(scorers)
         service.wait(cluster.start_timeout_s)

@@ -29,8 +29,8 @@ import numpy as np
 
 from common.error_text import error_lines
 from common.statistics import Interval, bootstrap_groups
-from common.text.encoding import DataError, encode_prompt, scored_ids
-from common.text.tokenizers import load_tokenizer
+from common.text.encoding import DataError, Turns, as_turns, encode_prompt, scored_ids
+from common.text.tokenizers import load_tokenizer, pinned
 from contracts.checks.validation import ConfigError
 from contracts.config import RewardServiceConfig, ScorerConfig, TandemConfig
 from contracts.records import Score, ScoringItem
@@ -110,16 +110,32 @@ def make_items(gold: Gold, config: TandemConfig, tokenizer_path: str) -> list[Sc
     items = []
     for number, completion in gold.completions:
         row = gold.rows[number]
-        prompt, chat = row["prompt"], config.data.chat or not isinstance(row["prompt"], str)
         kept = {name: value for name, value in row.items() if name not in ("prompt", "completion", "score")}
         label = row.get("label")
         try:
-            ids = scored_ids(tokenizer, prompt, completion, chat)
-            start = len(encode_prompt(tokenizer, prompt, chat))
-        except (DataError, LookupError, TypeError) as fault:
+            prompt, tools = _framed(row, config.data.chat)
+            chat = config.data.chat or not isinstance(prompt, str)
+            ids = scored_ids(tokenizer, prompt, completion, chat, tools)
+            start = len(encode_prompt(tokenizer, prompt, chat, tools))
+        except (DataError, LookupError, TypeError, ValueError) as fault:
             raise GoldError(f"row {number + 1}: {error_lines(fault)[0]}") from None
-        items.append(ScoringItem(tuple(ids), start, label if isinstance(label, str) else None, json.dumps(kept)))
+        turns = json.dumps(prompt, ensure_ascii=False) if isinstance(prompt, list) else None
+        label = label if isinstance(label, str) else None
+        items.append(ScoringItem(tuple(ids), start, label, json.dumps(kept), turns))
     return items
+
+
+def _framed(row: dict[str, Any], in_chat: bool) -> tuple[str | Turns, list | None]:
+    """The prompt of a row, with its `system` turn, and its `tools`: where a chat template shows them, as PPO's prompts
+    have them (controller/data/row_formats.py)."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str) and not (in_chat and prompt):
+        return prompt, None
+    turns = as_turns(prompt, "user")
+    if row.get("system") and turns[0]["role"] != "system":
+        prompt = [{"role": "system", "content": row["system"]}, *turns]
+    tools = row.get("tools") or None
+    return prompt, json.loads(tools) if isinstance(tools, str) else tools
 
 
 def score_items(
@@ -239,7 +255,7 @@ def measure(overrides: list[str], gold_file: Path, name: str | None, samples: in
         raise ConfigError(f"--scorer must be one of {', '.join(scorers)}; found {name}")
     gold, tokenizer = read_gold(gold_file), tokenizer_of(config, scorers)
     items = make_items(gold, config, tokenizer)
-    scores = score_items(scorers, config.reward_service, tokenizer, name, items)
+    scores = score_items(scorers, config.reward_service, pinned(tokenizer, config.model), name, items)
     entry = scorers[name]
     has_scale = entry.kind == "judge" and entry.judge.mode == "pointwise"
     scale = sorted(scale_of(entry.judge).values) if has_scale else None

@@ -15,7 +15,7 @@ from inspect import Parameter, Signature
 from typing import Any
 
 Request = dict[str, list]  # by the names of FIELDS, one entry an item; of `rows` a dict each
-FIELDS = ("prompts", "completions", "labels", "rows", "messages", "completion_ids")
+FIELDS = ("prompts", "completions", "labels", "rows", "messages", "completion_ids", "queries")
 PLACED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 OURS = ("texts", "rows", "labels")  # of parameters, those that no other library has
 OF_TRLS_DATA = ("prompt", "completion", "completion_ids")  # columns that TRL leaves out
@@ -114,7 +114,7 @@ class ByName(CallForm):
     @property
     def wants(self) -> list[str]:
         if self.takes_all:
-            return [field for field in FIELDS if field != "messages" or self.in_messages]
+            return [field for field in FIELDS if field != "queries" and (field != "messages" or self.in_messages)]
         asks_rows = bool(self.columns) or self.names("rows", "labels")
         asked = {"completions": self.names("completions", "texts"), "rows": asks_rows}
         asked["messages"] = self.in_messages
@@ -131,7 +131,7 @@ class ByName(CallForm):
         values |= {name: request[name] for name in ("prompts", "completion_ids") if name in request}
         values |= {name: own for name, own in (("texts", texts), ("rows", rows)) if self.names(name)}
         if "labels" in request:
-            values.setdefault("labels", request["labels"])
+            values["labels"] = request["labels"]  # an item's own, before the column of that name
         if self.in_messages:
             turns = request["messages"]
             values["completions"] = [
@@ -202,12 +202,10 @@ class Queries(CallForm):
 
     @property
     def wants(self) -> list[str]:
-        return ["prompts", "completions", *(["labels", "rows"] if self.needs_label else [])]
+        return ["prompts", "queries", *(["labels", "rows"] if self.needs_label else [])]
 
     def call(self, function: Callable[..., Any], request: Request, log: Logged) -> Any:
-        prompts = request["prompts"]
-        queries = [prompt + said for prompt, said in zip(prompts, request["completions"], strict=True)]
-        return function(*[queries, prompts, request.get("labels")][: len(self.given)])
+        return function(*[request["queries"], request["prompts"], request.get("labels")][: len(self.given)])
 
 
 def call_form(signature: Signature) -> CallForm:

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import resource
 import sys
 from asyncio import new_event_loop
@@ -72,13 +73,17 @@ def main(function_name: str, memory_gib: float) -> None:
         answer(replies, {"error": f"{type(error).__name__}: {error}"})
         return
     answer(replies, {"wants": form.wants})
+    own = os.getpid()
     for line in requests:
         try:
-            answer(replies, {"scores": scores_of(function, form, parsed_request(line))})
+            reply: dict[str, Any] = {"scores": scores_of(function, form, parsed_request(line))}
         except Refused as refused:
-            answer(replies, {"refused": str(refused)})
+            reply = {"refused": str(refused)}
         except Exception as error:  # the item's error; its type alone, since its text may quote the completion
-            answer(replies, {"error": type(error).__name__})
+            reply = {"error": type(error).__name__}
+        if os.getpid() != own:
+            os._exit(0)  # a copy that the function has made of this process
+        answer(replies, reply)
 
 
 def answer(replies: IO[str], reply: dict[str, Any]) -> None:

@@ -154,7 +154,8 @@ class HttpService:
 
     async def _openrlhf(self, request: protocols.OpenRLHFRequest, ask: "_Ask") -> protocols.Answer:
         scorer = self._scorer(request.model)
-        entries = await self._entries(protocols.openrlhf_entries, request, ask, len(request.query))
+        read = partial(protocols.openrlhf_entries, is_apart=not scorer.kind.is_reward_model)
+        entries = await self._entries(read, request, ask, len(request.query))
         return protocols.openrlhf_answer(self._complete(await self._scores(scorer, entries, ask)))
 
     async def _pooled(

@@ -191,13 +191,21 @@ def _with_row(entry: Entry, columns: dict[str, Any] | None) -> Entry:
     return replace(entry, row=_row_text(columns)) if isinstance(entry, ScoringItem) and columns is not None else entry
 
 
-def openrlhf_entries(request: OpenRLHFRequest, encoder: Encoder) -> list[Entry]:
+def openrlhf_entries(request: OpenRLHFRequest, encoder: Encoder, is_apart: bool = True) -> list[Entry]:
+    """
+    Args:
+        is_apart: prompt and completion are scored as two: a query that does not begin with its prompt says of neither.
+    """
     prompts = request.prompts or [None] * len(request.query)
     labels = request.labels or [None] * len(request.query)
-    entries = [
-        encoder.rendered(query, prompt if isinstance(prompt, str) else None, label if isinstance(label, str) else None)
-        for query, prompt, label in zip(request.query, prompts, labels, strict=True)
-    ]
+
+    def entry(query: str, prompt: Any, label: Any) -> Entry:
+        prompt, label = (value if isinstance(value, str) else None for value in (prompt, label))
+        if is_apart and prompt and not query.startswith(prompt):
+            return Score(None, "unreadable: the query does not begin with its prompt")
+        return encoder.rendered(query, prompt, label)
+
+    entries = list(map(entry, request.query, prompts, labels))
     # A label that is no text is a column of its item's row.
     rows = [None if label is None or isinstance(label, str) else {"label": label} for label in labels]
     return [_with_row(entry, row) for entry, row in zip(entries, rows, strict=True)]

@@ -5,6 +5,8 @@ import re
 from decimal import Decimal
 from typing import Any
 
+THOUSANDS = r"(?<=\d),(?=\d{3}(?!\d))"  # a comma within a number; others part two
+
 
 def brevity(completions: list[str], **_: object) -> list[float]:
     """0 for up to 20 words, then falling by 1 for every doubling."""
@@ -16,7 +18,7 @@ def exact_answer(completions: list[str], labels: list[Any]) -> list[float | None
     label there is no score."""
 
     def last_number(text: str) -> Decimal | None:
-        found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+        found = re.findall(r"-?\d+(?:\.\d+)?", re.sub(THOUSANDS, "", text))
         return Decimal(found[-1]) if found else None  # exact: as float, all numbers of over 308 digits are one
 
     answers = [None if label is None else last_number(str(label)) for label in labels]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,14 +19,21 @@ from os import killpg
 from pathlib import Path
 from typing import Any
 
+from reward_service import sandbox_runner  # imported, so that digests of the code see it
 from reward_service.processes import children, end_children
+from reward_service.sandbox_runner import BEGUN
 
-RUNNER = Path(__file__).with_name("sandbox_runner.py")
+RUNNER = Path(sandbox_runner.__file__)
 GRACE_S = 1.5  # for what surrounds the tests
+BEGIN_S = 60.0  # for the runner to begin, where the cores have other work; whoever waits for an item may wait less
 
 
 class SandboxError(RuntimeError):
     """The tests could not be run: nothing is known of the code."""
+
+
+class NotBegun(SandboxError):
+    """The runner took too long to begin."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,11 @@ class Tests:
 
 @cache
 def encloses() -> bool:
-    """Whether the kernel has namespaces for us."""
+    """Whether the kernel has namespaces for us. Raises NotBegun, where that is not known."""
     try:
         _run("", Tests(), Limits(1.0, 256, 4), enclose=True)
+    except NotBegun:
+        raise
     except SandboxError:
         return False
     return True
@@ -69,6 +79,7 @@ def outputs(code: str, tests: Tests, limits: Limits) -> dict[int, str]:
 
 
 def _run(code: str, tests: Tests, limits: Limits, enclose: bool, word: str = "") -> list[str]:
+    """What the runner reports. Raises SandboxError."""
     folder, others = tempfile.mkdtemp(prefix="tandem-code-"), children()
     job: dict[str, Any] = {
         "code": code,
@@ -89,9 +100,7 @@ def _run(code: str, tests: Tests, limits: Limits, enclose: bool, word: str = "")
         start_new_session=True,
     )
     try:
-        told, _ = process.communicate(json.dumps(job).encode(), timeout=limits.seconds + GRACE_S)
-    except subprocess.TimeoutExpired:
-        told = b""
+        told = _reported(process, json.dumps(job).encode(), limits.seconds)
     finally:
         with suppress(ProcessLookupError):
             killpg(process.pid, signal.SIGKILL)
@@ -101,6 +110,25 @@ def _run(code: str, tests: Tests, limits: Limits, enclose: bool, word: str = "")
         process.stdout.close()
         end_children(but=others)
         shutil.rmtree(folder, ignore_errors=True)
-    if process.returncode > 0:
+    if process.returncode > 0 or not told.startswith(BEGUN):
         raise SandboxError(f"the process that runs tests ended with {process.returncode}")
-    return told.decode(errors="replace").splitlines()
+    whole = told[len(BEGUN) : told.rindex(b"\n") + 1]  # the last line may be cut off
+    return whole.decode(errors="replace").splitlines()
+
+
+def _reported(process: subprocess.Popen, job: bytes, seconds: float) -> bytes:
+    """What the runner writes until it ends, or its time is over, which counts from where it has begun. Raises NotBegun.
+
+    Its end may be later: code can leave a process behind that holds the pipe open. What is there by then counts.
+    """
+    told, given, latest = b"", job, time.monotonic() + BEGIN_S
+    while True:
+        has_begun = told.startswith(BEGUN)
+        try:
+            return process.communicate(given, timeout=seconds if has_begun else GRACE_S)[0]
+        except subprocess.TimeoutExpired as late:
+            told, given = late.stdout or b"", b""
+        if has_begun:
+            return told
+        if not told.startswith(BEGUN) and time.monotonic() > latest:
+            raise NotBegun(f"the process that runs tests did not begin within {BEGIN_S:g} s")

@@ -27,6 +27,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 LEAST_PIDS = 400  # of a namespace of processes; the kernel takes no less than 301
 OUTPUT_BYTES = 1 << 20
 FAULT = 5  # status: the tests could not be run
+BEGUN = b"begun\n"  # the first line of a report: what is missing behind it is the code's
 
 
 def libc():
@@ -245,6 +246,7 @@ def main():
             limit(job)
             libc().prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the copies cannot look into this process
             silence()
+            os.write(report, BEGUN)
             run(job, report)
             status = 0
         finally:

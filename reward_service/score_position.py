@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from common.text.encoding import ANCHORS, ids_after
 from common.text.tokenizers import local_checkpoint
 
 EOS, LAST = "eos", "last"
@@ -42,15 +43,31 @@ class AtLast:
         tokenizer: of the checkpoint; one without a chat template leaves every input as it is.
         pad_token_id: of the checkpoint's configuration.
         append: what follows a completion instead of its EOS; None: in a conversation what the chat template writes.
+
+    Raises:
+        ValueError: what the template writes before an answer is not to be found in its own rendering.
     """
 
     def __init__(self, tokenizer: Any, pad_token_id: int | None, append: str | None = None):
         self._pad = pad_token_id
         self._header: tuple[int, ...] = ()  # what every conversation contains, and every input where `append` is given
         self._tail: tuple[int, ...] | None = None
-        header, tail = ("", append) if append is not None else _around_an_answer(tokenizer)
-        if tail is not None:
-            self._header, self._tail = _ids(tokenizer, header), _ids(tokenizer, tail)
+        asked, header, tail = ("", "", append) if append is not None else _around_an_answer(tokenizer)
+        if tail is None:
+            return
+
+        def encode(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        # As they stand behind other text: alone, a sentencepiece tokenizer would begin them with a space.
+        before = asked[: asked.rindex(header)]
+        self._header = tuple(ids_after(encode, before, encode(before), header))
+        self._tail = tuple(ids_after(encode, ANCHORS[-1], encode(ANCHORS[-1]), tail))
+        if not self._is_conversation(tuple(encode(asked))):
+            raise ValueError(
+                f"the chat template writes {header!r} before an answer, whose tokens are others in a conversation; "
+                "write read_at: eos, or append"
+            )
 
     def __call__(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         if self._tail is not None and self._is_conversation(token_ids):
@@ -65,11 +82,11 @@ class AtLast:
         return any(token_ids[i : i + size] == self._header for i in range(len(token_ids) - size + 1))
 
 
-def _around_an_answer(tokenizer: Any) -> tuple[str, str | None]:
-    """What a chat template writes right before an assistant's answer, without space around it, and behind the last one; the
-    second is None where it cannot show one."""
+def _around_an_answer(tokenizer: Any) -> tuple[str, str, str | None]:
+    """What a chat template writes up to an assistant's answer; the end of that, which stands right before one, without space
+    around it; and what it writes behind the last one, None where it cannot show one."""
     if not tokenizer.chat_template:
-        return "", None
+        return "", "", None
     import jinja2
 
     asked, answer = "\ue000", "\ue001"  # characters that no template writes
@@ -79,14 +96,11 @@ def _around_an_answer(tokenizer: Any) -> tuple[str, str | None]:
         prompt = str(tokenizer.apply_chat_template(turns[:1], tokenize=False))
         opened = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
     except jinja2.exceptions.TemplateError:
-        return "", None
+        return "", "", None
     before, _, behind = whole.partition(answer)
-    header = opened.removeprefix(prompt) if opened.startswith(prompt) and opened != prompt else before.split(asked)[-1]
-    return header.strip(), behind
-
-
-def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if opened.startswith(prompt) and opened != prompt:
+        return opened, opened.removeprefix(prompt).strip(), behind
+    return before, before.split(asked)[-1].strip(), behind
 
 
 def make_reading(path: str, read_at: str | None, append: str | None, tokenizer_path: str) -> Reading:

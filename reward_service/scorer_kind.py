@@ -23,7 +23,6 @@ from contracts.scoring import RETRYABLE
 from reward_service.isolate import Failed, finite, isolate
 
 VERSION_LENGTH = 16  # hexadecimal digits
-STUCK_S = 300.0  # of one batch, after which a replica counts as hung and Serve replaces it
 
 
 class Text(NamedTuple):
@@ -35,6 +34,7 @@ class Text(NamedTuple):
     row: str | None = None  # as of ScoringItem, as is
     messages: str | None = None
     completion_ids: tuple[int, ...] = ()  # without the EOS
+    query: str = ""  # prompt and completion: decoders may leave out the space that each of them begins with
 
 
 def scorer_kind(name: str) -> "ScorerKind":
@@ -252,7 +252,8 @@ def text_reader(tokenizer: str, with_controls: bool = True) -> Callable[[list[Sc
             start = item.prompt_tokens or int(item.token_ids[0] == bos)
             said = item.token_ids[start:-1]
             prompt = decode(item.token_ids[: item.prompt_tokens])
-            found.append(Text(prompt, decode(said), item.label, item.row, item.messages, said))
+            query = decode(item.token_ids[:-1] if item.prompt_tokens else said)
+            found.append(Text(prompt, decode(said), item.label, item.row, item.messages, said, query))
         return found
 
     return texts

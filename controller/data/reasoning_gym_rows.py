@@ -62,7 +62,7 @@ def _row(entry: dict[str, Any], dataset: str, system: str | None) -> dict[str, A
     row |= {"prompt": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]}
     row["source"] = f"reasoning_gym:{dataset}"
     try:
-        problem = VERIFIER.row_problem(json.loads(json.dumps(row)), VERIFIER.chosen(None, {}))
+        problem = VERIFIER.row_problem(json.loads(json.dumps(row)), VERIFIER.chosen(None, {"runs_answers": True}))
     except (TypeError, ValueError) as error:
         problem = str(error)
     if problem:

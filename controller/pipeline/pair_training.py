@@ -1,6 +1,6 @@
 """What the stages that learn from comparisons of texts share: their steps, and the accuracy on held-out preferences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -22,6 +22,14 @@ def chunks(items: Sequence[T], ranks: int) -> list[Sequence[T]]:
     if len(starts) > 1 and len(items) - starts[-1] < ranks:
         starts.pop()
     return [items[a:b] for a, b in zip(starts, [*starts[1:], len(items)], strict=True)]
+
+
+def lone_texts(stage: str, batch_size: int, sources: Iterable[Sequence[Any]]) -> list[str]:
+    """Why no step has a pair: of rated texts all pairs within a batch count, and one alone has none."""
+    is_rated = any(isinstance(items[0], RatedText | RatedExample) for items in sources if items)
+    if batch_size > 1 or not is_rated:
+        return []
+    return [f"{stage}.batch_size must be at least 2 with rated texts, of which a step compares all; found {batch_size}"]
 
 
 def train_on_pairs(context: "StageContext", group: Any, title: str) -> None:

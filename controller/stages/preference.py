@@ -33,8 +33,13 @@ def inputs(context: "StageContext") -> dict[str, Any]:
 
 
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:
+    from controller.pipeline.pair_training import lone_texts
+
     least = max(2, config.cluster.num_learner_ranks)
-    return [
+    alone = lone_texts(
+        "preference", chosen_preference(config).batch_size, [data[reading.item] for reading in READS[:1]]
+    )
+    return alone + [
         f"data.{reading.source} must have at least {least} usable rows for stage preference; found {len(data[reading.item])}"
         for reading in READS
         if len(data[reading.item]) < least

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from contracts.config import TandemConfig
 from contracts.records import RatedText
+from contracts.scorer_roles import ROLES
 from contracts.stages import REWARD_MODEL, Reading, Stage
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ def run(context: "StageContext") -> dict[str, Any]:
 
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:
     """Held-out texts are scored once the model has trained."""
+    from controller.pipeline.pair_training import lone_texts
+
+    read = [data[f"preferences/{role}"] for role in ROLES]
+    return lone_texts("reward_model", config.reward_model.batch_size, read) + _unusable_test(config, data)
+
+
+def _unusable_test(config: TandemConfig, data: "Inputs") -> list[str]:
     test, least = data["test"], config.cluster.num_learner_ranks
     rated = [sum(item.ratings) / len(item.ratings) for item in test if isinstance(item, RatedText)]
     if rated:

@@ -106,7 +106,8 @@ def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _too_many_layers(config: TandemConfig, key: str, layers: int | None) -> list[str]:
     sections = dict.fromkeys(key for stage in running_stages(config) for key in stage.keys if "." not in key)
-    keys = [f"{section}.trainable_layers" for section in sections] if key == "model.path" else []
+    keys = [*(f"{section}.trainable_layers" for section in sections), "learner.checkpointed_layers"]
+    keys = keys if key == "model.path" else []
     keys += ["ppo.value_trainable_layers"] if "ppo" in sections and key == value_model_key(config) else []
     return [
         f"{key} is {value}, the model has {layers} layers: write at most {layers}, or null for all"

@@ -46,6 +46,7 @@ JSON_OF: dict[str, Callable[[Text], str]] = {
     "rows": lambda text: text.row or "null",
     "messages": lambda text: text.messages or "null",
     "completion_ids": lambda text: json.dumps(text.completion_ids),
+    "queries": lambda text: json.dumps(text.query),
 }
 
 

@@ -2,12 +2,14 @@
 
 import ast
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from reward_service.sandbox import GRACE_S, Limits, Tests, encloses, outputs, passed
+from reward_service.sandbox_runner import OUTPUT_BYTES
 from reward_service.verifier import BadRow, Option, Options, Row, Verified, Verifier, column, flag, one_of
 from reward_service.verifiers._answers import fenced
 
@@ -15,6 +17,7 @@ WANTED = "Python with asserts, a list of such texts, or a list of {input, output
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITION = (ast.Import, ast.ImportFrom, *FUNCTION, ast.ClassDef)
 CONTEXT = (*DEFINITION, ast.Assign, ast.AnnAssign)
+INPUT_BYTES = Limits.folder_mib << 20  # of the file that it is read from
 
 
 class Wanted(NamedTuple):
@@ -40,12 +43,23 @@ def read(row: Row, options: Options) -> Wanted:
     if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         return Wanted(statements(name, value), ())
     if isinstance(value, list) and value and all(_is_case(one) for one in value):
+        if any(_bytes(case["input"]) > INPUT_BYTES for case in value):
+            raise BadRow(f"{name} must have inputs of at most {INPUT_BYTES} bytes of UTF-8; write shorter ones")
+        if any(_bytes("\n".join(_lines(case["output"]))) > OUTPUT_BYTES for case in value):
+            raise BadRow(f"{name} must have outputs of at most {OUTPUT_BYTES} bytes of UTF-8; write shorter ones")
         return Wanted(Tests(inputs=tuple(one["input"] for one in value)), tuple(one["output"] for one in value))
     raise BadRow(f"{name} must be {WANTED}; write one test or more")
 
 
 def _is_case(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("input", "output"))
+
+
+def _bytes(text: str) -> float:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:  # half a character, which no program reads or prints
+        return math.inf
 
 
 def statements(name: str, sources: list[str]) -> Tests:

@@ -254,6 +254,8 @@ def parsed(text: str) -> list[Any]:
         )
     except TimeoutException:
         raise TimeoutError from None
+    except MemoryError:  # nothing was shown against the answer
+        raise
     except Exception:  # whatever it raises on what it cannot read
         return []
 
@@ -319,6 +321,8 @@ def compared(right: list[Any], given: list[Any]) -> bool:
         return bool(library(right, given, timeout_seconds=_bound(), raise_on_error=True))
     except TimeoutException:
         raise TimeoutError from None
+    except MemoryError:
+        raise
     except Exception:  # what it cannot compare is not shown to be right
         return False
 

@@ -5,10 +5,15 @@ import math
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from reward_service.verifier import BadRow, Options, Row, Verified, Verifier, column, text_or_null
+from reward_service.verifier import BadRow, Options, Row, Verified, Verifier, column, flag, text_or_null
 from reward_service.verifiers._answers import take, taken
 
 NONSENSE = "neither here nor there"
+# Their scorers, of reasoning-gym 0.1.25, call eval() or sympy's parse_expr() on the answer: it is code, and runs here.
+RUN_ANSWERS = frozenset(
+    {"binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24",
+     "simple_integration", "spiral_matrix", "string_insertion"}
+)  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -30,6 +35,11 @@ def read(row: Row, options: Options) -> Entry:
     if not isinstance(name, str) or name not in DATASETS or name == "composite":
         raise BadRow(
             "metadata.source_dataset must be the name of a data set of reasoning_gym; write it, or options.dataset"
+        )
+    if name in RUN_ANSWERS and not options["runs_answers"]:
+        raise BadRow(
+            f"metadata.source_dataset must be none whose scorer runs answers as code, as that of {name} does; write "
+            "options.runs_answers=true to allow it, or use verifier: code"
         )
     answer = column(row, options["answer"])
     if answer is not None and not isinstance(answer, str):
@@ -55,6 +65,8 @@ def _scored(dataset: str, answer: str, entry: dict[str, Any]) -> float:
 
     try:
         score = float(get_score_answer_fn(dataset)(answer, entry))
+    except MemoryError:  # nothing was shown against the answer
+        raise
     except Exception:  # some raise where they cannot read an answer, which is then wrong
         return 0.0
     return score if math.isfinite(score) else 0.0
@@ -72,7 +84,11 @@ def verify(completion: str, right: Entry, options: Options) -> Verified:
 VERIFIER = Verifier(
     read=read,
     verify=verify,
-    options={"dataset": text_or_null("the name of a data set of reasoning_gym"), "take": take("tag")},
+    options={
+        "dataset": text_or_null("the name of a data set of reasoning_gym"),
+        "take": take("tag"),
+        "runs_answers": flag(False),
+    },
     needs_answer=False,
     requires={"reasoning_gym": "reasoning-gym"},
 )

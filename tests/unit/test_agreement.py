@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
+from transformers import AutoTokenizer
 
 from common.statistics import bootstrap_groups, bootstrap_mean
+from contracts.config import DataConfig, SourceConfig, TandemConfig
 from contracts.records import Score
-from reward_service.agreement import GoldError, agreement, main, read_gold, weighted_kappa
+from controller.data.datasets import load_prompts
+from reward_service.agreement import GoldError, agreement, main, make_items, read_gold, weighted_kappa
 from tests.conftest import SMOLLM
 from tests.unit.test_judge_endpoint import likely
 from tests.unit.test_reward_http_client import Scripted
@@ -116,6 +119,33 @@ def test_a_file_that_cannot_be_used_is_told_by_line(lines: list[str], error: str
     (tmp_path / "gold.jsonl").write_text("\n".join(lines))
     with pytest.raises(GoldError, match=error):
         read_gold(tmp_path / "gold.jsonl")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_items_are_those_of_ppos_prompts(chat: bool, tmp_path: Path) -> None:
+    """With the row's system turn and tools where the template shows them, and its messages for who reads messages."""
+    source = SourceConfig(path=str(tmp_path / "prompts.jsonl"))
+    config = TandemConfig(data=DataConfig(chat=chat, prompts=source, prompt_words=None))
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    plain = {"prompt": "Is it göod?", "system": "Be brief."}
+    asked = [{"role": "user", "content": "And now?"}]
+    rows: list[dict[str, Any]] = [
+        plain,
+        {"prompt": asked, "system": "Be kind.", "tools": json.dumps(tools)},
+        {"prompt": asked, "tools": tools},
+    ]
+    gold_file(tmp_path / "prompts.jsonl", rows)
+    gold = read_gold(gold_file(tmp_path / "gold.jsonl", [{**row, "completion": "Yes.", "score": 1} for row in rows]))
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM)
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = make_items(gold, config, str(tmp_path / "model"))
+    prompts = load_prompts(source, config.data, tokenizer, 8, 4096)
+    assert len(prompts) == 3
+    assert [item.token_ids[: item.prompt_tokens] for item in made] == [prompt.token_ids for prompt in prompts]
+    assert [item.messages for item in made] == [prompt.messages for prompt in prompts]
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it göod?"}]
+    assert made[0].messages == (json.dumps(told, ensure_ascii=False) if chat else None)
 
 
 def test_a_rule_function_and_its_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,12 @@ from common.files.source_code import source_signature
 from contracts.checks.check import leaves
 from contracts.checks.overrides import unknown_overrides
 from contracts.config import ScorerConfig, TandemConfig
-from contracts.records import Score, row_text
+from contracts.records import Score, ScoringItem, row_text
 from reward_service.call_forms import ByName, OneByOne, Queries, UnknownForm, call_form
 from reward_service.function_answers import Refused, plain_scores
 from reward_service.kinds.function import FunctionError, FunctionPool, Text, form_in_source
+from reward_service.scorer_kind import text_reader
+from tests.unit.test_joins import BOS, EOS, sentencepiece
 
 RULES = '''
 import asyncio, re
@@ -148,6 +150,10 @@ def text(completion: str, prompt: str = "Q", label: str | None = None, **columns
     return Text(prompt, completion, label, row_text(columns) if columns else None)
 
 
+def asked(completion: str, label: str | None = None, row: str | None = None) -> Text:
+    return Text("2+3=", completion, label, row, query=f"2+3={completion}")
+
+
 def said(scores: list[Score]) -> list[float | str | None]:
     return [score.value if score.error is None else score.error for score in scores]
 
@@ -166,6 +172,8 @@ def test_labels_are_the_items_own_or_the_rows(score: Callable[..., list[Score]])
     assert said(score("by_labels", text("5", label="5"), text("5", label="6"), text("6"))) == [1.0, 0.0, 0.0]
     rows = [Text("Q", "5", None, '{"label": "5"}'), Text("Q", "5", "6", '{"label": "5"}')]
     assert said(score("by_labels", *rows)) == [1.0, 0.0]
+    rows = [Text("Q", "6", "6", '{"labels": "5"}'), Text("Q", "5", None, '{"labels": "5"}')]
+    assert said(score("by_labels", *rows)) == [1.0, 1.0]
 
 
 def test_parts_by_columns(score: Callable[..., list[Score]]) -> None:
@@ -269,9 +277,9 @@ def test_verls_async_compute_score_runs_for_all_items_of_a_call_at_once(score: C
 
 
 def test_openrlhfs_reward_func(score: Callable[..., list[Score]]) -> None:
-    items = [Text("2+3=", "5", "5"), Text("2+3=", "5", None, '{"label": "6"}')]
+    items = [asked("5", "5"), asked("5", None, '{"label": "6"}')]
     assert said(score("rewards_of_queries", *items, file="openrlhf.py", batch_size=2)) == [1.0, 0.0]
-    items = [Text("2+3=", "5", None, '{"label": 5}'), Text("2+3=", "6", None, '{"label": 5}')]
+    items = [asked("5", None, '{"label": 5}'), asked("6", None, '{"label": 5}')]
     scores = score("rewards_with_logs", *items, file="openrlhf.py", batch_size=2)
     assert [s.value for s in scores] == [1.0, 0.0]
     # Calls begin with one item, so the mean of a call is the item's own here.
@@ -280,8 +288,19 @@ def test_openrlhfs_reward_func(score: Callable[..., list[Score]]) -> None:
 
 
 def test_openrlhf_gives_one_item_by_place(score: Callable[..., list[Score]]) -> None:
-    items = [Text("2+3=", "5", "5"), Text("2+3=", "6", "5"), Text("2+3=", "7", "7")]
+    items = [asked("5", "5"), asked("6", "5"), asked("7", "7")]
     assert said(score("one_at_a_time", *items, file="openrlhf.py", batch_size=3)) == [1.0, 0.0, 1.0]
+
+
+def test_a_query_is_prompt_and_completion_as_they_stand_together(tmp_path: Path) -> None:
+    """Decoders of sentencepiece leave out the space that a text begins with: of each alone, "Name" and "a prime."."""
+    tokenizer = sentencepiece("legacy")
+    tokenizer.save_pretrained(tmp_path)
+    prompt, said = tokenizer("Name", add_special_tokens=False)["input_ids"], [*tokenizer("a prime.")["input_ids"][1:]]
+    [found] = text_reader(str(tmp_path))([ScoringItem((*prompt, *said, EOS), len(prompt))])
+    assert (found.prompt, found.completion, found.query) == ("Name", "a prime.", "Name a prime.")
+    [alone] = text_reader(str(tmp_path))([ScoringItem((BOS, *said, EOS))])
+    assert (alone.prompt, alone.completion, alone.query) == ("", "a prime.", "a prime.")
 
 
 # ---- which form
@@ -306,8 +325,8 @@ def test_openrlhf_gives_one_item_by_place(score: Callable[..., list[Score]]) -> 
             ["completions", "labels", "rows"],
         ),
         ("async def f(solution_str, ground_truth, **kwargs): ...", OneByOne, ["completions", "labels", "rows"]),
-        ("def f(queries, prompts, labels): ...", Queries, ["prompts", "completions", "labels", "rows"]),
-        ("def f(queries, prompts): ...", Queries, ["prompts", "completions"]),
+        ("def f(queries, prompts, labels): ...", Queries, ["prompts", "queries", "labels", "rows"]),
+        ("def f(queries, prompts): ...", Queries, ["prompts", "queries"]),
     ],
 )
 def test_the_form_is_known_by_the_signature(source: str, form: type, wants: list[str], tmp_path: Path) -> None:
@@ -406,7 +425,7 @@ def page() -> str:
     ("name", "right", "wrong"),
     [
         ("boxed_is_right", text(r"\boxed{5}", ground_truth="5"), text("5", ground_truth="5")),
-        ("reward_func", Text("2+3=", "5", None, '{"label": "5"}'), Text("2+3=", "6", None, '{"label": "5"}')),
+        ("reward_func", asked("5", None, '{"label": "5"}'), asked("6", None, '{"label": "5"}')),
         ("compute_score", text("5", reward_model={"ground_truth": "5"}), text("6", reward_model={"ground_truth": "5"})),
     ],
 )

@@ -193,6 +193,50 @@ def test_where_tests_cannot_be_run_nothing_is_said_of_the_code(monkeypatch: pyte
         passed("def f(x): return x + 1", TRUE, LIMITS)
 
 
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_runner_that_does_not_begin_says_nothing_of_the_code(
+    begins: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that has begun and reports nothing leaves every test open for the code to have failed."""
+    runner = tmp_path / "runner.py"
+    runner.write_text(f"import os, time\nif {begins}: os.write(1, b'begun\\n')\ntime.sleep(60)")
+    monkeypatch.setattr(sandbox, "RUNNER", runner)
+    monkeypatch.setattr(sandbox, "encloses", lambda: False)
+    if begins:
+        assert passed("def f(x): return x + 1", TRUE, Limits(0.5, 256, 8)) == set()
+        return
+    monkeypatch.setattr(sandbox, "BEGIN_S", 2.0)
+    with pytest.raises(SandboxError, match="did not begin within 2 s"):
+        passed("def f(x): return x + 1", TRUE, Limits(0.5, 256, 8))
+
+
+def test_the_time_of_the_tests_begins_with_the_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Here it begins after 2 s: what is reported 1 s later is within the time, and half a line behind it is no report."""
+    runner = tmp_path / "runner.py"
+    write = "os.write(1, b'begun\\n'); time.sleep(1); os.write(1, b'[0, \"1\"]\\n[1, \"2')"
+    runner.write_text(f"import os, time\ntime.sleep(2); {write}; time.sleep(60)")
+    monkeypatch.setattr(sandbox, "RUNNER", runner)
+    monkeypatch.setattr(sandbox, "encloses", lambda: False)
+    assert outputs("", Tests(inputs=("", "")), Limits(1.4, 256, 8)) == {0: "1"}
+
+
+def test_a_runner_that_does_not_begin_says_nothing_of_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runner = tmp_path / "runner.py"
+    runner.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(sandbox, "RUNNER", runner)
+    monkeypatch.setattr(sandbox, "BEGIN_S", 0.5)
+    with pytest.raises(sandbox.NotBegun):
+        sandbox.encloses.__wrapped__()
+
+
+def test_a_process_that_outlives_the_tests_takes_no_pass_back(place: str) -> None:
+    """Without namespaces it goes on, and holds what the runner reports on open."""
+    code = "import os, time\nif not os.fork(): time.sleep(30)\ndef f(x): return x + 1"
+    assert passed(code, TRUE, LIMITS) == {0}
+
+
 def test_required_isolation_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     verifier = find_verifier("code")
     monkeypatch.setattr("reward_service.verifiers.code.encloses", lambda: False)
@@ -207,4 +251,4 @@ def test_the_runner_needs_nothing_but_the_standard_library() -> None:
     job = '{"enclose": false, "code": "", "tests": [], "inputs": [], "context": "", "word": "w"'
     job += ', "seconds": 1, "memory_mib": 256, "processes": 8, "folder_mib": 1}'
     done = subprocess.run([sys.executable, "-I", "-S", str(RUNNER)], input=job, text=True, cwd="/", capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")

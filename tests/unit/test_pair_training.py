@@ -7,8 +7,10 @@ import pytest
 
 from common import statistics
 from contracts.config import TandemConfig
-from contracts.records import Example, ExamplePair, PreferencePair
+from contracts.records import Example, ExamplePair, PreferencePair, RatedExample, RatedText
+from controller.data.inputs import Inputs
 from controller.pipeline.pair_training import accuracy, prompts_of, train_on_pairs
+from controller.stages import preference, reward_model
 
 BOS, END = 1, 2
 
@@ -103,3 +105,19 @@ def test_batches_without_a_decided_pair_do_not_lower_the_share() -> None:
     assert math.isnan(context.logged[1])
     train_on_pairs(context, Group(math.nan), "DPO")
     assert context.said[1] == "  DPO step 1/1 | loss 0.500 | pairs right none to tell | 100 tok/s"
+
+
+@pytest.mark.parametrize(("batch_size", "refused"), [(1, True), (2, False)])
+def test_a_step_of_one_rated_text_is_refused(batch_size: int, refused: bool) -> None:
+    """It has no pair: the loss would be 0 in all steps."""
+    config = TandemConfig(method="dpo")
+    config.reward_model.batch_size = config.preference.batch_size = batch_size
+    rated = [RatedText("a", [1, 2], [float(number)]) for number in range(4)]
+    data = Inputs({"preferences/proxy": rated, "test": rated})
+    told = "batch_size must be at least 2 with rated texts"
+    assert any(told in text for text in reward_model.problems(config, data)) == refused
+    texts = [RatedExample(Example([1, 2], [False, True]), [float(number)]) for number in range(4)]
+    data = Inputs({"completions": texts, "test_completions": texts})
+    assert any(told in text for text in preference.problems(config, data)) == refused
+    pairs = Inputs({"preferences/proxy": [PreferencePair([1, 2], [1, 3], 1.0)] * 4})
+    assert not any(told in text for text in reward_model.problems(config, pairs))

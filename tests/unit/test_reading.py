@@ -13,7 +13,8 @@ from common.text.encoding import item_of_messages, item_of_text
 from contracts.config import RewardServiceConfig, ScorerConfig
 from reward_service.model import RewardModel
 from reward_service.resolve import resolve
-from reward_service.score_position import chosen_read_at, make_reading
+from reward_service.score_position import AtLast, chosen_read_at, make_reading
+from tests.unit.test_joins import sentencepiece
 
 IM_END, END_OF_TEXT, START = 2, 0, 1
 TURNS = [
@@ -174,6 +175,38 @@ def test_a_checkpoint_without_a_tokenizer_has_the_template_of_the_service(make: 
     reading = make_reading(str(path), None, None, str(service))
     found = RewardModel(str(path), "float32", reading=reading).score(inputs)
     assert found[0].value == pytest.approx(served(service, inputs)[0], abs=1e-5)
+
+
+ASKED_AND_ANSWERED = (
+    "{% for m in messages %}{{ '[INST]' if m.role == 'user' else '[/INST]' }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[/INST]\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["legacy", "metaspace", "unigram", "bytes"])
+def test_a_header_without_a_token_of_its_own_is_found_as_it_stands_in_a_conversation(kind: str) -> None:
+    """Zephyr's form: alone, tokenizers of sentencepiece would write [/INST] with a space before it."""
+    tokenizer = sentencepiece(kind)
+    tokenizer.chat_template = ASKED_AND_ANSWERED
+    turns = [{"role": "user", "content": "Name a prime."}, {"role": "assistant", "content": "Seven."}]
+    rendered = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
+    seen, at = AtLast(tokenizer, None)(item_of_messages(tokenizer, turns).token_ids)
+    assert list(seen) == rendered
+    assert at == len(rendered) - 1
+    plain_text = item_of_text(tokenizer, "Seven is a prime.").token_ids
+    assert AtLast(tokenizer, None)(plain_text) == (plain_text, len(plain_text) - 1)
+
+
+def test_a_header_that_cannot_be_found_is_refused() -> None:
+    """Here it merges with what the template writes before it."""
+    tokenizer = sentencepiece("legacy")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ ' nam' if m.role == 'user' else eos_token }}"
+        "{{ 'e' if m.role == 'user' and not loop.last }}{% endfor %}{{ 'e' if add_generation_prompt }}"
+    )
+    with pytest.raises(ValueError, match="the chat template writes 'e' before an answer"):
+        AtLast(tokenizer, None)
+    AtLast(tokenizer, None, append="</s>")
 
 
 def test_where_a_score_is_read_is_part_of_the_version(make: Make) -> None:

@@ -40,6 +40,9 @@ def odd(completions):
                "none": lambda: None, "text": lambda: "1", "grow": lambda: float(len(bytearray(3 << 30)))}
     return [answers[c]() if c in answers else float(len(c)) for c in completions]
 def few(completions): return [1.0]
+def copied(completions):
+    os.fork()
+    return [float(len(c)) for c in completions]
 
 async def asynchronous(completions): return [1.0] * len(completions)
 async def asynchronous_generator(completions): yield 1.0
@@ -104,6 +107,10 @@ def test_functions_get_what_they_name(pool: Callable[..., FunctionPool]) -> None
     # prompts, completions, labels, completion_ids, log_extra, log_metric
     assert [s.value for s in run(pool("everything"), "abc")] == [6.0]
     assert [s.value for s in run(pool("array", batch_size=4), "abc", "a")] == [3.0, 1.0]
+
+
+def test_a_copy_that_a_function_makes_of_its_process_answers_nothing(pool: Callable[..., FunctionPool]) -> None:
+    assert [s.value for s in run(pool("copied", batch_size=1), "a", "bb", "ccc", "dddd")] == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_what_a_function_prints_goes_nowhere(pool: Callable[..., FunctionPool], capfd: pytest.CaptureFixture) -> None:

@@ -250,6 +250,20 @@ def test_openrlhf_payload(encoder: Encoder) -> None:
     assert both["extra_logs"]["spread"] == [0.0, 0.0]
 
 
+def test_a_query_that_does_not_begin_with_its_prompt_is_told(encoder: Encoder) -> None:
+    """As where a tokenizer decodes one space more. A reward model sees both as one all the same."""
+    server = Server(encoder)
+    payload = {"query": ["2+2= 4", "<s> 2+2= 4"], "prompts": ["2+2=", "<s>2+2="]}
+    refused = server.post("/get_reward?model=rule", payload)
+    assert refused.status_code == 422
+    assert refused.json()["error"] == {
+        "code": "unreadable",
+        "message": "1 of 2 items have no score; item 1: unreadable: the query does not begin with its prompt",
+    }
+    assert server.post("/get_reward", payload).status_code == 200
+    assert server.post("/get_reward?model=rule", {"query": ["a"], "prompts": [[{"role": "user"}]]}).status_code == 200
+
+
 def test_openrlhf_labels_may_be_any_json(encoder: Encoder) -> None:
     server = Server(encoder)
     payload = {"query": ["a"] * 4, "labels": ["5", 5, {"tests": [1, "ü"]}, None]}

@@ -14,6 +14,12 @@ def test_exact_answer_compares_the_last_number() -> None:
     assert exact_answer(completions, ["1234.50", "8", "1", None]) == [1.0, 0.0, 0.0, None]
 
 
+def test_a_comma_parts_numbers_unless_it_is_one_of_thousands() -> None:
+    completions = ["(1,2)", "12", "1,234,567", "1,2345", "0,000", "x,123"]
+    labels = ["12", "(1,2)", "1234567", "2345", "0", "123"]
+    assert exact_answer(completions, labels) == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+
+
 def test_exact_answer_is_exact() -> None:
     """As float, 2^53 + 1 is 2^53, and all numbers of over 308 digits are one."""
     large = "9" * 400

@@ -1,6 +1,8 @@
 """Right answers in the ways people write them, and ordinary wrong ones, through the processes that verifiers run in."""
 
+import inspect
 import json
+import re
 import time
 from typing import Any
 
@@ -9,6 +11,8 @@ import pytest
 from contracts.config import ScorerConfig
 from contracts.records import Score
 from reward_service.kinds.verifier import VerifierPool
+from reward_service.verifier import find_verifier
+from reward_service.verifiers import math, reasoning_gym
 
 Table = list[tuple[Any, list[str], list[str]]]  # (row, or its answer; right completions; wrong ones)
 MATH: Table = [
@@ -511,6 +515,70 @@ def test_there_are_enough_of_them() -> None:
     tables = [rows for _, table in TABLES.values() for rows in table]
     assert sum(len(right) for _, right, _ in tables) >= 100
     assert sum(len(wrong) for _, _, wrong in tables) >= 200
+
+
+def test_what_runs_out_of_memory_is_not_shown_to_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the libraries have none: an error of the item, by its worker."""
+
+    def grow(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    right = math.parsed("x+1")
+    monkeypatch.setattr("math_verify.verify", grow)
+    monkeypatch.setattr("math_verify.parse", grow)
+    monkeypatch.setattr("reasoning_gym.factory.get_score_answer_fn", lambda name: grow)
+    for work in (
+        lambda: math.compared(right, right),
+        lambda: math.parsed("x+1"),
+        lambda: reasoning_gym._scored("gcd", "3", {"answer": "3"}),
+    ):
+        with pytest.raises(MemoryError):
+            work()
+
+
+def test_tasks_of_reasoning_gym_whose_scorers_run_answers_are_known() -> None:
+    """Read off their sources: those that pass the answer to eval, or to sympy's parser, which is one."""
+    from reasoning_gym.factory import DATASETS
+
+    found = {
+        name
+        for name, (dataset, _) in DATASETS.items()
+        if re.search(r"\b(?:eval|exec|parse_expr|sympify)\(answer\b", inspect.getsource(dataset.score_answer))
+    }
+    assert found == reasoning_gym.RUN_ANSWERS
+
+
+def test_tasks_of_reasoning_gym_whose_scorers_run_answers_are_refused_unless_allowed() -> None:
+    import reasoning_gym as library
+
+    entry = library.create_dataset("spiral_matrix", size=1, seed=1)[0]
+    verifier = find_verifier("reasoning_gym")
+    problem = verifier.row_problem(entry, verifier.chosen(None, {}))
+    assert problem is not None
+    assert (
+        "none whose scorer runs answers as code, as that of spiral_matrix does; write options.runs_answers" in problem
+    )
+    allowed = verifier.chosen(None, {"runs_answers": True})
+    right = verifier.right(entry, allowed)
+    listed = f"[{', '.join(entry['answer'].split())}]"  # what the scorer evaluates
+    assert verifier.verify(f"<answer>{listed}</answer>", right, allowed) == {"score": 0.1, "extracted": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("case", "problem"),
+    [
+        ({"input": "1" * (16 << 20), "output": "1"}, None),
+        ({"input": "1" * ((16 << 20) + 1), "output": "1"}, "inputs of at most 16777216 bytes"),
+        ({"input": "1", "output": "1" * (1 << 20) + "\n"}, None),  # the line's end is no part of what is compared
+        ({"input": "1", "output": "é" * (1 << 19) + "1"}, "outputs of at most 1048576 bytes"),
+        ({"input": "\ud800", "output": "1"}, "inputs of at most 16777216 bytes of UTF-8"),
+    ],
+)
+def test_a_case_that_no_program_can_pass_is_refused(case: dict[str, str], problem: str | None) -> None:
+    """What it reads is a file in its folder, and more output than that is not read."""
+    verifier = find_verifier("code")
+    found = verifier.row_problem({"tests": [{"input": "", "output": ""}, case]}, verifier.chosen(None, {}))
+    assert found is None if problem is None else problem in str(found)
 
 
 def test_reasoning_gym_scores_its_own_tasks() -> None:
