@@ -19,7 +19,7 @@ from contracts.config import TandemConfig
 from submission import kuberay, slurm
 from submission.job import RECORDS, Job, recorded, to_job
 from submission.ray_jobs import Cluster, ClusterError
-from submission.targets import RayJobs, Slurm, changed, is_target, to_target
+from submission.targets import RayJobs, Slurm, changed, is_target, target_name, to_target
 
 VERBS = ("status", "logs", "stop", "resume")
 
@@ -123,11 +123,33 @@ def manage(verb: str, jobs: list[str], overrides: list[str], detach: bool) -> in
         raise ConfigError(f"{strange[0]} is nothing that {verb} can change; resume takes the overrides of the job")
     known = recorded(jobs[0])
     target = to_target(overrides) if known is None else changed(known.target, overrides)
+    if known is not None and not isinstance(known.target, RayJobs) and overrides:
+        raise ConfigError(
+            f"{overrides[0]} is nothing that {verb} can change with target={target_name(known.target)}: what the job was "
+            "submitted with holds; submit it again, with the same run_dir, to change it"
+        )
     if isinstance(target, RayJobs):
         return manage_ray_job(verb, jobs[0], target, detach)
     if known is None:
         raise ConfigError(f"{jobs[0]} has not been submitted from this directory: {RECORDS} does not know it")
+    if verb == "resume" and isinstance(known.target, Slurm):
+        refuse_live(known)
     return run(commands(known)[verb])
+
+
+def refuse_live(job: Job) -> None:
+    """A second start would take the mark and the token from under the first, and both would write one run directory."""
+    command = commands(job)["live"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{command[0]} is not on this machine: it says whether {job.id} still runs") from error
+    if found.returncode:
+        raise ConfigError(f"{shlex.join(command)} does not say whether {job.id} still runs: {found.stderr.strip()}")
+    if found.stdout.strip():
+        raise ConfigError(
+            f"{job.id} is there ({found.stdout.strip()}): python submit.py stop {job.id}, and wait for its end"
+        )
 
 
 def manage_ray_job(verb: str, job_id: str, target: RayJobs, detach: bool) -> int:

@@ -45,7 +45,7 @@ class Tracker:
 
     @staticmethod
     def close_s(logger: LoggerConfig) -> float:
-        """How long, in seconds, the end of a run waits for what is queued and for `close`."""
+        """How long, in seconds, the end of a run waits for what is queued and for `end`."""
         return 30.0
 
     def __init__(self, run: TrackedRun) -> None:
@@ -56,12 +56,13 @@ class Tracker:
 
         Args:
             values: finite numbers by name. Those of other stages than ppo bear the stage in their name.
-            step: of the stage; in ppo the policy version.
+            step: of the stage; in ppo the policy version after the update.
             wall_s: seconds since this attempt began.
         """
 
     def samples(self, rows: list[dict[str, Any]], *, stage: str, step: int) -> None:
-        """Prompts and completions with their scores, one a row; asked for every `logger.table_every` steps."""
+        """Prompts and completions with their scores, one a row; asked for every `logger.table_every` steps, which are those
+        of `log`. Of updates that only fit the value model all are step 0 of ppo."""
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
         """Where a result lies. It is large: keep the path, copy nothing."""
@@ -69,5 +70,10 @@ class Tracker:
     def alert(self, title: str, text: str) -> None:
         """An alarm has fired for the first time."""
 
+    def end(self, state: str) -> None:
+        """The end of the attempt, if it has started: done | failed | interrupted. A tool that shows no such thing overrides
+        `close` alone."""
+        self.close()
+
     def close(self) -> None:
-        """The end of the attempt, if it has started."""
+        """The same, however it ended."""

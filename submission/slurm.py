@@ -85,8 +85,9 @@ def whole(number: float | None) -> int:
 
 
 def commands(job: Job, script: str) -> dict[str, list[str]]:
-    """What each verb runs; `script` is the file that holds the batch script."""
+    """What each verb runs, and what lists the job while it waits or runs; `script` is the file with the batch script."""
     return {
+        "live": ["squeue", "--noheader", f"--name={job.id}", "--format=%i %T"],
         "submit": ["sbatch", script],
         "status": ["squeue", f"--name={job.id}", "--format=%i %T %M %R"],
         "logs": ["tail", "-n", "+1", "-F", f"{job.run_dir}/{LOG}"],

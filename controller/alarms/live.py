@@ -1,5 +1,6 @@
 """The alarms of a run that goes on, each told once."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ EVERY = 50
 class AlarmWatch:
     """Evaluates the alarms while a run goes on; each is told once."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._run = Run(Path(), config)
+    def __init__(self, config: dict[str, Any], earlier: Callable[[], list[dict[str, Any]]] = list) -> None:
+        """`earlier`: with the first line that is watched, those of the attempts before it, which a trend goes on from."""
+        self._run, self._earlier = Run(Path(), config), earlier
         self._told: set[str] = set()
 
     def new_alarms(self, row: dict[str, Any]) -> list[Alarm]:
         """The alarms that fire for the first time with this line of metrics.jsonl."""
         if row.get("stage") != "ppo":
             return []
+        if not self._run.metrics:
+            self._run.metrics += self._earlier()
         self._run.metrics.append(row)
         # They read the whole run each time. A fiftieth of it later costs the same at each step, however long it is.
         rows = len(self._run.metrics)
@@ -36,7 +40,13 @@ class AlarmWatch:
 
 def tell_alarms(log: RunLog, config: dict[str, Any], say: Callable[[Alarm], None]) -> None:
     """Let `say` and the trackers hear each alarm of the run that `log` records, once, when it first fires."""
-    watch = AlarmWatch(config)
+
+    def earlier() -> list[dict[str, Any]]:
+        """What the log holds of the loop, which has been cut to the commit by then, but for the line that has just come."""
+        rows = map(json.loads, log.lines_of("ppo")["metrics.jsonl"].split("\n")[:-1])
+        return [row for row in rows if row["stage"] == "ppo"][:-1]
+
+    watch = AlarmWatch(config, earlier)
 
     def observe(row: dict[str, Any]) -> None:
         for alarm in watch.new_alarms(row):

@@ -4,6 +4,7 @@ A threshold on one metric is a row of limits.yaml; whatever compares two metrics
 are first guesses from the literature and from runs of this project, not laws.
 """
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -15,6 +16,10 @@ from controller.record.evaluation import against_sft, judged_title
 from controller.record.number_text import bounds, compact, number, percent
 from controller.record.reader import Run
 from controller.record.run_log import TRACKER_FAULTS
+
+LEAST = 3 * WINDOW  # versions from which on their noise is known
+FALSE_ALARMS = 0.05  # share of the flat runs in which a trend is told at some time, at most
+NORMAL = statistics.NormalDist()
 
 
 def evaluate(run: Run) -> tuple[list[Alarm], list[str], list[str]]:
@@ -33,23 +38,37 @@ def evaluate(run: Run) -> tuple[list[Alarm], list[str], list[str]]:
     return alarms, silent, unknown
 
 
-def _windows(values: Sequence[float]) -> list[float]:
-    """Means over `WINDOW` neighbouring versions."""
-    return [statistics.fmean(values[i : i + WINDOW]) for i in range(len(values) - WINDOW + 1)]
+def _windows(values: Sequence[float], size: int = WINDOW) -> list[float]:
+    """Means over `size` neighbouring versions."""
+    return [statistics.fmean(values[i : i + size]) for i in range(len(values) - size + 1)]
 
 
-def _noise(values: Sequence[float]) -> float:
-    """Two standard errors of the difference of two window means, judged by how much neighbours differ."""
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the difference of two window means.
+
+    Noise makes a step undo the one before it, which a trend or a jump does not: its variance is the mean product of
+    neighbouring steps, with the sign turned. That is rough in a short run; the median step is less so, and 0 where most
+    versions are equal. The larger of both counts.
+    """
     steps = [b - a for a, b in pairwise(values)]
-    return 2 * statistics.pstdev(steps) / WINDOW**0.5
+    undone = -statistics.fmean(a * b for a, b in pairwise(steps))
+    typical = statistics.median(map(abs, steps)) / (math.sqrt(2) * NORMAL.inv_cdf(0.75))
+    return max(math.sqrt(max(undone, 0.0)), typical) * math.sqrt(2 / WINDOW)
+
+
+def _chance(values: Sequence[float]) -> float:
+    """What two window means differ by at most in all but a few of all flat runs, whichever two they are and however often
+    one looks: of w windows there are w² / 2 pairs, and one looks again with every line (a union bound)."""
+    windows = len(values) - WINDOW + 1
+    return -NORMAL.inv_cdf(FALSE_ALARMS / windows**3) * _error(values)
 
 
 def score_falls(run: Run) -> Iterator[Alarm]:
     """The score lost over 20% of what it had gained. A share of the score itself would mean nothing around zero."""
-    values = known_values(run, "reward/score_mean", 2 * WINDOW)
+    values = known_values(run, "reward/score_mean", LEAST)
     means = _windows(values)
     best, gain, loss = max(means), max(means) - means[0], max(means) - means[-1]
-    if gain > 0 and loss > 0.2 * gain and loss > _noise(values):
+    if gain > 0 and loss > 0.2 * gain and loss > _chance(values):
         yield Alarm(
             "alarm", "The score falls from its best",
             f"The mean score of {WINDOW} versions was {compact(best)} at its best and is {compact(means[-1])} at the end.",
@@ -82,7 +101,7 @@ def _score_and_gold(run: Run) -> list[tuple[float, float]]:
     gold = dict(run.curve("ppo", "reward/gold_mean"))
     pairs = [(score, gold.get(step)) for step, score in run.curve("ppo", "reward/score_mean")]
     known = [(s, g) for s, g in pairs if s is not None and g is not None]
-    if len(known) < 2 * WINDOW:
+    if len(known) < LEAST:
         raise NotMeasured("reward/gold_mean")
     return known
 
@@ -93,7 +112,7 @@ def over_optimised(run: Run) -> Iterator[Alarm]:
     score, gold = _windows([s for s, _ in known]), _windows([g for _, g in known])
     peak = gold.index(max(gold))
     fall = gold[peak] - gold[-1]
-    if fall > _noise([g for _, g in known]) and score[-1] > score[peak]:
+    if fall > _chance([g for _, g in known]) and score[-1] > score[peak]:
         yield Alarm(
             "alarm", "Over-optimisation: gold falls while the score rises",
             f"From its best the gold score fell by {compact(fall)}, while the learned score rose by "
@@ -109,7 +128,7 @@ def gold_stays(run: Run) -> Iterator[Alarm]:
     scores, golds = [s for s, _ in known], [g for _, g in known]
     score, gold = _windows(scores), _windows(golds)
     rise, followed = score[-1] - score[0], gold[-1] - gold[0]
-    if rise > _noise(scores) and followed <= _noise(golds) and not any(over_optimised(run)):
+    if rise > _chance(scores) and followed <= 2 * _error(golds) and not any(over_optimised(run)):
         yield Alarm(
             "alarm", "The score rises and gold does not follow",
             f"From the first to the last {WINDOW} versions the learned score rose by {compact(rise)}; the gold score "
@@ -142,14 +161,17 @@ def entropy_collapses(run: Run) -> Iterator[Alarm]:
 
 
 def length_moves(run: Run) -> Iterator[Alarm]:
-    """Mean length changed by over half within 50 versions."""
+    """Mean length changed by over half, and by more than noise, within 50 versions."""
     curve = [(step, value) for step, value in known_curve(run, "completion/len_mean") if value]
     if len(curve) < 2:
         raise NotMeasured("completion/len_mean")
+    values, size = [value for _, value in curve], min(WINDOW, len(curve) // 2)
+    chance = _chance(values) if len(values) >= LEAST else 0.0
+    means = [(step, mean) for (step, _), mean in zip(curve[size - 1 :], _windows(values, size), strict=True)]
     moves = []
-    for i, (step, value) in enumerate(curve):
-        before = next(v for s, v in curve[: i + 1] if s >= step - 50)
-        moves.append((value / before - 1, step))
+    for i, (step, mean) in enumerate(means):
+        before = next(m for s, m in means[: i + 1] if s >= step - 50)
+        moves.append((mean / before - 1 if abs(mean - before) > chance else 0.0, step))
     change, step = max(moves, key=lambda move: abs(move[0]))
     if abs(change) > 0.5:
         yield Alarm(

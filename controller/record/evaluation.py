@@ -69,8 +69,7 @@ def verdict_reason(evaluation: dict[str, Any]) -> str:
 
 def evaluation_metrics(evaluation: dict[str, Any], max_kl: float) -> dict[str, float]:
     """What is known of the judged model against SFT as flat metrics: gold_gain, proxy_gain, win_rate, kl, length_ratio,
-    objective,
-    pass_at_<k>.
+    objective, pass_at_<k>.
 
     Args:
         evaluation: the content of evaluation.json.

@@ -39,6 +39,7 @@ class Run:
     evaluation: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    wall_s: float | None = None  # of all attempts, those that were killed among them, by the times in the logs
 
     @property
     def name(self) -> str:
@@ -120,7 +121,8 @@ def read(run_dir: str | Path) -> Run:
     run = Run(path.resolve())
     run.metrics = _jsonl(run, "metrics.jsonl")
     run.samples = _jsonl(run, "samples.jsonl")
-    run.phases = _laid_end_to_end(_jsonl(run, "phases.jsonl"))
+    phases = _jsonl(run, "phases.jsonl")
+    run.phases, run.wall_s = _laid_end_to_end(phases), _wall_s(run.metrics, phases)
     stages = _json(run, "stages.json")
     run.stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     evaluation = _json(run, "evaluation.json")
@@ -198,3 +200,35 @@ def _laid_end_to_end(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         last_s = end_s + offset_s
         kept.append(row | {"start_s": start_s + offset_s, "end_s": last_s})
     return kept
+
+
+def _wall_s(metrics: list[dict[str, Any]], phases: list[dict[str, Any]]) -> float | None:
+    """The sum over attempts of the last moment that each has written down; None where there is none.
+
+    Times begin at zero with each attempt. A phase is written when it ends, so one that was killed has left nothing but lines
+    of metrics: a phase is of the last attempt that had a line of its stage before it ended.
+    """
+    begun, ends = [dict[str, float]()], [0.0]  # by attempt: when each stage has written first, and the last moment
+    for row in metrics:
+        wall_s = number(row.get("wall_s"))
+        if wall_s is None:
+            continue
+        if wall_s < ends[-1]:
+            begun.append({})
+            ends.append(0.0)
+        begun[-1].setdefault(str(row.get("stage")), wall_s)
+        ends[-1] = wall_s
+    attempt, before_s = 0, 0.0
+    for row in phases:
+        end_s, stage = number(row.get("end_s")), str(row.get("stage"))
+        if end_s is None:
+            continue
+        later = [i for i in range(attempt + 1, len(ends)) if begun[i].get(stage, math.inf) <= end_s]
+        if later:
+            attempt = later[-1]
+        elif end_s < before_s:  # an attempt without a line of metrics
+            attempt += 1
+            begun.insert(attempt, {})
+            ends.insert(attempt, 0.0)
+        ends[attempt], before_s = max(ends[attempt], end_s), end_s
+    return sum(ends) or None

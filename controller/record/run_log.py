@@ -28,6 +28,7 @@ from common.files.durable import replace_text
 from contracts.catalogue import catalogue
 from contracts.config import LoggerConfig
 from contracts.metrics import declared
+from controller.record.status_file import end_state
 from controller.record.tracker_thread import start_trackers
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "phases.jsonl")
@@ -174,11 +175,11 @@ class RunLog:
         finally:
             self._write("phases.jsonl", {"stage": stage, "phase": phase, "start_s": start_s, "end_s": self._wall_s()})
 
-    def close(self) -> None:
-        """End the trackers' runs, all at the same time, and close the files. Closing twice does nothing."""
+    def close(self, state: str = "done") -> None:
+        """End the trackers' runs in this state, all at the same time, and close the files. Closing twice does nothing."""
         if not self._files["metrics.jsonl"].closed:
             for tracker in self._trackers:
-                tracker.ask_to_end()
+                tracker.ask_to_end(state)
             for tracker in self._trackers:
                 tracker.join()
             self._flush_faults()
@@ -188,8 +189,8 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(end_state(kind))
 
     def _wall_s(self) -> float:
         return round(self._clock() - self._created, 3)

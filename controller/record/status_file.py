@@ -28,6 +28,15 @@ SILENT_S = 12 * BEAT_S  # without a heartbeat a running job counts as lost
 Waiting = tuple[str, float]  # what for, and for how many seconds
 
 
+def end_state(kind: type[BaseException] | None) -> str:
+    """How a run has ended that left with this kind of error, or with none."""
+    if kind is None:
+        return "done"
+    return (
+        "failed" if issubclass(kind, Exception) else "interrupted"
+    )  # SIGINT, or the SystemExit that Ray makes of SIGTERM
+
+
 class StatusFile:
     """Writes RUN/status.json: at once when the state changes, and every `BEAT_S` from a thread of its own."""
 
@@ -55,10 +64,7 @@ class StatusFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is not None:
-            interrupted = not issubclass(kind, Exception)  # SIGINT, or the SystemExit that Ray makes of SIGTERM
-            self.end("interrupted" if interrupted else "failed", error=f"{kind.__name__}: {error}")
-        self.end("done")
+        self.end(end_state(kind), **({"error": f"{kind.__name__}: {error}"} if kind is not None else {}))
 
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_s):

@@ -1,6 +1,6 @@
 """Trackers in threads behind queues, so that a slow, full or broken one never holds up a run.
 
-RunLog ── put, never waits ──> queue ──> thread: Tracker(run), log, samples, artifact, alert, close
+RunLog ── put, never waits ──> queue ──> thread: Tracker(run), log, samples, artifact, alert, end
 """
 
 import contextlib
@@ -53,6 +53,7 @@ class TrackerThread:
             tolerate=lambda action, error: self._faults.put((action, error)),
         )
         self._kind = kind
+        self._state = "done"
         self._end = 0.0  # until when, on the monotonic clock, `join` waits
         self._calls: queue.Queue[tuple[str, Callable[[Tracker], None]] | None] = queue.Queue(MOST_QUEUED)
         # A daemon: not even a call that hangs for ever keeps the process alive.
@@ -63,7 +64,11 @@ class TrackerThread:
         """One line of metrics.jsonl."""
         stage, step, wall_s = row["stage"], row["step"], row["wall_s"]
         values = {k: v for k, v in row.items() if k not in ("stage", "step", "wall_s") and v is not None}
-        if stage != "ppo":
+        if stage == "ppo":
+            step = int(
+                values.get("progress/version", step)
+            )  # `step` counts the updates that only fit the value model, too
+        else:
             # Both reward models log `reward_model/loss`; a tool has one name space, so the stage tells them apart.
             short = f"{stage.partition('/')[0]}/"
             values = {f"{stage}/{name.removeprefix(short)}": value for name, value in values.items()}
@@ -93,7 +98,9 @@ class TrackerThread:
             found.append(self._faults.get())
         return found
 
-    def ask_to_end(self) -> None:
+    def ask_to_end(self, state: str = "done") -> None:
+        """`state`: how the attempt ended, as `Tracker.end` gets it."""
+        self._state = state
         self._end = time.monotonic() + self._kind.close_s(self.run.logger)
         if self._thread.is_alive():
             with contextlib.suppress(queue.Full):  # the thread hangs: what is left of the time it has
@@ -126,7 +133,7 @@ class TrackerThread:
             except Exception as error:
                 self._faults.put((action, error))
         try:
-            tracker.close()
+            tracker.end(self._state)
         except Exception as error:
             self._faults.put(("finish", error))
 

@@ -85,7 +85,7 @@ def _table(members: list[Member], folder: Path) -> Markup:
             "settings": [_shown(member.settings.get(key)) for key in keys],
             "length_ratio": number(member.comparison("length_ratio")),
             "verdict": verdict_state(member.run.evaluation),
-            "wall_s": max((number(phase.get("end_s")) or 0.0 for phase in member.run.phases), default=None),
+            "wall_s": member.run.wall_s,
         }
         rows.append((member, row))
     return COMPARISON.members(rows, _short(keys), f"{PENALTY:g}")

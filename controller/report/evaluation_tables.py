@@ -5,7 +5,7 @@ from typing import Any
 from markupsafe import Markup
 
 from controller.alarms import rules
-from controller.alarms.alarm import known_values
+from controller.alarms.alarm import known_curve
 from controller.record.evaluation import (
     against_sft,
     judged_model,
@@ -72,13 +72,19 @@ def key_numbers(run: Run) -> Markup | str:
         version = scores[-1][0]
         note = f"of {planned:.0f} planned" if planned and version < planned else "policy updates"
         tiles.append((version, ("Policy version", f"{version:.0f}", "", note)))
-    wall = max((row["end_s"] for row in run.phases), default=None)
-    wall = wall or max((number(row.get("wall_s")) or 0.0 for row in run.metrics), default=None)
-    speed = known_values(run, "perf/gen_tokens_per_s")
-    note = f"{sum(speed) / len(speed):.0f} tok/s sampled" if speed else ""
-    tiles.append((wall, ("Wall time", duration(wall), "", note)))
+    speed = _tokens_per_s(run)
+    note = f"{speed:.0f} tok/s sampled" if speed is not None else ""
+    tiles.append((run.wall_s, ("Wall time", duration(run.wall_s), "", note)))
     shown = [tile for value, tile in tiles if number(value) is not None]
     return RUN.numbers(shown) if shown else ""
+
+
+def _tokens_per_s(run: Run) -> float | None:
+    """Tokens over seconds of all updates that have both."""
+    times = dict(run.curve("ppo", "perf/generate_s"))
+    pairs = [(times.get(version), speed) for version, speed in known_curve(run, "perf/gen_tokens_per_s")]
+    known = [(time, speed) for time, speed in pairs if time]
+    return sum(time * speed for time, speed in known) / sum(time for time, _ in known) if known else None
 
 
 def models(run: Run) -> Markup:
@@ -98,7 +104,6 @@ def _comparisons(run: Run) -> list[tuple[str, list[Row], float | None, int]]:
     for key, title, css in (
         (f"{name}_vs_sft", f"{judged_title(run.evaluation)} against SFT", "ppo"),
         ("base_vs_sft", "Base against SFT", "base"),
-        ("sft_vs_base", "SFT against base", "sft"),
     ):
         values = compared.get(key)
         if not isinstance(values, dict):

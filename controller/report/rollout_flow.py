@@ -6,7 +6,6 @@ from contracts.catalogue import catalogue
 from contracts.metrics import declared
 from controller.record.number_text import number
 from controller.record.reader import Run
-from controller.record.run_log import TRACKER_FAULTS
 from controller.report.curves import RUN, Chart, described
 from controller.report.svg import Series, line_chart
 
@@ -20,8 +19,7 @@ CHARTS: tuple[Chart, ...] = (
     ),
 )
 FATES = ("admitted", "trained", "quarantined", "filtered", "released", "fenced", "open")
-COUNTED = ("fault/actors_lost", "fault/actors_not_started")  # from the start of the run
-FAULTS = (*COUNTED, "fault/actors_without_update", "fault/unscored", "fault/no_sibling")
+OF_A_STEP = ("fault/actors_without_update", "fault/unscored", "fault/no_sibling")  # the others count from some start on
 
 
 def rollouts(run: Run) -> Markup | str:
@@ -40,18 +38,17 @@ def rollouts(run: Run) -> Markup | str:
 
 
 def _faults(run: Run) -> dict[str, float]:
-    """Totals: counters of a step are summed, those that count from the start are taken at their end."""
-    names, cumulative, totals = dict.fromkeys(FAULTS), {*COUNTED}, dict[str, float]()
+    """Totals of every fault that was met. What counts from the start of a driver begins anew with the next one."""
+    totals, last = dict[str, float](), dict[str, float]()
     for row in run.metrics:
-        if row.get("stage") == TRACKER_FAULTS:
-            of_trackers = [name for name in row if name.startswith("fault/")]
-            names |= dict.fromkeys(of_trackers)
-            cumulative.update(of_trackers)
-        for name in names:
-            if value := number(row.get(name)):
-                before = totals.get(name, 0.0)
-                totals[name] = max(before, value) if name in cumulative else before + value
-    return totals
+        for name in row:
+            value = number(row[name]) if name.startswith("fault/") else None
+            if value is None:
+                continue
+            before = last.get(name, 0.0) if name not in OF_A_STEP else 0.0
+            totals[name] = totals.get(name, 0.0) + (value - before if value >= before else value)
+            last[name] = value
+    return {name: total for name, total in totals.items() if total}
 
 
 def _meaning(name: str) -> str:

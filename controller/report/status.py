@@ -9,10 +9,12 @@ from statistics import median
 from controller.alarms.rules import evaluate
 from controller.record.number_text import MISSING, number, spoken
 from controller.record.reader import ReportError, Run, load, runs_in
+from controller.record.run_log import TRACKER_FAULTS, names_in_logs
 from controller.record.status_file import Status, read_status
 from controller.record.terminal import format_update
 from controller.report.rendering import printable
 
+LOOP = names_in_logs("ppo")
 OVERDUE = 3  # median steps without a new version before it is an alarm
 
 
@@ -34,6 +36,8 @@ def lines_of(run_dir: Path) -> list[str]:
     if run.phases and status.state in ("running", "lost"):
         done = run.phases[-1]
         out.append(f"finished last: {done.get('stage')}: {done.get('phase')}")
+    if _is_before_the_loop(run):  # lines of the loop that are there are an earlier attempt's
+        run.metrics = [row for row in run.metrics if row.get("stage") not in LOOP]
     out += _progress(run, status)
     if run.objective is not None:
         out.append(f"objective {run.objective:+.3f} (gold gain at bounded KL)")
@@ -60,9 +64,15 @@ def _since(then: float | None) -> str:
     return MISSING if then is None else spoken(max(0.0, time.time() - then))
 
 
+def _is_before_the_loop(run: Run) -> bool:
+    """Whether the last line is of a stage that comes before it."""
+    stages = [row.get("stage") for row in run.metrics if row.get("stage") not in ("evaluate", TRACKER_FAULTS)]
+    return bool(stages) and stages[-1] not in LOOP
+
+
 def _progress(run: Run, status: Status) -> list[str]:
     """The last line of the log in words, and whether the next one is overdue."""
-    ppo = [row for row in run.metrics if row.get("stage") in ("ppo", "value_warmup")]
+    ppo = [row for row in run.metrics if row.get("stage") in LOOP]
     if not ppo:
         return [f"stage {run.metrics[-1].get('stage')}, step {run.metrics[-1].get('step')}"] if run.metrics else []
     planned = number(run.setting("ppo.updates"))
@@ -75,7 +85,8 @@ def _progress(run: Run, status: Status) -> list[str]:
     if last.get("fleet/joined") or last.get("fleet/left"):
         out.append("actors {fleet/actors:.0f}; joined {fleet/joined:.0f}, left {fleet/left:.0f}".format_map(last))
     steps = [value for row in ppo if (value := number(row.get("perf/step_s"))) is not None]
-    silent_s = time.time() - (run.path / "metrics.jsonl").stat().st_mtime
+    written = (run.path / "metrics.jsonl").stat().st_mtime
+    silent_s = time.time() - max(written, status.facts.get("started") or 0.0)  # another attempt may have written last
     if running and run.metrics[-1] is ppo[-1] and steps and silent_s > OVERDUE * median(steps):
         out.append(
             f"ALARM: No new version for {spoken(silent_s)}, over {OVERDUE} times the median step ({spoken(median(steps))}). "

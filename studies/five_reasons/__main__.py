@@ -2,20 +2,13 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 
+from common.files.durable import replace_text
 from studies.five_reasons.charts import forest
 from studies.five_reasons.registration import StudyError
 from studies.five_reasons.results import NAME, as_json, study_of
 from studies.five_reasons.study_page import study_page
-
-
-def write(path: Path, text: str) -> None:
-    """A browser that reloads never sees half a page."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,10 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
         study = study_of(given.directory, given.tuning)
     except StudyError as error:
         raise SystemExit(f"study: {error}") from error
-    write(given.directory / NAME, json.dumps(as_json(study), indent=1) + "\n")
-    write(given.directory / "study.svg", forest(study, alone=True) + "\n")
+    replace_text(given.directory / NAME, json.dumps(as_json(study), indent=1) + "\n")
+    replace_text(given.directory / "study.svg", forest(study, alone=True) + "\n")
     target = given.directory / "study.html"
-    write(target, study_page(study))
+    replace_text(target, study_page(study))
     for finding in study.claims:
         low, high = finding.interval
         print(

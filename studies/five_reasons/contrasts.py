@@ -42,10 +42,14 @@ class Estimate:
     missing: str = ""
     error: tuple[float, float] | None = None  # `crossed_error`, from two seeds on
 
+    @property
+    def _known(self) -> FloatArray:
+        return self.draws[np.isfinite(self.draws)]
+
     def interval(self, level: float) -> tuple[float, float]:
         """At this confidence level, from the lower of both lower ends to the higher of both higher ones: those of the
         percentiles of the draws and of the t interval over seeds, where there is one; NaN without data."""
-        known = self.draws[np.isfinite(self.draws)]
+        known = self._known
         if known.size == 0:
             return math.nan, math.nan
         low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
@@ -58,7 +62,7 @@ class Estimate:
     def p_value(self) -> float:
         """Two-sided, of no difference: twice the share of draws on the other side of 0, never quite 0, or that of the t
         interval where it is larger; 1 without data."""
-        known = self.draws[np.isfinite(self.draws)]
+        known = self._known
         if known.size == 0:
             return 1.0
         below, above = (known <= 0).sum(), (known >= 0).sum()

@@ -10,7 +10,7 @@ import numpy as np
 
 from contracts.estimators import find_estimator
 from controller.record.evaluation import judged_model
-from controller.record.number_text import number
+from controller.record.number_text import number, percent
 from controller.record.reader import ReportError, Run, is_run, read
 from controller.record.status_file import read_status
 from studies.five_reasons.registration import Check, Diverged, StudyError
@@ -67,15 +67,20 @@ class Member:
         return float(np.mean(known[-WINDOW:])) if known else None
 
     def missed_checks(self, checks: Sequence[Check]) -> list[str]:
-        """What it should have done and has not, of the checks of its arm; empty where it has no numbers at all."""
+        """What it should have done and has not, of the checks of its arm, or of which nobody knows whether it has; empty
+        where it was not judged and has no numbers."""
         found = self.run.stage("preference").get("metrics") or {}
         low, sft = number(found.get("accuracy_low")), number(found.get("sft_accuracy"))
-        return [
-            f"{self.arm}, seed {self.seed}, orders {found['accuracy']:.1%} of held-out pairs (at least {low:.1%}), SFT "
-            f"{sft:.1%}: the check asks for {check.pairs_over_sft:.0%} more than SFT"
-            for check in checks
-            if check.arm == self.arm and low is not None and sft is not None and low - sft < check.pairs_over_sft
-        ]
+        name, missed = f"{self.arm}, seed {self.seed}", []
+        for check in (check for check in checks if check.arm == self.arm):
+            asked = f"the check asks for {check.pairs_over_sft:.0%} more than SFT"
+            if low is None or sft is None:
+                if self.is_judged:
+                    missed.append(f"{name}, does not say how many held-out pairs it and SFT order right: {asked}")
+            elif low - sft < check.pairs_over_sft:
+                share = percent(found.get("accuracy"), 1)
+                missed.append(f"{name}, orders {share} of held-out pairs (at least {low:.1%}), SFT {sft:.1%}: {asked}")
+        return missed
 
     @property
     def constraint(self) -> str:
@@ -88,9 +93,11 @@ class Member:
         return f"score {score:.2f}, target {target:g} {'reached' if score >= target else 'missed'}; lambda {multiplier:.1f}"
 
     def divergence(self, limits: Diverged) -> list[str]:
-        """Why this member counts as diverged; empty where it does not."""
+        """Why this member counts as diverged, as one that was judged does where a number is not known; empty where it does
+        not."""
         kl, ended, distinct = self.drift, self.mean("own", "ended"), self.evaluated("own", "distinct_2")
-        found = []
+        known = {"drift": kl, "share that ends": ended, "distinct-2": distinct}
+        found = [f"{name} is not known" for name, value in known.items() if value is None and self.is_judged]
         if kl is not None and kl > limits.max_kl:
             found.append(f"drift of {kl:.1f} nats > {limits.max_kl:g}")
         if ended is not None and ended < limits.min_eos_share:

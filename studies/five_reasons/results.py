@@ -158,11 +158,17 @@ def judge_claims(members: Sequence[Member], found: dict[str, Any] | None, plan: 
             first, second = claim.contrast
             wins = length_matched_wins(members, first, second, plan)
         rows = [(contrast, of(contrast, claim)) for contrast in claim.secondary]
-        few = claim.metric != "negation_auc" and 0 < len(primary.seeds) < (claim.seeds or plan.seeds)
+        few = claim.metric != "negation_auc" and _is_less_than_planned(primary, claim, plan)
         wide = primary.interval(1 - plan.alpha / len(plan.claims))
         conclusion = verdict(primary.interval(1 - level), wide, claim.margin)
         findings.append(Finding(claim, primary, level, conclusion, rows, wins, few))
     return findings
+
+
+def _is_less_than_planned(found: Estimate, claim: Claim, plan: Preregistration) -> bool:
+    """Whether fewer seeds or fewer held-out prompts have been judged than were registered."""
+    prompts = found.prompts + found.left_out
+    return bool(found.seeds) and (len(found.seeds) < (claim.seeds or plan.seeds) or prompts < (plan.prompts or 0))
 
 
 def _arm(name: str, members: Sequence[Member], plan: Preregistration) -> Arm:

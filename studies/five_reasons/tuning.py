@@ -39,7 +39,7 @@ class Tried:
     state: str
     gain: float | None
     drift: float | None  # `Member.drift`
-    objective: float | None
+    objective: float | None  # none without gain or drift
     missed: list[str] = field(default_factory=list)  # checks of its arm: such a setting is not chosen
     diverged: list[str] = field(default_factory=list)  # such a setting is chosen where all others diverged too
     source: str = ""  # the directory of its run's sweep, or the study.json that it was read from
@@ -101,7 +101,7 @@ def _run(directory: Path, plan: Preregistration) -> list[Tried]:
         own, sft, drift = member.mean("own", "gold"), member.mean("sft", "gold"), member.drift
         gain = own - sft if own is not None and sft is not None else None
         bound = number(member.run.setting("evaluate.max_kl")) or math.inf
-        objective = None if gain is None else gain - PENALTY * max(0.0, (drift or 0.0) - bound)
+        objective = None if gain is None or drift is None else gain - PENALTY * max(0.0, drift - bound)
         keys = _swept(member.run) or [TUNED.get(str(member.run.setting("method") or "ppo"), "")]
         row = Tried(
             arm=member.arm,

@@ -54,7 +54,7 @@ def trained(run: Run) -> list[dict[str, Any]]:
     return [
         {
             **{name: value for name, value in row.items() if not name.startswith(OF_THE_FLEET)},
-            "samples": [sample for sample in samples if sample["step"] == row["step"]],
+            "samples": [sample for sample in samples if sample["step"] == row["progress/version"]],
         }
         for row in run.metrics
     ]

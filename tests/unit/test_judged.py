@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from contracts.config import TandemConfig
+from contracts.config import LoggerConfig, TandemConfig
 from controller.alarms.rules import loses_to_sft
 from controller.pipeline.pipeline import set_aside_reports
 from controller.pipeline.summary import summary_rows
 from controller.record.evaluation import against_sft, judged_model, judged_title, objective
 from controller.record.reader import Run, load, read
+from controller.record.run_log import RunLog
 from controller.report.members import members_of
 from controller.report.run_page import run_page
 from tests.unit.test_report import invented_evaluation, write_run
@@ -131,9 +132,13 @@ def test_the_alarm_names_the_method() -> None:
 def test_a_new_attempt_does_not_show_what_another_has_found_out(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps(of_method("dpo")))
     said: list[str] = []
-    set_aside_reports(tmp_path, said.append)
+    log = RunLog(tmp_path, {}, LoggerConfig(wandb="disabled"), "pipeline", attempt=2)
+    log.samples([{"stage": stage, "step": 1} for stage in ("ppo", "evaluate")])
+    set_aside_reports(tmp_path, log, said.append)
     assert read(tmp_path).evaluation == {}
+    assert [row["stage"] for row in read(tmp_path).samples] == ["ppo"]
     assert said == ["evaluation.json of an earlier attempt is evaluation.before.json now"]
     assert json.loads((tmp_path / "evaluation.before.json").read_text()) == of_method("dpo")
-    set_aside_reports(tmp_path, said.append)
+    set_aside_reports(tmp_path, log, said.append)
+    log.close()
     assert len(said) == 1

@@ -216,3 +216,19 @@ def test_an_alarm_is_told_once_when_it_first_fires(tmp_path, disabled):
             log.log("sft", version, {"policy/clipfrac": 0.9})
     assert [alarm.title for alarm in told] == ["Much of every batch is clipped"]
     assert "first at version 1" in told[0].finding
+
+
+def test_a_trend_goes_on_from_the_attempts_before(tmp_path, disabled):
+    """The score has risen to 1 in the first attempt, is taken back to the commit of version 30, and falls in the second."""
+    told = []
+    for attempt, scores in ((1, [0.0] * 5 + [1.0] * 30), (2, [0.5] * 5)):
+        with RunLog(tmp_path, {}, disabled, "ppo", attempt=attempt) as log:
+            tell_alarms(log, {}, told.append)
+            if attempt == 2:
+                log.cut("ppo", {"metrics.jsonl": 31})
+            for version, score in enumerate(scores, 0 if attempt == 1 else 30):
+                if version == 0:
+                    log.log("value_warmup", 0, {"reward/score_mean": 9.0, "progress/version": 0})
+                log.log("ppo", version + 1, {"reward/score_mean": score, "progress/version": version})
+    assert [alarm.title for alarm in told] == ["The score falls from its best"]
+    assert "was 1.00 at its best" in told[0].finding

@@ -11,10 +11,11 @@ import pytest
 
 from controller.alarms.rules import evaluate
 from controller.record.number_text import compact, num
-from controller.record.reader import ReportError, Run, load
+from controller.record.reader import ReportError, Run, load, read
 from controller.report import svg
 from controller.report.__main__ import main
 from controller.report.curves import ppo_curves
+from controller.report.evaluation_tables import key_numbers
 from controller.report.run_page import render
 from controller.report.samples import chosen, during_ppo, side_by_side
 
@@ -470,6 +471,34 @@ def test_a_later_line_for_the_same_step_counts_and_resumed_phases_move_on(tmp_pa
     assert [(row["start_s"], row["end_s"]) for row in run.phases] == [(0, 10), (10, 20), (20, 25), (25, 28)]
 
 
+def attempt(stage: str, *times: float) -> list[dict]:
+    return [{"stage": stage, "step": i, "wall_s": t, "a": 1.0} for i, t in enumerate(times)]
+
+
+def phase(stage: str, end_s: float) -> dict:
+    return {"stage": stage, "phase": "x", "start_s": 0.0, "end_s": end_s}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "phases", "wall_s"),
+    [
+        # Killed at 1000 s while PPO ran, before its phase had an end; the second attempt is done at 890 s.
+        ([*attempt("sft", 10, 90), *attempt("ppo", 110, 1000), *attempt("ppo", 5, 790)],
+         [phase("sft", 100), phase("ppo", 890)], 1890),
+        ([*attempt("ppo", 50, 100), *attempt("ppo", 5, 790)], [phase("ppo", 890)], 990),  # killed at 100 s
+        ([*attempt("sft", 10, 290), *attempt("ppo", 310, 400), *attempt("ppo", 50)], [phase("sft", 300)], 450),  # goes on
+        (attempt("ppo", 5, 60), [phase("ppo", 70), phase("evaluate", 95)], 95),  # one attempt
+        ([], [phase("sft", 100), phase("sft", 30), phase("ppo", 40)], 140),
+        (attempt("sft", 5, 60, 20), [], 80),
+        ([], [], None),
+    ],
+)  # fmt: skip
+def test_the_wall_time_is_of_all_attempts(metrics, phases, wall_s, tmp_path):
+    jsonl(tmp_path / "metrics.jsonl", metrics)
+    jsonl(tmp_path / "phases.jsonl", phases)
+    assert read(tmp_path).wall_s == wall_s
+
+
 def test_ppo_is_drawn_over_its_version_where_the_row_says_it():
     rows = [{"stage": "ppo", "step": i + 2, "progress/version": i + 1, "a": float(i)} for i in range(2)]
     rows.append({"stage": "sft", "step": 7, "a": 0.5})
@@ -495,6 +524,14 @@ def test_an_evaluation_without_a_verdict_says_so(tmp_path):
     text = " ".join(parsed(render(run)).texts)
     assert "No verdict yet" in text
     assert "without a gold judge" in text
+
+
+def test_the_speed_of_a_run_is_its_tokens_over_its_seconds():
+    """1000 tokens in 1 s and 1000 in 9 s are 200 a second, not 555; an update without a time counts for nothing."""
+    speed, times = [1000.0, 1000 / 9, 5.0], [1.0, 9.0, None]
+    assert "200 tok/s sampled" in key_numbers(
+        Run(Path("x"), metrics=ppo_run(perf__gen_tokens_per_s=speed, perf__generate_s=times).metrics, wall_s=12.0)
+    )
 
 
 def test_samples_are_chosen_by_gain():

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from controller.alarms.live import AlarmWatch
@@ -71,6 +72,20 @@ def test_faults_of_steps_add_up_and_counters_do_not() -> None:
     assert "sibling</td>" not in text
 
 
+def test_every_fault_is_on_the_page_and_counts_on_from_driver_to_driver() -> None:
+    """The first driver met 2 restarts of the learner and a failed commit, the second began at 0 and met one of each."""
+    met = [(1.0, 0.0, 0.0), (2.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 1.0, 2.0)]
+    names = ("fault/learner_restarts", "fault/commits_failed", "fault/actors_silent")
+    run = run_of(0, versions=4, **{"fault/rollouts_hedged": 4.0})
+    run.metrics = [row | dict(zip(names, values, strict=True)) for row, values in zip(run.metrics, met, strict=True)]
+    run.metrics += [{"stage": "faults", "step": n, "fault/wandb": n} for n in (1, 2, 1)]
+    text = rollout_flow.rollouts(run)
+    totals = {"learner_restarts": 3, "commits_failed": 2, "actors_silent": 3, "rollouts_hedged": 4, "wandb": 3}
+    for name, total in totals.items():
+        assert f'<code>fault/{name}</code></td><td class="num">{total}</td>' in text
+    assert "No fault was met" not in text
+
+
 def test_the_contents_name_only_what_is_there() -> None:
     run = run_of(1)
     assert 'href="#rollouts"' in run_page(run)
@@ -86,3 +101,45 @@ def test_a_long_run_is_looked_at_less_often_and_an_alarm_comes_all_the_same() ->
     assert [watch.new_alarms(row(v, 0.9)) for v in range(1, 200)] == [[]] * 199
     told = [alarm.title for v in range(200, 230) for alarm in watch.new_alarms(row(v, 0.1))]
     assert told == ["Stale rollouts count for little"]
+
+
+def watched(versions: int, **curves: np.ndarray) -> list[tuple[int, str]]:
+    """(version, title) of what is told of a run; `reward__score_mean` stands for `reward/score_mean`."""
+    watch, told = AlarmWatch({}), []
+    for v in range(versions):
+        row = {"stage": "ppo", "step": v, "progress/version": v}
+        row |= {name.replace("__", "/"): float(values[v]) for name, values in curves.items()}
+        told += [(v, alarm.title) for alarm in watch.new_alarms(row)]
+    return told
+
+
+@pytest.mark.parametrize(("versions", "runs"), [(32, 100), (150, 10)])
+def test_flat_noise_tells_of_nothing(versions: int, runs: int) -> None:
+    """In at most 5% of the runs, although each is looked at with every line. By two standard errors of two windows a fall
+    would be told in 61% of those of 32 versions."""
+    rng, told = np.random.default_rng(5), 0
+    for _ in range(runs):
+        score, gold, length = rng.normal((0.3, 0.2, 30.0), (0.1, 0.1, 3.0), (versions, 3)).T
+        told += bool(watched(versions, reward__score_mean=score, reward__gold_mean=gold, completion__len_mean=length))
+    assert told <= 0.05 * runs
+
+
+def test_one_version_of_another_length_is_no_move() -> None:
+    length = np.random.default_rng(6).normal(30.0, 2.0, 40)
+    length[25] = 60.0
+    assert watched(40, completion__len_mean=length) == []
+    length[25:] *= 2
+    [(version, title)] = watched(40, completion__len_mean=length)
+    assert (title, version <= 30) == ("Completions got much longer", True)
+
+
+def test_a_real_fall_and_over_optimisation_are_told_soon() -> None:
+    rng = np.random.default_rng(7)
+    rise = np.minimum(np.arange(60) / 30, 1.0)  # for 30 versions
+    fall = np.where(np.arange(60) < 40, rise, 0.3)
+    score, gold = rise + rng.normal(0, 0.08, 60), fall + rng.normal(0, 0.08, 60)
+    [(version, title)] = watched(60, reward__score_mean=gold)
+    assert (title, 40 <= version <= 44) == ("The score falls from its best", True)
+    climbs = score + np.arange(60) / 60
+    [(version, title)] = watched(60, reward__score_mean=climbs, reward__gold_mean=gold)
+    assert (title, 40 <= version <= 44) == ("Over-optimisation: gold falls while the score rises", True)

@@ -75,6 +75,21 @@ def test_the_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = time.time() - 31
     os.utime(tmp_path / "metrics.jsonl", (old, old))
     assert "ALARM: No new version for 31 s" in "\n".join(lines_of(tmp_path))
+    # A run that was resumed a moment ago has not been silent for as long as it did not run.
+    facts = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps(facts | {"started": time.time() - 20}))
+    assert "No new version" not in "\n".join(lines_of(tmp_path))
+
+
+def test_a_run_that_is_not_in_the_loop_says_nothing_of_the_loop_of_an_earlier_attempt(tmp_path: Path) -> None:
+    running(tmp_path, os.getpid(), 2.0)
+    earlier = [{"stage": "ppo", "step": v, "progress/version": v, "policy/clipfrac": 0.4} for v in range(3)]
+    jsonl(tmp_path / "metrics.jsonl", [*earlier, {"stage": "sft", "step": 7}])
+    assert lines_of(tmp_path)[1:] == ["stage sft, step 7"]
+    # What comes after the loop, and what a tracker meets, is no earlier stage.
+    for later in ("value_warmup", "evaluate", "faults"):
+        jsonl(tmp_path / "metrics.jsonl", [*earlier, {"stage": later, "step": 7}])
+        assert "ALARM: Much of every batch is clipped" in "\n".join(lines_of(tmp_path))
 
 
 def test_text_of_a_run_is_nothing_that_a_terminal_obeys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from studies.five_reasons.contrasts import (
 )
 from studies.five_reasons.members import Member
 from studies.five_reasons.registration import PREREGISTRATION, Bootstrap, Contrast, parse
+from studies.five_reasons.results import judge_claims
 
 PLAN = parse(PREREGISTRATION.read_text())
 BOOTSTRAP = Bootstrap(samples=4000, seed=3)
@@ -29,9 +30,12 @@ BOOTSTRAP = Bootstrap(samples=4000, seed=3)
 def member(
     arm: str, seed: int, own: dict[int, float] | None, sft: dict[int, float] | None = None, **more: Any
 ) -> Member:
-    """A run whose completions have these gold scores by prompt; none where `own` is None: it failed."""
+    """A run whose completions have these gold scores by prompt, and that has learnt to rank; none where `own` is None: it
+    failed."""
     judged = {} if own is None else {"own": {"gold": own, **more}, "sft": {"gold": sft or dict.fromkeys(own, 0.0)}}
-    return Member(arm, seed, Run(Path(arm)), "failed" if own is None else "done", scores=judged)
+    ranks = {"name": "preference", "metrics": {"accuracy": 0.7, "accuracy_low": 0.68, "sft_accuracy": 0.5}}
+    run = Run(Path(arm), stages=[ranks] if judged else [])
+    return Member(arm, seed, run, "failed" if own is None else "done", scores=judged)
 
 
 def against(first: str, second: str) -> Contrast:
@@ -252,6 +256,41 @@ def test_a_member_that_misses_its_check_counts_as_one_that_failed() -> None:
     assert missing.startswith(
         "no evaluation of every arm in seeds 3; rank, seed 3, orders 56.0% of held-out pairs (at least"
     )
+
+
+@pytest.mark.parametrize("name", ["accuracy_low", "sft_accuracy"])
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_a_judged_member_whose_check_is_not_known_has_missed_it(name: str, value: float | None) -> None:
+    judged, failed = member("rank", 1, {1: 1.0, 2: 2.0}), member("rank", 2, None)
+    assert judged.missed_checks(PLAN.checks) == failed.missed_checks(PLAN.checks) == []
+    judged.run.stages[0]["metrics"][name] = value
+    [missed] = judged.missed_checks(PLAN.checks)
+    assert missed.startswith("rank, seed 1, does not say how many held-out pairs")
+    judged.run.stages = []
+    assert judged.missed_checks(PLAN.checks) == [missed]
+
+
+def test_a_judged_member_counts_as_diverged_where_nobody_knows() -> None:
+    judged = member("ppo", 1, {1: 1.0}, kl={1: 4.0}, ended={1: 1.0})
+    judged.run.evaluation = {"models": {"ppo": {"distinct_2": 0.8}}}
+    assert judged.divergence(PLAN.diverged) == []
+    judged.scores["own"]["kl"] = {1: math.nan}
+    assert judged.divergence(PLAN.diverged) == ["drift is not known"]
+    assert member("ppo", 1, {1: 1.0}).divergence(PLAN.diverged) == [
+        "drift is not known", "share that ends is not known", "distinct-2 is not known"
+    ]  # fmt: skip
+    assert member("ppo", 1, None).divergence(PLAN.diverged) == []  # it has no numbers to judge by
+
+
+def test_a_verdict_on_fewer_prompts_than_registered_is_preliminary() -> None:
+    """Three of 60 prompts have no score somewhere: they were judged all the same."""
+    scores = {p: float(p) for p in range(60)}
+    members = [member(arm, seed, scores | ({0: math.nan, 1: math.nan, 2: math.nan} if arm == "ppo" else {}))
+               for arm in ("ppo", "rank") for seed in (1, 2, 3)]  # fmt: skip
+    for prompts, expected in ((None, False), (60, False), (61, True)):
+        plan = PLAN.model_copy(update={"prompts": prompts})
+        assert judge_claims(members, None, plan)[0].is_preliminary is expected
+    assert judge_claims(members[:2], None, PLAN)[0].is_preliminary is False  # nothing was judged: there is no verdict
 
 
 def test_wins_at_equal_length() -> None:

@@ -153,6 +153,18 @@ def test_of_settings_that_diverged_none_is_chosen_where_one_did_not(tmp_path: Pa
         assert [row.setting for row in rows if row.is_best] == [best]
 
 
+def test_a_setting_whose_drift_is_not_known_is_not_chosen(tmp_path: Path) -> None:
+    """It would cost nothing: upper gains more than lower, and says nothing of how far it went for that."""
+    for number, setting in enumerate(("lower", "upper")):
+        make_member(tmp_path, number, "ppo", 100, setting=setting)
+    path = tmp_path / "1-arm=ppo,ppo.seed=100,tuning=upper/samples.jsonl"
+    path.write_text(path.read_text().replace('"kl": 4.0', '"kl": null'))
+    rows = tuned([tmp_path], [], study_plan())
+    assert [(row.setting, row.objective is None, row.is_best) for row in rows] == [
+        ("lower", False, True), ("upper", True, False)
+    ]  # fmt: skip
+
+
 # ---- a sweep in pieces
 
 

@@ -184,6 +184,48 @@ def test_verbs_say_what_they_want(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["resume", "stop"])
+def test_what_a_written_script_has_settled_is_not_taken_for_changed(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submission.job, "RECORDS", tmp_path)
+    ran: list[list[str]] = []
+    monkeypatch.setattr(submit, "run", lambda command: ran.append(command) or 0)
+    for kind, override in ((Slurm, "target.time=4:00:00"), (KubeRay, "target.retries=2")):
+        job = Job(f"demo-{kind.__name__}", [], "/shared/run", kind())
+        job.record()
+        assert submit.main([verb, job.id, override]) == 2
+        assert (
+            f"{override} is nothing that {verb} can change with target={kind.__name__.lower()}"
+            in capsys.readouterr().err
+        )
+        assert ran == []
+    assert submit.main(["status", job.id]) == 0
+    assert ran == [["kubectl", "--namespace=default", "get", "rayjob", job.id]]
+
+
+@pytest.mark.parametrize(
+    ("squeue", "said"),
+    [
+        ("echo '4711 RUNNING'", "demo is there (4711 RUNNING): python submit.py stop demo, and wait for its end"),
+        ("echo down >&2; exit 1", "does not say whether demo still runs: down"),
+        ("exit 0", ""),
+    ],
+)
+def test_a_job_that_is_there_is_not_sent_a_second_time(
+    squeue: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submission.job, "RECORDS", tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name, text in {"squeue": squeue, "sbatch": f"echo sent >>{tmp_path}/log"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    Job("demo", [], "/shared/run", Slurm()).record()
+    assert submit.main(["resume", "demo"]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "log").exists() is not bool(said)
+
+
 def documented() -> list[list[str]]:
     """The words of each `python submit.py` in the documentation."""
     text = (ROOT / "docs/submission.md").read_text() + (ROOT / "README.md").read_text()
@@ -334,7 +376,7 @@ class Jobs:
 
 
 def test_what_another_machine_has_sent_is_resumed_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("submission.job.RECORDS", tmp_path)
+    monkeypatch.setattr(submission.job, "RECORDS", tmp_path)
     cluster = object.__new__(Cluster)
     cluster.client, cluster.target = Jobs(["stage=sft", "checkpoint.resume=never"]), RayJobs(address="http://a:1")  # type: ignore[assignment]
     job = cluster.resume("a-job")

@@ -1,5 +1,6 @@
 """Trackers are read back by their own libraries, and none holds up a run: whatever it does, the run's files are whole."""
 
+import contextlib
 import json
 import os
 import re
@@ -243,6 +244,51 @@ def test_a_tracker_of_another_package(environment: pytest.MonkeyPatch, tmp_path:
         "ppo,2,reward/score_mean,0.5",
         "ppo,2,progress/version,2",
     ]
+
+
+def test_an_attempt_ends_in_its_trackers_as_it_ended(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An error of the run is a failure, a signal an interruption; wandb has one word for both."""
+    (tmp_path / "mlruns").mkdir()
+    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    environment.chdir(tmp_path)
+    environment.setattr(Wandb, "init_s", 60.0)
+    environment.setattr(Tracker, "close_s", staticmethod(lambda logger: 180.0))
+    logger = LoggerConfig(trackers=["wandb", "mlflow"], wandb="offline")
+    codes = {}
+    for state, error in {"done": None, "failed": ValueError("no"), "interrupted": KeyboardInterrupt()}.items():
+        log = RunLog(tmp_path / state, CONFIG, logger, "ppo")
+        with contextlib.suppress(ValueError, KeyboardInterrupt), log:
+            if error is not None:
+                raise error
+        assert log.tracker_faults == {}
+        [codes[state]] = [row.get("exit_code", 0) for row in wandb_records(tmp_path / state) if row["type"] == "exit"]
+    assert codes == {"done": 0, "failed": 1, "interrupted": 1}
+    _, runs = mlflow_runs({False: tmp_path}, "tandem")
+    statuses = {name: run.info.status for name, run in runs.items()}
+    assert statuses == {"demo-done-a1": "FINISHED", "demo-failed-a1": "FAILED", "demo-interrupted-a1": "KILLED"}
+
+
+class Steps(Tracker):
+    """Which step each line and each sample has, by stage."""
+
+    seen: ClassVar[list[tuple[str, str, int]]] = []
+
+    def log(self, values: dict[str, float], *, stage: str, step: int, wall_s: float) -> None:
+        self.seen.append(("log", stage, step))
+
+    def samples(self, rows: list[dict[str, Any]], *, stage: str, step: int) -> None:
+        self.seen.append(("samples", stage, step))
+
+
+def test_the_step_of_ppo_is_the_version(tmp_path: Path) -> None:
+    """Two updates fit the value model alone, so the first of the policy is the third update; their lines stay apart."""
+    logger = LoggerConfig(trackers=[f"{__name__}:Steps"], wandb_text=True, table_every=1)
+    with RunLog(tmp_path, CONFIG, logger, "ppo") as log:
+        for update, version in enumerate((0, 0, 1, 2)):
+            log.samples([{"stage": "ppo", "step": version}])
+            log.log("ppo" if version else "value_warmup", update, {"value/loss": 0.5, "progress/version": version})
+    warm_up = [("samples", "ppo", 0), ("log", "value_warmup", 0), ("samples", "ppo", 0), ("log", "value_warmup", 1)]
+    assert Steps.seen == [*warm_up, *((kind, "ppo", v) for v in (1, 2) for kind in ("samples", "log"))]
 
 
 class Missing(Tracker):

@@ -131,6 +131,11 @@ def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Pa
     assert axes["policy/*"] == axes["kl/*"] == "progress/version"
     assert axes["reward/*"] == "ledger/trained"
     assert axes["perf/*"] == "progress/wall_s"
+    loop = ("heldout/*", "combined/*", "ledger/*", "off_policy/*", "staleness/*", "value/*", "online_dpo/*")
+    assert {axes[pattern] for pattern in loop} == {"progress/version"}
+    assert axes["score/*"] == "ledger/trained"
+    # Each stands for metrics that are declared, and those of other stages have their own steps.
+    assert not {"adv/*", "async/*", "learner/*", "weights/*", "progress/*", "sft/*", "preference/*"} & {*axes}
     assert axes["reward_model/gold/*"] == "reward_model/gold/step"
     rows = [row["item"] for row in found if row["type"] == "history"]
     scores = [
@@ -182,7 +187,7 @@ def test_text_and_tables_by_request_alone(environment: pytest.MonkeyPatch, tmp_p
 
     class Recorded(Wandb):
         def _init(self, run: TrackedRun) -> Any:
-            return SimpleNamespace(log=sent.append, finish=lambda: None)
+            return SimpleNamespace(log=sent.append, finish=lambda exit_code: None)
 
     rows = [[{"stage": "ppo", "step": step, "prompt": "p", "completion": "c"}] for step in range(5)]
     for text, expected in ((False, 0), (True, 3)):

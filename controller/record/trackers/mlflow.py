@@ -16,6 +16,7 @@ from contracts.trackers import TrackedRun, Tracker
 
 MOST_PARAM = 6000  # characters that MLflow takes
 MOST_PARAMS = 100  # in one call
+STATES = {"failed": "FAILED", "interrupted": "KILLED"}  # of MLflow's RunStatus
 
 
 class MLflow(Tracker):
@@ -72,8 +73,8 @@ class MLflow(Tracker):
     def alert(self, title: str, text: str) -> None:
         self._client.set_tag(self._id, f"alert.{_name(title)}", text)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def end(self, state: str) -> None:
+        self._client.set_terminated(self._id, STATES.get(state, "FINISHED"))
 
 
 def _name(text: str) -> str:

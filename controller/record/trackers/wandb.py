@@ -18,17 +18,25 @@ from contracts.trackers import TrackedRun, Tracker
 FINISH_S = {"online": 60.0, "offline": 15.0}
 CLOUD = "https://api.wandb.ai"
 # Never wandb's own `_step`: an offline run that resumes starts it at zero again.
-AXES = {
-    "progress/version": ("policy/*", "value/*", "kl/*", "adv/*", "off_policy/*", "staleness/*", "learner/*"),
-    "ledger/trained": ("reward/*", "completion/*"),  # rollouts that have trained
-    "progress/wall_s": ("perf/*", "async/*", "fault/*", "weights/*"),
-}
+VERSION, ROLLOUTS, TIME = "progress/version", "ledger/trained", "progress/wall_s"  # rollouts that have trained
+AXES = {"reward": ROLLOUTS, "score": ROLLOUTS, "completion": ROLLOUTS, "perf": TIME, "fault": TIME, "fleet": TIME}
 
 
 def has_key() -> bool:
     """Whether wandb would find an API key. `WANDB_*` are wandb's own variables; Tandem has none."""
     url = os.environ.get("WANDB_BASE_URL", CLOUD)
     return bool(os.environ.get("WANDB_API_KEY")) or get_netrc_auth(url) is not None
+
+
+def axes() -> dict[str, str]:
+    """The axis of each pattern of names that the loop logs. Those of another stage get the axis of its steps with its first
+    line, the counters themselves have none."""
+    from contracts.catalogue import catalogue
+    from contracts.stages import all_stages
+
+    others = {"progress", *(stage.name for stage in all_stages())}
+    groups = dict.fromkeys(name.partition("/")[0] for name in catalogue())
+    return {f"{group}/*": AXES.get(group, VERSION) for group in groups if group not in others}
 
 
 def chosen_mode(wanted: str) -> str:
@@ -98,10 +106,10 @@ class Wandb(Tracker):
             force=self.mode == "online",  # a missing key is an error, never a question on the terminal
             settings=settings,
         )
-        for axis, names in AXES.items():
+        for axis in (VERSION, ROLLOUTS, TIME):
             found.define_metric(axis, hidden=True)
-            for pattern in names:
-                found.define_metric(pattern, step_metric=axis)
+        for pattern, axis in axes().items():
+            found.define_metric(pattern, step_metric=axis)
         return found
 
     def log(self, values: dict[str, float], *, stage: str, step: int, wall_s: float) -> None:
@@ -131,8 +139,8 @@ class Wandb(Tracker):
     def alert(self, title: str, text: str) -> None:
         self._run.alert(title=title, text=text, level="WARN")
 
-    def close(self) -> None:
-        self._run.finish()
+    def end(self, state: str) -> None:
+        self._run.finish(exit_code=int(state != "done"))
 
 
 TRACKER = Wandb
