@@ -310,8 +310,8 @@ def sides_repeat(rows: Iterable[dict], source: SourceConfig) -> bool:
     """Whether the sides of every pair of texts begin with the prompt, which stands in a column of its own too: in one pair
     they may by chance, as "Hello!" answers "Hello"."""
     columns = (source.prompt_column, *pair_columns(source))
-    found = (tuple(map(row.get, columns)) for row in rows)
-    texts = [texts for texts in found if all(isinstance(text, str) and text for text in texts)]
+    texts = [[text for column in columns if isinstance(text := row.get(column), str) and text] for row in rows]
+    texts = [found for found in texts if len(found) == len(columns)]
     return bool(texts) and all(side.startswith(prompt) for prompt, *sides in texts for side in sides)
 
 
@@ -338,8 +338,9 @@ def pair_parts(
         if any(side[-2] != ANSWERS for side in spoken):
             raise LeftOut("the last turn is not the assistant's")
         at = _shared(*spoken)
-        prompts, answers = ["".join(spoken[0][:at])], ["".join(side[at:]) for side in spoken]
-        is_pair = at > 0 and spoken[0][at - 1] == ANSWERS and all(answer.strip() for answer in answers)
+        said = ["".join(side[at:]) for side in spoken]
+        prompts, answers = ["".join(spoken[0][:at])], [*said]
+        is_pair = at > 0 and spoken[0][at - 1] == ANSWERS and all(map(str.strip, said))
     else:
         sides = [parts({**row, columns[0]: row[column]}, "pair", source, data, words, repeats) for column in columns]
         prompts, answers = [side.prompt for side in sides], [side.completion for side in sides]

@@ -101,9 +101,9 @@ def stage_lengths(config: TandemConfig, stage: Stage, data: Data) -> tuple[Lengt
         found, selected = replace(found, tokens=found.tokens * ppo.minibatches), most * found.sequences
         if ppo.ptx_coef:  # whole texts, which have a backward pass of their own
             size, longest = ppo.ptx_batch_size, config.sft.max_tokens
-            texts = batch_lengths(config, data("sft"), batch_size=size, steps=steps, most=longest).largest
-            found = replace(found, largest=max(found.largest, texts, key=sum))
-            selected = max(selected, sum(texts))
+            whole = batch_lengths(config, data("sft"), batch_size=size, steps=steps, most=longest).largest
+            found = replace(found, largest=max(found.largest, whole, key=sum))
+            selected = max(selected, sum(whole))
         return found, selected
     chosen: Any = {"reward_model": config.reward_model, "preference": chosen_preference(config)}.get(name, config.sft)
     items = [item for reading in stage.reads(config, "proxy")[:1] for item in data(reading.item)][:MOST_ITEMS]
