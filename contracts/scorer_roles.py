@@ -73,9 +73,7 @@ def value_model_key(config: TandemConfig) -> str | None:
         return None
     policy = "sft_model" if config.ppo.init_from == "sft" else "model.path"
     given = "proxy_model" if starts_value_model(config) else policy
-    if given == "model.path":
-        return given
-    return given if getattr(config, given) else "model.path"
+    return given if given != "model.path" and getattr(config, given) else "model.path"
 
 
 def num_models(config: TandemConfig) -> int:

@@ -4,10 +4,6 @@ import torch
 from torch import Tensor
 
 
-def _log_ratio(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    return logprobs.float() - ref_logprobs.float()
-
-
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """k1 = d with d = log pi - log ref: unbiased, may be negative. The estimator of the reward.
 
@@ -23,7 +19,7 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     Returns:
         float32, same shape, nats.
     """
-    return _log_ratio(logprobs, ref_logprobs)
+    return logprobs.float() - ref_logprobs.float()
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -31,7 +27,7 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
     grad E = E[d * grad log pi] = grad KL. Shapes and source as `kl_k1`.
     """
-    return 0.5 * _log_ratio(logprobs, ref_logprobs).square()
+    return 0.5 * kl_k1(logprobs, ref_logprobs).square()
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -39,6 +35,6 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
     Shapes and source as `kl_k1`.
     """
-    d = _log_ratio(logprobs, ref_logprobs)
+    d = kl_k1(logprobs, ref_logprobs)
     # expm1 keeps the digits that exp(-d) - 1 loses where the two policies are close, which is the usual case.
     return torch.expm1(-d) + d

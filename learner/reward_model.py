@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from common.microbatches import cut_microbatches
 from common.models.packed_attention import Packed
@@ -60,15 +59,14 @@ class RewardModelTask:
         """One optimizer step."""
         start = time.perf_counter()
         texts, preferences, known = batch_preferences([self.examples[i] for i in self.batches[index]])
-        rows, mine = self._score(texts)
-        scores = self._gather(rows, mine, len(texts))
-        device = self.ranks.device
-        loss, pairs = soft_pairwise_loss(scores, preferences.to(device), known.to(device))
+        preferences, known = preferences.to(self.ranks.device), known.to(self.ranks.device)
+        scores = self._gather(*self._score(texts), len(texts))
+        loss, pairs = soft_pairwise_loss(scores, preferences, known)
         loss = loss / pairs.clamp(min=1)
         self.engine.backward(loss, is_last=True)
         norm = self.engine.step()
         with torch.no_grad():
-            accuracy, _ = pair_metrics(scores, preferences.to(device), known.to(device))
+            accuracy, _ = pair_metrics(scores, preferences, known)
         return {
             "reward_model/loss": loss.item(),
             "reward_model/accuracy": accuracy,
@@ -84,9 +82,7 @@ class RewardModelTask:
         rows, scores = [], []
         for part in cut:
             packed = Packed.of([texts[r] for r in part], self.ranks.device)
-            # The last token by length, never by its id: with pad = eos a search for padding finds the EOS.
-            last = [start + length - 1 for start, length in zip(packed.starts, packed.lengths, strict=True)]
-            scores.append(self.engine(packed, torch.tensor(last, device=self.ranks.device)))
+            scores.append(self.engine(packed, packed.last))
             rows += part
         return rows, torch.cat(scores)
 
@@ -95,15 +91,12 @@ class RewardModelTask:
         score gets its gradient once."""
         everyone = torch.zeros(count, device=mine.device)
         everyone[rows] = mine.detach()
-        if self.ranks.world_size > 1:
-            dist.all_reduce(everyone)
-        return everyone.index_put((torch.tensor(rows, device=mine.device),), mine)
+        return self.ranks.sum(everyone).index_put((torch.tensor(rows, device=mine.device),), mine)
 
     @torch.no_grad()
     def score(self, texts: list[list[int]]) -> list[float]:
         """Scores of scoring inputs, in order, on every rank."""
-        rows, mine = self._score(texts)
-        return self._gather(rows, mine, len(texts)).tolist()
+        return self._gather(*self._score(texts), len(texts)).tolist()
 
     def save(self, path: str) -> None:
         """Normalise on (a sample of) the training texts to mean 0 and variance 1, and write the checkpoint."""

@@ -8,6 +8,7 @@ it has a generation prompt, not that it shows earlier answers as they were given
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -125,7 +126,6 @@ def _end_of_call(tokenizer: "Tokenizer", ask: Turns, said: str, end: str) -> str
     return end if end in tail else first_of(tail, _controls(tokenizer)) if shown else None
 
 
-@lru_cache(8)
 def _controls(tokenizer: "Tokenizer") -> list[str]:
     """The tokenizer's control tokens."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -133,9 +133,14 @@ def _controls(tokenizer: "Tokenizer") -> list[str]:
 
 def note_spelled(tokenizer: "Tokenizer", texts: Iterable[str], notes: "Notes | None") -> None:
     """Note the first control token that one row's texts spell."""
-    found = (first_of(text, _controls(tokenizer)) for text in texts) if notes is not None else ()
-    if notes is not None and (token := next(filter(None, found), None)):
-        notes.spelled[token] += 1
+    if notes is not None and (found := next(filter(None, map(_any_control(tokenizer).search, texts)), None)):
+        notes.spelled[found[0]] += 1
+
+
+@lru_cache(8)
+def _any_control(tokenizer: "Tokenizer") -> re.Pattern[str]:
+    tokens = sorted(filter(None, _controls(tokenizer)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
 def first_of(text: str, tokens: list[str]) -> str | None:

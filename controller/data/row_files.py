@@ -187,8 +187,7 @@ def _shards(path: Path, split: str, base: str) -> list[Path]:
     if others := [file.name for file in files if file not in splits]:
         raise DataError(
             f"{base}.path: of the files of {path} some have a split in their names, and {', '.join(others[:3])} "
-            f"{'has' if len(others) == 1 else 'have'} none; write the files that are meant, as {path}/*{files[0].suffix}, "
-            "or rename them"
+            f"{'has' if len(others) == 1 else 'have'} none; write those that are meant, as {path}/*{split}*{files[0].suffix}"
         )
     return [file for file in files if splits.get(file) == split]
 

@@ -64,7 +64,10 @@ def _instructed(row: dict, source: SourceConfig) -> dict:
         asked = f"{_text(asked, 'instruction')}\n{_text(row['input'], 'input')}"
     if history := _parsed(row.get("history") or None, "history"):
         if not isinstance(history, list) or not all(isinstance(both, list) and len(both) == 2 for both in history):
-            raise LeftOut("history is no list of instructions with their answers", f"found {history!r:.40}")
+            raise LeftOut(
+                "history is no list of instructions with their answers",
+                f"found {history!r:.40}; write such lists, or give the column another name",
+            )
         spoken = zip(("user", "assistant") * len(history), (said for both in history for said in both), strict=True)
         asked = [{"role": role, "content": said} for role, said in [*spoken, ("user", asked)]]
     return {**row, source.prompt_column: asked} if "instruction" in row else row
@@ -298,7 +301,7 @@ def parts(
         prompt = _asked(row, source, data)
         if isinstance(said, str) and isinstance(prompt, list) and isinstance(row[source.prompt_column], str):
             said = said.removeprefix(" ")  # as of every turn of a transcript
-        if form == "pair" and repeats and isinstance(said, str):
+        if form == "pair" and repeats and isinstance(said, str) and _repeats(row, source):
             said = _text(said.removeprefix(str(prompt)), column)
     elif isinstance(said, str):
         prompt, said = first_words(said, words)
@@ -307,12 +310,17 @@ def parts(
 
 
 def sides_repeat(rows: Iterable[dict], source: SourceConfig) -> bool:
-    """Whether the sides of every pair of texts begin with the prompt, which stands in a column of its own too: in one pair
-    they may by chance, as "Hello!" answers "Hello"."""
-    columns = (source.prompt_column, *pair_columns(source))
-    texts = [[text for column in columns if isinstance(text := row.get(column), str) and text] for row in rows]
-    texts = [found for found in texts if len(found) == len(columns)]
-    return bool(texts) and all(side.startswith(prompt) for prompt, *sides in texts for side in sides)
+    """Whether the sides of most pairs of texts begin with the prompt, which stands in a column of its own too: those of a
+    few do by chance, as "Hello!" answers "Hello"."""
+    known = [found for row in rows if (found := _repeats(row, source)) is not None]
+    return 2 * sum(known) > len(known)
+
+
+def _repeats(row: dict, source: SourceConfig) -> bool | None:
+    """Of one pair; None where these are not three texts."""
+    found = [row.get(column) for column in (source.prompt_column, *pair_columns(source))]
+    prompt, *sides = [text for text in found if isinstance(text, str) and text] or [""]
+    return all(side.startswith(prompt) for side in sides) if len(sides) == 2 else None
 
 
 def pair_parts(

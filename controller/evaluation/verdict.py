@@ -67,9 +67,9 @@ def _limits(
 
 
 def _finding(
-    gold: tuple[float, float, float], proxy: tuple[float, float, float], reservations: list[str]
+    gold: tuple[float, float, float], proxy: tuple[float, float, float], reservations: list[str], is_known: bool
 ) -> tuple[str, str]:
-    """The state, and why."""
+    """The state, and why; `is_known`: some of the reservations are of what was measured."""
     proxy_direction = _direction(proxy)
     learned = {
         "rose": f"the learned score rose ({_shown(proxy)})",
@@ -84,7 +84,8 @@ def _finding(
             within = "within the limits of length, EOS share and KL"
             return "passed", f"the gold score rose over SFT's ({_shown(gold)}) {within}, and {learned}."
         case "rose":
-            return "failed", f"the gold score rose over SFT's ({_shown(gold)}), but {against}."
+            state = "failed" if is_known else "inconclusive"
+            return state, f"the gold score rose over SFT's ({_shown(gold)}), but {against}."
         case "fell" if proxy_direction == "rose":
             return "failed", f"{learned} while the gold score fell below SFT's ({_shown(gold)}){besides}."
         case "fell":
@@ -115,6 +116,7 @@ def verdict(model: dict[str, Any], against_sft: dict[str, Any], config: Evaluate
     gained = _check("gold gain over SFT, lower end of its 95% interval", gold[1], "above", 0.0, gold[1] > 0)
     checks = [gained, *(check for check, _ in limits)]
     reservations = [clause for check, clause in limits if not check["passed"]]
-    state, reason = _finding(gold, proxy, reservations)
+    is_known = any(not check["passed"] and not math.isnan(check["value"]) for check, _ in limits)
+    state, reason = _finding(gold, proxy, reservations, is_known)
     passed, text = all(check["passed"] for check in checks), f"{STATES[state]}: {reason}"
     return {"passed": passed, "state": state, "text": text, "checks": checks}

@@ -122,6 +122,6 @@ def _win_rate(
         return statistics.win_rate(a, b, samples, seed)
     first, second = np.asarray(a), np.asarray(b)
     right = (first > second) + 0.5 * (first == second)
-    found = statistics.bootstrap_groups(lambda rows: float(right[rows].mean()), prompts, samples, seed)
+    found = statistics.bootstrap_group_mean(right, prompts, samples, seed)
     unseen = statistics.bootstrap_mean([found.mean] * count, 1, seed, bounds=(0, 1))  # what so few prompts do not show
     return statistics.Interval(found.mean, min(found.low, unseen.low), max(found.high, unseen.high))

@@ -23,14 +23,12 @@ from common.models.proof import Unproven
 from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, raise_conflicts, validate
 from contracts.config import TandemConfig, register_schema, to_config
-from controller.data.datasets import DataError
 from controller.data.inputs import Inputs, load_inputs
 from controller.plan.activations import Unplannable
 from controller.plan.measured import measured
 from controller.plan.memory_items import JobPlan, Process, StagePlan, shown
 from controller.plan.plan import plan_job
 from controller.plan.schedule import command
-from controller.plan.schedule.calibration import CalibrationError
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 UNMEASURED = "Of jobs on GPUs nothing is measured: it is arithmetic, and libraries are those of a CPU."
@@ -127,16 +125,7 @@ def main() -> int:
         plan = plan_job(config, (lambda item: ()) if known.no_data else _inputs(config).__getitem__, known.gpu_gib)
         if not plan.stages:
             raise Unplannable(f"none of what stage={config.stage} runs is a stage whose memory is known")
-    except (
-        ConfigError,
-        DataError,
-        CalibrationError,
-        LoadingError,
-        Unplannable,
-        Unproven,
-        OSError,
-        ValueError,
-    ) as error:
+    except (LoadingError, Unproven, OSError, ValueError) as error:  # of configuration, data, calibration or a model
         print(f"\nTandem cannot plan:\n{error}", file=sys.stderr)
         return 2
     if known.json:

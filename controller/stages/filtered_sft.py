@@ -25,12 +25,12 @@ def inputs(context: "StageContext") -> dict[str, Any]:
 
 
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:
-    ranks, count = config.cluster.num_learner_ranks, len(data["best_sft"])
+    ranks, count = config.cluster.num_learner_ranks, len({tuple(text.token_ids) for text in data["best_sft"]})
     if count >= 2 * ranks:
         return []
     return [
-        f"sft.top_fraction must leave {2 * ranks} or more texts of data.preferences to train on and to hold out; found "
-        f"{config.sft.top_fraction}, which leaves {count}; write a larger one, or give more texts"
+        f"sft.top_fraction must leave {2 * ranks} or more different texts of data.preferences to train on and to hold out; "
+        f"found {config.sft.top_fraction}, which leaves {count}; write a larger one, or give more texts"
     ]
 
 

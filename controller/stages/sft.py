@@ -26,7 +26,7 @@ def inputs(context: "StageContext") -> dict[str, Any]:
 
 
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:
-    ranks, count = config.cluster.num_learner_ranks, len(data["sft"])
+    ranks, count = config.cluster.num_learner_ranks, len({*map(_said, data["sft"])})
     if count >= 2 * ranks:
         return []
     return [
@@ -39,19 +39,21 @@ def run(context: "StageContext") -> dict[str, Any]:
     return train_supervised(context, STAGE.title, context.config, context.data["sft"])
 
 
+def _said(text: Example) -> tuple[int, ...]:
+    return tuple(text.token_ids)
+
+
 def train_supervised(
     context: "StageContext", title: str, config: TandemConfig, texts: Sequence[Example]
 ) -> dict[str, Any]:
     """Train the model of `config` on `texts`, of which some are held out."""
     import numpy as np
 
-    order = np.random.default_rng(config.seed).permutation(len(texts))
-    held = max(config.cluster.num_learner_ranks, len(order) // 20)
-    held_out = [texts[i] for i in order[:held]]
-    told = {tuple(text.token_ids) for text in held_out}  # which other rows may say too, as the pairs of one answer do
-    trained = [texts[i] for i in order[held:] if tuple(texts[i].token_ids) not in told] or [
-        texts[i] for i in order[held:]
-    ]
+    texts = [texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))]
+    different = list(dict.fromkeys(map(_said, texts)))  # one may stand in several rows, as in the pairs of an answer
+    told = {*different[: max(config.cluster.num_learner_ranks, len(different) // 20)]}
+    held_out = [text for text in texts if _said(text) in told]
+    trained = [text for text in texts if _said(text) not in told]
     with context.learner("sft", config, trained, held_out) as group:
         with context.phase(f"{title} on {len(trained)} texts"):
             steps = group.call("num_steps")[0]

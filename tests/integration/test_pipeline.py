@@ -216,7 +216,7 @@ def by_rules(folder: Path, tiny_model: Path) -> tuple[list[str], str]:
     overrides = [
         f"data.{name}.{key}" for name in ("prompts", "eval_prompts") for key in (f"path={prompts}", "format=auto")
     ]
-    overrides += ["data.max_prompt_tokens=3", "data.max_bad_rows=0", f"sft_model={tiny_model}", "data.gold=null"]
+    overrides += ["data.max_prompt_tokens=3", "data.max_bad_rows=0", "data.max_seen_rows=1", f"sft_model={tiny_model}", "data.gold=null"]
     overrides += [f"data.{name}.path=/no/such.jsonl" for name in ("sft", "preferences", "test")]
     overrides += ["reward_service=rules", f"reward_service.scorers.proxy.function={folder}/my_rules.py:brief"]
     overrides += [f"{stage}.sampling.max_completion_tokens=16" for stage in ("ppo", "evaluate")]

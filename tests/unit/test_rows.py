@@ -559,7 +559,13 @@ def test_an_answer_that_begins_with_its_prompt_by_chance_stays_whole(jsonl: Any,
     assert trained(tokenizer, load_sft(rows, CHAT, tokenizer, 99)[0]) == "Hello! How can I help?<|im_end|>"
     pair = load_rated_examples(rows, CHAT, tokenizer, 99)[0]
     assert [trained(tokenizer, text) for text in pair.texts] == ["Hello! How can I help?<|im_end|>", "Hello.<|im_end|>"]
-    # Where all repeat it, what is left must be an answer.
+    # Where most repeat it, one that does not keeps its sides, and what is left must be an answer.
+    whole = {"prompt": "Name a prime:", "chosen": "Name a prime: Seven.", "rejected": "Name a prime: Nine."}
+    others = load_sft(jsonl(whole, whole, by_chance | {"prompt": "Hi"}), DATA, tokenizer, 99)
+    assert [trained(tokenizer, one) for one in others] == [
+        *[" Seven.<|im_end|>"] * 2,
+        "Hello! How can I help?<|im_end|>",
+    ]
     nothing = {"prompt": "Name a prime:", "chosen": "Name a prime:", "rejected": "Name a prime: Nine."}
     assert "empty chosen" in refusal(load_preferences, jsonl(nothing), DATA, tokenizer, 99)
 
@@ -706,12 +712,16 @@ def test_held_out_rows_that_training_sees_are_refused(
 
     pair = {"prompt": "Name a prime.", "chosen": "Seven.", "rejected": "Nine."}
     for held, other in (("test", "preferences"), ("test", "gold"), ("preferences", "gold")):
-        config = config_of(tmp_path, **{held: [pair], other: [pair, {**pair, "rejected": "One."}]})
+        both = [pair, {**pair, "chosen": "Five."}]
+        config = config_of(tmp_path, **{held: both, other: [*both, {**pair, "rejected": "One."}]})
         reads(**{held: "load_preferences", other: "load_preferences"})
-        with pytest.raises(DataError, match=rf"data\.{held}: 1 of 1 items are in data\.{other} too"):
+        with pytest.raises(DataError, match=rf"data\.{held}: 2 of 2 items are in data\.{other} too"):
             load_inputs(config, tokenizer, print)
         config.data.max_seen_rows = 1.0
-        assert len(load_inputs(config, tokenizer, print)[held]) == 1
+        assert len(load_inputs(config, tokenizer, print)[held]) == 2
+    config = config_of(tmp_path, test=[pair], preferences=[pair])  # one may be chance
+    reads(test="load_preferences", preferences="load_preferences")
+    assert len(load_inputs(config, tokenizer, print)["test"]) == 1
 
 
 def test_rewards_of_another_form_than_what_they_score_are_refused(

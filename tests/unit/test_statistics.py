@@ -9,6 +9,8 @@ import scipy.stats
 
 from common.statistics import (
     Interval,
+    bootstrap_group_mean,
+    bootstrap_groups,
     bootstrap_mean,
     distinct_n,
     length_adjusted_gain,
@@ -254,3 +256,13 @@ def test_repeat_fraction():
     assert repeat_fraction([1, 2, 3, 4, 5]) == 0.0
     assert repeat_fraction([1, 1, 1]) == 0.0
     assert repeat_fraction([]) == 0.0
+
+
+def test_the_mean_over_groups_is_that_of_their_rows() -> None:
+    rng = np.random.default_rng(3)
+    values, groups = rng.normal(size=200), rng.integers(0, 40, 200).tolist()
+    slow = bootstrap_groups(lambda rows: float(values[rows].mean()), groups, 300, seed=5)
+    fast = bootstrap_group_mean(values, groups, 300, seed=5)
+    assert fast.mean == pytest.approx(slow.mean)
+    assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high))
+    assert bootstrap_group_mean([1.0, 0.0], [7, 7], 300, seed=5).mean == 0.5

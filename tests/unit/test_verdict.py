@@ -116,3 +116,13 @@ def test_what_was_not_measured_does_not_pass(absent):
         "Inconclusive: the gold gain over SFT is not known, and the change of the learned score is not known; besides, "
         "the change of length is not known and the EOS share is not known and the KL is not known."
     )
+
+
+def test_a_rise_whose_kl_is_not_known_is_inconclusive() -> None:
+    """Samples at another temperature tell no KL; what was measured and is beyond its limit does count against it."""
+    found = judge(ROSE, ROSE, kl=math.nan)
+    assert (found["state"], found["passed"]) == ("inconclusive", False)
+    assert found["text"] == (
+        "Inconclusive: the gold score rose over SFT's (+0.300 [+0.100, +0.500]), but the KL is not known."
+    )
+    assert judge(ROSE, ROSE, length_ratio=2.0, kl=math.nan)["state"] == "failed"
