@@ -7,19 +7,20 @@ try.
 import itertools
 from collections.abc import Iterable
 from dataclasses import field, fields, make_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from common.error_text import error_lines
 from contracts.checks.check import shown
-from contracts.checks.overrides import schema_section, unknown_overrides
+from contracts.checks.overrides import quoted, schema_section, unknown_overrides
 from contracts.checks.validation import ConfigError, validate
 from contracts.config import TandemConfig, register_schema, to_config
 
@@ -52,13 +53,28 @@ def flags_first(arguments: list[str]) -> list[str]:
 
 
 def whole_sections(arguments: list[str]) -> list[str]:
-    """The same words, with an override in a section that may be null (`model.lora={rank:8}`, `model.lora.rank=8`) written as
-    one of the section around it (`model={lora:{rank:8}}`): OmegaConf 2.3 merges into a section that is null from there
-    alone."""
-    return [_whole(word) if "=" in word and not word.startswith(("-", "+", "~")) else word for word in arguments]
+    """The same words, with the overrides in sections that may be null (`model.lora={rank:8}`, `model.lora.rank=8`) written
+    as one of the section around them (`model={lora:{rank:8}}`): OmegaConf 2.3 merges into a section that is null from there
+    alone, and a sweep keeps one override of a key."""
+    found = [_whole(word) if "=" in word and not word.startswith(("-", "+", "~")) else None for word in arguments]
+    inner: dict[str, list[list[Any]]] = {}
+    for section, values in filter(None, found):
+        inner.setdefault(section, []).append(values)
+    groups = {word.split("=", 1)[0] for word, place in zip(arguments, found, strict=True) if place is None}
+    words = []
+    for word, place in zip(arguments, found, strict=True):
+        if place is None:
+            words.append(word)
+        elif (chosen := inner.pop(place[0], None)) is not None:  # in the place of the first
+            wholes = [reduce(_merged, parts) for parts in itertools.product(*chosen)]
+            texts = [Override._get_value_element_as_str(whole) for whole in wholes]
+            # Beside a choice of a config group of the same name it needs another key.
+            words.append(f"{'++' if place[0] in groups else ''}{place[0]}={','.join(texts)}")
+    return words
 
 
-def _whole(argument: str) -> str:
+def _whole(argument: str) -> tuple[str, list[Any]] | None:
+    """The section around one that may be null, and what the override sets within it, for each member of a sweep."""
     key, value = argument.split("=", 1)
     parts = key.split(".")
     for i in range(1, len(parts)):
@@ -67,20 +83,22 @@ def _whole(argument: str) -> str:
         if not schema_section(annotation) or type(None) not in get_args(annotation):
             continue
         if i == len(parts) - 1 and not value.startswith("{"):  # null, or of a wrong type
-            return argument
+            return None
         try:
             written = OverridesParser.create().parse_override(argument)
+            values = [OverridesParser.create().parse_override(setting)._value for setting in _settings(written)]
         except HydraException:  # which `_torn` names
-            return argument
-        inner = parts[i:]
-        wholes = []
-        for setting in _settings(written):
-            text = setting.split("=", 1)[1]
-            for part in reversed(inner):
-                text = f"{{{part}:{text}}}"
-            wholes.append(text)
-        return f"{'.'.join(parts[:i])}={','.join(wholes)}" if wholes else argument
-    return argument
+            return None
+        wholes = [reduce(lambda whole, part: {part: whole}, reversed(parts[i:]), value) for value in values]
+        return (".".join(parts[:i]), wholes) if wholes else None
+    return None
+
+
+def _merged(first: Any, second: Any) -> Any:
+    """The second over the first, as one override after the other."""
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return second
+    return first | {key: _merged(first[key], value) if key in first else value for key, value in second.items()}
 
 
 def is_multirun(arguments: Iterable[str]) -> bool:
@@ -110,10 +128,24 @@ def command_line_problems(arguments: list[str], conf: Path) -> list[str]:
         problems.append("run_dir names one run; write hydra.sweep.dir=DIRECTORY for the directory of a sweep")
     # What a sampling sweeper will draw is not known yet.
     sampled = any(_line(override).startswith("hydra/sweeper=") for override in parsed)
+    if sweeps and "hydra/sweeper=optuna" in written and "hydra.sweeper.direction=maximize" not in written:
+        problems.append(
+            "hydra.sweeper.direction must be maximize, as the objective is a gain: by default Optuna looks for the worst; "
+            "write hydra.sweeper.direction=maximize as well, or +experiment=sweep_optuna"
+        )
     if problems or (sweeps and not sampled):
         kept = [o for o in parsed if _line(o) not in wrong and not _line(o).startswith(HYDRA)]
-        problems += _conflicts(_members(kept), conf)
+        problems += _conflicts(_members(kept), conf, _search_path(arguments))
     return problems
+
+
+def _search_path(arguments: list[str]) -> list[str]:
+    """An override for where Hydra finds more configuration, as the words of a command line say it."""
+    folders = [word for flag, word in itertools.pairwise(arguments) if flag in ("--config-dir", "-cd")]
+    folders += [word.partition("=")[2] for word in arguments if word.startswith("--config-dir=")]
+    places = ["pkg://studies.five_reasons.conf", *(f"file://{Path(folder).absolute()}" for folder in folders)]
+    given = [word for word in arguments if word.startswith("hydra.searchpath=")]
+    return given or ([f"hydra.searchpath=[{','.join(map(quoted, places))}]"] if folders else [])
 
 
 def _torn(arguments: list[str]) -> list[str]:
@@ -135,10 +167,11 @@ def _line(override: Override) -> str:
 
 
 def _settings(override: Override) -> list[str]:
-    """`key=value` of every value that an override stands for; none for a range without steps."""
+    """`key=value` of every value that an override stands for; none for a range without steps, or for what Hydra looks up
+    among the choices of a group."""
     if not override.is_sweep_override():
         return [_line(override)]
-    if not override.is_discrete_sweep():
+    if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
         return []
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
@@ -209,14 +242,14 @@ def _example(section: Any, name: str) -> str:
     return f"for example {shown(default)} (the default)"
 
 
-def _conflicts(members: list[tuple[str, ...]], conf: Path) -> list[str]:
+def _conflicts(members: list[tuple[str, ...]], conf: Path, search_path: list[str]) -> list[str]:
     """Of all members, each named once and with the first member that has it where there are several."""
     register_schema()
     found: dict[str, str] = {}
     with initialize_config_dir(str(conf), version_base="1.3"):
         for number, member in enumerate(members):
             where = f" (in member {number}: {' '.join(member)})" if len(members) > 1 else ""
-            for text in _member_conflicts(list(member)):
+            for text in _member_conflicts([*member, *search_path]):
                 found.setdefault(text, where)
     return [text + where for text, where in found.items()]
 

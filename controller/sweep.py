@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from common.files.outcome import read_outcome
+from contracts.checks.overrides import quoted
 from contracts.config import TandemConfig
 from controller.record.redaction import redact_hydra, redact_sweep, redacted
 from controller.record.status_file import read_status
@@ -112,6 +113,12 @@ def keep_in_names_what_is_swept(config: DictConfig) -> None:
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{shared}]")
 
 
+def share_directory(config: DictConfig) -> None:
+    """Of all members: `name`, and so where a sweep lies, may be what an experiment that is swept says of itself."""
+    with read_write(config), open_dict(config):
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(config.hydra.sweep.dir)}")
+
+
 class SweepReport(Callback):
     """Compares the members of a sweep when it ends, however it ends.
 
@@ -121,6 +128,7 @@ class SweepReport(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         keep_in_names_what_is_swept(config)
+        share_directory(config)
         atexit.register(report_sweep, Path(config.hydra.sweep.dir))
 
 

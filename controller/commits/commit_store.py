@@ -52,6 +52,7 @@ class RunFacts:
     config: dict[str, Any]  # resolved, without secrets
     scorers: dict[str, str | None] = field(default_factory=dict)  # versions that scored
     packages: dict[str, str] = field(default_factory=package_versions)
+    code: str | None = None  # a digest of what made it, as that of a cached stage
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class _Content(BaseModel):
     config: dict[str, Any]
     scorers: dict[str, str | None]
     packages: dict[str, str]
+    code: str | None = None
 
 
 def read_commit(path: Path) -> Commit:

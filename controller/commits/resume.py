@@ -89,8 +89,14 @@ class RunDirectory:
         if self._earlier_config is not None:
             replace_text(self.path / CONFIG, self._earlier_config)
 
-    def find(self, resume: str, identity: dict[str, Any]) -> Commit | None:
+    def find(
+        self, resume: str, identity: dict[str, Any], is_stale: Callable[[Commit], bool] = lambda commit: False
+    ) -> Commit | None:
         """The commit to go on from; None for a fresh start.
+
+        Args:
+            is_stale: whether a commit is the end of what is to be made anew: nothing would train, and its policy be taken
+                for the new one.
 
         Raises:
             CheckpointError: there are commits, and none is valid.
@@ -98,7 +104,7 @@ class RunDirectory:
         """
         commit_store.sweep(self.path)
         if resume == "never":
-            self._set_aside()
+            self._set_aside("checkpoint.resume=never")
             return None
         commit = commit_store.newest_valid(self.path, self._say)
         if commit is None:
@@ -110,9 +116,14 @@ class RunDirectory:
                 "checkpoints alone differ, other code has made their stages anew: reuse_stages=true takes the old"
             )
             raise ConfigError("\n  - ".join([told, *found, instead]))
+        if is_stale(commit):
+            self._set_aside(
+                f"{commit.path} is the end of a run by other code, or reuse_stages=false asks for a new one"
+            )
+            return None
         return commit
 
-    def _set_aside(self) -> None:
+    def _set_aside(self, why: str) -> None:
         folder = self.path / commit_store.FOLDER
         if commit_store.steps(self.path):
             aside = self.path / f"{commit_store.FOLDER}.before-attempt-{self.attempt}"
@@ -120,7 +131,7 @@ class RunDirectory:
             for log in LOGS:  # the stage begins again, and takes its lines back
                 if (self.path / log).exists():
                     shutil.copy2(self.path / log, aside / log)
-            self._say(f"checkpoint.resume=never: starting afresh; the earlier commits and logs are in {aside}")
+            self._say(f"{why}: starting afresh; the earlier commits and logs are in {aside}")
 
 
 def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:

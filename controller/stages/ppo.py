@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from contracts.config import CurriculumConfig, RewardServiceConfig, TandemConfig
-from contracts.estimators import ESTIMATORS, chosen_estimator
+from contracts.estimators import ESTIMATORS, chosen_estimator, warmup_updates
 from contracts.lora_roles import role_model
 from contracts.methods import method_config, method_title
 from contracts.objectives import OBJECTIVES
@@ -171,7 +171,7 @@ def run(context: "StageContext") -> dict[str, Any]:
             most=max(actor_bounds(config.cluster)),
             wanted=lambda: asked_for(context.log.run_dir) or num_actors,
         )
-        about = RunFacts(identity, redacted(asdict(config)), client.versions)
+        about = RunFacts(identity, redacted(asdict(config)), client.versions, code=_code(context))
         controller = PPOController(
             config,
             stream,
@@ -196,6 +196,13 @@ def run(context: "StageContext") -> dict[str, Any]:
         return ended | {"scorers": client.versions}
 
 
+def _code(context: "StageContext") -> str:
+    from common.files.fingerprints import json_digest
+    from controller.pipeline.stage_cache import code_of
+
+    return json_digest(code_of(context.config, context.result))[:16]
+
+
 def _find_commit(context: "StageContext", identity: dict[str, Any]) -> "Commit | None":
     """Where the loop goes on; what an earlier attempt has logged and not committed goes."""
     from common.files.code_digest import package_versions
@@ -204,7 +211,13 @@ def _find_commit(context: "StageContext", identity: dict[str, Any]) -> "Commit |
     commit = None
     if context.config.checkpoint.every:
         with context.progress.phase("looking for commits"):
-            commit = context.directory.find(context.config.checkpoint.resume, identity)
+            config, code = context.config, _code(context)
+            last = config.ppo.updates + warmup_updates(config.ppo)
+
+            def is_stale(commit: "Commit") -> bool:
+                return commit.step >= last and (config.reuse_stages is False or commit.run.code not in (None, code))
+
+            commit = context.directory.find(config.checkpoint.resume, identity, is_stale)
     if commit is None:
         context.log.forget(context.result)
     else:

@@ -5,9 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from common.command_line import TAKE_VALUE, command_line_problems, flags_first, whole_sections
+from contracts.config import register_schema, to_config
 
 CONF = Path(__file__).parents[2] / "conf"
 UNKNOWN = "ppo.updats is not a key of the configuration; write ppo.updates"
@@ -130,8 +134,11 @@ def test_run_dir_is_no_directory_for_many() -> None:
 
 
 def test_what_a_sampler_will_draw_is_not_guessed() -> None:
-    assert problems("-m", "hydra/sweeper=optuna", "ppo.kl.coef=interval(0.01,0.1)", "hydra.sweeper.n_trials=3") == []
-    [text] = problems("-m", "hydra/sweeper=optuna", "ppo.kl.coeff=interval(0.01,0.1)")
+    words = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize"]
+    assert problems(*words, "ppo.kl.coef=interval(0.01,0.1)", "hydra.sweeper.n_trials=3") == []
+    [text] = problems("-m", "hydra/sweeper=optuna", "ppo.kl.coef=interval(0.01,0.1)")
+    assert "hydra.sweeper.direction must be maximize" in text
+    [text] = problems(*words, "ppo.kl.coeff=interval(0.01,0.1)")
     assert text.startswith("ppo.kl.coeff is not a key of the configuration; write ppo.kl.coef")
 
 
@@ -167,3 +174,53 @@ def test_adapters_are_switched_on_by_a_word() -> None:
     assert "model.lora.rank must be at least 1; found 0" in problem
     [problem] = command_line_problems(["model.lora={rnk:8}"], CONF)
     assert "rnk" in problem
+
+
+@pytest.mark.parametrize(
+    ("words", "whole"),
+    [
+        (
+            ["model.lora.rank=64", "model.lora.alpha=128", "ppo.seed=1,2"],
+            ["model={lora:{rank:64,alpha:128}}", "ppo.seed=1,2"],
+        ),
+        (["model.lora={rank:8}", "sft.epochs=2", "model.lora.rank=4"], ["model={lora:{rank:4}}", "sft.epochs=2"]),
+        (
+            ["model.lora.rank=8,16", "model.lora.alpha=64,32"],
+            [
+                "model={lora:{rank:8,alpha:64}},{lora:{rank:8,alpha:32}},{lora:{rank:16,alpha:64}},{lora:{rank:16,alpha:32}}"
+            ],
+        ),
+        (["data=files", "data.gold.path=g.jsonl"], ["data=files", "++data={gold:{path:g.jsonl}}"]),
+        (
+            ["data.gold.path='a b.jsonl'", "data.gold.max_rows=3", "data.gold.format=null"],
+            ["data={gold:{path:'a b.jsonl',max_rows:3,format:null}}"],
+        ),
+    ],
+)
+def test_overrides_of_one_section_are_one(words: list[str], whole: list[str]) -> None:
+    """Hydra's sweepers keep the last override of a key."""
+    assert whole_sections(words) == whole
+
+
+def test_every_override_of_a_section_reaches_every_member() -> None:
+    words = ["data=vader", "data.gold.max_rows=3", "model.lora.rank=8,16", "model.lora.alpha=64", "ppo.seed=1,2"]
+    parsed = OverridesParser.create().parse_overrides(whole_sections(words))
+    [batch] = BasicSweeper.split_arguments(parsed, None)
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        members = [to_config(compose("config", member)) for member in batch]
+    found = [(m.model.lora.rank, m.model.lora.alpha, m.ppo.seed, m.data.gold.max_rows) for m in members]  # type: ignore[union-attr]
+    assert found == [(8, 64, 1, 3), (8, 64, 2, 3), (16, 64, 1, 3), (16, 64, 2, 3)]
+
+
+def test_a_glob_over_a_group_is_left_to_hydra() -> None:
+    assert problems("-m", "+experiment=glob(*)") == []
+
+
+@pytest.mark.parametrize("said", [("--config-dir", "DIR"), ("--config-dir=DIR",), ("hydra.searchpath=[file://DIR]",)])
+def test_a_sweep_over_experiments_of_ones_own(said: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nppo: {updates: 0}\n")
+    words = [word.replace("DIR", str(tmp_path)) for word in said]
+    [text] = command_line_problems(["-m", *words, "+experiment=mine", "ppo.seed=1,2"], CONF)
+    assert text.startswith("ppo.updates must be at least 1; found 0")

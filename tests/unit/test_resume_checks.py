@@ -67,6 +67,18 @@ def test_never_sets_the_commits_aside(tmp_path: Path) -> None:
     assert commit_store.steps(tmp_path) == []
 
 
+@pytest.mark.parametrize("is_stale", [True, False])
+def test_the_end_of_what_is_made_anew_is_no_place_to_go_on_from(is_stale: bool, tmp_path: Path) -> None:
+    """Nothing would train, and the old policy would stand for the new one."""
+    commit(tmp_path, 2)
+    said: list[str] = []
+    directory = RunDirectory(tmp_path, said.append)
+    found = directory.find("auto", {"seed": 1}, lambda commit: is_stale)
+    assert (found is None) == is_stale
+    assert (tmp_path / "checkpoints.before-attempt-1/step_2/MANIFEST.json").exists() == is_stale
+    assert any("the end of a run by other code" in line for line in said) == is_stale
+
+
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
     first = RunDirectory(tmp_path, print)
     with pytest.raises(ConfigError, match="another driver is working there"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from common.files.outcome import write_outcome
@@ -23,7 +24,7 @@ from controller.report.comparison_charts import unbeaten
 from controller.report.comparison_page import comparison_page
 from controller.report.members import best_of, members_of
 from controller.report.status import main as status
-from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep
+from controller.sweep import finished_objective, keep_in_names_what_is_swept, member_name, report_sweep, share_directory
 from tests.unit.test_pinned_model import files_of, hub_of
 from tests.unit.test_report import around, jsonl, parsed
 
@@ -180,6 +181,17 @@ def test_what_all_members_share_is_not_in_their_names() -> None:
         "hydra.sweep.dir=d",
         "hydra.job.config.override_dirname.exclude_keys=[experiment,name]",
     ]
+
+
+def test_members_of_several_experiments_share_a_directory() -> None:
+    """Each experiment has a `name` of its own, from which the directory of a sweep is made."""
+    given = {"task": ["+experiment=grpo,dapo"], "hydra": []}
+    config = OmegaConf.create(
+        {"name": "my run", "hydra": {"overrides": given, "sweep": {"dir": "runs/${name}"}, "sweeper": {}}}
+    )
+    share_directory(config)
+    [override] = config.hydra.overrides.hydra
+    assert OverridesParser.create().parse_override(override).value() == "runs/my run"
 
 
 def test_what_an_experiment_sweeps_is_in_the_names_with_one_value_too() -> None:
