@@ -10,6 +10,20 @@ MINUTES ?= 100
 MISSING = $(PY) -m studies.five_reasons.run_missing --minutes $(MINUTES) $(ARGS)
 # Most of the tests' time is the start of processes, which uses one core: two files at a time, each with its own cores.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# Processes of tests by the hundred import these. What is compiled they read, even where PYTHONDONTWRITEBYTECODE is set.
+COMPILE := $(PY) -m compileall -q -j 2 actors common contracts controller learner reward_service studies submission hydra_plugins \
+	tests train.py submit.py
+# A shell keeps Ctrl-C from what it starts in the background.
+HEARS_CTRL_C := env --default-signal=INT
+# The tests that $(1) chooses, and beside them lint, which takes the time that they leave; what it says comes after them.
+define with_lint
+	$(COMPILE)
+	@said=$$(mktemp); trap 'rm -f $$said' EXIT; \
+	$(HEARS_CTRL_C) nice -n 19 $(MAKE) --no-print-directory lint >$$said 2>&1 & lint=$$!; \
+	$(HEARS_CTRL_C) $(PY) -m pytest $(TWO) -m "$(1)" & tests=$$!; \
+	trap 'wait $$tests; exit 130' INT; trap 'kill $$tests; wait $$tests; exit 143' TERM; \
+	wait $$tests; tested=$$?; wait $$lint; linted=$$?; cat $$said; test $$tested -eq 0 || exit $$tested; exit $$linted
+endef
 
 .PHONY: help setup demo demo-long demo-verify study-quick study study-tuning study-second study-second-tuning study-products \
 	study-products-tuning test test-unit test-full test-chaos test-nodes test-fuzz lint bench lock clean
@@ -70,21 +84,25 @@ lint: setup ## style, format, types, import direction
 	.venv/bin/lint-imports
 
 test-unit: setup ## the tests that start no engine
+	$(COMPILE)
 	$(PY) -m pytest $(TWO) tests/unit
 
-test: lint ## everything CI runs, 40 minutes to an hour on two cores
-	$(PY) -m pytest $(TWO) -m "not gpu and not full and not chaos and not nodes and not fuzz"
+test: setup ## everything CI runs, about 25 minutes on two cores
+	$(call with_lint,not gpu and not full and not chaos and not nodes and not fuzz)
 
-test-full: lint ## the longer proofs too
-	$(PY) -m pytest $(TWO) -m "not gpu and not chaos and not nodes and not fuzz"
+test-full: setup ## the longer proofs too
+	$(call with_lint,not gpu and not chaos and not nodes and not fuzz)
 
 test-chaos: setup ## kill and stop the processes of whole runs, then 15 minutes of it at random
+	$(COMPILE)
 	$(PY) -m pytest -m chaos --soak-minutes 15
 
 test-nodes: setup ## runs on several machines, which are namespaces of this one (needs root), their faults, and 15 minutes of them at random
+	$(COMPILE)
 	$(PY) -m pytest -m nodes --soak-minutes 15
 
 test-fuzz: setup ## 10,000 requests of all kinds to the reward service, and what others may write into files
+	$(COMPILE)
 	$(PY) -m pytest -m fuzz
 
 bench: setup ## all benchmarks, for hours, against the committed results; ARGS=--quick: those of a few minutes

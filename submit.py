@@ -124,9 +124,10 @@ def manage(verb: str, jobs: list[str], overrides: list[str], detach: bool) -> in
     known = recorded(jobs[0])
     target = to_target(overrides) if known is None else changed(known.target, overrides)
     if known is not None and not isinstance(known.target, RayJobs) and overrides:
+        instead = "; submit it again, with the same run_dir, to change it" if verb == "resume" else ""
         raise ConfigError(
             f"{overrides[0]} is nothing that {verb} can change with target={target_name(known.target)}: what the job was "
-            "submitted with holds; submit it again, with the same run_dir, to change it"
+            f"submitted with holds{instead}"
         )
     if isinstance(target, RayJobs):
         return manage_ray_job(verb, jobs[0], target, detach)

@@ -41,8 +41,10 @@ class RolloutActor:
         reward_client: RewardClient | None,
         environment: EnvironmentConfig,
         leave_grace_s: float,
+        publish_timeout_s: float,
     ):
         self._arguments = (model, engine, weight_transfer, on_cpu, end_ids)
+        self._publish_timeout_s = publish_timeout_s
         self._rewards, self._environment = reward_client, environment
         self._started: Future[Engine] = Future()
         # Guards everything below: requests come and completions end in several threads.
@@ -70,7 +72,7 @@ class RolloutActor:
 
         model, config, *_ = self._arguments
         try:
-            engine = VLLMEngine(*self._arguments)
+            engine = VLLMEngine(*self._arguments, publish_timeout_s=self._publish_timeout_s)
             self._conversations = start_conversations(engine, self._environment, model, config)
         except BaseException as error:
             self._started.set_exception(error)
@@ -249,7 +251,7 @@ def start_actors(
     actors = []
     for options in placement:
         made = remote.options(**options, runtime_env={"env_vars": env})
-        actors.append(made.remote(*arguments, talks_to, cluster.leave_grace_s))
+        actors.append(made.remote(*arguments, talks_to, cluster.leave_grace_s, cluster.publish_timeout_s))
         created(actors[-1])
     for actor in actors:
         actor.serve.remote()

@@ -52,6 +52,7 @@ class VLLMEngine:
         on_cpu: bool,
         end_ids: tuple[int, ...],
         seed: int = 0,
+        publish_timeout_s: float = 120.0,
     ):
         self._end_ids = list(end_ids)
         require_here(model.path)
@@ -102,7 +103,7 @@ class VLLMEngine:
         self._updating = False
         self._steps = 0
         self._lost: BaseException | None = None
-        self._weights = WeightReceiver(self.exchange)
+        self._weights = WeightReceiver(self.exchange, publish_timeout_s)
         self._salts = count()
         self._set_version(0)
         if adapter:

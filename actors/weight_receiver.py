@@ -19,20 +19,21 @@ from common.error_text import typed_line
 from common.processes.shared_memory import SegmentReader, Superseded, Unreachable, layout, reachable
 from contracts.weights import LoadReport, Parameters, SegmentAddress, WeightsRefused, WeightUpdate, checksum
 
-FETCH_S = 120.0  # from Ray's object store, at most
 KEPT_SEGMENTS = 3  # mappings; the publisher writes into another segment only while somebody still reads the last one
 
 
 class WeightReceiver:
     """`swap(parameters, buffer, version)` replaces the engine's weights by the views into `buffer` (uint8) and returns the
-    seconds in which nothing was generated; it may be called from any thread."""
+    seconds in which nothing was generated; it may be called from any thread. `fetch_s` is what an update may take to come
+    from Ray's object store: the publisher waits for `cluster.publish_timeout_s`."""
 
-    def __init__(self, swap: Callable[[Parameters, torch.Tensor, int], float]):
-        self._swap = swap
+    def __init__(self, swap: Callable[[Parameters, torch.Tensor, int], float], fetch_s: float = 120.0):
+        self._swap, self._fetch_s = swap, fetch_s
         self._one_at_a_time = threading.Lock()
         self._publisher: str | None = None
         self._version = -1  # what the engine has loaded itself is older than all that is published
-        self._newest_offered = -1
+        # By publisher, as one that has just been replaced may still write here.
+        self._newest_offered: dict[str, int] = {}
         self._segments: dict[SegmentAddress, SegmentReader] = {}
 
     def connect(self, publisher: str, address: SegmentAddress | None) -> bool:
@@ -42,7 +43,6 @@ class WeightReceiver:
             if publisher != self._publisher:
                 self._publisher = publisher
                 self._version = -1
-                self._newest_offered = -1
                 self._forget(keep=0)
         return address is not None and reachable(address)
 
@@ -53,14 +53,14 @@ class WeightReceiver:
             WeightsRefused: it is another publisher's, its bytes are not the ones that were sent, or they cannot be had any
                 more. The engine goes on with the weights that it has.
         """
-        if self._publisher in (None, update.publisher):
-            self._newest_offered = max(self._newest_offered, update.version)
+        offered = self._newest_offered
+        offered[update.publisher] = max(offered.get(update.publisher, -1), update.version)
         with self._one_at_a_time:
             if self._publisher is None:  # a replaced actor, which nobody has connected yet
                 self._publisher = update.publisher
             if update.publisher != self._publisher:
                 raise WeightsRefused(f"version {update.version} is of a publisher that is not connected any more")
-            if update.version < self._newest_offered or update.version <= self._version:
+            if update.version < offered[update.publisher] or update.version <= self._version:
                 return LoadReport(self._version)
             start = time.perf_counter()
             with self._fetched(update) as buffer:
@@ -78,7 +78,7 @@ class WeightReceiver:
             if not update.objects:
                 raise WeightsRefused(f"version {update.version} cannot be read from here: {error}") from error
             try:
-                array = ray.get(update.objects[0], timeout=FETCH_S)
+                array = ray.get(update.objects[0], timeout=self._fetch_s)
             except (ObjectLostError, GetTimeoutError) as lost:  # with the learner that sent it, or its node
                 raise WeightsRefused(f"version {update.version} cannot be fetched: {typed_line(lost)}") from lost
             _check_size(array, wanted, update.version)

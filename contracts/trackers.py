@@ -71,9 +71,9 @@ class Tracker:
         """An alarm has fired for the first time."""
 
     def end(self, state: str) -> None:
-        """The end of the attempt, if it has started: done | failed | interrupted. A tool that shows no such thing overrides
-        `close` alone."""
+        """The end of the attempt, if it has started: done | failed | interrupted. Whoever overrides this calls `close`, also
+        where the tool's own end comes after it; a tool that shows no such thing overrides `close` alone."""
         self.close()
 
     def close(self) -> None:
-        """The same, however it ended."""
+        """The same, however it ended: what has to be written before. Every end goes through here."""

@@ -5,12 +5,10 @@ pip's constraint file, so that two set-ups a year apart install the same version
 """
 
 import argparse
-import fcntl
 import re
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +41,8 @@ def say(text: str) -> None:
 def alone() -> Iterator[bool]:
     """One set-up of a clone at a time: two `make` in two terminals would write into each other's .venv. The lock, on this
     very file, ends with its process, however that ends. Yields whether another set-up was waited for."""
+    import fcntl  # here, so that another system gets to what `main` says
+
     with Path(__file__).open("r+") as file:  # nothing is written, but NFS locks no file that is open for reading alone
         waited = False
         try:
@@ -55,6 +55,8 @@ def alone() -> Iterator[bool]:
 
 
 def install(extra: str) -> None:
+    import tomllib  # here, so that an older Python gets to what `main` says
+
     spec = tomllib.loads((ROOT / "pyproject.toml").read_text())
     pip = (str(VENV / "bin/python"), "-m", "pip")
     run(*pip, "install", "--quiet", "--upgrade", "pip==26.3")
@@ -99,6 +101,11 @@ def main() -> None:
     parser.add_argument("--extra", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--write-lock", action="store_true")
     args = parser.parse_args()
+    if sys.platform != "linux":
+        sys.exit(
+            f"set-up: Linux is needed (memfd_create, /proc, O_DIRECT, prctl), this is {sys.platform}; elsewhere use a Linux "
+            "container, a virtual machine or WSL 2"
+        )
     if sys.version_info[:2] != (3, 11):
         sys.exit(
             f"set-up: Python 3.11 is needed, this is {sys.version.split()[0]}; try `make PYTHON=/path/to/python3.11`"

@@ -145,11 +145,11 @@ def _raw(tensor: torch.Tensor) -> RawTensor:
 # ---- the random state of a process as plain values, also of the driver
 
 
-def random_state() -> dict[str, Any]:
-    """State of the generators of python, numpy and torch (all CUDA devices included), as JSON can hold it."""
+def random_state(with_devices: bool = True) -> dict[str, Any]:
+    """State of the generators of python, numpy and torch, as JSON can hold it; of all CUDA devices with `with_devices`."""
     version, keys, gauss = random.getstate()
     _, numpy_keys, position, has_gauss, cached = np.random.get_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    devices = torch.cuda.get_rng_state_all() if with_devices and torch.cuda.is_available() else []
     return {
         "python": [version, list(keys), gauss],
         "numpy": [np.asarray(numpy_keys).tolist(), position, has_gauss, cached],
@@ -158,14 +158,14 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Go on where `random_state` was called. Raises ValueError for another number of CUDA devices."""
+def set_random_state(state: dict[str, Any], with_devices: bool = True) -> None:
+    """Go on where `random_state` was called. Raises ValueError for another number of CUDA devices, with `with_devices`."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     numpy_keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", np.array(numpy_keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_bytes(state["torch"]))
-    if torch.cuda.is_available():
+    if with_devices and torch.cuda.is_available():
         if len(state["cuda"]) != torch.cuda.device_count():
             raise ValueError(
                 f"random state of {len(state['cuda'])} devices, this process has {torch.cuda.device_count()}"

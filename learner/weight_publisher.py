@@ -10,6 +10,7 @@ An actor that is dead, late or refuses is left out and reported, and gets the cu
 what vLLM's own transports cannot do without an actor is in `learner/group_trainer.py`.
 """
 
+import math
 from typing import Any
 
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
@@ -53,6 +54,11 @@ class WeightPublisher:
 
     def _open(self, receivers: Receivers) -> Any:
         info = self._transport.open(self._rank, len(receivers.members) * self._tensor_parallel_size)
+        if info.backend == "ipc":
+            # vLLM's packer refuses a weight above its buffer of 1 GiB, as the embedding of Qwen2.5-7B is. NCCL's takes any:
+            # there a larger buffer would only cost memory.
+            sizes = [math.prod(m.shape) * m.dtype.itemsize for m in self._source.metadata()]
+            info.packed_buffer_size_bytes = max([info.packed_buffer_size_bytes, *sizes])
         return WeightTransferTrainerFactory.trainer_init(info, client=receivers, source=self._source)
 
     def send(self, policy_version: int) -> PublishReport | None:

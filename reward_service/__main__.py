@@ -78,11 +78,15 @@ def serve(overrides: list[str]) -> None:
     import ray
 
     from reward_service.app import RewardService
+    from reward_service.http import port_problems
 
     config, scorers = read_config(overrides)
     tokenizer = pinned(tokenizer_of(config, scorers), config.model)
     resolve(scorers, config.reward_service, tokenizer)  # before anything is started
     cluster, http = config.cluster, config.reward_service.http
+    # On a cluster that is joined the front may be on another machine.
+    if problems := port_problems(http) if cluster.address == "local" else []:
+        raise ConfigError("\n".join(problems))
     start_ray(cluster, "tandem-rewards")
     received: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # after ray.init, which sets handlers of its own

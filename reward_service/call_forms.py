@@ -36,6 +36,10 @@ class CallForm:
     """Of one signature. Raises UnknownForm where it asks for what there is not."""
 
     given: tuple[str, ...] = ()  # names of parameters that this form has a value for
+    label_columns: tuple[str, ...] = (
+        "label",
+        "labels",
+    )  # of which the first that a row has is an item's without its own
 
     def __init__(self, signature: Signature):
         every = list(signature.parameters.values())
@@ -97,6 +101,7 @@ class ByName(CallForm):
 
     of_trl = ("prompts", "completions", "completion_ids", "log_extra", "log_metric")
     given = (*of_trl, *OURS)
+    label_columns = ("labels", "label")  # its parameter `labels` is named after a column, as TRL's are
     unknown = ("trainer_state", "environments")  # of TRL's trainer, which is not here
 
     def __init__(self, signature: Signature):
@@ -215,12 +220,16 @@ def call_form(signature: Signature) -> CallForm:
     return Queries(signature) if "queries" in signature.parameters else ByName(signature)
 
 
-def parsed_request(line: str) -> Request:
+def parsed_request(line: str, form: CallForm) -> Request:
     """A request with a dict for each row, and for each label the row's where the item has none of its own."""
     request: Request = json.loads(line)
     if "rows" in request:
         request["rows"] = [row or {} for row in request["rows"]]
     if "labels" in request:
         pairs = zip(request["labels"], request["rows"], strict=True)
-        request["labels"] = [row.get("label", row.get("labels")) if label is None else label for label, row in pairs]
+        request["labels"] = [_of_row(row, form.label_columns) if label is None else label for label, row in pairs]
     return request
+
+
+def _of_row(row: dict[str, Any], columns: tuple[str, ...]) -> Any:
+    return next((row[name] for name in columns if name in row), None)

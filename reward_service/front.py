@@ -120,6 +120,11 @@ class Front:
         """The models and functions that a scorer asks."""
         return set().union(*(self._leaves(self.scorers[part]) for part in scorer.parts)) or {scorer.name}
 
+    def needs_seam(self, scorer: ScorerSpec) -> bool:
+        """Whether one of them sees prompt and completion as two."""
+        leaves = (self.scorers[name] for name in self._leaves(scorer))
+        return any(leaf.needs_seam and not leaf.kind.is_reward_model for leaf in leaves)
+
     def find(self, name: str | None, version: str | None = None) -> ScorerSpec:
         """The scorer of this name (`name@version` pins), or of this checkpoint; the first one without a name.
 

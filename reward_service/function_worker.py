@@ -14,6 +14,7 @@ import sys
 from asyncio import new_event_loop
 from collections.abc import Callable
 from itertools import zip_longest
+from pathlib import Path
 from typing import IO, Any
 
 from reward_service.call_forms import MISSING, CallForm, Logged, Request, call_form, parsed_request
@@ -27,6 +28,8 @@ def load(function: str) -> Callable[..., Any]:
     """Raises TypeError for an async generator; whatever its module raises."""
     module_name, _, name = function.rpartition(":")
     if module_name.endswith(".py"):
+        # It imports from beside it, as if it were run. Last, as a rule in math.py is no reason to change what others import.
+        sys.path.append(str(Path(module_name).resolve().parent))
         spec = importlib.util.spec_from_file_location("reward_functions", module_name)
         assert spec is not None
         assert spec.loader is not None
@@ -76,7 +79,7 @@ def main(function_name: str, memory_gib: float) -> None:
     own = os.getpid()
     for line in requests:
         try:
-            reply: dict[str, Any] = {"scores": scores_of(function, form, parsed_request(line))}
+            reply: dict[str, Any] = {"scores": scores_of(function, form, parsed_request(line, form))}
         except Refused as refused:
             reply = {"refused": str(refused)}
         except Exception as error:  # the item's error; its type alone, since its text may quote the completion

@@ -27,6 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from contracts.checks.check import Check
 from contracts.config import HttpConfig
 from contracts.records import Score, ScoringItem
 from contracts.scoring import RETRYABLE
@@ -154,7 +155,7 @@ class HttpService:
 
     async def _openrlhf(self, request: protocols.OpenRLHFRequest, ask: "_Ask") -> protocols.Answer:
         scorer = self._scorer(request.model)
-        read = partial(protocols.openrlhf_entries, is_apart=not scorer.kind.is_reward_model)
+        read = partial(protocols.openrlhf_entries, is_apart=self.front.needs_seam(scorer))
         entries = await self._entries(read, request, ask, len(request.query))
         return protocols.openrlhf_answer(self._complete(await self._scores(scorer, entries, ask)))
 
@@ -329,6 +330,26 @@ def _kept(entry: Entry, tokens: int | None) -> Entry:
     return last_tokens(entry, tokens)
 
 
+def port_problems(http: HttpConfig) -> list[str]:
+    """Why the first front of a service could not listen, or should not: beside another service of this user it could, by
+    SO_REUSEPORT, and each would get some of the other's requests. So this tries without; not for a front's successor."""
+    try:
+        with _unbound(http.host) as probe:
+            probe.bind((http.host, http.port))
+    except OSError as error:
+        rule = f"a port that can be had at reward_service.http.host ({http.host})"
+        found, instead = f"{http.port} ({error.strerror})", "another port, or end what listens there"
+        return [Check(False, "reward_service.http.port", rule, found, instead).message]
+    return []
+
+
+def _unbound(host: str) -> socket.socket:
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    # Connections that have ended keep their port for a minute.
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return made
+
+
 class HttpServer:
     """The socket of the HTTP side: uvicorn within the front's process and event loop."""
 
@@ -361,9 +382,7 @@ class HttpServer:
 
     async def start(self) -> None:
         """Returns once connections are accepted. Raises OSError where the address cannot be had."""
-        family = socket.AF_INET6 if ":" in self._http.host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening = _unbound(self._http.host)
         # The successor of a front listens before it goes.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listening.bind((self._http.host, self._http.port))

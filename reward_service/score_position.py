@@ -17,7 +17,13 @@ EOS, LAST = "eos", "last"
 # In the config.json of a checkpoint that was trained with its score at the EOS: Tandem's normaliser, OpenRLHF's.
 TRAINED_AT_EOS = ("score_mean", "normalize_reward")
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
 Reading = Callable[[tuple[int, ...]], tuple[tuple[int, ...], int]]  # scoring input -> what the model sees, read where
+
+
+class NoHeader(ValueError):
+    """Nothing tells a conversation apart from other inputs."""
 
 
 def chosen_read_at(path: str, read_at: str | None, append: str | None = None) -> str:
@@ -45,7 +51,7 @@ class AtLast:
         append: what follows a completion instead of its EOS; None: in a conversation what the chat template writes.
 
     Raises:
-        ValueError: what the template writes before an answer is not to be found in its own rendering.
+        NoHeader: what the template writes before an answer is not to be found in its own rendering.
     """
 
     def __init__(self, tokenizer: Any, pad_token_id: int | None, append: str | None = None):
@@ -60,14 +66,19 @@ class AtLast:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
         # As they stand behind other text: alone, a sentencepiece tokenizer would begin them with a space.
-        before = asked[: asked.rindex(header)]
-        self._header = tuple(ids_after(encode, before, encode(before), header))
         self._tail = tuple(ids_after(encode, ANCHORS[-1], encode(ANCHORS[-1]), tail))
-        if not self._is_conversation(tuple(encode(asked))):
-            raise ValueError(
-                f"the chat template writes {header!r} before an answer, whose tokens are others in a conversation; "
-                "write read_at: eos, or append"
-            )
+        if self._tail == (tokenizer.eos_token_id,):
+            return  # conversations and texts end alike
+        whole = tuple(encode(asked))
+        for text in (header.rstrip(), header):  # with its layout where that merges into its last token, as in ">\n"
+            before = asked[: asked.rindex(text)]
+            self._header = tuple(ids_after(encode, before, encode(before), text))
+            if self._is_conversation(whole):
+                return
+        raise NoHeader(
+            f"the chat template writes {header!r} before an answer, whose tokens are others in a conversation; "
+            "write read_at: eos, or append"
+        )
 
     def __call__(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         if self._tail is not None and self._is_conversation(token_ids):
@@ -84,7 +95,7 @@ class AtLast:
 
 def _around_an_answer(tokenizer: Any) -> tuple[str, str, str | None]:
     """What a chat template writes up to an assistant's answer; the end of that, which stands right before one, without space
-    around it; and what it writes behind the last one, None where it cannot show one."""
+    before it; and what it writes behind the last one, None where it cannot show one."""
     if not tokenizer.chat_template:
         return "", "", None
     import jinja2
@@ -99,8 +110,13 @@ def _around_an_answer(tokenizer: Any) -> tuple[str, str, str | None]:
         return "", "", None
     before, _, behind = whole.partition(answer)
     if opened.startswith(prompt) and opened != prompt:
-        return opened, opened.removeprefix(prompt).strip(), behind
-    return before, before.split(asked)[-1].strip(), behind
+        return opened, opened.removeprefix(prompt).lstrip(), behind
+    return before, before.split(asked)[-1].lstrip(), behind
+
+
+def has_tokenizer(path: str) -> bool:
+    """Whether the checkpoint at `path` has one of its own. Raises OSError where there is no such checkpoint."""
+    return any((local_checkpoint(path) / name).exists() for name in TOKENIZER_FILES)
 
 
 def make_reading(path: str, read_at: str | None, append: str | None, tokenizer_path: str) -> Reading:
@@ -111,6 +127,7 @@ def make_reading(path: str, read_at: str | None, append: str | None, tokenizer_p
 
     Raises:
         OSError: where there is no such checkpoint.
+        NoHeader: as `AtLast`.
     """
     if chosen_read_at(path, read_at, append) == EOS:
         return at_eos
@@ -119,8 +136,6 @@ def make_reading(path: str, read_at: str | None, append: str | None, tokenizer_p
     from common.models.adapters import config_of
 
     root = local_checkpoint(path)
-    has_own = any((root / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-    tokenizer = AutoTokenizer.from_pretrained(
-        root if has_own else local_checkpoint(tokenizer_path), trust_remote_code=False
-    )
+    source = root if has_tokenizer(path) else local_checkpoint(tokenizer_path)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     return AtLast(tokenizer, config_of(str(root)).get_text_config().pad_token_id, append)

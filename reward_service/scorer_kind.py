@@ -34,7 +34,9 @@ class Text(NamedTuple):
     row: str | None = None  # as of ScoringItem, as is
     messages: str | None = None
     completion_ids: tuple[int, ...] = ()  # without the EOS
-    query: str = ""  # prompt and completion: decoders may leave out the space that each of them begins with
+    query: str = (
+        ""  # prompt and completion, where it is asked for: decoders may leave out the space that each begins with
+    )
 
 
 def scorer_kind(name: str) -> "ScorerKind":
@@ -61,6 +63,7 @@ class ScorerSpec:
     parts: tuple[str, ...] = ()  # of a composite: names of scorers
     source: str | None = None  # checkpoint or function: another name under which clients may ask for it
     read_at: str | None = None  # of a model: eos or last
+    needs_seam: bool = True  # its scores depend on where an item's prompt ends; those of a reward model never do
 
     @property
     def kind(self) -> "ScorerKind":
@@ -236,8 +239,13 @@ def _parts(scores: dict[str, Score]) -> dict[str, float]:
     return own | {f"{name}.{part}": value for name, s in scores.items() for part, value in (s.parts or {}).items()}
 
 
-def text_reader(tokenizer: str, with_controls: bool = True) -> Callable[[list[ScoringItem]], list[Text]]:
+def text_reader(
+    tokenizer: str, with_controls: bool = True, with_query: bool = False
+) -> Callable[[list[ScoringItem]], list[Text]]:
     """From scoring items to what a rule sees of them, by the tokenizer of a checkpoint, with its control tokens or without.
+
+    Args:
+        with_query: for functions that read prompt and completion in one; it decodes each item a second time.
 
     The function raises Failed where an item has a token id that is no token: no text says what it was.
     """
@@ -252,7 +260,7 @@ def text_reader(tokenizer: str, with_controls: bool = True) -> Callable[[list[Sc
             start = item.prompt_tokens or int(item.token_ids[0] == bos)
             said = item.token_ids[start:-1]
             prompt = decode(item.token_ids[: item.prompt_tokens])
-            query = decode(item.token_ids[:-1] if item.prompt_tokens else said)
+            query = decode(item.token_ids[:-1] if item.prompt_tokens else said) if with_query else ""
             found.append(Text(prompt, decode(said), item.label, item.row, item.messages, said, query))
         return found
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from common.processes.process_env import driver_env
 
-os.environ.update(driver_env())
+# For its first driver Ray starts a worker for every CPU. Ours have environments of their own, so that those end unused.
+os.environ.update(driver_env() | {"RAY_prestart_worker_first_driver": "0"})
 
 import pytest
 import torch
@@ -66,6 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files that share what takes long to start, by what that is: one worker of pytest runs them all.
 TOGETHER = {
+    "learner ranks": ("test_engines", "test_lora_ranks", "test_ranks", "test_two_ends", "test_two_turn"),
     "the reward service": ("test_reward_clients", "test_reward_examples", "test_reward_service", "test_served_http"),
     "vLLM, imported": ("test_adapters_served", "test_engine_proof", "test_shared_prefixes"),
 }
@@ -157,6 +159,12 @@ def tiny_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_vocab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """float32 with 512 of the tokens: for tests that train and compare many models."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "small-vocab", torch.float32, tied=False, vocab_size=512)
+
+
+@pytest.fixture(scope="session")
+def small_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` with 512 of the tokens."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "small", torch.bfloat16, tied=True, vocab_size=512)
 
 
 @pytest.fixture(scope="session")

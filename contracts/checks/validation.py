@@ -18,8 +18,10 @@ from contracts.checks.deepspeed_checks import deepspeed_checks
 from contracts.checks.estimator_checks import estimator_checks
 from contracts.checks.lora_checks import lora_checks
 from contracts.checks.mixture_checks import mixture_checks
+from contracts.checks.rollout_checks import rollout_checks
 from contracts.checks.scorer_checks import http_checks, scorer_checks
 from contracts.checks.tracker_checks import tracker_conflicts
+from contracts.checks.unused_checks import unused_checks
 from contracts.config import EvaluateConfig, SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
 from contracts.estimators import known_estimator
@@ -27,7 +29,6 @@ from contracts.methods import SOURCES, reads, runs, sources_read
 from contracts.placement import Resources
 from contracts.plugins import closest, names
 from contracts.preference_losses import PREFERENCE_LOSSES
-from contracts.scorer_roles import has_gold, scoring_models
 
 
 class ConfigError(ValueError):
@@ -94,49 +95,6 @@ def _sampling_checks(config: TandemConfig, key: str, sampling: SamplingConfig) -
             f"below reward_service.max_tokens ({config.reward_service.max_tokens}), as scoring appends an EOS",
             tokens,
             f"reward_service.max_tokens={longest + 1} or shorter lengths",
-        ),
-    ]
-
-
-def _ppo_checks(config: TandemConfig) -> list[Check]:
-    ppo, rollouts, ranks = config.ppo, config.ppo.rollouts_per_update, config.cluster.num_learner_ranks
-    samples, least = max(1, ppo.samples_per_prompt), ranks * ppo.minibatches
-    return [
-        Check(
-            rollouts % samples == 0,
-            "ppo.rollouts_per_update",
-            f"a multiple of ppo.samples_per_prompt ({ppo.samples_per_prompt})",
-            rollouts,
-            f"{max(1, round(rollouts / samples)) * samples}",
-        ),
-        Check(
-            rollouts >= least,
-            "ppo.rollouts_per_update",
-            f"at least cluster.num_learner_ranks * ppo.minibatches ({ranks} * {ppo.minibatches} = {least}), "
-            "a rollout for each rank in each minibatch",
-            rollouts,
-            f"{least} or more, or fewer minibatches",
-        ),
-        Check(
-            ppo.gold_rollouts <= rollouts,
-            "ppo.gold_rollouts",
-            f"at most ppo.rollouts_per_update ({rollouts})",
-            ppo.gold_rollouts,
-            f"{rollouts} or less",
-        ),
-        Check(
-            not runs(config, "ppo") or ppo.gold_rollouts <= 0 or has_gold(config),
-            "ppo.gold_rollouts",
-            "0 without a gold judge (data.gold and gold_model are null)",
-            ppo.gold_rollouts,
-            "ppo.gold_rollouts=0, or set data.gold or gold_model",
-        ),
-        Check(
-            config.data.gold is not None or config.gold_model is not None or "gold" not in scoring_models(config),
-            "data.gold or gold_model",
-            "set where reward_service.scorers.gold has the part gold_model",
-            None,
-            "gold_model=CHECKPOINT, data.gold={path: FILE}, or other parts",
         ),
     ]
 
@@ -298,12 +256,13 @@ def _stage_checks(config: TandemConfig) -> list[Check]:
         checks += mixture_checks(config.data)
     if reads(config, "ppo"):
         checks += _sampling_checks(config, "ppo.sampling", config.ppo.sampling)
-        checks += [*_ppo_checks(config), *estimator_checks(config.ppo)]
+        checks += [*rollout_checks(config), *estimator_checks(config.ppo)]
     if reads(config, "evaluate") or (runs(config, "ppo") and config.evaluate.every is not None):
         checks += _sampling_checks(config, "evaluate.sampling", config.evaluate.sampling)
         checks += _evaluate_checks(config)
     if reads(config, "environment"):
         checks += _environment_checks(config)
+    checks += unused_checks(config)
     return checks + (service_checks(config) if reads(config, "reward_service") else [])
 
 

@@ -17,7 +17,8 @@ class AlarmWatch:
     """Evaluates the alarms while a run goes on; each is told once."""
 
     def __init__(self, config: dict[str, Any], earlier: Callable[[], list[dict[str, Any]]] = list) -> None:
-        """`earlier`: with the first line that is watched, those of the attempts before it, which a trend goes on from."""
+        """`earlier`: with the first line that is watched, those of the attempts before it, which a trend goes on from. What
+        they set off was told then."""
         self._run, self._earlier = Run(Path(), config), earlier
         self._told: set[str] = set()
 
@@ -25,8 +26,10 @@ class AlarmWatch:
         """The alarms that fire for the first time with this line of metrics.jsonl."""
         if row.get("stage") != "ppo":
             return []
-        if not self._run.metrics:
-            self._run.metrics += self._earlier()
+        if not self._run.metrics and (earlier := self._earlier()):
+            self._run.metrics += earlier
+            # Notes too: a limit that was passed for a short time was an alarm while it lasted.
+            self._told = {alarm.title for alarm in evaluate(self._run)[0]}
         self._run.metrics.append(row)
         # They read the whole run each time. A fiftieth of it later costs the same at each step, however long it is.
         rows = len(self._run.metrics)

@@ -43,8 +43,13 @@ def _windows(values: Sequence[float], size: int = WINDOW) -> list[float]:
     return [statistics.fmean(values[i : i + size]) for i in range(len(values) - size + 1)]
 
 
-def _error(values: Sequence[float]) -> float:
-    """Standard error of the difference of two window means.
+def _sizes(versions: int) -> list[int]:
+    """The windows that a trend is looked for in: short ones see a jump soon, long ones see what moves slowly."""
+    return [WINDOW << k for k in range((versions // LEAST).bit_length())]
+
+
+def _error(values: Sequence[float], size: int) -> float:
+    """Standard error of the difference of the means of two windows of `size` versions.
 
     Noise makes a step undo the one before it, which a trend or a jump does not: its variance is the mean product of
     neighbouring steps, with the sign turned. That is rough in a short run; the median step is less so, and 0 where most
@@ -53,28 +58,31 @@ def _error(values: Sequence[float]) -> float:
     steps = [b - a for a, b in pairwise(values)]
     undone = -statistics.fmean(a * b for a, b in pairwise(steps))
     typical = statistics.median(map(abs, steps)) / (math.sqrt(2) * NORMAL.inv_cdf(0.75))
-    return max(math.sqrt(max(undone, 0.0)), typical) * math.sqrt(2 / WINDOW)
+    return max(math.sqrt(max(undone, 0.0)), typical) * math.sqrt(2 / size)
 
 
-def _chance(values: Sequence[float]) -> float:
-    """What two window means differ by at most in all but a few of all flat runs, whichever two they are and however often
-    one looks: of w windows there are w² / 2 pairs, and one looks again with every line (a union bound)."""
-    windows = len(values) - WINDOW + 1
-    return -NORMAL.inv_cdf(FALSE_ALARMS / windows**3) * _error(values)
+def _chance(values: Sequence[float], size: int = WINDOW) -> float:
+    """What two window means differ by at most in all but a few of all flat runs, whichever two they are, of whichever size,
+    and however often one looks: of w windows there are w² / 2 pairs, and one looks again with every line (a union bound)."""
+    windows = len(values) - size + 1
+    return -NORMAL.inv_cdf(FALSE_ALARMS / len(_sizes(len(values))) / windows**3) * _error(values, size)
 
 
 def score_falls(run: Run) -> Iterator[Alarm]:
     """The score lost over 20% of what it had gained. A share of the score itself would mean nothing around zero."""
     values = known_values(run, "reward/score_mean", LEAST)
-    means = _windows(values)
-    best, gain, loss = max(means), max(means) - means[0], max(means) - means[-1]
-    if gain > 0 and loss > 0.2 * gain and loss > _chance(values):
-        yield Alarm(
-            "alarm", "The score falls from its best",
-            f"The mean score of {WINDOW} versions was {compact(best)} at its best and is {compact(means[-1])} at the end.",
-            "More than a fifth of the gain is lost again: learning has become unstable, or the KL penalty has grown.",
-            "Take the checkpoint before the fall, and lower the learning rate.",
-        )  # fmt: skip
+    gain = max(_windows(values)) - _windows(values)[0]
+    for size in _sizes(len(values)):
+        means = _windows(values, size)
+        best, loss = max(means), max(means) - means[-1]
+        if gain > 0 and loss > 0.2 * gain and loss > _chance(values, size):
+            yield Alarm(
+                "alarm", "The score falls from its best",
+                f"The mean score of {size} versions was {compact(best)} at its best and is {compact(means[-1])} at the end.",
+                "More than a fifth of the gain is lost again: learning has become unstable, or the KL penalty has grown.",
+                "Take the checkpoint before the fall, and lower the learning rate.",
+            )  # fmt: skip
+            return
 
 
 def spread_collapses(run: Run) -> Iterator[Alarm]:
@@ -109,29 +117,33 @@ def _score_and_gold(run: Run) -> list[tuple[float, float]]:
 def over_optimised(run: Run) -> Iterator[Alarm]:
     """Gold below its best by more than noise while the score it should follow went on rising (Gao et al. 2022)."""
     known = _score_and_gold(run)
-    score, gold = _windows([s for s, _ in known]), _windows([g for _, g in known])
-    peak = gold.index(max(gold))
-    fall = gold[peak] - gold[-1]
-    if fall > _chance([g for _, g in known]) and score[-1] > score[peak]:
-        yield Alarm(
-            "alarm", "Over-optimisation: gold falls while the score rises",
-            f"From its best the gold score fell by {compact(fall)}, while the learned score rose by "
-            f"{compact(score[-1] - score[peak])}.",
-            "The policy learns the faults of the reward model instead of what people like.",
-            "Stop earlier, raise ppo.kl.coef, or train the reward model on more data.",
-        )  # fmt: skip
+    scores, golds = [s for s, _ in known], [g for _, g in known]
+    for size in _sizes(len(known)):
+        score, gold = _windows(scores, size), _windows(golds, size)
+        peak = gold.index(max(gold))
+        fall = gold[peak] - gold[-1]
+        if fall > _chance(golds, size) and score[-1] > score[peak]:
+            yield Alarm(
+                "alarm", "Over-optimisation: gold falls while the score rises",
+                f"From its best the gold score fell by {compact(fall)} (means of {size} versions), while the learned score "
+                f"rose by {compact(score[-1] - score[peak])}.",
+                "The policy learns the faults of the reward model instead of what people like.",
+                "Stop earlier, raise ppo.kl.coef, or train the reward model on more data.",
+            )  # fmt: skip
+            return
 
 
 def gold_stays(run: Run) -> Iterator[Alarm]:
-    """From first to last the score rose by more than noise and gold did not, without the fall of `over_optimised`."""
+    """From first to last the score rose by more than noise and gold did not, without the fall of `over_optimised`. By the
+    longest windows, which would see gold follow slowly."""
     known = _score_and_gold(run)
-    scores, golds = [s for s, _ in known], [g for _, g in known]
-    score, gold = _windows(scores), _windows(golds)
+    scores, golds, size = [s for s, _ in known], [g for _, g in known], _sizes(len(known))[-1]
+    score, gold = _windows(scores, size), _windows(golds, size)
     rise, followed = score[-1] - score[0], gold[-1] - gold[0]
-    if rise > _chance(scores) and followed <= 2 * _error(golds) and not any(over_optimised(run)):
+    if rise > _chance(scores, size) and followed <= 2 * _error(golds, size) and not any(over_optimised(run)):
         yield Alarm(
             "alarm", "The score rises and gold does not follow",
-            f"From the first to the last {WINDOW} versions the learned score rose by {compact(rise)}; the gold score "
+            f"From the first to the last {size} versions the learned score rose by {compact(rise)}; the gold score "
             f"changed by {compact(followed)}, which is within noise or a loss.",
             "The score can be had without what the gold judge asks for.",
             "Read the samples of the last versions, and mend the scorer: it should pay for the answer alone.",
@@ -163,11 +175,11 @@ def entropy_collapses(run: Run) -> Iterator[Alarm]:
 def length_moves(run: Run) -> Iterator[Alarm]:
     """Mean length changed by over half, and by more than noise, within 50 versions."""
     curve = [(step, value) for step, value in known_curve(run, "completion/len_mean") if value]
-    if len(curve) < 2:
+    if len(curve) < LEAST:
         raise NotMeasured("completion/len_mean")
-    values, size = [value for _, value in curve], min(WINDOW, len(curve) // 2)
-    chance = _chance(values) if len(values) >= LEAST else 0.0
-    means = [(step, mean) for (step, _), mean in zip(curve[size - 1 :], _windows(values, size), strict=True)]
+    values = [value for _, value in curve]
+    chance = _chance(values)
+    means = [(step, mean) for (step, _), mean in zip(curve[WINDOW - 1 :], _windows(values), strict=True)]
     moves = []
     for i, (step, mean) in enumerate(means):
         before = next(m for s, m in means[: i + 1] if s >= step - 50)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import GetTimeoutError
 
 from common import statistics
 from contracts.config import TandemConfig
@@ -24,6 +25,7 @@ from controller.record.evaluation import against_sft, judged_model
 from controller.record.terminal import Progress
 
 REFERENCE = "sft"
+WAVES = 8  # so many times what an engine samples together is asked of it at once
 
 
 @dataclass
@@ -83,9 +85,8 @@ def judge_models(
         """One scored completion of every prompt."""
         seeds = [sampling_seed(config.evaluate.seed, epoch, p.prompt_id, index) for p in prompts]
         requests = [RolloutRequest(epoch, index, p, seed) for p, seed in zip(prompts, seeds, strict=True)]
-        parts = [requests[i :: len(actors)] for i in range(len(actors))]
-        calls = [a.rollout.remote(part, sampling, judges, timeout_s) for a, part in zip(actors, parts, strict=True)]
-        return sorted((r for answer in ray.get(calls, timeout=timeout_s) for r in answer), key=lambda r: r.key)
+        found = _answers(config, actors, requests, lambda a, part: a.rollout.remote(part, sampling, judges, timeout_s))
+        return sorted(found, key=lambda r: r.key)
 
     rollouts: dict[str, list[Rollout]] = {}
     others: dict[str, list[list[Rollout]]] = {}
@@ -93,7 +94,8 @@ def judge_models(
     for version, (name, path) in enumerate(models.items()):
         with progress.phase(f"evaluating {name}: {len(prompts)} held-out prompts"):
             if version:
-                publisher = WeightPublisher(BACKEND, stored_source(path, role_model(config.model, "policy")))
+                source = stored_source(path, role_model(config.model, "policy"))
+                publisher = WeightPublisher(BACKEND, source, timeout_s=config.cluster.publish_timeout_s)
                 publisher.connect(actors)
                 report = publisher.send(version)
                 assert report is not None
@@ -104,12 +106,12 @@ def judge_models(
             if is_own or not has_kl:
                 own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
             else:
-                own[name] = _token_logprobs(actors, rollouts[name], timeout_s)
+                own[name] = _token_logprobs(config, actors, rollouts[name])
     judged = {}
     with progress.phase("KL against SFT"):
         for name in models:
             is_known = has_kl and name != REFERENCE
-            reference = _token_logprobs(actors, rollouts[name], timeout_s) if is_known else own[name]
+            reference = _token_logprobs(config, actors, rollouts[name]) if is_known else own[name]
             ratio = np.array([sum(a) - sum(b) for a, b in zip(own[name], reference, strict=True)])
             judged[name] = Judged(rollouts[name], ratio if has_kl else ratio * np.nan, others=others[name])
     if config.method == "best_of_n":
@@ -117,14 +119,43 @@ def judge_models(
     return judged
 
 
-def _token_logprobs(actors: list[Any], rollouts: list[Rollout], timeout_s: float) -> list[list[float]]:
+def _answers(
+    config: TandemConfig, actors: list[Any], items: list[Any], ask: Callable[[Any, list[Any]], Any]
+) -> list[Any]:
+    """What the actors answer for each item, in order. They are asked for WAVES times what their engines sample together, so
+    that `cluster.step_timeout_s` bounds the wait for these and not for however many there are; and not for fewer, as an
+    engine that has room takes the next one, and the last bits of a log-probability depend on its neighbours.
+
+    Args:
+        ask: calls an actor for some of the items, whose answers come in their order.
+
+    Raises:
+        TimeoutError: the actors took longer for those of one time.
+    """
+    at_once = WAVES * config.engine.max_num_seqs * len(actors)
+    timeout_s, found = config.cluster.step_timeout_s, list[Any]()
+    for start in range(0, len(items), at_once):
+        wanted = items[start : start + at_once]
+        calls = [ask(actor, wanted[i :: len(actors)]) for i, actor in enumerate(actors)]
+        try:
+            answers = ray.get(calls, timeout=timeout_s)
+        except GetTimeoutError:
+            raise TimeoutError(
+                f"{len(wanted)} of {len(items)} held-out prompts were not answered within cluster.step_timeout_s "
+                f"({timeout_s:g} s), {start} before them were: write a larger cluster.step_timeout_s, or a smaller "
+                f"engine.max_num_seqs, as each engine is asked for {WAVES} times so many at once"
+            ) from None
+        ordered: list[Any] = [None] * len(wanted)
+        for i, answer in enumerate(answers):
+            ordered[i :: len(actors)] = answer
+        found += ordered
+    return found
+
+
+def _token_logprobs(config: TandemConfig, actors: list[Any], rollouts: list[Rollout]) -> list[list[float]]:
     """log p of the sampled tokens, by the model that the actors serve now."""
     sequences = [([*r.prompt.token_ids, *r.completion.token_ids.tolist()], len(r.prompt.token_ids)) for r in rollouts]
-    parts = [sequences[i :: len(actors)] for i in range(len(actors))]
-    calls = [a.token_logprobs.remote(part) for a, part in zip(actors, parts, strict=True)]
-    result: list[list[float]] = [[]] * len(sequences)
-    for i, answer in enumerate(ray.get(calls, timeout=timeout_s)):
-        result[i :: len(actors)] = answer
+    result = _answers(config, actors, sequences, lambda actor, part: actor.token_logprobs.remote(part))
     masks = [r.completion.loss_mask for r in rollouts]  # an observation is nobody's sample
     return [row if mask is None else np.array(row)[mask].tolist() for row, mask in zip(result, masks, strict=True)]
 

@@ -244,9 +244,8 @@ class PPOController:
         metrics = rollout_metrics(rollouts) | turn_metrics(rollouts)
         self.first_score = metrics["reward/score_mean"] if self.first_score is None else self.first_score
         metrics["reward/score_gain"] = metrics["reward/score_mean"] - self.first_score
-        version = self.version + (
-            self.updates >= warmup_updates(self.config.ppo)
-        )  # as the update's line of metrics says
+        # As the update's line of metrics says.
+        version = self.version + (self.updates >= warmup_updates(self.config.ppo))
         self.log.samples([sample_row(r, version) for r in rollouts[: self.config.logger.samples_per_update]])
         return metrics
 
@@ -366,7 +365,7 @@ class PPOController:
             **{name: getattr(self, name) for name in NUMBERS},
             "normalizer": asdict(self.normalizer),
             "rng": self.rng.bit_generator.state,
-            "random": random_state(),
+            "random": random_state(with_devices=False),  # it draws on no GPU, and a resume may see others
             "logs": self.log.mark("ppo"),
             "wandb_id": self.log.wandb_id,
         }
@@ -391,7 +390,7 @@ class PPOController:
             setattr(self, name, state[name])
         self.normalizer = ScoreNormalizer(**state["normalizer"])
         self.rng.bit_generator.state = state["rng"]
-        set_random_state(state["random"])
+        set_random_state(state["random"], with_devices=False)
         # Not the phases: what this driver was busy with stays true.
         self.log.cut("ppo", {name: count for name, count in state["logs"].items() if name != "phases.jsonl"})
         self._boundary = state, arrays

@@ -162,6 +162,11 @@ class Pipeline:
         key = stage.checkpoint_keys[name]
         if key and (given := getattr(self.config, key)):
             return given
+        if self.config.reuse_stages is False:  # and `find` finds nothing, whatever was run first
+            raise ConfigError(
+                f"stage={self.config.stage} needs the result of {name}, and reuse_stages=false takes none that is there: "
+                "write reuse_stages=auto or stage=pipeline" + (f", or set {key}=PATH" if key else "")
+            )
         found = self.store.find(name, stage.inputs(self.context.made_for(name)))
         if found is None:
             raise ConfigError(

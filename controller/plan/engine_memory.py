@@ -11,19 +11,10 @@ from contracts.lora_roles import role_model
 from controller.plan.activations import pass_memory
 from controller.plan.learner_memory import Network, mapped_file, network_shapes, served_policy, sizes
 from controller.plan.memory_items import GIB, Item, shown
+from controller.start_checks.kv_cache import kv_bytes_a_token
 
 CPU_BATCH_TOKENS = 4096  # of a step of an engine on CPU at least: actors/vllm_engine.py
 SAMPLER_COPIES = 3  # of the logits of a step, float32: scaled, sorted or normalised, probabilities
-
-
-def kv_bytes_a_token(config: Any, size: int) -> int:
-    """2 (keys and values) x layers x key-value heads x width of a head x bytes, as vLLM's FullAttentionSpec has it. Layers
-    without attention keep less, so that this is a bound for hybrids."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 2 * text.num_hidden_layers * groups * width * size
 
 
 def actor_items(config: TandemConfig, gpu_gib: float) -> list[Item]:

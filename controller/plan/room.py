@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from common.models.loading import LoadingError
 from common.models.proof import Unproven
 from common.processes.memory_room import Room
+from common.text.tokenizers import load_config
 from contracts.checks.check import shown as written
 from contracts.checks.validation import ConfigError, validate
 from contracts.config import TandemConfig
@@ -19,8 +20,10 @@ from contracts.placement import plan as placement
 from contracts.stages import Stage
 from controller.plan.activations import Unplannable
 from controller.plan.bound import most
+from controller.plan.learner_memory import served_policy
 from controller.plan.memory_items import GIB, Process, StagePlan
 from controller.plan.plan import Data, plan_stage, planned_stages
+from controller.start_checks.kv_cache import one_sequence_bytes
 
 TOLD = 2  # keys that a refusal names
 GAIN = 0.05 * GIB  # below which a key is not worth a word
@@ -143,9 +146,15 @@ def _gains(
             validate(other)
         except ConfigError:  # of another rule
             continue
+        if key == "engine.kv_cache_gib" and value * GIB < one_sequence_bytes(other, _served(other)):
+            continue
         gain = before - needed(plan_stage(other, stage, data))
         if gain >= GAIN:
             yield key, value, gain
+
+
+def _served(config: TandemConfig) -> Any:
+    return load_config(served_policy(config).path, config.model)
 
 
 def _candidates(config: TandemConfig) -> Iterator[tuple[str, Any]]:

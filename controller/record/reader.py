@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -202,33 +203,23 @@ def _laid_end_to_end(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def _attempts(rows: list[dict[str, Any]], time: str) -> list[float]:
+    """The last moment of each attempt. Lines are written in order, and their times begin at zero with each attempt."""
+    times = [seconds for row in rows if (seconds := number(row.get(time))) is not None]
+    return [now for now, later in pairwise([*times, -math.inf]) if later < now]
+
+
 def _wall_s(metrics: list[dict[str, Any]], phases: list[dict[str, Any]]) -> float | None:
     """The sum over attempts of the last moment that each has written down; None where there is none.
 
-    Times begin at zero with each attempt. A phase is written when it ends, so one that was killed has left nothing but lines
-    of metrics: a phase is of the last attempt that had a line of its stage before it ended.
+    An attempt may have left no lines of metrics, as one that failed while it started, or its metrics may go on after its
+    last phase, as of one that was killed. Neither file says which attempts of the other are its own, so they are paired in
+    order, or stand alone, such that the sum is the least.
     """
-    begun, ends = [dict[str, float]()], [0.0]  # by attempt: when each stage has written first, and the last moment
-    for row in metrics:
-        wall_s = number(row.get("wall_s"))
-        if wall_s is None:
-            continue
-        if wall_s < ends[-1]:
-            begun.append({})
-            ends.append(0.0)
-        begun[-1].setdefault(str(row.get("stage")), wall_s)
-        ends[-1] = wall_s
-    attempt, before_s = 0, 0.0
-    for row in phases:
-        end_s, stage = number(row.get("end_s")), str(row.get("stage"))
-        if end_s is None:
-            continue
-        later = [i for i in range(attempt + 1, len(ends)) if begun[i].get(stage, math.inf) <= end_s]
-        if later:
-            attempt = later[-1]
-        elif end_s < before_s:  # an attempt without a line of metrics
-            attempt += 1
-            begun.insert(attempt, {})
-            ends.insert(attempt, 0.0)
-        ends[attempt], before_s = max(ends[attempt], end_s), end_s
-    return sum(ends) or None
+    ends = _attempts(phases, "end_s")
+    least = list(accumulate(ends, initial=0.0))  # by how many attempts of the phases are counted
+    for last in _attempts(metrics, "wall_s"):
+        before, least = least, [least[0] + last]
+        for i, end in enumerate(ends):
+            least.append(min(before[i] + max(last, end), before[i + 1] + last, least[i] + end))
+    return least[-1] or None

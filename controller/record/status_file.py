@@ -32,9 +32,8 @@ def end_state(kind: type[BaseException] | None) -> str:
     """How a run has ended that left with this kind of error, or with none."""
     if kind is None:
         return "done"
-    return (
-        "failed" if issubclass(kind, Exception) else "interrupted"
-    )  # SIGINT, or the SystemExit that Ray makes of SIGTERM
+    # What is no Exception is SIGINT, or the SystemExit that Ray makes of SIGTERM.
+    return "failed" if issubclass(kind, Exception) else "interrupted"
 
 
 class StatusFile:

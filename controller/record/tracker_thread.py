@@ -65,9 +65,8 @@ class TrackerThread:
         stage, step, wall_s = row["stage"], row["step"], row["wall_s"]
         values = {k: v for k, v in row.items() if k not in ("stage", "step", "wall_s") and v is not None}
         if stage == "ppo":
-            step = int(
-                values.get("progress/version", step)
-            )  # `step` counts the updates that only fit the value model, too
+            # `step` counts the updates that only fit the value model, too.
+            step = int(values.get("progress/version", step))
         else:
             # Both reward models log `reward_model/loss`; a tool has one name space, so the stage tells them apart.
             short = f"{stage.partition('/')[0]}/"

@@ -6,6 +6,7 @@ from contracts.catalogue import catalogue
 from contracts.metrics import declared
 from controller.record.number_text import number
 from controller.record.reader import Run
+from controller.record.run_log import TRACKER_FAULTS
 from controller.report.curves import RUN, Chart, described
 from controller.report.svg import Series, line_chart
 
@@ -38,12 +39,16 @@ def rollouts(run: Run) -> Markup | str:
 
 
 def _faults(run: Run) -> dict[str, float]:
-    """Totals of every fault that was met. What counts from the start of a driver begins anew with the next one."""
+    """Totals of every fault that was met. What counts from the start of a driver begins anew with the next one; of trackers
+    each line is one fault, since drivers that meet equally many could not be told apart by their counts."""
     totals, last = dict[str, float](), dict[str, float]()
     for row in run.metrics:
         for name in row:
             value = number(row[name]) if name.startswith("fault/") else None
             if value is None:
+                continue
+            if row.get("stage") == TRACKER_FAULTS:
+                totals[name] = totals.get(name, 0.0) + 1
                 continue
             before = last.get(name, 0.0) if name not in OF_A_STEP else 0.0
             totals[name] = totals.get(name, 0.0) + (value - before if value >= before else value)

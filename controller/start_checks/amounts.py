@@ -15,9 +15,10 @@ from contracts.placement import needs
 from contracts.scorer_roles import CHECKPOINTS, value_model_key
 from controller.data.inputs import Inputs
 from controller.start_checks.adapter_checks import adapter_problems
+from controller.start_checks.kv_cache import too_small
 from controller.start_checks.lengths import too_long
+from controller.start_checks.service_checks import service_problems
 from learner.shared_trunk import BESIDE_LAYERS
-from reward_service.scorer_kind import scorer_kind
 
 
 def check_model(config: TandemConfig) -> None:
@@ -36,7 +37,7 @@ def check_model(config: TandemConfig) -> None:
             problems += _too_many_layers(config, key, getattr(found.get_text_config(), "num_hidden_layers", None))
             problems += _other_vocabulary(config, key, path, found) or _other_settings(config, key, path, found)
             if key == "model.path":
-                problems += _undivided_heads(config, found.get_text_config())
+                problems += _undivided_heads(config, found.get_text_config()) + too_small(config, found)
             problems += too_long(config, key, path, found.get_text_config())
         except LoadingError as error:
             problems.append(str(error))
@@ -44,9 +45,7 @@ def check_model(config: TandemConfig) -> None:
             reason = error_lines(error)[0][:200]
             exists = "" if Path(path).exists() else " (no such directory; a hub id needs network access)"
             problems.append(f"{key}={path}: no model can be loaded from there{exists}: {reason}")
-    if needs(config)[0].count:
-        for name, entry in config.reward_service.scorers.items():
-            problems += scorer_kind(entry.kind).problems(f"reward_service.scorers.{name}", entry)
+    problems += service_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
 

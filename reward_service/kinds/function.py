@@ -9,6 +9,7 @@ before anything starts. It gets up to `batch_size` items a call, fewer of a slow
 It may be `async`, and is no generator.
 """
 
+import ast
 import asyncio
 import json
 import math
@@ -19,13 +20,13 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from common.files.source_code import source_digest, source_signature
+from common.files.source_code import function_source, parsed, source_digest, source_signature, split_function
 from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
@@ -59,7 +60,7 @@ class Function(ScorerKind):
         ]
 
     def problems(self, key: str, entry: ScorerConfig) -> list[str]:
-        """It is imported when the reward service starts, in a pipeline after SFT."""
+        """As its source says; `import_problems` runs that."""
         try:
             form_in_source(str(entry.function))
         except ValueError as error:
@@ -86,6 +87,7 @@ class Function(ScorerKind):
             # Far below the time-out, which is one for the whole call: a slow function gets its items one by one.
             call_s=min(CALL_S, entry.timeout_s / 4),
             source=source,
+            needs_seam=not has_whole_queries(source),
         )
 
     def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
@@ -119,6 +121,18 @@ def form_in_source(function: str) -> CallForm | None:
     return None if signature is None else call_form(signature)
 
 
+def has_whole_queries(function: str) -> bool:
+    """Whether it is one of OpenRLHF's whose source reads queries, which are complete, and never names its second
+    parameter, the prompts. It is not executed."""
+    signature, (_, name) = source_signature(function), split_function(function)
+    places = list(signature.parameters) if signature else []
+    if places[:1] != ["queries"]:
+        return False
+    statements = parsed(function_source(function).read_bytes()).body
+    own = [s for s in statements if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef) and s.name == name][-1]
+    return not any(isinstance(node, ast.Name) and node.id in places[1:2] for node in ast.walk(own))
+
+
 def function_version(function: str) -> str:
     """Covers its name, its source file and what that imports from beside it. Raises ValueError without such a source."""
     return version_of(source_digest(function))
@@ -128,8 +142,8 @@ class FunctionScorer(Scorer):
     """The pool of a rule function, which sees texts."""
 
     def __init__(self, entry: ScorerConfig, tokenizer: str):
-        self._texts = text_reader(tokenizer)
         self._pool = FunctionPool(entry)
+        self._texts = text_reader(tokenizer, with_query="queries" in self._pool.wants)
 
     async def score(self, items: list[ScoringItem], deadline_s: float) -> list[Score]:
         texts: list[Text] = []
@@ -144,6 +158,21 @@ class FunctionScorer(Scorer):
         return [unread[index] if index in unread else next(found) for index in range(len(items))]
 
 
+def import_problems(key: str, entry: ScorerConfig, env: Mapping[str, str]) -> list[str]:
+    """Why no process of a function would start, found by starting one: what it imports is not there, or runs on.
+
+    Args:
+        env: of a replica, beside the environment of this process.
+    """
+    try:
+        FunctionProcess(entry, env).end()
+    except FunctionError as error:
+        last = str(error).strip().splitlines()[-1].removeprefix(f"{entry.function}: ")
+        rule = "a function that a process of its own can import and call"
+        return [f"{key}.function={entry.function} must be {rule}; found {last}"]
+    return []
+
+
 class FunctionError(RuntimeError):
     """The function cannot be imported, or is in no form that is known, with the reason."""
 
@@ -153,18 +182,19 @@ class FunctionProcess:
 
     runs = "function"
 
-    def __init__(self, entry: ScorerConfig):
+    def __init__(self, entry: ScorerConfig, env: Mapping[str, str] | None = None):
         self._entry = entry
+        self._env = dict(env or {})  # beside that of this process
         self._process: subprocess.Popen | None = None
         self._buffer = b""
         self._mark = secrets.token_hex(8)
-        self._wants: list[str] = []  # what is sent of an item
+        self.wants: list[str] = []  # what is sent of an item
         self.start()
 
     def start(self) -> None:
         """Raises FunctionError."""
         # The caller's path, which Ray extends by the driver's directory.
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), MARK: self._mark}
+        env = {**os.environ, **self._env, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), MARK: self._mark}
         self._buffer = b""
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
@@ -183,7 +213,7 @@ class FunctionProcess:
         if "error" in reply:
             self.end()
             raise FunctionError(f"{self._name}: {reply['error']}")
-        self._wants = reply.get("wants", [])
+        self.wants = reply.get("wants", [])
 
     @property
     def _name(self) -> str:
@@ -195,7 +225,7 @@ class FunctionProcess:
 
     def __call__(self, texts: list[Text]) -> list[Plain]:
         """What the function returns. Raises Failed; its process is then ended where that is needed."""
-        self._send("{" + ",".join(f'"{field}":[{",".join(map(JSON_OF[field], texts))}]' for field in self._wants) + "}")
+        self._send("{" + ",".join(f'"{field}":[{",".join(map(JSON_OF[field], texts))}]' for field in self.wants) + "}")
         try:
             reply = self._read(self._entry.timeout_s)
         except Failed:
@@ -259,7 +289,9 @@ class FunctionPool:
         self._quarantine: Quarantine[Text] = Quarantine()
         # A process ends with the thread that started it (function_worker.py), so these threads start them all.
         self._threads = ThreadPoolExecutor(entry.processes)
+        self.wants: list[str] = []
         for process in self._threads.map(self.process, [entry] * entry.processes):
+            self.wants = process.wants
             self._idle.put(process)
 
     def submit(self, texts: list[Text], deadline_s: float = math.inf) -> list[Future[list[Score]]]:

@@ -9,7 +9,7 @@ from contracts.checks.check import Check, shown
 from contracts.config import RewardServiceConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
 from reward_service.request_batcher import RequestBatcher
-from reward_service.score_position import EOS, LAST, chosen_read_at, make_reading
+from reward_service.score_position import EOS, LAST, NoHeader, chosen_read_at, has_tokenizer, make_reading
 from reward_service.scorer_kind import Scorer, ScorerKind, ScorerSpec, version_of
 
 CALLS = 4  # to a replica: enough for its batches
@@ -36,6 +36,19 @@ class Model(ScorerKind):
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
         return checkpoint_fingerprint(entry.path, memory=memory) if entry.path else ""
 
+    def problems(self, key: str, entry: ScorerConfig) -> list[str]:
+        """Its replicas start in a pipeline after SFT."""
+        try:
+            if entry.path and has_tokenizer(entry.path):
+                make_reading(entry.path, entry.read_at, entry.append, entry.path)
+        except NoHeader as error:
+            return [f"{key}: {error}"]
+        except (
+            Exception
+        ):  # whatever a library raises on a file that it cannot read: `spec` and the checks of models say it
+            return []
+        return []
+
     def spec(self, name: str, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str | None) -> ScorerSpec:
         from reward_service.model import check_reward_model
 
@@ -47,6 +60,10 @@ class Model(ScorerKind):
             own, ours = vocabulary(path), vocabulary(tokenizer)
             if own is not None and ours is not None and own != ours:  # no error would tell, and the scores mean nothing
                 raise ValueError(f"{path} has another vocabulary than {tokenizer}, whose token ids are scored")
+        if tokenizer is not None or has_tokenizer(path):
+            make_reading(
+                path, entry.read_at, entry.append, tokenizer or path
+            )  # refuses here what no replica could read
         return ScorerSpec(
             name,
             entry,

@@ -54,7 +54,7 @@ def keep(member: Member, registration: str, directory: Path) -> Path:
         "config": {"name": run.name, "model": {"dtype": run.setting("model.dtype")}}
         | {name: run.config[name] for name in SECTIONS if name in run.config},
         "curves": {name: curve for name in CURVES if (curve := run.curve("ppo", name))},
-        "seconds": run.phases[-1]["end_s"] if run.phases else None,
+        "seconds": run.wall_s,
         "stages": [
             {"name": row["name"], "seconds": row.get("seconds"), "metrics": row.get("metrics")}
             for row in run.stages
@@ -136,15 +136,14 @@ def read_kept(path: Path) -> Member:
             for name, curve in content["curves"].items()
             for step, value in curve
         ]
-        seconds = content["seconds"]
         run = Run(
             path,
             config=content["config"],
             overrides=content["overrides"],
             metrics=rows,
-            phases=[] if seconds is None else [{"start_s": 0.0, "end_s": seconds}],
             stages=content["stages"],
             evaluation=content["evaluation"],
+            wall_s=content["seconds"],
         )
         member = Member(content["arm"], content["seed"], run, content.get("state", "done"), content["facts"])
         member.facts["registration"] = content["registration"]

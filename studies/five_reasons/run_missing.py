@@ -99,8 +99,8 @@ class Pieces:
         """That these members will take, so many at a time, by what kept ones of their arms took."""
         took: dict[str, list[float]] = {}
         for member in kept_members(self.kept_in):
-            if member.run.phases:
-                took.setdefault(member.arm, []).append(member.run.phases[-1]["end_s"] / 60)
+            if member.run.wall_s is not None:
+                took.setdefault(member.arm, []).append(member.run.wall_s / 60)
         known = {arm: sum(times) / len(times) for arm, times in took.items()}
         each = [(job["arm"], known.get(job["arm"], MEMBER_MINUTES)) for job in jobs]
         side_by_side = sum(minutes for _, minutes in each) / min(self.at_a_time, max(1, len(jobs)))
@@ -153,7 +153,7 @@ class Pieces:
                 self.say(f"  it counts as failed: {file.name}")
             return
         path = keep(member, self._registration(), self.kept_in)
-        took = f"{member.run.phases[-1]['end_s'] / 60:.1f} min, " if member.run.phases else ""
+        took = f"{member.run.wall_s / 60:.1f} min, " if member.run.wall_s is not None else ""
         self.say(f"✓ {label}: {took}{path.name}")
         mine = models_of(member.run)
         for other in kept_members(self.kept_in):

@@ -92,7 +92,7 @@ def _basis(finding: Finding) -> str:
 
 
 def _mean_time(members: list[Member]) -> float | None:
-    times = [m.run.phases[-1]["end_s"] for m in members if m.run.phases]
+    times = [m.run.wall_s for m in members if m.run.wall_s is not None]
     return fmean(times) if times else None
 
 

@@ -148,7 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
     except StudyError as error:
         raise SystemExit(f"study: {error}") from error
     for row in rows:
-        said = "no result" if row.objective is None else f"objective {row.objective:+.2f}, gain {row.gain:+.2f}"
+        objective = "drift not known" if row.objective is None else f"objective {row.objective:+.2f}"
+        said = "no result" if row.gain is None else f"{objective}, gain {row.gain:+.2f}"
         notes = "; ".join([*row.missed, *row.diverged])
         print(
             f"  {'✦' if row.is_best else ' '} {row.arm} {row.key} {row.value}: {said}{f' ({notes})' if notes else ''}"

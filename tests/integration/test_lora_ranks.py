@@ -1,12 +1,13 @@
 """Adapters on two real learner ranks under each stage of ZeRO: the update of one rank, the same engine after a resume."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
@@ -14,13 +15,13 @@ import torch
 from common.models.adapters import read_tensors
 from contracts.config import LoraByRoleConfig, LoraConfig, RoleLoraConfig, TandemConfig
 from contracts.records import TrainingBatch
-from controller.cluster.runtime import Runtime, environments
+from controller.cluster.runtime import Runtime
 from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from learner.weight_publisher import BACKEND
 from tests.conftest import make_config
-from tests.integration.conftest import processes
 from tests.integration.test_ranks import EOS, rollouts
+from tests.learners import Learners
 
 pytestmark = pytest.mark.usefixtures("ray_runtime")
 STAGES = [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(3, marks=pytest.mark.full)]
@@ -41,13 +42,11 @@ def configured(model: Path, folder: Path, dtype: str) -> TandemConfig:
     return config
 
 
-def started(config: TandemConfig, ranks: int, zero: int) -> LearnerGroup:
+def begin(learners: Learners, config: TandemConfig, ranks: int, zero: int) -> LearnerGroup:
     config.learner.zero_stage, config.learner.held_tokens = zero, 0 if zero == 3 else 1000
     config.cluster = replace(config.cluster, num_learner_ranks=ranks, threads_per_learner_rank=1)
-    path, env = config.model.path, environments(config.cluster)["learner"]
-    group = LearnerGroup(config.cluster, "ppo", 1, (config, path, path, (EOS,), []), env)
-    group.wait_ready()
-    return group
+    path = config.model.path
+    return learners.begin(config, ranks, "ppo", config, path, path, (EOS,), [])
 
 
 def batches(ranks: int, number: int = 0) -> list[TrainingBatch]:
@@ -60,13 +59,17 @@ def update(group: LearnerGroup, number: int = 0) -> dict[str, float]:
     return {name: value for name, value in metrics[0].items() if not name.startswith("perf/")}
 
 
-def own_pages(process: psutil.Process) -> float:
-    """KiB of the checkpoint's files that the process has copied by writing to them; others it shares."""
+def pids(group: LearnerGroup) -> list[int]:
+    return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in group.actors], timeout=60)
+
+
+def own_pages(pid: int, model: Path) -> float:
+    """KiB of the checkpoint's file that the process has copied by writing to them; others it shares."""
     found, is_file = 0.0, False
-    for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         words = line.split()
         if not words[0].endswith(":"):
-            is_file = words[-1].endswith(".safetensors")
+            is_file = words[-1] == f"{model}/model.safetensors"
         elif is_file and words[0] == "Anonymous:":
             found += float(words[1])
     return found
@@ -78,21 +81,19 @@ def adapter(group: LearnerGroup, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def update_of(small_vocab: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Any]:
+def update_of(
+    learners: Learners, small_vocab: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, int], Any]:
     """Metrics of both updates and the policy's adapter before and after them, for ranks and a stage of ZeRO."""
 
     def run(ranks: int, zero: int) -> Any:
         folder = tmp_path_factory.mktemp("update")
-        others = {process.pid for process in processes("LearnerActor")}
-        group = started(configured(small_vocab, folder, "float32"), ranks, zero)
-        try:
-            before = adapter(group, folder / "before")
-            metrics = [update(group) for _ in range(2)]  # A has no gradient before B has moved
-            mine = [process for process in processes("LearnerActor") if process.pid not in others]
-            assert zero == 3 or [own_pages(process) for process in mine] == [0] * ranks
-            return metrics, before, adapter(group, folder / "after")
-        finally:
-            group.stop()
+        model = shutil.copytree(small_vocab, folder / "model")  # other tests' tasks have written to the pages of theirs
+        group = begin(learners, configured(model, folder, "float32"), ranks, zero)
+        before = adapter(group, folder / "before")
+        metrics = [update(group) for _ in range(2)]  # A has no gradient before B has moved
+        assert zero == 3 or [own_pages(pid, model) for pid in pids(group)] == [0] * ranks
+        return metrics, before, adapter(group, folder / "after")
 
     return run
 
@@ -134,10 +135,10 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.mark.parametrize("zero", STAGES)
 def test_two_ranks_resume_to_the_bit_and_publish_what_they_have(
-    zero: int, engine: list[Any], tiny_model: Path, tmp_path: Path
+    zero: int, engine: list[Any], learners: Learners, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = configured(tiny_model, tmp_path, "bfloat16")
-    group = started(config, 2, zero)
+    group = begin(learners, config, 2, zero)
 
     def served(version: int) -> tuple[np.ndarray, np.ndarray]:
         """log p by the learner and by the engine that it has published to, float64 [tokens]."""
@@ -145,28 +146,25 @@ def test_two_ranks_resume_to_the_bit_and_publish_what_they_have(
         mine = np.concatenate(group.call("token_logprobs", SEQUENCES)[0])
         return mine, np.concatenate(ray.get(engine[0].token_logprobs.remote(SEQUENCES), timeout=120))
 
-    try:
-        begun, _ = served(0)
-        for number in range(2):
-            update(group, number)
-        commit = tmp_path / "step_2"
-        commit.mkdir()
-        group.call("begin_commit", str(commit))
-        records = {name: record for part in group.call("state.result") for name, record in part.items()}
-        assert {"rank_0.safetensors", "rank_1.safetensors", "policy/adapter_model.safetensors"} <= records.keys()
-        expected = [update(group, number) for number in (2, 3)]
-        mine, its = served(1)
-        moved = np.abs(mine - begun).mean()
-        assert moved > 0.1
-        assert np.abs(mine - its).mean() < min(0.05, moved / 4)  # bfloat16
-        trained = adapter(group, tmp_path / "unbroken")
+    begun, _ = served(0)
+    for number in range(2):
+        update(group, number)
+    commit = tmp_path / "step_2"
+    commit.mkdir()
+    group.call("begin_commit", str(commit))
+    records = {name: record for part in group.call("state.result") for name, record in part.items()}
+    assert {"rank_0.safetensors", "rank_1.safetensors", "policy/adapter_model.safetensors"} <= records.keys()
+    expected = [update(group, number) for number in (2, 3)]
+    mine, its = served(1)
+    moved = np.abs(mine - begun).mean()
+    assert moved > 0.1
+    assert np.abs(mine - its).mean() < min(0.05, moved / 4)  # bfloat16
+    trained = adapter(group, tmp_path / "unbroken")
 
-        group.restart()
-        assert group.votes("state.check", str(commit), records) == [None, None]
-        group.call("load_commit", str(commit))
-        assert [update(group, number) for number in (2, 3)] == expected
-        again = adapter(group, tmp_path / "resumed")
-        assert [name for name in trained if not torch.equal(again[name], trained[name])] == []
-        assert np.array_equal(served(0), (mine, its))
-    finally:
-        group.stop()
+    group.restart()
+    assert group.votes("state.check", str(commit), records) == [None, None]
+    group.call("load_commit", str(commit))
+    assert [update(group, number) for number in (2, 3)] == expected
+    again = adapter(group, tmp_path / "resumed")
+    assert [name for name in trained if not torch.equal(again[name], trained[name])] == []
+    assert np.array_equal(served(0), (mine, its))

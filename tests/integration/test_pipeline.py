@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from common.files.outcome import read_outcome
+from controller.commits.resume import SESSION, is_ray_session
 from tests.conftest import ROOT, VADER, cache_in
 from tests.preloaded import Python
 
@@ -39,6 +41,7 @@ def command(folder: Path, model: Path, *overrides: str) -> list[str]:
         "evaluate.bootstrap_samples=100",
         "engine.kv_cache_gib=0.25",
         "cluster.min_memory_gib=3",
+        "logger.wandb=disabled",
         *overrides,
     ]
 
@@ -90,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, tiny_model: Path) -> subprocess.CompletedProcess[str]:
-    done = run(folder, tiny_model)
+    done = run(folder, tiny_model, "logger.wandb=auto")  # the default, which is offline without an account
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done
 
@@ -119,10 +122,9 @@ def test_every_update_is_logged(finished: Any, folder: Path) -> None:
     assert rows[0]["kl/ref_seq"] == 0.0  # the first rollouts are the reference's own
 
 
-def test_the_ledger_balances(finished: Any, folder: Path) -> None:
+def test_the_ledger_balances(finished: Any, folder: Path, python: Python) -> None:
     """Every rollout that was admitted trained once, and none is left."""
-    audit_it = [sys.executable, "-m", "controller.ledger", str(folder / "run")]
-    audit = subprocess.run(audit_it, cwd=ROOT, capture_output=True, text=True)
+    audit = python(["controller/ledger/__main__.py", str(folder / "run")])
     assert audit.returncode == 0, audit.stdout + audit.stderr
     rows = [row for row in lines(folder / "run/metrics.jsonl") if "ledger/admitted" in row]
     admitted = int(rows[-1]["ledger/admitted"])
@@ -142,13 +144,11 @@ def test_evaluation_compares_the_three_models(finished: Any, folder: Path) -> No
     assert len(samples) == 3 * 8
 
 
-def test_what_a_user_finds_in_the_run_directory(finished: Any, folder: Path) -> None:
+def test_what_a_user_finds_in_the_run_directory(finished: Any, folder: Path, python: Python) -> None:
     run_dir = folder / "run"
     assert (run_dir / "config.yaml").exists()
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
-    said = subprocess.run(
-        [sys.executable, "-m", "controller.status", str(run_dir)], cwd=ROOT, capture_output=True, text=True
-    )
+    said = python(["controller/status.py", str(run_dir)])
     assert f"tiny ({run_dir}): done" in said.stdout
     assert "of 3 | " in said.stdout
     gain = json.loads((run_dir / "evaluation.json").read_text())["comparisons"]["ppo_vs_sft"]["gold_gain"]["mean"]
@@ -156,7 +156,8 @@ def test_what_a_user_finds_in_the_run_directory(finished: Any, folder: Path) -> 
     assert read_outcome(run_dir) == gain  # the KL of three updates is within the bound
     report = (run_dir / "report.html").read_text()
     assert "<svg" in report
-    assert f"report        │ {run_dir}" in finished.stdout.replace("\n", " ") or "report" in finished.stdout
+    # In a table, whose long lines are folded.
+    assert f"report{run_dir}/report.html" in re.sub(r"[\s│]", "", finished.stdout)
     for phase in ("starting Ray", "starting reward service, vLLM and learner", "version 3"):
         assert phase in finished.stdout
 
@@ -216,7 +217,13 @@ def by_rules(folder: Path, tiny_model: Path) -> tuple[list[str], str]:
     overrides = [
         f"data.{name}.{key}" for name in ("prompts", "eval_prompts") for key in (f"path={prompts}", "format=auto")
     ]
-    overrides += ["data.max_prompt_tokens=3", "data.max_bad_rows=0", "data.max_seen_rows=1", f"sft_model={tiny_model}", "data.gold=null"]
+    overrides += [
+        "data.max_prompt_tokens=3",
+        "data.max_bad_rows=0",
+        "data.max_seen_rows=1",
+        f"sft_model={tiny_model}",
+        "data.gold=null",
+    ]
     overrides += [f"data.{name}.path=/no/such.jsonl" for name in ("sft", "preferences", "test")]
     overrides += ["reward_service=rules", f"reward_service.scorers.proxy.function={folder}/my_rules.py:brief"]
     overrides += [f"{stage}.sampling.max_completion_tokens=16" for stage in ("ppo", "evaluate")]
@@ -347,7 +354,7 @@ def test_conversations_of_two_turns(finished: Any, folder: Path, tiny_model: Pat
     assert all("Say it again, better." in row["completion"] for row in samples)
 
 
-def check_ahead(run_dir: Path, printed: str, value_updates: int) -> None:
+def check_ahead(run_dir: Path, printed: str, value_updates: int, python: Python) -> None:
     """Of a run with AHEAD and eight rollouts an update, without an actor for a while."""
     assert "actor 0 is lost" in printed
     assert "actor 0 is back" in printed
@@ -363,21 +370,22 @@ def check_ahead(run_dir: Path, printed: str, value_updates: int) -> None:
         assert row["ledger/open"] <= 3 * 8
     rollouts = (value_updates + 5) * 8
     assert len([row for row in lines(run_dir / "ledger.jsonl") if "trained" in row]) == rollouts
-    audit_it = [sys.executable, "-m", "controller.ledger", str(run_dir)]
-    audit = subprocess.run(audit_it, cwd=ROOT, capture_output=True, text=True)
+    audit = python(["controller/ledger/__main__.py", str(run_dir)])
     expected = f"admitted {rollouts} = trained {rollouts} + quarantined 0 + open 0"
     assert expected in audit.stdout, audit.stdout + audit.stderr
 
 
-def test_actors_work_ahead_of_the_learner(by_rules: tuple[list[str], str], folder: Path) -> None:
-    check_ahead(folder / "rules", by_rules[1], value_updates=1)
+def test_actors_work_ahead_of_the_learner(by_rules: tuple[list[str], str], folder: Path, python: Python) -> None:
+    check_ahead(folder / "rules", by_rules[1], value_updates=1, python=python)
 
 
 @pytest.mark.full
-def test_actors_work_ahead_and_have_one_version_a_completion(finished: Any, folder: Path, tiny_model: Path) -> None:
+def test_actors_work_ahead_and_have_one_version_a_completion(
+    finished: Any, folder: Path, tiny_model: Path, python: Python
+) -> None:
     overrides = ["ppo.value_warmup_updates=0", "ppo.weight_update=drain", "ppo.sampling.max_completion_tokens=24"]
     words = command(folder, tiny_model, f"run_dir={folder}/drain", "stage=ppo", *AHEAD, *overrides)
-    check_ahead(folder / "drain", without_an_actor(words), value_updates=0)
+    check_ahead(folder / "drain", without_an_actor(words), value_updates=0, python=python)
     trained = [row for row in lines(folder / "drain/ledger.jsonl") if "trained" in row]
     assert all(len(row["sampled"]) == 1 for row in trained)
 
@@ -474,13 +482,30 @@ def test_members_in_processes_of_their_own(launcher: str, finished: Any, folder:
     assert "sweep: 1 of 2 members done" in done.stdout
 
 
+def writers(session: str) -> list[psutil.Process]:
+    """Processes of a Ray: each keeps a log open in its session. Their command lines say nothing of the run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(file.path.startswith(f"{session}/") for file in process.open_files()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
 def test_no_process_is_left(finished: Any, folder: Path) -> None:
+    session = (folder / "run" / SESSION).read_text()
+    assert is_ray_session(session)
+    psutil.wait_procs(writers(session), timeout=60)  # Ray's agents may take so long
+    assert writers(session) == []
     left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
     assert left == []
 
 
-def test_a_stage_without_its_inputs_says_what_to_run(folder: Path, tiny_model: Path) -> None:
-    done = run(folder, tiny_model, f"run_dir={folder}/alone", f"cache_dir={folder}/empty", "stage=ppo")
+def test_a_stage_without_its_inputs_says_what_to_run(folder: Path, tiny_model: Path, python: Python) -> None:
+    overrides = [f"run_dir={folder}/alone", f"cache_dir={folder}/empty", "stage=ppo"]
+    done = python(command(folder, tiny_model, *overrides)[1:])
     assert done.returncode == 2
     assert "run stage=sft or stage=pipeline first, or set sft_model=PATH" in done.stderr
     assert "Traceback" not in done.stderr

@@ -179,11 +179,10 @@ def test_an_unbroken_run_keeps_its_newest_commits_and_the_best(unbroken: Run) ->
     assert (newest.path / "policy/model.safetensors").read_bytes() == unbroken.model
 
 
-def test_a_commit_is_exported_as_a_plain_checkpoint(unbroken: Run, tmp_path: Path) -> None:
+def test_a_commit_is_exported_as_a_plain_checkpoint(unbroken: Run, tmp_path: Path, python: Python) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    command = [sys.executable, "-m", "controller.export", str(unbroken.dir), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python(["controller/export.py", str(unbroken.dir), str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     AutoTokenizer.from_pretrained(tmp_path / "out")

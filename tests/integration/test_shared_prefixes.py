@@ -18,12 +18,16 @@ from tests.forked_engine import beside_engine
 
 SAMPLING = SamplingConfig(max_completion_tokens=150, min_completion_tokens=149)
 BLOCK = 32  # tokens, which requests share as a whole
+VOCABULARY = 2048
 
 
 @pytest.fixture(scope="module")
 def paths(engine_environment: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("prefixes")
-    return [make_tiny_model(folder / str(seed), torch.float32, tied=True, seed=seed) for seed in (0, 1)]
+    return [
+        make_tiny_model(folder / str(seed), torch.float32, tied=True, vocab_size=VOCABULARY, seed=seed)
+        for seed in (0, 1)
+    ]
 
 
 class Watched:
@@ -87,7 +91,7 @@ def said(path: Path, scenario: Callable[[Watched], Any], kv_cache_gib: float = 1
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 40_000, tokens).tolist()
+    return np.random.default_rng(seed).integers(3, VOCABULARY, tokens).tolist()
 
 
 def finish(waiting: "list[Future[Completion]]") -> list[Completion]:

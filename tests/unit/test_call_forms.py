@@ -1,6 +1,7 @@
 """Reward functions as users of Tandem, TRL, verl and OpenRLHF write them, in real processes: what each is given, and what
 becomes of what it answers."""
 
+import asyncio
 import inspect
 import json
 import re
@@ -13,12 +14,12 @@ import pytest
 from common.files.source_code import source_signature
 from contracts.checks.check import leaves
 from contracts.checks.overrides import unknown_overrides
-from contracts.config import ScorerConfig, TandemConfig
+from contracts.config import RewardServiceConfig, ScorerConfig, TandemConfig
 from contracts.records import Score, ScoringItem, row_text
 from reward_service.call_forms import ByName, OneByOne, Queries, UnknownForm, call_form
 from reward_service.function_answers import Refused, plain_scores
-from reward_service.kinds.function import FunctionError, FunctionPool, Text, form_in_source
-from reward_service.scorer_kind import text_reader
+from reward_service.kinds.function import FunctionError, FunctionPool, FunctionScorer, Text, form_in_source
+from reward_service.scorer_kind import scorer_kind, text_reader
 from tests.unit.test_joins import BOS, EOS, sentencepiece
 
 RULES = '''
@@ -31,6 +32,9 @@ def by_rows(texts, rows):
 
 def by_labels(completions, labels):
     return [float(text == label) for text, label in zip(completions, labels)]
+
+def by_label(completions, label, **kwargs):
+    return [float(text == str(own)) for text, own in zip(completions, label)]
 
 def in_columns(texts, rows):
     right = [float(text == row["answer"]) for text, row in zip(texts, rows)]
@@ -176,6 +180,18 @@ def test_labels_are_the_items_own_or_the_rows(score: Callable[..., list[Score]])
     assert said(score("by_labels", *rows)) == [1.0, 1.0]
 
 
+def test_of_rows_with_label_and_labels_a_parameter_has_the_column_of_its_name(
+    score: Callable[..., list[Score]],
+) -> None:
+    rows = ['{"label": 3, "labels": "5"}', '{"label": null, "labels": "5"}', '{"label": "5", "labels": null}']
+    assert said(score("by_labels", *[Text("Q", "5", None, row) for row in rows])) == [1.0, 1.0, 0.0]
+    assert said(score("by_labels", Text("Q", "6", "6", rows[0]))) == [1.0]  # an item's own comes first
+    assert said(score("by_label", Text("Q", "3", None, rows[0]))) == [1.0]
+    # OpenRLHF's third place is the column `label`, whatever the parameter is called.
+    asked_for = [asked("3", None, '{"label": "3", "labels": "5"}')]
+    assert said(score("rewards_of_queries", *asked_for, file="openrlhf.py")) == [1.0]
+
+
 def test_parts_by_columns(score: Callable[..., list[Score]]) -> None:
     """`said` is of texts: no part."""
     scores = score("in_columns", text("5", answer="5"), text("66", answer="5"), batch_size=2)
@@ -297,10 +313,25 @@ def test_a_query_is_prompt_and_completion_as_they_stand_together(tmp_path: Path)
     tokenizer = sentencepiece("legacy")
     tokenizer.save_pretrained(tmp_path)
     prompt, said = tokenizer("Name", add_special_tokens=False)["input_ids"], [*tokenizer("a prime.")["input_ids"][1:]]
-    [found] = text_reader(str(tmp_path))([ScoringItem((*prompt, *said, EOS), len(prompt))])
+    read = text_reader(str(tmp_path), with_query=True)
+    [found] = read([ScoringItem((*prompt, *said, EOS), len(prompt))])
     assert (found.prompt, found.completion, found.query) == ("Name", "a prime.", "Name a prime.")
-    [alone] = text_reader(str(tmp_path))([ScoringItem((BOS, *said, EOS))])
+    [alone] = read([ScoringItem((BOS, *said, EOS))])
     assert (alone.prompt, alone.completion, alone.query) == ("", "a prime.", "a prime.")
+
+
+@pytest.mark.parametrize(("form", "query"), [("queries, prompts, labels", "Name a prime."), ("completions", "")])
+def test_queries_are_decoded_for_functions_of_queries_alone(form: str, query: str, tmp_path: Path) -> None:
+    tokenizer = sentencepiece("legacy")
+    tokenizer.save_pretrained(tmp_path)
+    given, rules = form.split(",")[0], tmp_path / "rules.py"
+    rules.write_text(f"def f({form}):\n    return [float(len(text)) for text in {given}]\n")
+    scorer = FunctionScorer(ScorerConfig(kind="function", function=f"{rules}:f"), str(tmp_path))
+    prompt, said = tokenizer("Name", add_special_tokens=False)["input_ids"], [*tokenizer("a prime.")["input_ids"][1:]]
+    item = ScoringItem((*prompt, *said, EOS), len(prompt), "5")
+    assert [text.query for text in scorer._texts([item])] == [query]
+    assert [score.value for score in asyncio.run(scorer.score([item], 30.0))] == [len(query or "a prime.")]
+    scorer._pool.close()
 
 
 # ---- which form
@@ -459,3 +490,22 @@ def test_every_key_of_the_page_is_one_of_the_configuration() -> None:
     assert [key for key in (*named, *spans) if key not in keys and not any(k.startswith(f"{key}.") for k in keys)] == []
     assert len(commands) > 8
     assert unknown_overrides(commands) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "needs_seam"),
+    [
+        ("def f(queries, prompts, labels): return [float(query.endswith(labels[0])) for query in queries]", False),
+        ("def f(queries, prompts, labels): return [len(q) - len(p) for q, p in zip(queries, prompts)]", True),
+        ("def f(queries, asked, labels): return [query[len(asked[0]):] for query in queries]", True),
+        ("async def f(queries): return [1.0 for _ in queries]", False),
+        ("from functools import cache\n@cache\ndef f(queries, prompts, labels): return []", True),  # an import tells
+        ("def f(completions, **kwargs): return [1.0 for _ in completions]", True),
+    ],
+)
+def test_functions_of_whole_queries_need_not_know_where_a_prompt_ends(
+    source: str, needs_seam: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "rules.py").write_text(source + "\n")
+    entry = ScorerConfig(kind="function", function=f"{tmp_path / 'rules.py'}:f")
+    assert scorer_kind("function").spec("f", entry, RewardServiceConfig(), None).needs_seam == needs_seam

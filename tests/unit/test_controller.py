@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
 from contracts.config import EvaluateConfig, SamplingConfig, TandemConfig
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score, row_text
 from controller.loop.controller import PPOController
 from controller.loop.held_out import HeldOut
+from controller.loop.rewards import ScoreNormalizer
 from controller.loop.unscored import ScoreError, scored
 from tests.unit.test_shaping import MIXED, NORMALIZER
 
@@ -124,3 +126,29 @@ def test_the_adaptive_coefficient_counts_what_its_kl_is_a_mean_of(
     loop.config.environment.reward = reward
     loop._train([replace(MIXED, key=(0, number, 0)) for number in range(2)], train_policy=True)
     assert told == [(2.0, episodes)]
+
+
+def test_a_driver_resumes_among_another_number_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commit says nothing of them; one of an earlier build does, and counts as if it did not."""
+    cuda: Any = torch.cuda
+    state = torch.get_rng_state()
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "get_rng_state_all", lambda: [state, state])
+    monkeypatch.setattr(cuda, "device_count", lambda: 1)  # of the machine that the run is resumed on
+
+    def ignore(*_: Any) -> None: ...
+
+    part = SimpleNamespace(state_dict=dict, load_state_dict=ignore)
+    log = SimpleNamespace(run_dir=tmp_path, wandb_id=None, mark=lambda stage: {}, cut=ignore)
+    ledger = SimpleNamespace(state_dict=lambda: ({}, {}), load_state_dict=ignore)
+    loop = controller(tmp_path, ledger=ledger, stream=part, kl=part, multiplier=part, log=log, commits=None)
+    loop.dispatcher = SimpleNamespace(abandon_leases=ignore, publish=ignore)  # type: ignore[assignment]
+    loop.normalizer, loop.rng = ScoreNormalizer(), np.random.default_rng(1)
+    loop.updates, loop.first_score, loop.durations, loop.qualities = 2, None, [], []
+    kept, arrays = loop.state_dict()
+    assert kept["random"]["cuda"] == []
+    drawn = torch.rand(3)
+    for devices in ([], ["00", "00"]):
+        loop._start = kept | {"random": kept["random"] | {"cuda": devices}}, arrays
+        loop.restore(None)
+        assert torch.equal(torch.rand(3), drawn)

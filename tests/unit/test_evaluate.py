@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import GetTimeoutError
 
 from contracts.config import TandemConfig
-from contracts.records import Completion, Prompt, Rollout, Score
+from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score
 from controller.evaluation import judging
 from controller.evaluation.judging import Judged, judge_models, summarize
 
@@ -63,3 +64,106 @@ def test_samples_of_a_sharpened_distribution_tell_no_kl(
     found = judge_models(config, {"sft": "model"}, [r.prompt for r in given], [actor], ["proxy"], quiet)
     mean = summarize(found, ["proxy"], config)["models"]["sft"]["kl"]["mean"]  # type: ignore[arg-type]
     assert mean == kl if kl is not None else mean is None or np.isnan(mean)
+
+
+class Sampler:
+    """An actor that answers at once, and remembers which prompts it was asked for together."""
+
+    def __init__(self) -> None:
+        self.sampled: list[list[int]] = []
+        self.computed: list[list[int]] = []
+        self.rollout, self.token_logprobs = (
+            SimpleNamespace(remote=self._rollout),
+            SimpleNamespace(remote=self._logprobs),
+        )
+
+    def _rollout(self, requests: list[RolloutRequest], *_: Any) -> list[Rollout]:
+        self.sampled.append([r.prompt.prompt_id for r in requests])
+        ids = np.array([4, 5], dtype=np.int32)
+        completion = Completion(ids, np.full(2, -1.0, dtype=np.float32), ids, "stop", "fine")
+        return [Rollout(r.key, r.prompt, completion, {"proxy": Score(r.seed % 97)}) for r in requests]
+
+    def _logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
+        self.computed.append([ids[0] for ids, _ in sequences])
+        return [[-2.0 - ids[0], 0.0] for ids, _ in sequences]
+
+
+QUIET: Any = SimpleNamespace(phase=lambda what: nullcontext())
+
+
+def of_prompts(count: int, actors: list[Any], config: TandemConfig) -> Judged:
+    prompts = [Prompt(100 - i, "It is ", (100 - i,)) for i in range(count)]
+    return judge_models(config, {"sft": "model"}, prompts, actors, ["proxy"], QUIET)["sft"]
+
+
+def test_the_time_out_bounds_a_part_of_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven prompts, two actors of two each: four, then three."""
+    monkeypatch.setattr(judging, "WAVES", 1)
+    config = TandemConfig()
+    config.engine.max_num_seqs, config.cluster.step_timeout_s = 2, 5.0
+    config.evaluate.sampling.min_completion_tokens = 1  # so that log p is computed
+    asked: list[float] = []
+
+    def get(calls: list[Any], timeout: float) -> list[Any]:
+        asked.append(timeout)
+        return calls
+
+    monkeypatch.setattr(judging.ray, "get", get)
+    one, two = Sampler(), Sampler()
+    found = of_prompts(7, [one, two], config)
+    assert (one.sampled, two.sampled) == ([[100, 98], [96, 94]], [[99, 97], [95]])
+    assert [r.prompt.prompt_id for r in found.rollouts] == [94, 95, 96, 97, 98, 99, 100]
+    # Of these, in the order of their ids.
+    assert (one.computed, two.computed) == ([[94, 96], [98, 100]], [[95, 97], [99]])
+    assert asked == [5.0] * 4
+    assert judging._answers(config, [one, two], [*range(7)], lambda actor, part: part) == [*range(7)]
+    # The same as of all at once.
+    config.engine.max_num_seqs = 4
+    both = [Sampler(), Sampler()]
+    again = of_prompts(7, both, config)
+    assert (both[0].sampled, both[1].sampled) == ([[100, 98, 96, 94]], [[99, 97, 95]])
+    assert [r.key for r in again.rollouts] == [r.key for r in found.rollouts]
+    assert again.score("proxy").tolist() == found.score("proxy").tolist()
+    assert again.log_ratio.tolist() == found.log_ratio.tolist()
+
+
+def test_prompts_that_take_too_long_name_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "WAVES", 1)
+    config, left = TandemConfig(), [2]
+    config.engine.max_num_seqs, config.cluster.step_timeout_s = 2, 5.0
+
+    def get(calls: list[Any], timeout: float) -> list[Any]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise GetTimeoutError("Get timed out: some object(s) not ready.")
+        return calls
+
+    monkeypatch.setattr(judging.ray, "get", get)
+    with pytest.raises(
+        TimeoutError, match=r"1 of 5 held-out .* within cluster\.step_timeout_s \(5 s\), 4 before them were"
+    ):
+        of_prompts(5, [Sampler()], config)
+
+
+def test_weights_may_take_as_long_as_a_publish(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, float]] = []
+
+    class Publisher:
+        def __init__(self, backend: str, source: Any, timeout_s: float = 120.0):
+            made.append((source, timeout_s))
+
+        def connect(self, actors: list[Any]) -> None: ...
+
+        def send(self, version: int) -> Any:
+            return SimpleNamespace(require_all=lambda: None)
+
+        def shutdown(self) -> None: ...
+
+    monkeypatch.setattr("learner.weight_publisher.WeightPublisher", Publisher)
+    monkeypatch.setattr("learner.weight_sources.stored_source", lambda path, model: path)
+    monkeypatch.setattr(judging.ray, "get", lambda calls, timeout: calls)
+    config = TandemConfig()
+    config.cluster.publish_timeout_s = 300.0
+    prompts = [Prompt(1, "It is ", (7,))]
+    judge_models(config, {"base": "one", "sft": "two"}, prompts, [Sampler()], ["proxy"], QUIET)
+    assert made == [("two", 300.0)]

@@ -10,6 +10,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from learner.group_trainer import GroupTrainer
 from learner.receivers import Receivers, ReceiversLost
+from learner.weight_publisher import WeightPublisher
 
 
 class Source(WeightSource):
@@ -61,6 +62,36 @@ class Opened(list[Engine]):
     def __call__(self, receivers: Any) -> Any:
         self.append(Engine(receivers))
         return self[-1]
+
+
+class Sized(Source):
+    """Weights that nobody makes: one of `largest` bytes among small ones."""
+
+    def __init__(self, largest: int):
+        self.largest = largest
+
+    def metadata(self) -> list[ParamMeta]:
+        return [*super().metadata(), ParamMeta("b", torch.bfloat16, (self.largest // 2,)), *super().metadata()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "buffer"),
+    [
+        (152_064, 152_064 * 3584 * 2),  # the embedding of Qwen2.5-7B: 1,089,994,752 bytes
+        (32_000, 2**30),  # vLLM's own buffer is enough
+    ],
+)
+def test_the_buffer_of_an_ipc_transfer_holds_the_largest_weight(
+    rows: int, buffer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's packer refuses a weight that is larger."""
+    opened: list[Any] = []
+    monkeypatch.setattr(
+        "learner.weight_publisher.WeightTransferTrainerFactory.trainer_init", lambda info, **_: opened.append(info)
+    )
+    WeightPublisher("ipc", Sized(rows * 3584 * 2))._open(Processes(1, set()))
+    [info] = opened
+    assert (info.backend, info.packed, info.packed_buffer_size_bytes) == ("ipc", True, buffer)
 
 
 def test_a_dead_actor_is_left_out_and_the_others_get_the_version() -> None:

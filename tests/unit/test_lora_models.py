@@ -34,9 +34,9 @@ EXAMPLES = [Example(tuple(row), tuple([False, *[True] * (len(row) - 1)])) for ro
 
 
 @pytest.fixture
-def make_lora_config(small_vocab: Path, tiny_model: Path, tmp_path: Path) -> Callable[..., TandemConfig]:
+def make_lora_config(small_vocab: Path, small_bfloat16: Path, tmp_path: Path) -> Callable[..., TandemConfig]:
     def make(dtype: str = "float32", zero: int = 0, **lora: Any) -> TandemConfig:
-        config = make_config(small_vocab if dtype == "float32" else tiny_model, tmp_path, dtype)
+        config = make_config(small_vocab if dtype == "float32" else small_bfloat16, tmp_path, dtype)
         config.model.lora = LoraConfig(**{"rank": 4, "alpha": 8.0} | lora)
         config.learner.zero_stage, config.learner.held_tokens = zero, 0 if zero == 3 else 1000
         config.ppo.optimizer.learning_rate = config.ppo.value_optimizer.learning_rate = 1e-2

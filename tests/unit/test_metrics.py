@@ -232,3 +232,15 @@ def test_a_trend_goes_on_from_the_attempts_before(tmp_path, disabled):
                 log.log("ppo", version + 1, {"reward/score_mean": score, "progress/version": version})
     assert [alarm.title for alarm in told] == ["The score falls from its best"]
     assert "was 1.00 at its best" in told[0].finding
+
+
+def test_a_resumed_run_tells_no_alarm_of_the_attempts_before_again(tmp_path, disabled):
+    """Of those that the second attempt meets, repetition alone is new; clipping had passed by then and comes back."""
+    told = []
+    for attempt, rows in ((1, [(0.4, 0.0)] * 2 + [(0.1, 0.0)] * 60), (2, [(0.1, 0.0), (0.5, 0.4)])):
+        with RunLog(tmp_path, {}, disabled, "ppo", attempt=attempt) as log:
+            tell_alarms(log, {}, lambda alarm, attempt=attempt: told.append((attempt, alarm.title)))
+            for version, (clipped, repeated) in enumerate(rows, 1 if attempt == 1 else 63):
+                values = {"policy/clipfrac": clipped, "completion/repeat_frac": repeated}
+                log.log("ppo", version, values | {"progress/version": version})
+    assert told == [(1, "Much of every batch is clipped"), (2, "Completions repeat themselves")]

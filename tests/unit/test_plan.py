@@ -19,12 +19,12 @@ from contracts.stages import all_stages
 from controller.plan import show
 from controller.plan.activations import Unplannable, _measure, pass_memory
 from controller.plan.bound import most
-from controller.plan.engine_memory import kv_bytes_a_token
 from controller.plan.learner_memory import Network, Sizes, network_shapes, network_state, sizes
 from controller.plan.memory_items import GIB, JobPlan
 from controller.plan.microbatch_lengths import batch_lengths
 from controller.plan.plan import plan_job, plan_stage, planned_stages, stage_lengths
-from controller.plan.room import check_nodes_room, check_room
+from controller.plan.room import _gains, check_nodes_room, check_room
+from controller.start_checks.kv_cache import kv_bytes_a_token, one_sequence_bytes
 from learner.models import freeze_below, load_policy, policy_shapes, prove_policy
 from tests import tiny_models
 
@@ -116,6 +116,25 @@ def test_kv_cache_of_smollm2() -> None:
         "Llama", hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
     )()
     assert kv_bytes_a_token(config, 2) == 2 * 30 * 3 * 64 * 2 == 23040
+
+
+def test_a_cache_is_not_halved_below_what_one_sequence_takes(ppo_of_adapters: TandemConfig) -> None:
+    config = ppo_of_adapters
+    config.engine.max_model_len = 512
+    needed = one_sequence_bytes(config, load_config(config.model.path, config.model))
+    (stage,) = planned_stages(config)
+
+    def suggested(bytes_: int) -> bool:
+        config.engine.kv_cache_gib = bytes_ / GIB
+        gains = _gains(config, lambda item: (), stage, lambda plan: plan.cpu)
+        return "engine.kv_cache_gib" in {key for key, _, _ in gains}
+
+    # so large a sequence that half of its cache is worth a word
+    config.data.max_prompt_tokens, config.engine.max_model_len = 8, 2**31 // (needed // (17 * 32))
+    needed = one_sequence_bytes(config, load_config(config.model.path, config.model))
+    assert needed > GIB
+    assert suggested(2 * needed)
+    assert not suggested(2 * needed - 2)
 
 
 def test_lengths_are_those_of_the_largest_microbatch() -> None:

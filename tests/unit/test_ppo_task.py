@@ -352,10 +352,10 @@ def test_any_partition_gives_the_same_update(config: TandemConfig, make_task: Ca
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kept_graphs_and_recomputed_ones_agree_exactly(
-    dtype: str, config: TandemConfig, tiny_model: Path, make_task: Callable[..., PPOTask]
+    dtype: str, config: TandemConfig, small_bfloat16: Path, make_task: Callable[..., PPOTask]
 ) -> None:
     if dtype == "bfloat16":
-        config = replace(config, model=replace(config.model, path=str(tiny_model), dtype=dtype))
+        config = replace(config, model=replace(config.model, path=str(small_bfloat16), dtype=dtype))
     config.ppo.epochs, config.ppo.minibatches = 2, 2
     results = []
     for held_tokens in (0, 1000):
@@ -536,11 +536,11 @@ def test_a_score_that_is_not_a_number_stops_before_the_step(
 
 @pytest.mark.parametrize(("dtype", "zero_stage"), [("float32", 0), ("float32", 2), ("bfloat16", 0), ("bfloat16", 2)])
 def test_a_gradient_that_is_not_a_number_is_not_taken(
-    dtype: str, zero_stage: int, config: TandemConfig, tiny_model: Path, make_task: Callable[..., PPOTask]
+    dtype: str, zero_stage: int, config: TandemConfig, small_bfloat16: Path, make_task: Callable[..., PPOTask]
 ) -> None:
     """A finite loss may have one: that of sqrt(0 * w) is 0, its gradient inf * 0."""
     if dtype == "bfloat16":
-        config = replace(config, model=replace(config.model, path=str(tiny_model), dtype=dtype))
+        config = replace(config, model=replace(config.model, path=str(small_bfloat16), dtype=dtype))
     config.learner.zero_stage = zero_stage
     task = make_task(config)
     policy = weights_of(task.policy)

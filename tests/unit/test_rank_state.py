@@ -18,20 +18,21 @@ from contracts.records import Example, TrainingBatch
 from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerActor
 from learner.ppo import PPOTask
+from learner.rank_state import random_state, set_random_state
 from learner.ranks import Ranks
 from tests.conftest import make_config
 from tests.unit.test_ppo_task import EOS, PTX, ROLLOUTS, SCORES
 
 
 @pytest.fixture
-def make(small_vocab: Path, tiny_model: Path, tmp_path: Path, ranks: Ranks) -> Callable[..., PPOTask]:
+def make(small_vocab: Path, small_bfloat16: Path, tmp_path: Path, ranks: Ranks) -> Callable[..., PPOTask]:
     def make(
         dtype: str = "float32",
         zero: int = 0,
         change: Callable[[TandemConfig], None] | None = None,
         offload: str = "none",
     ) -> PPOTask:
-        model = small_vocab if dtype == "float32" else tiny_model
+        model = small_vocab if dtype == "float32" else small_bfloat16
         config = make_config(model, tmp_path, dtype)
         config.learner.zero_stage, config.learner.held_tokens = zero, 0 if zero == 3 else 1000
         config.learner.offload = offload
@@ -230,3 +231,20 @@ def test_what_does_not_fit_is_named(make: Callable[..., PPOTask], tmp_path: Path
     path = Path(folder) / task.state.file
     path.write_bytes(path.read_bytes()[:-4] + b"torn")
     assert "has SHA-256" in str(task.state.check(folder, records))
+
+
+def test_a_driver_has_no_part_in_the_draws_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank goes on with as many devices as it had alone. The driver, which draws on none, with any number, also from
+    commits that hold the states of some."""
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state, state])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    old, new = random_state(), random_state(with_devices=False)
+    assert (len(old["cuda"]), new["cuda"]) == (2, [])
+    with pytest.raises(ValueError, match="random state of 2 devices, this process has 1"):
+        set_random_state(old)
+    drawn = torch.rand(3)
+    for kept in (old, new):
+        set_random_state(kept, with_devices=False)
+        assert torch.equal(torch.rand(3), drawn)

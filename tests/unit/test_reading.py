@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from common.text.encoding import item_of_messages, item_of_text
 from contracts.config import RewardServiceConfig, ScorerConfig
 from reward_service.model import RewardModel
-from reward_service.resolve import resolve
+from reward_service.resolve import ScorerError, resolve
 from reward_service.score_position import AtLast, chosen_read_at, make_reading
+from reward_service.scorer_kind import scorer_kind
 from tests.unit.test_joins import sentencepiece
 
 IM_END, END_OF_TEXT, START = 2, 0, 1
@@ -201,12 +203,77 @@ def test_a_header_that_cannot_be_found_is_refused() -> None:
     """Here it merges with what the template writes before it."""
     tokenizer = sentencepiece("legacy")
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content }}{{ ' nam' if m.role == 'user' else eos_token }}"
+        "{% for m in messages %}{{ m.content }}{{ ' nam' if m.role == 'user' else eos_token ~ '.' }}"
         "{{ 'e' if m.role == 'user' and not loop.last }}{% endfor %}{{ 'e' if add_generation_prompt }}"
     )
     with pytest.raises(ValueError, match="the chat template writes 'e' before an answer"):
         AtLast(tokenizer, None)
     AtLast(tokenizer, None, append="</s>")
+
+
+def with_merged_layout() -> Any:
+    """As cl100k and Llama 3's: a newline merges into the punctuation before it, in ">\\n" and ":\\n"."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate([*symbols, ">Ċ", ":Ċ"])}
+    made = Tokenizer(models.BPE(vocab, [(">", "Ċ"), (":", "Ċ")]))
+    pattern = Regex(r" ?[^\s\p{L}\p{N}]+[\r\n]*|\p{L}+|\p{N}|\s+")
+    split = pre_tokenizers.Split(pattern, "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+TULU = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token if m.role == 'assistant' }}"
+    "{{ '\n' if not loop.last or m.role == 'user' }}{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt }}"
+)
+ALPACA = (
+    "{% for m in messages %}### {{ 'Response' if m.role == 'assistant' else 'Instruction' }}:\n{{ m.content }}"
+    "{{ eos_token if m.role == 'assistant' }}\n\n{% endfor %}{{ '### Response:\n' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "tail"),
+    [(TULU, ""), (TULU + "{{ '\n' if not add_generation_prompt }}", "\n"), (ALPACA, "\n\n")],
+    ids=["tulu", "tulu with a newline behind", "alpaca"],
+)
+def test_a_header_whose_last_token_is_merged_with_its_layout_is_found(template: str, tail: str) -> None:
+    """Where a conversation ends in the EOS alone there is none to be found, as a text ends so, too."""
+    tokenizer = with_merged_layout()
+    tokenizer.chat_template = template
+    turns = [{"role": "user", "content": "Name a prime."}, {"role": "assistant", "content": "Seven."}]
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    merged = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(merged[-1:])[0] in (">Ċ", ":Ċ")
+    item = item_of_messages(tokenizer, turns).token_ids
+    assert item[-1] == tokenizer.eos_token_id
+    seen, at = AtLast(tokenizer, None)(item)
+    assert list(seen) == [*item, *tokenizer(tail, add_special_tokens=False)["input_ids"]]
+    assert tokenizer.decode(seen).endswith("Seven.</s>" + tail)
+    assert at == len(seen) - 1
+    plain_text = item_of_text(tokenizer, "Seven is a prime.").token_ids
+    assert AtLast(tokenizer, None)(plain_text) == (plain_text, len(plain_text) - 1)
+
+
+def test_a_header_that_cannot_be_found_is_refused_before_anything_starts(make: Make, tmp_path: Path) -> None:
+    """Here SmolLM2's, in which "name" is one token."""
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ ' nam' if m.role == 'user' else '.' }}"
+        "{{ 'e' if m.role == 'user' and not loop.last }}{% endfor %}{{ 'e' if add_generation_prompt }}"
+    )
+    path = make(template, IM_END, END_OF_TEXT)
+    entry, service = ScorerConfig(path=str(path)), RewardServiceConfig(dtype="float32")
+    reason = "the chat template writes 'e' before an answer"
+    with pytest.raises(ScorerError, match=f"^proxy: {reason}"):
+        resolve({"proxy": entry}, service, str(path))
+    [problem] = scorer_kind("model").problems("reward_service.scorers.proxy", entry)
+    assert problem.startswith(f"reward_service.scorers.proxy: {reason}")
+    at_eos = ScorerConfig(path=str(path), read_at="eos")
+    assert resolve({"proxy": at_eos}, service, str(path))["proxy"].read_at == "eos"
+    others = (at_eos, ScorerConfig(path=str(make(CHATML, IM_END, IM_END))), ScorerConfig(path=str(tmp_path / "none")))
+    assert [scorer_kind("model").problems("proxy", other) for other in others] == [[], [], []]
 
 
 def test_where_a_score_is_read_is_part_of_the_version(make: Make) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from controller.alarms.live import AlarmWatch
-from controller.alarms.rules import evaluate
+from controller.alarms.rules import evaluate, over_optimised, score_falls
 from controller.record.reader import Run
 from controller.report import rollout_flow
 from controller.report.run_page import run_page
@@ -73,14 +73,17 @@ def test_faults_of_steps_add_up_and_counters_do_not() -> None:
 
 
 def test_every_fault_is_on_the_page_and_counts_on_from_driver_to_driver() -> None:
-    """The first driver met 2 restarts of the learner and a failed commit, the second began at 0 and met one of each."""
+    """The first driver met 2 restarts of the learner and a failed commit, the second began at 0 and met one of each. wandb
+    was down as each of three began; MLflow failed twice in one and once in another."""
     met = [(1.0, 0.0, 0.0), (2.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 1.0, 2.0)]
     names = ("fault/learner_restarts", "fault/commits_failed", "fault/actors_silent")
     run = run_of(0, versions=4, **{"fault/rollouts_hedged": 4.0})
     run.metrics = [row | dict(zip(names, values, strict=True)) for row, values in zip(run.metrics, met, strict=True)]
-    run.metrics += [{"stage": "faults", "step": n, "fault/wandb": n} for n in (1, 2, 1)]
+    run.metrics += [{"stage": "faults", "step": 1, "fault/wandb": 1} for _ in range(3)]
+    run.metrics += [{"stage": "faults", "step": n, "fault/mlflow": n} for n in (1, 2, 1)]
     text = rollout_flow.rollouts(run)
-    totals = {"learner_restarts": 3, "commits_failed": 2, "actors_silent": 3, "rollouts_hedged": 4, "wandb": 3}
+    totals = {"learner_restarts": 3, "commits_failed": 2, "actors_silent": 3, "rollouts_hedged": 4}
+    totals |= {"wandb": 3, "mlflow": 3}
     for name, total in totals.items():
         assert f'<code>fault/{name}</code></td><td class="num">{total}</td>' in text
     assert "No fault was met" not in text
@@ -113,13 +116,13 @@ def watched(versions: int, **curves: np.ndarray) -> list[tuple[int, str]]:
     return told
 
 
-@pytest.mark.parametrize(("versions", "runs"), [(32, 100), (150, 10)])
+@pytest.mark.parametrize(("versions", "runs"), [(14, 100), (32, 100), (150, 10)])
 def test_flat_noise_tells_of_nothing(versions: int, runs: int) -> None:
     """In at most 5% of the runs, although each is looked at with every line. By two standard errors of two windows a fall
     would be told in 61% of those of 32 versions."""
     rng, told = np.random.default_rng(5), 0
     for _ in range(runs):
-        score, gold, length = rng.normal((0.3, 0.2, 30.0), (0.1, 0.1, 3.0), (versions, 3)).T
+        score, gold, length = rng.normal((0.3, 0.2, 30.0), (0.1, 0.1, 6.0), (versions, 3)).T
         told += bool(watched(versions, reward__score_mean=score, reward__gold_mean=gold, completion__len_mean=length))
     assert told <= 0.05 * runs
 
@@ -131,6 +134,27 @@ def test_one_version_of_another_length_is_no_move() -> None:
     length[25:] *= 2
     [(version, title)] = watched(40, completion__len_mean=length)
     assert (title, version <= 30) == ("Completions got much longer", True)
+
+
+def test_a_slow_decline_is_told() -> None:
+    """Over 140 versions by 2.5 times what one of them varies by: means of five would tell it in one run of ten."""
+    rng, told, declines = np.random.default_rng(8), {"gold": 0, "score": 0}, np.linspace(0, -2.5, 140)
+    for _ in range(40):
+        gold, score = declines + rng.normal(0, 1, 140), np.linspace(0, 5, 140) + rng.normal(0, 1, 140)
+        rows = [
+            {
+                "stage": "ppo",
+                "step": v,
+                "progress/version": v,
+                "reward/gold_mean": gold[v],
+                "reward/score_mean": score[v],
+            }
+            for v in range(140)
+        ]
+        told["gold"] += any(over_optimised(Run(Path("x"), metrics=rows)))
+        rows = [row | {"reward/score_mean": row["reward/gold_mean"]} for row in rows]
+        told["score"] += any(score_falls(Run(Path("x"), metrics=rows)))
+    assert min(told.values()) >= 32
 
 
 def test_a_real_fall_and_over_optimisation_are_told_soon() -> None:

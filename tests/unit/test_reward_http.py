@@ -52,6 +52,8 @@ class Server:
             "proxy": ScorerSpec("proxy", ScorerConfig(), "aaaa", "a", max_tokens=64, source="/models/proxy"),
             "rule": ScorerSpec("rule", ScorerConfig(kind="function"), "bbbb", "b"),
             "both": ScorerSpec("both", ScorerConfig(kind="ensemble"), "cccc", parts=("proxy", "rule")),
+            "of_queries": ScorerSpec("of_queries", ScorerConfig(kind="function"), "dddd", "d", needs_seam=False),
+            "models": ScorerSpec("models", ScorerConfig(kind="ensemble"), "eeee", parts=("proxy", "of_queries")),
         }
         self.front = Front(scorers, limits or FrontLimits(1000, 0, 5.0), self._call, Metrics())
         self.service = HttpService(self.front, encoder, HttpConfig(port=8000, **http), self._ready)
@@ -261,6 +263,9 @@ def test_a_query_that_does_not_begin_with_its_prompt_is_told(encoder: Encoder) -
         "message": "1 of 2 items have no score; item 1: unreadable: the query does not begin with its prompt",
     }
     assert server.post("/get_reward", payload).status_code == 200
+    assert server.post("/get_reward?model=both", payload).status_code == 422  # the rule is a part of it
+    assert server.post("/get_reward?model=models", payload).status_code == 200  # whose parts are reward models
+    assert server.post("/get_reward?model=of_queries", payload).status_code == 200
     assert server.post("/get_reward?model=rule", {"query": ["a"], "prompts": [[{"role": "user"}]]}).status_code == 200
 
 
@@ -374,6 +379,7 @@ def test_models_and_versions(encoder: Encoder) -> None:
     )
     assert [(m["id"], m["version"], m["kind"]) for m in models.json()["data"]] == [
         ("proxy", "aaaa", "model"), ("rule", "bbbb", "function"), ("both", "cccc", "ensemble"),
+        ("of_queries", "dddd", "function"), ("models", "eeee", "ensemble"),
     ]  # fmt: skip
     assert models.json()["data"][0]["tokenizer_hash"] == encoder.hash
     assert (right.status_code, wrong.status_code) == (200, 404)

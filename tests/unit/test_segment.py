@@ -85,9 +85,9 @@ def test_the_payload_is_aligned() -> None:
     ],
 )
 def test_an_address_that_leads_elsewhere(change: dict[str, object]) -> None:
-    address = written(1, [7] * 8).address
-    # What is held stays alive through this test by the reader that finds it.
-    assert not reachable(replace(address, **change))  # type: ignore[arg-type]
+    segment = written(1, [7] * 8)  # kept: with it goes all that its address leads to
+    assert reachable(segment.address)
+    assert not reachable(replace(segment.address, **change))  # type: ignore[arg-type]
 
 
 def test_a_closed_segment_is_gone_for_new_readers_only() -> None:

@@ -113,6 +113,32 @@ def test_alone_it_is_set_up_again(clone: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("system", "version", "said"),
+    [
+        ("darwin", (3, 11, 9), "Linux is needed"),
+        ("win32", (3, 11, 9), "WSL 2"),
+        ("linux", (3, 10, 1), "Python 3.11 is"),
+    ],
+)
+def test_another_system_or_python_is_refused_before_anything_is_installed(
+    system: str, version: tuple[int, ...], said: str, clone: Path, tmp_path: Path
+) -> None:
+    """Which lacks modules that set-up uses."""
+    lacks = tmp_path / "lacks"
+    lacks.mkdir()
+    for name in ("fcntl", "tomllib"):
+        (lacks / f"{name}.py").write_text("raise ImportError\n")
+    code = f"import runpy, sys; sys.platform, sys.version_info = {system!r}, {version}; "
+    code += "sys.argv = [sys.argv[1]]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(clone / "deploy/setup_env.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(lacks)})
+    assert done.returncode == 1
+    assert done.stderr.startswith("set-up: ")
+    assert said in done.stderr
+    assert not (clone / ".venv").exists()
+
+
+@pytest.mark.parametrize(
     ("there", "asked", "clears"), [("cpu", "gpu", True), ("cpu", "cpu", False), ("gpu", "cpu", True)]
 )
 @pytest.mark.parametrize("is_whole", [True, False])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -25,7 +26,9 @@ from studies.five_reasons.registration import (
 )
 from studies.five_reasons.results import as_json, study_of
 from studies.five_reasons.run_missing import ROOT, Job, Pieces, Sweep, sweep_of
+from studies.five_reasons.tuning import main as say_tuning
 from studies.five_reasons.tuning import tuned
+from tests.unit.test_report import jsonl
 from tests.unit.test_study_page import make_member, make_study, negation
 
 
@@ -210,6 +213,28 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path) -> None:
     assert {seed for _, seed in second.started} == {"2"}
     assert second.most == 2
     assert len(kept_members(tmp_path / "kept")) == 6
+
+
+def test_a_member_took_the_time_of_all_its_attempts(tmp_path: Path) -> None:
+    """Killed at 1000 s, when the phase of PPO had no end yet; the second attempt took 890 s."""
+    make_member(tmp_path / "runs", 0, "ppo", 1)
+    (run,) = (tmp_path / "runs").iterdir()
+    with_models(run, {"sft": "a"})
+    jsonl(run / "metrics.jsonl", [{"stage": "ppo", "step": n, "wall_s": t} for n, t in enumerate((70, 1000, 60, 880))])
+    jsonl(run / "phases.jsonl", [{"stage": "ppo", "start_s": 0.0, "end_s": t} for t in (10, 45, 12, 48, 890)])
+    (member,) = members_of_study(tmp_path / "runs")
+    assert read_kept(keep(member, "0" * 64, tmp_path / "kept")).run.wall_s == member.run.wall_s == 1890.0
+
+
+def test_a_setting_with_a_gain_and_no_drift_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, setting in enumerate(("lower", "upper")):
+        make_member(tmp_path, number, "ppo_from_base", 100, setting=setting)
+    (lower,) = tmp_path.glob("0-*")
+    (lower / "metrics.jsonl").write_text("")  # where the KL from the base model was
+    say_tuning([str(tmp_path)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.search(r"0.0001: drift not known, gain \+1.6\d", first)
+    assert re.search(r"0.0004: objective [+-][\d.]+, gain \+1.9\d", second)
 
 
 def test_conversations_do_not_share_the_memory(tmp_path: Path) -> None:

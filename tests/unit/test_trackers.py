@@ -23,6 +23,7 @@ from controller.alarms.rules import faults
 from controller.record.reader import load
 from controller.record.redaction import REDACTED
 from controller.record.run_log import RunLog
+from controller.record.trackers.mlflow import MLflow
 from controller.record.trackers.wandb import Wandb
 from tests.conftest import ROOT, wandb_records
 
@@ -266,6 +267,34 @@ def test_an_attempt_ends_in_its_trackers_as_it_ended(environment: pytest.MonkeyP
     _, runs = mlflow_runs({False: tmp_path}, "tandem")
     statuses = {name: run.info.status for name, run in runs.items()}
     assert statuses == {"demo-done-a1": "FINISHED", "demo-failed-a1": "FAILED", "demo-interrupted-a1": "KILLED"}
+
+
+class FlushingWandb(Wandb):
+    """What it has left goes out before the run of the tool ends, or cannot."""
+
+    def close(self) -> None:
+        self._run.log({"mine/flushed": 1.0})
+        raise OSError("disk full")
+
+
+class FlushingMLflow(MLflow):
+    def close(self) -> None:
+        assert self._client.get_run(self._id).info.status == "RUNNING"
+        self._client.set_tag(self._id, "flushed", "yes")
+
+
+def test_every_end_goes_through_close(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.setattr(Wandb, "init_s", 60.0)
+    environment.setattr(Tracker, "close_s", staticmethod(lambda logger: 180.0))
+    ours = [f"{__name__}:{kind.__name__}" for kind in (FlushingWandb, FlushingMLflow)]
+    log = RunLog(tmp_path / "run", CONFIG, LoggerConfig(trackers=ours, wandb="offline"), "ppo")
+    log.close("failed")
+    assert log.tracker_faults == {ours[0]: 1}
+    found = wandb_records(tmp_path / "run")
+    assert [row["item"]["mine/flushed"] for row in found if row["type"] == "history"] == [1.0]
+    assert [row["exit_code"] for row in found if row["type"] == "exit"] == [1]
+    _, runs = mlflow_runs({False: tmp_path / "run"}, "tandem")
+    assert [(run.info.status, run.data.tags["flushed"]) for run in runs.values()] == [("FAILED", "yes")]
 
 
 class Steps(Tracker):

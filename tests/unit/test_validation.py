@@ -200,6 +200,47 @@ def test_a_choice_suggests_the_closest_name(config):
             {"cluster__num_learner_ranks": 8, "ppo__minibatches": 9},
             ["ppo.rollouts_per_update must be at least", "(8 * 9 = 72)", "found 64", "write 72 or more"],
         ),
+        (  # 64 x 0.05 = 3.2: three may fail, and 61 are left
+            {"ppo__max_failed_scores": 0.05, "ppo__minibatches": 62},
+            ["* ppo.minibatches (62) are left where 3 have no score", "ppo.max_failed_scores (0.05) allows; found 64"],
+        ),
+        (  # of pairs each takes its sibling along: 58 are left
+            {
+                "ppo__max_failed_scores": 0.05,
+                "ppo__minibatches": 59,
+                "ppo__estimator": "grpo",
+                "ppo__samples_per_prompt": 2,
+            },
+            ["* ppo.minibatches (59) are left where 6 have no score or no scored sibling", "found 64"],
+        ),
+        (  # all but one
+            {"ppo__max_failed_scores": 1.0, "ppo__minibatches": 2},
+            ["* ppo.minibatches (2) are left where 63 have no score"],
+        ),
+        (
+            {"data__curriculum__order": "descending"},
+            [
+                "data.curriculum.order must be ascending (the default) where data.curriculum.column is null: nothing reads",
+                "found descending; write data.curriculum.column as well",
+            ],
+        ),
+        (
+            {"ppo__overlong__penalty": 2.0},
+            ["ppo.overlong.penalty must be 1.0 (the default) where ppo.overlong.buffer_tokens is null", "found 2.0"],
+        ),
+        (
+            {"ppo__combined__max": 5.0},
+            [
+                "ppo.combined.max must be 10.0 (the default) where ppo.combined.target is null",
+                "write ppo.combined.target",
+            ],
+        ),
+        ({"ppo__combined__initial": 0.5}, ["ppo.combined.initial must be 1.0 (the default) where", "found 0.5"]),
+        ({"ppo__combined__learning_rate": 1.0}, ["ppo.combined.learning_rate must be 0.1 (the default) where"]),
+        (
+            {"method": "dpo", "evaluate__every": 4},
+            ["evaluate.every must be null with method dpo", "found 4; write evaluate.every=null, or method=ppo"],
+        ),
         (
             {"ppo__gold_rollouts": 65},
             ["ppo.gold_rollouts must be at most ppo.rollouts_per_update (64)", "found 65", "write 64 or less"],
@@ -390,7 +431,7 @@ def test_a_choice_suggests_the_closest_name(config):
             ["ppo.ptx_coef must be above 0 with ppo.combined.target (0.5)", "found 0.0", "write ppo.ptx_coef=1"],
         ),
         (
-            {"ppo__combined__initial": 11.0},
+            {"ppo__combined__initial": 11.0, "ppo__combined__target": 0.5, "ppo__ptx_coef": 1.0},
             ["ppo.combined.initial must be at most ppo.combined.max (10)", "found 11.0", "write 10 or less"],
         ),
         (
@@ -586,7 +627,21 @@ def test_a_directory_that_is_a_file_is_refused(config, tmp_path):
         {"ppo__estimator": "rwr", "ppo__minibatches": 2, "ppo__off_policy__correction": "truncated"},
         {**ONLINE_DPO, "ppo__max_staleness": 2, "ppo__kl__place": "none"},
         {"ppo__estimator": "rwr", "ppo__kl__controller": "adaptive", "ppo__kl__place": "reward"},
-        {"ppo__combined__target": -0.5, "ppo__ptx_coef": 0.1},
+        {"ppo__combined__target": -0.5, "ppo__ptx_coef": 0.1, "ppo__combined__max": 5.0},
+        {"ppo__max_failed_scores": 0.05, "ppo__minibatches": 61},  # 3 of 64 may fail
+        {
+            "ppo__max_failed_scores": 0.05,
+            "ppo__minibatches": 60,
+            "ppo__estimator": "grpo",
+            "ppo__samples_per_prompt": 4,
+        },  # 3 failures leave a fourth alone
+        {"ppo__minibatches": 64},  # 1% of 64 is none
+        {"data__curriculum__column": "level", "data__curriculum__order": "descending"},
+        {"ppo__overlong__buffer_tokens": 16, "ppo__overlong__penalty": 2.0},
+        {"evaluate__every": 4},
+        {"evaluate__every": 4, "method": "dpo", "stage": "ppo"},
+        {"evaluate__every": 4, "method": "dpo", "stage": "sft"},
+        {"ppo__kl__target": 3.0},  # from which an alarm is raised, whatever the controller
         {"ppo__init_from": "base"},
         {"ppo__kl__place": "k2", "ppo__aggregation": "sequences", "ppo__whiten_advantages": False},
         {"ppo__off_policy__correction": "masked", "ppo__off_policy__low": 0.0, "ppo__off_policy__high": 1.5},
@@ -1015,22 +1070,28 @@ def test_a_rule_in_no_known_form_is_refused(config: TandemConfig, tmp_path: Path
         "def f(sentence): return 0.0\n"
         "async def g(completions): return [0.0]\n"
         "def h(x): ...\ndef h(completions): return [0.0]\n"
-        "@made_of\ndef i(sentence): return 0.0\n"  # whoever imports it says so
+        "def made_of(function): return function\n"
+        "@made_of\ndef i(sentence): return 0.0\n"  # its import says so
+        "@made_of\ndef k(completions): return [0.0]\n"
         "def j(data_source, solution_str, ground_truth, router): return 0.0\n"
     )
 
     def with_rule(name: str) -> TandemConfig:
         return with_scorers(config, proxy={"kind": "function", "function": f"{rules}:{name}"})
 
-    for name in ("g", "h", "i"):
+    for name in ("g", "h", "k"):
         check_model(with_rule(name))
+    imported = "must be a function that a process of its own can import and call; found"
+    (line,) = refused(with_rule("i"))
+    assert f"{rules}:i {imported} UnknownForm: it takes no completions" in line
     for name, why in (("f", "it takes no completions"), ("j", "there is nothing to give it for 'router'")):
         assert refused(with_rule(name)) == [
             f"reward_service.scorers.proxy.function={rules}:{name} must be a function that is called in a known form: "
             f"{why}; accepted are {ACCEPTED}"
         ]
-    rules.write_text("async def f(:")  # whoever imports it says so
-    check_model(with_rule("f"))
+    rules.write_text("async def f(:")
+    (line,) = refused(with_rule("f"))
+    assert f"{rules}:f {imported} SyntaxError: " in line
 
 
 @pytest.mark.parametrize(
@@ -1205,9 +1266,10 @@ def test_checkpoints_and_layers_of_other_stages_are_not_looked_at(config, tmp_pa
     from transformers import LlamaConfig
 
     LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path / "model")
-    given = put(config, model__path=str(tmp_path / "model"), proxy_model="nowhere", ppo__trainable_layers=9)
+    nowhere = str(tmp_path / "nowhere")
+    given = put(config, model__path=str(tmp_path / "model"), proxy_model=nowhere, ppo__trainable_layers=9)
     check_model(put(given, stage="sft"))
     with pytest.raises(ConfigError) as raised:
         check_model(put(given, stage="ppo"))
-    assert "proxy_model=nowhere: no model can be loaded from there" in str(raised.value)
+    assert f"proxy_model={nowhere}: no model can be loaded from there" in str(raised.value)
     assert "ppo.trainable_layers is 9, the model has 2 layers" in str(raised.value)

@@ -114,7 +114,9 @@ def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Pa
     sink = TrackerThread("wandb", Wandb, tmp_path, {"name": "demo", "ppo": {"updates": 7}}, logger, "ppo", attempt=2)
     for step in (1, 2, 3):
         sink.log(
-            ROW | {"step": step, "reward/score_mean": step / 4, "progress/version": step, "ledger/trained": 64 * step}
+            ROW
+            | {"step": step, "reward/score_mean": step / 4, "progress/version": step, "ledger/trained": 64 * step}
+            | {"mine/share": 0.5}
         )
         sink.samples([{"stage": "ppo", "step": step, "prompt": "p", "completion": "c"}])
     sink.log({"stage": "reward_model/gold", "step": 5, "wall_s": 1.0, "reward_model/loss": 0.5})
@@ -134,8 +136,9 @@ def test_an_offline_run_reads_back(environment: pytest.MonkeyPatch, tmp_path: Pa
     loop = ("heldout/*", "combined/*", "ledger/*", "off_policy/*", "staleness/*", "value/*", "online_dpo/*")
     assert {axes[pattern] for pattern in loop} == {"progress/version"}
     assert axes["score/*"] == "ledger/trained"
-    # Each stands for metrics that are declared, and those of other stages have their own steps.
-    assert not {"adv/*", "async/*", "learner/*", "weights/*", "progress/*", "sft/*", "preference/*"} & {*axes}
+    assert axes["mine/*"] == "progress/version"  # of an estimator of another package
+    # Each stands for metrics that are declared or logged, and those of other stages have their own steps.
+    assert not {"adv/*", "async/*", "learner/*", "weights/*", "progress/*", "sft/*", "preference/*", "ppo/*"} & {*axes}
     assert axes["reward_model/gold/*"] == "reward_model/gold/step"
     rows = [row["item"] for row in found if row["type"] == "history"]
     scores = [

@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 from ray.exceptions import GetTimeoutError, OwnerDiedError
 
+from actors.rollout_actor import RolloutActor
 from actors.weight_receiver import WeightReceiver
 from common.processes.shared_memory import Segment, layout
+from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig
 from contracts.weights import LoadReport, Parameters, WeightsRefused, WeightUpdate, checksum
 from learner.engine import TrainEngine
 from learner.models import load_policy
@@ -95,7 +98,7 @@ def test_a_late_actor_takes_the_newest_alone(engine: Engine, receiver: WeightRec
     assert engine.entered.wait(10)
     for thread in threads[1:]:
         thread.start()
-    while receiver._newest_offered < 2:
+    while receiver._newest_offered.get("one", -1) < 2:
         pass
     engine.gate.set()
     for thread in threads:
@@ -132,6 +135,20 @@ def test_other_bytes_than_were_sent_are_refused(
     arrived[SIZE // 2] ^= 1
     receiver.load(update)
     assert engine.bytes == sent.tolist()
+
+
+def test_bytes_may_travel_as_long_as_the_publisher_waits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    sent = np.arange(SIZE, dtype=np.uint8)
+
+    def get(array: np.ndarray, timeout: float) -> np.ndarray:
+        waits.append(timeout)
+        return array
+
+    monkeypatch.setattr("ray.get", get)
+    update = WeightUpdate("one", 2, PARAMETERS, objects=[sent], checksum=checksum(sent))
+    assert WeightReceiver(engine.swap, fetch_s=300.0).load(update).version == 2
+    assert waits == [300.0]
 
 
 @pytest.mark.parametrize("error", [OwnerDiedError("ab", None, ""), GetTimeoutError("60 s")])
@@ -174,6 +191,29 @@ def test_a_learner_that_was_replaced_cannot_send_any_more(engine: Engine, receiv
     assert engine.versions == [7, 4]
 
 
+def test_a_number_that_comes_as_the_next_learner_connects_does_not_count_for_that_one(
+    engine: Engine, receiver: WeightReceiver
+) -> None:
+    """Version 9 of the learner before is looked at while the one after it connects, whose versions begin at 4."""
+    before, after = Sender("before"), Sender("after")
+    receiver.connect("before", before.segment.address)
+
+    class Overtaken:
+        publisher, is_first = "before", True
+
+        @property
+        def version(self) -> int:
+            if self.is_first:
+                self.is_first = False
+                receiver.connect("after", after.segment.address)
+            return 9
+
+    with pytest.raises(WeightsRefused, match="version 9 is of a publisher that is not connected any more"):
+        receiver.load(Overtaken())  # type: ignore[arg-type]
+    assert receiver.load(after.update(4)).version == 4
+    assert engine.versions == [4]
+
+
 def test_an_actor_that_nobody_connected_takes_the_publisher_it_hears_first(receiver: WeightReceiver) -> None:
     one, two = Sender("one"), Sender("two")
     receiver.load(one.update(3))
@@ -199,6 +239,24 @@ def test_a_failing_swap_is_the_callers_error(receiver: WeightReceiver) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         broken.load(sender.update(1))
     assert sender.segment.begin(), "the lock went with the error"
+
+
+def test_an_engine_is_given_the_time_of_a_publish(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, float]] = []
+
+    class Started:
+        def __init__(self, *_: Any, **times: float):
+            made.append(times)
+
+        def run(self) -> None: ...
+
+    monkeypatch.setattr("actors.vllm_engine.VLLMEngine", Started)
+    monkeypatch.setattr("actors.conversation.start_conversations", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # that of this process is pytest's
+    model, options, environment = ModelConfig(), EngineConfig(), EnvironmentConfig()
+    arguments = (model, options, "shared_memory", True, (), None, environment)
+    RolloutActor(*arguments, leave_grace_s=1.0, publish_timeout_s=300.0).serve()  # type: ignore[operator]
+    assert made == [{"publish_timeout_s": 300.0}]
 
 
 # ---- what is sent

@@ -74,7 +74,10 @@ class MLflow(Tracker):
         self._client.set_tag(self._id, f"alert.{_name(title)}", text)
 
     def end(self, state: str) -> None:
-        self._client.set_terminated(self._id, STATES.get(state, "FINISHED"))
+        try:
+            self.close()
+        finally:
+            self._client.set_terminated(self._id, STATES.get(state, "FINISHED"))
 
 
 def _name(text: str) -> str:

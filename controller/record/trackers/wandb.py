@@ -7,6 +7,7 @@ disabled   nowhere
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,17 +27,6 @@ def has_key() -> bool:
     """Whether wandb would find an API key. `WANDB_*` are wandb's own variables; Tandem has none."""
     url = os.environ.get("WANDB_BASE_URL", CLOUD)
     return bool(os.environ.get("WANDB_API_KEY")) or get_netrc_auth(url) is not None
-
-
-def axes() -> dict[str, str]:
-    """The axis of each pattern of names that the loop logs. Those of another stage get the axis of its steps with its first
-    line, the counters themselves have none."""
-    from contracts.catalogue import catalogue
-    from contracts.stages import all_stages
-
-    others = {"progress", *(stage.name for stage in all_stages())}
-    groups = dict.fromkeys(name.partition("/")[0] for name in catalogue())
-    return {f"{group}/*": AXES.get(group, VERSION) for group in groups if group not in others}
 
 
 def chosen_mode(wanted: str) -> str:
@@ -63,8 +53,12 @@ class Wandb(Tracker):
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
+        from contracts.stages import stage_names
+
         self.mode = chosen_mode(run.logger.wandb)
-        self._defined: set[str] = set()
+        self._stages = set[str]()  # that have their axis
+        # Groups too; a stage has the axis of its steps, and the counters themselves have none.
+        self._groups = {"progress", *stage_names()}
         try:
             self._run = self._init(run)
         except Exception as error:
@@ -77,6 +71,8 @@ class Wandb(Tracker):
 
     def _init(self, run: TrackedRun) -> Any:
         import wandb
+
+        from contracts.catalogue import catalogue
 
         settings = wandb.Settings(
             silent=True,
@@ -108,16 +104,24 @@ class Wandb(Tracker):
         )
         for axis in (VERSION, ROLLOUTS, TIME):
             found.define_metric(axis, hidden=True)
-        for pattern, axis in axes().items():
-            found.define_metric(pattern, step_metric=axis)
+        self._define_groups(found, catalogue())
         return found
+
+    def _define_groups(self, run: Any, names: Iterable[str]) -> None:
+        """The axes of metrics of the loop."""
+        for group in dict.fromkeys(name.partition("/")[0] for name in names):
+            if group not in self._groups:
+                run.define_metric(f"{group}/*", step_metric=AXES.get(group, VERSION))
+                self._groups.add(group)
 
     def log(self, values: dict[str, float], *, stage: str, step: int, wall_s: float) -> None:
         axis = f"{stage}/step"
-        if stage != "ppo" and stage not in self._defined:
+        if stage == "ppo":
+            self._define_groups(self._run, values)  # an estimator of another package may have a group of its own
+        elif stage not in self._stages:
             self._run.define_metric(axis, hidden=True)
             self._run.define_metric(f"{stage}/*", step_metric=axis)
-            self._defined.add(stage)
+            self._stages.add(stage)
         self._run.log(values | ({"progress/wall_s": wall_s} if stage == "ppo" else {axis: step}))
 
     def samples(self, rows: list[dict[str, Any]], *, stage: str, step: int) -> None:
@@ -140,7 +144,10 @@ class Wandb(Tracker):
         self._run.alert(title=title, text=text, level="WARN")
 
     def end(self, state: str) -> None:
-        self._run.finish(exit_code=int(state != "done"))
+        try:
+            self.close()
+        finally:
+            self._run.finish(exit_code=int(state != "done"))
 
 
 TRACKER = Wandb
