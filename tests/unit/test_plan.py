@@ -28,6 +28,7 @@ from controller.start_checks.kv_cache import kv_bytes_a_token, one_sequence_byte
 from learner.models import freeze_below, load_policy, policy_shapes, prove_policy
 from tests import tiny_models
 
+KEY = "engine.kv_cache_gib"
 MODEL, LEARNER = ModelConfig(path="", dtype="float32"), LearnerConfig()
 
 
@@ -118,23 +119,22 @@ def test_kv_cache_of_smollm2() -> None:
     assert kv_bytes_a_token(config, 2) == 2 * 30 * 3 * 64 * 2 == 23040
 
 
-def test_a_cache_is_not_halved_below_what_one_sequence_takes(ppo_of_adapters: TandemConfig) -> None:
+def test_a_cache_is_not_halved_below_what_one_sequence_takes(
+    ppo_of_adapters: TandemConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controller.plan.room.GAIN", 1)  # byte: a tiny model's cache is small
+    monkeypatch.setattr("controller.plan.room._candidates", lambda c: [(KEY, c.engine.kv_cache_gib / 2)])
     config = ppo_of_adapters
-    config.engine.max_model_len = 512
+    config.ppo.gold_rollouts = 0
     needed = one_sequence_bytes(config, load_config(config.model.path, config.model))
     (stage,) = planned_stages(config)
 
-    def suggested(bytes_: int) -> bool:
-        config.engine.kv_cache_gib = bytes_ / GIB
-        gains = _gains(config, lambda item: (), stage, lambda plan: plan.cpu)
-        return "engine.kv_cache_gib" in {key for key, _, _ in gains}
+    def suggested(nbytes: int) -> list[str]:
+        config.engine.kv_cache_gib = nbytes / GIB
+        return [key for key, _, _ in _gains(config, lambda item: (), stage, lambda plan: plan.cpu)]
 
-    # so large a sequence that half of its cache is worth a word
-    config.data.max_prompt_tokens, config.engine.max_model_len = 8, 2**31 // (needed // (17 * 32))
-    needed = one_sequence_bytes(config, load_config(config.model.path, config.model))
-    assert needed > GIB
-    assert suggested(2 * needed)
-    assert not suggested(2 * needed - 2)
+    assert suggested(2 * needed) == [KEY]
+    assert suggested(2 * needed - 2) == []
 
 
 def test_lengths_are_those_of_the_largest_microbatch() -> None:
