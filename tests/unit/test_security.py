@@ -177,7 +177,7 @@ SECRET = f"+environment.options.api_key={CANARY}"
 
 def started(tmp_path: Path, *words: str, checked: bool = True) -> subprocess.CompletedProcess[str]:
     """`python train.py` as a user types it; or without the check of its words, which an experiment's own sweep passes."""
-    places = ["model.path=nowhere", f"cache_dir={tmp_path}/c", "environment=two_turn", SECRET]
+    places = [f"model.path={tmp_path}/nowhere", f"cache_dir={tmp_path}/c", "environment=two_turn", SECRET]
     program = ["train.py"] if checked else ["-c", UNCHECKED]
     command = [sys.executable, *program, *words, *places]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -727,7 +727,7 @@ def test_a_null_choice_is_shown_as_it_is_written(config):
 
 
 def examples(count: int) -> list[Example]:
-    return [Example([1, 2], [False, True])] * count
+    return [Example([1, 2 + number], [False, True]) for number in range(count)]
 
 
 def test_examples_must_fill_a_step(config):
@@ -750,8 +750,8 @@ def test_examples_of_another_method_must_fill_a_step(config):
     with pytest.raises(ConfigError) as raised:
         check_amounts(put(config, method="filtered_sft"), Inputs({"sft": examples(9), "best_sft": examples(1)}))
     assert str(raised.value) == (
-        "sft.top_fraction must leave 2 or more texts of data.preferences to train on and to hold out; found 0.5, which "
-        "leaves 1; write a larger one, or give more texts"
+        "sft.top_fraction must leave 2 or more different texts of data.preferences to train on and to hold out; found 0.5, "
+        "which leaves 1; write a larger one, or give more texts"
     )
     rated = [RatedExample(example, [1.0]) for example in examples(3)]
     check_amounts(put(config, stage="preference"), Inputs({"completions": rated, "test_completions": rated}))
