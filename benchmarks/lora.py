@@ -79,16 +79,17 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
         kls = ", ".join(f"{runs[seed]['kl']:.1f}" for seed in seeds if seed in runs)
         if gained:
             lines.append(f"| {road} | {each} | {statistics.mean(g['mean'] for g in gained):+.2f} | {kls} |")
-    lines += [
-        "",
-        "| road | training of an update s | actors pause for a publish ms | commit MB | learner rank MiB | whole job MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for road, runs in results.items():
-        if cost := runs.get("costs"):
-            numbers = [f"{cost['train s']:.1f}", f"{1000 * cost['sync_pause s']:.0f}", f"{cost['commit MB']:,.0f}"]
-            numbers += [f"{cost[f'{what} MiB']:,.0f}" for what in ("rank", "job")]
-            lines.append(f"| {road} | {' | '.join(numbers)} |")
+    costs = {road: runs["costs"] for road, runs in results.items() if "costs" in runs}
+    if costs:
+        lines += [
+            "",
+            "| road | training of an update s | actors pause for a publish ms | commit MB | learner rank MiB | whole job MiB |",
+            "|---|---|---|---|---|---|",
+        ]
+    for road, cost in costs.items():
+        numbers = [f"{cost['train s']:.1f}", f"{1000 * cost['sync_pause s']:.0f}", f"{cost['commit MB']:,.0f}"]
+        numbers += [f"{cost[f'{what} MiB']:,.0f}" for what in ("rank", "job")]
+        lines.append(f"| {road} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
