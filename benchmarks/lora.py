@@ -83,7 +83,7 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     if costs:
         lines += [
             "",
-            "| road | training of an update s | actors pause for a publish ms | commit MB | learner rank MiB | whole job MiB |",
+            "| road | an update trains s | actors pause to load it ms | commit MB | learner rank MiB | whole job MiB |",
             "|---|---|---|---|---|---|",
         ]
     for road, cost in costs.items():
