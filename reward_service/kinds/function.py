@@ -26,6 +26,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from common.error_text import last_line
 from common.files.source_code import function_source, parsed, source_digest, source_signature, split_function
 from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
@@ -167,7 +168,7 @@ def import_problems(key: str, entry: ScorerConfig, env: Mapping[str, str]) -> li
     try:
         FunctionProcess(entry, env).end()
     except FunctionError as error:
-        last = str(error).strip().splitlines()[-1].removeprefix(f"{entry.function}: ")
+        last = last_line(str(error)).removeprefix(f"{entry.function}: ")
         rule = "a function that a process of its own can import and call"
         return [f"{key}.function={entry.function} must be {rule}; found {last}"]
     return []
