@@ -199,8 +199,6 @@ class Dispatcher:
         self._publishing, lives = True, {number: self._life[number] for number in self._fleet.present()}
         report = self.answers.wait(self._fleet.start_publish(version), f"the engines to load version {version}")[0]
         self._publishing = False
-        for number in lives:  # what they were asked before the weights came is no silence
-            self._actor_liveness.forget(number)
         self._fleet.published(report)
         for number, reason in report.missing.items():
             if lives.get(number) == self._life[number]:  # the others have been lost before
@@ -276,9 +274,7 @@ class Dispatcher:
 
     def _check_actors(self, now: float) -> None:
         """For those that are there and do nothing, who come and go, and rollouts that take too long."""
-        # An engine that loads weights makes no step: there the transfer's deadline decides.
-        asked = set[int]() if self._publishing else self._serving | self._behind | self._leaving.keys()
-        for number, seconds in self._actor_liveness.silent(asked).items():
+        for number, seconds in self._actor_liveness.silent(self._serving | self._behind | self._leaving.keys()).items():
             self.num_silent += 1
             self._replace_lost(number, f"it has generated nothing for {seconds:.0f} s")
         self._change_fleet(now)

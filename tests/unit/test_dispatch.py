@@ -626,32 +626,6 @@ def test_a_silent_actor_is_replaced_as_a_dead_one() -> None:
     assert ledger.metrics()["ledger/released"] == 4
 
 
-def test_an_actor_that_loads_weights_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was asked just before, and makes no step for five times the bound."""
-    monkeypatch.setattr("controller.loop.answers.CHECK_S", 0.01)
-    actor = Actor()
-    fleet, learner, said = crew([actor])
-    dispatcher, _ = start([actor], fleet=fleet, actor_silence_s=0.2)
-    actor.is_stopped = True
-    until(dispatcher, lambda: bool(dispatcher._actor_liveness._pulses))
-    slow, report = Future[Any](), learner.start("publish", 1)[0].future().result()
-    learner.start = lambda *_: [Call(slow)]  # type: ignore[assignment, method-assign, misc]
-
-    def loads() -> None:
-        time.sleep(1.0)
-        actor.is_stopped = False
-        slow.set_result(report)
-
-    threading.Thread(target=loads).start()
-    dispatcher.publish(1)
-    assert (said, actor.steps) == ([], 0)
-    until(dispatcher, lambda: actor.steps >= 3)
-    assert said == []
-    actor.is_stopped = True
-    until(dispatcher, lambda: bool(said))
-    assert "actor 0 is lost (it has generated nothing for" in said[0]
-
-
 def test_a_replacement_that_dies_while_it_starts_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("controller.loop.fleet.AGAIN_S", 0.01)
     lost, deaths = Actor(), ["while it loaded"]
