@@ -178,11 +178,14 @@ class TrainEngine:
         if hasattr(self._engine.optimizer, "fp32_groups"):
             for state in self._adam.state.values():
                 state["step"].zero_()
-            for masters, weights in zip(
-                self._engine.optimizer.fp32_groups, self._engine.optimizer.fp16_groups, strict=True
-            ):
-                for master, weight in zip(masters, weights, strict=True):
-                    master.data.copy_(weight.data)
+            for master, weight in self._copies():
+                master.data.copy_(weight.data)
+
+    def _copies(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Masters in bfloat16 without ZeRO, each with the weight that is its copy."""
+        optimizer = self._engine.optimizer
+        for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            yield from zip(masters, weights, strict=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.ranks.passes += 1
@@ -319,9 +322,8 @@ class TrainEngine:
         elif hasattr(optimizer, "update_lp_params"):
             optimizer.update_lp_params()
         elif hasattr(optimizer, "fp32_groups"):
-            for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
-                for master, weight in zip(masters, weights, strict=True):
-                    weight.data.copy_(master.data)
+            for master, weight in self._copies():
+                weight.data.copy_(master.data)
 
 
 # Of a DeepSpeed engine; `global_steps` says nothing of what has trained.

@@ -121,10 +121,8 @@ def _transport_checks(config: TandemConfig) -> list[Check]:
 def _whole_gpus(config: TandemConfig) -> list[Check]:
     """A learner rank and a replica use one device, an engine as many as it is divided over: others would stand idle."""
     cluster, size = config.cluster, config.engine.tensor_parallel_size
-    actor, single = (
-        float(cluster.gpus_per_actor),
-        {"learner_rank": "learner ranks", "reward_replica": "reward replicas"},
-    )
+    actor = float(cluster.gpus_per_actor)
+    single = {"learner_rank": "learner ranks", "reward_replica": "reward replicas"}
     return [
         Check(
             actor <= 1 or actor == size,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from contracts.config import TandemConfig
 from contracts.methods import method_config
 from contracts.stages import Reading, Stage
-from controller.stages.sft import supervised_settings, train_supervised
+from controller.stages.sft import different_texts, supervised_settings, train_supervised
 
 if TYPE_CHECKING:
     from controller.data.inputs import Inputs
@@ -25,7 +25,7 @@ def inputs(context: "StageContext") -> dict[str, Any]:
 
 
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:
-    ranks, count = config.cluster.num_learner_ranks, len({tuple(text.token_ids) for text in data["best_sft"]})
+    ranks, count = config.cluster.num_learner_ranks, len(different_texts(data["best_sft"]))
     if count >= 2 * ranks:
         return []
     return [

@@ -26,7 +26,7 @@ def inputs(context: "StageContext") -> dict[str, Any]:
 
 
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:
-    ranks, count = config.cluster.num_learner_ranks, len({*map(_said, data["sft"])})
+    ranks, count = config.cluster.num_learner_ranks, len(different_texts(data["sft"]))
     if count >= 2 * ranks:
         return []
     return [
@@ -43,6 +43,11 @@ def _said(text: Example) -> tuple[int, ...]:
     return tuple(text.token_ids)
 
 
+def different_texts(texts: Sequence[Example]) -> list[tuple[int, ...]]:
+    """Their tokens, in order: one may stand in several rows, as in the pairs of an answer."""
+    return list(dict.fromkeys(map(_said, texts)))
+
+
 def train_supervised(
     context: "StageContext", title: str, config: TandemConfig, texts: Sequence[Example]
 ) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def train_supervised(
     import numpy as np
 
     texts = [texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))]
-    different = list(dict.fromkeys(map(_said, texts)))  # one may stand in several rows, as in the pairs of an answer
+    different = different_texts(texts)
     told = {*different[: max(config.cluster.num_learner_ranks, len(different) // 20)]}
     held_out = [text for text in texts if _said(text) in told]
     trained = [text for text in texts if _said(text) not in told]
