@@ -268,7 +268,7 @@ def best_product(device: torch.device, dtype: torch.dtype, widths: tuple[int, ..
 def operations(update: PPOUpdate, batch: TrainingBatch) -> dict[str, float]:
     """Floating-point operations that an update carries out, by phase: 2 N a token for a forward pass through the N weights
     of the linear layers, 2 V d more where it needs logits, twice both backward (`benchmarks/step_report.py`). Without
-    `learner.held_tokens` policy and value model have a second forward pass."""
+    `learner.held_tokens` a policy that does not train at once has a second forward pass. One step an update."""
     lm = update.policy.model.lm
     body = sum(m.weight.numel() for m in lm.model.modules() if isinstance(m, nn.Linear))
     head = lm.get_output_embeddings().weight.numel()
@@ -276,12 +276,12 @@ def operations(update: PPOUpdate, batch: TrainingBatch) -> dict[str, float]:
     microbatches = [mb for minibatch in batch.minibatches for mb in minibatch]
     tokens = sum(Places(mb, torch.device("cpu"), shares).packed.input_ids.numel() for mb in microbatches)
     logits = sum(int(mb.loss_mask.sum()) for mb in microbatches)
-    passes = 1 if update.config.learner.held_tokens else 2
+    passes = 1 if update.config.learner.held_tokens or update.estimator.trains_at_once else 2
     forward, of_policy = 2 * body * tokens, 2 * body * tokens + 2 * head * logits
     return {
         "perf/reference_s": of_policy,
         "perf/policy_forward_s": passes * of_policy,
-        "perf/value_forward_s": passes * forward,
+        "perf/value_forward_s": forward,
         "perf/policy_backward_s": 2 * of_policy,
         "perf/value_backward_s": 2 * forward,
     }

@@ -23,7 +23,8 @@ class Rollouts:
     outcomes: "Tensor"  # float64 [N], the sum of a rollout's rewards
     groups: "Tensor"  # int64 [N], from 0 on, which rollouts share their prompt
     trains: "Tensor"  # bool [N], false for a rollout without a token that trains
-    log_ratios: "Tensor"  # float64 [N], log pi_prox - log pi_ref, summed over the tokens that train
+    # float64 [N], log pi_prox - log pi_ref, summed over the tokens that train; NaN unless the estimator `reads_log_ratios`
+    log_ratios: "Tensor"
     units: "Tensor"  # float64 [N], what each counts in the mean of the loss: its tokens, or 1
 
 
@@ -45,6 +46,7 @@ class Estimator:
     of_rollouts: OfRollouts | None = None
     has_value_model: bool = False
     needs_groups: bool = False  # compares the rollouts of a prompt
+    reads_log_ratios: bool = True  # `of_rollouts`; where it does not, an update may train in its first pass
     kl: str  # the KL penalty: "none", k1 in the "reward" of each token, or a loss term: "k2", "k3"
     whiten: bool = False  # advantages, over the tokens of the global batch
     aggregation: str  # of token losses: `learner.losses.aggregation_weights`
@@ -60,10 +62,23 @@ class Estimator:
                 raise ValueError(f"{name} of estimator {self.title} must be one of {', '.join(options)}; found {value}")
         if (self.of_tokens is None) == (self.of_rollouts is None):
             raise ValueError(f"estimator {self.title} must have one of of_tokens and of_rollouts")
+        if self.has_value_model and self.of_tokens is None:
+            raise ValueError(f"estimator {self.title} must have of_tokens, whose returns a value model fits")
 
     @property
     def has_kl_loss(self) -> bool:
         return self.kl in ("k2", "k3")
+
+    @property
+    def is_of_scores(self) -> bool:
+        """Whether scores alone decide the advantages: they are known before any forward pass."""
+        return self.of_rollouts is not None and not self.reads_log_ratios and self.kl != "reward"
+
+    @property
+    def trains_at_once(self) -> bool:
+        """Whether a microbatch of the first minibatch can be walked back as soon as its forward pass is done: its advantages
+        are known by then, and no value model has its graph in memory beside the policy's."""
+        return not self.has_value_model and (self.is_of_scores or (self.of_tokens is not None and not self.whiten))
 
 
 def find_estimator(name: str) -> Estimator:

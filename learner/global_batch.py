@@ -1,7 +1,5 @@
-"""What is computed over the global batch of an update, before its first step: advantages, the weights of its tokens, and
-metrics. Every function is collective over the ranks; each rank brings its own passes."""
-
-from dataclasses import asdict
+"""What is computed over the global batch of an update: advantages that compare, and metrics. Every function is collective
+over the ranks; each rank brings its own passes."""
 
 import torch
 
@@ -9,36 +7,28 @@ from contracts.config import PPOConfig
 from contracts.estimators import Estimator, Rollouts, chosen_correction
 from contracts.interfaces import NonFiniteError
 from contracts.records import TrainingBatch
-from learner.advantages import explained_variance, token_rewards, whiten, whitening_moments
+from learner.advantages import explained_variance, whiten, whitening_moments
 from learner.kl import kl_k1, kl_k3
-from learner.losses import aggregation_weights, off_policy_weights
 from learner.passes import Pass
 from learner.ranks import Ranks
 
 
 @torch.no_grad()
-def set_advantages(
-    passes: list[Pass], batch: TrainingBatch, ranks: Ranks, ppo: PPOConfig, estimator: Estimator, kl_coef: float
+def compare(
+    passes: list[Pass], batch: TrainingBatch, ranks: Ranks, ppo: PPOConfig, estimator: Estimator
 ) -> dict[str, float]:
-    """Rewards and advantages of every pass (coefficients where the loss is a likelihood), and returns where there is a value
-    model. Returns the estimator's own metrics.
+    """What an estimator makes of the rewards of all rollouts: advantages of every pass (coefficients where the loss is a
+    likelihood), and whitening. Returns the estimator's own metrics.
 
     Raises:
         NonFiniteError: on all ranks, from an estimator that would compare what is not a number.
     """
-    in_reward = kl_coef if estimator.kl == "reward" else 0.0
-    for p in passes:
-        scores = torch.from_numpy(p.batch.scores).to(ranks.device)
-        p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, p.places.mask, in_reward)
     metrics: dict[str, float] = {}
     if estimator.of_rollouts is not None:
         found, metrics = estimator.of_rollouts(_rollouts(passes, batch, ranks, estimator), ppo)
         for p in passes:
             mine = found[torch.from_numpy(p.batch.rows).to(ranks.device)]
             p.advantages = torch.where(p.places.mask, mine[:, None], 0.0).float()
-    elif estimator.of_tokens is not None:
-        for p in passes:
-            p.advantages, p.returns = estimator.of_tokens(p.rewards, p.old_values, p.places.mask, ppo)
     if estimator.whiten:
         _whiten(passes, batch, ranks, ppo.whiten_over)
     return metrics
@@ -74,35 +64,26 @@ def _rollouts(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, estimator:
         outcomes=outcomes,
         groups=groups.long(),
         trains=lengths > 0,
-        log_ratios=log_ratios,
+        log_ratios=log_ratios if estimator.reads_log_ratios else torch.full_like(log_ratios, torch.nan),
         units=lengths if estimator.aggregation == "tokens" else torch.ones_like(lengths),
     )
 
 
-def set_weights(
-    passes: list[list[Pass]], batch: TrainingBatch, ranks: Ranks, ppo: PPOConfig, estimator: Estimator
-) -> dict[str, float]:
-    """Weight each token: off-policy correction times aggregation. Returns what the correction does."""
-    off_policy, budget = chosen_correction(ppo), ppo.sampling.max_completion_tokens
-    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-    largest = torch.zeros((), device=ranks.device)
-    for minibatch, tokens, sequences in zip(passes, batch.global_loss_tokens, batch.global_trained, strict=True):
-        for p in minibatch:
-            mask = p.places.trains
-            weights, changed = off_policy_weights(p.proximal_logprobs, p.behavior_logprobs, mask, **asdict(off_policy))
-            sums[:3] += whitening_moments(weights, mask)
-            sums[3] += changed
-            if weights.numel():
-                largest = torch.maximum(largest, weights.max())
-            p.weights = weights * aggregation_weights(mask, estimator.aggregation, tokens, max(sequences, 1), budget)
-    if off_policy.correction == "none":
+def correction_metrics(passes: list[Pass], ranks: Ranks, ppo: PPOConfig) -> dict[str, float]:
+    """What the off-policy correction does."""
+    correction = chosen_correction(ppo).correction
+    if correction == "none":
         return {}
+    sums, largest = torch.zeros(5, dtype=torch.float64, device=ranks.device).split([4, 1])
+    for p in passes:
+        sums += p.corrected[:4]
+        torch.maximum(largest, p.corrected[4:], out=largest)
     count, total, squares, changed_tokens = ranks.sum(sums).tolist()
     return {
         "off_policy/ess": total * total / (count * squares) if squares > 0 else 0.0,
         "off_policy/weight_mean": total / max(count, 1.0),
         "off_policy/weight_max": ranks.max(largest).item(),
-        f"off_policy/{off_policy.correction}_frac": changed_tokens / max(count, 1.0),
+        f"off_policy/{correction}_frac": changed_tokens / max(count, 1.0),
     }
 
 
@@ -116,13 +97,14 @@ def batch_metrics(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, has_va
         staleness = torch.from_numpy(p.batch.staleness).to(ranks.device)
         # Only of the weights that the learner still has: of older ones the gap is learning, not mismatch.
         fresh = mask & (staleness == 0)
-        gap = torch.where(fresh, p.proximal_logprobs - p.behavior_logprobs, 0.0)
+        behavior_logprobs = torch.from_numpy(p.batch.behavior_logprobs).to(ranks.device)
+        gap = torch.where(fresh, p.proximal_logprobs - behavior_logprobs, 0.0)
         sums += torch.stack(
             [
                 mask.sum(),
                 kl_k1(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
                 kl_k3(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
-                kl_k3(p.behavior_logprobs, p.proximal_logprobs)[fresh].sum(),
+                kl_k3(behavior_logprobs, p.proximal_logprobs)[fresh].sum(),
                 gap.abs().sum(),
                 fresh.sum(),
                 staleness[mask].sum(),

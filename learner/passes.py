@@ -1,16 +1,20 @@
-"""What one rank knows of each microbatch of an update before the first optimizer step."""
+"""What one rank knows of each microbatch of an update before the first optimizer step, and what it makes of it alone."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.models.packed_attention import Packed
+from contracts.config import PPOConfig
+from contracts.estimators import Estimator, chosen_correction
 from contracts.records import Microbatch
+from learner.advantages import token_rewards, whitening_moments
+from learner.losses import aggregation_weights, off_policy_weights
 from learner.shared_trunk import Below
 
 
@@ -48,23 +52,66 @@ class Places:
 
 @dataclass
 class Pass:
-    """What is known of one microbatch before the first optimizer step. Tensors are float32 [B, C], 0 where no token
-    trains."""
+    """What is known of one microbatch. Tensors of its forward passes, which are those before the first optimizer step, are
+    float32 [B, C], 0 where no token trains."""
 
     batch: Microbatch
     places: Places
-    ref_logprobs: Tensor
-    proximal_logprobs: Tensor
-    behavior_logprobs: Tensor
-    old_values: Tensor  # 0 without a value model
-    entropy: Tensor
-    # policy_logprobs, their entropy and values with their graphs, until used
-    live: tuple[Tensor, Tensor, Tensor | None] | None
-    is_held: bool = False  # it is one of those whose graphs were kept
-    weights: Tensor = field(default_factory=lambda: torch.empty(0))  # of each token in the policy's losses
-    rewards: Tensor = field(default_factory=lambda: torch.empty(0))
-    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
-    returns: Tensor = field(default_factory=lambda: torch.empty(0))
+    tokens: int  # that train in its minibatch, over all ranks; at least 1
+    sequences: int  # that train in its minibatch, over all ranks; at least 1
+    is_first: bool  # it is of the first minibatch, whose step is the first that changes a weight
+    is_last: bool  # of its minibatch on this rank
+    is_held: bool  # its graph may wait (`learner.held_tokens`), and what shared layers put out is kept
+    ref_logprobs: Tensor = field(init=False)
+    proximal_logprobs: Tensor = field(init=False)
+    entropy: Tensor = field(init=False)
+    old_values: Tensor = field(init=False)  # 0 without a value model
+    rewards: Tensor = field(init=False)
+    advantages: Tensor = field(init=False)
+    returns: Tensor = field(init=False)
+    weights: Tensor = field(init=False)  # of each token in the policy's losses
+    # float64 [5]: count, sum and sum of squares of the off-policy weights, how many tokens their bounds have changed, and
+    # the largest
+    corrected: Tensor = field(init=False)
+    live: tuple[Tensor, Tensor] | None = None  # policy_logprobs and their entropy with the graph, until used
+    # What a backward pass that has been done leaves for the metrics of the step.
+    policy_sums: "PolicySums | None" = None
+    value_sums: Tensor | None = None  # float64 [2]: loss, clipped tokens
+
+    def __post_init__(self) -> None:
+        self.ref_logprobs = self.proximal_logprobs = self.entropy = self.old_values = torch.zeros(
+            self.places.mask.shape, device=self.places.mask.device
+        )
+
+
+@dataclass
+class PolicySums:
+    """Over the tokens of a microbatch that train."""
+
+    sums: Tensor  # float64 [6]: clipped tokens, approximate KL, ratios, loss, KL loss, entropy bonus
+    ratio_max: Tensor
+
+
+@torch.no_grad()
+def set_rewards(p: Pass, ppo: PPOConfig, estimator: Estimator, kl_coef: float) -> None:
+    """Rewards, and where an estimator takes each token by itself, advantages and returns."""
+    mask = p.places.mask
+    scores = torch.from_numpy(p.batch.scores).to(mask.device)
+    in_reward = kl_coef if estimator.kl == "reward" else 0.0
+    p.rewards = token_rewards(scores, p.proximal_logprobs, p.ref_logprobs, mask, in_reward)
+    if estimator.of_tokens is not None:
+        p.advantages, p.returns = estimator.of_tokens(p.rewards, p.old_values, mask, ppo)
+
+
+@torch.no_grad()
+def set_weights(p: Pass, ppo: PPOConfig, estimator: Estimator) -> None:
+    """Weight each token: off-policy correction times aggregation."""
+    mask, off_policy, budget = p.places.trains, chosen_correction(ppo), ppo.sampling.max_completion_tokens
+    behavior = torch.from_numpy(p.batch.behavior_logprobs).to(mask.device)
+    weights, changed = off_policy_weights(p.proximal_logprobs, behavior, mask, **asdict(off_policy))
+    largest = weights.max() if weights.numel() else torch.zeros((), device=mask.device)
+    p.corrected = torch.cat([whitening_moments(weights, mask), torch.stack([changed.double(), largest.double()])])
+    p.weights = weights * aggregation_weights(mask, estimator.aggregation, p.tokens, p.sequences, budget)
 
 
 def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -1,17 +1,23 @@
 """One PPO update of one rank, over networks that something else holds and steps: `learner/ppo.py` has DeepSpeed do it.
 
-    ref, policy and value forward passes     (policy and value keep their graphs where memory allows: `held_tokens`;
-                                              layers that they share run once: `learner/shared_trunk.py`)
+    ref, policy and value forward passes     (layers that they share run once: `learner/shared_trunk.py`); of the first
+                                              minibatch backward, too, through what has its loss by then
       -> token rewards -> advantages (GAE, or against the rollouts of the same prompt) or coefficients of the
          log-likelihood (RAFT, RWR, online DPO), over the global batch
       -> for each epoch, minibatch, microbatch: policy and value loss, backward; one step of both a minibatch
 
-With the graphs kept, the first minibatch needs no second forward pass: its proximal log-probabilities are the policy's own,
-detached. Log-probabilities of the rollout engine enter nothing but the off-policy correction; without it they only measure
+The first minibatch's step is taken at the weights of the first pass, which is the only one that it needs: the proximal
+log-probabilities are the policy's own, detached, and a loss that no other microbatch enters is walked back at once. That is
+so for the value model, whose returns are of a row alone, and for a policy where scores decide (GRPO without a KL in the
+reward). A policy whose advantages are whitened keeps its graph until they are (`learner.held_tokens`); what does not fit is
+computed again.
+
+Log-probabilities of the rollout engine enter nothing but the off-policy correction; without it they only measure
 the mismatch between sampler and learner, which is rounding. Without a value model (`contracts.estimators`) there is nothing
 of it: no network, no pass, no metric.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,11 +30,11 @@ from common.models.packed_attention import Packed
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator
 from contracts.objectives import chosen_clip, find_objective
-from contracts.records import Example, Microbatch, TrainingBatch
+from contracts.records import Example, TrainingBatch
 from learner.examples import example_nll, loss_tokens
-from learner.global_batch import batch_metrics, set_advantages, set_weights
+from learner.global_batch import batch_metrics, compare, correction_metrics
 from learner.losses import kl_loss, likelihood_loss, value_loss
-from learner.passes import Pass, Places, Timer, over_steps
+from learner.passes import Pass, Places, PolicySums, Timer, over_steps, set_rewards, set_weights
 from learner.ranks import Ranks
 from learner.shared_trunk import SharedTrunk
 
@@ -45,6 +51,15 @@ class Engine(Protocol):
     def step(self) -> float: ...
 
     def skip(self, steps: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What an update is told of it."""
+
+    kl_coef: float
+    coef: float  # of the whole, beside PPO-ptx
+    trains: bool
 
 
 class PPOUpdate:
@@ -91,23 +106,23 @@ class PPOUpdate:
         """
         if not (train_policy or self.value):
             raise ValueError(f"the estimator {self.config.ppo.estimator} has no value model to fit")
-        timer, ppo = Timer(self.ranks.device), self.config.ppo
-        held_left = self.config.learner.held_tokens
-        passes: list[list[Pass]] = []
-        for microbatches in batch.minibatches:
-            passes.append([])
-            for mb in microbatches:
-                hold = len(passes) == 1 and mb.num_tokens <= held_left
-                held_left -= mb.num_tokens if hold else 0
-                passes[-1].append(self._first_pass(mb, hold, train_policy, timer))
+        timer, ppo, estimator = Timer(self.ranks.device), self.config.ppo, self.estimator
+        loss = PolicyLoss(kl_coef, policy_coef, train_policy)
+        passes = self._passes(batch)
         everything = [p for minibatch in passes for p in minibatch]
-        compared = set_advantages(everything, batch, self.ranks, ppo, self.estimator, kl_coef)
-        off_policy = set_weights(passes, batch, self.ranks, ppo, self.estimator)
+        if estimator.is_of_scores:
+            for p in everything:
+                set_rewards(p, ppo, estimator, kl_coef)
+            compared = compare(everything, batch, self.ranks, ppo, estimator)
+        for p in everything:
+            self._first_pass(p, loss, timer)
+        if not estimator.is_of_scores:
+            compared = compare(everything, batch, self.ranks, ppo, estimator)
+        off_policy = correction_metrics(everything, self.ranks, ppo)
 
         steps: list[dict[str, float]] = []
         for epoch in range(ppo.epochs):
-            for minibatch, tokens in zip(passes, batch.global_loss_tokens, strict=True):
-                steps.append(self._step(minibatch, tokens, kl_coef, policy_coef, train_policy, timer))
+            steps += [self._step(minibatch, loss, timer) for minibatch in passes]
             # Of the epoch's last minibatch, before its step. An epoch is never left half-way: every rollout trains.
             approx_kl = steps[-1].get("policy/approx_kl", 0.0)
             if ppo.target_approx_kl is not None and approx_kl > ppo.target_approx_kl:
@@ -124,29 +139,55 @@ class PPOUpdate:
         if self.value:
             self.value.skip(steps)
 
-    def _first_pass(self, mb: Microbatch, hold: bool, train_policy: bool, timer: Timer) -> Pass:
-        places = Places(mb, self.ranks.device, self.shares_prompts)
+    def _passes(self, batch: TrainingBatch) -> list[list[Pass]]:
+        found: list[list[Pass]] = []
+        held_left = self.config.learner.held_tokens
+        for microbatches, tokens, sequences in zip(
+            batch.minibatches, batch.global_loss_tokens, batch.global_trained, strict=True
+        ):
+            is_first = not found
+            found.append([])
+            for mb in microbatches:
+                is_held = is_first and mb.num_tokens <= held_left
+                held_left -= mb.num_tokens if is_held else 0
+                found[-1].append(
+                    Pass(
+                        batch=mb,
+                        places=Places(mb, self.ranks.device, self.shares_prompts),
+                        tokens=max(tokens, 1),  # of a minibatch in which nothing trains the gradient is 0
+                        sequences=max(sequences, 1),
+                        is_first=is_first,
+                        is_last=mb is microbatches[-1],
+                        is_held=is_held,
+                    )
+                )
+        return found
+
+    def _first_pass(self, p: Pass, loss: PolicyLoss, timer: Timer) -> None:
+        """Every network, as it is before the first step; and backward through those whose losses are known by then."""
+        ppo, estimator = self.config.ppo, self.estimator
+        trains_policy = loss.trains and p.is_first and estimator.trains_at_once
+        waits = loss.trains and p.is_held and not trains_policy
         with timer("perf/reference_s"), torch.no_grad():
-            ref_logprobs, _ = self._logprobs(self.reference, places)
-        with timer("perf/policy_forward_s"), torch.set_grad_enabled(hold and train_policy):
-            policy_logprobs, entropy = self._logprobs(self.policy, places, self.config.ppo.entropy_coef > 0)
+            p.ref_logprobs, _ = self._logprobs(self.reference, p.places)
+        with timer("perf/policy_forward_s"), torch.set_grad_enabled(trains_policy or waits):
+            policy_logprobs, entropy = self._logprobs(self.policy, p.places, ppo.entropy_coef > 0)
+        p.proximal_logprobs, p.entropy = policy_logprobs.detach(), entropy.detach()
+        p.live = (policy_logprobs, entropy) if waits else None
         values = None
         if self.value:
-            with timer("perf/value_forward_s"), torch.set_grad_enabled(hold):
-                values = self._values(self.value, places)
-        if not hold:
-            places.below.clear()
-        return Pass(
-            batch=mb,
-            places=places,
-            ref_logprobs=ref_logprobs,
-            proximal_logprobs=policy_logprobs.detach(),
-            behavior_logprobs=torch.from_numpy(mb.behavior_logprobs).to(self.ranks.device),
-            old_values=torch.zeros_like(ref_logprobs) if values is None else values.detach(),
-            entropy=entropy.detach(),
-            live=(policy_logprobs, entropy, values) if hold else None,
-            is_held=hold,
-        )
+            with timer("perf/value_forward_s"), torch.set_grad_enabled(p.is_first):
+                values = self._values(self.value, p.places)
+            p.old_values = values.detach()
+        if not estimator.is_of_scores:
+            set_rewards(p, ppo, estimator, loss.kl_coef)
+        set_weights(p, ppo, estimator)
+        if trains_policy:
+            p.policy_sums = self._policy_backward(p, policy_logprobs, entropy, loss, timer)
+        if values is not None and p.is_first:
+            p.value_sums = self._value_backward(p, values, timer)
+        if not p.is_held:
+            p.places.below.clear()
 
     def _logprobs(self, model: Any, places: Places, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         sampling = self.config.ppo.sampling
@@ -162,61 +203,67 @@ class PPOUpdate:
         with self.trunk.using(places.below):
             return places.spread(value(places.packed, places.select))
 
-    def _step(
-        self,
-        minibatch: list[Pass],
-        tokens: int,
-        kl_coef: float,
-        policy_coef: float,
-        train_policy: bool,
-        timer: Timer,
-    ) -> dict[str, float]:
+    def _step(self, minibatch: list[Pass], loss: PolicyLoss, timer: Timer) -> dict[str, float]:
         """One optimizer step of both models. Returns means over the tokens of the global minibatch."""
-        tokens = max(tokens, 1)  # of a minibatch in which nothing trains the gradient is 0
-        use_ptx, spread = train_policy and self.config.ppo.ptx_coef > 0, self.config.ppo.entropy_coef
         sums = torch.zeros(8, dtype=torch.float64, device=self.ranks.device)
         ratio_max = torch.zeros((), device=self.ranks.device)
-        for i, p in enumerate(minibatch):
-            is_last = i == len(minibatch) - 1
-            live, p.live = p.live, None
-            if train_policy:
-                with timer("perf/policy_forward_s"):
-                    policy_logprobs, entropy = live[:2] if live else self._logprobs(self.policy, p.places, spread > 0)
-                with timer("perf/policy_backward_s"):
-                    loss, kl, stats = self._policy_losses(policy_logprobs, p)
-                    bonus = torch.where(p.places.trains, entropy, 0.0).sum() if spread else torch.zeros_like(loss)
-                    scaled = policy_coef * (loss + kl_coef * kl - spread * bonus) / tokens
-                    self.policy.backward(scaled, is_last and not use_ptx)
-                sums[:3] += torch.stack([stats["clipped"], stats["approx_kl"], stats["ratio"]])
-                sums[3:6] += torch.stack([loss.detach(), kl.detach(), bonus.detach()])
-                ratio_max = torch.maximum(ratio_max, stats["ratio_max"])
+        for p in minibatch:
+            if loss.trains:
+                found, p.policy_sums = p.policy_sums, None
+                if found is None:
+                    live, p.live = p.live, None
+                    if live is None:
+                        with timer("perf/policy_forward_s"):
+                            live = self._logprobs(self.policy, p.places, self.config.ppo.entropy_coef > 0)
+                    found = self._policy_backward(p, *live, loss, timer)
+                sums[:6] += found.sums
+                ratio_max = torch.maximum(ratio_max, found.ratio_max)
             if self.value:
-                with timer("perf/value_forward_s"):
-                    values = live[2] if live else None
-                    values = self._values(self.value, p.places) if values is None else values
-                with timer("perf/value_backward_s"):
-                    loss, stats = value_loss(
-                        values, p.old_values, p.returns, p.places.trains, self.config.ppo.value_clip
-                    )
-                    self.value.backward(loss / tokens, is_last)
-                sums[6:] += torch.stack([loss.detach(), stats["clipped"]])
+                value_sums, p.value_sums = p.value_sums, None
+                if value_sums is None:
+                    with timer("perf/value_forward_s"):
+                        values = self._values(self.value, p.places)
+                    value_sums = self._value_backward(p, values, timer)
+                sums[6:] += value_sums
             if not p.is_held:
                 p.places.below.clear()
         metrics = {}
-        if use_ptx:
+        if self._has_ptx(loss):
             with timer("perf/ptx_s"):
                 metrics["policy/ptx_loss"] = self._ptx_backward()
         with timer("perf/optimizer_s"):
-            if train_policy:
+            if loss.trains:
                 metrics["policy/grad_norm"] = self.policy.step()
             if self.value:
                 metrics["value/grad_norm"] = self.value.step()
-        means = (self.ranks.sum(sums) / tokens).tolist()
-        if train_policy:
+        means = (self.ranks.sum(sums) / minibatch[0].tokens).tolist()
+        if loss.trains:
             metrics |= self._policy_means(means) | {"policy/ratio_max": self.ranks.max(ratio_max).item()}
         if self.value:
             metrics |= {"value/loss": means[6], "value/clipfrac": means[7]}
         return metrics
+
+    def _policy_backward(
+        self, p: Pass, policy_logprobs: Tensor, entropy: Tensor, loss: PolicyLoss, timer: Timer
+    ) -> PolicySums:
+        spread = self.config.ppo.entropy_coef
+        with timer("perf/policy_backward_s"):
+            surrogate, kl, stats = self._policy_losses(policy_logprobs, p)
+            bonus = torch.where(p.places.trains, entropy, 0.0).sum() if spread else torch.zeros_like(surrogate)
+            whole = loss.coef * (surrogate + loss.kl_coef * kl - spread * bonus) / p.tokens
+            self.policy.backward(whole, p.is_last and not self._has_ptx(loss))
+        sums = [stats["clipped"], stats["approx_kl"], stats["ratio"], surrogate.detach(), kl.detach(), bonus.detach()]
+        return PolicySums(torch.stack(sums).double(), stats["ratio_max"])
+
+    def _value_backward(self, p: Pass, values: Tensor, timer: Timer) -> Tensor:
+        with timer("perf/value_backward_s"):
+            loss, stats = value_loss(values, p.old_values, p.returns, p.places.trains, self.config.ppo.value_clip)
+            assert self.value
+            self.value.backward(loss / p.tokens, p.is_last)
+        return torch.stack([loss.detach(), stats["clipped"]]).double()
+
+    def _has_ptx(self, loss: PolicyLoss) -> bool:
+        return loss.trains and self.config.ppo.ptx_coef > 0
 
     def _policy_losses(self, policy_logprobs: Tensor, p: Pass) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss, KL term (0 where it is none) and statistics, summed over a microbatch."""

@@ -287,11 +287,12 @@ def _working(
     trained = [name for name, state in states.items() if state.moments]
     tokens, held = sum(lengths.largest), held_tokens(config, stage, lengths)
     earlier = sum(states[name].earlier for name in trained) if lengths.microbatches > 1 else 0.0
-    kept = sum(passes[name].kept for name in trained) * held / tokens
+    waits = {name: passes[name].kept for name in trained if name != "value model"}  # whose graph is walked back at once
+    kept = sum(waits.values()) * held / tokens
     if held < tokens:  # one microbatch of one model at a time
         activations = max(passes[name].peak for name in trained)
     else:  # all graphs are there when the first of them is walked back
-        activations = kept + max(passes[name].peak - passes[name].kept for name in trained)
+        activations = kept + max(passes[name].peak - waits.get(name, 0.0) for name in trained)
     complete = sum(states[name].earlier for name in trained)
     gathered = max(state.gathered for state in states.values())
     starts = earlier + gathered + max(activations, kept + max(found.inference for found in passes.values()))
@@ -311,6 +312,6 @@ def held_tokens(config: TandemConfig, stage: str, lengths: Lengths) -> int:
     """Tokens of a rank whose graphs wait for the others': a reward model compares all texts of a batch. 0: none waits."""
     if stage == "reward_model":
         return lengths.tokens
-    if stage in ("sft", "filtered_sft"):
+    if stage in ("sft", "filtered_sft") or (stage == "ppo" and chosen_estimator(config.ppo).trains_at_once):
         return 0
     return min(config.learner.held_tokens, lengths.tokens)

@@ -14,4 +14,6 @@ def advantages(rollouts: Rollouts, ppo: PPOConfig) -> Found:
     return centred(rollouts, group_moments(rollouts)), {}
 
 
-ESTIMATOR = Estimator(title="Dr. GRPO", of_rollouts=advantages, needs_groups=True, kl="k3", aggregation="budget")
+ESTIMATOR = Estimator(
+    title="Dr. GRPO", of_rollouts=advantages, needs_groups=True, reads_log_ratios=False, kl="k3", aggregation="budget"
+)

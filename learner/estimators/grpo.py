@@ -19,4 +19,6 @@ def advantages(rollouts: Rollouts, ppo: PPOConfig) -> Found:
     return torch.where(spread > 0, centred(rollouts, moments) / (spread + 1e-6), 0.0), {}
 
 
-ESTIMATOR = Estimator(title="GRPO", of_rollouts=advantages, needs_groups=True, kl="k3", aggregation="sequences")
+ESTIMATOR = Estimator(
+    title="GRPO", of_rollouts=advantages, needs_groups=True, reads_log_ratios=False, kl="k3", aggregation="sequences"
+)

@@ -37,6 +37,7 @@ ESTIMATOR = Estimator(
     title="RAFT",
     of_rollouts=coefficients,
     needs_groups=True,
+    reads_log_ratios=False,
     kl="none",
     aggregation="tokens",
     loss="likelihood",

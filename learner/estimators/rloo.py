@@ -16,4 +16,11 @@ def advantages(rollouts: Rollouts, ppo: PPOConfig) -> Found:
     return centred(rollouts, moments) * count / (count - 1).clamp(min=1), {}
 
 
-ESTIMATOR = Estimator(title="RLOO", of_rollouts=advantages, needs_groups=True, kl="reward", aggregation="sequence_sums")
+ESTIMATOR = Estimator(
+    title="RLOO",
+    of_rollouts=advantages,
+    needs_groups=True,
+    reads_log_ratios=False,
+    kl="reward",
+    aggregation="sequence_sums",
+)

@@ -47,6 +47,7 @@ def coefficients(rollouts: Rollouts, ppo: PPOConfig) -> Found:
 ESTIMATOR = Estimator(
     title="RWR",
     of_rollouts=coefficients,
+    reads_log_ratios=False,
     kl="none",
     aggregation="sequence_sums",
     loss="likelihood",

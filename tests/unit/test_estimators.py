@@ -29,6 +29,7 @@ from controller.loop.training_batches import make_batches
 from controller.pipeline.ingredients import own_source
 from learner.advantages import whiten, whitening_moments
 from learner.estimators.gae import gae
+from learner.passes import Pass
 from learner.ppo import PPOTask
 from learner.ranks import Ranks
 from tests.conftest import ROOT, compared, make_config
@@ -124,6 +125,8 @@ def test_an_unknown_estimator_is_refused() -> None:
         replace(find_estimator("grpo"), title="Mine", kl="K3")
     with pytest.raises(ValueError, match="estimator PPO must have one of of_tokens and of_rollouts"):
         replace(find_estimator("gae"), of_tokens=None)
+    with pytest.raises(ValueError, match="estimator GRPO must have of_tokens, whose returns a value model fits"):
+        replace(find_estimator("grpo"), has_value_model=True)
 
 
 def test_the_configuration_overrides_the_paper() -> None:
@@ -482,6 +485,89 @@ def test_without_a_value_model_there_is_nothing_of_it(
     assert [name for name in metrics if "value" in name] == []
     with pytest.raises(ValueError, match="grpo has no value model"):
         task.update(batch_of(1), BETA, train_policy=False)
+
+
+def whitened(ppo: PPOConfig) -> None:
+    ppo.whiten_advantages = True
+
+
+def without_comparison(ppo: PPOConfig) -> None:
+    ppo.kl.place, ppo.whiten_advantages = "none", False
+
+
+def with_kl_in_the_reward(ppo: PPOConfig) -> None:
+    ppo.kl.place = "reward"
+
+
+def as_it_is(ppo: PPOConfig) -> None:
+    pass
+
+
+def corrected(ppo: PPOConfig) -> None:
+    ppo.kl.place, ppo.off_policy.correction, ppo.entropy_coef = "k3", "truncated", 0.1
+
+
+@pytest.mark.parametrize(
+    ("estimator", "change", "at_once"),
+    [
+        ("grpo", corrected, True),
+        ("grpo", with_kl_in_the_reward, False),
+        ("dr_grpo", whitened, True),
+        ("rloo", corrected, True),
+        ("rloo", as_it_is, False),
+        ("raft", as_it_is, True),
+        ("rwr", as_it_is, True),
+        ("reinforce_plus_plus", without_comparison, True),
+        ("reinforce_plus_plus", as_it_is, False),
+        ("online_dpo", as_it_is, False),
+        ("gae", without_comparison, False),  # the value model's graph is there
+    ],
+)
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_what_can_be_trained_in_the_first_pass_is_the_same_to_the_bit(
+    estimator: str,
+    change: Callable[[PPOConfig], None],
+    at_once: bool,
+    zero_stage: int,
+    config: TandemConfig,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if it were walked back when all microbatches are known. No graph waits, and no forward pass is run again: of two
+    minibatches of three microbatches the first needs none beyond the first pass; the value model never does."""
+    config.ppo.estimator, config.ppo.epochs, config.learner.zero_stage = estimator, 1, zero_stage
+    config.ppo.optimizer.learning_rate = 1e-3
+    change(config.ppo)
+    (batch,) = make_batches(ROLLOUTS, SCORES, 1, 2, 1, np.random.default_rng(0))
+    assert [len(minibatch) for minibatch in batch.minibatches] == [3, 3]
+    found = []
+    for is_first in (True, False):
+        if not is_first:
+            monkeypatch.setattr(Pass, "is_first", property(lambda self: False, lambda self, value: None), raising=False)
+        task = PPOTask(ranks, config, config.model.path, config.model.path, (EOS,), [])
+        engines = [task.policy, *([task.value] if task.value else [])]
+        calls: list[Any] = []
+        for engine in engines:
+            engine.model.register_forward_hook(lambda network, *_, seen=calls: seen.append(network))
+        metrics = task.update(batch, BETA, train_policy=True)
+        weights = [torch.cat([p.flatten() for _, p in engine.named_weights()]) for engine in engines]
+        found.append(({k: v for k, v in metrics.items() if not k.startswith("perf/")}, weights))
+        assert calls.count(task.policy.model) == 6 + 3 + 3 * (not (at_once and is_first))
+        assert task.value is None or calls.count(task.value.model) == 6 + 3 + 3 * (not is_first)
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(one, two) for one, two in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_an_estimator_that_reads_more_than_it_says_is_refused(
+    config: TandemConfig, make_task: Callable[[TandemConfig], PPOTask]
+) -> None:
+    config.ppo.estimator, config.ppo.epochs = "online_dpo", 1
+    task = make_task(config)
+    task.estimator = replace(task.estimator, reads_log_ratios=False)
+    before = weights_of(task.policy.model)
+    with pytest.raises(NonFiniteError):
+        task.update(batch_of(1), BETA, train_policy=True)
+    assert all(torch.equal(before[name], w) for name, w in weights_of(task.policy.model).items())
 
 
 def test_a_correction_of_gae_leaves_the_value_model_alone(config: TandemConfig, ranks: Ranks) -> None:

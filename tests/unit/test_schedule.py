@@ -146,13 +146,16 @@ def test_the_controller_takes_time_to_hear_of_a_rollout() -> None:
 
 
 def test_what_is_not_held_from_the_first_pass_is_computed_twice() -> None:
-    """Four sequences of 25 tokens, in microbatches of two; one of these is held. Forward: 100 + 100 - 50 tokens."""
+    """Four sequences of 25 tokens, in microbatches of two; one of these is held. Forward: 100 + 100 - 50 tokens of the
+    policy, 100 of the value model; and of a policy that trains at once, which needs no value model."""
     calibration = speeds(score_s=0.0, publish=(0.0, 0.0, 0.0))
-    learner = {"any": LearnerSpeed({"policy_forward": (0.0, 1.0, 0.0), "policy_backward": (0.0, 0.0, 1.0)})}
+    phases = {"policy_forward": (0.0, 1.0, 0.0), "policy_backward": (0.0, 0.0, 1.0), "value_forward": (0.0, 2.0, 0.0)}
     config = configured()
     config.learner = LearnerConfig(microbatch_tokens=50, held_tokens=60)
-    found = planned(config, replace(calibration, learner=learner))
-    assert found.steps == pytest.approx([20 + 150 + 4 * 20] * 6)
+    for estimator, seconds in (("gae", 150 + 2 * 100), ("reinforce_plus_plus", 150), ("raft", 100)):
+        config.ppo.estimator = estimator
+        found = planned(config, replace(calibration, learner={"any": LearnerSpeed(phases)}))
+        assert found.steps == pytest.approx([20 + seconds + 4 * 20] * 6)
 
 
 def test_a_wait_that_is_too_long_ends_the_simulation_as_the_run() -> None:

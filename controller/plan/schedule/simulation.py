@@ -225,18 +225,17 @@ class _Simulation:
 
 @dataclass
 class Share:
-    """Tokens of a rank's rows, in all and of completions; those whose graphs are kept from the first pass."""
+    """Tokens of a rank's rows and those of completions: of all rows, of the first minibatch, of what is held of it."""
 
-    tokens: int = 0
-    completion: int = 0
-    held: int = 0
-    held_completion: int = 0
+    all: tuple[int, int] = (0, 0)
+    first: tuple[int, int] = (0, 0)
+    held: tuple[int, int] = (0, 0)
 
-    def add(self, tokens: int, completion: int, is_held: bool) -> None:
+    def add(self, tokens: int, completion: int, is_first: bool, is_held: bool) -> None:
         """A microbatch."""
-        self.tokens, self.completion = self.tokens + tokens, self.completion + completion
-        if is_held:
-            self.held, self.held_completion = self.held + tokens, self.held_completion + completion
+        for name, counts in (("all", True), ("first", is_first), ("held", is_held)):
+            before = getattr(self, name)
+            setattr(self, name, (before[0] + counts * tokens, before[1] + counts * completion))
 
 
 def update_seconds(
@@ -259,7 +258,8 @@ def update_seconds(
             share, left = shares[rank], config.learner.held_tokens
             for part in parts:
                 tokens, completion = (sum(sizes[rows[i]][which] for i in part) for which in (0, 1))
-                is_held = number == 0 and tokens <= left
+                is_first = number == 0
+                is_held = is_first and tokens <= left
                 left -= tokens if is_held else 0
                 again = (
                     [rows[b] for a, b in pairwise(part) if groups[rows[a]] == groups[rows[b]]]
@@ -267,19 +267,27 @@ def update_seconds(
                     else []
                 )
                 tokens -= sum(sizes[row][0] - sizes[row][1] for row in again)
-                share.add(tokens, completion, is_held)
+                share.add(tokens, completion, is_first, is_held)
     return [_rank_seconds(config, speed, shares[rank]) for rank in range(cluster.num_learner_ranks)]
 
 
 def passes(config: TandemConfig, share: Share) -> dict[str, tuple[float, float, float]]:
     """By phase: how often its fixed part counts, tokens, and completion tokens, as `learner/ppo_update.py` runs them."""
-    epochs, steps = config.ppo.epochs, config.ppo.epochs * config.ppo.minibatches
-    once = 1.0, float(share.tokens), float(share.completion)
-    forward = 1.0, (1 + epochs) * once[1] - share.held, (1 + epochs) * once[2] - share.held_completion
-    backward = 1.0, epochs * once[1], epochs * once[2]
+    epochs, steps, estimator = (
+        config.ppo.epochs,
+        config.ppo.epochs * config.ppo.minibatches,
+        chosen_estimator(config.ppo),
+    )
+
+    def counts(times: int, but: tuple[int, int] = (0, 0)) -> tuple[float, float, float]:
+        tokens, completion = (float(times * every - less) for every, less in zip(share.all, but, strict=True))
+        return 1.0, tokens, completion
+
+    once, backward = counts(1), counts(epochs)
+    forward = counts(1 + epochs, share.first if estimator.trains_at_once else share.held)
     found = {"reference": once, "policy_forward": forward, "policy_backward": backward, "rest": once}
-    if chosen_estimator(config.ppo).has_value_model:
-        found |= {"value_forward": forward, "value_backward": backward}
+    if estimator.has_value_model:
+        found |= {"value_forward": counts(1 + epochs, share.first), "value_backward": backward}
     return found | {"optimizer": (float(steps), 0.0, 0.0)}
 
 
