@@ -129,14 +129,18 @@ def bootstrap_groups(
     return _interval(estimate, draws)
 
 
-def bootstrap_group_mean(values: ArrayLike, groups: Sequence[int], samples: int, seed: int) -> Interval:
-    """As `bootstrap_groups` of the mean of `values` [rows], for many groups: from their sums alone."""
+def bootstrap_group_mean(
+    values: ArrayLike, groups: Sequence[int], samples: int, seed: int, bounds: tuple[float, float] | None = None
+) -> Interval:
+    """As `bootstrap_groups` of the mean of `values` [rows], for many groups: from their sums alone. `bounds` as
+    `bootstrap_mean`, of which groups are the prompts."""
     vector, (_, numbers) = np.asarray(values, dtype=np.float64), np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(numbers, vector), np.bincount(numbers)
     if sums.size < 2:
         return bootstrap_groups(lambda rows: float(vector[rows].mean()), groups, samples, seed)
     blocks = _resamples(sums.size, samples, seed)
-    return _interval(float(vector.mean()), np.concatenate([sums[b].sum(1) / counts[b].sum(1) for b in blocks]))
+    found = _interval(float(vector.mean()), np.concatenate([sums[b].sum(1) / counts[b].sum(1) for b in blocks]))
+    return found if bounds is None else _with_unseen(found, sums.size, bounds)
 
 
 def paired_gain(

@@ -410,8 +410,9 @@ class LearnerConfig:
     zero_stage: int = key(0, choices=(0, 1, 2, 3))
     microbatch_tokens: int = key(4096, least=1)  # of one forward pass
     # Tokens of a rank whose graphs a policy may keep from its first forward pass until the losses are known, which saves the
-    # second one; 0 computes it again. About 0.6 MB a token for 135M. Only PPO with whitened advantages or a value model,
-    # REINFORCE++, RLOO and preference losses wait so; value models, GRPO, Dr. GRPO, RAFT and RWR are walked back at once.
+    # second one; 0 computes it again. About 0.6 MB a token for 135M. It waits with preference losses, and in PPO with a
+    # value model, whitened token advantages, a KL in the reward where rollouts are compared, or an estimator that reads
+    # log-ratios.
     held_tokens: int = key(0, least=0)
     # auto: short_causal on CPU, where alone it may be; sdpa on GPUs
     attention: str = key("auto", choices=("auto", "sdpa", "eager", "short_causal", "flash_attention_2"))
@@ -433,7 +434,7 @@ class JudgeConfig:
     model: str | None = key(None, free=MODEL)
     address: str | None = key(None, free="a URL as http://host:8000/v1")
     model_name: str | None = key(None, free="the server's name of the model; wanted with an address")
-    token_file: str | None = key(None, free="a file")  # its first word is the bearer token for the address
+    token_file: str | None = key(None, free="a file")  # for the address: it holds the bearer token and nothing else
     # A Jinja template, or the path of one: what the judge is asked. It shows {{ completion }} (pairwise: {{ first }} and
     # {{ second }}), and has {{ prompt }}, {{ label }} and the columns of the row, as {{ row.answer }}.
     rubric: str = key("", free="a template or a file")

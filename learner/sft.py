@@ -67,17 +67,16 @@ class SFTTask:
         }
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Loss in nats a token on the held-out examples."""
-        if not self.held_out:
-            return {}
+    def evaluate(self, start: int, stop: int) -> tuple[float, int]:
+        """Of the held-out examples from `start` to `stop`, an example for each rank at least: nats, and their tokens."""
+        examples = self.held_out[start:stop]
         cut = cut_microbatches(
-            [len(e.token_ids) for e in self.held_out], self.config.learner.microbatch_tokens, self.ranks.world_size
+            [len(e.token_ids) for e in examples], self.config.learner.microbatch_tokens, self.ranks.world_size
         )[self.ranks.rank]
         total = torch.zeros((), device=self.ranks.device)
         for rows in cut:
-            total += example_nll(self.engine, [self.held_out[r] for r in rows], self.ranks.device)
-        return {"sft/eval_loss": self.ranks.sum(total).item() / loss_tokens(self.held_out)}
+            total += example_nll(self.engine, [examples[r] for r in rows], self.ranks.device)
+        return self.ranks.sum(total).item(), loss_tokens(examples)
 
     def save(self, path: str) -> None:
         save_checkpoint(self.engine, path, self.config.model.path, self.config.model, self.ranks)

@@ -28,7 +28,7 @@ if __name__ == "__main__":  # what a replica's process has, before torch is impo
 import numpy as np
 
 from common.error_text import error_lines
-from common.statistics import Interval, bootstrap_groups
+from common.statistics import Interval, bootstrap_group_mean, bootstrap_groups
 from common.text.encoding import DataError, Turns, as_turns, encode_prompt, scored_ids
 from common.text.tokenizers import load_tokenizer, pinned
 from contracts.checks.validation import ConfigError
@@ -83,7 +83,7 @@ def read_gold(path: Path) -> Gold:
     if not rows:
         raise GoldError("no row")
     numbers: dict[str, int] = {}
-    prompts = [numbers.setdefault(json.dumps(row["prompt"], sort_keys=True), len(numbers)) for row in rows]
+    prompts = [numbers.setdefault(_prompt(row), len(numbers)) for row in rows]
     if form is FORMS[1]:
         both = [(number, row[key]) for number, row in enumerate(rows) for key in ("chosen", "rejected")]
         pairs = [(2 * number, 2 * number + 1) for number in range(len(rows))]
@@ -94,6 +94,11 @@ def read_gold(path: Path) -> Gold:
         siblings[prompt].append(item)
     pairs = [(i, j) for group in siblings.values() for i, j in permutations(group, 2) if ratings[i] > ratings[j]]
     return Gold(rows, [(number, row["completion"]) for number, row in enumerate(rows)], ratings, pairs, prompts)
+
+
+def _prompt(row: dict[str, Any]) -> str:
+    """What tells prompts apart: in chat `system` and `tools` are part of one."""
+    return json.dumps([row["prompt"], row.get("system"), row.get("tools")], sort_keys=True)
 
 
 def _is_number(score: Any) -> bool:
@@ -201,7 +206,8 @@ def agreement(gold: Gold, scores: list[Score], scale: list[float] | None, sample
     def measured(statistic: Any, groups: list[int]) -> Interval:
         return bootstrap_groups(statistic, groups, samples, seed)
 
-    measures = {"pair_accuracy": measured(lambda rows: right[rows].mean(), [gold.prompts[i] for i, _ in pairs])}
+    of_pairs = [gold.prompts[i] for i, _ in pairs]
+    measures = {"pair_accuracy": bootstrap_group_mean(right, of_pairs, samples, seed, bounds=(0, 1))}
     if gold.ratings is not None:
         rated, found = np.array(gold.ratings)[scored], np.array(value)[scored]
         groups = [gold.prompts[i] for i in scored]

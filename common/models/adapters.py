@@ -411,7 +411,7 @@ def write_merged(path: str, out: Path) -> None:
     config = config_of(path)
     refuse_quantised(config, base, "base_model_name_or_path")
     if is_reward_model:
-        config.num_labels = 1
+        config.num_labels, config.problem_type = 1, "regression"  # else vLLM puts scores through a sigmoid
     options: dict[str, Any] = {"config": config, "dtype": "auto", "use_safetensors": True}
     lm = auto.from_pretrained(base, trust_remote_code=False, **options)
     merge(lm, path)

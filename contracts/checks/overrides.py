@@ -37,6 +37,10 @@ def _generic(key: str, known: list[str]) -> str:
     return ".".join(parts)
 
 
+# Names below these are for somebody else to say: an environment, DeepSpeed, a kind of scorer.
+FREE = re.compile(r"(environment\.options|learner\.deepspeed|reward_service\.scorers\.\w+\.options)\.")
+
+
 def unknown_overrides(arguments: list[str]) -> list[str]:
     """Messages for Hydra overrides of keys that the schema does not have, all of them.
 
@@ -48,8 +52,7 @@ def unknown_overrides(arguments: list[str]) -> list[str]:
         if argument.startswith("-") or "=" not in argument:
             continue
         key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
-        # What an environment's options are called is for that environment to say.
-        is_open = re.match(r"(hydra|experiment|arm|tuning)([./]|$)|environment\.options\.", key)
+        is_open = re.match(r"(hydra|experiment|arm|tuning)([./]|$)", key) or FREE.match(key)
         if _generic(key, known) not in known and not is_open:
             instead = closest(_generic(key, known), known)
             messages.append(f"{key} is not a key of the configuration" + (f"; write {instead}" if instead else ""))

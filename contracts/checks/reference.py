@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from omegaconf import MISSING
@@ -84,6 +84,8 @@ def page() -> str:
         title = ", ".join(f"`{name}`" if name else "At the top" for name in names)
         parts.append(f"\n## {title}\n\n| key | default | may be | |\n|---|---|---|---|\n")
         comments = _comments(kind)
+        free = [field.name for field in fields(kind) if get_type_hints(kind)[field.name] == dict[str, Any]]
+        parts += [f"| `{name}` | {{}} | names of its own | {comments[name].replace('|', '/')} |\n" for name in free]
         for leaf in leaves(kind()):
             if "." in leaf.key:
                 continue

@@ -53,6 +53,7 @@ class RunFacts:
     scorers: dict[str, str | None] = field(default_factory=dict)  # versions that scored
     packages: dict[str, str] = field(default_factory=package_versions)
     code: str | None = None  # a digest of what made it, as that of a cached stage
+    sources: list[str] | None = None  # under `data`, that the run has read; None: nobody has noted them
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class _Content(BaseModel):
     scorers: dict[str, str | None]
     packages: dict[str, str]
     code: str | None = None
+    sources: list[str] | None = None
 
 
 def read_commit(path: Path) -> Commit:

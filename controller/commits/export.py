@@ -14,6 +14,7 @@ import yaml
 from common.files import durable
 from common.files.templates import filled
 from common.models.adapters import is_adapter, write_merged
+from contracts.estimators import known_estimator
 from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, Commit
 
@@ -92,7 +93,8 @@ def export_adapter(adapter: Path, out: Path) -> None:
 
 def card(run_dir: Path, commit: Commit, is_of_adapter: bool = False) -> str:
     """The model card, from what the run recorded; what nobody recorded is said to be unknown."""
-    config = commit.run.config
+    config, read = commit.run.config, commit.run.sources
+    estimator = known_estimator(config["ppo"]["estimator"])
     base, licence = config["model"]["path"], base_licence(config["model"]["path"])
     head = {
         "library_name": "peft" if is_of_adapter else "transformers",
@@ -106,9 +108,20 @@ def card(run_dir: Path, commit: Commit, is_of_adapter: bool = False) -> str:
         licence=licence or UNKNOWN,
         commit=commit,
         config=config,
-        sources={use: source["path"] for name, use in SOURCES.items() if (source := config["data"].get(name))},
+        kl=config["ppo"]["kl"].get("place") or (estimator.kl if estimator else None),
+        sources=[
+            (use, source["path"])
+            for name, use in SOURCES.items()
+            if read is None or name in read
+            for source in _sources(config["data"], name)
+        ],
         metrics=last_metrics(run_dir, commit.step),
     )
+
+
+def _sources(data: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    mixed = list((data.get("prompt_sources") or {}).values()) if name == "prompts" else []
+    return mixed or [data[name]] if data.get(name) else mixed
 
 
 def last_metrics(run_dir: Path, step: int) -> dict[str, float]:

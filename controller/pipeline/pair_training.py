@@ -117,11 +117,8 @@ def _win_rate(
     a: Sequence[float], b: Sequence[float], prompts: Sequence[int], samples: int, seed: int
 ) -> statistics.Interval:
     """As `statistics.win_rate`, where several pairs may be of one prompt."""
-    count = len(set(prompts))
-    if count == len(prompts):
+    if len(set(prompts)) == len(prompts):
         return statistics.win_rate(a, b, samples, seed)
     first, second = np.asarray(a), np.asarray(b)
     right = (first > second) + 0.5 * (first == second)
-    found = statistics.bootstrap_group_mean(right, prompts, samples, seed)
-    unseen = statistics.bootstrap_mean([found.mean] * count, 1, seed, bounds=(0, 1))  # what so few prompts do not show
-    return statistics.Interval(found.mean, min(found.low, unseen.low), max(found.high, unseen.high))
+    return statistics.bootstrap_group_mean(right, prompts, samples, seed, bounds=(0, 1))

@@ -67,7 +67,7 @@ def _rank(config: TandemConfig, stage: Stage, data: Data) -> float:
     lengths, selected = stage_lengths(config, stage, data)
     size = getattr(torch, config.model.dtype).itemsize
     tokens = sum(lengths.largest)
-    held = max(tokens, held_tokens(config, stage.name, lengths))
+    held = tokens + held_tokens(config, stage.name, lengths)
     state = size * sum(zero_pieces(config.learner)) if config.learner.zero_stage else 0.0
     passes = 0.0
     for network in stage_networks(config, stage.name):

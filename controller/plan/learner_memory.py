@@ -287,13 +287,14 @@ def _working(
     """Activations and gradients: the larger of a backward pass and an optimizer step, which do not coincide."""
     trained = [name for name, state in states.items() if state.moments]
     tokens, held = sum(lengths.largest), held_tokens(config, stage, lengths)
-    earlier = sum(states[name].earlier for name in trained) if lengths.microbatches > 1 else 0.0
-    waits = {name: passes[name].kept for name in trained if name != "value model"}  # whose graph is walked back at once
+    # The value model is walked back first, and at once: its gradients are there in the policy's first backward pass.
+    is_early = {name: lengths.microbatches > 1 or name == "value model" for name in trained}
+    earlier = sum(states[name].earlier for name in trained if is_early[name])
+    waits = {name: passes[name].kept for name in trained if name != "value model"}
     kept = sum(waits.values()) * held / tokens
-    if held < tokens:  # one microbatch of one model at a time
-        activations = max(passes[name].peak for name in trained)
-    else:  # all graphs are there when the first of them is walked back
-        activations = kept + max(passes[name].peak - waits.get(name, 0.0) for name in trained)
+    # Graphs wait when the largest is walked back, which is among them where it is held.
+    among = waits if held >= tokens else {}
+    activations = kept + max(passes[name].peak - among.get(name, 0.0) for name in trained)
     complete = sum(states[name].earlier for name in trained)
     gathered = max(state.gathered for state in states.values())
     starts = earlier + gathered + max(activations, kept + max(found.inference for found in passes.values()))
@@ -315,4 +316,5 @@ def held_tokens(config: TandemConfig, stage: str, lengths: Lengths) -> int:
         return lengths.tokens
     if stage in ("sft", "filtered_sft") or (stage == "ppo" and chosen_estimator(config.ppo).trains_at_once):
         return 0
-    return min(config.learner.held_tokens, lengths.tokens)
+    largest, most = sum(lengths.largest), config.learner.held_tokens
+    return min(most, lengths.tokens if largest <= most else max(0, lengths.tokens - largest))

@@ -98,7 +98,7 @@ def stage_lengths(config: TandemConfig, stage: Stage, data: Data) -> tuple[Lengt
         steps = (ppo.updates + warmup_updates(ppo)) * ppo.minibatches
         extra = most if prompts else 0
         found = batch_lengths(config, prompts, batch_size=size, steps=steps, most=longest, extra=extra)
-        found, selected = replace(found, tokens=found.tokens * ppo.minibatches), most * found.sequences
+        selected = most * found.sequences
         if ppo.ptx_coef:  # whole texts, which have a backward pass of their own
             size, longest = ppo.ptx_batch_size, config.sft.max_tokens
             whole = batch_lengths(config, data("sft"), batch_size=size, steps=steps, most=longest).largest

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from contracts.config import CurriculumConfig, RewardServiceConfig, TandemConfig
 from contracts.estimators import ESTIMATORS, chosen_estimator, warmup_updates
 from contracts.lora_roles import role_model
-from contracts.methods import method_config, method_title
+from contracts.methods import method_config, method_title, sources_read
 from contracts.objectives import OBJECTIVES
 from contracts.placement import actor_bounds, is_elastic
 from contracts.plugins import Kind
@@ -171,7 +171,13 @@ def run(context: "StageContext") -> dict[str, Any]:
             most=max(actor_bounds(config.cluster)),
             wanted=lambda: asked_for(context.log.run_dir) or num_actors,
         )
-        about = RunFacts(identity, redacted(asdict(config)), client.versions, code=_code(context))
+        about = RunFacts(
+            identity,
+            redacted(asdict(config)),
+            client.versions,
+            code=_code(context),
+            sources=sorted(sources_read(config)),
+        )
         controller = PPOController(
             config,
             stream,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from contracts.config import SFTConfig, TandemConfig
@@ -11,7 +12,9 @@ from contracts.stages import Reading, Stage
 if TYPE_CHECKING:
     from controller.data.inputs import Inputs
     from controller.pipeline.context import StageContext
+    from learner.learner_actor import LearnerGroup
 
+AT_A_TIME = 256  # held-out texts
 TEXTS = Reading("sft", "sft", "load_sft", ("sft.max_tokens",))
 
 
@@ -62,19 +65,27 @@ def train_supervised(
     with context.learner("sft", config, trained, held_out) as group:
         with context.phase(f"{title} on {len(trained)} texts"):
             steps = group.call("num_steps")[0]
-            before = group.call("evaluate")[0]
+            before = _held_out_loss(group, len(held_out))
             context.log_step(0, before)
             for step in range(steps):
                 metrics = group.call("step", step)[0]
                 last = step == steps - 1
                 if last or step % 10 == 9:
-                    metrics |= group.call("evaluate")[0] if last else {}
+                    metrics |= _held_out_loss(group, len(held_out)) if last else {}
                     loss = " ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in metrics.items() if "loss" in k)
                     speed = metrics["perf/train_tokens_per_s"]
                     context.progress.line(f"  {title} step {step + 1}/{steps} | {loss} | {speed:.0f} tok/s")
                 context.log_step(step + 1, metrics)
         group.call("save", str(context.path))
     return {"eval_loss_before": before.get("sft/eval_loss"), "eval_loss": metrics.get("sft/eval_loss")}
+
+
+def _held_out_loss(group: "LearnerGroup", count: int) -> dict[str, float]:
+    """In nats a token; some at a time, which `cluster.step_timeout_s` bounds."""
+    parts = max(1, count // max(AT_A_TIME, len(group.actors)))
+    ends = [count * part // parts for part in range(parts + 1)]
+    found = [group.call("evaluate", *both)[0] for both in pairwise(ends)]
+    return {"sft/eval_loss": sum(nats for nats, _ in found) / sum(tokens for _, tokens in found)}
 
 
 STAGE = Stage(

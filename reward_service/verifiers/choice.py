@@ -12,7 +12,7 @@ CLOSE = r"[*_`'\"”)\]}$]*"
 NAMED = r"(?:(?:choice|option|letter)\s+)?"
 SAID = (
     r"(?:final\s+|correct\s+|right\s+|best\s+|my\s+)*(?:answer|choice|option)\b(?:\s+(?:to|for|of)\b[^.\n:=]{0,60}?)?[\s*_`]*+"
-    r"(?:is|:|=|would be|must be|should be)[\s*_`]*+:?"
+    r"(?:is|:|=|would be|must be|should be|(?<=\s)[-–—](?=\s))[\s*_`]*+:?"
 )
 STATEMENTS = (
     rf"{SAID}\s*+{NAMED}{OPEN}@{CLOSE}",
@@ -22,8 +22,10 @@ STATEMENTS = (
     rf"\b(?:actually|rather|instead|correction|no)\b[,:]?\s*(?:it\s+is|it's)?\s*{OPEN}@{CLOSE}(?=\s*(?:[.,;!]|$))",
     rf"\bit(?:\s+is|'s)\s+{OPEN}@{CLOSE}(?=\s*(?:[.,;!]|$))",
     rf"(?<![\w'’-])@{CLOSE}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b",
-    rf"^{OPEN}@{CLOSE}\s*[.:)]?[*_`]*\s*$",
-    rf"\b(?:I\s+(?:choose|pick|select)|(?:therefore|thus|hence|so),?)\s+{NAMED}{OPEN}(?!I[\s,;.!])@{CLOSE}(?=\s*(?:[.,;!]|$))",
+    rf"^{OPEN}{NAMED}{OPEN}@{CLOSE}\s*[.:)]?[*_`]*\s*$",
+    rf"\b(?:I(?:\s+would|\s+will|['’](?:d|ll))?\s+(?:choose|pick|select|go\s+with)|(?:therefore|thus|hence|so),?)\s+{NAMED}{OPEN}(?!I[\s,;.!])@{CLOSE}(?=\s*(?:[.,;!]|$))",
+    r"\bit(?:\s+is|['’]s)\s+[(\[]@[)\]]",
+    rf"\A{OPEN}@{CLOSE},?\s+(?:because|since|as)\b",
 )
 IS_CORRECT = STATEMENTS[6]  # which says that it is a letter
 # What may follow a letter that is none: more of a word, or another choice.

@@ -32,6 +32,8 @@ COMMANDS = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+")
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt pi max min gcd lcm det".split()  # noqa: SIM905
 )
+# In Markdown; not x**2 + y**2, nor 2**(n + 1).
+BOLD = re.compile(r"(?<![\w)\]}*])(\*\*|__)(?=[^\s*_])([^*_\n]+?)(?<=\S)\1(?![\w({\[*])")
 END = re.compile(
     r"(?<=[^\s.])[.!?](?=\s|$)|[;\n]|,?\s+(?:because|since|as|which|where|so)\b|\s+\((?=\s*[A-Za-z])|,\s+(?=[A-Za-z]{3})"
 )
@@ -139,6 +141,7 @@ def sentence(text: str) -> str:
 
 def candidates(completion: str, options: Options) -> list[str]:
     """What the answer may be: the last statement, as a whole and behind its last equals sign."""
+    completion = BOLD.sub(r"\2", completion)
     boxes, said = boxed(completion), statements(completion)
     if options["boxed"]:
         return _sides(_last_boxes(completion, boxes)) if boxes else []

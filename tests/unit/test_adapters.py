@@ -407,6 +407,9 @@ def test_a_reward_models_adapter_that_peft_has_written_is_read(
         plain = AutoModelForSequenceClassification.from_pretrained(small_vocab, num_labels=1)
         adapters.merge(plain, str(tmp_path))
         torch.testing.assert_close(plain(ids).logits, expected)
+    adapters.write_merged(str(tmp_path), tmp_path / "whole")
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    assert config["problem_type"] == "regression"  # else vLLM puts scores through a sigmoid
 
 
 def test_an_adapters_base_by_another_name_is_known_by_its_weights(

@@ -91,6 +91,20 @@ def test_items_without_a_score_count_as_such_and_nothing_else(tmp_path: Path) ->
     assert "kappa" not in agreement(gold, scores, [1.0, 2.0, 3.0], 10, 1)  # a rating is beside the scale
 
 
+def test_four_right_pairs_are_no_certainty_and_system_turns_tell_prompts_apart(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Go on", "system": f"Be {n}", "completion": c, "score": s}
+        for n in "abcd"
+        for c, s in (("x", 1), ("y", 2))
+    ]
+    gold = read_gold(gold_file(tmp_path / "gold.jsonl", rows))
+    assert gold.prompts == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert gold.pairs == [(1, 0), (3, 2), (5, 4), (7, 6)]
+    found = agreement(gold, [Score(float(row["score"])) for row in rows], None, 200, 1)["pair_accuracy"]
+    assert (found["mean"], found["high"]) == (1.0, 1.0)
+    assert found["low"] == pytest.approx(0.025**0.25)  # of four prompts
+
+
 def test_nothing_scored_is_unknown(tmp_path: Path) -> None:
     gold = read_gold(gold_file(tmp_path / "gold.jsonl", rated(("p", "a", 1), ("p", "b", 3))))
     found = agreement(gold, [Score(None, "timeout: late")] * 2, [1.0, 3.0], 10, 1)

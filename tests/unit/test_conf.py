@@ -126,6 +126,7 @@ def test_the_reference_of_all_keys_is_made_from_the_schema() -> None:
     made = page()
     assert (ROOT / "docs/configuration.md").read_text() == made
     assert "| `clip` | 0.2 | in (0, 1) |" in made
+    assert [made.count(f"| `{name}` | {{}} | names of its own |") for name in ("options", "deepspeed")] == [2, 1]
     assert "| `top_p` | 1.0 | in (0, 1]; `ppo.sampling.top_p`: 1, as the log-probabilities" in made
 
 
@@ -228,6 +229,9 @@ def test_names_of_scorers_are_the_users_and_their_keys_are_not() -> None:
         "+reward_service.scorers.mine.path=x",
         "reward_service.scorers.mine.pathh=x",
         "reward_service.http.prt=1",
+        "+reward_service.scorers.mine.options.schema.type=object",
+        "+learner.deepspeed.zero_optimization.reduce_bucket_size=200000000",
+        "+environment.options.tries=5",
     ]
     assert unknown_overrides(arguments) == [
         "reward_service.scorers.mine.pathh is not a key of the configuration; write reward_service.scorers.*.path",

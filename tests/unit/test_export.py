@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from common.files.fingerprints import json_digest
 from controller.commits.commit_store import step_path
 from controller.commits.export import base_licence, main
 from tests.unit.test_commits import commit, flip
@@ -62,6 +63,28 @@ def test_a_model_card_says_where_it_comes_from(run_dir: Path, tmp_path: Path) ->
         assert part in text
     assert "perf/" not in text
     assert "reward model: ``" not in text
+    assert "gae on completions that its scorers (below) scored; seed 7, KL coefficient 0.05 against" in text
+
+
+def test_a_model_card_says_nothing_of_what_was_not_used(run_dir: Path, tmp_path: Path) -> None:
+    path = step_path(run_dir, 4) / "MANIFEST.json"
+    manifest = json.loads(path.read_text())
+    content = manifest["content"]
+    content["sources"], content["config"]["ppo"]["kl"]["place"] = ["prompts"], "none"
+    manifest["sha256"] = json_digest(content)
+    path.write_text(json.dumps(manifest))
+    out = tmp_path / "out"
+    assert main([str(run_dir), str(out)]) == 0
+    text = (out / "README.md").read_text()
+    assert "texts.jsonl" not in text
+    content["config"]["data"]["prompt_sources"] = {"a": {"path": "sums.jsonl"}, "b": {"path": "code.jsonl"}}
+    manifest["sha256"] = json_digest(content)
+    path.write_text(json.dumps(manifest))
+    assert main([str(run_dir), str(tmp_path / "mixed")]) == 0
+    mixed = (tmp_path / "mixed/README.md").read_text()
+    assert [mixed.count(f"- PPO's prompts: `{name}.jsonl`") for name in ("sums", "code", "prompts")] == [1, 1, 0]
+    assert "prompts.jsonl" in text
+    assert "KL" not in text
 
 
 def test_the_newest_without_a_name_and_never_over_something(run_dir: Path, tmp_path: Path) -> None:

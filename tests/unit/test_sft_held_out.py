@@ -45,6 +45,24 @@ def test_a_text_stands_on_one_side_alone_and_a_twentieth_is_held_out(copies: int
     assert len(sides[1]) == 10
 
 
+@pytest.mark.parametrize(
+    ("count", "ranks", "parts"), [(2, 2, 1), (255, 1, 1), (600, 1, 2), (600, 400, 1), (1100, 4, 4)]
+)
+def test_held_out_texts_are_asked_for_some_at_a_time(count: int, ranks: int, parts: int) -> None:
+    """All of them once, and an example for each rank in every call."""
+    asked: list[tuple[int, int]] = []
+
+    def call(method: str, start: int, stop: int) -> list[tuple[float, int]]:
+        asked.append((start, stop))
+        return [(2.0 * (stop - start), stop - start)]
+
+    group: Any = SimpleNamespace(actors=[None] * ranks, call=call)
+    assert sft._held_out_loss(group, count) == {"sft/eval_loss": 2.0}
+    assert [row for start, stop in asked for row in range(start, stop)] == list(range(count))
+    assert len(asked) == parts
+    assert min(stop - start for start, stop in asked) >= ranks
+
+
 def test_every_rank_has_a_text_on_each_side() -> None:
     trained, held_out = divided([*[text(5)] * 20, text(6), text(7), text(8)], ranks=2)
     assert len({one.token_ids[0] for one in trained}) >= 2
