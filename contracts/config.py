@@ -228,7 +228,7 @@ class PreferenceConfig:
 class SamplingConfig:
     max_completion_tokens: int = key(48, least=1)
     min_completion_tokens: int = key(0, least=0)
-    temperature: float = key(1.0, least=0.01)  # below it vLLM samples at 0.01
+    temperature: float = key(1.0, least=0.01, most=2)  # below it vLLM samples at 0.01, above it refuses
     top_p: float = key(1.0, above=0, most=1)
 
 

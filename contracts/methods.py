@@ -119,6 +119,10 @@ def reads(config: TandemConfig, key: str) -> bool:
     read |= {limit for reading in readings(config).values() for limit in reading.limits}
     read |= {key for stage in running for key in (*stage.keys_to_run, *(SAMPLING if stage.samples else ()))}
     read |= {f"data.{name}" for name in sources_read(config)}
+    if (
+        config.evaluate.every is not None and "evaluate.every" in read
+    ):  # PPO then samples and judges as an evaluation does
+        read.add("evaluate")
     ours = all_stages()
     known = {key for stage in ours for key in (*stage.keys, *stage.keys_to_run)} | {f"data.{name}" for name in SOURCES}
     parts = key.split(".")

@@ -25,7 +25,7 @@ from contracts.checks.unused_checks import unused_checks
 from contracts.config import EvaluateConfig, SamplingConfig, TandemConfig
 from contracts.environments import SHIPPED, is_import_path
 from contracts.estimators import known_estimator
-from contracts.methods import SOURCES, reads, runs, sources_read
+from contracts.methods import SOURCES, reads, sources_read
 from contracts.placement import Resources
 from contracts.plugins import closest, names
 from contracts.preference_losses import PREFERENCE_LOSSES
@@ -257,7 +257,7 @@ def _stage_checks(config: TandemConfig) -> list[Check]:
     if reads(config, "ppo"):
         checks += _sampling_checks(config, "ppo.sampling", config.ppo.sampling)
         checks += [*rollout_checks(config), *estimator_checks(config.ppo)]
-    if reads(config, "evaluate") or (runs(config, "ppo") and config.evaluate.every is not None):
+    if reads(config, "evaluate"):
         checks += _sampling_checks(config, "evaluate.sampling", config.evaluate.sampling)
         checks += _evaluate_checks(config)
     if reads(config, "environment"):

@@ -218,6 +218,11 @@ class Ledger:
         self._batched = [*batched.values()]
         self._count_staleness(self.version)
 
+    def of_broken_groups(self, size: int) -> list[Key]:
+        """Open rollouts of groups of which fewer than `size` are open: of a batch that was being put together."""
+        sizes = Counter(entry.request.group for entry in self._open.values())
+        return [key for key, entry in self._open.items() if sizes[entry.request.group] < size]
+
     def ready(self, n: int, version: int) -> bool:
         """Whether `take` may be called: `n` rollouts are scored, and those left behind can still be consumed in time.
 
@@ -372,7 +377,8 @@ class Ledger:
         del self._rows[: text.count("\n") - 1]  # the last row is the commit's own
 
     def load_state_dict(self, state: dict[str, Any], arrays: dict[str, np.ndarray], log: Path) -> None:
-        """Go back to a commit: what was leased is PENDING, what was in training is SCORED again.
+        """Go back to a commit: what was leased is PENDING, what was in training is SCORED again. A group of which a rollout
+        could not be scored is PENDING as a whole: the scorer may be back.
 
         Replies to leases of before are fenced, also where this object goes on. Rows of the log that belong to
         commits after this one are marked as rolled back.
@@ -393,8 +399,10 @@ class Ledger:
         self._epoch = state["epoch"]
         self.counts = Counter(state["counts"])
         self._samples_seen = dict(zip(*decode(state["samples_seen"], arrays).T.tolist(), strict=True))
-        for row in state["open"]:
-            request, rollout = decode(row["request"], arrays), decode(row["rollout"], arrays)
+        rows = [(row, decode(row["request"], arrays), decode(row["rollout"], arrays)) for row in state["open"]]
+        unscored = {request.group for _, request, rollout in rows if rollout is not None and _is_unscored(rollout)}
+        for row, request, rollout in rows:
+            rollout = None if request.group in unscored else rollout
             entry = Entry(request, row["order"], row["admitted_at"], attempts=row["attempts"], rollout=rollout)
             self._open[request.key] = entry
             if rollout is None:
@@ -405,3 +413,8 @@ class Ledger:
                 self._scored[entry.due].append(entry)
                 self._num_scored += 1
         self._log_bytes = rejoin(log, state["log"]["offset"], state["log"]["rows"])
+
+
+def _is_unscored(rollout: Rollout) -> bool:
+    score = rollout.scores.get("proxy")
+    return score is not None and score.value is None

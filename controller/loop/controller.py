@@ -349,6 +349,8 @@ class PPOController:
             self.progress.waiting_for(f"the commit of update {self.updates}")
             self.commits.wait_until_decided()
             if self.commits.newest != self.updates:
+                for key in self.ledger.of_broken_groups(self.config.ppo.samples_per_prompt):
+                    self.ledger.quarantine(key, "siblings had closed when the run was stopped")
                 self._begin_commit(self.commits, self._boundary if self.config.ppo.max_staleness == 0 else None)
                 self.commits.wait_until_decided()
         saved = self.commits.newest if self.commits else 0

@@ -238,7 +238,7 @@ class Dispatcher:
             siblings.setdefault(rollout.key, (lease, rollout))
             if len(siblings) == self._ppo.samples_per_prompt:
                 self._ledger.complete_group(list(self._parts.pop(rollout.group).values()))
-        if number in self._leaving and not self._held[number]:
+        if number in self._leaving and not self._held[number] and not self._publishing:
             self._left(number)
         elif delivery.is_leaving and number in self._fleet.present():
             self._leave(number, "its process was asked to end")
@@ -339,8 +339,9 @@ class Dispatcher:
         """Towards what is wanted of it."""
         for number, why in self._fleet.leavers().items():
             self._leave(number, why)
-        for number in [n for n, end in self._leaving.items() if now >= end or not self._held[n]]:
-            self._left(number)
+        if not self._publishing:  # over NCCL or IPC the others would be left with half an update
+            for number in [n for n, end in self._leaving.items() if now >= end or not self._held[n]]:
+                self._left(number)
         self._start_actors()
 
     def _leave(self, number: int, why: str) -> None:

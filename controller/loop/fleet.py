@@ -147,6 +147,7 @@ class Fleet:
     def joined(self, number: int) -> None:
         self._starting.discard(number)
         self._present.add(number)
+        self._connected = None  # the learner does not know it, nor that another actor of this number may have left
         self._failed_starts.pop(number, None)
         self.num_joined += 1
         self._say(f"actor {number} is back" if number in self._lost else f"actor {number} has joined")
@@ -194,7 +195,7 @@ class Fleet:
         """Raises ActorLostError where there are too few without it and no more may be replaced."""
         for numbers in (self._present, self._starting, self._leaving):
             numbers.discard(number)
-        self._connected = None  # else the learner would go on to publish to what is gone
+        self._connected = None
         self._room.give_back(self.actors, number)
         self._lost.add(number)
         is_short = len(self._present) < self.least

@@ -216,6 +216,68 @@ def test_the_only_actor_whose_process_is_asked_to_end_is_replaced_and_not_lost()
     assert (dispatcher.num_lost, ledger.counts["released"], fleet.num_left) == (0, 0, 1)
 
 
+def test_who_has_taken_a_leavers_place_between_two_publishes_is_known_to_the_learner() -> None:
+    """Whose list of actors has its number already."""
+    old, other = actors = [Actor(), Actor()]
+
+    def begin(actors: list[Any], number: int, update: Any) -> bool:
+        actors[number] = Actor()
+        return True
+
+    learner: Any = Learner(actors)
+    fleet = Fleet(actors, learner, "shared", begin, 0, print)
+    dispatcher, _ = start(actors, fleet=fleet)
+    dispatcher.publish(0)
+    assert learner.calls == [("publish", 0)]
+    dispatcher.admit_rollouts(updates_left=2)
+    old.finish(0, 1)
+    other.finish(0, 1)
+    dispatcher.wait_for_batch(0)
+    old.asked.pop()[0].set_result(Delivery([], is_leaving=True))  # while the learner works
+    until(dispatcher, lambda: actors[0] is not old and fleet.present() == {0, 1})
+    dispatcher.publish(1)
+    assert learner.calls[1:] == [("connect", 1)]
+    assert (dispatcher.num_lost, fleet.num_left) == (0, 1)
+
+
+def test_nobody_is_ended_while_weights_go_out() -> None:
+    """Over NCCL or IPC the others would be left with half an update."""
+    old, other = actors = [Actor(), Actor()]
+    room = Nodes(least=2, free=0)
+    learner: Any = Learner(actors)
+
+    def begin(actors: list[Any], number: int, update: Any) -> bool:
+        actors[number] = Actor()
+        return True
+
+    fleet = Fleet(actors, learner, "nccl", begin, 0, print, room=room)
+    dispatcher, _ = start(actors, fleet=fleet)
+    dispatcher.admit_rollouts(updates_left=2)
+    old.finish(0, 1)
+    other.finish(0, 1)
+    dispatcher.wait_for_batch(0)
+    slow, report = Future[Any](), learner.start("publish", 1)[0].future().result()
+    learner.start = lambda *_: [Call(slow)]
+
+    def leaves() -> None:
+        old.asked.pop()[0].set_result(Delivery([], is_leaving=True))
+        while 0 in fleet.present():
+            time.sleep(0.01)
+        for _ in range(3):  # checks of who has left
+            dispatcher.answers._next_check_s = 0
+            dispatcher.answers.wake()
+            time.sleep(0.05)
+        room.given_back.append(-1)  # the end of the publish
+        slow.set_result(report)
+
+    thread = threading.Thread(target=leaves)
+    thread.start()
+    dispatcher.publish(1)
+    thread.join()
+    assert room.given_back == [-1]
+    until(dispatcher, lambda: room.given_back == [-1, 0])
+
+
 def test_one_that_does_not_start_is_tried_again_later_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from controller.loop import fleet as module
 

@@ -1,6 +1,7 @@
 """Steps of the PPO loop that need no engine."""
 
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import torch
 
 from contracts.config import EvaluateConfig, SamplingConfig, TandemConfig
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score, row_text
+from controller.cluster.signals import Interrupted
+from controller.ledger.ledger import Ledger
 from controller.loop.controller import PPOController
 from controller.loop.held_out import HeldOut
 from controller.loop.rewards import ScoreNormalizer
@@ -47,6 +50,31 @@ def test_the_wait_for_the_actors_is_no_transfer(weight_update: str, tmp_path: Pa
         assert metrics["perf/drain_s"] >= 0.3
     else:
         assert "perf/drain_s" not in metrics
+
+
+def test_a_stop_between_two_rounds_of_a_batch_commits_whole_groups(tmp_path: Path) -> None:
+    """Those of which a rollout had no score: of a group of three every later batch would split another one."""
+    ledger = Ledger(8, 1)
+    ledger.admit([RolloutRequest(0, i, Prompt(p, "", (5,)), seed=i) for p in range(4) for i in range(4)])
+    one = np.ones(1, dtype=np.int32)
+    for lease in ledger.lease(8, "actor-0"):
+        scores = {"proxy": Score(float(lease.number % 7))}
+        completion = Completion(one, one.astype(np.float32), 0 * one, "stop", "x")
+        ledger.complete(lease.number, Rollout(lease.request.key, lease.request.prompt, completion, scores))
+    ledger.take(8, 0)
+    ledger.quarantine((0, 1, 2), "no score")
+    saved: list[Any] = []
+    commits = SimpleNamespace(newest=2, wait_until_decided=lambda: None)
+    commits.begin = lambda *_: saved.append([key for key in ledger._open])
+    loop = controller(
+        tmp_path, ledger=ledger, commits=commits, updates=3, qualities=[], stop=SimpleNamespace(signum=15)
+    )
+    loop.config.ppo.max_staleness, loop.config.ppo.samples_per_prompt = 1, 4
+    loop.state_dict = lambda: ({}, {})  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        loop._commit_and_leave()
+    assert Counter(prompt for _, prompt, _ in saved[0]) == {0: 4, 2: 4, 3: 4}
+    assert ledger.counts["quarantined"] == 4
 
 
 def test_an_update_without_any_score_ends_the_run_with_the_reasons(tmp_path: Path) -> None:

@@ -266,6 +266,32 @@ def test_a_commit_keeps_scored_rollouts_bit_for_bit_and_frees_leases(tmp_path: P
         other.admit(requests(1))
 
 
+def test_a_group_that_could_not_be_scored_is_sampled_again(tmp_path: Path):
+    """As a whole: its rollouts are answered together. A failure of the gold judge alone is none."""
+    ledger = Ledger(4, 2)
+    ledger.admit([request(prompt, sample) for prompt in (0, 1) for sample in (0, 1)])
+    for lease in ledger.lease(4, "a"):
+        rollout = sampled(lease.request, 0, 0)
+        if lease.request.key == (0, 1, 0):
+            rollout.scores["proxy"] = Score(None, "unreachable")
+        ledger.complete(lease.number, rollout)
+    other = reloaded(ledger, tmp_path / NAME)
+    assert [lease.request.key for lease in other.lease(9, "b")] == [(0, 1, 0), (0, 1, 1)]
+    assert other.metrics()["ledger/waiting"] == 2
+
+
+def test_what_is_left_of_a_group_is_known():
+    """Two rounds of a batch: in the first one a rollout had no score."""
+    ledger = Ledger(4, 1)
+    ledger.admit([request(prompt, sample) for prompt in (0, 1, 2, 3) for sample in (0, 1)])
+    serve(ledger, 4, 0)
+    ledger.take(4, 0)
+    assert ledger.of_broken_groups(2) == []
+    ledger.quarantine((0, 1, 0), "no score")
+    ledger.filter([(0, 0, 0), (0, 0, 1)], "equal scores")
+    assert ledger.of_broken_groups(2) == [(0, 1, 1)]
+
+
 def test_the_same_ledger_going_back_fences_leases_of_before(tmp_path: Path):
     ledger = Ledger(1, 0)
     state, arrays = ledger.state_dict()

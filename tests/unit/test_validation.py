@@ -48,7 +48,7 @@ OUTSIDE = {
     "null or a list of different columns": ["answer", "answer"],
     "null or left to data.prompts and data.eval_prompts": ["answer"],
     "above 0": 0,
-    "at least 0.01": 0.005,
+    "in [0.01, 2]": 2.5,
     "null or above 0": 0,
     "null or at least 1": 0,
     "null or 0 (the head and the norm before it) or more": -1,
@@ -1273,3 +1273,16 @@ def test_checkpoints_and_layers_of_other_stages_are_not_looked_at(config, tmp_pa
         check_model(put(given, stage="ppo"))
     assert f"proxy_model={nowhere}: no model can be loaded from there" in str(raised.value)
     assert "ppo.trainable_layers is 9, the model has 2 layers" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("evaluate__sampling__top_p", 0), ("evaluate__sampling__min_completion_tokens", -3), ("evaluate__samples", 0)],
+)
+def test_what_ppo_samples_held_out_prompts_with_is_held_to_its_bounds(
+    config: TandemConfig, key: str, value: float
+) -> None:
+    alone = put(config, stage="ppo", sft_model="sft", proxy_model="proxy", gold_model="gold")
+    validate(put(alone, **{key: value}))  # nothing reads it
+    found = conflicts(put(alone, evaluate__every=4, **{key: value}))
+    assert any(line.startswith(f"{key.replace('__', '.')} must be") for line in found)
