@@ -5,7 +5,7 @@ One engine serves all, its weights replaced through the same transfer that train
 SFT is the mean over its own samples of log p - log p_SFT, both computed by that engine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +70,10 @@ def judge_models(
     actors: list[Any],
     judges: list[str],
     progress: Progress,
+    kept: Mapping[str, Judged] | None = None,
 ) -> dict[str, Judged]:
-    """Generate with every model and score; `actors` serve the first model of `models` already, and SFT comes last."""
+    """Generate with every model and score; `actors` serve the first model of `models` already, and SFT comes last. Of `kept`
+    is what has been judged before."""
     from learner.weight_publisher import BACKEND, WeightPublisher
     from learner.weight_sources import stored_source
 
@@ -91,7 +93,10 @@ def judge_models(
     rollouts: dict[str, list[Rollout]] = {}
     others: dict[str, list[list[Rollout]]] = {}
     own: dict[str, list[list[float]]] = {}
+    judged = dict(kept or {})
     for version, (name, path) in enumerate(models.items()):
+        if name in judged and name != REFERENCE:
+            continue
         with progress.phase(f"evaluating {name}: {len(prompts)} held-out prompts"):
             if version:
                 source = stored_source(path, role_model(config.model, "policy"))
@@ -101,19 +106,21 @@ def judge_models(
                 assert report is not None
                 report.require_all()
                 publisher.shutdown()
+            if name in judged:
+                continue
             rollouts[name] = sample(0, 0)
             others[name] = [sample(0, index) for index in range(1, config.evaluate.samples)]
             if is_own or not has_kl:
                 own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
             else:
                 own[name] = _token_logprobs(config, actors, rollouts[name])
-    judged = {}
     with progress.phase("KL against SFT"):
-        for name in models:
+        for name in rollouts:
             is_known = has_kl and name != REFERENCE
             reference = _token_logprobs(config, actors, rollouts[name]) if is_known else own[name]
             ratio = np.array([sum(a) - sum(b) for a, b in zip(own[name], reference, strict=True)])
             judged[name] = Judged(rollouts[name], ratio if has_kl else ratio * np.nan, others=others[name])
+    judged = {name: judged[name] for name in models}
     if config.method == "best_of_n":
         judged[config.method] = _best_of_n(config, sample, progress)
     return judged

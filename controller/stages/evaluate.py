@@ -2,9 +2,12 @@
 
 import json
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from common.files.code_digest import package_versions
 from contracts.config import TandemConfig
+from contracts.environments import SHIPPED
 from contracts.methods import method_stage
 from contracts.plugins import closest
 from contracts.scorer_roles import judges
@@ -13,6 +16,7 @@ from controller.data.kept_columns import source_of
 
 if TYPE_CHECKING:
     from controller.data.inputs import Inputs
+    from controller.evaluation.kept_answers import KeptAnswers
     from controller.pipeline.context import StageContext
 
 MAX_SOURCES = 50  # that evaluate.by tells apart
@@ -40,9 +44,41 @@ def column_problems(config: TandemConfig, data: "Inputs") -> list[str]:
     ]
 
 
+def kept_answers(
+    context: "StageContext", shared: dict[str, str], scorers: dict[str, str | None], ends: tuple[int, ...]
+) -> "KeptAnswers | None":
+    """None where something decides answers or scores that has no fingerprint: rules, judges that are language models, an
+    environment of the user's. `shared` has the fingerprints of base and SFT."""
+    from controller.evaluation.kept_answers import KeptAnswers
+    from controller.pipeline.stage_cache import code_of
+
+    config = context.config
+    judges = {role: context.fingerprint(path) for role, path in scorers.items() if path is not None}
+    if config.environment.name not in SHIPPED or judges.keys() != scorers.keys():
+        return None
+    sections: dict[str, Any] = {
+        "environment": config.environment,
+        "engine": config.engine,
+        "service": config.reward_service,
+    }
+    cluster, evaluate = config.cluster, config.evaluate
+    return KeptAnswers(
+        config.cache_dir,
+        {name: asdict(section) for name, section in sections.items()}
+        | {
+            "models": shared | judges,
+            "prompts": context.data_fingerprint("eval_prompts"),
+            "sampling": [asdict(evaluate.sampling), evaluate.seed, evaluate.samples, ends],
+            "computed": [config.model.dtype, cluster.num_actors, cluster.threads_per_actor, cluster.gpus_per_actor],
+            "code": [code_of(config, name) for name in ("evaluate", "ppo")],
+            "packages": package_versions(),
+        },
+    )
+
+
 def run(context: "StageContext") -> dict[str, Any]:
     from common.files.durable import replace_text
-    from controller.evaluation.judging import REFERENCE, judge_models, sample_rows, summarize
+    from controller.evaluation.judging import REFERENCE, Judged, judge_models, sample_rows, summarize
     from controller.record.evaluation import evaluation_metrics
     from learner.weight_publisher import BACKEND
 
@@ -52,6 +88,11 @@ def run(context: "StageContext") -> dict[str, Any]:
     models[REFERENCE] = context.checkpoint("sft")
     scorers = context.reward_models(judges(config))
     ends = context.end_ids(models.values(), "eval_prompts")
+    shared = {name: context.fingerprint(models[name]) for name in ("base", REFERENCE)}
+    answers = kept_answers(context, shared, scorers, ends)
+    known: dict[str, Judged] = {}
+    if answers and config.reuse_stages is not False:
+        known = {name: found for name in shared if (found := answers.find(shared[name]))}
     context.start_ray()
     with ExitStack() as engines:
         with context.phase("starting the reward service and vLLM"):
@@ -61,10 +102,15 @@ def run(context: "StageContext") -> dict[str, Any]:
             context.require_proofs()
         with log.phase(context.result, "evaluation"):
             prompts = context.data["eval_prompts"]
-            judged = judge_models(config, models, prompts, actors, list(scorers), context.progress)
+            if known:
+                context.progress.line(f"  {', '.join(known)}: judged answers of an earlier run")
+            judged = judge_models(config, models, prompts, actors, list(scorers), context.progress, known)
+        if answers:
+            for name in shared.keys() - known.keys():
+                answers.keep(shared[name], judged[name])
     result = summarize(judged, list(scorers), config)
-    known = evaluation_metrics(result, config.evaluate.max_kl)
-    context.log_step(0, {f"evaluate/{name}": value for name, value in known.items()})
+    numbers = evaluation_metrics(result, config.evaluate.max_kl)
+    context.log_step(0, {f"evaluate/{name}": value for name, value in numbers.items()})
     log.samples(sample_rows(judged, list(scorers)))
     replace_text(context.path, json.dumps(result, indent=1) + "\n")
     return result

@@ -9,6 +9,7 @@ out to have had other models (SFT and reward models are made anew on a new machi
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from common.files.code_digest import code_digest
 from common.models.precision import cpu_dtype
 from studies.five_reasons.kept import keep, keep_failed, kept_members, models_of
 from studies.five_reasons.members import Member, members_of_study
@@ -28,8 +30,9 @@ from studies.five_reasons.registration import PREREGISTRATION, StudyError, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results"
-# Of a member that nothing is known of, two at a time: ten of a seed took 81 and 87 in sum on an Intel Xeon (docs/study.md).
-MEMBER_MINUTES = 8.4
+# Of a member that nothing is known of, two at a time: estimated from what its parts take on two cores of an AMD EPYC. On an
+# Intel Xeon ten of a seed took 81 and 87 in sum (docs/study.md).
+MEMBER_MINUTES = 12.0
 TRIES = 2
 POLL_S = 2.0
 
@@ -90,6 +93,8 @@ class Pieces:
     say: Callable[[str], None]
     poll_s: float = POLL_S
     _tries: dict[str, int] = field(default_factory=dict)
+    # Since one was judged. A fault of the machine, as a full disk, ends one member after another within seconds.
+    _unjudged: set[str] = field(default_factory=set)
 
     def missing(self) -> list[Job]:
         found = kept_members(self.kept_in)
@@ -147,11 +152,19 @@ class Pieces:
             member = None
         label = " ".join(f"{key}={value}" for key, value in job.items())
         if member is None:
-            self.say(f"✗ {label}: exit code {code}, not judged; its log is in {self.sweep.runs}")
+            state = self._state(job)
+            self.say(f"✗ {label}: exit code {code}, {state}, not judged; its log is in {self.sweep.runs}")
+            self._unjudged.add(label)
+            if state != "failed" or len(self._unjudged) > 1:
+                raise StudyError(
+                    f"{' and '.join(sorted(self._unjudged))} ended without a judged model ({state}), which is no result: "
+                    f"mend what its log in {self.sweep.runs} says; nothing more is begun"
+                )
             if self._tries.get(str(job), 0) >= TRIES:
                 file = keep_failed(job, f"exit code {code}, {TRIES} times", self._registration(), self.kept_in)
                 self.say(f"  it counts as failed: {file.name}")
             return
+        self._unjudged.clear()
         path = keep(member, self._registration(), self.kept_in)
         took = f"{member.run.wall_s / 60:.1f} min, " if member.run.wall_s is not None else ""
         self.say(f"✓ {label}: {took}{path.name}")
@@ -161,6 +174,14 @@ class Pieces:
             if together and any(other.facts["models"].get(name, value) != value for name, value in mine.items()):
                 other.run.path.unlink()
                 self.say(f"  {other.run.path.name} had other models: it runs again")
+
+    def _state(self, job: Job) -> str:
+        """Of a member that has not been judged, as its status.json says."""
+        try:
+            states = [member.state for member in members_of_study(self.sweep.runs) if is_of(member, job)]
+        except StudyError:
+            states = []
+        return states[-1] if states else "without a run directory"
 
 
 def _next(jobs: Sequence[Job], running: Sequence[Job]) -> Job | None:
@@ -185,8 +206,14 @@ def make_models(sweep: Sweep) -> None:
         subprocess.run(command(sweep, [f"stage={stage}", f"run_dir={where}"]), cwd=ROOT, check=True)
 
 
-def run_sweep(sweep: Sweep, results: Path, at_a_time: int, deadline: float, dry_run: bool) -> list[Job]:
-    """Run what is missing of one experiment; returns what is missing then."""
+def run_sweep(
+    sweep: Sweep, results: Path, at_a_time: int, deadline: float, dry_run: bool, other_code: bool
+) -> list[Job]:
+    """Run what is missing of one experiment; returns what is missing then.
+
+    Raises:
+        StudyError: what is there was made by other code, and `other_code` does not allow for it.
+    """
     folder, shared = results / sweep.name, list[str]()
     if at_a_time > 1:
         keys = [f"cluster.threads_per_{part}" for part in ("actor", "learner_rank", "reward_replica")]
@@ -202,10 +229,18 @@ def run_sweep(sweep: Sweep, results: Path, at_a_time: int, deadline: float, dry_
 
     pieces = Pieces(sweep, folder, start, at_a_time, deadline, say=partial(print, flush=True))
     missing = pieces.missing()
+    there = kept_members(folder)
+    used = sum(member.run.wall_s or 0.0 for member in there) / 3600
     said = f"{sweep.experiment}: {len(missing)} of {len(sweep.jobs)} members missing, {pieces.minutes(missing):.0f} min"
-    print(said, flush=True)
+    print(f"{said}; kept ones took {used:.1f} h in sum, {used / at_a_time:.1f} h {at_a_time} at a time", flush=True)
     if dry_run or not missing:
         return missing
+    others = {str(code)[:12] for member in there if (code := member.facts.get("code")) not in (None, code_digest())}
+    if others and not other_code:
+        raise StudyError(
+            f"members in {folder} were made by other code ({', '.join(sorted(others))}): check out the commit that made "
+            "them, or give --other-code, which the page will say"
+        )
     if cpu_dtype() != "bfloat16":
         said = "this CPU does not multiply bfloat16: members train in float32 and take longer (docs/study.md)"
         print(said, flush=True)
@@ -224,13 +259,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=100.0, help="no seed is begun that would take longer (100)")
     parser.add_argument("--at-a-time", type=int, default=2, help="members side by side, a core each (2)")
     parser.add_argument("--dry-run", action="store_true", help="say what is missing and how long it would take")
+    words = "go on though kept members were made by other code"
+    parser.add_argument("--other-code", action="store_true", help=words)
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that members do not outlive it
     deadline = time.monotonic() + 60 * given.minutes
     try:
         overrides = [word for word in given.words if "=" in word]
         for experiment in (word for word in given.words if "=" not in word):
             sweep = sweep_of(experiment, overrides)
-            missing = run_sweep(sweep, given.into, given.at_a_time, deadline, given.dry_run)
+            missing = run_sweep(sweep, given.into, given.at_a_time, deadline, given.dry_run, given.other_code)
             print(f"{experiment}: {len(missing)} members are missing now; what is kept is in {given.into}", flush=True)
     except StudyError as error:
         raise SystemExit(f"study: {error}") from error

@@ -56,18 +56,20 @@ def tuned(sources: Sequence[Path], members: Sequence[Member], plan: Preregistrat
 
     Args:
         sources: directories of tuning sweeps, of which one that is not there has nothing, and files study.json. An arm's
-            rows are those of the first source that has any of it.
+            best is one of the first source that has any of it; values that only later ones have tried are shown beside.
 
     Raises:
         StudyError: a file that is no study.json.
     """
     rows: list[Tried] = []
     for source in sources:
-        known = {row.arm for row in rows}
+        known = {(row.arm, row.key, str(row.value)) for row in rows}
         found = _written(source) if source.is_file() else _run(source, plan)
-        rows += [row for row in found if row.arm not in known]
+        rows += [row for row in found if (row.arm, row.key, str(row.value)) not in known]
     for arm in {row.arm for row in rows}:
-        fit = [row for row in rows if row.arm == arm and row.objective is not None and not row.missed]
+        newest = next(row.source for row in rows if row.arm == arm)
+        tried = [row for row in rows if (row.arm, row.source) == (arm, newest)]
+        fit = [row for row in tried if row.objective is not None and not row.missed]
         whole = [row for row in fit if not row.diverged]
         fit = whole if whole and plan.tuning_avoids_divergence else fit
         for row in fit:

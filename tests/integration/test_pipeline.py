@@ -303,6 +303,10 @@ def test_dpo_takes_the_place_of_ppo(finished: Any, folder: Path, tiny_model: Pat
     result = json.loads((folder / "dpo/evaluation.json").read_text())
     assert result["method"] == "dpo"
     assert set(result["models"]) == {"base", "dpo", "sft"}
+    # The other two are those of PPO's run, and what it has sampled and judged of them.
+    assert done.stdout.count("base, sft: judged answers of an earlier run") == 1
+    before = json.loads((folder / "run/evaluation.json").read_text())["models"]
+    assert all(result["models"][name] == before[name] for name in ("base", "sft"))
     assert result["models"]["dpo"]["kl"]["mean"] != 0
     assert {"gold_gain", "win_rate"} <= set(result["comparisons"]["dpo_vs_sft"])
     assert isinstance(result["verdict"]["passed"], bool)

@@ -1,6 +1,7 @@
 """What evaluation.json says of judged completions, by hand."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ from ray.exceptions import GetTimeoutError
 from contracts.config import TandemConfig
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score
 from controller.evaluation import judging
-from controller.evaluation.judging import Judged, judge_models, summarize
+from controller.evaluation.judging import Judged, judge_models, sample_rows, summarize
+from controller.evaluation.kept_answers import KeptAnswers
 
 
 def judged(lengths: list[int], **scores: list[float | None]) -> Judged:
@@ -167,3 +169,51 @@ def test_weights_may_take_as_long_as_a_publish(monkeypatch: pytest.MonkeyPatch) 
     prompts = [Prompt(1, "It is ", (7,))]
     judge_models(config, {"base": "one", "sft": "two"}, prompts, [Sampler()], ["proxy"], QUIET)
     assert made == [("two", 300.0)]
+
+
+def test_what_is_kept_is_neither_sampled_nor_judged_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Base and SFT of an earlier run; the KL of the new model is computed by SFT, which is served for it."""
+    sent: list[str] = []
+
+    class Publisher:
+        def __init__(self, backend: str, source: Any, timeout_s: float = 120.0):
+            sent.append(source)
+
+        def connect(self, actors: list[Any]) -> None: ...
+
+        def send(self, version: int) -> Any:
+            return SimpleNamespace(require_all=lambda: None)
+
+        def shutdown(self) -> None: ...
+
+    monkeypatch.setattr("learner.weight_publisher.WeightPublisher", Publisher)
+    monkeypatch.setattr("learner.weight_sources.stored_source", lambda path, model: path)
+    monkeypatch.setattr(judging.ray, "get", lambda calls, timeout: calls)
+    config = TandemConfig()
+    config.evaluate.samples, config.evaluate.bootstrap_samples = 2, 50
+    models = {"base": "one", "ppo": "mine", "sft": "two"}
+    prompts = [Prompt(i, "It is ", (7 + i,), row='{"a": 1}') for i in range(3)]
+    first = judge_models(config, models, prompts, [actor := Sampler()], ["proxy"], QUIET)
+    assert (sent, len(actor.sampled), len(actor.computed)) == (["mine", "two"], 6, 2)
+
+    answers = KeptAnswers(str(tmp_path), {"seed": 1})
+    for name in ("base", "sft"):
+        answers.keep(name, first[name])
+    kept = {name: found for name in ("base", "sft") if (found := answers.find(name))}
+    assert kept.keys() == {"base", "sft"}
+    sent.clear()
+    again = judge_models(config, models, prompts, [actor := Sampler()], ["proxy"], QUIET, kept)
+    assert (sent, len(actor.sampled), len(actor.computed)) == (["mine", "two"], 2, 1)
+    assert list(again) == list(models)
+    judges = ["proxy"]
+    assert summarize(again, judges, config) == summarize(first, judges, config)
+    assert sample_rows(again, judges) == sample_rows(first, judges)
+    for name in models:
+        assert again[name].log_ratio.dtype == np.float64
+        assert again[name].rollouts[0].completion.behavior_logprobs.dtype == np.float32
+
+    assert KeptAnswers(str(tmp_path), {"seed": 2}).find("base") is None  # something else decides
+    assert answers.find("other") is None
+    for file in tmp_path.rglob("*.json"):
+        file.write_text(file.read_text()[:-9])  # torn
+    assert answers.find("base") is None

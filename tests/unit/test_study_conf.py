@@ -64,9 +64,10 @@ def test_every_member_is_valid_and_costs_the_same_episodes(study: str) -> None:
         assert config.checkpoint.every == 0
         assert config.evaluate.prompts == (256 if study == "five_reasons" else 160)
         budgets[member["arm"]] = planned_episodes(asdict(config))
-    sampling = {arm: episodes for arm, episodes in budgets.items() if episodes}
+    # That of PPO from the base model is what the second study's tuning chose.
+    sampling = {arm: episodes for arm, episodes in budgets.items() if episodes and arm != "ppo_from_base"}
     assert set(sampling.values()) == {960}  # (12 + 3) x 64 = 12 x 80
-    assert set(budgets) - set(sampling) <= {"filtered_sft", "rank", "dpo", "best_of_n"}
+    assert set(budgets) - set(sampling) <= {"filtered_sft", "rank", "dpo", "best_of_n", "ppo_from_base"}
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -94,6 +95,13 @@ def test_the_tuning_tries_other_values_of_what_each_arm_reads_and_nothing_else()
     assert params["ppo.seed"] == ["100"]
     assert sorted(params["tuning"]) == SETTINGS
     assert not set(params["ppo.seed"]) & set(swept("five_reasons")["ppo.seed"])
+    again = {
+        (arm, key): values
+        for study in PIECES
+        if study.startswith("five_reasons_2_tuning")
+        for key, values in swept(study).items()
+        for arm in swept(study)["arm"]
+    }
     for arm in ("ppo", "filtered_sft", "dpo", "best_of_n"):
         rows = [
             composed(["+experiment=five_reasons_tuning", f"arm={arm}", f"tuning={setting}"])
@@ -102,6 +110,7 @@ def test_the_tuning_tries_other_values_of_what_each_arm_reads_and_nothing_else()
         key = TUNED[rows[0].method]
         tried = {OmegaConf.select(row, key) for row in rows}
         assert len(tried) == len(SETTINGS) == 4, arm
+        tried |= {float(value) for value in again.get((arm, key), [])}
         assert OmegaConf.select(composed(["+experiment=five_reasons", f"arm={arm}"]), key) in tried, arm
         # Prompts that the study does not judge on.
         assert rows[0].data.eval_prompts.path == rows[0].data.prompts.path

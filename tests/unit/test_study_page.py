@@ -311,7 +311,7 @@ def test_the_best_setting_counts_drift_from_where_training_started_and_must_have
 
 
 def test_tuning_that_an_earlier_study_has_written_down(tmp_path: Path) -> None:
-    """Of arms that were tuned anew the new rows alone count; the best is found again among what is there."""
+    """Of arms that were tuned anew the best is one of the new rows; what else was tried before is shown beside."""
     for number, (arm, setting) in enumerate((a, s) for a in ("ppo", "raft") for s in ("upper", "lower")):
         make_member(tmp_path / "five_reasons_tuning", number, arm, 100, setting=setting)
     main([str(make_study(tmp_path / "earlier", seeds=(1,)))])
@@ -322,7 +322,9 @@ def test_tuning_that_an_earlier_study_has_written_down(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "elsewhere" / "study", seeds=(1,))
     rows = study_of(folder, [tmp_path / "missing", tmp_path / "anew", earlier]).tuning
     assert [(row.arm, row.value, row.source, row.is_best, row.is_used) for row in rows] == [
+        ("raft", 1e-4, "five_reasons_tuning", False, False),
         ("raft", 2e-4, "anew", True, True),
+        ("raft", 4e-4, "five_reasons_tuning", False, False),
         ("ppo", 1e-4, "five_reasons_tuning", False, False),
         ("ppo", 4e-4, "five_reasons_tuning", True, False),
     ]

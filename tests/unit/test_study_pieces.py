@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from studies.five_reasons import run_missing
 from studies.five_reasons.contrasts import cells
 from studies.five_reasons.kept import FOLDER, MOST_BYTES, keep, kept_members, read_kept
 from studies.five_reasons.members import members_of_study
@@ -25,7 +26,7 @@ from studies.five_reasons.registration import (
     sha256,
 )
 from studies.five_reasons.results import as_json, study_of
-from studies.five_reasons.run_missing import ROOT, Job, Pieces, Sweep, sweep_of
+from studies.five_reasons.run_missing import ROOT, Job, Pieces, Sweep, run_sweep, sweep_of
 from studies.five_reasons.tuning import main as say_tuning
 from studies.five_reasons.tuning import tuned
 from tests.unit.test_report import jsonl
@@ -174,8 +175,8 @@ def test_a_setting_whose_drift_is_not_known_is_not_chosen(tmp_path: Path) -> Non
 class Runs:
     """In place of train.py: a run that is done at once, with the models of this machine."""
 
-    def __init__(self, folder: Path, sft: str, failing: tuple[str, ...] = ()) -> None:
-        self.folder, self.sft, self.failing = folder, sft, failing
+    def __init__(self, folder: Path, sft: str, failing: tuple[str, ...] = (), state: str = "failed") -> None:
+        self.folder, self.sft, self.failing, self.state = folder, sft, failing, state
         self.started: list[tuple[str, str]] = []
         self.most = 0
         self.running: list[subprocess.Popen[bytes]] = []
@@ -185,7 +186,10 @@ class Runs:
         number = len(self.started)
         fails = job["arm"] in self.failing
         make_member(self.folder, number, job["arm"], int(job["ppo.seed"]), failed=fails)
-        if not fails:
+        if fails:
+            status = next(self.folder.glob(f"{number}-*")) / "status.json"
+            status.write_text(json.dumps(json.loads(status.read_text()) | {"state": self.state}))
+        else:
             run = next(self.folder.glob(f"{number}-*"))
             with_models(run, {"sft": self.sft})
             (run / "phases.jsonl").write_text(json.dumps({"name": "PPO", "start_s": 0.0, "end_s": 3600.0}) + "\n")
@@ -245,11 +249,11 @@ def test_conversations_do_not_share_the_memory(tmp_path: Path) -> None:
 
 def test_a_seed_is_begun_only_where_there_is_time_for_all_its_arms(tmp_path: Path) -> None:
     runs = Runs(tmp_path / "runs", "a")
-    work = pieces(tmp_path, runs, minutes=16)  # three members of unknown length, two of them conversations
-    assert work.minutes(work.missing()[:3]) == pytest.approx(16.8)
+    work = pieces(tmp_path, runs, minutes=23)  # three members of unknown length, two of them conversations
+    assert work.minutes(work.missing()[:3]) == pytest.approx(24)
     assert len(work.run()) == 6
     assert runs.started == []
-    work = pieces(tmp_path, runs, minutes=17)
+    work = pieces(tmp_path, runs, minutes=25)
     assert len(work.run()) == 3  # one seed, and no second: by now members are known to take an hour
     assert work.minutes(work.missing()) == 120  # two of three are conversations, one after the other
 
@@ -266,6 +270,38 @@ def test_a_member_that_fails_twice_takes_its_seed_out_for_good(tmp_path: Path) -
     assert (failed.arm, failed.seed, failed.error) == ("ppo", 1, "exit code 0, 2 times")
     contrast = Contrast(title="x", metric="gold", contrast={"ppo": 1.0, "two_turn_combined": -1.0})
     assert cells(kept_members(tmp_path / "kept"), contrast, []) == ({}, [1])
+
+
+def test_what_did_not_train_is_no_failed_member(tmp_path: Path) -> None:
+    """A member that was refused or interrupted, and two in a row that end without a judged model: the machine is to blame,
+    and the seeds after would go the same way."""
+    for state in ("refused", "interrupted"):
+        runs = Runs(tmp_path / state, "a", failing=("ppo",), state=state)
+        with pytest.raises(StudyError, match=rf"arm=ppo ppo.seed=1 ended without a judged model \({state}\)"):
+            pieces(tmp_path / state, runs, seeds=(1, 2)).run()
+        assert {seed for _, seed in runs.started} == {"1"}
+        assert [m for m in kept_members(tmp_path / state / "kept") if m.state == "failed"] == []
+    runs = Runs(tmp_path / "disk", "a", failing=("ppo", "two_turn_combined", "two_turn_cumulative"))
+    with pytest.raises(StudyError, match=r"arm=ppo ppo\.seed=1 and arm=two_turn_cumulative ppo\.seed=1 ended without"):
+        pieces(tmp_path / "disk", runs, seeds=(1, 2)).run()
+    assert kept_members(tmp_path / "disk/kept") == []
+
+
+def test_a_study_is_not_gone_on_with_by_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pieces(tmp_path, Runs(tmp_path / "runs", "a"), seeds=(1,)).run() == []
+    for file in (tmp_path / "kept/members").glob("*.json"):
+        content = json.loads(file.read_text())
+        content["facts"]["code"] = "0" * 64
+        file.write_text(json.dumps(content))
+    (tmp_path / "kept").rename(tmp_path / "x")
+    sweep = pieces(tmp_path, Runs(tmp_path / "more", "a"), seeds=(1, 2)).sweep
+    deadline = time.monotonic() + 600
+    with pytest.raises(StudyError, match=r"made by other code \(000000000000\): check out the commit"):
+        run_sweep(sweep, tmp_path, 2, deadline, dry_run=False, other_code=False)
+    assert len(run_sweep(sweep, tmp_path, 2, deadline, dry_run=True, other_code=False)) == 3
+    monkeypatch.setattr(run_missing, "make_models", lambda sweep: None)
+    monkeypatch.setattr(Pieces, "run", lambda self: [])
+    assert run_sweep(sweep, tmp_path, 2, deadline, dry_run=False, other_code=True) == []
 
 
 def broken_off(tmp_path: Path, seed: int) -> None:
