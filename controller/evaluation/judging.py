@@ -44,6 +44,11 @@ class Judged:
         """All completions of each prompt."""
         return list(zip(self.rollouts, *self.others, strict=True))
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether every completion has all of its scores."""
+        return all(score.value is not None for group in self.groups for r in group for score in r.scores.values())
+
     def score(self, judge: str) -> np.ndarray:
         """float64 [N]; NaN where the judge gave no score."""
         if judge == "vader":

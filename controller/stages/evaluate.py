@@ -5,14 +5,15 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from common.files.code_digest import package_versions
+from common.files.code_digest import code_digest, package_versions
 from contracts.config import TandemConfig
 from contracts.environments import SHIPPED
 from contracts.methods import method_stage
 from contracts.plugins import closest
-from contracts.scorer_roles import judges
+from contracts.scorer_roles import chosen_scorers, judges
 from contracts.stages import Reading, Stage
 from controller.data.kept_columns import source_of
+from controller.record.status_file import read_status
 
 if TYPE_CHECKING:
     from controller.data.inputs import Inputs
@@ -47,15 +48,20 @@ def column_problems(config: TandemConfig, data: "Inputs") -> list[str]:
 def kept_answers(
     context: "StageContext", shared: dict[str, str], scorers: dict[str, str | None], ends: tuple[int, ...]
 ) -> "KeptAnswers | None":
-    """None where something decides answers or scores that has no fingerprint: rules, judges that are language models, an
-    environment of the user's. `shared` has the fingerprints of base and SFT."""
+    """None where something decides answers or scores that has no fingerprint: scorers that are no reward models, code that
+    has changed since the run began, an environment of the user's. `shared` has the fingerprints of base and SFT."""
     from controller.evaluation.kept_answers import KeptAnswers
     from controller.pipeline.stage_cache import code_of
 
     config = context.config
-    judges = {role: context.fingerprint(path) for role, path in scorers.items() if path is not None}
-    if config.environment.name not in SHIPPED or judges.keys() != scorers.keys():
+    chosen = chosen_scorers(config.reward_service.scorers, scorers)
+    if config.environment.name not in SHIPPED or any(
+        entry.kind != "model" or not entry.path for entry in chosen.values()
+    ):
         return None
+    if read_status(config.run_dir).facts.get("code") != code_digest():
+        return None  # an edit meanwhile: what scores may be the code of before
+    judges = {name: context.fingerprint(str(entry.path)) for name, entry in chosen.items()}
     sections: dict[str, Any] = {
         "environment": config.environment,
         "engine": config.engine,
@@ -69,6 +75,7 @@ def kept_answers(
             "models": shared | judges,
             "prompts": context.data_fingerprint("eval_prompts"),
             "sampling": [asdict(evaluate.sampling), evaluate.seed, evaluate.samples, ends],
+            "remote_code": config.model.trust_remote_code,
             "computed": [config.model.dtype, cluster.num_actors, cluster.threads_per_actor, cluster.gpus_per_actor],
             "code": [code_of(config, name) for name in ("evaluate", "ppo")],
             "packages": package_versions(),
@@ -107,7 +114,8 @@ def run(context: "StageContext") -> dict[str, Any]:
             judged = judge_models(config, models, prompts, actors, list(scorers), context.progress, known)
         if answers:
             for name in shared.keys() - known.keys():
-                answers.keep(shared[name], judged[name])
+                if judged[name].is_scored:  # else a judge that was away for a while would be so for good
+                    answers.keep(shared[name], judged[name])
     result = summarize(judged, list(scorers), config)
     numbers = evaluation_metrics(result, config.evaluate.max_kl)
     context.log_step(0, {f"evaluate/{name}": value for name, value in numbers.items()})

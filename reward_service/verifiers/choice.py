@@ -12,7 +12,7 @@ CLOSE = r"[*_`'\"”)\]}$]*"
 NAMED = r"(?:(?:choice|option|letter)\s+)?"
 SAID = (
     r"(?:final\s+|correct\s+|right\s+|best\s+|my\s+)*(?:answer|choice|option)\b(?:\s+(?:to|for|of)\b[^.\n:=]{0,60}?)?[\s*_`]*+"
-    r"(?:is|:|=|would be|must be|should be|(?<=\s)[-–—](?=\s))[\s*_`]*+:?"
+    r"(?:is|:|=|would be|must be|should be)[\s*_`]*+:?"
 )
 STATEMENTS = (
     rf"{SAID}\s*+{NAMED}{OPEN}@{CLOSE}",
@@ -22,9 +22,14 @@ STATEMENTS = (
     rf"\b(?:actually|rather|instead|correction|no)\b[,:]?\s*(?:it\s+is|it's)?\s*{OPEN}@{CLOSE}(?=\s*(?:[.,;!]|$))",
     rf"\bit(?:\s+is|'s)\s+{OPEN}@{CLOSE}(?=\s*(?:[.,;!]|$))",
     rf"(?<![\w'’-])@{CLOSE}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b",
-    rf"^{OPEN}{NAMED}{OPEN}@{CLOSE}\s*[.:)]?[*_`]*\s*$",
+    rf"^{OPEN}@{CLOSE}\s*[.:)]?[*_`]*\s*$",
     rf"\b(?:I(?:\s+would|\s+will|['’](?:d|ll))?\s+(?:choose|pick|select|go\s+with)|(?:therefore|thus|hence|so),?)\s+{NAMED}{OPEN}(?!I[\s,;.!])@{CLOSE}(?=\s*(?:[.,;!]|$))",
-    r"\bit(?:\s+is|['’]s)\s+[(\[]@[)\]]",
+)
+# Where there is no statement, and one letter alone is said so: they may head a discussion, or deny.
+HINTS = (
+    rf"^{OPEN}{NAMED}{OPEN}@{CLOSE}\s*[.)]?[*_`]*\s*$",
+    r"(?<!not )(?<!n['’]t think )\bit(?:\s+is|['’]s)\s+[(\[]@[)\]]",
+    rf"\b(?:answer|choice)[ \t*_`]*[-–—][ \t*_`]+{OPEN}@{CLOSE}(?=\s*(?:[.,;!]|$))",
     rf"\A{OPEN}@{CLOSE},?\s+(?:because|since|as)\b",
 )
 IS_CORRECT = STATEMENTS[6]  # which says that it is a letter
@@ -59,19 +64,25 @@ def verify(completion: str, right: str, options: Options) -> Verified:
 
 def chosen(completion: str, options: Options) -> str | None:
     """The letter that a completion chooses."""
-    last: tuple[int, str | None] = (-1, None)
-    for statement in STATEMENTS:
-        pattern = statement.replace("@", f"(?P<letter>{letters(options)}){IN_A_WORD}")
-        for match in re.finditer(pattern, completion, re.IGNORECASE | re.MULTILINE):
-            at, letter = match.start("letter"), match["letter"]
-            is_letter = statement is IS_CORRECT or not _is_article(letter, completion, match)
-            if is_letter and at > last[0]:
-                last = (at, None if ANOTHER.match(completion, match.end("letter")) else letter.upper())
-    if last[0] >= 0:
-        return last[1]
+    if said := _said(STATEMENTS, completion, options):
+        return max(said)[1] or None
+    if hinted := {letter for _, letter in _said(HINTS, completion, options)}:
+        return hinted.pop() or None if len(hinted) == 1 else None
     listed = LISTED.replace("@", f"(?P<letter>[{options['letters']}])")
     found = {match["letter"] for match in re.finditer(listed, completion, re.MULTILINE)}
     return found.pop() if len(found) == 1 else None
+
+
+def _said(statements: tuple[str, ...], completion: str, options: Options) -> list[tuple[int, str]]:
+    """(where, letter) of each; no letter where another one follows."""
+    found = []
+    for statement in statements:
+        pattern = statement.replace("@", f"(?P<letter>{letters(options)}){IN_A_WORD}")
+        for match in re.finditer(pattern, completion, re.IGNORECASE | re.MULTILINE):
+            at, letter = match.start("letter"), match["letter"]
+            if statement is IS_CORRECT or not _is_article(letter, completion, match):
+                found.append((at, "" if ANOTHER.match(completion, match.end("letter")) else letter.upper()))
+    return found
 
 
 def _is_article(letter: str, completion: str, match: re.Match) -> bool:

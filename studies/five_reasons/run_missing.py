@@ -27,6 +27,7 @@ from common.models.precision import cpu_dtype
 from studies.five_reasons.kept import keep, keep_failed, kept_members, models_of
 from studies.five_reasons.members import Member, members_of_study
 from studies.five_reasons.registration import PREREGISTRATION, StudyError, parse, record
+from studies.five_reasons.tuning import swept
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results"
@@ -77,8 +78,11 @@ def seed_of(job: Job) -> int:
     return int(job["ppo.seed"])
 
 
-def is_of(member: Member, job: Job) -> bool:
-    return {f"{key}={value}" for key, value in job.items()} <= set(member.run.overrides or [])
+def is_of(member: Member, job: Job, shared: Sequence[str] = ()) -> bool:
+    """Whether it ran with what the sweep sets of the job, and with nothing else that arms are tuned by. `shared` are
+    overrides of all members."""
+    given = set(member.run.overrides or []) - {*shared}
+    return {f"{key}={value}" for key, value in job.items()} <= given and {*swept(given)} <= job.keys()
 
 
 @dataclass
@@ -98,7 +102,7 @@ class Pieces:
 
     def missing(self) -> list[Job]:
         found = kept_members(self.kept_in)
-        return [job for job in self.sweep.jobs if not any(is_of(member, job) for member in found)]
+        return [job for job in self.sweep.jobs if not any(is_of(member, job, self.sweep.overrides) for member in found)]
 
     def minutes(self, jobs: Sequence[Job]) -> float:
         """That these members will take, so many at a time, by what kept ones of their arms took."""
@@ -147,7 +151,7 @@ class Pieces:
 
     def _keep(self, job: Job, code: int) -> None:
         try:
-            member = next((m for m in members_of_study(self.sweep.runs) if is_of(m, job) and m.is_judged), None)
+            member = next((m for m in self._members(job) if m.is_judged), None)
         except StudyError:  # the first of all has left no run directory
             member = None
         label = " ".join(f"{key}={value}" for key, value in job.items())
@@ -175,10 +179,13 @@ class Pieces:
                 other.run.path.unlink()
                 self.say(f"  {other.run.path.name} had other models: it runs again")
 
+    def _members(self, job: Job) -> list[Member]:
+        return [member for member in members_of_study(self.sweep.runs) if is_of(member, job, self.sweep.overrides)]
+
     def _state(self, job: Job) -> str:
         """Of a member that has not been judged, as its status.json says."""
         try:
-            states = [member.state for member in members_of_study(self.sweep.runs) if is_of(member, job)]
+            states = [member.state for member in self._members(job)]
         except StudyError:
             states = []
         return states[-1] if states else "without a run directory"

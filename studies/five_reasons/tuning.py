@@ -6,7 +6,7 @@
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,8 @@ def tuned(sources: Sequence[Path], members: Sequence[Member], plan: Preregistrat
             row.is_best = row is max(fit, key=lambda row: row.objective or 0.0)
     for row in rows:
         used = [_value(m.run, row.key.split(", ")) for m in members if m.arm == row.arm]
-        row.is_used = row.value in used if used else None
+        newest = next(other.source for other in rows if other.arm == row.arm)
+        row.is_used = (row.value in used and row.source == newest) if used else None
     order = list(dict.fromkeys(row.arm for row in rows))
     return sorted(rows, key=lambda row: (order.index(row.arm), number(row.value) or 0.0))
 
@@ -86,9 +87,9 @@ def _value(run: Run, keys: Sequence[str]) -> Any:
     return run.setting(keys[0]) if len(keys) == 1 else ", ".join(str(run.setting(key)) for key in keys)
 
 
-def _swept(run: Run) -> list[str]:
+def swept(overrides: Iterable[str]) -> list[str]:
     """The keys that a sweep of its own gave to an arm; empty for one over the tuning group."""
-    given = [override.lstrip("+").split("=", 1)[0] for override in run.overrides or []]
+    given = [override.lstrip("+").split("=", 1)[0] for override in overrides]
     return [key for key in given if key.startswith(("ppo.", "preference.", "sft.")) and key != "ppo.seed"]
 
 
@@ -104,7 +105,7 @@ def _run(directory: Path, plan: Preregistration) -> list[Tried]:
         gain = own - sft if own is not None and sft is not None else None
         bound = number(member.run.setting("evaluate.max_kl")) or math.inf
         objective = None if gain is None or drift is None else gain - PENALTY * max(0.0, drift - bound)
-        keys = _swept(member.run) or [TUNED.get(str(member.run.setting("method") or "ppo"), "")]
+        keys = swept(member.run.overrides or []) or [TUNED.get(str(member.run.setting("method") or "ppo"), "")]
         row = Tried(
             arm=member.arm,
             setting=setting,

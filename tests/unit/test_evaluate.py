@@ -1,5 +1,6 @@
 """What evaluation.json says of judged completions, by hand."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from ray.exceptions import GetTimeoutError
 
-from contracts.config import TandemConfig
+from common.files.code_digest import code_digest
+from contracts.config import ScorerConfig, TandemConfig
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score
 from controller.evaluation import judging
 from controller.evaluation.judging import Judged, judge_models, sample_rows, summarize
 from controller.evaluation.kept_answers import KeptAnswers
+from controller.stages import evaluate
 
 
 def judged(lengths: list[int], **scores: list[float | None]) -> Judged:
@@ -217,3 +220,46 @@ def test_what_is_kept_is_neither_sampled_nor_judged_again(monkeypatch: pytest.Mo
     for file in tmp_path.rglob("*.json"):
         file.write_text(file.read_text()[:-9])  # torn
     assert answers.find("base") is None
+
+
+def test_answers_are_kept_where_all_that_decides_them_has_a_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TandemConfig(run_dir=str(tmp_path / "run"), cache_dir=str(tmp_path))
+    context: Any = SimpleNamespace(config=config, fingerprint=str, data_fingerprint=str)
+    scorers: dict[str, str | None] = {"proxy": "a", "gold": "b"}
+    status = tmp_path / "run/status.json"
+    status.parent.mkdir()
+    status.write_text(json.dumps({"state": "running", "code": code_digest()}))
+
+    def path() -> Path | None:
+        found = evaluate.kept_answers(context, {"base": "x", "sft": "y"}, scorers, (2,))
+        return found._path("x") if found else None
+
+    before = path()
+    assert before is not None
+    assert path() == before
+    config.evaluate.sampling.temperature = 0.7
+    config.model.trust_remote_code = True
+    assert path() not in (None, before)
+    scorers["gold"] = "c"
+    assert path() is not None
+
+    config.environment.name = "my_package.guess:Guess"
+    assert path() is None
+    config.environment.name = "single_turn"
+    for kind in ("function", "judge", "weighted_sum", "my_package.keywords:MINE"):
+        config.reward_service.scorers = {"proxy": ScorerConfig(kind=kind, parts=["proxy_model"])}
+        assert path() is None
+    config.reward_service.scorers = {}
+    assert path() is not None
+    status.write_text(json.dumps({"state": "running", "code": "of before an edit"}))
+    assert path() is None
+
+
+def test_a_judge_that_was_away_is_not_remembered() -> None:
+    assert judged([3, 4], proxy=[1.0, 2.0]).is_scored
+    assert not judged([3, 4], proxy=[1.0, None]).is_scored
+    several = judged([3, 4], proxy=[1.0, 2.0])
+    several.others = [judged([3, 4], proxy=[None, 2.0]).rollouts]
+    assert not several.is_scored
