@@ -249,9 +249,9 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
 
 
 def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) -> Item:
-    """oneDNN compiles a bfloat16 product for each shape and keeps the last LEARNER_PRODUCTS. Every microbatch has its own
-    number of tokens, and so its own shapes: a product for each kind of linear layer, one more where what lies below it
-    trains, as an adapter does, and another where it trains itself."""
+    """oneDNN compiles a bfloat16 product for each shape and keeps the last LEARNER_PRODUCTS. Every microbatch has its own number
+    of tokens, and so its own shapes: a product for each kind of linear layer, one more where what lies below it trains, as
+    an adapter does, and another where it trains itself."""
     kinds = dict[tuple[int, ...], int]()
     for network, trains in networks:
         for name, module in network.named_modules():
