@@ -9,9 +9,6 @@ from typing import Any
 from common.processes.cores import usable_cores
 from contracts.config import ClusterConfig
 
-# oneDNN keeps a compiled product, of 2 MiB, for each shape: a thousand by default, which come to more than a learner rank's
-# activations. One is compiled in a millisecond or two.
-PRODUCTS, LEARNER_PRODUCTS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 128
 ON_CPU = {
     # Keep what was allocated, in huge pages: a training step allocates and frees gigabytes of activations, and touching
     # fresh 4 KiB pages took a third of it. Where a GPU has the activations, whole models that pass through the host's memory
@@ -54,14 +51,9 @@ def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
 
 
 def scorer_env(threads: int, on_cpu: bool) -> dict[str, str]:
-    """Environment of one reward replica. Every batch of texts has its own number of tokens, and is computed once."""
-    return worker_env(threads, on_cpu) | {PRODUCTS: "16"}
-
-
-def learner_env(threads: int, on_cpu: bool) -> dict[str, str]:
-    """Environment of one learner rank. Every microbatch has its own number of tokens, for which 30 layers and the passes of
-    several networks need 30 to 40 products each."""
-    return worker_env(threads, on_cpu) | {PRODUCTS: str(LEARNER_PRODUCTS)}
+    """Environment of one reward replica. oneDNN keeps a compiled product for each shape, and every batch of texts has
+    its own number of tokens: by default a thousand of them stay, which come to more than the activations."""
+    return worker_env(threads, on_cpu) | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 
 def driver_env() -> dict[str, str]:

@@ -9,13 +9,13 @@ import torch
 from transformers.utils import CONFIG_NAME, cached_file
 
 from common.models.adapters import split
-from common.processes.process_env import LEARNER_PRODUCTS
 from common.text.tokenizers import load_config
 from contracts.config import TandemConfig
 from contracts.placement import actors_that_fit, replicas_that_fit
 from contracts.stages import Stage
 from controller.plan.engine_memory import CPU_BATCH_TOKENS, SAMPLER_COPIES
 from controller.plan.learner_memory import (
+    PRODUCTS,
     Network,
     held_tokens,
     model_of,
@@ -80,7 +80,7 @@ def _rank(config: TandemConfig, stage: Stage, data: Data) -> float:
         width = (2 if lora else 1) * _width(text) + text.num_attention_heads * max(lengths.largest)
         logits = 0 if network.is_scalar else LOGITS * selected * text.vocab_size * held / tokens
         passes += network.trains * size * (held * width * (trained + 1) + logits)
-    return state + (1 + measured()["slack"]) * passes + LEARNER_PRODUCTS * measured()["product_mib"] * MIB
+    return state + (1 + measured()["slack"]) * passes + PRODUCTS * measured()["product_mib"] * MIB
 
 
 def _replica(config: TandemConfig, path: str) -> float:

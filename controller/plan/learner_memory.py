@@ -26,7 +26,6 @@ import torch
 from common.models.adapters import split
 from common.models.forward import Form
 from common.models.lora import add_adapter, target_modules
-from common.processes.process_env import LEARNER_PRODUCTS
 from common.text.tokenizers import load_config
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
 from contracts.estimators import chosen_estimator
@@ -49,7 +48,7 @@ from learner.models import (
 )
 
 MASTER, MOMENTS = 4, 8  # bytes a weight: float32, and Adam's two
-ATTENTION_PRODUCTS = 6  # that oneDNN keeps: two, each with two in the backward pass
+PRODUCTS, ATTENTION_PRODUCTS = 1024, 6  # that oneDNN keeps; two of attention, each with two in the backward pass
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
 
 
@@ -249,8 +248,8 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
 
 
 def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) -> Item:
-    """oneDNN compiles a bfloat16 product for each shape and keeps the last LEARNER_PRODUCTS. Every microbatch has its own number
-    of tokens, and so its own shapes: a product for each kind of linear layer, one more where what lies below it trains, as
+    """oneDNN compiles a bfloat16 product for each shape and keeps the last PRODUCTS. Every microbatch has a number of tokens
+    of its own, and so its own shapes: a product for each kind of linear layer, one more where what lies below it trains, as
     an adapter does, and another where it trains itself."""
     kinds = dict[tuple[int, ...], int]()
     for network, trains in networks:
@@ -260,9 +259,9 @@ def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) ->
                 products = 3 if module.weight.requires_grad else 2 if name.endswith(".base_layer") else 1
                 kinds[shape] = max(kinds.get(shape, 1), products if trains else 1)
     a_size = sum(kinds.values()) + ATTENTION_PRODUCTS
-    count = min(LEARNER_PRODUCTS, lengths.sizes * a_size)
+    count = min(PRODUCTS, lengths.sizes * a_size)
     each = measured()["product_mib"]
-    how = f"{lengths.sizes} microbatch sizes x {a_size} shapes, at most {LEARNER_PRODUCTS}, {each} MiB each (measured)"
+    how = f"{lengths.sizes} microbatch sizes x {a_size} shapes, at most {PRODUCTS}, {each} MiB each (measured)"
     return Item("compiled products", count * each * MIB, how, least=0.0)
 
 
