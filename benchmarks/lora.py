@@ -25,14 +25,18 @@ RESULTS = ROOT / "benchmarks/results/lora.json"
 DOCS = ROOT / "docs/lora.md"
 MARKS = ("<!-- written by benchmarks/lora.py -->", "<!-- until here -->")
 ALL = ["ppo.trainable_layers=null", "ppo.value_trainable_layers=null"]
-SHORT = ["stage=ppo", "ppo.updates=6", "reuse_stages=true"]  # what it costs does not depend on which code made the models
+SHORT = ["stage=ppo", "ppo.updates=6"]
 ROADS = {"top third": [], "LoRA, rank 16": ["+experiment=lora"], "all layers": ALL}
 JUDGED = ("top third", "LoRA, rank 16")
 
 
+def _name(road: str) -> str:
+    return road.replace(", ", "-").replace(" ", "-")
+
+
 def run(work: Path, road: str, seed: int, *more: str) -> tuple[Path, Job, int]:
     """One road, to its end: its directory, what its processes held, and seconds."""
-    cache, run_dir = work / "cache", work / f"{road.replace(', ', '-').replace(' ', '-')}-{seed}{'-short' * bool(more)}"
+    cache, run_dir = work / "cache", work / f"{_name(road)}-{seed}{'-short' * bool(more)}"
     cache.mkdir(parents=True, exist_ok=True)
     for folder in ("models", "data"):
         if not (cache / folder).exists():
@@ -45,6 +49,13 @@ def run(work: Path, road: str, seed: int, *more: str) -> tuple[Path, Job, int]:
     if code:
         raise SystemExit(f"{road}, seed {seed}: train.py ended with {code}; see {work / run_dir.name}.log")
     return run_dir, job, seconds
+
+
+def made(work: Path, road: str) -> list[str]:
+    """The models of the road's first run; of one that has none those of the demo's, which are trained alike."""
+    whole = work / f"{_name(road if road in JUDGED else JUDGED[0])}-1"
+    paths = {row["name"]: row["path"] for row in json.loads((whole / "stages.json").read_text())}
+    return [f"sft_model={paths['sft']}", f"proxy_model={paths['reward_model/proxy']}"]
 
 
 def costs(run_dir: Path, job: Job) -> dict[str, float]:
@@ -114,7 +125,7 @@ def main() -> int:
             note(road, str(seed), {"seconds": seconds} | gains(run_dir))
     for road in ROADS:
         if "costs" not in results.setdefault(road, {}):
-            run_dir, job, _ = run(args.work, road, 1, *SHORT)
+            run_dir, job, _ = run(args.work, road, 1, *SHORT, *made(args.work, road))
             note(road, "costs", costs(run_dir, job))
     print(tables(results))
     head, rest = DOCS.read_text().split(MARKS[0])
