@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks/results/lora.json"
 DOCS = ROOT / "docs/lora.md"
 MARKS = ("<!-- written by benchmarks/lora.py -->", "<!-- until here -->")
 ALL = ["ppo.trainable_layers=null", "ppo.value_trainable_layers=null"]
-SHORT = ["stage=ppo", "ppo.updates=6"]
+SHORT = ["stage=ppo", "ppo.updates=6", "reuse_stages=false"]
 ROADS = {"top third": [], "LoRA, rank 16": ["+experiment=lora"], "all layers": ALL}
 JUDGED = ("top third", "LoRA, rank 16")
 
