@@ -192,7 +192,7 @@ class Measurement:
             # Of other sizes in the second round: what a size compiles once is a part of an update whose lengths vary.
             fewer = k * (number > len(every) and requests > k)
             took, phases, share = self.update(rollouts[: requests - fewer])
-            self.say(f"an update of {share.all[0]} tokens a rank: {took:.2f} s")
+            self.say(f"an update of {share.all[0]:.0f} tokens a rank: {took:.2f} s")
             found.append((took, phases, share))
         rows: dict[str, list[float]] = {}
         counted = [passes(self.config, share) for _, _, share in found[1:]]  # the first one is cold
@@ -253,16 +253,13 @@ def fitted(rows: list[list[float]], seconds: list[float]) -> tuple[list[float], 
 
 def share_of(config: TandemConfig, batch: Any) -> Share:
     """As `learner/ppo_update.py` holds what fits of the first minibatch."""
-    share, left = Share(), config.learner.held_tokens
+    share = Share(config.learner.held_tokens)
     for number, microbatches in enumerate(batch.minibatches):
         for mb in microbatches:
-            is_first = number == 0
-            is_held = is_first and mb.num_tokens <= left
-            left -= mb.num_tokens if is_held else 0
             # On GPUs, where every row has its own prompt, there is nothing of it.
             runs = siblings(mb.sequences, mb.prompt_lens) if config.cluster.gpus_per_learner_rank == 0 else []
             again = sum((count - 1) * prompt for _, count, prompt in runs)
-            share.add(mb.num_tokens - again, int(mb.completion_lens.sum()), is_first, is_held)
+            share.add(mb.num_tokens, again, int(mb.completion_lens.sum()), is_first=number == 0)
     return share
 
 

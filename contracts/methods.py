@@ -117,14 +117,12 @@ def reads(config: TandemConfig, key: str) -> bool:
     needed, running = [stage for stage, _, _ in _needed(config)], running_stages(config)
     read = {key for stage in [*needed, *running] for key in stage.keys}
     read |= {limit for reading in readings(config).values() for limit in reading.limits}
-    read |= {key for stage in running for key in (*stage.keys_to_run, *(SAMPLING if stage.samples else ()))}
+    read |= {key for stage in running for key in (*stage.keys_to_run(config), *(SAMPLING if stage.samples else ()))}
     read |= {f"data.{name}" for name in sources_read(config)}
-    if (
-        config.evaluate.every is not None and "evaluate.every" in read
-    ):  # PPO then samples and judges as an evaluation does
-        read.add("evaluate")
     ours = all_stages()
-    known = {key for stage in ours for key in (*stage.keys, *stage.keys_to_run)} | {f"data.{name}" for name in SOURCES}
+    known = {key for stage in ours for key in (*stage.keys, *stage.keys_to_run(config))} | {
+        f"data.{name}" for name in SOURCES
+    }
     parts = key.split(".")
     prefixes = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
     return not prefixes.isdisjoint(read) or prefixes.isdisjoint({*known, *SAMPLING})

@@ -41,7 +41,7 @@ class Stage:
     report: str = ""  # of a stage without results: the file in run_dir that it writes
     reads: Callable[[TandemConfig, str], list[Reading]] = lambda config, role: []
     keys: tuple[str, ...] = ()  # sections and keys that the result is made of, beside the limits of what it reads
-    keys_to_run: tuple[str, ...] = ()  # and those that matter where it runs
+    keys_to_run: Callable[[TandemConfig], tuple[str, ...]] = lambda config: ()  # and those that matter where it runs
     roles: Callable[[TandemConfig], set[str]] = lambda config: set()  # reward models it needs beside those that score
     problems: Callable[[TandemConfig, Any], list[str]] = lambda config, data: []  # too few examples, no such column
     samples: bool = False  # with actors, an environment and the reward service

@@ -97,14 +97,13 @@ def batch_metrics(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, has_va
         staleness = torch.from_numpy(p.batch.staleness).to(ranks.device)
         # Only of the weights that the learner still has: of older ones the gap is learning, not mismatch.
         fresh = mask & (staleness == 0)
-        behavior_logprobs = torch.from_numpy(p.batch.behavior_logprobs).to(ranks.device)
-        gap = torch.where(fresh, p.proximal_logprobs - behavior_logprobs, 0.0)
+        gap = torch.where(fresh, p.proximal_logprobs - p.behavior_logprobs, 0.0)
         sums += torch.stack(
             [
                 mask.sum(),
                 kl_k1(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
                 kl_k3(p.proximal_logprobs, p.ref_logprobs)[mask].sum(),
-                kl_k3(behavior_logprobs, p.proximal_logprobs)[fresh].sum(),
+                kl_k3(p.behavior_logprobs, p.proximal_logprobs)[fresh].sum(),
                 gap.abs().sum(),
                 fresh.sum(),
                 staleness[mask].sum(),

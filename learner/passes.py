@@ -62,6 +62,7 @@ class Pass:
     is_first: bool  # it is of the first minibatch, whose step is the first that changes a weight
     is_last: bool  # of its minibatch on this rank
     is_held: bool  # its graph may wait (`learner.held_tokens`), and what shared layers put out is kept
+    behavior_logprobs: Tensor = field(init=False)
     ref_logprobs: Tensor = field(init=False)
     proximal_logprobs: Tensor = field(init=False)
     entropy: Tensor = field(init=False)
@@ -79,9 +80,9 @@ class Pass:
     value_sums: Tensor | None = None  # float64 [2]: loss, clipped tokens
 
     def __post_init__(self) -> None:
-        self.ref_logprobs = self.proximal_logprobs = self.entropy = self.old_values = torch.zeros(
-            self.places.mask.shape, device=self.places.mask.device
-        )
+        self.behavior_logprobs = torch.from_numpy(self.batch.behavior_logprobs).to(self.places.mask.device)
+        zeros = torch.zeros_like(self.behavior_logprobs)
+        self.ref_logprobs = self.proximal_logprobs = self.entropy = self.old_values = zeros
 
 
 @dataclass
@@ -107,8 +108,7 @@ def set_rewards(p: Pass, ppo: PPOConfig, estimator: Estimator, kl_coef: float) -
 def set_weights(p: Pass, ppo: PPOConfig, estimator: Estimator) -> None:
     """Weight each token: off-policy correction times aggregation."""
     mask, off_policy, budget = p.places.trains, chosen_correction(ppo), ppo.sampling.max_completion_tokens
-    behavior = torch.from_numpy(p.batch.behavior_logprobs).to(mask.device)
-    weights, changed = off_policy_weights(p.proximal_logprobs, behavior, mask, **asdict(off_policy))
+    weights, changed = off_policy_weights(p.proximal_logprobs, p.behavior_logprobs, mask, **asdict(off_policy))
     largest = weights.max() if weights.numel() else torch.zeros((), device=mask.device)
     p.corrected = torch.cat([whitening_moments(weights, mask), torch.stack([changed.double(), largest.double()])])
     p.weights = weights * aggregation_weights(mask, estimator.aggregation, p.tokens, p.sequences, budget)

@@ -121,7 +121,7 @@ def card(run_dir: Path, commit: Commit, is_of_adapter: bool = False) -> str:
 
 def _sources(data: dict[str, Any], name: str) -> list[dict[str, Any]]:
     mixed = list((data.get("prompt_sources") or {}).values()) if name == "prompts" else []
-    return mixed or [data[name]] if data.get(name) else mixed
+    return mixed or ([data[name]] if data.get(name) else [])
 
 
 def last_metrics(run_dir: Path, step: int) -> dict[str, float]:

@@ -60,7 +60,7 @@ class Fleet:
         self._wanted, self._told = wanted or (lambda: len(actors)), self.least
         self._update: WeightUpdate | None = None
         self._present = set(range(self.least))
-        self._connected: set[int] | None = set(self._present)  # whom the learner publishes to; None: it is a new one
+        self._connected: dict[int, Any] | None = self._members()  # whom the learner publishes to; None: it is a new one
         self._starting, self._leaving, self._lost = set[int](), set[int](), set[int]()
         self._asking = set[int]()  # for room
         self._failed_starts: dict[int, int] = {}  # in a row, by place
@@ -75,11 +75,15 @@ class Fleet:
 
     def start_publish(self, version: int) -> list[Any]:
         """References of every rank's report. The learner learns of new actors here."""
-        if self._connected == self._present:
+        members = self._members()
+        if members == self._connected:
             return self._learner.start("publish", version)
-        self._connected = set(self._present)
-        members = [actor if number in self._present else None for number, actor in enumerate(self.actors)]
-        return self._learner.start("connect", self._backend, members, version)
+        self._connected = members
+        places = [members.get(number) for number in range(len(self.actors))]
+        return self._learner.start("connect", self._backend, places, version)
+
+    def _members(self) -> dict[int, Any]:
+        return {number: self.actors[number] for number in self._present}
 
     def pulse_learner(self, rank: int) -> Any:
         return self._learner.pulse(rank)
@@ -147,7 +151,6 @@ class Fleet:
     def joined(self, number: int) -> None:
         self._starting.discard(number)
         self._present.add(number)
-        self._connected = None  # the learner does not know it, nor that another actor of this number may have left
         self._failed_starts.pop(number, None)
         self.num_joined += 1
         self._say(f"actor {number} is back" if number in self._lost else f"actor {number} has joined")
@@ -195,7 +198,6 @@ class Fleet:
         """Raises ActorLostError where there are too few without it and no more may be replaced."""
         for numbers in (self._present, self._starting, self._leaving):
             numbers.discard(number)
-        self._connected = None
         self._room.give_back(self.actors, number)
         self._lost.add(number)
         is_short = len(self._present) < self.least

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from common.files.code_digest import code_digest, package_versions
+from common.files.code_digest import package_versions
 from contracts.config import TandemConfig
 from contracts.environments import SHIPPED
 from contracts.methods import method_stage
@@ -51,7 +51,6 @@ def kept_answers(
     """None where something decides answers or scores that has no fingerprint: scorers that are no reward models, code that
     has changed since the run began, an environment of the user's. `shared` has the fingerprints of base and SFT."""
     from controller.evaluation.kept_answers import KeptAnswers
-    from controller.pipeline.stage_cache import code_of
 
     config = context.config
     chosen = chosen_scorers(config.reward_service.scorers, scorers)
@@ -59,7 +58,8 @@ def kept_answers(
         entry.kind != "model" or not entry.path for entry in chosen.values()
     ):
         return None
-    if read_status(config.run_dir).facts.get("code") != code_digest():
+    packages = package_versions()
+    if not str(read_status(config.run_dir).facts.get("code")).startswith(packages["tandem"]):
         return None  # an edit meanwhile: what scores may be the code of before
     judges = {name: context.fingerprint(str(entry.path)) for name, entry in chosen.items()}
     sections: dict[str, Any] = {
@@ -77,8 +77,7 @@ def kept_answers(
             "sampling": [asdict(evaluate.sampling), evaluate.seed, evaluate.samples, ends],
             "remote_code": config.model.trust_remote_code,
             "computed": [config.model.dtype, cluster.num_actors, cluster.threads_per_actor, cluster.gpus_per_actor],
-            "code": [code_of(config, name) for name in ("evaluate", "ppo")],
-            "packages": package_versions(),
+            "packages": packages,
         },
     )
 

@@ -243,7 +243,8 @@ STAGE = Stage(
     results={"": "ppo_model"},
     reads=reads,
     keys=("ppo",),
-    keys_to_run=("checkpoint", "evaluate.every"),
+    # With held-out prompts it samples and judges as an evaluation does.
+    keys_to_run=lambda config: ("checkpoint", "evaluate.every" if config.evaluate.every is None else "evaluate"),
     roles=lambda config: {"proxy"} if starts_value_model(config) else set(),
     problems=problems,
     samples=True,

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from controller.pipeline.context import StageContext
     from learner.learner_actor import LearnerGroup
 
-AT_A_TIME = 256  # held-out texts
 TEXTS = Reading("sft", "sft", "load_sft", ("sft.max_tokens",))
 
 
@@ -82,7 +81,9 @@ def train_supervised(
 
 def _held_out_loss(group: "LearnerGroup", count: int) -> dict[str, float]:
     """In nats a token; some at a time, which `cluster.step_timeout_s` bounds."""
-    parts = max(1, count // max(AT_A_TIME, len(group.actors)))
+    from controller.pipeline.pair_training import CHUNK
+
+    parts = max(1, count // max(CHUNK, len(group.actors)))
     ends = [count * part // parts for part in range(parts + 1)]
     found = [group.call("evaluate", *both)[0] for both in pairwise(ends)]
     return {"sft/eval_loss": sum(nats for nats, _ in found) / sum(tokens for _, tokens in found)}

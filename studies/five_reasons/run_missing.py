@@ -150,13 +150,11 @@ class Pieces:
                 process.wait()
 
     def _keep(self, job: Job, code: int) -> None:
-        try:
-            member = next((m for m in self._members(job) if m.is_judged), None)
-        except StudyError:  # the first of all has left no run directory
-            member = None
+        found = self._members(job)
+        member = next((m for m in found if m.is_judged), None)
         label = " ".join(f"{key}={value}" for key, value in job.items())
         if member is None:
-            state = self._state(job)
+            state = found[-1].state if found else "without a run directory"  # as its status.json says
             self.say(f"✗ {label}: exit code {code}, {state}, not judged; its log is in {self.sweep.runs}")
             self._unjudged.add(label)
             if state != "failed" or len(self._unjudged) > 1:
@@ -180,15 +178,11 @@ class Pieces:
                 self.say(f"  {other.run.path.name} had other models: it runs again")
 
     def _members(self, job: Job) -> list[Member]:
-        return [member for member in members_of_study(self.sweep.runs) if is_of(member, job, self.sweep.overrides)]
-
-    def _state(self, job: Job) -> str:
-        """Of a member that has not been judged, as its status.json says."""
         try:
-            states = [member.state for member in self._members(job)]
-        except StudyError:
-            states = []
-        return states[-1] if states else "without a run directory"
+            found = members_of_study(self.sweep.runs)
+        except StudyError:  # the first of all has left no run directory
+            return []
+        return [member for member in found if is_of(member, job, self.sweep.overrides)]
 
 
 def _next(jobs: Sequence[Job], running: Sequence[Job]) -> Job | None:

@@ -66,9 +66,9 @@ def tuned(sources: Sequence[Path], members: Sequence[Member], plan: Preregistrat
         known = {(row.arm, row.key, str(row.value)) for row in rows}
         found = _written(source) if source.is_file() else _run(source, plan)
         rows += [row for row in found if (row.arm, row.key, str(row.value)) not in known]
-    for arm in {row.arm for row in rows}:
-        newest = next(row.source for row in rows if row.arm == arm)
-        tried = [row for row in rows if (row.arm, row.source) == (arm, newest)]
+    newest = {row.arm: row.source for row in reversed(rows)}  # the first source of each arm
+    for arm, source_of_arm in newest.items():
+        tried = [row for row in rows if (row.arm, row.source) == (arm, source_of_arm)]
         fit = [row for row in tried if row.objective is not None and not row.missed]
         whole = [row for row in fit if not row.diverged]
         fit = whole if whole and plan.tuning_avoids_divergence else fit
@@ -76,8 +76,7 @@ def tuned(sources: Sequence[Path], members: Sequence[Member], plan: Preregistrat
             row.is_best = row is max(fit, key=lambda row: row.objective or 0.0)
     for row in rows:
         used = [_value(m.run, row.key.split(", ")) for m in members if m.arm == row.arm]
-        newest = next(other.source for other in rows if other.arm == row.arm)
-        row.is_used = (row.value in used and row.source == newest) if used else None
+        row.is_used = (row.value in used and row.source == newest[row.arm]) if used else None
     order = list(dict.fromkeys(row.arm for row in rows))
     return sorted(rows, key=lambda row: (order.index(row.arm), number(row.value) or 0.0))
 

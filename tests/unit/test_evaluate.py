@@ -150,12 +150,14 @@ def test_prompts_that_take_too_long_name_the_key(monkeypatch: pytest.MonkeyPatch
         of_prompts(5, [Sampler()], config)
 
 
-def test_weights_may_take_as_long_as_a_publish(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[Any, float]] = []
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """(checkpoint, time-out) of each publish, which is done at once, as is what an actor is asked."""
+    found: list[tuple[str, float]] = []
 
     class Publisher:
         def __init__(self, backend: str, source: Any, timeout_s: float = 120.0):
-            made.append((source, timeout_s))
+            found.append((source, timeout_s))
 
         def connect(self, actors: list[Any]) -> None: ...
 
@@ -167,37 +169,25 @@ def test_weights_may_take_as_long_as_a_publish(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("learner.weight_publisher.WeightPublisher", Publisher)
     monkeypatch.setattr("learner.weight_sources.stored_source", lambda path, model: path)
     monkeypatch.setattr(judging.ray, "get", lambda calls, timeout: calls)
+    return found
+
+
+def test_weights_may_take_as_long_as_a_publish(sent: list[tuple[str, float]]) -> None:
     config = TandemConfig()
     config.cluster.publish_timeout_s = 300.0
     prompts = [Prompt(1, "It is ", (7,))]
     judge_models(config, {"base": "one", "sft": "two"}, prompts, [Sampler()], ["proxy"], QUIET)
-    assert made == [("two", 300.0)]
+    assert sent == [("two", 300.0)]
 
 
-def test_what_is_kept_is_neither_sampled_nor_judged_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_kept_is_neither_sampled_nor_judged_again(sent: list[tuple[str, float]], tmp_path: Path) -> None:
     """Base and SFT of an earlier run; the KL of the new model is computed by SFT, which is served for it."""
-    sent: list[str] = []
-
-    class Publisher:
-        def __init__(self, backend: str, source: Any, timeout_s: float = 120.0):
-            sent.append(source)
-
-        def connect(self, actors: list[Any]) -> None: ...
-
-        def send(self, version: int) -> Any:
-            return SimpleNamespace(require_all=lambda: None)
-
-        def shutdown(self) -> None: ...
-
-    monkeypatch.setattr("learner.weight_publisher.WeightPublisher", Publisher)
-    monkeypatch.setattr("learner.weight_sources.stored_source", lambda path, model: path)
-    monkeypatch.setattr(judging.ray, "get", lambda calls, timeout: calls)
     config = TandemConfig()
     config.evaluate.samples, config.evaluate.bootstrap_samples = 2, 50
     models = {"base": "one", "ppo": "mine", "sft": "two"}
     prompts = [Prompt(i, "It is ", (7 + i,), row='{"a": 1}') for i in range(3)]
     first = judge_models(config, models, prompts, [actor := Sampler()], ["proxy"], QUIET)
-    assert (sent, len(actor.sampled), len(actor.computed)) == (["mine", "two"], 6, 2)
+    assert ([path for path, _ in sent], len(actor.sampled), len(actor.computed)) == (["mine", "two"], 6, 2)
 
     answers = KeptAnswers(str(tmp_path), {"seed": 1})
     for name in ("base", "sft"):
@@ -206,7 +196,7 @@ def test_what_is_kept_is_neither_sampled_nor_judged_again(monkeypatch: pytest.Mo
     assert kept.keys() == {"base", "sft"}
     sent.clear()
     again = judge_models(config, models, prompts, [actor := Sampler()], ["proxy"], QUIET, kept)
-    assert (sent, len(actor.sampled), len(actor.computed)) == (["mine", "two"], 2, 1)
+    assert ([path for path, _ in sent], len(actor.sampled), len(actor.computed)) == (["mine", "two"], 2, 1)
     assert list(again) == list(models)
     judges = ["proxy"]
     assert summarize(again, judges, config) == summarize(first, judges, config)

@@ -1275,6 +1275,12 @@ def test_checkpoints_and_layers_of_other_stages_are_not_looked_at(config, tmp_pa
     assert "ppo.trainable_layers is 9, the model has 2 layers" in str(raised.value)
 
 
+@pytest.mark.parametrize("section", ["ppo", "evaluate"])
+def test_temperatures_that_vllm_would_raise_are_refused(config: TandemConfig, section: str) -> None:
+    found = conflicts(put(config, **{f"{section}__sampling__temperature": 0.005}))
+    assert any(line.startswith(f"{section}.sampling.temperature must be in [0.01, 2]; found 0.005") for line in found)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("evaluate__sampling__top_p", 0), ("evaluate__sampling__min_completion_tokens", -3), ("evaluate__samples", 0)],

@@ -7,7 +7,6 @@ Left out: what fails and what joins, commits, held-out prompts, conversations, d
 
 import gc
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -223,19 +222,26 @@ class _Simulation:
         self._ledger.trained(version + 1)
 
 
-@dataclass
 class Share:
-    """Tokens of a rank's rows and those of completions: of all rows, of the first minibatch, of what is held of it."""
+    """Tokens of a rank's rows and those of completions: of all rows, of the first minibatch, of what is held of it.
 
-    all: tuple[int, int] = (0, 0)
-    first: tuple[int, int] = (0, 0)
-    held: tuple[int, int] = (0, 0)
+    Args:
+        room: `learner.held_tokens`.
+    """
 
-    def add(self, tokens: int, completion: int, is_first: bool, is_held: bool) -> None:
-        """A microbatch."""
-        for name, counts in (("all", True), ("first", is_first), ("held", is_held)):
-            before = getattr(self, name)
-            setattr(self, name, (before[0] + counts * tokens, before[1] + counts * completion))
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self.all, self.first, self.held = np.zeros(2), np.zeros(2), np.zeros(2)
+
+    def add(self, tokens: int, again: int, completion: int, is_first: bool) -> None:
+        """A microbatch of so many tokens, of which `again` are prompts that the packed row has already."""
+        counts = np.array([tokens - again, completion])
+        self.all += counts
+        if is_first:
+            self.first += counts
+            if tokens <= self._room:
+                self._room -= tokens
+                self.held += counts
 
 
 def update_seconds(
@@ -246,7 +252,7 @@ def update_seconds(
     sizes = [(r.num_tokens, len(r.completion.token_ids)) for r in rollouts]
     numbers = {group: i for i, group in enumerate(sorted({r.group for r in rollouts}))}
     groups, has_prompt_once = [numbers[r.group] for r in rollouts], cluster.gpus_per_learner_rank == 0
-    shares: dict[int, Share] = defaultdict(Share)
+    shares = [Share(config.learner.held_tokens) for _ in range(cluster.num_learner_ranks)]
     for number, rows in enumerate(np.array_split(rng.permutation(len(sizes)), ppo.minibatches)):
         cut = cut_microbatches(
             [sizes[r][0] for r in rows],
@@ -255,32 +261,24 @@ def update_seconds(
             [groups[r] for r in rows],
         )
         for rank, parts in enumerate(cut):
-            share, left = shares[rank], config.learner.held_tokens
             for part in parts:
                 tokens, completion = (sum(sizes[rows[i]][which] for i in part) for which in (0, 1))
-                is_first = number == 0
-                is_held = is_first and tokens <= left
-                left -= tokens if is_held else 0
                 again = (
                     [rows[b] for a, b in pairwise(part) if groups[rows[a]] == groups[rows[b]]]
                     if has_prompt_once
                     else []
                 )
-                tokens -= sum(sizes[row][0] - sizes[row][1] for row in again)
-                share.add(tokens, completion, is_first, is_held)
-    return [_rank_seconds(config, speed, shares[rank]) for rank in range(cluster.num_learner_ranks)]
+                prompts = sum(sizes[row][0] - sizes[row][1] for row in again)
+                shares[rank].add(tokens, prompts, completion, is_first=number == 0)
+    return [_rank_seconds(config, speed, share) for share in shares]
 
 
 def passes(config: TandemConfig, share: Share) -> dict[str, tuple[float, float, float]]:
     """By phase: how often its fixed part counts, tokens, and completion tokens, as `learner/ppo_update.py` runs them."""
-    epochs, steps, estimator = (
-        config.ppo.epochs,
-        config.ppo.epochs * config.ppo.minibatches,
-        chosen_estimator(config.ppo),
-    )
+    epochs, estimator = config.ppo.epochs, chosen_estimator(config.ppo)
 
-    def counts(times: int, but: tuple[int, int] = (0, 0)) -> tuple[float, float, float]:
-        tokens, completion = (float(times * every - less) for every, less in zip(share.all, but, strict=True))
+    def counts(times: int, but: Any = 0) -> tuple[float, float, float]:
+        tokens, completion = (times * share.all - but).tolist()
         return 1.0, tokens, completion
 
     once, backward = counts(1), counts(epochs)
@@ -288,7 +286,7 @@ def passes(config: TandemConfig, share: Share) -> dict[str, tuple[float, float, 
     found = {"reference": once, "policy_forward": forward, "policy_backward": backward, "rest": once}
     if estimator.has_value_model:
         found |= {"value_forward": counts(1 + epochs, share.first), "value_backward": backward}
-    return found | {"optimizer": (float(steps), 0.0, 0.0)}
+    return found | {"optimizer": (float(epochs * config.ppo.minibatches), 0.0, 0.0)}
 
 
 def _rank_seconds(config: TandemConfig, speed: LearnerSpeed, share: Share) -> float:
