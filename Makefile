@@ -58,8 +58,8 @@ study-tuning: setup ## before it: the same four settings for every arm
 	$(PY) train.py -m +experiment=five_reasons_tuning_rank $(ARGS)
 
 study-second-tuning: setup ## what is missing of the second study's tuning, in MINUTES
-	$(MISSING) five_reasons_2_tuning five_reasons_2_tuning_filtered five_reasons_2_tuning_rank five_reasons_2_tuning_base \
-		five_reasons_2_tuning_combined five_reasons_2_tuning_half five_reasons_2_tuning_turns
+	$(MISSING) five_reasons_2_tuning_rates five_reasons_2_tuning_filtered five_reasons_2_tuning_rank five_reasons_2_tuning_base \
+		five_reasons_2_tuning_combined five_reasons_2_tuning_turns
 	$(PY) -m studies.five_reasons.tuning docs/results/five_reasons_2_tuning
 
 study-second: setup ## what is missing of the second study, in MINUTES; on another machine it goes on

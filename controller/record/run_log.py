@@ -32,6 +32,7 @@ from controller.record.status_file import end_state
 from controller.record.tracker_thread import start_trackers
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "phases.jsonl")
+TIMES = ("wall_s", "start_s", "end_s")  # of the run that wrote the line
 TRACKER_FAULTS = "faults"  # the stage of the lines that count them: {"fault/NAME": since the attempt began}
 
 
@@ -145,21 +146,22 @@ class RunLog:
         return {name: "".join(line for line in self._lines(name) if _stage_of(line) in own) for name in LOGS}
 
     def take(self, stage: str, texts: Mapping[str, str]) -> None:
-        """Let the lines of a stage be those of another run, as `lines_of` gave them."""
-        if self.lines_of(stage) != {name: texts.get(name, "") for name in LOGS}:
+        """Let the lines of a stage be those of the run that made it, as `lines_of` gave them. Of another run they have no
+        times: nothing of this one's went there."""
+        made = {name: texts.get(name, "") for name in LOGS}
+        taken = {name: "".join(map(_without_times, _lines_in(text))) for name, text in made.items()}
+        if self.lines_of(stage) not in (made, taken):
             self.forget(stage)
-            for name, text in texts.items():
-                for line in io.StringIO(text, newline="\n"):
+            for name, text in taken.items():
+                for line in _lines_in(text):
                     self._append(name, line, _stage_of(line))
 
     def _lines(self, name: str) -> list[str]:
-        # A text may hold other line ends than the one that ends a line here.
         with (self.run_dir / name).open(encoding="utf-8", newline="\n") as file:
             return list(file)
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        self._append(name, line, str(row.get("stage", "")))
+        self._append(name, _line(row), str(row.get("stage", "")))
 
     def _append(self, name: str, line: str, stage: str) -> None:
         self._files[name].write(line)
@@ -216,6 +218,20 @@ def _open(path: Path) -> IO[str]:
     if torn:
         file.write("\n")
     return file
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _lines_in(text: str) -> Iterator[str]:
+    """A text may hold other line ends than the one that ends a line here."""
+    return iter(io.StringIO(text, newline="\n"))
+
+
+def _without_times(line: str) -> str:
+    row = json.loads(line)
+    return line if row.keys().isdisjoint(TIMES) else _line({name: row[name] for name in row if name not in TIMES})
 
 
 def _stage_of(line: str) -> str:

@@ -87,7 +87,8 @@ def _progress(run: Run, status: Status) -> list[str]:
     steps = [value for row in ppo if (value := number(row.get("perf/step_s"))) is not None]
     written = (run.path / "metrics.jsonl").stat().st_mtime
     silent_s = time.time() - max(written, status.facts.get("started") or 0.0)  # another attempt may have written last
-    if running and run.metrics[-1] is ppo[-1] and steps and silent_s > OVERDUE * median(steps):
+    more_to_come = planned is None or (last.get("progress/version") or 0.0) < planned
+    if running and more_to_come and run.metrics[-1] is ppo[-1] and steps and silent_s > OVERDUE * median(steps):
         out.append(
             f"ALARM: No new version for {spoken(silent_s)}, over {OVERDUE} times the median step ({spoken(median(steps))}). "
             "Try: see what it waits for above; cluster.step_timeout_s ends it if it hangs."

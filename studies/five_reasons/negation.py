@@ -172,13 +172,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, metavar="DIR", help=f"where {NAME} is written (default: RUN)")
     given = parser.parse_args(arguments)
     folder = given.into or given.run
+    target, note = folder / NAME, folder / RECORD
     try:
         folder.mkdir(parents=True, exist_ok=True)  # before hours of scoring
-        run, note = find_run(given.run), folder / RECORD
-        result = measure(run, recorded(note)["sha256"] if note.exists() else sha256())
+        registration = recorded(note)["sha256"] if note.exists() else sha256()
+        if given.into and target.exists() and json.loads(target.read_text())["preregistration"] == registration:
+            print(f"negation: {target} is there, of the models that were first: the verdict is theirs")
+            return
+        run = find_run(given.run)
+        result = measure(run, registration)
     except StudyError as error:
         raise SystemExit(f"negation: {error}") from error
-    target = folder / NAME
     target.write_text(json.dumps(result, indent=1) + "\n")
     plan = Bootstrap(samples=2000, seed=0)
     for name in (*result["scored"], "cross_entropy_signed"):

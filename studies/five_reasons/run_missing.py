@@ -85,6 +85,12 @@ def is_of(member: Member, job: Job, shared: Sequence[str] = ()) -> bool:
     return {f"{key}={value}" for key, value in job.items()} <= given and {*swept(given)} <= job.keys()
 
 
+def missing_of(sweep: Sweep, kept_in: Path) -> list[Job]:
+    """`kept_in`: docs/results/STUDY."""
+    found = kept_members(kept_in)
+    return [job for job in sweep.jobs if not any(is_of(member, job, sweep.overrides) for member in found)]
+
+
 @dataclass
 class Pieces:
     """One session's work on a sweep."""
@@ -101,8 +107,7 @@ class Pieces:
     _unjudged: set[str] = field(default_factory=set)
 
     def missing(self) -> list[Job]:
-        found = kept_members(self.kept_in)
-        return [job for job in self.sweep.jobs if not any(is_of(member, job, self.sweep.overrides) for member in found)]
+        return missing_of(self.sweep, self.kept_in)
 
     def minutes(self, jobs: Sequence[Job]) -> float:
         """That these members will take, so many at a time, by what kept ones of their arms took."""
@@ -216,6 +221,8 @@ def run_sweep(
         StudyError: what is there was made by other code, and `other_code` does not allow for it.
     """
     folder, shared = results / sweep.name, list[str]()
+    if all(_is_alone(job["arm"]) for job in sweep.jobs):
+        at_a_time = 1  # with every core
     if at_a_time > 1:
         keys = [f"cluster.threads_per_{part}" for part in ("actor", "learner_rank", "reward_replica")]
         given = {word.partition("=")[0] for word in sweep.overrides}
@@ -245,7 +252,8 @@ def run_sweep(
     if cpu_dtype() != "bfloat16":
         said = "this CPU does not multiply bfloat16: members train in float32 and take longer (docs/study.md)"
         print(said, flush=True)
-    record(folder, sweep.registration)
+    for directory in (folder, sweep.runs):  # before members, which start side by side, look for it
+        record(directory, sweep.registration)
     make_models(sweep)
     return pieces.run()
 
@@ -267,10 +275,15 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = time.monotonic() + 60 * given.minutes
     try:
         overrides = [word for word in given.words if "=" in word]
-        for experiment in (word for word in given.words if "=" not in word):
-            sweep = sweep_of(experiment, overrides)
-            missing = run_sweep(sweep, given.into, given.at_a_time, deadline, given.dry_run, given.other_code)
-            print(f"{experiment}: {len(missing)} members are missing now; what is kept is in {given.into}", flush=True)
+        sweeps = [sweep_of(word, overrides) for word in given.words if "=" not in word]
+        for sweep in sweeps:
+            run_sweep(sweep, given.into, given.at_a_time, deadline, given.dry_run, given.other_code)
+        for sweep in sweeps:  # at the end: a later one may have had other models than what was kept of an earlier one
+            missing = missing_of(sweep, given.into / sweep.name)
+            print(
+                f"{sweep.experiment}: {len(missing)} members are missing now; what is kept is in {given.into}",
+                flush=True,
+            )
     except StudyError as error:
         raise SystemExit(f"study: {error}") from error
 

@@ -75,8 +75,11 @@ def tuned(sources: Sequence[Path], members: Sequence[Member], plan: Preregistrat
         for row in fit:
             row.is_best = row is max(fit, key=lambda row: row.objective or 0.0)
     for row in rows:
-        used = [_value(m.run, row.key.split(", ")) for m in members if m.arm == row.arm]
-        row.is_used = (row.value in used and row.source == newest[row.arm]) if used else None
+        ran = [m.run for m in members if m.arm == row.arm]
+        row.is_used = row.value in [_value(run, row.key.split(", ")) for run in ran] if ran else None
+    used = {row.arm: row.source for row in reversed(rows) if row.is_used}  # the first source that has what was used
+    for row in rows:
+        row.is_used = row.is_used and row.source == used[row.arm]
     order = list(dict.fromkeys(row.arm for row in rows))
     return sorted(rows, key=lambda row: (order.index(row.arm), number(row.value) or 0.0))
 

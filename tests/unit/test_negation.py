@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
+from studies.five_reasons import negation
 from studies.five_reasons.negation import auc, auc_draws, changes, checkpoints, find_run, wins
 from studies.five_reasons.negation_rules import Triple, triple
-from studies.five_reasons.registration import Bootstrap, StudyError
+from studies.five_reasons.registration import Bootstrap, StudyError, record
 
 BOOTSTRAP = Bootstrap(samples=2000, seed=0)
 
@@ -106,6 +107,20 @@ def test_a_difference_of_areas_uses_the_same_draws() -> None:
 def test_what_was_not_measured_is_said() -> None:
     assert auc(SCORED, {"proxy": 1.0, "gold": -1.0}, BOOTSTRAP).missing == "not measured: gold"
     assert auc({"proxy": [[1.0, 2.0, 3.0]]}, {"proxy": 1.0}, BOOTSTRAP).missing == "1 triples"
+
+
+def test_of_a_study_in_pieces_the_models_that_were_first_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured again with others in each session, the verdict would be the last one's."""
+    monkeypatch.setattr(negation, "measure", lambda run, registration: pytest.fail("measured again"))
+    registration = record(tmp_path)["sha256"]
+    (tmp_path / negation.NAME).write_text(json.dumps({"preregistration": registration}))
+    negation.main(["runs", "--into", str(tmp_path)])
+    assert "is there, of the models that were first" in capsys.readouterr().out
+    (tmp_path / negation.NAME).write_text(json.dumps({"preregistration": "of another"}))
+    with pytest.raises(SystemExit, match="negation: runs"):  # there is no such run
+        negation.main(["runs", "--into", str(tmp_path)])
 
 
 def test_the_models_of_a_study_are_those_of_its_first_finished_member(tmp_path: Path) -> None:

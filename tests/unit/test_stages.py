@@ -17,6 +17,7 @@ from contracts.checks.validation import ConfigError
 from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
 from controller.pipeline.ingredients import UNSEEN, environment_hidden, own_source, unseen
 from controller.pipeline.stage_cache import StageStore
+from controller.record.reader import read
 from controller.record.run_log import LOGS, RunLog
 
 pytestmark = pytest.mark.usefixtures("made_up_metrics")
@@ -193,8 +194,32 @@ def test_lines_that_a_run_has_are_not_added_again(tmp_path: Path) -> None:
     assert store.find("sft", INPUTS) is not None
     assert {name: (tmp_path / "first" / name).read_text() for name in LOGS} == before
     other, _ = run_of(tmp_path, "second")
-    other.find("sft", INPUTS)
-    assert {name: (tmp_path / "second" / name).read_text() for name in LOGS} == before
+    for _ in range(2):
+        other.find("sft", INPUTS)
+        rows = {name: lines(tmp_path / "second" / name) for name in LOGS}
+        assert rows["metrics.jsonl"] == [{"stage": "sft", "step": 1, "loss": 2.5}]
+        assert rows["phases.jsonl"] == [{"stage": "sft", "phase": "training"}]
+        assert (tmp_path / "second/samples.jsonl").read_text() == before["samples.jsonl"]
+
+
+def test_the_time_of_a_run_is_not_that_of_the_stages_that_it_found(tmp_path: Path) -> None:
+    def at(name: str, *times: float) -> tuple[StageStore, RunLog]:
+        clock = iter(times)
+        log = RunLog(tmp_path / name, {}, LoggerConfig(wandb="disabled"), "test", clock=lambda: next(clock))
+        return StageStore(tmp_path / "cache", log, "auto", print, lambda stage: CODE), log
+
+    store, log = at("first", 0, 100, 100, 150)
+    store.run("sft", INPUTS, work_with(log, 2.5))
+    assert read(tmp_path / "first").wall_s == 150
+    later, log = at("second", 0, 10, 30, 40)
+    later.find("sft", INPUTS)
+    log.log("ppo", 1, {"loss": 1.0})
+    with log.phase("ppo", "training"):
+        pass
+    found = read(tmp_path / "second")
+    assert found.wall_s == 40
+    assert [row["stage"] for row in found.phases] == ["ppo"]
+    assert [row["stage"] for row in found.metrics] == ["sft", "ppo"]
 
 
 def test_lines_of_an_earlier_attempt_with_other_settings_give_way_to_those_of_the_stage(tmp_path: Path) -> None:

@@ -75,6 +75,9 @@ def test_the_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = time.time() - 31
     os.utime(tmp_path / "metrics.jsonl", (old, old))
     assert "ALARM: No new version for 31 s" in "\n".join(lines_of(tmp_path))
+    (tmp_path / "config.yaml").write_text("name: demo\nppo: {updates: 4}\n")  # the last version: evaluation comes next
+    assert "No new version" not in "\n".join(lines_of(tmp_path))
+    (tmp_path / "config.yaml").write_text("name: demo\nppo: {updates: 32}\n")
     # A run that was resumed a moment ago has not been silent for as long as it did not run.
     facts = json.loads((tmp_path / "status.json").read_text())
     (tmp_path / "status.json").write_text(json.dumps(facts | {"started": time.time() - 20}))

@@ -147,6 +147,17 @@ def test_the_tuning_is_read_from_what_is_kept_by_the_keys_of_its_sweep(tmp_path:
     assert rows[2].is_best
 
 
+def test_what_an_arm_keeps_of_an_earlier_tuning_is_what_it_used(tmp_path: Path) -> None:
+    """None of the new settings could be chosen, so it runs with an old one."""
+    for number, (folder, setting) in enumerate((("old", "lower"), ("old", "upper"), ("new", "middle"))):
+        make_member(tmp_path / folder, number, "ppo", 100, setting=setting)
+    ran = [member for member in members_of_study(tmp_path / "old") if member.run.path.name.endswith("upper")]
+    rows = tuned([tmp_path / "new", tmp_path / "old"], ran, study_plan())
+    assert {(row.source, row.setting): row.is_used for row in rows} == {
+        ("new", "middle"): False, ("old", "lower"): False, ("old", "upper"): True
+    }  # fmt: skip
+
+
 def test_of_settings_that_diverged_none_is_chosen_where_one_did_not(tmp_path: Path) -> None:
     for number, setting in enumerate(("lower", "upper")):  # of PPO, which gains more at the upper rate
         make_member(tmp_path, number, "ppo", 100, setting=setting)
@@ -325,6 +336,30 @@ def test_of_a_tuning_an_arm_is_compared_with_itself_alone(tmp_path: Path) -> Non
     second = Runs(tmp_path / "second", "b")
     assert pieces(tmp_path, second, seeds=(100,)).run() == []
     assert second.started == [("ppo", "100")]
+
+
+def test_settings_that_are_compared_are_of_one_sweep() -> None:
+    """Whose members run again together where models turn out to be others."""
+    made = re.findall(
+        r"\bfive_reasons_2_tuning\w*",
+        (ROOT / "Makefile").read_text().split("study-second-tuning: ")[1].split("$(PY)")[0],
+    )
+    sweeps = [sweep_of(name) for name in made]
+    arms = [arm for sweep in sweeps for arm in {job["arm"] for job in sweep.jobs}]
+    assert len(arms) == len(set(arms)) == 7
+    assert sum(len(sweep.jobs) for sweep in sweeps) == 21  # as preregistration_2.yaml says
+
+
+def test_conversations_alone_have_every_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(run_missing, "make_models", lambda sweep: None)
+    monkeypatch.setattr(Pieces, "run", lambda self: seen.append(self.at_a_time))
+    for arms in (["two_turn_combined"], ["two_turn_combined", "ppo"]):
+        sweep = Sweep(
+            "x", "x", tmp_path / "runs", [{"arm": arm, "ppo.seed": "1"} for arm in arms], PREREGISTRATION, {1}, []
+        )
+        run_sweep(sweep, tmp_path / "results", 2, time.monotonic() + 600, dry_run=False, other_code=False)
+    assert seen == [1, 2]
 
 
 def test_a_sweep_is_read_from_its_configuration() -> None:
