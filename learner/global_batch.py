@@ -35,18 +35,23 @@ def compare(
 
 
 def _whiten(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, over: str) -> None:
-    """Over the tokens of the batch, or of each rollout group, wherever its members lie."""
+    """Over the tokens of the batch, or of each rollout group, wherever its members lie. In a group, a sequence that trains
+    alone has nothing to be compared with and gets 0: whitened over itself, what sets its tokens apart would grow to full
+    size, and its score would be gone."""
     # There are no more groups than sequences, and their numbers begin at 0.
     size = sum(batch.global_sequences) if over == "group" else 1
-    table = torch.zeros(size, 3, dtype=torch.float64, device=ranks.device)
+    table = torch.zeros(size, 4, dtype=torch.float64, device=ranks.device)
     owners = [torch.from_numpy(p.batch.groups * (over == "group")).to(ranks.device) for p in passes]
     for p, owner in zip(passes, owners, strict=True):
         valid = torch.where(p.places.trains, p.advantages.double(), 0.0)
-        rows = [p.places.trains.sum(1).double(), valid.sum(1), valid.square().sum(1)]
+        tokens = p.places.trains.sum(1).double()
+        rows = [tokens, valid.sum(1), valid.square().sum(1), (tokens > 0).double()]
         table.index_add_(0, owner, torch.stack(rows, dim=1))
     ranks.sum(table)
     for p, owner in zip(passes, owners, strict=True):
-        p.advantages = whiten(p.advantages, p.places.trains, table[owner][:, None])
+        moments, sequences = table[owner].split([3, 1], dim=1)
+        whitened = whiten(p.advantages, p.places.trains, moments[:, None])
+        p.advantages = torch.where(sequences < 2, 0.0, whitened) if over == "group" else whitened
 
 
 def _rollouts(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, estimator: Estimator) -> Rollouts:

@@ -16,6 +16,7 @@ No pointer file names the newest: discovery looks for the newest manifest that v
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -74,7 +75,7 @@ class Commit:
 
     def problem(self, content: bool = True) -> str | None:
         """Why it is no valid commit, or None. Without `content` the files' sizes alone are compared."""
-        if self.path.stat().st_uid != os.getuid():
+        if self.path.stat().st_uid != _owner_of_what_is_written_in(self.path.parent):
             return f"{self.path} belongs to another user"
         if self.path.name != f"step_{self.step}":
             return f"{MANIFEST} is of step {self.step}"
@@ -92,6 +93,15 @@ class Commit:
 
     def driver_state(self) -> State:
         return json.loads((self.path / DRIVER).read_text()), load_file(self.path / ARRAYS)
+
+
+def _owner_of_what_is_written_in(folder: Path) -> int:
+    """As network storage has it, which may know this user by another number (NFS for root, access points of EFS)."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:  # nothing can be written there
+        return os.getuid()
 
 
 def write_driver_state(partial: Path, state: State) -> dict[str, FileRecord]:

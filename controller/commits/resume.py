@@ -34,6 +34,10 @@ from controller.record.run_log import LOGS, RunLog
 LOCK, SESSION, CONFIG = "driver.lock", "ray_session", "config.yaml"
 SESSION_NAME = re.compile(r"session_\d[\w-]*")  # as Ray calls them: session_2026-11-28_16-02-11_123456_4711
 ORPHANS_END_S = 10.0
+# Of a scorer, what bounds its work: its version has none of it, and a limit that was too tight may be widened.
+BOUNDS = re.compile(
+    r"scorers\.[^.]+\.((judge\.)?timeout_s|processes|batch_size|memory_gib|judge\.(concurrency|engine\.kv_cache_gib))"
+)
 SHOWN = 12  # characters of a fingerprint, for people
 
 
@@ -104,12 +108,12 @@ class RunDirectory:
         """
         commit_store.sweep(self.path)
         if resume == "never":
-            self._set_aside("checkpoint.resume=never")
+            self.set_aside("checkpoint.resume=never")
             return None
         commit = commit_store.newest_valid(self.path, self._say)
         if commit is None:
             return None
-        if found := differences(commit.run.identity, identity):
+        if found := differences(_without_bounds(commit.run.identity), _without_bounds(identity)):
             told = f"{commit.path} is of another run than this configuration describes:"
             instead = (
                 "write the values of the commit, another run_dir, or checkpoint.resume=never to start afresh; where "
@@ -117,13 +121,12 @@ class RunDirectory:
             )
             raise ConfigError("\n  - ".join([told, *found, instead]))
         if is_stale(commit):
-            self._set_aside(
-                f"{commit.path} is the end of a run by other code, or reuse_stages=false asks for a new one"
-            )
+            self.set_aside(f"{commit.path} is the end of a run by other code, or reuse_stages=false asks for a new one")
             return None
         return commit
 
-    def _set_aside(self, why: str) -> None:
+    def set_aside(self, why: str) -> None:
+        """Start afresh, and keep what is there: commits and logs."""
         folder = self.path / commit_store.FOLDER
         if commit_store.steps(self.path):
             aside = self.path / f"{commit_store.FOLDER}.before-attempt-{self.attempt}"
@@ -140,6 +143,10 @@ def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:
     directory.write_config(plain)
     estimators = [chosen_estimator(config.ppo)]
     return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt, estimators=estimators)
+
+
+def _without_bounds(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if not BOUNDS.fullmatch(key)}
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

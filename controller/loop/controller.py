@@ -280,8 +280,10 @@ class PPOController:
             raise NonFiniteError(f"{cause}; no optimizer step was taken with it, its rollouts are in {path}") from None
         train_s = time.perf_counter() - start
         tokens = sum(r.num_tokens for r in rollouts)
-        metrics |= {"perf/train_s": train_s, "perf/train_tokens_per_s": tokens / train_s, "kl/coef": self.kl.coef}
-        if chosen_estimator(ppo).kl == "reward":
+        metrics |= {"perf/train_s": train_s, "perf/train_tokens_per_s": tokens / train_s}
+        place = chosen_estimator(ppo).kl
+        metrics |= {"kl/coef": self.kl.coef} if place != "none" else {}
+        if place == "reward":
             metrics["reward/kl_penalty_mean"] = -self.kl.coef * metrics["kl/ref_seq"]
         if train_policy:
             self.kl.update(metrics["kl/ref_seq"], len(trained_on))

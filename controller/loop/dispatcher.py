@@ -15,6 +15,7 @@ others get the rest.
 """
 
 import itertools
+import threading
 from collections.abc import Iterator
 from functools import partial
 
@@ -33,6 +34,7 @@ from controller.loop.clock import WALL_CLOCK, Clock
 from controller.loop.fleet import Fleet, Joined
 from controller.loop.liveness import LivenessMonitor, Stragglers
 
+NO_BATCH = 2**31 - 1  # more completions than an actor ever holds: it waits for all that it was assigned
 PATIENCE_S = 2.0  # how long a completion waits for others that are scored with it, where actors and learner overlap
 
 
@@ -60,12 +62,9 @@ class Dispatcher:
         self._stream = stream
         self._ppo = ppo
         self._scorers = scorers
-        # Where phases take turns, scoring begins when the last completion is there: each may then use every core.
-        self._scoring = (
-            (ppo.score_batch, PATIENCE_S)
-            if ledger.max_staleness
-            else (ledger.rollouts_per_update, cluster.step_timeout_s)
-        )
+        # Where phases take turns, scoring begins when the last completion is there, however long that takes: each phase may
+        # then use every core, and what a text is scored beside does not depend on the clock.
+        self._scoring = (ppo.score_batch, PATIENCE_S) if ledger.max_staleness else (NO_BATCH, threading.TIMEOUT_MAX)
         self._held: list[dict[int, float]] = [{} for _ in actors]  # leases at each actor, and since when
         self._life = [0] * len(actors)  # which actor in this place: answers of an earlier one no longer count
         self._serving = fleet.present()  # actors that may be handed work

@@ -221,9 +221,12 @@ def _find_commit(context: "StageContext", identity: dict[str, Any]) -> "Commit |
             last = config.ppo.updates + warmup_updates(config.ppo)
 
             def is_stale(commit: "Commit") -> bool:
-                return commit.step >= last and (config.reuse_stages is False or commit.run.code not in (None, code))
+                is_other = config.reuse_stages is not True and commit.run.code not in (None, code)
+                return commit.step >= last and (config.reuse_stages is False or is_other)
 
             commit = context.directory.find(config.checkpoint.resume, identity, is_stale)
+    else:
+        context.directory.set_aside("checkpoint.every=0")
     if commit is None:
         context.log.forget(context.result)
     else:

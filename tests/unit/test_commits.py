@@ -19,13 +19,16 @@ from controller.ledger.ledger import Ledger
 ARRAYS = {"int32": np.arange(5, dtype=np.int32), "float32": np.array([0.5, -1.0], dtype=np.float32)}
 
 
-def commit(run_dir: Path, step: int, quality: float | None = None, config: dict[str, Any] | None = None) -> Commit:
+def commit(
+    run_dir: Path, step: int, quality: float | None = None, config: dict[str, Any] | None = None, **facts: Any
+) -> Commit:
     """A commit as `controller.commits.committer` makes it."""
     path = commit_store.step_path(run_dir, step)
     partial = path.with_name(path.name + ".partial")
     (partial / "policy").mkdir(parents=True)
     named = quality and ("reward/x", quality)
-    new = Commit(path, step, step - 1, RunFacts({"seed": 1}, config or {}, {}, {"torch": "2"}), 1, named, {})
+    about = RunFacts(**{"identity": {"seed": 1}, "config": config or {}, "packages": {"torch": "2"}} | facts)
+    new = Commit(path, step, step - 1, about, 1, named, {})
     new.records["rank_0.safetensors"] = durable.write_chunks(partial / "rank_0.safetensors", [b"weights"])
     new.records["policy/config.json"] = durable.write_json(partial / "policy/config.json", {"layers": 2})
     new.records.update(commit_store.write_driver_state(partial, ({"updates": step}, ARRAYS)))
@@ -181,6 +184,17 @@ def test_what_was_passed_over_does_not_come_back(tmp_path: Path) -> None:
     aside = [path for path in (tmp_path / "checkpoints").iterdir() if path.name != "step_2"]
     assert sorted(path.name.rpartition("_")[0] for path in aside) == ["invalid_step_4", "invalid_step_6"]
     assert all((path / MANIFEST).exists() for path in aside)
+
+
+def test_whose_a_commit_is_goes_by_what_the_file_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network storage may know this user by another number: of root under NFS, of everybody behind an access point."""
+    commit(tmp_path, 2)
+    monkeypatch.setattr(os, "getuid", lambda: 65533)
+    assert commit_store.verified(tmp_path, 2).step == 2
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr(commit_store, "_owner_of_what_is_written_in", lambda folder: owner + 1)
+    with pytest.raises(CheckpointError, match="belongs to another user"):
+        commit_store.verified(tmp_path, 2)
 
 
 def test_without_commits_there_is_none(tmp_path: Path) -> None:

@@ -214,8 +214,10 @@ def plain_whitened(ppo: PPOConfig, rows: list[list[float]]) -> list[list[float]]
     result = []
     for i, row in enumerate(rows):
         together = [j for j in range(len(rows)) if ppo.whiten_over == "batch" or NUMBERS[j] == NUMBERS[i]]
-        flat = np.array([x for j in together for x in rows[j] if not (ppo.mask_truncated and j in CUT_OFF)])
-        result.append([(x - flat.mean()) / math.sqrt(flat.var(ddof=1) + 1e-8) for x in row])
+        together = [j for j in together if not (ppo.mask_truncated and j in CUT_OFF)]
+        flat = np.array([x for j in together for x in rows[j]])
+        spread = math.sqrt(flat.var(ddof=1) + 1e-8) if len(together) > 1 else math.inf
+        result.append([(x - flat.mean()) / spread for x in row])
     return result
 
 
@@ -432,6 +434,12 @@ def whitened_without_what_is_cut_off(ppo: PPOConfig) -> None:
     ppo.whiten_over, ppo.mask_truncated = "batch", True
 
 
+def whitened_by_group_of_which_one_is_left(ppo: PPOConfig) -> None:
+    """Of the second prompt, whose other completion was cut off: it is compared with nothing."""
+    whitened_by_group(ppo)
+    ppo.mask_truncated = True
+
+
 CHANGES = [
     cispo,
     clip_higher,
@@ -442,6 +450,7 @@ CHANGES = [
     group_mean_and_deviation_of_the_batch,
     whitened_by_group,
     whitened_without_what_is_cut_off,
+    whitened_by_group_of_which_one_is_left,
 ]
 
 

@@ -4,8 +4,10 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -14,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from common.flatten import flat
 from contracts.checks.validation import ConfigError
+from contracts.config import ScorerConfig, TandemConfig
 from controller.commits import commit_store
 from controller.commits.commit_store import Commit
 from controller.commits.resume import (
@@ -25,6 +28,7 @@ from controller.commits.resume import (
     require_scorers,
     resume_command,
 )
+from controller.stages import ppo
 from tests.unit.test_commits import commit
 
 
@@ -77,6 +81,57 @@ def test_the_end_of_what_is_made_anew_is_no_place_to_go_on_from(is_stale: bool, 
     assert (found is None) == is_stale
     assert (tmp_path / "checkpoints.before-attempt-1/step_2/MANIFEST.json").exists() == is_stale
     assert any("the end of a run by other code" in line for line in said) == is_stale
+
+
+def test_a_limit_that_was_too_tight_may_be_widened(tmp_path: Path) -> None:
+    """What bounds the work of a scorer decides no score."""
+    scorer = ScorerConfig(kind="function", function="rules:score", options={"timeout_s": 1})
+    before = flat({"seed": 1, "scorers": {"proxy": asdict(scorer)}}, keeps_empty=False)
+    commit(tmp_path, 2, identity=before)
+    directory = RunDirectory(tmp_path, print)
+    wider = replace(scorer, timeout_s=20.0, processes=2, batch_size=8, memory_gib=4.0)
+    wider.judge = replace(
+        wider.judge, timeout_s=90.0, concurrency=4, engine=replace(wider.judge.engine, kv_cache_gib=2.0)
+    )
+    assert directory.find("auto", flat({"seed": 1, "scorers": {"proxy": asdict(wider)}}, keeps_empty=False))
+    for other in (replace(scorer, function="rules:other"), replace(scorer, options={"timeout_s": 2})):
+        with pytest.raises(ConfigError, match=r"scorers\.proxy\.(function|options\.timeout_s): the commit has"):
+            directory.find("auto", flat({"seed": 1, "scorers": {"proxy": asdict(other)}}, keeps_empty=False))
+
+
+def found_by_ppo(run_dir: Path, config: TandemConfig, said: list[str], code: str = "ours") -> Commit | None:
+    """What stage PPO goes on from, with a log that forgets nothing that a test would miss."""
+    log = SimpleNamespace(forget=lambda stage: said.append(f"forgot {stage}"), cut=lambda stage, counts: None)
+    context = SimpleNamespace(
+        config=config, directory=RunDirectory(run_dir, said.append), log=log, result="ppo",
+        progress=SimpleNamespace(phase=lambda words: nullcontext(), line=said.append),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "_code", lambda context: code)
+        patch.setattr(Commit, "driver_state", lambda commit: ({"logs": {}}, {}))
+        return ppo._find_commit(context, {"seed": 1})  # type: ignore[arg-type]
+
+
+def test_a_start_without_commits_leaves_those_that_are_there(tmp_path: Path) -> None:
+    """It would take their lines of the log, and who goes on from them later would mix two runs."""
+    commit(tmp_path, 2)
+    (tmp_path / "metrics.jsonl").write_text("ppo\n")
+    config, said = TandemConfig(), list[str]()
+    config.checkpoint.every = 0
+    assert found_by_ppo(tmp_path, config, said) is None
+    assert (tmp_path / "checkpoints.before-attempt-1/step_2/MANIFEST.json").exists()
+    assert (tmp_path / "checkpoints.before-attempt-1/metrics.jsonl").read_text() == "ppo\n"
+    assert "checkpoint.every=0: starting afresh" in said[0]
+
+
+@pytest.mark.parametrize(("reuse", "goes_on"), [("auto", False), (True, True), (False, False)])
+def test_a_last_commit_of_other_code_is_taken_where_other_code_is(reuse: Any, goes_on: bool, tmp_path: Path) -> None:
+    """A run that ended at it, before its stage was stored."""
+    commit(tmp_path, 40, code="theirs")
+    config = TandemConfig(reuse_stages=reuse)
+    config.ppo.updates, config.ppo.value_warmup_updates = 36, 4
+    found = found_by_ppo(tmp_path, config, [])
+    assert (found is not None) == goes_on
 
 
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
