@@ -124,10 +124,9 @@ class LearnerGroup:
         self._begin()
 
     def _begin(self) -> None:
-        """Start the task in processes that are there."""
-        cluster = self._cluster
-        address, port = ray.get(self.actors[0].address.remote(), timeout=cluster.start_timeout_s)
-        shared = self._task, address, port, self._seed, cluster.step_timeout_s, self._arguments
+        """Start the task in processes that are there, or will be: nobody waits here for rank 0's address."""
+        address, port = self.actors[0].address.options(num_returns=2).remote()
+        shared = self._task, address, port, self._seed, self._cluster.step_timeout_s, self._arguments
         self._started = [actor.start.remote(*shared) for actor in self.actors]
 
     def _require_shared(self) -> None:

@@ -30,6 +30,7 @@ from controller.plan.plan import Data, judges_placed, stage_lengths
 # Numbers that a layer keeps of each token: of the width, and of the width within its MLP; and of the head's vocabulary.
 WIDTHS, MLP_WIDTHS, LOGITS = 12, 3, 2
 ADAPTERS = 4  # A and B of a square matrix of width h have 2 rank / h of its weights
+COUNTED = ("learner rank", "actor", "reward replica")  # processes of these roles, by the configuration
 STATE = 24  # bytes a weight that trains, beside itself: master, moments, gradients twice, and their conversion
 
 
@@ -43,7 +44,8 @@ def most(config: TandemConfig, stage: Stage, data: Data) -> float:
 
 def _most(config: TandemConfig, stage: Stage, data: Data) -> float:
     cluster, engine, known = config.cluster, config.engine, measured()
-    total = sum(known["private"].values()) * MIB + sum(group["mib"] for group in known["libraries"].values()) * MIB
+    others = (mib for role, mib in known["private"].items() if role not in COUNTED)
+    total = (sum(others) + sum(group["mib"] for group in known["libraries"].values())) * MIB
     if stage.trains:
         ranks = cluster.num_learner_ranks
         is_elsewhere = cluster.gpus_per_learner_rank and config.learner.offload == "none"
