@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from reward_service.verifier import BadRow, Options, Row, Verified, Verifier, answer_text, flag
+from reward_service.verifiers._amounts import amounts
 from reward_service.verifiers._answers import TAG, verdict
 from reward_service.verifiers._quantities import MAX_DIGITS, Quantity, quantity, same, same_unit, unit_of
 
@@ -16,11 +17,14 @@ LIBRARY_S = 2  # of parsing, and of comparing: beyond, the answer has no score
 MAX_CHARACTERS = 400
 TOLERANCE = Fraction(1, 2 * 10**6)  # half of the sixth decimal
 SAID = re.compile(
-    r"(?:final\s+answer|answer|result|solution)\b(?:\s+(?:to|for|of)\b[^.\n:=]{0,60}?)?[\s*_]*"
+    r"(?P<final>final\s+)?(?P<word>answer|result|solution)\b(?:\s+(?:to|for|of)\b[^.\n:=]{0,60}?)?[\s*_]*"
     r"(?:\bis\b|:|=|\bequals\b|\bwould be\b)(?:\s*\bequal to\b)?[\s*_]*:?",
     re.IGNORECASE,
 )
-HASHES = re.compile(r"####")
+HASHES = re.compile(r"(?<!#)####(?!#)")  # of GSM8K; in Markdown, of a heading
+# A heading's own number.
+NUMBERED = re.compile(r"\d+[.)]\s+\S")
+STEP = re.compile(r"\A\W*(?:step|part|case|method)\s+\d+\s*(?:[*_]*[:.)–-][*_]*(?=\s|$)|[*_]*$)", re.IGNORECASE)
 # Said of an answer, and none; a heading.
 REMARK = re.compile(
     r"(?:correct|right|confirmed|verified|reasonable|consistent|valid|clear)\b|[^\W\d]*$", re.IGNORECASE
@@ -35,17 +39,12 @@ FUNCTIONS = frozenset(
 # In Markdown; not x**2 + y**2, nor 2**(n + 1).
 BOLD = re.compile(r"(?<![\w)\]}*])(\*\*|__)(?=[^\s*_])([^*_\n]+?)(?<=\S)\1(?![\w({\[*])")
 END = re.compile(
-    r"(?<=[^\s.])[.!?](?=\s|$)|[;\n]|,?\s+(?:because|since|as|which|where|so)\b|\s+\((?=\s*[A-Za-z])|,\s+(?=[A-Za-z]{3})"
+    r"(?<=[^\s.])[.!?](?=\s|$)|[;\n]|,?\s+(?:because|since|as|which|where|so)\b|\s+\((?=\s*(?:[A-Za-z]{2}|[aA]\s))|,\s+(?=[A-Za-z]{3})"
 )
 PLAIN = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ",
     "≥": r"\ge ", "√": r"\sqrt", "**": "^", "²": "^2", "³": "^3", "\u00a0": " ",
 }  # fmt: skip
-# In a sentence with a number: it is no answer, or more than the number.
-DENIED = (
-    r"\b(?:not|\w+n['’]t|never|wrong|incorrect|cannot|or|about|around|roughly|unless|hundred|thousand|million|billion|dozen|half"
-    r"|quarters?|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths)\b|\\boxed"
-)
 # Read as something else by the library: 0.\overline{3} as 0, 12:30 as 2/5, words as products of their letters.
 UNREAD = re.compile(
     r"^\s*-?0,\d+\s*$|\\overline|\\dot\b|\\bar\b|\d\s*:\s*\d|\d\s+\d|(?<![A-Za-z\\])\d+[eE]\d|!\s*\d|[?#@~](?!\\)"
@@ -68,13 +67,16 @@ FUNCTION = re.compile(
 UNIT_BEHIND = re.compile(
     r"(.*?)(?:\\[,;: !])*\s*\\(?:text|textrm|mathrm)\s*\{([^{}]*)\}(\s*\^\s*\{?[23]\}?)?", re.DOTALL
 )
+# 5m is five meters, or what 2m + 3m is.
+FACTOR = re.compile(r"[\d}][A-Za-z](?:\s*\^\s*\{?\d\}?)?$")
 ALTERNATIVES = re.compile(r",?\s+or\s+|\s*\\text\s*\{\s*or\s*\}\s*")
+BRACKETS = re.compile(r"(.*\S)\s+\(([^()]*)\)", re.DOTALL)
 BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|,?\s*(?:or|and)\b)[\s$]*(?:[A-Za-z]\s*=)?[\s$]*")
 
 
 class Right(NamedTuple):
     number: Quantity | None
-    parsed: list[Any]  # of math-verify; empty where the number says it all
+    parsed: list[Any]  # of math-verify; beside a number where its unit may be a factor, else empty
     opening: str = ""  # its bracket, where it is in brackets as a whole
     unit: str = ""  # behind an expression
 
@@ -110,16 +112,43 @@ def boxed(text: str) -> list[tuple[int, str]]:
     return found
 
 
-def statements(completion: str) -> list[tuple[int, str]]:
-    """(where, what) of every answer that a completion states."""
-    found = [(start, inner) for start, inner in boxed(completion)]
-    found += [(match.start(), match[1]) for match in TAG.finditer(completion)]
-    for match in [*SAID.finditer(completion), *HASHES.finditer(completion)]:
-        rest = completion[match.end() : match.end() + 4 * MAX_CHARACTERS].lstrip()
-        found.append((match.start(), rest if rest.startswith(("$", "\\", "*")) else sentence(rest)))
-        if rest.startswith(("$", "\\", "*")):
-            found[-1] = (match.start(), formula(rest))
-    return sorted(found, key=lambda statement: statement[0])
+class Statement(NamedTuple):
+    at: int
+    text: str
+    is_answer: bool = True  # it says so; "the result is" may be of one step
+    is_heading: bool = False  # with the way to the answer under it
+
+
+def statements(completion: str, last_at: int) -> list[Statement]:
+    """Every answer that a completion states; "result" and "solution" in the last line, which begins at `last_at`."""
+    found = [Statement(start, inner) for start, inner in boxed(completion)]
+    found += [Statement(match.start(), match[1]) for match in TAG.finditer(completion)]
+    for match in HASHES.finditer(completion):
+        _, text, line = _behind(completion, match.end())
+        if len(line) <= MAX_CHARACTERS and not NUMBERED.match(line) and readable(text):
+            found.append(Statement(match.start(), text))
+    for match in SAID.finditer(completion):
+        at, text, _ = _behind(completion, match.end())
+        is_answer = match["word"].lower() == "answer"
+        if is_answer or match["final"] or match.start() >= last_at:
+            is_label = match[0].rstrip(" *_\n").endswith(":") and not match["final"]
+            is_heading = is_label and last_at > at and (not readable(text) or _is_working(text))
+            found.append(Statement(match.start(), text, is_answer, is_heading))
+    return sorted(found, key=lambda statement: statement.at)
+
+
+def _behind(completion: str, end: int) -> tuple[int, str, str]:
+    """What is stated behind `end`: where, as far as its sentence goes, and the whole line."""
+    rest = completion[end : end + 4 * MAX_CHARACTERS]
+    at, rest = end + len(rest) - len(rest.lstrip()), rest.lstrip()
+    text = formula(rest) if rest.startswith(("$", "\\", "*")) else sentence(rest)
+    return at, text, rest.partition("\n")[0]
+
+
+def _is_working(text: str) -> bool:
+    """Whether it works a number out, 48/2 = 24, as an answer with its name, x = 24, does not."""
+    left, equals, _ = clean(text).partition("=")
+    return bool(equals) and not re.search("[A-Za-z]", COMMANDS.sub("", left))
 
 
 def formula(rest: str) -> str:
@@ -142,22 +171,37 @@ def sentence(text: str) -> str:
 def candidates(completion: str, options: Options) -> list[str]:
     """What the answer may be: the last statement, as a whole and behind its last equals sign."""
     completion = BOLD.sub(r"\2", completion)
-    boxes, said = boxed(completion), statements(completion)
+    boxes = boxed(completion)
     if options["boxed"]:
         return _sides(_last_boxes(completion, boxes)) if boxes else []
-    if boxes:  # a later sentence counts where it has an answer of its own
-        later = [text for at, text in said if at > boxes[-1][0] and readable(text)]
-        return _sides(later[-1] if later else _last_boxes(completion, boxes))
-    if said:
-        stated = [text for _, text in said]
-        last = next((text for text in reversed(stated) if not REMARK.match(text.strip())), stated[-1])
-        whole = _sides(last)
-        return whole if any(map(readable, whole)) else _amounts(last)
     lines = [line for line in completion.splitlines() if line.strip(" *_`$\\[]().")]
-    if not lines:
-        return []
-    whole = _sides(lines[-1])
-    return whole if any(map(readable, whole)) else _amounts(lines[-1])
+    last_line = lines[-1] if lines else ""
+    said = statements(completion, completion.rindex(last_line))
+    if boxes:  # a later sentence counts where it has an answer of its own
+        later = [one.text for one in said if one.at > boxes[-1][0] and one.is_answer and readable(one.text)]
+        return _sides(later[-1] if later else _last_boxes(completion, boxes))
+    stated = [one.text for one in said if not one.is_heading]
+    if stated:
+        return _read_off(next((text for text in reversed(stated) if not REMARK.match(text.strip())), stated[-1]))
+    found = _read_off(STEP.sub("", last_line))
+    return found if found or not said else _read_off(said[-1].text)
+
+
+def _read_off(text: str) -> list[str]:
+    """A formula, as a whole and behind its last equals sign, or else the only number of a sentence or behind that sign."""
+    text = _without_remark(text)
+    whole = _sides(text)
+    if any(map(readable, whole)):
+        return whole
+    return amounts(clean(text)) or (amounts(clean(text.rsplit("=", 1)[1])) if "=" in text else [])
+
+
+def _without_remark(text: str) -> str:
+    """Without brackets at the end that say how its number comes about: 72 clips (48 + 24). 2 (x + 1) is a product."""
+    found = BRACKETS.fullmatch(clean(text))
+    number = quantity(*amounts(found[1])) if found and amounts(found[1]) else None
+    is_remark = number and any(equal(Right(number._replace(unit=""), []), side) for side in _sides(found[2]))  # type: ignore[index]
+    return found[1] if found and is_remark else text
 
 
 def _last_boxes(completion: str, boxes: list[tuple[int, str]]) -> str:
@@ -180,22 +224,6 @@ def _sides(text: str) -> list[str]:
     ):
         return [text]  # several equations
     return [text] if len(sides) == 1 else [text, clean(sides[-1])] if len(sides) == 2 else [clean(sides[-1])]
-
-
-def _amounts(line: str) -> list[str]:
-    """`amounts` of a sentence, or else of what stands behind its last equals sign."""
-    return amounts(line) or (amounts(line.rsplit("=", 1)[1]) if "=" in line else [])
-
-
-def amounts(line: str) -> list[str]:
-    """The only number of a sentence; nothing where it has several."""
-    found = re.findall(
-        r"(?<![\w.,/^-])[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w/^]|[.,]\d|[-–−]\s*\d)", clean(line)
-    )
-    digits = re.findall(r"\d+(?:[.,]\d+)*", line)
-    is_denied = re.search(DENIED, line, re.IGNORECASE)
-    is_alone = len(found) == 1 and len(digits) == len(re.findall(r"\d+(?:[.,]\d+)*", found[0]))
-    return [found[0].replace("−", "-").rstrip(",")] if is_alone and not is_denied else []
 
 
 def readable(text: str) -> bool:
@@ -271,7 +299,7 @@ def read(row: Row, options: Options) -> Right:
         text = boxes[-1][1]
     number = quantity(clean(text))
     try:
-        tree = [] if number else parsed(text)
+        tree = [] if number and not FACTOR.search(clean(text)) else parsed(text)
     except TimeoutError:
         raise BadRow(f"{name} must be what math-verify reads within {LIBRARY_S} s; write a simpler form") from None
     if number is None and not tree:
@@ -300,6 +328,8 @@ def equal(right: Right, text: str) -> bool:
     if all(units) and not same_unit(*units):
         return False
     if right.number and given:
+        if right.parsed and not given.unit:
+            return False
         return same(right.number, given, TOLERANCE)
     if (right.number or given) and not (right.number or given).unit:  # type: ignore[union-attr]
         number = right.number or given

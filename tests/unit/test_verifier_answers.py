@@ -248,6 +248,94 @@ MATH: Table = [
         ["She sold 48 + 24 = 72 clips altogether in April and May."],
         ["She sold 72 + 24 = 48 clips altogether in May."],
     ),
+    # Headings state nothing, and neither do steps on the way.
+    (
+        "72",
+        [
+            "#### Step 1: Find the clips\n48 / 2 = 24\n\n#### Step 2: Find the total\n48 + 24 = 72\n\nShe sold 72 clips.",
+            "The answer is 72.\n\n#### Check of step 2\n24 + 48 = 72",
+            "#### Conclusion\nShe sold 72 clips.",
+            "#### 2. Find the total\n48 + 24 = 72",
+            "##### Step 2\nThe answer is 72.",
+            "Step 2: The total is 72.",
+            "**Step 2:** The total is 72.",
+            "#### 72 (48 + 24)",
+            "#### Natalia sold 72 clips.",
+            "#### 72\n\nQuestion: Tom has 3 apples.",
+            "**Solution:**\n\nShe sold 48 / 2 = 24 clips in May.\n\nShe sold 48 + 24 = 72 clips altogether.",
+            "Answer: She sold 48 / 2 = 24 clips in May.\nShe sold 48 + 24 = 72 clips altogether.",
+            "Answer:\n48 / 2 = 24\n48 + 24 = 72",
+            "Answer: She sold 72 clips.\nI hope this helps!",
+            "Answer: 72\n\nThis is 3 times 24.",
+            "Answer:\n$x = 72$\nCheck: 72 - 24 = 48",
+            "Final answer: She sold 72 clips.\n\nCheck: 72 - 24 = 48",
+            "First the result is 24.\nThen 24 + 48 = 72",
+            "Step 1: result = 48 / 2 = 24\nStep 2: 24 + 48 = 72",
+            "The solution is simple.\n24+48 = 72",
+            "The final result is 72.\nCheck: 72 - 24 = 48",
+            "So\nthe result is 72.",
+            "$\\boxed{72}$\n\nSolution: 48/2 = 24, 24+48=72",
+            "$\\boxed{72}$\n\n#### Step 2",
+            "\\boxed{72}. The first result is 24.",
+            "\\boxed{24}. No, the answer is 72.",
+        ],
+        [
+            "#### Step 72: Both months",
+            "#### Step 1: May\n48 / 2 = 24\n\n#### Step 72",
+            "The result is 72.\nThen 72 + 1 = 73",
+            "Solution: 72 clips\n72 + 1 = 73",
+            "Answer: First she sold 72 clips.\nThen she sold 1 more, that is 72 + 1 = 73",
+        ],
+    ),
+    # A number is not what a sentence says of it.
+    (
+        "5",
+        [
+            "The answer is 5 (2 + 3).",
+            "She has 5 apples left (8 - 3 = 5).",
+            "So she needs 5 more apples.",
+            "She has 5 more than Tom.",
+            "She must buy at least 5 boxes.",
+            "He ran 5 times.",
+            "The area is 5 centimeters squared.",
+            "The area is 5 squared units.",
+            "So the height is $h \\approx 5$ meters.",
+            "> So she has 5 apples left over.",
+        ],
+        [
+            "The answer is negative 5.",
+            "The answer is minus 5.",
+            "The answer is x minus 5.",
+            "The answer is less than 5.",
+            "x is greater than 5",
+            "The answer is at least 5.",
+            "The answer is up to 5.",
+            "The answer is 5 more than x.",
+            "The answer is 5 squared.",
+            "The answer is 5 factorial.",
+            "So there are 5! ways.",
+            "The answer is the square root of 5.",
+            "The side is √5 meters.",
+            "The area is $5\\pi$ square meters.",
+            "The answer is twice 5.",
+            "The answer is a multiple of 5.",
+            "The answer is divisible by 5.",
+            "The answer is the opposite of 5.",
+            "The answer is 5 times x.",
+            "It holds for all x > 5 there are.",
+            "The answer is 5 (x + 1).",
+            "The answer is 5 (2 + 4).",
+        ],
+    ),
+    (
+        "-5",
+        ["The answer is negative 5.", "The answer is minus $5$.", "It is minus 5 degrees.", "x equals negative 5"],
+        ["The answer is x minus 5.", "Tom's age minus 5", "The answer is less than -5."],
+    ),
+    # A letter right behind a number may be a factor.
+    ("5m", ["5m", "5 m", "5 meters", "m*5", "2m + 3m"], ["5", "\\boxed{5}", "5g", "6m"]),
+    ("5m^2", ["5m^2", "2m^2 + 3m^2", "5 square meters"], ["5", "5m"]),
+    ("5\\text{m}", ["5", "5m", "5 meters"], ["5 s"]),
 ]
 CHOICE: Table = [
     (
@@ -547,6 +635,15 @@ def test_right_answers_are_right_and_wrong_ones_are_not(verifier: str) -> None:
     found = scores(verifier, options, items)
     failed = [(i[1], i[0], s) for i, s, value in zip(items, found, wanted, strict=True) if s.value != value]
     assert failed == []
+
+
+@pytest.mark.parametrize("text", [("#### 5 " * 50 + "\n") * 60, "#### 5 " * 3000, "Answer: x " * 2500])
+def test_many_statements_take_no_time(text: str) -> None:
+    verifier = find_verifier("math")
+    options = verifier.chosen(None, {})
+    start = time.process_time()
+    verifier.verify(text, verifier.right({"answer": "72"}, options), options)
+    assert time.process_time() - start < BOUND_S
 
 
 def test_there_are_enough_of_them() -> None:
