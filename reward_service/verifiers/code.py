@@ -17,6 +17,9 @@ WANTED = "Python with asserts, a list of such texts, or a list of {input, output
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITION = (ast.Import, ast.ImportFrom, *FUNCTION, ast.ClassDef)
 CONTEXT = (*DEFINITION, ast.Assign, ast.AnnAssign)
+# What data sets write in tests that call a function: its name, or the kind of test.
+NAMES = ("fn_name", "func_name", "function_name", "entry_point")
+CALLS = ("functional", "function_call")
 INPUT_BYTES = Limits.folder_mib << 20  # of the file that it is read from
 
 
@@ -34,6 +37,11 @@ def read(row: Row, options: Options) -> Wanted:
         except (ValueError, RecursionError):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # as Python writes a list of texts
                 value = ast.literal_eval(value)
+    if any(map(_calls_by_name, value if isinstance(value, list) else [value])):
+        raise BadRow(
+            f"{name} must be {WANTED}; found tests that call a function by its name, which are not run; write asserts in "
+            "their place, for example assert f(1, 2) == 3"
+        )
     if isinstance(value, dict) and isinstance(value.get("inputs"), list) and isinstance(value.get("outputs"), list):
         if len(value["inputs"]) != len(value["outputs"]):
             raise BadRow(f"{name} must have as many outputs as inputs; write one for each")
@@ -53,6 +61,15 @@ def read(row: Row, options: Options) -> Wanted:
 
 def _is_case(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("input", "output"))
+
+
+def _calls_by_name(value: Any) -> bool:
+    """Whether a test has arguments and a result, as LiveCodeBench's and APPS' may, where a program's has what it reads and
+    prints."""
+    if not isinstance(value, dict):
+        return False
+    is_call = value.get("testtype") in CALLS or value.get("type") in CALLS or any(map(value.get, NAMES))
+    return is_call or _calls_by_name(value.get("metadata"))
 
 
 def _bytes(text: str) -> float:

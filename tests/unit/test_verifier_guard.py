@@ -342,6 +342,18 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("code", {"tests": []}, "tests must be Python with asserts"),
     ("code", {"tests": [{"input": "1"}]}, "tests must be Python with asserts"),
     ("code", {"tests": {"inputs": ["1"], "outputs": []}}, "as many outputs as inputs"),
+    *[
+        ("code", {"tests": tests}, "found tests that call a function by its name, which are not run; write asserts")
+        for tests in (
+            [{"input": "[1,2]\n3", "output": "4", "testtype": "functional"}],
+            json.dumps([{"input": "1", "output": "4", "testtype": "stdin", "metadata": {"func_name": "f"}}]),
+            {"inputs": ["[1,2]\n3"], "outputs": ["4"], "fn_name": "f"},
+            {"inputs": [[1, 2]], "outputs": [3], "fn_name": "f"},
+            [{"type": "function_call", "fn_name": "f", "input": [1], "output": [2]}],
+        )
+    ],
+    ("code", {"tests": {"inputs": ["1"], "outputs": ["4"], "fn_name": None}}, ""),
+    ("code", {"tests": [{"input": "1", "output": "4", "testtype": "stdin", "metadata": {"func_name": None}}]}, ""),
     ("reasoning_gym", {"answer": "5"}, "metadata must be an object"),
     ("reasoning_gym", {"answer": "5", "metadata": {"source_dataset": "sums"}}, "name of a data set of reasoning_gym"),
     ("reasoning_gym", {"answer": "5", "metadata": {"source_dataset": "basic_arithmetic"}, "x": 1}, ""),
