@@ -1,7 +1,9 @@
 """The completion, or its last fenced block, is JSON that satisfies the schema of the row or of the configuration."""
 
 import json
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 from reward_service.verifier import BadRow, Option, Options, Row, Verified, Verifier, column
@@ -35,9 +37,19 @@ def _references(schema: Any) -> Iterator[str]:
             yield from _references(value)
 
 
+def _multiple_of(validator: Any, of: int | float, value: Any, schema: Any) -> Iterator[Exception]:
+    """As JSON writes the numbers: of floats, 0.07 / 0.01 is no whole number."""
+    from jsonschema.exceptions import ValidationError
+
+    if validator.is_type(value, "number"):
+        is_finite = math.isfinite(value) and math.isfinite(of)
+        if not is_finite or Fraction(repr(value)) % Fraction(repr(of)):
+            yield ValidationError(f"{value!r} is not a multiple of {of!r}")
+
+
 def read(row: Row, options: Options) -> Any:
     """A validator."""
-    from jsonschema.validators import validator_for
+    from jsonschema.validators import extend, validator_for
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
@@ -54,7 +66,12 @@ def read(row: Row, options: Options) -> Any:
     problem = problem_of(schema)
     if problem:
         raise BadRow(f"{name} must be {problem}; write another schema")
-    validator = validator_for(schema)(schema, registry=Registry())  # without it, references are fetched
+    draft = validator_for(schema)
+    exact = extend(draft, {name: _multiple_of for name in ("multipleOf", "divisibleBy") if name in draft.VALIDATORS})
+    # With $schema, what refers to the root would be compared by the draft's own validator; without a registry, references
+    # are fetched.
+    root = {key: value for key, value in schema.items() if key != "$schema"}
+    validator = exact(root, registry=Registry())
     try:
         validator.is_valid({})
         for reference in _references(schema):

@@ -517,8 +517,35 @@ JSON_SCHEMA: Table = [
             "[" * 50_000,
             '{"a": ' + "9" * 5000 + "}",
         ],
-    )
+    ),
+    # Decimals as they are written; also under a draft of its own, and where a schema refers to itself.
+    (
+        {"multipleOf": 0.01},
+        ["0.07", "1.15", "19.99", "100", "-0.07", "0", '"no number"'],
+        ["0.005", "0.071", "1e400", "-1e400", "1e-3"],
+    ),
+    ({"multipleOf": 3}, ["9", "9.0", "-3"], ["10", "9.5", "1e400"]),
+    (
+        {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "anyOf": [{"type": "number", "multipleOf": 0.1}, {"type": "array", "items": {"$ref": "#"}}],
+        },
+        ["0.3", "[0.3, [0.7]]"],
+        ["0.35", "[0.3, [0.75]]"],
+    ),
+    ({"$schema": "http://json-schema.org/draft-04/schema#", "multipleOf": 0.01}, ["0.07"], ["0.075"]),
+    ({"$schema": "http://json-schema.org/draft-03/schema#", "divisibleBy": 0.01}, ["0.07"], ["0.075"]),
 ]
+
+
+def test_every_price_is_a_multiple_of_a_cent() -> None:
+    verifier = find_verifier("json_schema")
+    options = verifier.chosen(None, {"schema": {"multipleOf": 0.01}})
+    right = verifier.right({}, options)
+    prices = [f"{cents // 100}.{cents % 100:02}" for cents in range(1, 10_001)]
+    assert [
+        price for price in prices if verifier.verify(price, right, options) != {"score": 1.0, "extracted": 1.0}
+    ] == []
 
 
 def block(code: str) -> str:
