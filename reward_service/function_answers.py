@@ -5,7 +5,8 @@
     {"score": [1.0, 0.0], "format": [...]}    the same by columns
     {"rewards": ..., "scores": ..., "extra_logs": {...}}   OpenRLHF's: what is beside the rewards are parts
 
-A part is a finite number under a name of letters, digits, `_`, `-` and `.`. What is beside a score and no number, as verl's
+A part is a finite number under a name of letters, digits, `_`, `-` and `.`; anything else in its name becomes `_`, and of
+two with one name the later counts. What is beside a score and no number, as verl's
 `pred`, is none.
 """
 
@@ -79,9 +80,7 @@ def _add_part(parts: dict[str, int | float], name: Any, value: Any) -> None:
     value = _plain(value)
     if not isinstance(value, int | float):
         return
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-        raise Refused("wrong_type: a part's name must be of letters, digits, _, - and .")
-    parts[name] = _number(value)
+    parts[re.sub(r"[^\w.-]", "_", str(name)) or "_"] = _number(value)
 
 
 def _plain(value: Any) -> Any:

@@ -421,6 +421,10 @@ def test_a_signature_read_off_the_source_is_that_of_the_function(tmp_path: Path)
         ([{"score": None, "format": 1.0}, 2.0], [None, 2.0]),
         ({"score": [1.0, None], "a": [1, 2]}, [{"score": 1.0, "a": 1}, None]),
         ({"rewards": 0.5, "scores": 1.0}, [{"score": 0.5, "scores": 1.0}]),
+        # Names as those who log write them: none costs the score.
+        ([{"score": 1, "pass@1": 1.0, 2: 0.5, "": 3}], [{"score": 1, "pass_1": 1.0, "2": 0.5, "_": 3}]),
+        ([{"score": 1, "a/b": 1, "a b": 2, "a_b": 3}], [{"score": 1, "a_b": 3}]),
+        ({"rewards": [1.0, 0.0], "extra_logs": {"x/y": [1, 2]}}, [{"score": 1.0, "x_y": 1}, {"score": 0.0, "x_y": 2}]),
         ({"rewards": (1.0, 0.0), "extra_logs": {"m": 0.5}}, [{"score": 1.0, "m": 0.5}, {"score": 0.0, "m": 0.5}]),
     ],
 )
@@ -428,12 +432,15 @@ def test_answers(answer: Any, plain: list) -> None:
     assert plain_scores(answer, len(plain), {}) == plain
 
 
+def test_what_is_logged_under_any_name_is_a_part() -> None:
+    assert plain_scores([1.0], 1, {"acc/strict": [0.5]}) == [{"score": 1.0, "acc_strict": 0.5}]
+
+
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
         ([{"format": 1.0}], "wrong_type: dict without a score"),
         ([{"score": "1"}], "wrong_type: str instead of a number"),
-        ([{"score": 1.0, "a/b": 1.0}], "wrong_type: a part's name must be of letters, digits, _, - and ."),
         ({"score": [1.0, 2.0], "a": [1]}, "wrong_count: 1 values of a part for 2 scores"),
         (1.0, "wrong_type: float instead of a list"),
         ([{"score": 1.0, "a": 10**400}], "non_finite: an integer beyond the range of float"),
