@@ -116,11 +116,11 @@ class Statement(NamedTuple):
     at: int
     text: str
     is_answer: bool = True  # it says so; "the result is" may be of one step
-    is_heading: bool = False  # with the way to the answer under it
+    is_fallback: bool = False  # a heading, with the way to the answer under it, or a step: the last line comes first
 
 
 def statements(completion: str, last_at: int) -> list[Statement]:
-    """Every answer that a completion states; "result" and "solution" in the last line, which begins at `last_at`."""
+    """Every answer that a completion states. `last_at`: where its last line begins."""
     found = [Statement(start, inner) for start, inner in boxed(completion)]
     found += [Statement(match.start(), match[1]) for match in TAG.finditer(completion)]
     for match in HASHES.finditer(completion):
@@ -130,10 +130,10 @@ def statements(completion: str, last_at: int) -> list[Statement]:
     for match in SAID.finditer(completion):
         at, text, _ = _behind(completion, match.end())
         is_answer = match["word"].lower() == "answer"
-        if is_answer or match["final"] or match.start() >= last_at:
-            is_label = match[0].rstrip(" *_\n").endswith(":") and not match["final"]
-            is_heading = is_label and last_at > at and (not readable(text) or _is_working(text))
-            found.append(Statement(match.start(), text, is_answer, is_heading))
+        is_label = match[0].rstrip(" *_\n").endswith(":") and not match["final"]
+        is_heading = is_label and last_at > at and (not readable(text) or _is_working(text))
+        is_step = not is_answer and not match["final"] and match.start() < last_at
+        found.append(Statement(match.start(), text, is_answer, is_heading or is_step))
     return sorted(found, key=lambda statement: statement.at)
 
 
@@ -180,7 +180,7 @@ def candidates(completion: str, options: Options) -> list[str]:
     if boxes:  # a later sentence counts where it has an answer of its own
         later = [one.text for one in said if one.at > boxes[-1][0] and one.is_answer and readable(one.text)]
         return _sides(later[-1] if later else _last_boxes(completion, boxes))
-    stated = [one.text for one in said if not one.is_heading]
+    stated = [one.text for one in said if not one.is_fallback]
     if stated:
         return _read_off(next((text for text in reversed(stated) if not REMARK.match(text.strip())), stated[-1]))
     found = _read_off(STEP.sub("", last_line))
