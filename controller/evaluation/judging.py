@@ -83,10 +83,9 @@ def judge_models(
     from learner.weight_sources import stored_source
 
     sampling, timeout_s = config.evaluate.sampling, config.cluster.step_timeout_s
-    # Samples of a sharpened distribution do not estimate the KL of the models.
+    # Samples of a sharpened distribution do not estimate the KL of the models. Where EOS is banned at first, they do that of
+    # what is sampled then from SFT as it is; both without the ban would tell the nearer, the sooner a model wants to end.
     has_kl = sampling.temperature == sampling.top_p == 1
-    # Else what was recorded is log p of another distribution than the model's own.
-    is_own = has_kl and sampling.min_completion_tokens == config.environment.min_turn_tokens == 0
 
     def sample(epoch: int, index: int) -> list[Rollout]:
         """One scored completion of every prompt."""
@@ -115,10 +114,7 @@ def judge_models(
                 continue
             rollouts[name] = sample(0, 0)
             others[name] = [sample(0, index) for index in range(1, config.evaluate.samples)]
-            if is_own or not has_kl:
-                own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
-            else:
-                own[name] = _token_logprobs(config, actors, rollouts[name])
+            own[name] = [r.completion.behavior_logprobs.tolist() for r in rollouts[name]]
     with progress.phase("KL against SFT"):
         for name in rollouts:
             is_known = has_kl and name != REFERENCE
