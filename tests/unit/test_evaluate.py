@@ -1,7 +1,9 @@
 """What evaluation.json says of judged completions, by hand."""
 
 import json
+import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,15 +100,34 @@ QUIET: Any = SimpleNamespace(phase=lambda what: nullcontext())
 
 def of_prompts(count: int, actors: list[Any], config: TandemConfig) -> Judged:
     prompts = [Prompt(100 - i, "It is ", (100 - i,)) for i in range(count)]
-    return judge_models(config, {"sft": "model"}, prompts, actors, ["proxy"], QUIET)["sft"]
+    return judge_models(config, {"ppo": "mine", "sft": "model"}, prompts, actors, ["proxy"], QUIET)["ppo"]
 
 
+@pytest.mark.usefixtures("sent")
+def test_where_eos_is_banned_the_kl_is_of_what_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two words, EOS and another: the model would end with 0.9, SFT with 0.3, and neither may. Both without the ban would
+    say log 0.1 - log 0.7, which is negative for a model that has drifted."""
+    config = TandemConfig()
+    config.evaluate.sampling.min_completion_tokens = 1
+
+    class Ends(Sampler):
+        def _rollout(self, requests: list[RolloutRequest], *_: Any) -> list[Rollout]:
+            return [replace(r, completion=completion) for r in super()._rollout(requests)]
+
+        def _logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:
+            return [[math.log(0.7)] for _ in sequences]  # of SFT, without the ban
+
+    ids = np.array([4], dtype=np.int32)
+    completion = Completion(ids, np.zeros(1, dtype=np.float32), ids, "stop", "fine")  # the only word that is left
+    assert of_prompts(3, [Ends()], config).log_ratio.tolist() == pytest.approx([-math.log(0.7)] * 3)
+
+
+@pytest.mark.usefixtures("sent")
 def test_the_time_out_bounds_a_part_of_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven prompts, two actors of two each: four, then three."""
     monkeypatch.setattr(judging, "WAVES", 1)
     config = TandemConfig()
     config.engine.max_num_seqs, config.cluster.step_timeout_s = 2, 5.0
-    config.evaluate.sampling.min_completion_tokens = 1  # so that log p is computed
     asked: list[float] = []
 
     def get(calls: list[Any], timeout: float) -> list[Any]:
@@ -116,22 +137,24 @@ def test_the_time_out_bounds_a_part_of_the_prompts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(judging.ray, "get", get)
     one, two = Sampler(), Sampler()
     found = of_prompts(7, [one, two], config)
-    assert (one.sampled, two.sampled) == ([[100, 98], [96, 94]], [[99, 97], [95]])
+    first, second = [[100, 98], [96, 94]], [[99, 97], [95]]
+    assert (one.sampled, two.sampled) == (2 * first, 2 * second)  # of both models
     assert [r.prompt.prompt_id for r in found.rollouts] == [94, 95, 96, 97, 98, 99, 100]
     # Of these, in the order of their ids.
     assert (one.computed, two.computed) == ([[94, 96], [98, 100]], [[95, 97], [99]])
-    assert asked == [5.0] * 4
+    assert asked == [5.0] * 6
     assert judging._answers(config, [one, two], [*range(7)], lambda actor, part: part) == [*range(7)]
     # The same as of all at once.
     config.engine.max_num_seqs = 4
     both = [Sampler(), Sampler()]
     again = of_prompts(7, both, config)
-    assert (both[0].sampled, both[1].sampled) == ([[100, 98, 96, 94]], [[99, 97, 95]])
+    assert (both[0].sampled, both[1].sampled) == ([[100, 98, 96, 94]] * 2, [[99, 97, 95]] * 2)
     assert [r.key for r in again.rollouts] == [r.key for r in found.rollouts]
     assert again.score("proxy").tolist() == found.score("proxy").tolist()
     assert again.log_ratio.tolist() == found.log_ratio.tolist()
 
 
+@pytest.mark.usefixtures("sent")
 def test_prompts_that_take_too_long_name_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "WAVES", 1)
     config, left = TandemConfig(), [2]
