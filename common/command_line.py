@@ -75,19 +75,18 @@ def whole_sections(arguments: list[str]) -> list[str]:
 
 def _whole(argument: str) -> tuple[str, list[Any]] | None:
     """The section around one that may be null, and what the override sets within it, for each member of a sweep."""
-    key, value = argument.split("=", 1)
-    parts = key.split(".")
+    parts = argument.split("=", 1)[0].split(".")
     for i in range(1, len(parts)):
         section, name = _place(".".join(parts[: i + 1]))
         annotation = get_type_hints(section).get(name) if section else None
         if not schema_section(annotation) or type(None) not in get_args(annotation):
             continue
-        if i == len(parts) - 1 and not value.startswith("{"):  # null, or of a wrong type
-            return None
         try:
             written = OverridesParser.create().parse_override(argument)
             values = [OverridesParser.create().parse_override(setting)._value for setting in _settings(written)]
         except HydraException:  # which `_torn` names
+            return None
+        if i == len(parts) - 1 and not any(isinstance(value, dict) for value in values):  # null, or of a wrong type
             return None
         wholes = [reduce(lambda whole, part: {part: whole}, reversed(parts[i:]), value) for value in values]
         return (".".join(parts[:i]), wholes) if wholes else None

@@ -1,6 +1,7 @@
 """Which scorers a run starts, and which reward models it needs for them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from contracts.config import ScorerConfig, TandemConfig
 from contracts.estimators import known_estimator
@@ -53,6 +54,12 @@ def scoring_models(config: TandemConfig) -> set[str]:
     return {role for role, path in stand_ins.items() if path in paths}
 
 
+def scored_by_a_model(config: TandemConfig) -> bool:
+    """Whether a reward model scores: of a role, or another that the configuration names."""
+    kinds = map(_kind, _chosen(config)[0].values())
+    return any(kind is not None and kind.is_reward_model for kind in kinds)
+
+
 def has_value_model(config: TandemConfig) -> bool:
     """Whether PPO's estimator, if it is known, has one."""
     estimator = known_estimator(config.ppo.estimator)
@@ -79,11 +86,13 @@ def value_model_key(config: TandemConfig) -> str | None:
 def num_models(config: TandemConfig) -> int:
     """How many reward models PPO and evaluation start: each once, however many names it has."""
     chosen, _ = _chosen(config)
-    return len({entry.path or name for name, entry in chosen.items() if _takes_place(entry)})
+    return len(
+        {entry.path or name for name, entry in chosen.items() if (kind := _kind(entry)) and kind.has_place(entry)}
+    )
 
 
-def _takes_place(entry: ScorerConfig) -> bool:
+def _kind(entry: ScorerConfig) -> Any:
     try:
-        return find(SCORER_KINDS, entry.kind).has_place(entry)
+        return find(SCORER_KINDS, entry.kind)
     except UnknownPlugin:  # for `scorer_checks` to say
-        return False
+        return None

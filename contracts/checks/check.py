@@ -82,7 +82,8 @@ def key_checks(config: TandemConfig) -> list[Check]:
             names = [shown(option) for option in options]
             near = closest(str(value), names) or f"for example {names[0]}"
             is_elsewhere = key in ("stage", "method") and ":" in value and find_stage(value) is not None
-            choices.append(Check(value in options or is_elsewhere, key, f"one of {', '.join(names)}", value, near))
+            is_one = any(type(option) is type(value) and option == value for option in options)  # 0 is not False
+            choices.append(Check(is_one or is_elsewhere, key, f"one of {', '.join(names)}", value, near))
         if not _is_finite(value):
             numbers.append(Check(False, key, "finite, as the records of a run hold no other number", value, instead))
         elif rule:

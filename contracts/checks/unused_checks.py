@@ -4,12 +4,14 @@ from typing import Any
 
 from contracts.checks.check import Check, shown
 from contracts.config import TandemConfig
-from contracts.methods import method_stage, reads, runs
+from contracts.methods import LAST, checkpoints_read, method_stage, reads, runs, samples
+from contracts.scorer_roles import ROLES, chosen_scorers
+from contracts.stages import all_stages
 
 
 def unused_checks(config: TandemConfig) -> list[Check]:
     curriculum, ppo, every = config.data.curriculum, config.ppo, config.evaluate.every
-    checks: list[Check] = []
+    checks = _checkpoint_checks(config) + (_scorer_checks(config) if samples(config) else [])
     if reads(config, "ppo"):
         checks += _unread("data.curriculum", curriculum, ["order"], "column", ", a column of the rows")
         checks += _unread("ppo.overlong", ppo.overlong, ["penalty"], "buffer_tokens", ", for example 16")
@@ -25,6 +27,41 @@ def unused_checks(config: TandemConfig) -> list[Check]:
                 "evaluate.every=null, or method=ppo",
             )
         )
+    return checks
+
+
+def _scorer_checks(config: TandemConfig) -> list[Check]:
+    """Scorers beside a proxy of its own may be there to choose parts from."""
+    scorers = config.reward_service.scorers
+    idle = sorted(scorers.keys() - chosen_scorers(scorers, dict.fromkeys(ROLES)).keys())
+    return [
+        Check(
+            "proxy" in scorers or not idle,
+            "reward_service.scorers",
+            "proxy, on which PPO trains, gold, or parts of these: nothing starts another",
+            ", ".join(idle),
+            f"reward_service.scorers.proxy in the place of {idle[0] if idle else ''}",
+        )
+    ]
+
+
+def _checkpoint_checks(config: TandemConfig) -> list[Check]:
+    """Of one that the stage itself makes; and of another method's stage where that of this method is not given: a model
+    would be judged that nobody meant."""
+    judged, read = method_stage(config), checkpoints_read(config)
+    has_own = any(stage.name == judged and {*stage.checkpoint_keys.values()} & read.keys() for stage in all_stages())
+    checks = []
+    for stage in all_stages():
+        is_anothers = runs(config, LAST) and stage.methods and config.method not in stage.methods and not has_own
+        for key in filter(None, stage.checkpoint_keys.values()):
+            if stage.name == config.stage:
+                rule, instead = f"null with stage {config.stage}, which makes it", f"{key}=null, or stage=evaluate"
+            elif is_anothers:
+                rule = f"null with method {config.method}, whose model is judged: nothing reads it"
+                instead = f"method={' or '.join(stage.methods)} as well"
+            else:
+                continue
+            checks.append(Check(getattr(config, key) is None or key in read, key, rule, getattr(config, key), instead))
     return checks
 
 

@@ -29,6 +29,7 @@ from contracts.methods import SOURCES, reads, sources_read
 from contracts.placement import Resources
 from contracts.plugins import closest, names
 from contracts.preference_losses import PREFERENCE_LOSSES
+from contracts.scorer_roles import scored_by_a_model
 
 
 class ConfigError(ValueError):
@@ -90,7 +91,7 @@ def _sampling_checks(config: TandemConfig, key: str, sampling: SamplingConfig) -
             f"engine.max_model_len={longest} or shorter lengths",
         ),
         Check(
-            longest < config.reward_service.max_tokens,
+            longest < config.reward_service.max_tokens or not scored_by_a_model(config),
             length,
             f"below reward_service.max_tokens ({config.reward_service.max_tokens}), as scoring appends an EOS",
             tokens,

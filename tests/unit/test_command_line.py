@@ -149,6 +149,8 @@ def test_what_a_sampler_will_draw_is_not_guessed() -> None:
         ("model.lora.rank=8", "model={lora:{rank:8}}"),
         ("model.lora.targets=[q_proj,v_proj]", "model={lora:{targets:[q_proj,v_proj]}}"),
         ("model.lora.rank=8,16", "model={lora:{rank:8}},{lora:{rank:16}}"),
+        ("model.lora=null,{rank:8}", "model={lora:null},{lora:{rank:8}}"),
+        ("model.lora={rank:8},null", "model={lora:{rank:8}},{lora:null}"),
         ("model.lora_by_role.policy.rank=8", "model.lora_by_role={policy:{rank:8}}"),
         ("data.gold={path:x}", "data={gold:{path:x}}"),
         ("model.lora=null", "model.lora=null"),

@@ -150,8 +150,8 @@ def test_every_float_is_finite(config, key, number):
 
 def test_floats_of_scorers_and_environments_are_finite(config):
     weighted = {"kind": "weighted_sum", "parts": ["gold_model", "proxy_model"], "weights": [1.0, math.inf]}
-    (line,) = conflicts(with_scorers(config, both=weighted))
-    assert line.startswith("reward_service.scorers.both.weights must be finite")
+    (line,) = conflicts(with_scorers(config, gold=weighted))
+    assert line.startswith("reward_service.scorers.gold.weights must be finite")
     options = put(config, environment__name="games:Guess", environment__options={"most": {"of": math.inf}})
     (line,) = conflicts(options)
     assert line.startswith("environment.options.most.of must be finite")
@@ -811,6 +811,62 @@ def test_closest():
     assert closest("fixed", []) is None
 
 
+# ---- what nothing reads
+
+
+def test_a_scorer_that_nothing_starts_is_told(config: TandemConfig) -> None:
+    """PPO would train on a reward model instead. Beside a proxy of its own others may stand to choose parts from."""
+    rule = {"kind": "function", "function": "rules.py:f"}
+    (line,) = conflicts(with_scorers(config, prox=rule))
+    assert line.startswith("reward_service.scorers must be proxy, on which PPO trains, gold, or parts of these")
+    assert line.endswith("found prox; write reward_service.scorers.proxy in the place of prox")
+    validate(with_scorers(config, proxy=rule, other=rule))
+    validate(with_scorers(put(config, stage="sft"), prox=rule))
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (
+            {"stage": "evaluate", "preference_model": "x"},
+            "preference_model must be null with method ppo, whose model is judged",
+        ),
+        ({"method": "dpo", "ppo_model": "x"}, "ppo_model must be null with method dpo, whose model is judged"),
+        ({"stage": "ppo", "ppo_model": "x"}, "ppo_model must be null with stage ppo, which makes it"),
+        ({"stage": "evaluate", "preference_model": "x", "ppo_model": "y"}, None),
+        ({"method": "dpo", "preference_model": "x", "ppo_model": "y"}, None),
+        ({"stage": "sft", "preference_model": "x"}, None),  # of a script that gives all to every stage
+    ],
+)
+def test_a_checkpoint_of_another_method_is_not_judged_in_its_place(
+    config: TandemConfig, given: dict[str, str], line: str | None
+) -> None:
+    changed = put(config, **given)
+    if line is None:
+        validate(changed)
+    else:
+        assert any(found.startswith(line) for found in conflicts(changed))
+
+
+def test_without_a_reward_model_its_limit_binds_nothing(config: TandemConfig) -> None:
+    long = put(config, data__max_prompt_tokens=512, engine__max_model_len=1536)
+    for sampling in (long.ppo.sampling, long.evaluate.sampling):
+        sampling.max_completion_tokens = 1024
+    assert any("below reward_service.max_tokens (1024)" in line for line in conflicts(long))
+    rule = {"kind": "function", "function": "rules.py:f"}
+    validate(with_scorers(long, proxy=rule, gold=rule))
+    assert any("below reward_service.max_tokens (1024)" in line for line in conflicts(with_scorers(long, proxy=rule)))
+
+
+@pytest.mark.parametrize(("value", "is_right"), [(False, True), (True, True), ("auto", True), (0, False), (1, False)])
+def test_a_number_is_no_choice_between_true_and_false(config: TandemConfig, value: Any, is_right: bool) -> None:
+    changed = put(config, reuse_stages=value)
+    if is_right:
+        validate(changed)
+    else:
+        assert conflicts(changed)[0].startswith("reuse_stages must be one of auto, True, False; found")
+
+
 # ---- scorers and the HTTP side of the reward service
 
 
@@ -822,7 +878,7 @@ def test_scorers_that_can_be_served(config: TandemConfig) -> None:
     rule = {"kind": "function", "function": "rules.py:f"}
     both = {"kind": "weighted_sum", "parts": ["proxy_model", "rule"], "weights": [1.0, -0.5]}
     validate(with_scorers(config, proxy=both, rule=rule, other={"path": "model"}))
-    validate(with_scorers(config, other={"path": "model", "append": "<|reward|>"}))
+    validate(with_scorers(config, proxy={"path": "model", "append": "<|reward|>"}))
     validate(with_scorers(config, proxy={"kind": "ensemble", "parts": ["proxy_model", "other"]}, other={"path": "m"}))
 
 
