@@ -27,7 +27,9 @@ OTHERS_TEXTS = (
 )  # columns of known data sets (`row_formats.SHAPES`)
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,300})(?:\.\d+)?(?:[eE][+-]?\d+)?")  # of JSON
-SPLIT = re.compile(r"(?:^|(?<=[-_.]))(train|validation|valid|val|dev|test|eval)(?=[-_.])")  # in names of shards
+SHARD = re.compile(r"(.+)-\d+-of-\d+")  # as the hub names files: its split may be any name, as train_prefs
+SPLIT = re.compile(r"(?:^|(?<=[-_.]))(train|validation|valid|val|dev|test|eval)(?=[-_.])")  # in names of other files
+NUMBERS = re.compile(r"\d+(?![^\W_])")  # that tell the parts of one split apart; the 10k of train_10k is no part's
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # beside shards; they hold no rows
 
 
@@ -170,7 +172,7 @@ def _shards(path: Path, split: str, base: str) -> list[Path]:
     """The files of a directory in the order of their names; those of `split` where names have one, as on the hub.
 
     Raises:
-        DataError: where there are none, or none of this split.
+        DataError: where there are none, none of this split, or those of several data sets.
     """
     files = _data_files(path.iterdir()) or _data_files(path.glob("data/*"))
     if not files:
@@ -178,8 +180,8 @@ def _shards(path: Path, split: str, base: str) -> list[Path]:
             f"{base}.path: a directory must hold files of {', '.join(EXTENSIONS)}, or be one that datasets' save_to_disk "
             f"wrote; {path} is neither. Name one file instead"
         )
-    splits = {file: found[1] for file in files if (found := SPLIT.search(file.name))}
-    if not splits and split == "train":
+    splits = {file: found for file in files if (found := _split(file))}
+    if split == "train" and not any(SPLIT.search(file.name) for file in splits) and len(set(splits.values())) < 2:
         return files
     if split not in splits.values():
         names = sorted(set(splits.values())) or ["train"]
@@ -189,7 +191,29 @@ def _shards(path: Path, split: str, base: str) -> list[Path]:
             f"{base}.path: of the files of {path} some have a split in their names, and {', '.join(others[:3])} "
             f"{'has' if len(others) == 1 else 'have'} none; write those that are meant, as {path}/*{split}*{files[0].suffix}"
         )
-    return [file for file in files if splits.get(file) == split]
+    mine = [file for file in files if splits.get(file) == split]
+    parts = {_stem(file): file.name for file in mine}
+    if len(parts) > 1:
+        raise DataError(
+            f"{base}.path: the files of one split differ in numbers alone; of those of {path} with {split} in their names "
+            f"{', '.join([*parts.values()][:3])} differ in more. Write the one that is meant, as {mine[0]}, or a pattern"
+        )
+    return mine
+
+
+def _split(path: Path) -> str | None:
+    """The split that a file's name says."""
+    shard = SHARD.match(path.name)
+    if shard and re.fullmatch(r"\w+(\.\w+)*", shard[1]):  # what `datasets` takes for the name of a split
+        return shard[1]
+    found = SPLIT.search(path.name)
+    return found[1] if found else None
+
+
+def _stem(path: Path) -> str:
+    """The name of a file without extensions and numbers."""
+    shard, stem = SHARD.match(path.name), Path(path.stem).stem if path.suffix in PACKED else path.stem
+    return shard[1] if shard else NUMBERS.sub("", stem)
 
 
 def _data_files(paths: Iterable[Path]) -> list[Path]:

@@ -76,3 +76,53 @@ def test_directories_of_shards_and_globs(tmp_path: Path) -> None:
     assert (numbers("named"), numbers("named", split="test")) == ([1], [2])
     assert numbers("hub") == [2, 3]
     assert numbers("hub/**/*.jsonl") == [4, 2, 3, 5]
+
+
+def test_splits_of_a_directory_are_told_apart(tmp_path: Path) -> None:
+    """As `datasets` does, and with a refusal where it would read several data sets as one."""
+
+    def folder(name: str, *files: str) -> Path:
+        (tmp_path / name / "data").mkdir(parents=True)
+        for file in files:
+            (tmp_path / name / "data" / file).write_text(json.dumps({"file": file}) + "\n")
+        return tmp_path / name
+
+    def files(path: Path, split: str) -> list[str]:
+        return [row["file"] for row in load_rows(source(path, split=split))]
+
+    shards = [f"{split}-00000-of-00001.jsonl" for split in ("test_prefs", "train_gen", "train_prefs", "train_sft")]
+    ultra = folder("ultra", *shards)
+    splits = datasets.load_dataset(str(ultra), cache_dir=str(tmp_path / "cache"))
+    assert {split: files(ultra, split) for split in splits} == {split: rows["file"] for split, rows in splits.items()}
+    assert [*splits] == ["test_prefs", "train_gen", "train_prefs", "train_sft"]
+    message = refusal(load_rows, source(ultra), "data.sft")
+    assert message.startswith(
+        f"data.sft.split: {ultra} has test_prefs, train_gen, train_prefs, train_sft; found 'train'"
+    )
+    hashed = ["en.v1-00000-of-00002-a09b74b3.jsonl", "en.v1-00001-of-00002-7f3a0c1d.jsonl", "de-00000-of-00001.jsonl"]
+    languages = folder("languages", *hashed)
+    assert files(languages, "en.v1") == hashed[:2]
+    assert "has de, en.v1; found 'train'" in refusal(load_rows, source(languages))
+
+    for number, (several, split) in enumerate(
+        (
+            (["train-part1.jsonl", "train-part2.jsonl"], "train"),
+            (["train.0.jsonl", "train.1.jsonl"], "train"),
+            (["c4-train.00000-of-01024.jsonl", "c4-train.00001-of-01024.jsonl"], "train"),
+            (["sums-test-00000-of-00002.jsonl", "sums-test-00001-of-00002.jsonl"], "test"),
+            (["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"], "train"),
+            (["2023_train.jsonl", "2024_train.jsonl"], "train"),
+            (["facts.jsonl", "sums.jsonl"], "train"),
+        )
+    ):
+        assert files(folder(str(number), *several), split) == several
+    for several in (
+        ["train_prefs.jsonl", "train_sft.jsonl"],
+        ["train.jsonl", "train_socratic.jsonl"],
+        ["train_10k.jsonl", "train_1k.jsonl"],
+        ["de-train-00000-of-00001.jsonl", "en-train-00000-of-00001.jsonl"],
+    ):
+        path = folder("-".join(several), *several)
+        message = refusal(load_rows, source(path), "data.sft")
+        assert f"{', '.join(several)} differ in more" in message
+        assert f"as {path / 'data' / several[0]}" in message
