@@ -9,7 +9,7 @@ from common.text.encoding import DataError
 from common.text.tokenizers import load_config
 from contracts.config import TandemConfig
 from contracts.methods import readings
-from contracts.records import ExamplePair, PreferencePair, RatedExample
+from contracts.records import ExamplePair, PreferencePair, Prompt, RatedExample
 from controller.data import datasets
 from controller.data.datasets import TOO_LONG, LoadReport
 from controller.data.mixture import of_source
@@ -68,50 +68,52 @@ def _check_held_out(read: dict[tuple[str, str], list[Any]], config: TandemConfig
         DataError: naming both sources.
     """
     for held, other in HELD_OUT:
-        for (source, loader), items in read.items():
-            others = [found for (name, how), found in read.items() if name == other and how in (loader, "load_prompts")]
-            if source != held or not others:
-                continue
-            mine = set(map(_compared, items))
-            seen = len(mine.intersection(_compared(item) for found in others for item in found))
-            if not seen:
-                continue
-            said = f"data.{held}: {seen} of {len(mine)} items are in data.{other} too"
-            if seen > max(1, config.data.max_seen_rows * len(mine)):  # one may be chance, as of prompts of a few words
-                raise DataError(
-                    f"{said} ({seen / len(mine):.0%}), so what is measured on them would not be held out; "
-                    f"data.max_seen_rows allows {config.data.max_seen_rows:.0%}. Remove them from one "
-                    "of both, or raise data.max_seen_rows"
-                )
-            say(f"  {said}")
+        others = {_compared(item) for (source, _), items in read.items() if source == other for item in items}
+        mine = [{_compared(item) for item in items} for (source, _), items in read.items() if source == held]
+        # Of one source in two readings that with more of them: they leave out other rows as too long.
+        worst = max(mine, key=lambda found: len(found & others) / max(1, len(found)), default=set())
+        seen, count = len(worst & others), len(worst)
+        if not seen:
+            continue
+        said = f"data.{held}: {seen} of {count} items are in data.{other} too"
+        if seen > max(1, config.data.max_seen_rows * count):  # one may be chance, as of prompts of a few words
+            raise DataError(
+                f"{said} ({seen / count:.0%}), so what is measured on them would not be held out; "
+                f"data.max_seen_rows allows {config.data.max_seen_rows:.0%}. Remove them from one "
+                "of both, or raise data.max_seen_rows"
+            )
+        say(f"  {said}")
 
 
 def _compared(item: Any) -> int:
-    """A hash of the tokens of its texts."""
-    return hash(tuple(map(tuple, _ids_of(item))))
+    """A hash of the tokens of its texts, in one form for training and scoring: without what ends them, which is the EOS of
+    a scoring input and the template's own end of an example."""
+    end = None if isinstance(item, Prompt) else -1
+    return hash(tuple(tuple(ids[:end]) for ids in _ids_of(item)))
 
 
 def _check_forms(in_chat: set[str], sources: set[str], say: Callable[[str], None]) -> None:
-    """What a reward model learns from must have the form of what it will score.
+    """What is learned from must have the form of what is sampled and scored.
 
     Raises:
-        DataError: where the chat template writes prompts or rated texts, but not both.
+        DataError: where the chat template writes prompts or what a reward model learns from, but not both.
     """
-    for source in ("preferences", "gold", "test", "sft"):
-        if not {"prompts", source} <= sources or (source in in_chat) == ("prompts" in in_chat):
-            continue
-        written, plain = ("prompts", source) if "prompts" in in_chat else (source, "prompts")
-        said = (
-            f"data.{source}: the chat template writes data.{written}, while data.{plain} has plain texts alone, without a "
-            "prompt or messages"
-        )
-        if source == "sft":
-            say(f"  WARNING: {said}")
-            continue
-        raise DataError(
-            f"{said}, so that rewards would be of another form than what is scored. Name the column of its prompts with "
-            f"data.{plain}.prompt_column, give messages in both, or write data.chat: false"
-        )
+    for prompts in ("prompts", "eval_prompts"):
+        for source in ("preferences", "gold", "test", "sft"):
+            if not {prompts, source} <= sources or (source in in_chat) == (prompts in in_chat):
+                continue
+            written, plain = (prompts, source) if prompts in in_chat else (source, prompts)
+            said = (
+                f"data.{source}: the chat template writes data.{written}, while data.{plain} has plain texts alone, without "
+                "a prompt or messages"
+            )
+            if source == "sft":
+                say(f"  WARNING: {said}")
+                continue
+            raise DataError(
+                f"{said}, so that what is learned from would be of another form than what is sampled and scored. Name the "
+                f"column of its prompts with data.{plain}.prompt_column, give messages in both, or write data.chat: false"
+            )
 
 
 def load_inputs(config: TandemConfig, tokenizer: "Tokenizer", say: Callable[[str], None]) -> Inputs:

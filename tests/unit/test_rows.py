@@ -724,6 +724,41 @@ def test_held_out_rows_that_training_sees_are_refused(
     assert len(load_inputs(config, tokenizer, print)["test"]) == 1
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("loader", ["load_rated_examples", "load_best_rated"])
+def test_what_a_policy_learns_from_is_not_what_its_judge_learns_from(
+    loader: str,
+    chat: bool,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    """Read by other loaders, with another end: the template's own, where a scoring input has the EOS."""
+    best = ("sft.max_tokens", "sft.top_fraction")
+    found = {
+        "completions": Reading("completions", "preferences", loader, best if "best" in loader else best[:1]),
+        "gold": Reading("gold", "gold", "load_preferences", ("reward_model.max_tokens",)),
+    }
+    monkeypatch.setattr(inputs, "readings", lambda config: found)
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM, eos_token="<|endoftext|>")
+    pairs = [{"prompt": "Name a prime:", "chosen": f" {n}", "rejected": f" {n + 1}"} for n in range(40)]
+    rated = [{"prompt": "Name a prime:", "text": f" Is it {n}? It may be.", "rating": n} for n in range(40)]
+    rows = rated if "best" in loader else pairs
+    config = config_of(tmp_path, preferences=rows, gold=rows[::-1])
+    config.data.chat, config.data.prompt_words = chat, None if chat else 2
+    count = 20 if "best" in loader else 40
+    with pytest.raises(DataError, match=rf"data\.preferences: {count} of {count} items are in data\.gold too \(100%\)"):
+        load_inputs(config, tokenizer, print)
+    config.data.max_seen_rows, said = 1.0, list[str]()
+    found["texts"] = Reading("texts", "preferences", "load_preferences", ("reward_model.max_tokens",))
+    load_inputs(config, tokenizer, said.append)
+    assert len([line for line in said if "are in data.gold too" in line]) == 1
+    others = [{**row, "prompt": "Name a number:"} for row in rows]
+    config = config_of(tmp_path, preferences=rows, gold=others)
+    config.data.chat = chat
+    assert len(load_inputs(config, tokenizer, print)["completions"]) == count
+
+
 def test_rewards_of_another_form_than_what_they_score_are_refused(
     tokenizer: Any,
     tmp_path: Path,
@@ -744,3 +779,32 @@ def test_rewards_of_another_form_than_what_they_score_are_refused(
         load_inputs(config, tokenizer, print)
     config.data.preferences.prompt_column = "query"
     assert len(load_inputs(config, tokenizer, print)["preferences"]) == 1
+
+
+@pytest.mark.parametrize("learns", ["preferences", "gold", "test", "sft"])
+def test_held_out_prompts_of_another_form_than_what_is_learned_from_are_refused(
+    learns: str,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    """Of a run without PPO, as with method dpo, best_of_n or none."""
+    limits = ("ppo.sampling.max_completion_tokens", "engine.max_model_len")
+    loader = "load_sft" if learns == "sft" else "load_preferences"
+    found = {
+        learns: Reading(learns, learns, loader, ("reward_model.max_tokens",)),
+        "eval_prompts": Reading("eval_prompts", "eval_prompts", "load_prompts", limits),
+    }
+    monkeypatch.setattr(inputs, "readings", lambda config: found)
+    pairs = [{"query": "Name a prime.", "chosen": "Seven.", "rejected": "Nine."}]
+    config = config_of(tmp_path, eval_prompts=[{"prompt": "Name a prime."}], **{learns: pairs})
+    told = f"writes data.eval_prompts, while data.{learns} has plain texts"
+    if learns == "sft":
+        said: list[str] = []
+        load_inputs(config, tokenizer, said.append)
+        assert any("WARNING" in line and told in line for line in said)
+    else:
+        with pytest.raises(DataError, match=told):
+            load_inputs(config, tokenizer, print)
+    getattr(config.data, learns).prompt_column = "query"
+    assert len(load_inputs(config, tokenizer, print)[learns]) == 1
