@@ -190,8 +190,7 @@ def _turn(given: Any, column: str) -> Turn:
         turn["role"] = SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
         turn["content"] = turn.pop("value", None)
         if turn["role"] == "function_call":
-            call = {"type": "function", "function": _parsed(turn["content"], "a function_call")}
-            turn |= {"role": "assistant", "content": None, "tool_calls": [call]}
+            turn |= {"role": "assistant", "content": None, "tool_calls": _calls(turn["content"])}
     turn = {key: value for key, value in turn.items() if value is not None}
     if turn.get("role") not in ROLES:
         raise LeftOut(f"{column}: a message needs a role of {', '.join(ROLES)}", f"found {turn.get('role')!r}")
@@ -202,6 +201,15 @@ def _turn(given: Any, column: str) -> Turn:
         raise LeftOut(f"no content in {column}")
     turn["content"] = _text(turn.get("content", ""), f"content in {column}", calls or turn["role"] == "tool")
     return turn
+
+
+def _calls(value: Any) -> list[dict]:
+    """Of a ShareGPT turn: a call, or a list of those that are made at once."""
+    said = _parsed(value, "a function_call")
+    calls = said if isinstance(said, list) else [said]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise LeftOut("a function_call is a JSON object, or a list of them", f"found {value!r:.40}")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _turns(value: Any, column: str) -> Turns:

@@ -180,6 +180,19 @@ def test_tools_of_a_row_reach_the_template(jsonl: Any) -> None:  # noqa: F811
     for value in ("no JSON", '"text"', [1]):
         assert "row 0: " in refusal(load_sft, jsonl({"messages": [ASK, SAID], "tools": value}), DATA, tokenizer, 99)
 
+    def called(value: Any) -> SourceConfig:
+        asked = {"from": "human", "value": "Name a prime."}
+        return jsonl({"conversations": [asked, {"from": "function_call", "value": value}]})
+
+    first, second = {"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "time", "arguments": {}}
+    both = f"{json.dumps(first)}{json.dumps(second)}<|im_end|>"
+    for listed in ([first, second], json.dumps([first, {**second, "arguments": "{}"}])):
+        assert load_sft(called(listed), DATA, tokenizer, 99) == [example(tokenizer, ASKED, both)]
+    alone = example(tokenizer, ASKED, f"{json.dumps(first)}<|im_end|>")
+    assert load_sft(called(json.dumps([first])), DATA, tokenizer, 99) == [alone]
+    for value in ("[]", "7", '["weather"]', json.dumps([first, None]), None):
+        assert "a function_call is a JSON object, or a list" in refusal(load_sft, called(value), DATA, tokenizer, 99)
+
 
 def test_tables_fill_structures_with_nulls_that_are_no_keys(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"messages": [ASK, {**SAID, "weight": 1}]}, {"messages": [ASK, {**SAID, "name": "a"}]}]
