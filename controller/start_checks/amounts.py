@@ -1,5 +1,6 @@
 """What can be known of models and data before an engine starts, beyond the configuration itself."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from controller.start_checks.kv_cache import too_small
 from controller.start_checks.lengths import too_long
 from controller.start_checks.service_checks import service_problems
 from learner.shared_trunk import BESIDE_LAYERS
+
+# Of a configuration; what is served does not depend on these: they are of training, of other tools, or of older versions.
+NOT_SERVED = BESIDE_LAYERS - {"tie_word_embeddings"} | {
+    "max_position_embeddings", "initializer_range", "pretraining_tp", "output_router_logits", "router_aux_loss_coef",
+}  # fmt: skip
+DROPS = re.compile("dropout|layerdrop|_pdrop$")
+# What transformers asks a configuration for, whether its class declares it or not (masking_utils.py, the models' attention).
+READ_UNDECLARED = {"head_dim", "is_causal", "layer_types", "per_layer_config", "sliding_window", "attention_chunk_size"}
 
 
 def check_model(config: TandemConfig) -> None:
@@ -83,7 +92,7 @@ def _other_settings(config: TandemConfig, key: str, path: str, found: Any) -> li
     is_policy = key != "model.path" and key not in CHECKPOINTS
     if not is_policy or not any(stage.name == "evaluate" for stage in running_stages(config)):
         return []
-    ours, its = (_deciding(c.to_dict()) for c in (load_config(config.model.path, config.model), found))
+    ours, its = (_deciding(c) for c in (load_config(config.model.path, config.model), found))
     differ = sorted(name for name in ours.keys() | its.keys() if ours.get(name) != its.get(name))
     differ.sort(key=lambda name: name != "model_type")
     if not differ:
@@ -93,13 +102,17 @@ def _other_settings(config: TandemConfig, key: str, path: str, found: Any) -> li
     return [Check(False, f"{key}={path}", rule, said, f"model.path={path} as well").message]
 
 
-def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """What decides what a model computes."""
-    beside = BESIDE_LAYERS - {"tie_word_embeddings"} | {"max_position_embeddings"}
+def _deciding(config: Any) -> dict[str, Any]:
+    """What decides what a model computes when it is served. Of transformers' own classes the keys that they declare, not
+    what a tool has left there; of others all, as only their code knows what it reads."""
+    said, kind = config.to_dict(), type(config)
+    known = {*kind().to_dict(), *READ_UNDECLARED} if kind.__module__.startswith("transformers.models.") else said.keys()
+    windows = said.get("layer_types") or ("sliding_attention",)
+    beside = NOT_SERVED if "sliding_attention" in windows else NOT_SERVED | {"max_window_layers"}
     return {
-        name: _deciding(value) if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if name not in beside
+        name: _deciding(part) if hasattr(part := getattr(config, name, None), "to_dict") else value
+        for name, value in said.items()
+        if name in known - beside and not DROPS.search(name)
     }
 
 

@@ -1061,6 +1061,56 @@ def test_the_evaluation_serves_models_of_one_configuration(config: TandemConfig,
     check_model(put(config, sft_model=str(tmp_path / "same")))
 
 
+QWEN = {
+    "model_type": "qwen2",
+    "vocab_size": 64,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 21,
+}
+WINDOWED = {"use_sliding_window": True, "max_window_layers": 12}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "named"),
+    [
+        ({}, {"unsloth_version": "2025.1", "unsloth_fixed": True, "transformers.js_config": {"dtype": "q4"}}, ""),
+        ({}, {"initializer_range": 0.01, "pretraining_tp": 2, "attention_dropout": 0.1, "resid_pdrop": 0.1}, ""),
+        ({}, {"max_window_layers": 24, "use_mrope": False, "num_labels": 3, "pad_token_id": 5}, ""),
+        ({}, {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05 instead of 1e-06"),
+        ({}, {"rope_theta": 1e6}, "rope_parameters"),
+        ({}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
+        ({}, {"num_attention_heads": 8}, "num_attention_heads 8 instead of 16"),
+        ({}, {"num_key_value_heads": 4}, "num_key_value_heads 4 instead of 2"),
+        ({}, {"head_dim": 64}, "head_dim 64 instead of None"),  # which the class does not declare, and the model reads
+        ({}, {"hidden_act": "gelu"}, "hidden_act gelu instead of silu"),
+        ({}, {"tie_word_embeddings": True}, "tie_word_embeddings True instead of False"),
+        ({}, {"layer_types": ["sliding_attention"] * 24}, "layer_types"),
+        ({}, WINDOWED, "layer_types"),
+        (WINDOWED, {"sliding_window": 512}, "sliding_window 512 instead of 4096"),
+        (WINDOWED, {"max_window_layers": 13}, "layer_types"),
+        (WINDOWED, {"unsloth_version": "2025.1"}, ""),
+    ],
+)
+def test_only_what_decides_a_number_tells_configurations_apart(
+    config: TandemConfig, tmp_path: Path, base: dict, changes: dict, named: str
+) -> None:
+    for name, said in (("base", base), ("other", base | changes)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(QWEN | said))
+    config = put(config, model__path=str(tmp_path / "base"), proxy_model=str(tmp_path / "base"), data__gold=None)
+    config = put(config, sft__max_tokens=64, ppo__gold_rollouts=0, sft_model=str(tmp_path / "other"))
+    if named:
+        (line,) = refused(config)
+        assert named in line
+    else:
+        check_model(config)
+
+
 def test_a_reward_model_that_is_given_has_positions_of_its_own(config: TandemConfig, tmp_path: Path) -> None:
     paths = {}
     for name, count in (("policy", 1024), ("judge", 304)):
