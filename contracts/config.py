@@ -116,6 +116,8 @@ class SourceConfig:
 
     path: str = key(MISSING, free=SOURCE)
     split: str = key("train", free="the name of a split")
+    # of a hub id with several configurations, as openai/gsm8k has `main`; of a directory the folder of this name; null: none
+    subset: str | None = key(None, free="the name of a subset")
     format: str = key("auto", choices=FORMATS)  # auto reads it off the columns
     prompt_column: str = key("prompt", free=COLUMN)
     completion_column: str = key("completion", free=COLUMN)

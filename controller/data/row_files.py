@@ -178,7 +178,7 @@ def _shards(path: Path, split: str, base: str) -> list[Path]:
     if not files:
         raise DataError(
             f"{base}.path: a directory must hold files of {', '.join(EXTENSIONS)}, or be one that datasets' save_to_disk "
-            f"wrote; {path} is neither. Name one file instead"
+            f"wrote; {path} is neither. Name one file instead{_or_subset(path, base)}"
         )
     splits = {file: found for file in files if (found := _split(file))}
     if split == "train" and not any(SPLIT.search(file.name) for file in splits) and len(set(splits.values())) < 2:
@@ -226,15 +226,35 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
-def _read_hub(name: str, split: str, base: str) -> list[dict]:
+def _folder(path: Path, subset: str, base: str) -> Path:
+    """Of a directory, as a clone of a hub data set has them for its configurations. Raises DataError where there is none."""
+    if not (path / subset).is_dir():
+        names = _folders(path)
+        there = f"has the folders {', '.join(names)}" if names else "has no folders"
+        raise DataError(f"{base}.subset: {path} {there}; found {subset!r}{_did_you_mean(subset, names)}")
+    return path / subset
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(one.name for one in path.iterdir() if one.is_dir() and one.name[0] not in "._")
+
+
+def _or_subset(path: Path, base: str) -> str:
+    names = _folders(path)
+    return f", or with {base}.subset one of its folders {', '.join(names)}" if names else ""
+
+
+def _read_hub(name: str, split: str, subset: str | None, base: str) -> list[dict]:
     import datasets
 
     try:
-        return _rows(datasets.load_dataset(name, split=split))
+        return _rows(datasets.load_dataset(name, subset, split=split))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        of_subset = f" of its subset {subset!r}" if subset else ""
         raise DataError(
-            f"{base}.path: no local file or directory is named {name!r}, and the split {split!r} of that data set cannot "
-            f"be fetched from the Hugging Face hub: {error}. Check id, split and network, or write a local path"
+            f"{base}.path: no local file or directory is named {name!r}, and the split {split!r}{of_subset} of that data "
+            f"set cannot be fetched from the Hugging Face hub: {' '.join(error_lines(error))}. Check id, split, "
+            f"{base}.subset (which of its configurations, where it has several) and network, or write a local path"
         ) from error
 
 
@@ -253,6 +273,8 @@ def _files(source: SourceConfig, path: Path, base: str) -> list[Path]:
     files = [path] if path.is_file() else [] if path.exists() else sorted(map(Path, glob(str(path), recursive=True)))
     if files and source.split != "train":
         raise DataError(f"{base}.split: a file has one split; found {source.split!r}. Write split: train")
+    if files and source.subset is not None:
+        raise DataError(f"{base}.subset: a file has no subsets; found {source.subset!r}. Write subset: null")
     return files
 
 
@@ -271,6 +293,8 @@ def _in_texts(rows: list[dict], file: Path, source: SourceConfig) -> list[dict]:
 def load_rows(source: SourceConfig, base: str = "data.x") -> list[dict]:
     """The rows of `source`, at most `max_rows`. Raises DataError; `base` is the name of the setting in its messages."""
     path = Path(source.path).expanduser()
+    if path.is_dir() and source.subset is not None:
+        path = _folder(path, source.subset, base)
     if files := _files(source, path, base):
         rows = [row for file in files for row in _in_texts(_read_file(file, base), file, source)]
     elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -282,7 +306,7 @@ def load_rows(source: SourceConfig, base: str = "data.x") -> list[dict]:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{base}.path: no such file: {path.absolute()}{_did_you_mean(path.name, siblings)}")
     else:
-        rows = _read_hub(source.path, source.split, base)
+        rows = _read_hub(source.path, source.split, source.subset, base)
     rows = rows[: source.max_rows]
     if not rows:
         raise DataError(f"{base}.path: {source.path} has no rows; write the path of a source with at least one")

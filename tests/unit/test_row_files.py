@@ -8,8 +8,9 @@ from typing import Any
 
 import datasets
 import pyarrow
+import pytest
 
-from controller.data.row_files import load_rows
+from controller.data.row_files import _read_hub, load_rows
 from tests.unit.test_data import refusal, source
 
 
@@ -126,3 +127,45 @@ def test_splits_of_a_directory_are_told_apart(tmp_path: Path) -> None:
         message = refusal(load_rows, source(path), "data.sft")
         assert f"{', '.join(several)} differ in more" in message
         assert f"as {path / 'data' / several[0]}" in message
+
+
+CARD = """---
+configs:
+- config_name: main
+  data_files: main/train-*
+- config_name: socratic
+  data_files: socratic/train-*
+---
+"""
+
+
+def test_a_data_set_of_several_subsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As openai/gsm8k: configurations on the hub, which `datasets` finds in a clone too, are folders of the clone."""
+    clone = tmp_path / "gsm8k"
+    for name in ("main", "socratic"):
+        (clone / name).mkdir(parents=True)
+        datasets.Dataset.from_list([{"text": name}]).to_parquet(clone / name / "train-00000-of-00001.parquet")
+    datasets.Dataset.from_list([{"text": "saved"}]).save_to_disk(clone / "saved")
+    (clone / "README.md").write_text(CARD)
+    for name in ("main", "socratic"):
+        assert load_rows(source(clone, subset=name)) == [{"text": name}]
+    assert load_rows(source(clone, subset="saved")) == [{"text": "saved"}]
+    message = refusal(load_rows, source(clone, subset="mian"), "data.sft")
+    assert (
+        message == f"data.sft.subset: {clone} has the folders main, saved, socratic; found 'mian'; did you mean 'main'?"
+    )
+    assert "has no folders; found 'main'" in refusal(load_rows, source(clone / "main", subset="main"))
+    assert "with data.sft.subset one of its folders main, saved, socratic" in refusal(
+        load_rows, source(clone), "data.sft"
+    )
+    file = clone / "main/train-00000-of-00001.parquet"
+    for path in (file, clone / "main/*.parquet"):
+        assert "a file has no subsets; found 'main'" in refusal(load_rows, source(path, subset="main"))
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("main", "socratic"):
+        assert _read_hub(str(clone), "train", name, "data.sft") == [{"text": name}]
+    for subset in (None, "mian"):
+        message = refusal(_read_hub, str(clone), "train", subset, "data.sft")
+        assert "['main', 'socratic']" in message
+        assert "data.sft.subset (which of its configurations, where it has several)" in message
