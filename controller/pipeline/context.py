@@ -1,6 +1,6 @@
 """What a stage has of its run: configuration, data, logs, the results of earlier stages, and the processes that it needs."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ import ray
 from common.files.fingerprints import MEMORY, checkpoint_fingerprint
 from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError
-from contracts.config import TandemConfig
+from contracts.config import LearnerConfig, TandemConfig
 from contracts.lora_roles import Role, role_model
 from contracts.scorer_roles import scoring_models
 from contracts.stages import Stage
@@ -56,8 +56,9 @@ class StageContext:
 
     # ---- what inputs are made of
 
-    def common_inputs(self, role: Role = "policy") -> dict[str, Any]:
-        """What decides the result of every stage that trains a model of this role."""
+    def common_inputs(self, role: Role = "policy", unread: Collection[str] = ()) -> dict[str, Any]:
+        """What decides the result of every stage that trains a model of this role. Keys of `learner` that are `unread` there
+        count as their defaults."""
         config = self.config
         adapters = role_model(config.model, role).lora
         # Only where there is one: a new key would set the stages and commits of before aside.
@@ -70,7 +71,7 @@ class StageContext:
             "model": self.fingerprint(config.model.path),
             "remote_code": config.model.trust_remote_code,  # transformers may have a class of its own for it
             "dtype": config.model.dtype,
-            "learner": config.learner,
+            "learner": replace(config.learner, **{name: getattr(LearnerConfig(), name) for name in unread}),
             "ranks": config.cluster.num_learner_ranks,
         }
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from contracts.config import TandemConfig
 from contracts.methods import method_config
 from contracts.stages import Reading, Stage
-from controller.stages.sft import different_texts, supervised_settings, train_supervised
+from controller.stages.sft import UNREAD, different_texts, supervised_settings, train_supervised
 
 if TYPE_CHECKING:
     from controller.data.inputs import Inputs
@@ -16,7 +16,7 @@ TEXTS = Reading("best_sft", "preferences", "load_best_rated", ("sft.max_tokens",
 
 
 def inputs(context: "StageContext") -> dict[str, Any]:
-    return context.common_inputs() | {
+    return context.common_inputs(unread=UNREAD) | {
         "seed": method_config(context.config).seed,
         "policy": context.fingerprint(context.checkpoint("sft")),
         "sft": supervised_settings(context.config.sft),

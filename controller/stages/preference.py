@@ -22,7 +22,7 @@ READS = [
 def inputs(context: "StageContext") -> dict[str, Any]:
     from controller.pipeline.pair_training import interval_inputs
 
-    return context.common_inputs() | {
+    return context.common_inputs(unread=("weight_transfer",)) | {
         "seed": method_config(context.config).seed,
         "policy": context.fingerprint(context.checkpoint("sft")),
         "preference": chosen_preference(context.config),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from controller.data.inputs import Inputs
     from controller.pipeline.context import StageContext
 
+UNREAD = ("held_tokens", "weight_transfer")  # of the learner
 LIMITS = ("reward_model.max_tokens",)
 TEST = Reading("test", "test", "load_preferences", LIMITS)
 
@@ -23,7 +24,7 @@ def reads(config: TandemConfig, role: str) -> list[Reading]:
 def inputs(context: "StageContext") -> dict[str, Any]:
     from controller.pipeline.pair_training import interval_inputs
 
-    return context.common_inputs("reward_model") | {
+    return context.common_inputs("reward_model", UNREAD) | {
         "reward_model": context.config.reward_model,
         "data": context.data_fingerprint(f"preferences/{context.role}"),
         "test": context.data_fingerprint("test"),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from controller.pipeline.context import StageContext
     from learner.learner_actor import LearnerGroup
 
+UNREAD = ("held_tokens", "weight_transfer")  # of the learner
 TEXTS = Reading("sft", "sft", "load_sft", ("sft.max_tokens",))
 
 
@@ -24,7 +25,7 @@ def supervised_settings(sft: SFTConfig) -> dict[str, Any]:
 
 def inputs(context: "StageContext") -> dict[str, Any]:
     settings = supervised_settings(context.config.sft)
-    return context.common_inputs() | {"sft": settings, "data": context.data_fingerprint("sft")}
+    return context.common_inputs(unread=UNREAD) | {"sft": settings, "data": context.data_fingerprint("sft")}
 
 
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:

@@ -28,6 +28,8 @@ DECIDES = {
     "model.lora_by_role.value_model": ("ppo",),
     "model.lora_by_role.reward_model": ("reward_model/proxy",),
     "learner": EVERY,
+    "learner.held_tokens": ("preference", "ppo"),  # where losses wait for what other texts give
+    "learner.weight_transfer": ("ppo",),
     "cluster.num_learner_ranks": EVERY,
     "sft": ("sft", "filtered_sft"),
     "sft.top_fraction": (),  # of what is in the data then
