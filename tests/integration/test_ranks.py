@@ -12,7 +12,7 @@ import ray
 from contracts.config import PPOConfig
 from contracts.interfaces import NonFiniteError
 from contracts.methods import chosen_preference
-from contracts.records import Completion, Prompt, Rollout
+from contracts.records import Completion, Prompt, RatedText, Rollout
 from controller.loop.training_batches import make_batches
 from learner.learner_actor import LearnerGroup
 from tests.conftest import make_config
@@ -21,6 +21,9 @@ from tests.unit.test_preference import pairs
 
 EOS = 2
 GROUPS, SAMPLES = 3, 4
+PAIRS = pairs(6)
+TEXTS = [text for pair in PAIRS for text in (pair.chosen, pair.rejected)]
+Outcome = tuple[np.ndarray, dict[str, float]]  # how far outputs of a model have moved, and the metrics of the last step
 
 
 def rollouts() -> list[Rollout]:
@@ -53,9 +56,20 @@ def check_finite_flag(group: LearnerGroup, batches: list[Any]) -> None:
     assert all("rank" in line for line in group.stacks().splitlines() if line.startswith("----"))
 
 
+def assert_same(first: Outcome, *others: Outcome) -> None:
+    moved, one = first
+    assert np.abs(moved).mean() > 0.02
+    names = {name for name in one if not name.startswith("perf/")}
+    for other, two in others:
+        assert np.abs(other - moved).max() < 1e-3 * np.abs(moved).max()
+        mine = {name: one[name] for name in names}
+        assert {name: two[name] for name in names} == pytest.approx(mine, rel=1e-3, abs=1e-5)
+
+
 def by_rloo(ppo: PPOConfig) -> None:
     ppo.estimator, ppo.aggregation, ppo.whiten_advantages = "rloo", "sequences", True
     ppo.off_policy.correction, ppo.epochs, ppo.mask_truncated = "truncated", 2, True
+    ppo.ptx_coef, ppo.ptx_batch_size = 0.5, 5
 
 
 def by_online_dpo(ppo: PPOConfig) -> None:
@@ -75,13 +89,14 @@ def test_two_ranks_make_the_update_of_one(
     ppo, samples = config.ppo, rollouts()
     ppo.samples_per_prompt, ppo.target_approx_kl = SAMPLES, None
     choose(ppo)
+    config.learner.microbatch_tokens = 20  # of the examples of PPO-ptx, which makes several
     # Adam divides by |g| + eps: with a large eps a step stays proportional to small gradients.
     ppo.optimizer.learning_rate, ppo.optimizer.eps = 1e-2, 1e-2
     scores = np.random.default_rng(1).normal(size=len(samples)).tolist()
     sequences = [([*r.prompt.token_ids, *r.completion.token_ids.tolist()], 2) for r in samples]
     path, outcomes = config.model.path, []
     for ranks in (1, 2):
-        group = learners.begin(config, ranks, "ppo", config, path, path, (EOS,), [])
+        group = learners.begin(config, ranks, "ppo", config, path, path, (EOS,), TEXTS)
         rng = np.random.default_rng(0)
         batches = make_batches(samples, scores, ranks, 1, 20, rng, mask_truncated=ppo.mask_truncated)
         if ranks == 2:  # the siblings of a prompt are on both
@@ -94,10 +109,10 @@ def test_two_ranks_make_the_update_of_one(
         outcomes.append((after - before, metrics[1]))
         if ranks == 2 and ppo.estimator == "rloo":
             check_finite_flag(group, batches)
-    (moved, one), (moved_by_two, two) = outcomes
-    assert np.abs(moved).mean() > 0.02
-    assert np.abs(moved_by_two - moved).max() < 1e-3 * np.abs(moved).max()
+    assert_same(*outcomes)
+    one = outcomes[0][1]
     assert abs(one["kl/ref_seq"]) > 1e-3
+    assert ("policy/ptx_loss" in one) == (ppo.ptx_coef > 0)
     if ppo.estimator == "rloo":
         assert 0 < one["off_policy/ess"] < 0.9
     elif choose == by_import_path:
@@ -105,8 +120,6 @@ def test_two_ranks_make_the_update_of_one(
     else:
         assert one["online_dpo/pairs"] == GROUPS
         assert one["online_dpo/accuracy"] > 0
-    names = {name for name in one if not name.startswith("perf/")}
-    assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3, abs=1e-5)
 
 
 def test_two_ranks_learn_the_preferences_of_one(learners: Learners, small_vocab: Path, tmp_path: Path) -> None:
@@ -114,16 +127,48 @@ def test_two_ranks_learn_the_preferences_of_one(learners: Learners, small_vocab:
     config = make_config(small_vocab, tmp_path, dtype="float32")
     config.learner.microbatch_tokens, config.preference.batch_size = 20, 6
     config.preference.optimizer.learning_rate, config.preference.optimizer.eps = 1e-3, 1e-2
-    items, outcomes = pairs(6), []
-    texts = [text for pair in items for text in (pair.chosen, pair.rejected)]
+    outcomes = []
     for ranks in (1, 2):
-        group = learners.begin(config, ranks, "preference", config, chosen_preference(config), config.model.path, items)
-        before = np.array(group.call("logprobs", texts)[0])
-        group.call("compute_reference", 0, len(items))
+        group = learners.begin(config, ranks, "preference", config, chosen_preference(config), config.model.path, PAIRS)
+        before = np.array(group.call("logprobs", TEXTS)[0])
+        group.call("compute_reference", 0, len(PAIRS))
         metrics = [group.call("step", 0)[0] for _ in range(2)]
-        outcomes.append((np.array(group.call("logprobs", texts)[-1]) - before, metrics[1]))
-    (moved, one), (moved_by_two, two) = outcomes
-    assert np.abs(moved).mean() > 0.02
-    assert np.abs(moved_by_two - moved).max() < 1e-3 * np.abs(moved).max()
-    names = {name for name in one if not name.startswith("perf/")}
-    assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3, abs=1e-5)
+        outcomes.append((np.array(group.call("logprobs", TEXTS)[-1]) - before, metrics[1]))
+    assert_same(*outcomes)
+
+
+def test_a_reward_model_is_the_same_by_any_ranks_microbatches_and_zero(
+    learners: Learners, small_vocab: Path, tmp_path: Path
+) -> None:
+    """All texts of the batch are compared with all. One backward pass goes through several forward passes, between which
+    ZeRO-3 gives the weights back."""
+    config = make_config(small_vocab, tmp_path, dtype="float32")
+    optimizer, config.reward_model.batch_size = config.reward_model.optimizer, len(TEXTS)
+    optimizer.learning_rate, optimizer.eps = 1e-3, 1e-2
+    ratings = np.random.default_rng(2).integers(-4, 5, (len(TEXTS), 3)).tolist()
+    items = [RatedText("", text.token_ids, mine) for text, mine in zip(TEXTS, ratings, strict=True)]
+    sequences, outcomes = [text.token_ids for text in TEXTS], []
+    for ranks, budget, stage in ((1, 4096, 0), (1, 20, 0), (2, 4096, 0), *((2, 20, stage) for stage in range(4))):
+        config.learner.microbatch_tokens, config.learner.zero_stage = budget, stage
+        group = learners.begin(config, ranks, "reward_model", config, items)
+        before = np.array(group.call("score", sequences)[0])
+        metrics = [group.call("step", 0)[0] for _ in range(2)]
+        outcomes.append((np.array(group.call("score", sequences)[-1]) - before, metrics[1]))
+    assert_same(*outcomes)
+
+
+def test_two_ranks_imitate_as_one(learners: Learners, small_vocab: Path, tmp_path: Path) -> None:
+    config = make_config(small_vocab, tmp_path, dtype="float32")
+    config.learner.microbatch_tokens, config.sft.batch_size = 20, len(TEXTS)
+    config.sft.optimizer.learning_rate, config.sft.optimizer.eps = 1e-3, 1e-2
+    outcomes = []
+    for ranks in (1, 2):
+        group = learners.begin(config, ranks, "sft", config, TEXTS, TEXTS)
+
+        def losses(group: LearnerGroup = group) -> np.ndarray:
+            return np.array([group.call("evaluate", i, i + 2)[-1][0] for i in range(0, len(TEXTS), 2)])
+
+        before = losses()
+        metrics = [group.call("step", 0)[0] for _ in range(2)]
+        outcomes.append((losses() - before, metrics[1]))
+    assert_same(*outcomes)
