@@ -1,7 +1,7 @@
 """A PPO update by DeepSpeed on one rank against the same update in float64, one sequence and one token at a time."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -616,6 +616,28 @@ def test_a_linear_schedule_ends_with_the_run_however_few_steps_an_update_takes(
         policy = value = [1.0, 0.5, 0.0]
     assert [row[0] for row in found[1e-9]] == pytest.approx(policy)
     assert [row[1] for row in found[1e-9]] == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize(("target", "steps"), [(1e6, range(9)), (1e-9, (0, 1, 3, 4, 6, 7))])
+def test_rates_warm_up_by_the_steps_of_the_schedule(
+    target: float, steps: Sequence[int], config: TandemConfig, make_task: Callable[..., PPOTask]
+) -> None:
+    """The first step is taken with a share of the rate and not with none; one that an early end leaves out counts."""
+    ppo = config.ppo
+    ppo.updates, ppo.value_warmup_updates, ppo.epochs, ppo.target_approx_kl = 3, 0, 3, target
+    ppo.optimizer.schedule, ppo.optimizer.warmup_steps, ppo.value_optimizer.warmup_steps = "linear", 4, 2
+    task = make_task(config)
+    taken: dict[str, list[float]] = {"policy": [], "value": []}
+    for name, rates in taken.items():
+        engine = getattr(task, name)
+        engine.before_step = lambda engine=engine, rates=rates: rates.append(engine.state()[1]["rates"][0])
+    for _ in range(ppo.updates):
+        task.update(batch_of(ROLLOUTS), KL_COEF, train_policy=True)
+    # Shares of the configured rates: of the policy's what is warm times what the line leaves.
+    policy = [1 / 4, 2 / 4 * 8 / 9, 3 / 4 * 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9]
+    value = [1 / 2, *[1.0] * 8]
+    assert taken["policy"] == pytest.approx([ppo.optimizer.learning_rate * policy[step] for step in steps])
+    assert taken["value"] == pytest.approx([ppo.value_optimizer.learning_rate * value[step] for step in steps])
 
 
 def test_metrics_of_several_steps() -> None:
