@@ -6,6 +6,7 @@ supervised example begins with exactly the tokens that the policy is later promp
 stands behind it, without the space that sentencepiece tokenizers put before the beginning of a text.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -55,7 +56,7 @@ def turn_end_ids(tokenizer: "Tokenizer", chat: bool) -> tuple[int, ...]:
 
 def _encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
     """The tokens of a text, none of them a control token."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = _splitter(tokenizer)(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if _control_ids(tokenizer).isdisjoint(ids):
         return ids
     # A unigram model has its control tokens among its pieces, and finds them in any text: it gets them in two parts.
@@ -64,6 +65,20 @@ def _encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
         return ids
     encode, at = partial(_encode_text, tokenizer), text.index(token) + 1
     return [*encode(text[:at]), *ids_after(encode, ANCHORS[0], encode(ANCHORS[0]), text[at:])]
+
+
+@lru_cache(8)
+def _splitter(tokenizer: "Tokenizer") -> "Tokenizer":
+    """The tokenizer that splits control tokens: a copy of a fast one.
+
+    To a fast tokenizer `split_special_tokens` is no argument of a call: transformers sets it on the object, for whoever
+    encodes at that moment. Objects that always split, or never, can be shared by threads.
+    """
+    if not tokenizer.is_fast:
+        return tokenizer
+    splitter = copy.deepcopy(tokenizer)
+    splitter.backend_tokenizer.encode_special_tokens = True  # before another thread has it
+    return splitter
 
 
 def _encode_rendered(tokenizer: "Tokenizer", text: str) -> list[int]:

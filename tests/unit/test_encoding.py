@@ -1,5 +1,8 @@
 """Pitfalls of the scoring input: what is scored must be what the model was trained on, token by token."""
 
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +109,25 @@ def test_pitfall_bos_is_added_once_where_the_tokenizer_adds_it(tokenizer: Any) -
 def test_what_is_no_conversation_with_a_completion_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="the last turn is not the assistant's"):
         item_of_messages(tokenizer, TURNS[:1])
+
+
+@pytest.fixture
+def busy_switches() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    was = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(was)
+
+
+def test_pitfall_threads_share_a_tokenizer(tokenizer: Any, busy_switches: None) -> None:
+    """Control tokens are split in texts and whole in what a template has written, whoever encodes at the same moment."""
+    works = (
+        lambda: item_of_messages(tokenizer, TURNS).token_ids,
+        lambda: item_of_text(tokenizer, INJECTION).token_ids,
+        lambda: tuple(tokenizer(INJECTION)["input_ids"]),  # as an environment's step() may
+    )
+    expected = [work() for work in works]
+    with ThreadPoolExecutor(len(works)) as pool:
+        found = list(pool.map(lambda work: {work() for _ in range(1000)}, works))
+    assert found == [{ids} for ids in expected]
