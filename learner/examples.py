@@ -1,6 +1,7 @@
 """Log-probabilities and loss of supervised examples, a microbatch at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -36,3 +37,8 @@ def example_nll(engine: Any, examples: list[Example], device: torch.device) -> t
 
 def loss_tokens(examples: list[Example]) -> int:
     return sum(sum(e.loss_mask[1:]) for e in examples)
+
+
+def taught_tokens(examples: Iterable[Example]) -> set[int]:
+    """The tokens that train, each once."""
+    return set().union(*(compress(e.token_ids, e.loss_mask) for e in examples))

@@ -51,7 +51,9 @@ class PPOTask(PPOUpdate):
         )
         self._publisher: WeightPublisher | None = None
         engines = {"policy": self.policy} | ({"value": self.value} if self.value else {})
-        self.state = RankState(ranks, engines, lambda: gather_checkpoint(self.policy, policy, config.model, ranks))
+        self.state = RankState(
+            ranks, engines, lambda: gather_checkpoint(self.policy, policy, config.model, ranks, taught={*end_ids})
+        )
 
     # ---- commits
 
@@ -86,7 +88,8 @@ class PPOTask(PPOUpdate):
         return self._publisher.send(policy_version)
 
     def save(self, path: str) -> None:
-        save_checkpoint(self.policy, path, self.policy_path, self.config.model, self.ranks)
+        model, taught = self.config.model, {*self.end_ids}
+        save_checkpoint(self.policy, path, self.policy_path, model, self.ranks, taught=taught)
 
     @torch.no_grad()
     def token_logprobs(self, sequences: list[tuple[list[int], int]]) -> list[list[float]]:

@@ -22,7 +22,7 @@ from contracts.preference_losses import find_preference_loss
 from contracts.records import Example, ExamplePair, RatedExample
 from learner.adapted_models import trained_policy
 from learner.engine import TrainEngine
-from learner.examples import example_logprobs, loss_tokens
+from learner.examples import example_logprobs, loss_tokens, taught_tokens
 from learner.models import PolicyModel
 from learner.pair_losses import pair_metrics, pair_preferences, preference_loss, preference_matrix
 from learner.ranks import Ranks
@@ -141,7 +141,8 @@ class PreferenceTask:
         return self.ranks.sum(everyone)
 
     def save(self, path: str) -> None:
-        save_checkpoint(self.engine, path, self._tokenizer_from, self.config.model, self.ranks)
+        taught = taught_tokens(text for item in self.examples for text in item.texts)
+        save_checkpoint(self.engine, path, self._tokenizer_from, self.config.model, self.ranks, taught=taught)
 
 
 def _prompt_len(example: Example) -> int:

@@ -1,7 +1,8 @@
 """Writing a model as a normal Hugging Face checkpoint that transformers, vLLM and the next stage load; with LoRA a directory
 of PEFT."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import GenerationConfig
 
 from common.models import adapters
 from common.models.lora import saved_name
+from common.text.encoding import answer_end_ids
 from common.text.tokenizers import load_tokenizer
 from contracts.config import ModelConfig
 from learner.engine import TrainEngine
@@ -25,12 +27,16 @@ def save_checkpoint(
     model: ModelConfig,
     ranks: Ranks,
     config_fields: dict[str, Any] | None = None,
+    taught: Set[int] = frozenset(),
 ) -> None:
     """Gather the weights on all ranks and let rank 0 write them to `path` with configuration and tokenizer.
 
-    `config_fields` are added to the checkpoint's config.json.
+    Args:
+        config_fields: are added to the checkpoint's config.json.
+        taught: tokens that the model has learnt to write. Those among them that end texts or answers are named in
+            generation_config.json, where engines look for them.
     """
-    write = gather_checkpoint(engine, tokenizer_from, model, ranks, config_fields)
+    write = gather_checkpoint(engine, tokenizer_from, model, ranks, config_fields, taught)
     if write:
         write(path)
     if ranks.world_size > 1:
@@ -43,8 +49,10 @@ def gather_checkpoint(
     model: ModelConfig,
     ranks: Ranks,
     config_fields: dict[str, Any] | None = None,
+    taught: Set[int] = frozenset(),
 ) -> Callable[[str], None] | None:
-    """Gather the weights on all ranks together; returns, on rank 0, what writes them to a path.
+    """Gather the weights on all ranks together; returns, on rank 0, what writes them to a path. Arguments as of
+    `save_checkpoint`.
 
     Weights that lie whole on the CPU are written from where they are: the next optimizer step has to wait for that.
     """
@@ -64,6 +72,8 @@ def gather_checkpoint(
             setattr(lm.config, key, value)
         if engine.model.adapter:
             _write_adapter(path, engine.model, weights, config_fields or {})
+            if lm.can_generate():
+                _write_generation(path, lm.generation_config, tokenizer, taught)
             tokenizer.save_pretrained(path)
             return
         # Tied weights appear once in `weights`, as they do on disk.
@@ -75,7 +85,7 @@ def gather_checkpoint(
         finally:
             lm.generation_config = generation
         if generation is not None:
-            generation.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
+            _write_generation(path, generation, tokenizer, taught)
         tokenizer.save_pretrained(path)
 
     return write
@@ -91,8 +101,17 @@ def _write_adapter(
         text = lm.config.get_text_config()
         fields = fields | {"num_labels": 1, "architectures": [type(lm).__name__], "pad_token_id": text.pad_token_id}
     adapters.write(path, of.lora, tensors, of.base, of.fingerprint, fields, is_reward_model)
-    if lm.can_generate():
-        lm.generation_config.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
+
+
+def _write_generation(path: str, published: GenerationConfig, tokenizer: Any, taught: Set[int]) -> None:
+    """As it was published, with the ends that are `taught`: base Qwen's names its EOS alone, while its template ends an
+    answer with another token."""
+    generation, named = copy.deepcopy(published), published.eos_token_id
+    own = named if isinstance(named, list) else [named] if named is not None else []
+    ends = dict.fromkeys([int(tokenizer.eos_token_id), *answer_end_ids(tokenizer)])
+    if added := [end for end in ends if end in taught and end not in own]:
+        generation.eos_token_id = [*own, *added]
+    generation.to_json_file(Path(path, "generation_config.json"), keys_to_pop=["compile_config"])
 
 
 @cache

@@ -10,7 +10,7 @@ from contracts.config import TandemConfig
 from contracts.records import Example
 from learner.adapted_models import trained_policy
 from learner.engine import TrainEngine
-from learner.examples import example_nll, loss_tokens
+from learner.examples import example_nll, loss_tokens, taught_tokens
 from learner.models import PolicyModel
 from learner.ranks import Ranks
 from learner.saved_model import save_checkpoint
@@ -79,7 +79,8 @@ class SFTTask:
         return self.ranks.sum(total).item(), loss_tokens(examples)
 
     def save(self, path: str) -> None:
-        save_checkpoint(self.engine, path, self.config.model.path, self.config.model, self.ranks)
+        source, taught = self.config.model.path, taught_tokens(self.examples)
+        save_checkpoint(self.engine, path, source, self.config.model, self.ranks, taught=taught)
 
 
 TASK = SFTTask

@@ -21,6 +21,7 @@ from common.models.loading import LoadingError
 from common.models.lora import adapter_parameters
 from common.processes.shared_memory import Segment, SegmentReader, layout
 from contracts.config import RoleLoraConfig, TandemConfig
+from contracts.methods import chosen_preference
 from contracts.records import PreferencePair
 from controller.start_checks.adapter_checks import adapter_problems
 from learner.ppo import PPOTask
@@ -32,7 +33,7 @@ from learner.weight_sources import EngineSource, stored_source
 from reward_service.model import RewardModel, check_golden, check_reward_model
 from tests.unit.test_lora_models import EXAMPLES, ROWS, logprobs, make_lora_config, padded_logprobs, ppo, randomise
 from tests.unit.test_preference import pairs
-from tests.unit.test_rank_state import update, weights
+from tests.unit.test_rank_state import commit, update, weights
 
 __all__ = ["make_lora_config"]
 PAIRS = [PreferencePair(ROWS[0], ROWS[1], 1.0), PreferencePair(ROWS[2], ROWS[1], 0.0)]
@@ -106,6 +107,42 @@ def test_what_others_have_trained_is_merged_with_tokenizer_and_ends_of_its_base(
     (base / "generation_config.json").unlink()  # then what ends a text stands in config.json alone
     adapters.write_merged(str(adapter), tmp_path / "without")
     assert not (tmp_path / "without/generation_config.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "preference", "ppo"])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_every_stage_names_the_ends_that_it_taught(
+    is_whole: bool,
+    stage: str,
+    make_lora_config: Callable[..., TandemConfig],
+    small_vocab: Path,
+    ranks: Ranks,
+    tmp_path: Path,
+) -> None:
+    """On a base whose tokenizer and files name <|endoftext|>, token 0, while its template ends answers with token 2."""
+    base, config = tmp_path / "base", make_lora_config()
+    shutil.copytree(small_vocab, base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    config.model.path = str(base)
+    if is_whole:
+        config.model.lora = None
+    task: Any = {
+        "sft": lambda: SFTTask(ranks, config, EXAMPLES, []),
+        "preference": lambda: PreferenceTask(ranks, config, chosen_preference(config), str(base), pairs(2)),
+        "ppo": lambda: PPOTask(ranks, config, str(base), str(base), (0, 2), []),
+    }[stage]()
+    task.save(str(tmp_path / "saved"))
+    if not is_whole:
+        adapters.write_merged(str(tmp_path / "saved"), tmp_path / "whole")
+    for name in ("saved",) if is_whole else ("saved", "whole"):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+    if stage == "ppo":
+        commit(task, tmp_path / "step_1")
+        named = json.loads((tmp_path / "step_1/policy/generation_config.json").read_text())["eos_token_id"]
+        assert named == [0, 2]
 
 
 def test_an_adapter_of_another_revision_is_refused(sft: tuple[SFTTask, Path]) -> None:

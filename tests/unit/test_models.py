@@ -11,12 +11,14 @@ from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     Gemma3Config,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
 from common.models.packed_attention import Packed
+from common.text.end_tokens import end_ids
 from contracts.config import LearnerConfig, ModelConfig, OptimizerConfig
 from learner.engine import TrainEngine, frozen_as_loaded
 from learner.models import (
@@ -333,6 +335,35 @@ def test_a_generation_config_is_saved_as_it_was_published(
     save_checkpoint(engine, str(tmp_path / "saved"), str(small_vocab), ModelConfig(), ranks)
     saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
     assert {key: value for key, value in saved.items() if key != "transformers_version"} == published
+
+
+@pytest.mark.parametrize(
+    ("published", "taught", "expected"),
+    [
+        (0, {0, 2, 9}, [0, 2]),
+        (7, {2, 9}, [7, 2]),  # its own first
+        (0, {0, 9}, 0),  # plain texts
+        ([2, 0], {0, 2}, [2, 0]),
+        (None, {0, 2}, [0, 2]),
+    ],
+)
+def test_ends_that_were_taught_are_named(
+    published: Any, taught: set[int], expected: Any, small_vocab: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """As of base Qwen: its EOS is <|endoftext|>, its template ends an answer with <|im_end|>, which no file of it names."""
+    shutil.copytree(small_vocab, tmp_path / "model")
+    others = {"temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({**others, "eos_token_id": published}))
+    tokenizer = AutoTokenizer.from_pretrained(small_vocab)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    engine = TrainEngine(policy(tmp_path / "model"), OptimizerConfig(), LearnerConfig(), ranks, 1)
+    save_checkpoint(engine, str(tmp_path / "saved"), str(tmp_path / "model"), ModelConfig(), ranks, taught=taught)
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert saved.pop("eos_token_id") == expected
+    assert {key: value for key, value in saved.items() if key != "transformers_version"} == others
+    ends = [end_ids(tokenizer, ModelConfig(path=str(tmp_path / name)), chat=2 in taught) for name in ("model", "saved")]
+    assert ends[0] == ends[1]  # of a stage that starts from what was saved
 
 
 @pytest.mark.parametrize(("eos", "pad"), [([5, 6, 7], 5), (6, 6), (None, None)])
