@@ -1,7 +1,8 @@
 """Tiny random models of many architectures: two or three layers of each kind, and weights that tell them apart.
 
 `TINY[name]()` is a configuration, `make(name, seed)` a model of it. A name with a suffix is a variant of an architecture:
-`-window` has a sliding window of 8 tokens, `-tied` shares the head with the embeddings.
+`-window` has a sliding window of 8 tokens, `-tied` shares the head with the embeddings, `-longrope` turns dimensions by
+factors of their own.
 """
 
 from collections.abc import Callable
@@ -50,6 +51,10 @@ SHORT = {
 YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128, "truncate": False,
     "beta_fast": 32.0, "beta_slow": 1.0,
+}  # fmt: skip
+LONGROPE = {  # a factor for each pair of the dimensions of a head; the long ones for rows beyond the original positions
+    "rope_type": "longrope", "rope_theta": 10000.0,
+    "short_factor": [1 + i / 16 for i in range(16)], "long_factor": [2 + i / 2 for i in range(16)],
 }  # fmt: skip
 SLIDING_FULL = ["sliding_attention", "full_attention"]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -123,6 +128,14 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
     "phi": of("Phi", SIZES, num_key_value_heads=4),
     "phi3": of("Phi3", SIZES, GROUPED, original_max_position_embeddings=256, sliding_window=None),
     "phi3-window": of("Phi3", SIZES, GROUPED, original_max_position_embeddings=256, sliding_window=WINDOW),
+    "phi3-longrope": of(
+        "Phi3",
+        SIZES | {"max_position_embeddings": 2048},
+        GROUPED,
+        original_max_position_embeddings=1024,
+        sliding_window=None,
+        rope_parameters=LONGROPE,
+    ),
     "granite": of(
         "Granite",
         SIZES,

@@ -159,7 +159,7 @@ def _narrow(text: Any, width: int) -> None:
     kv_names = [name for name in ("num_key_value_heads", "num_kv_heads") if was.get(name)]
     kv = was[kv_names[0]] if kv_names else heads
     ratio, groups = min(max(1, heads // kv), 3), min(kv, 2)
-    hidden = text.hidden_size
+    hidden, head = text.hidden_size, _head_width(text)
     narrow = max(32, ratio * groups * width)
     for name, value in was.items():
         if name in CAPS:
@@ -181,6 +181,25 @@ def _narrow(text: Any, width: int) -> None:
         with suppress(AttributeError):  # derived from the others
             if getattr(text, name, None) is not None:
                 setattr(text, name, value)
+    for name, section in vars(text).items():
+        if "rope" in name and isinstance(section, dict):
+            for of_layers in (section, *section.values()):  # one for all layers, or one for each kind of them
+                _fewer_factors(of_layers, _head_width(text), head)
+
+
+def _head_width(text: Any) -> int:
+    """Of what is turned; latent attention has a part of its own for it, which stays as wide as it is."""
+    known = getattr(text, "qk_rope_head_dim", None) or getattr(text, "head_dim", None)
+    return int(known or text.hidden_size // (getattr(text, "num_attention_heads", None) or 1))
+
+
+def _fewer_factors(rope: Any, width: int, was: int) -> None:
+    """Of factors of RoPE for each pair of dimensions (`longrope`), as many as heads of another width have, from the first to
+    the last. Rotary dimensions are the same part of any head."""
+    for name, factors in dict(rope).items() if isinstance(rope, dict) else ():
+        if "factor" in name and isinstance(factors, list | tuple):
+            count = len(factors) * width // was
+            rope[name] = [factors[i * len(factors) // count] for i in range(count)]
 
 
 def _short_vocabulary(config: Any, text: Any) -> None:

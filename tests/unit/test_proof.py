@@ -28,7 +28,7 @@ FLOAT = ModelConfig(dtype="float32")
 CPU = torch.device("cpu")
 # One of each kind that needs care; the others are in `make test-full` and in docs/models.md.
 KINDS = {
-    "granite", "cohere", "gemma2-window", "gemma3-window", "mistral-window", "phi3-window", "starcoder2-window", "gpt_oss",
+    "granite", "cohere", "gemma2-window", "gemma3-window", "mistral-window", "phi3-window", "phi3-longrope", "starcoder2-window", "gpt_oss",
     "bloom", "falcon", "opt", "gptj", "lfm2", "mamba", "qwen3_next", "deepseek_v3", "glm4_moe", "mixtral",
     "qwen3_moe", "cohere2-window", "gpt_neo-window",
 }  # fmt: skip
@@ -183,6 +183,51 @@ def test_a_twin_has_the_layers_that_begin_late(begins: int, every: int) -> None:
     with torch.device("meta"):
         layers = AutoModelForCausalLM.from_config(twin).model.layers
     assert {type(layer.mlp).__name__ for layer in layers} == {"Ernie4_5_MoeMLP", "Ernie4_5_MoeSparseMoeBlock"}
+
+
+def longrope(pairs: int) -> dict[str, Any]:
+    factors = {"short_factor": [1 + i / pairs for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]}
+    return {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4096, **factors}
+
+
+@pytest.mark.parametrize(
+    ("config", "pairs"),
+    [
+        (  # as of Phi-4-mini
+            lambda: transformers.Phi3Config(
+                hidden_size=3072, num_attention_heads=24, num_key_value_heads=8, max_position_embeddings=131072,
+                rope_parameters=longrope(48) | {"partial_rotary_factor": 0.75},
+            ),
+            6,
+        ),
+        (  # as of Phi-3.5-mini
+            lambda: transformers.Phi3Config(max_position_embeddings=131072, rope_parameters=longrope(48)),
+            8,
+        ),
+        (
+            lambda: transformers.Gemma3TextConfig(
+                head_dim=256, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"],
+                rope_parameters={
+                    "full_attention": longrope(128),
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                },
+            ),
+            8,
+        ),
+    ],
+    ids=["a part of each head", "whole heads", "by kind of layer"],
+)  # fmt: skip
+def test_a_twin_has_as_many_factors_as_its_heads_have_pairs(config: Callable[[], Any], pairs: int) -> None:
+    wide = config()
+    twin = twin_config(wide, narrow=True, short=True)
+    rope, of_wide = (c.rope_parameters.get("full_attention", c.rope_parameters) for c in (twin, wide))
+    for name in ("short_factor", "long_factor"):
+        assert len(rope[name]) == pairs
+        assert rope[name][0] == of_wide[name][0]
+        assert of_wide[name][-1] - rope[name][-1] < 0.2 * of_wide[name][-1]  # those of slow dimensions too
+    model = AutoModelForCausalLM.from_config(twin)
+    assert sum(p.numel() for p in model.parameters()) < LARGEST / 50
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 # ---- the attention that is ours
