@@ -48,10 +48,11 @@ def twin_config(config: Any, narrow: bool, short: bool, head_width: int = HEAD) 
     """A copy with few layers and short windows, with narrow layers, and with a short vocabulary."""
     twin = copy.deepcopy(config)
     text = twin.get_text_config()
-    _fewer_layers(text)
-    _short_windows(text)
-    if narrow:
-        _narrow(text, head_width)
+    for part in (text, *_other_parts(twin, text)):
+        _fewer_layers(part)
+        _short_windows(part)
+        if narrow:
+            _narrow(part, head_width)
     if short:
         _short_vocabulary(twin, text)
     return twin
@@ -103,6 +104,12 @@ def telling_weights(model: PreTrainedModel, seed: int = 0) -> None:
 
 
 # ---- smaller
+
+
+def _other_parts(config: Any, text: Any) -> list[Any]:
+    """Of a model with a tower for images or sound, what it has beside its text, where that is made of layers."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [p for p in parts if p is not text and hasattr(p, "num_hidden_layers") and hasattr(p, "hidden_size")]
 
 
 def _fewer_layers(text: Any) -> None:

@@ -13,6 +13,7 @@ from common.models.loading import LoadingError, loading_report, refuse_unloaded
 from common.models.lora import stored_name, target_modules
 from common.models.proof import NoClass, Proof, Unproven
 from common.text.tokenizers import load_config
+from contracts.checks.check import Check
 from contracts.checks.lora_checks import adapted_roles
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
@@ -119,12 +120,31 @@ def _check_policy(config: TandemConfig, path: str, key: str) -> None:
         base, adapter = split(path)
         made, report = loading_report(AutoModelForCausalLM, base, config=found, revision=config.model.revision_of(path))
         refuse_unloaded(report, base, key, model=made)
+        _refuse_other_parts(found, made, path, key)
         if adapter:
             check_fits(made, adapter, key, base)
         adapted = adapted_roles(config) if key == "model.path" else {}
         for role, lora in adapted.items():
             for module in target_modules(made, lora, key=lora_key(config.model, role, "targets")):
                 stored_name(made, f"{module}.lora_A.weight")
+
+
+def _refuse_other_parts(found: Any, made: Any, path: str, key: str) -> None:
+    """Refuse a model of several parts whose class for text is another than the one that its config.json names, by which vLLM
+    chooses (Qwen3.5, Llama 4): nobody would send the engine its tower for images.
+
+    Raises:
+        LoadingError: with what to write instead.
+    """
+    named, mine = found.architectures or [type(found).__name__], type(made).__name__
+    if type(made.config) is type(found) or mine in named:
+        return
+    parts = ", ".join(name for name in found.sub_configs if name != "text_config")
+    what = f"{named[0]} with {parts}, of which {mine} trains the text alone, while vLLM serves all of it"
+    instead = (
+        f"what save_pretrained() of AutoModelForCausalLM.from_pretrained({path!r}) writes, with its tokenizer beside it"
+    )
+    raise LoadingError(Check(False, f"{key}={path}", "a model that trains whole", what, instead).message)
 
 
 def _check_scorer(path: str, key: str) -> None:

@@ -28,9 +28,9 @@ FLOAT = ModelConfig(dtype="float32")
 CPU = torch.device("cpu")
 # One of each kind that needs care; the others are in `make test-full` and in docs/models.md.
 KINDS = {
-    "granite", "cohere", "gemma2-window", "gemma3-window", "mistral-window", "phi3-window", "phi3-longrope", "starcoder2-window", "gpt_oss",
+    "granite", "cohere", "gemma2-window", "gemma3-window", "mistral-window", "phi3-window", "phi3-longrope", "gpt_oss",
     "bloom", "falcon", "opt", "gptj", "lfm2", "mamba", "qwen3_next", "deepseek_v3", "glm4_moe", "mixtral",
-    "qwen3_moe", "cohere2-window", "gpt_neo-window",
+    "qwen3_moe", "cohere2-window", "gpt_neo-window", "starcoder2-window",
 }  # fmt: skip
 CONTRADICTED = {"falcon-alibi"}  # by its own class
 ALL = [
@@ -316,6 +316,42 @@ def test_a_value_model_without_a_class_is_refused_with_what_needs_none(tmp_path:
     )
     config.ppo.estimator = "grpo"
     check_weights_and_code(config)
+
+
+IMAGES = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64, "depth": 1}
+WORDS = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 32, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+
+
+def test_a_model_of_which_the_text_alone_would_train_is_refused_by_name(tmp_path: Path) -> None:
+    """vLLM serves the class that config.json names, tower for images and all."""
+    config = transformers.Qwen3_5Config(text_config=dict(WORDS), vision_config=dict(IMAGES))
+    transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ConfigError) as raised:
+        check_weights_and_code(config_of(tmp_path / "whole", stage="sft"))
+    assert str(raised.value) == (
+        f"model.path={tmp_path}/whole must be a model that trains whole; found Qwen3_5ForConditionalGeneration with "
+        "vision_config, of which Qwen3_5ForCausalLM trains the text alone, while vLLM serves all of it; write what "
+        f"save_pretrained() of AutoModelForCausalLM.from_pretrained('{tmp_path}/whole') writes, with its tokenizer beside it"
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "text")
+    check_weights_and_code(config_of(tmp_path / "text", stage="sft"))
+
+
+def test_a_twin_has_small_towers_too() -> None:
+    """As of Gemma 3 4B: the tower for images alone has 417 million parameters."""
+    tower = {
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "image_size": 896, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(vision_config=tower)
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(twin_config(config, narrow=True, short=True))
+    assert sum(p.numel() for p in twin.parameters()) < LARGEST / 50
+    assert len(twin.model.vision_tower.encoder.layers) == 2
+    assert prove_policy(config, FLOAT, LearnerConfig(), True).error < TOLERANCE
 
 
 def test_an_attention_that_is_not_exact_is_refused_by_key_and_number(tmp_path: Path) -> None:
