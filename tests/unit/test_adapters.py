@@ -234,6 +234,11 @@ def test_a_reward_model_is_served_and_loads_in_peft(proxy: tuple[RewardModelTask
         theirs = [in_peft(input_ids=torch.tensor([row])).logits.item() for row in ROWS]
     # transformers reads the last token that is no padding, and EOS is the padding of this model.
     assert theirs[1:] == pytest.approx(raw[1:], abs=1e-4)
+    with pytest.raises(RuntimeError, match="size mismatch"):  # the base's configuration makes two labels
+        peft.AutoPeftModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    by_itself = peft.AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+    with torch.no_grad():
+        assert [by_itself(input_ids=torch.tensor([row])).logits.item() for row in ROWS] == pytest.approx(theirs)
     adapters.write_merged(str(path), path.parent / "whole")
     whole = RewardModel(str(path.parent / "whole"), "float32")
     assert [score.value for score in whole.score(ROWS)] == pytest.approx(scores, abs=1e-5)
