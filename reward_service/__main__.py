@@ -29,7 +29,7 @@ from common.models.precision import choose_dtypes
 from common.text.tokenizers import pinned
 from contracts.checks.overrides import unknown_overrides
 from contracts.checks.validation import ConfigError, validate_service
-from contracts.config import ScorerConfig, TandemConfig, register_schema, to_config
+from contracts.config import ModelConfig, ScorerConfig, TandemConfig, register_schema, to_config
 from contracts.scorer_roles import ROLES, chosen_scorers
 from reward_service.resolve import ScorerError, resolve
 from reward_service.scorer_kind import scorer_kind
@@ -68,6 +68,12 @@ def tokenizer_of(config: TandemConfig, scorers: dict[str, ScorerConfig]) -> str:
     return next((path for path in models if path), config.model.path)
 
 
+def date_of(config: TandemConfig) -> str | None:
+    """The day that its template writes; None at the default: the one of the tokenizer's training."""
+    day = config.model.template_date
+    return day if day != ModelConfig.template_date else None
+
+
 def serve(overrides: list[str]) -> None:
     """Until a signal ends it.
 
@@ -93,7 +99,7 @@ def serve(overrides: list[str]) -> None:
         signal.signal(number, lambda number, frame: received.put(number))
     threads = fitting_threads(cluster, cluster.threads_per_reward_replica)
     env = scorer_env(threads, on_cpu=cluster.gpus_per_reward_replica == 0)
-    service = RewardService(config.reward_service, cluster, env, tokenizer)
+    service = RewardService(config.reward_service, cluster, env, tokenizer, template_date=date_of(config))
     try:
         service.start(scorers)
         service.wait(cluster.start_timeout_s)

@@ -116,6 +116,7 @@ class HttpFrontReplica(FrontReplica):
         scorers: dict[str, ScorerSpec],
         limits: FrontLimits,
         tokenizer: str,
+        template_date: str | None,
         http: HttpConfig,
         digests: tuple[str, ...],
     ) -> None:
@@ -123,7 +124,7 @@ class HttpFrontReplica(FrontReplica):
         from reward_service.http import HttpServer, HttpService
 
         super().__init__(scorers, limits)
-        encoder = await asyncio.to_thread(Encoder, tokenizer)
+        encoder = await asyncio.to_thread(Encoder, tokenizer, template_date)
         service = HttpService(self.front, encoder, http, self.missing)
         self._server = HttpServer(
             service.application(digests), http, lambda reason: self.front.metrics.connections.labels(reason).inc()
@@ -145,16 +146,18 @@ class RewardService:
         env: dict[str, str],
         tokenizer: str,
         placement: list[dict[str, Any]] | None = None,
+        template_date: str | None = None,
     ):
         """
         Args:
             tokenizer: the checkpoint whose token ids are scored.
             placement: Ray options with the resources of a replica of each model; what it has no place for goes anywhere.
+            template_date: the day that its chat template writes for requests over HTTP, as of `Encoder`.
         """
         self.config = config
         self.cluster = cluster
         self.env = env
-        self.tokenizer = tokenizer
+        self.tokenizer, self.template_date = tokenizer, template_date
         self._free_places, self._places = list(placement or []), dict[str, dict[str, Any]]()
         self.scorers: dict[str, ScorerConfig] = {}
         self.specs: dict[str, ScorerSpec] = {}
@@ -223,7 +226,7 @@ class RewardService:
         from reward_service.encoder import Encoder
 
         try:
-            Encoder(self.tokenizer)
+            Encoder(self.tokenizer, self.template_date)
         except Exception as error:  # whatever a library raises on a file that it cannot read
             raise ScorerError(f"{self.tokenizer}: {typed_line(error)}") from None
 
@@ -289,7 +292,7 @@ class RewardService:
                 raise ScorerError(f"reward_service.http.token_file={http.token_file}: {error}") from None
             if not digests and not is_loopback(http.host):
                 raise ScorerError(f"reward_service.http.host={http.host} is not served without a token_file")
-            arguments += (self.tokenizer, http, digests)
+            arguments += (self.tokenizer, self.template_date, http, digests)
         deployment = serve.deployment(
             name=FRONT,
             num_replicas=1,  # it holds cache, quarantine and counters

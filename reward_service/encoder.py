@@ -10,18 +10,23 @@ from common.text.encoding import (
     tokenizer_hash,
 )
 from common.text.end_tokens import end_ids
-from common.text.tokenizers import local_checkpoint
+from common.text.tokenizers import local_checkpoint, with_date
 from contracts.config import ModelConfig
 from contracts.records import Score, ScoringItem
 from contracts.scoring import scoring_ids
 
 
 class Encoder:
-    def __init__(self, tokenizer_path: str):
+    """`template_date`: the day (ISO 8601) that the chat template writes as today's; None: the one that training has left
+    with the tokenizer, or the default."""
+
+    def __init__(self, tokenizer_path: str, template_date: str | None = None):
         from transformers import AutoTokenizer
 
         root = str(local_checkpoint(tokenizer_path))
         self.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+        if template_date is not None:
+            with_date(self.tokenizer, template_date)
         self.hash = tokenizer_hash(self.tokenizer)
         self.end_ids = end_ids(self.tokenizer, ModelConfig(path=root), chat=True)
         self._ends = tuple(str(self.tokenizer.decode([end])) for end in self.end_ids)

@@ -120,7 +120,8 @@ class Runtime:
             env = environments(config.cluster)["reward"]
             placement = [self._placement.scorer(i) for i in range(self._placement.num_scorers)]
             tokenizer = pinned(config.model.path, config.model)
-            self._service = RewardService(config.reward_service, config.cluster, env, tokenizer, placement)
+            date = config.model.template_date
+            self._service = RewardService(config.reward_service, config.cluster, env, tokenizer, placement, date)
             self._service.start(scorers)
         elif scorers != self._service.scorers:
             self._service.update(scorers, self.config.cluster.start_timeout_s)

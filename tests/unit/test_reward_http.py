@@ -13,10 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
 from common.text.encoding import item_of_messages, item_of_text
+from common.text.tokenizers import with_date
 from contracts.config import HttpConfig, ScorerConfig
 from contracts.records import Score, ScoringItem
+from reward_service.__main__ import date_of, read_config
 from reward_service.access import token_digests, token_of
 from reward_service.encoder import Encoder
 from reward_service.front import Front, FrontLimits
@@ -132,6 +135,32 @@ def test_native_answers_item_by_item(encoder: Encoder) -> None:
         ("alien", "error", "unreadable", False),
     ]
     assert server.items == [ScoringItem(tuple(ids)), chat]  # each content once, in the one form
+
+
+def test_a_template_writes_the_day_of_the_configuration(tmp_path: Path) -> None:
+    source = ROOT / ".cache/models/smollm2-135m-instruct"
+    shutil.copy(source / "config.json", tmp_path)
+    made = AutoTokenizer.from_pretrained(source)
+    made.chat_template = "{{ 'Today: ' + strftime_now('%d %b %Y') }}\n" + made.chat_template
+
+    def shown(day: str | None) -> str:
+        encoder = Encoder(str(tmp_path), day)
+        return str(encoder.tokenizer.decode(encoder.messages(TURNS).token_ids)).partition("\n")[0]
+
+    made.save_pretrained(tmp_path)
+    assert shown(None) == "Today: 01 Jan 2026"
+    assert shown("2024-02-29") == "Today: 29 Feb 2024"
+    with_date(made, "2025-12-31").save_pretrained(tmp_path)  # as training leaves it
+    assert shown(None) == "Today: 31 Dec 2025"
+    assert shown("2024-02-29") == "Today: 29 Feb 2024"
+
+
+@pytest.mark.parametrize(("written", "day"), [([], None), (["model.template_date=2024-02-29"], "2024-02-29")])
+def test_a_service_on_its_own_has_the_day_that_is_written(
+    written: list[str], day: str | None, classifier: Path
+) -> None:
+    config, _ = read_config(["reward_service=http", f"proxy_model={classifier}", *written])
+    assert date_of(config) == day
 
 
 def test_every_end_token_of_the_model_is_one_eos(tmp_path: Path) -> None:
