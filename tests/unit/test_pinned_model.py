@@ -3,6 +3,7 @@ out, in which `main` has moved on; nothing is asked for over the network."""
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,14 @@ def test_a_directory_has_no_revision(tmp_path: Path) -> None:
 
 
 def test_rules_read_what_the_pinned_tokenizer_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, days = [], []
 
     class Service:
         scorers: Any = None
 
-        def __init__(self, service: Any, cluster: Any, env: Any, tokenizer: str, placement: Any):
+        def __init__(self, service: Any, cluster: Any, env: Any, tokenizer: str, placement: Any, date: str):
             asked.append(tokenizer)
+            days.append(date)
 
         def start(self, scorers: Any) -> None: ...
 
@@ -92,11 +94,12 @@ def test_rules_read_what_the_pinned_tokenizer_wrote(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("reward_service.app.RewardService", Service)
     monkeypatch.setattr(Runtime, "start", lambda runtime: None)
-    runtime = Runtime(TandemConfig(model=PINNED))
+    runtime = Runtime(TandemConfig(model=replace(PINNED, template_date="2024-02-29")))
     placement: Any = type("Placement", (), {"num_scorers": 0})
     runtime._placement = placement
     runtime.service({})
     [tokenizer] = asked
+    assert days == ["2024-02-29"]  # of its templates over HTTP
     [text] = text_reader(tokenizer)([ScoringItem((0, 1, 1, 0), 1)])
     assert (text.prompt, text.completion) == ("no", "yes yes")
 
