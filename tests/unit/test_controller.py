@@ -157,7 +157,8 @@ def test_the_adaptive_coefficient_counts_what_its_kl_is_a_mean_of(
 
 
 def test_a_driver_resumes_among_another_number_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its commit says nothing of them; one of an earlier build does, and counts as if it did not."""
+    """Its commit says nothing of them; one of an earlier build does, and counts as if it did not. Minibatches are drawn as
+    they would have been."""
     cuda: Any = torch.cuda
     state = torch.get_rng_state()
     monkeypatch.setattr(cuda, "is_available", lambda: True)
@@ -175,8 +176,9 @@ def test_a_driver_resumes_among_another_number_of_gpus(tmp_path: Path, monkeypat
     loop.updates, loop.first_score, loop.durations, loop.qualities = 2, None, [], []
     kept, arrays = loop.state_dict()
     assert kept["random"]["cuda"] == []
-    drawn = torch.rand(3)
+    drawn, shuffled = torch.rand(3), loop.rng.permutation(9).tolist()
     for devices in ([], ["00", "00"]):
         loop._start = kept | {"random": kept["random"] | {"cuda": devices}}, arrays
         loop.restore(None)
         assert torch.equal(torch.rand(3), drawn)
+        assert loop.rng.permutation(9).tolist() == shuffled
