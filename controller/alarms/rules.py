@@ -52,12 +52,14 @@ def _error(values: Sequence[float], size: int) -> float:
     """Standard error of the difference of the means of two windows of `size` versions.
 
     Noise makes a step undo the one before it, which a trend or a jump does not: its variance is the mean product of
-    neighbouring steps, with the sign turned. That is rough in a short run; the median step is less so, and 0 where most
-    versions are equal. The larger of both counts.
+    neighbouring steps, with the sign turned. That is rough in a short run; the median step is less so. The larger of both
+    counts. Where most versions are equal, as where successes are rare, the median is 0, and what no later step undoes may be
+    the first of them: there every step counts as noise.
     """
     steps = [b - a for a, b in pairwise(values)]
     undone = -statistics.fmean(a * b for a, b in pairwise(steps))
     typical = statistics.median(map(abs, steps)) / (math.sqrt(2) * NORMAL.inv_cdf(0.75))
+    typical = typical or math.sqrt(statistics.fmean(step**2 for step in steps) / 2)
     return max(math.sqrt(max(undone, 0.0)), typical) * math.sqrt(2 / size)
 
 
