@@ -154,10 +154,10 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, reward_
 
 
 def require_same(run: Run, unbroken: Run) -> None:
+    """But for the commits, which another `checkpoint.every` makes at other updates."""
     assert run.without_held_out() == unbroken.metrics
     assert (run.dir / "samples.jsonl").read_text() == (unbroken.dir / "samples.jsonl").read_text()
     assert run.model == unbroken.model
-    assert commit_store.steps(run.dir) == commit_store.steps(unbroken.dir)
     accounts = audit(run.dir / "ledger.jsonl")
     assert accounts.faults == []
     assert (accounts.admitted, accounts.trained, accounts.open) == (UPDATES * ROLLOUTS, UPDATES * ROLLOUTS, 0)
@@ -222,9 +222,22 @@ def test_killed_stopped_and_resumed(
     assert "going on from" in printed
     assert f"after update {reached}" in printed
     require_same(run, unbroken)
+    assert commit_store.steps(run.dir) == commit_store.steps(unbroken.dir)
     answered = [row for row in run.metrics if "heldout/accuracy" in row]
     assert [row["progress/version"] for row in answered] == [1, 3]  # after updates by versions 0 and 2
     assert all(0 <= row["heldout/accuracy"] <= 1 and row["heldout/unscored"] == 0 for row in answered)
+
+
+@pytest.mark.full
+def test_stopped_after_an_update_that_is_not_due(
+    unbroken: Run, tmp_path: Path, tiny_model: Path, reward_model: Path
+) -> None:
+    run = Run(tmp_path, tiny_model, reward_model, "checkpoint.every=3")
+    run.stop_after(1)
+    assert commit_store.steps(run.dir) == [2]  # the first update fits the value model
+    assert run.finish() == 0, run.printed[-4000:]
+    assert "after update 2" in run.printed
+    require_same(run, unbroken)
 
 
 @pytest.mark.full
