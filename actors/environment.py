@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from threading import RLock
 from typing import Any
 
 from common.text.encoding import DataError, told_ids, turn_end_ids
 from contracts.config import EnvironmentConfig
 from contracts.environments import Environment, EnvironmentFault, Step, is_import_path
 from contracts.records import Prompt
+
+ENCODES = RLock()  # a slow tokenizer's call calls itself
 
 
 class SingleTurn:
@@ -71,8 +74,21 @@ def environment_maker(config: EnvironmentConfig, load_tokenizer: Callable[[], An
     if config.name == "single_turn":
         return SingleTurn
     kind = TwoTurn if config.name == "two_turn" else _imported(config.name)
-    tokenizer, options = load_tokenizer(), dict(config.options)
+    tokenizer, options = _for_threads(load_tokenizer()), dict(config.options)
     return lambda: kind(tokenizer, **options)
+
+
+def _for_threads(tokenizer: Any) -> Any:
+    """Conversations are played in several threads, and `truncation`, `padding` and `split_special_tokens` of a call are
+    settings of the tokenizer, which they share: one call at a time has it (findings/transformers_tokenizer_threads.sh)."""
+    kind = type(tokenizer)
+
+    def alone(self: Any, *arguments: Any, **options: Any) -> Any:
+        with ENCODES:
+            return kind._encode_plus(self, *arguments, **options)
+
+    tokenizer.__class__ = type(kind.__name__, (kind,), {"_encode_plus": alone})
+    return tokenizer
 
 
 def _imported(path: str) -> Any:

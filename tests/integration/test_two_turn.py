@@ -143,6 +143,6 @@ def test_an_import_path_is_found_in_a_worker() -> None:
     @ray.remote(num_cpus=0.1)
     def kind() -> str:
         config = EnvironmentConfig(name="tests.unit.test_environments:Scripted")
-        return type(environment_maker(config, lambda: None)()).__name__
+        return type(environment_maker(config, type("Tokenizer", (), {}))()).__name__
 
     assert ray.get(kind.remote(), timeout=120) == "Scripted"

@@ -1,11 +1,13 @@
 """What an environment may answer, the ones that are shipped, and the rehearsal before training starts."""
 
+import copy
 import json
 import math
 import re
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,6 +130,37 @@ def test_two_turn_speaks_in_the_chat_template(tokenizer: Any) -> None:
     assert (
         list(environment.step([*answer, 0]).observation) == told
     )  # as one that ended otherwise, told of the cut-off one
+
+
+class SharedSettings:
+    """As transformers' fast tokenizers: what a call asks for is a setting of the object."""
+
+    def __call__(self, text: str, limit: int | None = None) -> str:
+        return self._encode_plus(text, limit)
+
+    def _encode_plus(self, text: str, limit: int | None) -> str:
+        self.limit = limit
+        time.sleep(1e-4)
+        return text[: self.limit]
+
+
+class Keeps(SingleTurn):
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+
+def test_what_one_conversation_asks_of_the_tokenizer_changes_nothing_of_another() -> None:
+    shared = SharedSettings()
+    make = environment_maker(EnvironmentConfig(name=f"{__name__}:Keeps"), lambda: shared)
+    both: list[Any] = [make(), make()]
+    with ThreadPoolExecutor(2) as threads:
+        found = [
+            threads.submit(one.tokenizer, "abcdef", limit)
+            for _ in range(100)
+            for one, limit in zip(both, (None, 3), strict=True)
+        ]
+    assert [one.result() for one in found] == ["abcdef", "abc"] * 100
+    assert copy.deepcopy(both[0].tokenizer)("abcdef", 2) == "ab"
 
 
 def test_an_import_path_leads_to_a_class(tokenizer: Any) -> None:
