@@ -693,20 +693,20 @@ def test_weights_cannot_be_published_before_actors_are_connected(
         make_task(config).publish(1)
 
 
-def test_mismatch_is_that_of_the_tokens_which_the_present_weights_sampled(
+def test_mismatch_is_that_of_completions_which_the_present_weights_sampled(
     config: TandemConfig, make_task: Callable[..., PPOTask]
 ) -> None:
-    """Against older tokens the policy differs because it has learnt."""
-    task, rollouts = make_task(config), [rollout(0, [5, 61, 302], [403, 94, 15, EOS]), rollout(1, [9], [33, 444])]
-    for r, versions in zip(rollouts, ([3, 3, 4, 5], [4, 5]), strict=True):
+    """Against older tokens the policy differs because it has learnt; those behind them saw the cache of older weights."""
+    task, tokens = make_task(config), [([5, 61, 302], [403, 94, 15, EOS]), ([9], [33, 444]), ([7], [12, 13, EOS])]
+    rollouts = [rollout(i, *of) for i, of in enumerate(tokens)]
+    for r, versions in zip(rollouts, ([3, 3, 4, 5], [4, 5], [5, 5, 5]), strict=True):
         r.completion.policy_versions = np.array(versions, dtype=np.int32)
-    fresh = [([*r.prompt.token_ids, *r.completion.token_ids.tolist()], r.num_tokens - 1) for r in rollouts]
-    now = [tail[0] for tail in task.token_logprobs(fresh)]
-    gaps = [p - float(r.completion.behavior_logprobs[-1]) for p, r in zip(now, rollouts, strict=True)]
-    (batch,) = make_batches(rollouts, [1.0, 2.0], 1, 1, 100, np.random.default_rng(0), policy_version=5)
+    (now,) = task.token_logprobs([([*tokens[2][0], *tokens[2][1]], 1)])
+    gaps = np.array(now) - rollouts[2].completion.behavior_logprobs
+    (batch,) = make_batches(rollouts, [1.0, 2.0, 3.0], 1, 1, 100, np.random.default_rng(0), policy_version=5)
     metrics = task.update(batch, KL_COEF, train_policy=False)
-    assert metrics["staleness/token_mean"] == pytest.approx((2 + 2 + 1 + 0 + 1 + 0) / 6)
+    assert metrics["staleness/token_mean"] == pytest.approx((2 + 2 + 1 + 1) / 9)
     assert metrics["kl/mismatch_logp_mean"] == pytest.approx(np.mean(np.abs(gaps)), rel=1e-4)
     assert metrics["kl/mismatch_logp_max"] == pytest.approx(np.max(np.abs(gaps)), rel=1e-4)
-    (batch,) = make_batches(rollouts, [1.0, 2.0], 1, 1, 100, np.random.default_rng(0), policy_version=6)
+    (batch,) = make_batches(rollouts, [1.0, 2.0, 3.0], 1, 1, 100, np.random.default_rng(0), policy_version=6)
     assert [name for name in task.update(batch, KL_COEF, train_policy=False) if "mismatch" in name] == []
