@@ -100,8 +100,8 @@ def batch_metrics(passes: list[Pass], batch: TrainingBatch, ranks: Ranks, has_va
     for p in passes:
         mask = p.places.mask
         staleness = torch.from_numpy(p.batch.staleness).to(ranks.device)
-        # Only of the weights that the learner still has: of older ones the gap is learning, not mismatch. Behind older tokens
-        # of its own, which weights in flight leave in the cache as they were, a token is of both.
+        # Only of the weights that the learner still has: of older ones the gap is learning, not mismatch. Behind tokens of
+        # older weights, which weights in flight leave in the cache as they were, a token is of both.
         fresh = mask & ~(mask & (staleness > 0)).any(dim=1, keepdim=True)
         gap = torch.where(fresh, p.proximal_logprobs - p.behavior_logprobs, 0.0)
         sums += torch.stack(
