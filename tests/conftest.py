@@ -39,6 +39,13 @@ if not IS_WORKER:
     atexit.register(shutil.rmtree, PROOFS, ignore_errors=True)
 
 
+def sources(folder: str) -> Iterator[Path]:
+    """The Python files below a folder of the repository, but for environments that benchmarks make for their peers."""
+    for path in (ROOT / folder).rglob("*.py"):
+        if not any(part.startswith(".") for part in path.relative_to(ROOT).parts):
+            yield path
+
+
 def cache_in(folder: Path) -> Path:
     """A cache of its own below `folder`, which knows the proofs of this session."""
     cache = folder / "cache"

@@ -14,9 +14,9 @@ from controller.alarms.limits import LIMITS
 from controller.ledger.ledger import Ledger
 from controller.record.evaluation import evaluation_metrics
 from controller.record.run_log import RunLog
+from tests.conftest import ROOT, sources
 from tests.unit.test_ledger import requests, serve
 
-ROOT = Path(__file__).parents[2]
 WRITERS = ("actors", "common", "contracts", "controller", "learner", "reward_service")
 READERS = (*WRITERS, "studies", "benchmarks")
 NAME = re.compile(r"[a-z_]+/[a-z_0-9]*[a-z0-9]")
@@ -31,7 +31,7 @@ PUT_TOGETHER = ("ledger/", "evaluate/")
 
 def trees(folders: tuple[str, ...]) -> Iterator[ast.Module]:
     for folder in folders:
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in sources(folder):
             if path.name not in ("metrics.py", "catalogue.py"):
                 yield ast.parse(path.read_text())
 
