@@ -67,11 +67,16 @@ def matmul_peak(path: str, tokens: int, dtype: torch.dtype) -> dict[str, float]:
     return result
 
 
+def sampled_prompts(job: dict[str, Any]) -> list[list[int]]:
+    """Of one update, as often as each is sampled."""
+    samples = job["samples"]
+    return [prompt for prompt in job["prompts"][: job["rollouts"] // samples] for _ in range(samples)]
+
+
 def random_sequences(job: dict[str, Any]) -> list[np.ndarray]:
     """The prompts of one update with random completions."""
     rng = np.random.default_rng(job["seed"])
-    prompts = job["prompts"][: job["rollouts"]]
-    return [np.concatenate([p, rng.integers(3, 10_000, job["completion_tokens"])]) for p in prompts]
+    return [np.concatenate([p, rng.integers(3, 10_000, job["completion_tokens"])]) for p in sampled_prompts(job)]
 
 
 def padded_loop(job: dict[str, Any], sequences: list[np.ndarray]) -> float:
@@ -135,7 +140,7 @@ def generation(job: dict[str, Any]) -> dict[str, float]:
     engine = VLLMEngine(
         ModelConfig(path=job["model"], dtype=job["dtype"]), EngineConfig(), "shared_memory", on_cpu=True, end_ids=()
     )._engine
-    prompts, tokens = job["prompts"][: job["rollouts"]], job["completion_tokens"]
+    prompts, tokens = sampled_prompts(job), job["completion_tokens"]
     common: dict[str, Any] = {
         "temperature": 1.0,
         "max_tokens": tokens,
