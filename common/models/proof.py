@@ -72,8 +72,13 @@ def row_logprobs(lm: PreTrainedModel, row: list[int]) -> Tensor:
 
 
 def _score(classifier: PreTrainedModel, row: list[int]) -> Tensor:
-    classifier.config.get_text_config().pad_token_id = None  # else the class takes a row's last token for padding
-    return classifier(input_ids=torch.tensor([row], device=classifier.device), use_cache=False).logits[0].float()
+    text = classifier.config.get_text_config()
+    padding = getattr(text, "pad_token_id", None)
+    text.pad_token_id = None  # else the class takes a row's last token for padding
+    try:
+        return classifier(input_ids=torch.tensor([row], device=classifier.device), use_cache=False).logits[0].float()
+    finally:
+        text.pad_token_id = padding  # models made of this configuration hold its embedding fixed
 
 
 POLICY = Kind("policy", AutoModelForCausalLM, row_logprobs)

@@ -19,9 +19,9 @@ from common.models.twin import LARGEST, twin_config
 from contracts.checks.validation import ConfigError
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
 from controller.start_checks.model_checks import check_weights_and_code
-from learner.models import load_policy, load_scalar, prove_policy
+from learner.models import load_policy, load_scalar, prove_policy, prove_scalar, scalar_config
 from learner.selected_logprobs import selected_logprobs
-from reward_service.model import RewardModel
+from reward_service.model import RewardModel, prove_scores
 from tests.tiny_models import TINY, make
 
 FLOAT = ModelConfig(dtype="float32")
@@ -84,6 +84,63 @@ def test_logprobs_and_scores_are_those_of_the_class_row_by_row(name: str, tmp_pa
     assert values == pytest.approx(scores, abs=TOLERANCE)
     served = RewardModel(str(tmp_path / "scorer"), "float32").score(rows)
     assert [score.raw for score in served] == pytest.approx(scores, abs=TOLERANCE)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        # Most of these are in the rows of a twin: there the class drops the gradient of their embedding. Those that a twin
+        # has no room for are its last one.
+        *({"pad_token_id": pad} for pad in (4, 5, 12, 14, 17, 382, 383, 384, 900, -1)),
+        {"eos_token_id": 7},
+        {"eos_token_id": 383},
+        {"eos_token_id": [900, 2]},
+    ],
+    ids=str,
+)
+def test_whatever_token_pads(tokens: dict[str, Any]) -> None:
+    config = LlamaConfig(vocab_size=1000, **SMALL, **tokens)
+    value = prove_scalar(scalar_config(config), FLOAT, LearnerConfig(), True)
+    assert (value.form, value.tried) == (Form("short_causal", "packed"), {})
+    assert max(value.error, value.gradient_error or 1.0) < 1e-5
+    assert prove_scores(config, True).form == prove_policy(config, FLOAT, LearnerConfig(), True).form == value.form
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: LlamaConfig(vocab_size=128256, bos_token_id=128000, eos_token_id=[128001, 128008, 128009], **SMALL),
+        lambda: transformers.Qwen2Config(vocab_size=151936, eos_token_id=151645, pad_token_id=151643, **SMALL),
+        lambda: transformers.Qwen3Config(vocab_size=151936, eos_token_id=151645, **SMALL),
+    ],
+    ids=["llama3", "qwen2", "qwen3"],
+)
+def test_large_vocabularies_end_and_pad_far_behind_a_twins(config: Callable[[], Any]) -> None:
+    proof = prove_scalar(scalar_config(config()), FLOAT, LearnerConfig(), True)
+    assert (proof.form, proof.tried) == (Form("short_causal", "packed"), {})
+
+
+@pytest.mark.parametrize("eos", [2, 383, 384, 900])
+def test_a_value_model_of_a_large_vocabulary_has_the_gradients_of_its_class(eos: int, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=1000, eos_token_id=eos, **SMALL)).save_pretrained(tmp_path)
+    value = load_scalar(str(tmp_path), FLOAT, LearnerConfig(), on_cpu=True, seed=1)
+    assert value.lm.config.pad_token_id == eos
+    value.lm.save_pretrained(tmp_path / "value")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "value", attn_implementation="eager").eval()
+    plain.config.pad_token_id = None
+    rows = [[5, eos, 6], [7, 383, 384, 900, 8, eos]]  # the pad token inside and last
+    packed = Packed.of(rows, CPU)
+    value(packed, packed.last).sum().backward()
+    sum(plain(torch.tensor([row])).logits.sum() for row in rows).backward()
+    found = dict(value.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(found[f"lm.{name}"].grad, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 # ---- the proof can fail
