@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 ROWS = 512  # of a block
+SIZES = (1.0, 1e-3, 1e4)  # of inputs that are tried: as they are, where a norm's eps tells, beyond any clamp
 NARROW = {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}  # of an MLP that is tried out
 
 
@@ -111,6 +112,7 @@ def _same(module: Any, forward: Callable[[Any, Tensor], Tensor], shapes: dict[st
         weights[name] = (drawn / shape[1] ** 0.5 if len(shape) == 2 else 1 + 0.5 * drawn).to(device)
     width = shapes["gate_proj"][1] if shapes else module.weight.shape[0]
     x = torch.linspace(-3, 3, 4 * width, device=device).view(1, 4, width)
+    x = torch.cat([x * size for size in SIZES], 1)
     try:
         expected = functional_call(module, weights, (x,))
         found = functional_call(_Instead(module, forward), {f"module.{n}": w for n, w in weights.items()}, (x,))

@@ -109,3 +109,31 @@ def test_zeros_that_wait_to_be_trained_hide_no_other_activation() -> None:
     for mlp in (gelu, silu):
         nn.init.zeros_(mlp.down_proj.weight)
     assert (make_lean(nn.ModuleList([gelu])), make_lean(nn.ModuleList([silu]))) == (0, 1)
+
+
+class ClampedMLP(LlamaMLP):
+    """As the shared experts of DeepSeek-V4, whose limit is 10."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x).clamp(max=10.0), self.up_proj(x).clamp(min=-10.0, max=10.0)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class ClampedRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.clamp(-1000.0, 1000.0))
+
+
+class OtherEpsRMSNorm(LlamaRMSNorm):
+    """x / (rms(x) + eps), which differs where x is small."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rms = hidden_states.pow(2).mean(-1, keepdim=True).sqrt()
+        return self.weight * (hidden_states / (rms + self.variance_epsilon))
+
+
+def test_what_differs_on_large_or_small_inputs_alone_is_left_alone() -> None:
+    config = LlamaConfig(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=4)
+    layers = nn.ModuleList([ClampedMLP(config), ClampedRMSNorm(WIDTH), OtherEpsRMSNorm(WIDTH)])
+    assert make_lean(layers) == 0
+    assert make_lean(nn.ModuleList([LlamaMLP(config), LlamaRMSNorm(WIDTH)])) == 2
