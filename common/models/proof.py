@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.models.forward import Form, candidates
 from common.models.lora import base_state, with_telling_adapter
 from common.models.packed_attention import MAX_TOKENS, NAME
+from common.models.positions import steady_positions
 from common.models.twin import NoTwin, make_twin
 from contracts.config import LoraConfig
 
@@ -252,7 +253,8 @@ def _gradient_error(model: PreTrainedModel, numbers: Tensor, expected: dict[str,
 
 
 def _positions(config: Any) -> int:
-    """How long a row of the model may be."""
-    text = config.get_text_config()
+    """How long a row of the model may be, and as long as any other of its batch."""
+    text, steady = config.get_text_config(), steady_positions(config.get_text_config())
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    limits += [steady[0]] if steady else []
     return min([limit for limit in limits if isinstance(limit, int) and limit > 0], default=1 << 30)
