@@ -28,14 +28,18 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width = x.shape[-1]
         flat = x.reshape(-1, width)
-        out, inverse_rms = torch.empty_like(flat), x.new_empty(flat.shape[0], 1, dtype=torch.float32)
+        inverse_rms = x.new_empty(flat.shape[0], 1, dtype=torch.float32)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # no view: classes may clamp it in place
+        flat_out = out.view(-1, width)
         for rows in _blocks(flat):
             block = flat[rows].to(torch.float32, copy=True)
             squares = torch.linalg.vector_norm(block, dim=-1, keepdim=True).square_()
             inverse_rms[rows] = squares.div_(width).add_(eps).rsqrt_()
-            out[rows] = block.mul_(inverse_rms[rows])  # rounds to x's dtype before the weight, as transformers does
+            flat_out[rows] = block.mul_(
+                inverse_rms[rows]
+            )  # rounds to x's dtype before the weight, as transformers does
         ctx.save_for_backward(x, weight, inverse_rms)
-        return out.mul_(weight).view_as(x)
+        return out.mul_(weight)
 
     @staticmethod
     @once_differentiable

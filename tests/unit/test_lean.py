@@ -1,6 +1,8 @@
 """The lean norm and MLP against transformers' own in float64, and what they keep."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +23,13 @@ def norm(dtype: torch.dtype) -> LlamaRMSNorm:
     return module
 
 
-def run(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+def run(module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, grad: torch.Tensor) -> list[Any]:
     """Output, gradient of the input, gradients of the weights."""
     x = x.clone().requires_grad_()
     out = module(x)
     out.backward(grad)
-    return [out.detach(), x.grad, *(p.grad for p in module.parameters())]
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    return [out.detach(), x.grad, *(p.grad for p in parameters)]
 
 
 @pytest.mark.parametrize("rows", [1, ROWS - 1, ROWS + 3])
@@ -42,6 +45,20 @@ def test_norm_equals_the_formula_in_float64(rows: int) -> None:
     torch.testing.assert_close(out.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dx.double(), u.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dw.double(), weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_norm_gives_may_be_changed_in_place() -> None:
+    """OLMoE clamps its normed queries so."""
+    x, grad = (torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    layers = nn.ModuleList([norm(torch.float32), norm(torch.float32)])
+    assert make_lean(layers[1:]) == 1
+    (plain, lean), turned = layers, x.transpose(0, 1)  # of inputs in another order too
+    for u, g in ((x, grad), (turned, grad.transpose(0, 1))):
+        layers.zero_grad()
+        expected, found = (run(lambda v, m=m: m(v).clamp_(-0.5, 0.5), u, g) for m in (plain, lean))
+        for ours, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lean.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_norm_rounds_where_transformers_rounds() -> None:
