@@ -218,7 +218,11 @@ def _first_exact(
             ).eval()
             twin.load_state_dict(base_state(model))
             twin.to(model.device, torch.bfloat16 if is_half else torch.float32)
+            versions = {name: (p, p._version) for name, p in twin.named_parameters()}
             found = compute(twin, form, expected.rows)
+            written = [name for name, (p, version) in versions.items() if p._version != version]
+            if written:
+                raise RuntimeError(f"its forward pass writes to {written[0]}")
             error = (found.float() - expected.numbers).abs().max().item()
             worst = _gradient_error(twin, found, expected.gradients) if expected.gradients and not is_half else None
             if error <= tolerance and form.attention == NAME:

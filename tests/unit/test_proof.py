@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.models.forward import Form, head_logits, hidden_states
 from common.models.loading import LoadingError
 from common.models.packed_attention import MAX_TOKENS, Packed, short_causal_attention
 from common.models.proof import POLICY, TOLERANCE, NoClass, Unproven, prove
-from common.models.twin import LARGEST, twin_config
+from common.models.twin import LARGEST, telling_weights, twin_config
 from contracts.checks.validation import ConfigError
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
 from controller.start_checks.model_checks import check_weights_and_code
@@ -206,6 +207,46 @@ def test_a_gradient_that_is_wrong_is_found() -> None:
         prove(POLICY, TINY["llama"](), faulty(detached), "short_causal", True)
 
 
+RWKV = partial(
+    transformers.RwkvConfig,
+    vocab_size=300,
+    hidden_size=64,
+    attention_hidden_size=64,
+    intermediate_size=96,
+    context_length=64,
+    num_hidden_layers=4,
+    rescale_every=2,
+)
+
+
+def test_a_forward_pass_that_writes_to_weights_is_found() -> None:
+    def plain(lm: Any, form: Form, rows: list[list[int]]) -> Any:
+        packed = Packed.of(rows, CPU)
+        return head_logits(lm, hidden_states(lm, packed, form.layout)), packed
+
+    with pytest.raises(Unproven, match=r"eager, padded: RuntimeError: its forward pass writes to rwkv\.blocks\.0\."):
+        prove(POLICY, RWKV(), faulty(plain), "eager", True)
+
+
+def test_weights_of_a_class_that_halves_them_for_inference_stay(tmp_path: Path) -> None:
+    """RWKV: what is saved is what is trained, in layers beyond the first `rescale_every` too."""
+    made = AutoModelForCausalLM.from_config(RWKV())
+    telling_weights(made)
+    made.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), FLOAT, LearnerConfig(), on_cpu=True)
+    rows = rows_of(300)
+    packed = Packed.of(rows, CPU)
+    select = torch.arange(packed.input_ids.shape[1])
+    with torch.no_grad():
+        found = policy(packed, select, select % 7)[0]
+        # As it is trained: halved, the last norm's eps would weigh more.
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+        logits = torch.cat([plain(torch.tensor([row]), use_cache=False).logits[0] for row in rows])
+    assert (found - torch.log_softmax(logits, -1).gather(1, select[:, None] % 7)[:, 0]).abs().max() < TOLERANCE
+    for name, parameter in policy.lm.named_parameters():
+        assert torch.equal(parameter, made.get_parameter(name)), name
+
+
 def test_the_form_is_the_fastest_that_is_exact() -> None:
     forms = {name: prove_policy(TINY[name](), FLOAT, LearnerConfig(), True).form for name in ("llama", "lfm2", "bloom")}
     assert forms == {
@@ -229,6 +270,11 @@ def test_a_twin_is_small_whatever_the_model(size: str) -> None:
     assert parameters < LARGEST / 50
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     assert set(kinds) == set(getattr(twin.get_text_config(), "layer_types", None) or [])
+
+
+def test_a_class_that_clamps_in_place_is_computed() -> None:
+    config = transformers.OlmoeConfig(vocab_size=300, **SMALL, num_experts=4, num_experts_per_tok=2, clip_qkv=0.5)
+    assert prove_policy(config, FLOAT, LearnerConfig(), True).form == Form("short_causal", "packed")
 
 
 @pytest.mark.parametrize(("begins", "every"), [(1, 1), (3, 1), (2, 2), (6, 3)])
