@@ -113,15 +113,19 @@ def _other_parts(config: Any, text: Any) -> list[Any]:
 
 
 def _fewer_layers(text: Any) -> None:
-    """Keep the first layers, up to one of every kind."""
+    """Keep the first layers, up to one of every kind; likewise of the last ones, which take keys and values of others."""
     layers, settings = text.num_hidden_layers, list(vars(text).items())
+    shared = getattr(text, "num_kv_shared_layers", 0) or 0
+    own = layers - shared if shared < layers else layers
     by_layer = {name: values for name, values in settings if isinstance(values, list | tuple) and len(values) == layers}
     indices = {name: values for name, values in settings if _are_indices(values, layers)}
     kinds = [
         (*(str(values[i]) for n, values in by_layer.items() if n not in indices), *(i in v for v in indices.values()))
         for i in range(layers)
     ]
-    needed = max((kinds.index(kind) + 1 for kind in set(kinds)), default=1)
+    needed, takers = (
+        max((part.index(kind) + 1 for kind in set(part)), default=0) for part in (kinds[:own], kinds[own:])
+    )
     counts = {name: value for name, value in settings if _is_count(value)}
     begins, comes = (
         max((value for name, value in counts.items() if any(word in name for word in words)), default=0)
@@ -131,14 +135,16 @@ def _fewer_layers(text: Any) -> None:
     for name, value in settings:
         if isinstance(value, list | tuple) and len(value) < layers and ("types" in name or "pattern" in name):
             needed = max(needed, len(value))
-    keep = min(layers, max(2, needed))
+    kept = [*range(min(own, max(2, needed))), *range(own, own + takers)]
     for name, values in by_layer.items():
-        setattr(text, name, values[:keep])
+        setattr(text, name, [values[i] for i in kept])
     for name, values in indices.items():
-        setattr(text, name, [i for i in values if i < keep])
-    text.num_hidden_layers = keep
+        setattr(text, name, [kept.index(i) for i in values if i in kept])
+    text.num_hidden_layers = len(kept)
+    if takers:
+        text.num_kv_shared_layers = takers
     if getattr(text, "max_window_layers", None) is not None:
-        text.max_window_layers = min(text.max_window_layers, keep - 1)
+        text.max_window_layers = min(text.max_window_layers, len(kept) - 1)
 
 
 def _is_count(value: Any) -> bool:
@@ -168,13 +174,20 @@ def _narrow(text: Any, width: int) -> None:
     ratio, groups = min(max(1, heads // kv), 3), min(kv, 2)
     hidden, head = text.hidden_size, _head_width(text)
     narrow = max(32, ratio * groups * width)
+
+    def narrower(value: int) -> int:
+        return max(32, round(min(value / hidden, 4) * narrow / 8) * 8)
+
+    for name in WIDTHS:
+        if isinstance(values := getattr(text, name, None), list):  # of each layer
+            setattr(text, name, [narrower(value) for value in values])
     for name, value in was.items():
         if name in CAPS:
             setattr(text, name, min(value, CAPS[name]))
         elif "expert" in name and name.startswith(("num_", "n_")) and value > EXPERTS:
             setattr(text, name, EXPERTS)
         elif name in WIDTHS:
-            setattr(text, name, max(32, round(min(value / hidden, 4) * narrow / 8) * 8))
+            setattr(text, name, narrower(value))
         elif value == hidden:
             setattr(text, name, narrow)
     new = {"hidden_size": narrow, "num_attention_heads": ratio * groups} | dict.fromkeys(kv_names, groups)
@@ -211,6 +224,8 @@ def _fewer_factors(rope: Any, width: int, was: int) -> None:
 
 def _short_vocabulary(config: Any, text: Any) -> None:
     text.vocab_size = min(text.vocab_size, VOCABULARY)
+    if getattr(text, "vocab_size_per_layer_input", None):
+        text.vocab_size_per_layer_input = min(text.vocab_size_per_layer_input, VOCABULARY)
     for part in (config, text):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             token = getattr(part, name, None)

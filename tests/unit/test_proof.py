@@ -288,6 +288,23 @@ def test_a_twin_has_the_layers_that_begin_late(begins: int, every: int) -> None:
     assert {type(layer.mlp).__name__ for layer in layers} == {"Ernie4_5_MoeMLP", "Ernie4_5_MoeSparseMoeBlock"}
 
 
+def test_a_twin_has_layers_of_each_kind_that_share_keys_and_values() -> None:
+    """As of Gemma 3n E4B: the last 15 of 35 layers take those of the last layer of their kind before."""
+    twin = twin_config(transformers.Gemma3nTextConfig(), narrow=True, short=True)
+    layers = [*["sliding_attention"] * 4, "full_attention"] * 4
+    assert (twin.layer_types, twin.num_kv_shared_layers, twin.num_hidden_layers) == (layers, 5, 20)
+    assert twin.activation_sparsity_pattern == [0.95] * 10 + [0.0] * 10
+    assert set(twin.intermediate_size) == {4 * twin.hidden_size}
+    with torch.device("meta"):
+        assert sum(p.numel() for p in AutoModelForCausalLM.from_config(twin).parameters()) < LARGEST / 10
+    small = transformers.Gemma3nTextConfig(
+        vocab_size=300, **SMALL | {"num_hidden_layers": 6}, head_dim=16, sliding_window=16, num_kv_shared_layers=3,
+        vocab_size_per_layer_input=300, hidden_size_per_layer_input=16, laurel_rank=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    assert prove_policy(small, FLOAT, LearnerConfig(), True).error < TOLERANCE
+
+
 def longrope(pairs: int) -> dict[str, Any]:
     factors = {"short_factor": [1 + i / pairs for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]}
     return {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4096, **factors}
