@@ -336,6 +336,51 @@ MATH: Table = [
     ("5m", ["5m", "5 m", "5 meters", "m*5", "2m + 3m"], ["5", "\\boxed{5}", "5g", "6m"]),
     ("5m^2", ["5m^2", "2m^2 + 3m^2", "5 square meters"], ["5", "5m"]),
     ("5\\text{m}", ["5", "5m", "5 meters"], ["5 s"]),
+    # MATH's separator of thousands, and spaces of LaTeX at the ends.
+    (
+        "10,\\!080",
+        ["10080", "\\boxed{10080}", "\\boxed{10,080}", "\\boxed{10,\\!080}", "10{,}080", "It is $10,\\! 080$ cm."],
+        ["80, 10", "\\boxed{80,10}", "(10,80)", "\\boxed{10}", "80"],
+    ),
+    ("11,\\! 111,\\! 111,\\! 100", ["11111111100", "The answer is 11,\\! 111,\\! 111,\\! 100."], ["11", "111", "100"]),
+    ("1,080", ["\\boxed{1,\\!080}", "1{,}080"], ["\\boxed{1,\\!08}"]),
+    ("\\$32,\\!348", ["32348", "\\boxed{\\$32,348}"], ["32", "348"]),
+    ("1,\\!080\\pi", ["\\boxed{1080\\pi}", "1{,}080\\pi"], ["\\boxed{80\\pi}", "1, 80\\pi"]),
+    (
+        "9",
+        ["\\boxed{9\\,}", "\\boxed{\\,9\\,}", "\\boxed{\\;9\\;}", "\\boxed{9\\ }", "$\\!9\\:$"],
+        ["\\boxed{\\,8\\,}"],
+    ),
+    # An interval with what it is of, and brackets of any size.
+    (
+        "(0, 1)",
+        [
+            "\\boxed{x \\in (0,1)}",
+            "$\\theta\\in\\left(0,1\\right)$",
+            "x ∈ (0, 1)",
+            "\\boxed{\\bigl(0,1\\bigr)}",
+            "\\boxed{\\big( 0, 1 \\big)}",
+        ],
+        ["\\boxed{x \\in [0,1]}", "x \\in \\{0,1\\}", "x \\in (0,2)", "\\boxed{\\Bigl[0,1\\Bigr]}"],
+    ),
+    ("[-1, 3]", ["\\boxed{x\\in[-1,3]}", "\\biggl[-1,3\\biggr]"], ["x\\in(-1,3)", "\\boxed{x\\in[-1,3)}"]),
+    ("x \\in (0,1)", ["(0,1)", "\\boxed{x\\in(0,1)}"], ["[0,1]", "\\{0,1\\}", "x\\in[0,1]"]),
+    # Functions without a backslash.
+    ("\\ln 2", ["\\boxed{ln(2)}", "ln 2", "\\boxed{\\operatorname{ln} 2}", "ln2"], ["\\boxed{ln(3)}", "2ln", "l*n*2"]),
+    ("ln(2)", ["\\boxed{\\ln 2}", "ln 2"], ["\\boxed{n l 2}", "\\sin 2"]),
+    ("\\sin x", ["\\boxed{sin x}", "sin(x)"], ["cos x", "x i n s", "sin y"]),
+    ("\\sin^2 x", ["sin^2 x", "sin(x)^2", "\\boxed{1 - cos^2(x)}"], ["sin x", "sin(x^2)"]),
+    ("\\log_2 3", ["log_2(3)", "log_2 3"], ["log_3(2)", "log2(3)"]),
+    ("2\\sin x \\cos x", ["2 sin x cos x", "2sin(x)cos(x)"], ["2 sin x"]),
+    ("e^{2x}", ["exp(2x)", "\\exp(2x)"], ["exp(x)", "2x"]),
+    ("11\\sqrt{2}", ["\\boxed{11 * sqrt(2)}", "11*sqrt(2)", "11 sqrt 2", "11√(2)"], ["11 * sqrt(3)", "sqrt(22)"]),
+    ("\\sqrt{1+\\sqrt{2}}", ["sqrt(1 + sqrt(2))", "√(1+√2)"], ["sqrt(1 + 2)"]),
+    ("v_{max}", ["\\boxed{v_{max}}"], ["v", "v_{min}"]),
+    # Several numbers, of which the first is 0; 0,5 may be a decimal.
+    ("0, 4", ["\\boxed{0,4}", "0, 4", "\\{4,0\\}", "4,0"], ["0.4", "4", "0,5", "-0,4"]),
+    ("x=0,4", ["\\boxed{0,4}"], ["\\boxed{0}", "0.4"]),
+    ("\\{0,125\\}", ["0,125", "\\boxed{0, 125}"], ["0.125", "125"]),
+    ("0.5", ["0.5"], ["0,5"]),
 ]
 CHOICE: Table = [
     (
@@ -662,6 +707,21 @@ def test_right_answers_are_right_and_wrong_ones_are_not(verifier: str) -> None:
     found = scores(verifier, options, items)
     failed = [(i[1], i[0], s) for i, s, value in zip(items, found, wanted, strict=True) if s.value != value]
     assert failed == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("0,5", "write 0.5 for a decimal, or 0, 5 with a space"),
+        ("-0,25", "write 0.5 for a decimal"),
+        ("det(A)", "write the answer alone"),
+        ("lg 5", "write the answer alone"),
+        ("\\coth x", "write the answer alone"),  # math-verify reads cot(h*x)
+    ],
+)
+def test_an_answer_that_may_be_misread_is_refused(answer: str, problem: str) -> None:
+    verifier = find_verifier("math")
+    assert problem in str(verifier.row_problem({"answer": answer}, verifier.chosen(None, {})))
 
 
 @pytest.mark.parametrize("text", [("#### 5 " * 50 + "\n") * 60, "#### 5 " * 3000, "Answer: x " * 2500])
