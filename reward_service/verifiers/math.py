@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from reward_service.verifier import BadRow, Options, Row, Verified, Verifier, answer_text, flag
 from reward_service.verifiers._amounts import amounts
-from reward_service.verifiers._answers import TAG, verdict
+from reward_service.verifiers._answers import TAG, answered, verdict
 from reward_service.verifiers._quantities import MAX_DIGITS, Quantity, quantity, same, same_unit, unit_of
 
 LIBRARY_S = 2  # of parsing, and of comparing: beyond, the answer has no score
@@ -328,7 +328,7 @@ def unnamed(text: str) -> str:
 
 
 def verify(completion: str, right: Right, options: Options) -> Verified:
-    found = candidates(completion, options)
+    found = candidates(answered(completion), options)
     return verdict(any(_is_right(right, text) for text in found), any(map(readable, found)))
 
 

@@ -381,6 +381,32 @@ MATH: Table = [
     ("x=0,4", ["\\boxed{0,4}"], ["\\boxed{0}", "0.4"]),
     ("\\{0,125\\}", ["0,125", "\\boxed{0, 125}"], ["0.125", "125"]),
     ("0.5", ["0.5"], ["0,5"]),
+    # The answer stands behind the thought.
+    (
+        "18",
+        [
+            "<think>maybe \\boxed{20}</think>\nShe makes $18 every day.",
+            "<think>20</think>18",
+            "The answer is 20? No.\n</think>\n\nShe makes $18 every day.",
+            "<think>I must put the result in an <answer> tag. 9*2=18.</think>\n<answer>18</answer>",
+            "An <answer> tag: <answer>18</answer>",
+            "[THINK]\\boxed{20}[/THINK]18",
+            "<thinking>20</thinking>\n\\boxed{18}",
+            "<think>A thought ends with </think>, I think. \\boxed{20}</think>18",
+            "The answer is 18.\n<think>Or is it 20?",
+            "It goes into <think> tags. The answer is 18.",
+        ],
+        [
+            "<think>\\boxed{18}? maybe 20.</think>\n\nShe makes $20 every day.",
+            "<think>\\boxed{18}</think>\nI am sorry, I cannot answer that.",
+            "<think>\\boxed{18}</think>",
+            "<think>\nThe answer is 18.",
+            "  <think>\\boxed{18}",
+            "The answer is 18.</think>",
+            "[THINK]\\boxed{18}",
+            "<think>20</think>\n<think>The answer is 18.",
+        ],
+    ),
 ]
 CHOICE: Table = [
     (
@@ -519,6 +545,16 @@ CHOICE: Table = [
         ["Answer:" + " " * 400 + "B"],
         ["Answer:" + " " * 5000 + ".", "Answer:" + "\n" * 5000, "answer" + "*_" * 3000],
     ),
+    # Behind a thought.
+    (
+        "B",
+        [
+            "<think>The answer is A? Hmm no.</think>\n\n(B) Paris",
+            "Perhaps the answer is A.\n</think>\nB",
+            "<think>I must put it in an <answer> tag.</think>\n<answer>B</answer>",
+        ],
+        ["<think>The answer is B.</think>\nI cannot say.", "<think>The answer is B.", "<think>B</think>(A) London"],
+    ),
 ]
 EXACT: Table = [
     (
@@ -528,6 +564,7 @@ EXACT: Table = [
     ),
     (["yes", "true"], ["True", "yes "], ["yes.", "no", "The answer is yes", "", "yes true"]),
     (5, ["5"], ["5.0", "five", "55"]),
+    ("5", ["<think>6</think>5"], ["<think>5</think>", "<think>Or\n5"]),
 ]
 REGEX: Table = [
     ("x", ["Answer: x", "Answer: y Answer: x ok"], ["x", "Answer: y", "Answer: x Answer: y", "answer: x", "Answer:x"])
@@ -561,6 +598,23 @@ JSON_SCHEMA: Table = [
             '```json\n{"a": "x"}\n```',
             "[" * 50_000,
             '{"a": ' + "9" * 5000 + "}",
+        ],
+    ),
+    # Behind a thought; the last block of JSON, or else the last without a language.
+    (
+        SCHEMA,
+        [
+            '<think>{"a": "x"}</think>\n{"a": 1}',
+            'So:\n```json\n{"b": 1}\n```\n</think>{"a": 1}',
+            '```json\n{"a": 1}\n```\nOutput:\n```\nok\n```',
+            '```\n{}\n```\n```\n{"a": 1}\n```\n```python\nprint(1)\n```',
+            '1. ```JSON\n   {"a": 1}\n   ```',
+            '```json\r\n{"a": 1}\r\n```\r\n',
+        ],
+        [
+            '<think>{"a": 1}</think>',
+            '<think>\n```json\n{"a": 1}\n```',
+            '```\n{"a": 1}\n```\n```json\n{"a": "x"}\n```',
         ],
     ),
     # Decimals as they are written; also under a draft of its own, and where a schema refers to itself.
@@ -664,6 +718,23 @@ CODE: Table = [
         [block("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Point:\n"
                "    x: int\n    y: int")],
         [block("class Point: pass")],
+    ),
+    # Behind a thought; what it prints may stand behind it; in an item of a list; with line ends of Windows.
+    (
+        "assert add(1, 2) == 3",
+        [
+            block("def add(a, b):\n    return a + b") + "\nOutput:\n```\n3\n```",
+            block("def add(a, b):\n    return a - b") + "\n</think>\n" + block("def add(a, b):\n    return a + b"),
+            "1. Code:\n\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n",
+            "- ```py\n  def add(a, b):\n      return a + b\n  ```\n",
+            "```python3.11\r\ndef add(a, b):\r\n    return a + b\r\n```\r\n",
+            "```\ndef add(a, b):\n    return a + b\n```\nIn C:\n```c\nint add(int a, int b);\n```",
+        ],
+        [
+            block("def add(a, b):\n    return a - b") + "\n```\ndef add(a, b):\n    return a + b\n```",
+            "<think>\n" + block("def add(a, b):\n    return a + b") + "\n</think>\nDone.",
+            "<think>\n" + block("def add(a, b):\n    return a + b"),
+        ],
     ),
     # What a program prints when its threads and its exit functions end.
     (
