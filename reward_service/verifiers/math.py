@@ -42,6 +42,9 @@ BOLD = re.compile(r"(?<![\w)\]}*])(\*\*|__)(?=[^\s*_])([^*_\n]+?)(?<=\S)\1(?![\w
 END = re.compile(
     r"(?<=[^\s.\\])[.!?](?=\s|$)|[;\n]|,?\s+(?:because|since|as|which|where|so)\b|\s+\((?=\s*(?:[A-Za-z]{2}|[aA]\s))|,\s+(?=[A-Za-z]{3})"
 )
+FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|\\\(((?:(?!\\\().)+?)\\\)|(?<![\\$])\$([^$\n]+)(?<!\\)\$"
+)
 PLAIN = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ",
     "≥": r"\ge ", "∈": r"\in ", "√": r"\sqrt", "**": "^", "²": "^2", "³": "^3", "\u00a0": " ",
@@ -73,7 +76,8 @@ FACTOR = re.compile(r"[\d}][A-Za-z](?:\s*\^\s*\{?\d\}?)?$")
 ALTERNATIVES = re.compile(r",?\s+or\s+|\s*\\text\s*\{\s*or\s*\}\s*")
 SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*")
 MEMBER = re.compile(r"\A\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])")  # x \in (0,1)
-SPACES = re.compile(r"\A(?:\s*\\[,;:! ])+|(?:\s*\\(?:[,;:! ]|\Z))+\Z")
+# At the ends; at the last one a run is tried from its beginning alone.
+SPACES = re.compile(r"\A(?:\s*\\[,;:! ])+|(?<!\s)(?<!\\[,;:! ])(?:\s*\\(?:[,;:! ]|\Z))+\Z")
 SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!)\s*(?=\d{3}(?!\d))")  # 10,\!080
 BRACKETS = re.compile(r"(.*\S)\s+\(([^()]*)\)", re.DOTALL)
 BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|,?\s*(?:or|and)\b)[\s$]*(?:[A-Za-z]\s*=)?[\s$]*")
@@ -193,12 +197,27 @@ def candidates(completion: str, options: Options) -> list[str]:
 
 
 def _read_off(text: str) -> list[str]:
-    """A formula, as a whole and behind its last equals sign, or else the only number of a sentence or behind that sign."""
+    """A formula, as a whole and behind its last equals sign, or else the only number of a sentence or behind that sign, or
+    its only formula."""
     text = _without_remark(text)
     whole = _sides(text)
     if any(map(readable, whole)):
         return whole
-    return amounts(clean(text)) or (amounts(clean(text.rsplit("=", 1)[1])) if "=" in text else [])
+    found = amounts(clean(text)) or (amounts(clean(text.rsplit("=", 1)[1])) if "=" in text else [])
+    return found or _only_formula(text)
+
+
+def _only_formula(text: str) -> list[str]:
+    """Of a sentence that would have one number, were it one; with its unit."""
+    found = list(FORMULA.finditer(text))
+    if len(found) != 1:
+        return []
+    before, inside, behind = text[: found[0].start()], next(filter(None, found[0].groups())), text[found[0].end() :]
+    if amounts(clean(f"{before}1{behind}")) != ["1"]:
+        return []
+    unit = rf"\text{{{behind.strip(' .')}}}" if unit_of(behind) else ""
+    sides = [side + unit for side in _sides(inside)]
+    return sides if any(map(readable, sides)) else []
 
 
 def _without_remark(text: str) -> str:

@@ -381,6 +381,47 @@ MATH: Table = [
     ("x=0,4", ["\\boxed{0,4}"], ["\\boxed{0}", "0.4"]),
     ("\\{0,125\\}", ["0,125", "\\boxed{0, 125}"], ["0.125", "125"]),
     ("0.5", ["0.5"], ["0,5"]),
+    # A sentence's only formula.
+    (
+        "\\frac{3}{4}",
+        [
+            "So the probability is $\\frac{3}{4}$.",
+            "Thus $x = \\frac{3}{4}$.",
+            "So the probability is \\(\\frac{3}{4}\\), as asked.",
+            "She ate \\[\\frac{3}{4}\\] of it.",
+            "Therefore we get $$P = \\frac{6}{8} = \\frac{3}{4}.$$",
+            "The answer is the fraction $\\frac{3}{4}$.",
+            "So she needs at least $\\frac{3}{4}$ cups.",
+            "The result is 24.\nSo the ratio is $\\frac{3}{4}$.",
+        ],
+        [
+            "The probability is not $\\frac{3}{4}$.",
+            "It is less than $\\frac{3}{4}$.",
+            "It is $\\frac{3}{4}$ or $\\frac{1}{4}$.",
+            "It is $\\frac{3}{4}$ or 1.",
+            "The slope is -$\\frac{3}{4}$.",
+            "The slope is negative $\\frac{3}{4}$.",
+            "It is twice $\\frac{3}{4}$.",
+            "The value of $f$ is $\\frac{3}{4}$.",
+            "The probability is $-\\frac{3}{4}$.",
+        ],
+    ),
+    (
+        "25\\pi",
+        ["The area is $25\\pi$.", "The area is $25\\pi$ square units.", "The area is $\\pi r^2 = 25\\pi$."],
+        ["The area is $5\\pi$.", "The area is $25$.", "The area is $25\\pi$ and the radius is 5."],
+    ),
+    (
+        "25\\pi \\text{ cm}^2",
+        ["The area is $25\\pi$ square centimeters.", "The area is $25\\pi$."],
+        ["The area is $25\\pi$ square meters."],
+    ),
+    ("x>5", ["So it holds for all $x > 5$."], ["So it holds for all $x < 5$."]),
+    (
+        "5",
+        ["She pays $5 and is glad ($).", "The number is $\\sqrt{25}$."],
+        ["The side is $\\sqrt{5}$ meters.", "The side of length $x$ is not $5$.", "It is the $5n$th one."],
+    ),
     # The answer stands behind the thought.
     (
         "18",
@@ -795,7 +836,10 @@ def test_an_answer_that_may_be_misread_is_refused(answer: str, problem: str) -> 
     assert problem in str(verifier.row_problem({"answer": answer}, verifier.chosen(None, {})))
 
 
-@pytest.mark.parametrize("text", [("#### 5 " * 50 + "\n") * 60, "#### 5 " * 3000, "Answer: x " * 2500])
+@pytest.mark.parametrize(
+    "text",
+    [("#### 5 " * 50 + "\n") * 60, "#### 5 " * 3000, "Answer: x " * 2500, "5" + "\\, " * 5000 + "x", "\\[ a " * 5000],
+)
 def test_many_statements_take_no_time(text: str) -> None:
     verifier = find_verifier("math")
     options = verifier.chosen(None, {})
