@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from common.error_text import whole_characters
 from common.files.portable_records import ArrayStore, decode, encode
 from contracts.records import Rollout, RolloutRequest
 from controller.ledger.entries import Awaited, Entry, Key, Lease, LedgerError, StalenessError, State
@@ -202,7 +203,8 @@ class Ledger:
             self._num_scored -= 1
         elif entry.state is State.BATCHED:
             self._batched.remove(entry)
-        self._close(entry, {"quarantined": reason, "update": self.updates})
+        # In words of a scorer or an environment: half a character would leave a log that nobody can audit.
+        self._close(entry, {"quarantined": whole_characters(reason), "update": self.updates})
         self.counts["quarantined"] += 1
 
     def filter(self, keys: list[Key], reason: str) -> None:
