@@ -16,7 +16,8 @@ an update would leave behind: a straggler may be overtaken as long as the update
 group is consumed as a whole, so all of it is due with its oldest lease, also the part whose holder has died meanwhile.
 
 Rows reach `ledger.jsonl` after the commit that holds the weights, never before; the commit carries a copy of them. So the
-file, too, never claims more than the weights know, and a crash between the two costs nothing.
+file, too, never claims more than the weights know, and a crash between the two costs nothing. Those of a run whose last
+commit has failed follow the model that it ends with.
 """
 
 import heapq
@@ -336,6 +337,11 @@ class Ledger:
         self._rows.append(json.dumps({"key": entry.request.key, **end, **way, **row}, separators=(",", ":")))
 
     # ---- commits
+
+    @property
+    def num_unwritten(self) -> int:
+        """Closed rollouts that the log lacks."""
+        return len(self._rows)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a commit must hold: JSON, and arrays. Leases are not part of it: those rollouts are sampled again."""
