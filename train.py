@@ -107,7 +107,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
                     raise
                 except Exception as error:
                     path = Path(config.run_dir) / "error.log"
-                    path.write_text(traceback.format_exc())
+                    path.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
                     progress.line(f"✗ the run failed: {root_cause(error)}")
                     progress.line(f"  whole traceback: {path}; finished stages are kept and will be reused")
                     progress.line(f"  go on with: {resume_command(config)}")

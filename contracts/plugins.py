@@ -68,7 +68,7 @@ def find(kind: Kind, name: str) -> Any:
     module, _, attribute = import_path(kind, name).partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever somebody's module raises where it is imported
+    except (Exception, SystemExit) as error:  # whatever somebody's module raises where it is imported
         raise UnknownPlugin(
             f"{kind.title} {name}: {type(error).__name__}: {error}; write package.module:NAME of one that imports"
         ) from error

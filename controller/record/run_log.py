@@ -214,7 +214,7 @@ class RunLog:
 def _open(path: Path) -> IO[str]:
     """Open for appending; a line that a killed process left half-written is ended first."""
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8")
+    file = path.open("a", encoding="utf-8", errors="replace")  # half a character shall not end a run
     if torn:
         file.write("\n")
     return file

@@ -198,6 +198,7 @@ def run(context: "StageContext") -> dict[str, Any]:
         with context.phase(f"{title}: {updates} updates of {config.ppo.rollouts_per_update} rollouts"):
             controller.run()
         learner.call("save", str(context.path))
+        controller.complete_ledger()
         ended = {"versions": controller.version, "learner_peak_gib": learner.peak_memory_gib()}
         return ended | {"scorers": client.versions}
 
