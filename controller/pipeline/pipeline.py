@@ -46,7 +46,13 @@ from controller.start_checks.model_checks import check_weights_and_code
 from controller.start_checks.row_checks import check_rows
 
 
+class NotMade(ConfigError):
+    """There is no result of an earlier stage."""
+
+
 class Pipeline:
+    _is_running = False
+
     def __init__(self, config: TandemConfig, log: RunLog, progress: Progress, directory: RunDirectory, stop: Stop):
         self.config = config
         self.log = log
@@ -57,6 +63,7 @@ class Pipeline:
         )
         self.results: dict[str, StageResult] = {}
         self.seconds: dict[str, float] = {}
+        self._begun: set[str] = set()
         check_model(config)
         with progress.phase("proving the models"):
             check_weights_and_code(config)
@@ -76,6 +83,7 @@ class Pipeline:
             runtime=Runtime(config),
             checkpoint=self.checkpoint,
             will_run=self._will_run,
+            begin=self._begin,
         )
         ends = self.context.end_ids([config.model.path], "prompts", "eval_prompts")
         if len(ends) > 1:
@@ -83,6 +91,7 @@ class Pipeline:
             progress.line(f"completions end with any of {', '.join(names)}")
         check_amounts(config, data)
         check_rows(config, data)
+        self._check_stages()
         rehearse_environment(config, tokenizer, data, progress)
         nodes = embedded_nodes() if config.cluster.address == "local" else None
         free_gib = psutil.virtual_memory().available / 2**30
@@ -100,19 +109,39 @@ class Pipeline:
         needed, keys = results_needed(self.config), stage.checkpoint_keys
         try:
             found = [
-                self.store.find(name, stage.inputs(self.context.made_for(name))) for name in keys if name in needed
+                self.store.look(name, stage.inputs(self.context.made_for(name))) for name in keys if name in needed
             ]
-        except ConfigError:  # of an earlier stage, whose result is not there yet
+        except NotMade:
             return True
         return None in found
 
+    def _check_stages(self) -> None:
+        """Refuse what a stage would refuse after hours of earlier ones. Raises ConfigError."""
+        for stage in running_stages(self.config):
+            if stage.check and self._will_run(stage):
+                stage.check(self.context.made_for(stage.name))
+
     def run(self) -> dict[str, Any]:
         """Run `config.stage`. Returns the numbers of the summary."""
-        set_aside_reports(self.run_dir, self.log, self.progress.line)
+        self.results.clear()  # what the checks before have looked up: its lines are not in the log
+        self._is_running = True
         with self.context.runtime:
             for stage in running_stages(self.config):
                 self._run(stage)
         return {name: result.metrics for name, result in self.results.items()}
+
+    def _begin(self, result: str) -> None:
+        """What an earlier attempt has found out, and has logged of this stage, is not of this one. Until here a refusal
+        leaves it as it was."""
+        if result in self._begun:
+            return
+        if not self._begun:
+            set_aside_reports(self.run_dir, self.log, self.progress.line)
+            self.context.directory.has_begun = True
+        self._begun.add(result)
+        stage = find_stage(result)
+        if stage and not stage.resumes:  # else its commits say which lines stay
+            self.log.forget(result)
 
     def _run(self, stage: Stage) -> None:
         if not stage.results:
@@ -152,7 +181,8 @@ class Pipeline:
         replace_text(self.run_dir / "stages.json", json.dumps(rows, indent=1) + "\n")
 
     def checkpoint(self, name: str) -> str:
-        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`."""
+        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`.
+        Raises NotMade where there is none."""
         if name in self.results:
             return self.results[name].path
         if name == "base":
@@ -163,13 +193,14 @@ class Pipeline:
         if key and (given := getattr(self.config, key)):
             return given
         if self.config.reuse_stages is False:  # and `find` finds nothing, whatever was run first
-            raise ConfigError(
+            raise NotMade(
                 f"stage={self.config.stage} needs the result of {name}, and reuse_stages=false takes none that is there: "
                 "write reuse_stages=auto or stage=pipeline" + (f", or set {key}=PATH" if key else "")
             )
-        found = self.store.find(name, stage.inputs(self.context.made_for(name)))
+        look = self.store.find if self._is_running else self.store.look
+        found = look(name, stage.inputs(self.context.made_for(name)))
         if found is None:
-            raise ConfigError(
+            raise NotMade(
                 f"stage={self.config.stage} needs the result of {name}, which has not run with this configuration and code: "
                 f"run stage={stage.name} or stage=pipeline first" + (f", or set {key}=PATH" if key else "")
             )

@@ -76,8 +76,16 @@ class StageStore:
             yield
 
     def find(self, name: str, inputs: dict[str, Any]) -> StageResult | None:
-        """The finished stage with exactly these inputs, made by today's code where `reuse` is auto; its log lines are then
-        the run's. Says why one that is there is not taken."""
+        """As `look`, and its log lines are then the run's."""
+        found = self.look(name, inputs)
+        if found:
+            logs = {log: Path(found.path).parent / "log" / log for log in LOGS}
+            self.log.take(name, {log: file.read_text(encoding="utf-8") for log, file in logs.items() if file.exists()})
+        return found
+
+    def look(self, name: str, inputs: dict[str, Any]) -> StageResult | None:
+        """The finished stage with exactly these inputs, made by today's code where `reuse` is auto. Says why one that is
+        there is not taken."""
         if self.reuse is False:
             return None
         code = self.code(name)
@@ -95,8 +103,6 @@ class StageStore:
                 return None
             if changed:
                 self._say_once(f"WARNING: reuse_stages=true: {directory} was made by other code ({_some(changed)})")
-            logs = {log: directory / "log" / log for log in LOGS}
-            self.log.take(name, {log: file.read_text(encoding="utf-8") for log, file in logs.items() if file.exists()})
             return StageResult(name, str(directory / "model"), cached=True, metrics=content["metrics"])
         return None
 
