@@ -24,7 +24,7 @@ from typing import Any
 from common.files.code_digest import changed_code, stage_code
 from common.files.fingerprints import MEMORY, checkpoint_fingerprint, json_digest
 from contracts.config import TandemConfig
-from contracts.plugins import source_file
+from contracts.plugins import import_path, source_file
 from contracts.records import StageResult
 from contracts.stages import find_stage
 from controller.record.run_log import LOGS, RunLog
@@ -34,10 +34,10 @@ code_at_start = lru_cache(stage_code)  # a process goes on with the code that it
 
 
 def code_of(config: TandemConfig, result: str) -> dict[str, str]:
-    """What code a result depends on, with what the configuration chooses by a name of ours."""
+    """What code a result depends on, with what the configuration chooses by a name."""
     stage = find_stage(result)
-    files = [source_file(*plugin) for plugin in stage.plugins(config)] if stage else []
-    return code_at_start(result, named=tuple(file for file in files if file))
+    named = [source_file(*plugin) or import_path(*plugin) for plugin in stage.plugins(config)] if stage else []
+    return code_at_start(result, named=tuple(named))
 
 
 @dataclass

@@ -5,12 +5,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from contracts.config import CurriculumConfig, RewardServiceConfig, TandemConfig
+from contracts.environments import is_import_path
 from contracts.estimators import ESTIMATORS, chosen_estimator, warmup_updates
 from contracts.lora_roles import role_model
 from contracts.methods import method_config, method_title, sources_read
 from contracts.objectives import OBJECTIVES
 from contracts.placement import actor_bounds, is_elastic
-from contracts.plugins import Kind
+from contracts.plugins import BY_PATH, Kind
 from contracts.scorer_roles import ROLES, SCORER_KINDS, chosen_scorers, judges, scoring_models, starts_value_model
 from contracts.stages import Reading, Stage
 from contracts.transports import TRANSPORTS, weight_backend
@@ -51,10 +52,14 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
 
 
 def plugins(config: TandemConfig) -> list[tuple[Kind, str]]:
-    scorers = chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES))
-    ppo = config.ppo
-    ours = [(ESTIMATORS, ppo.estimator), (OBJECTIVES, ppo.objective), (TRANSPORTS, weight_backend(config))]
-    return [*ours, *((SCORER_KINDS, entry.kind) for entry in scorers.values())]
+    from reward_service.scorer_kind import scorer_kind
+
+    ppo, environment = config.ppo, config.environment.name
+    found = [(ESTIMATORS, ppo.estimator), (OBJECTIVES, ppo.objective), (TRANSPORTS, weight_backend(config))]
+    found += [(BY_PATH, environment)] if is_import_path(environment) else []
+    for entry in chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES)).values():
+        found += [(SCORER_KINDS, entry.kind), *scorer_kind(entry.kind).named_code(entry)]
+    return found
 
 
 def scored_roles(config: TandemConfig) -> tuple[str, ...]:
