@@ -145,7 +145,8 @@ class ScorerKind:
         return None
 
     def named_code(self, entry: ScorerConfig) -> list[tuple[plugins.Kind, str]]:
-        """The code beside the kind's that its configuration names: what Tandem has of it is code of the stage that samples."""
+        """The code beside the kind's that its configuration names. What Tandem has of it is code of the stage that
+        samples."""
         return []
 
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:

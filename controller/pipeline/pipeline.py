@@ -36,7 +36,7 @@ from controller.commits.resume import RunDirectory
 from controller.data.inputs import Inputs, load_inputs
 from controller.loop.recovery import once_more
 from controller.pipeline.context import StageContext
-from controller.pipeline.stage_cache import StageStore, code_of, file_name
+from controller.pipeline.stage_cache import StageStore, code_of, edited_code, file_name
 from controller.plan.room import check_room
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
@@ -59,7 +59,12 @@ class Pipeline:
         self.progress = progress
         self.run_dir = Path(config.run_dir)
         self.store = StageStore(
-            Path(config.cache_dir), log, config.reuse_stages, progress.line, code=partial(code_of, config)
+            Path(config.cache_dir),
+            log,
+            config.reuse_stages,
+            progress.line,
+            code=partial(code_of, config),
+            edited=partial(edited_code, config),
         )
         self.results: dict[str, StageResult] = {}
         self.seconds: dict[str, float] = {}
@@ -117,6 +122,8 @@ class Pipeline:
 
     def _check_stages(self) -> None:
         """Refuse what a stage would refuse after hours of earlier ones. Raises ConfigError."""
+        for name in results_needed(self.config):
+            self.store.code(name)  # as it is now; what is started later may import other
         for stage in running_stages(self.config):
             if stage.check and self._will_run(stage):
                 stage.check(self.context.made_for(stage.name))
@@ -163,16 +170,21 @@ class Pipeline:
     def _make_or_find(self, stage: Stage, name: str) -> None:
         inputs = stage.inputs(self.context.made_for(name))
         start = time.time()
-        with self.store.alone(name, inputs, lambda: self.progress.phase(f"waiting for the run that makes {name}")):
-            result = self.store.find(name, inputs)
-            if result:
-                self.progress.line(f"✓ {name}: nothing has changed, reusing {result.path}")
-            else:
-                work = partial(self.store.run, name, inputs, lambda path: stage.run(self.context.made_for(name, path)))
-                result = work() if stage.resumes else once_more(work, name, self.log, self.progress.line)
-                self.progress.line(f"✓ {name}: {result.path}")
-                self.log.artifact(f"{self.config.name}-{file_name(name)}", "model", result.path)
+        result = self.store.find(name, inputs) or self._make(stage, name, inputs)
+        if result.cached:
+            self.progress.line(f"✓ {name}: nothing has changed, reusing {result.path}")
+        else:
+            self.progress.line(f"✓ {name}: {result.path}")
+            self.log.artifact(f"{self.config.name}-{file_name(name)}", "model", result.path)
         self._finish(result, start)
+
+    def _make(self, stage: Stage, name: str, inputs: dict[str, Any]) -> StageResult:
+        """Or find what another run makes meanwhile."""
+        work = partial(self.store.run, name, inputs, lambda path: stage.run(self.context.made_for(name, path)))
+        with self.store.alone(name, inputs, lambda: self.progress.phase(f"waiting for the run that makes {name}")):
+            if found := self.store.find(name, inputs):
+                return found
+            return work() if stage.resumes else once_more(work, name, self.log, self.progress.line)
 
     def _finish(self, result: StageResult, start: float) -> None:
         self.results[result.name] = result

@@ -235,9 +235,9 @@ def run(context: "StageContext") -> dict[str, Any]:
 
 def _code(context: "StageContext") -> str:
     from common.files.fingerprints import json_digest
-    from controller.pipeline.stage_cache import code_of
+    from controller.pipeline.stage_cache import code_of, edited_code
 
-    return json_digest(code_of(context.config, context.result))[:16]
+    return json_digest(code_of(context.config, context.result) | edited_code(context.config, context.result))[:16]
 
 
 def _find_commit(context: "StageContext", identity: dict[str, Any]) -> "Commit | None":

@@ -18,7 +18,7 @@ from contracts.plugins import source_file
 from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.stages import all_stages
 from controller.pipeline.ingredients import unseen
-from controller.pipeline.stage_cache import code_at_start, code_of
+from controller.pipeline.stage_cache import code_at_start, code_of, edited_code
 from reward_service.kinds.function import function_version
 from reward_service.resolve import resolve
 from reward_service.scorer_kind import version_of
@@ -374,3 +374,16 @@ def test_what_tandem_has_of_somebody_elses_code_is_code(
     assert "mine:MINE" in before
     edit_tandem("reward_service/rules.py", "changed = 1\n")
     assert changed_code(before, code_of(config, stage)) == ["reward_service/rules.py"]
+
+
+def test_an_edit_since_the_process_began_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, sft = TandemConfig(), TANDEM / "learner/sft.py"
+    code_at_start.cache_clear()
+    before, read = code_of(config, "sft"), Path.read_bytes
+    assert edited_code(config, "sft") == {}
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (b"x = 1\n" if path == sft else b"") + read(path))
+    assert code_of(config, "sft") == before
+    assert list(edited_code(config, "sft")) == ["learner/sft.py (edited while it ran)"]
+    assert list(edited_code(config, "filtered_sft")) == []  # it has not asked before
+    assert edited_code(config, "preference") == {}
+    code_at_start.cache_clear()
