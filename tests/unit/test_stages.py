@@ -420,8 +420,13 @@ def test_another_users_lock_is_waited_for_as_ones_own(tmp_path: Path, monkeypatc
     second, _ = run_of(tmp_path, "second")
     waited: list[str] = []
 
+    @contextmanager
+    def wait() -> Iterator[None]:
+        waited.append("waits")
+        yield
+
     def member() -> None:
-        with second.alone("sft", INPUTS, lambda: nullcontext(waited.append("waits"))):
+        with second.alone("sft", INPUTS, wait):
             waited.append("is alone")
 
     thread = threading.Thread(target=member)
