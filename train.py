@@ -103,7 +103,7 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
                     results = pipeline.run()
                 except (ConfigError, DataError) as error:
                     directory.refused()
-                    status.end("refused", error=str(error))
+                    status.refuse(str(error), directory.has_begun)
                     raise
                 except Exception as error:
                     path = Path(config.run_dir) / "error.log"

@@ -28,6 +28,9 @@ class Kind:
     attribute: str  # of such a module: the declaration
 
 
+BY_PATH = Kind("class or function", "", "")  # that an import path alone leads to, or the path of its file
+
+
 def closest(name: str, options: Iterable[str]) -> str | None:
     """The option most like `name`, or None where none is alike."""
     matches = difflib.get_close_matches(name, list(options), n=1)

@@ -67,7 +67,7 @@ def run(context: "StageContext") -> dict[str, Any]:
             """Held-out accuracy of the scores that a policy implies."""
             scores = loss.scores(now, before, tokens, 1.0).tolist()
             count = settings.eval_pairs
-            return accuracy(context.config, test, lambda rows: [scores[i] for i in rows], count)
+            return accuracy(config, test, lambda rows: [scores[i] for i in rows], count)
 
         with context.phase(f"log-probabilities of the reference on {len(test)} held-out and {len(examples)} items"):
             before = likelihoods()

@@ -49,8 +49,6 @@ def test_a_lost_process_without_a_message_is_told(tmp_path: Path) -> None:
             return ""
 
     class Log:
-        def forget(self, stage: str) -> None: ...
-
         def cut(self, stage: str, sizes: dict[str, int]) -> None: ...
 
     said: list[str] = []
