@@ -351,10 +351,8 @@ class PPOController:
             self.progress.waiting_for(f"the commit of update {self.updates}")
             try:
                 self._commit_now(self.commits)
-            except (
-                LearnerLostError,
-                RayError,
-            ) as error:  # the next start goes on from the last commit, as this run would
+            except (LearnerLostError, RayError) as error:
+                # The next start goes on from the last commit, as this run would.
                 if not _is_loss(error):
                     raise
                 self.progress.line(f"WARNING: no commit of update {self.updates}: {typed_line(error)}")
