@@ -23,6 +23,7 @@ from typing import Any
 
 from common.files.code_digest import changed_code, stage_code
 from common.files.fingerprints import MEMORY, checkpoint_fingerprint, json_digest
+from common.strict_json import json_text
 from contracts.config import TandemConfig
 from contracts.plugins import source_file
 from contracts.records import StageResult
@@ -160,7 +161,7 @@ class StageStore:
         content = {"name": name, "seconds": time.time() - began, "metrics": metrics, "inputs": _plain(inputs)}
         content["code"] = self.code(name)
         content["fingerprint"] = checkpoint_fingerprint(str(partial / "model"), memory=self.memory)
-        (partial / "stage.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
+        (partial / "stage.json").write_text(json_text(content, indent=1, default=str) + "\n")
         shutil.rmtree(replaced, ignore_errors=True)
         if directory.exists():  # renamed first, since what is another user's can be renamed and not removed
             directory.rename(replaced)
