@@ -11,7 +11,6 @@ says of itself (`contracts.stages`); here are the checks before the first, their
 Whatever can be known beforehand is checked before an engine starts: configuration, models, data, memory.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,6 +23,7 @@ import psutil
 from common.files.durable import replace_text
 from common.processes.cores import usable_cores
 from common.processes.memory_room import memory_room
+from common.strict_json import json_text
 from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import TandemConfig
@@ -190,7 +190,7 @@ class Pipeline:
         self.results[result.name] = result
         self.seconds[result.name] = time.time() - start
         rows = [asdict(result) | {"seconds": self.seconds.get(name, 0.0)} for name, result in self.results.items()]
-        replace_text(self.run_dir / "stages.json", json.dumps(rows, indent=1) + "\n")
+        replace_text(self.run_dir / "stages.json", json_text(rows, indent=1) + "\n")
 
     def checkpoint(self, name: str) -> str:
         """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`.

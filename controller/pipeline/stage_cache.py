@@ -26,6 +26,7 @@ from typing import Any
 from common.error_text import typed_line
 from common.files.code_digest import changed_code, stage_code
 from common.files.fingerprints import MEMORY, checkpoint_fingerprint, json_digest
+from common.strict_json import json_text
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.plugins import import_path, source_file
@@ -210,7 +211,7 @@ class StageStore:
         if edited:
             self.say(f"WARNING: {name} counts as made by code of its own: {_some(list(edited))}")
         content["fingerprint"] = checkpoint_fingerprint(str(partial / "model"), memory=self.memory)
-        (partial / "stage.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
+        (partial / "stage.json").write_text(json_text(content, indent=1, default=str) + "\n")
         directory = self._free(name, inputs, content["code"])
         replaced = directory.with_name(f"{directory.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)

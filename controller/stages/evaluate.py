@@ -1,11 +1,11 @@
 """Base, SFT and what `method` made of it on held-out prompts, judged: docs/preference.md, evaluation.json."""
 
-import json
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from common.files.code_digest import code_digest, package_versions
+from common.strict_json import json_text
 from contracts.config import TandemConfig
 from contracts.environments import SHIPPED
 from contracts.methods import method_stage
@@ -123,7 +123,7 @@ def run(context: "StageContext") -> dict[str, Any]:
     numbers = evaluation_metrics(result, config.evaluate.max_kl)
     context.log_step(0, {f"evaluate/{name}": value for name, value in numbers.items()})
     log.samples(sample_rows(judged, list(scorers)))
-    replace_text(context.path, json.dumps(result, indent=1) + "\n")
+    replace_text(context.path, json_text(result, indent=1) + "\n")
     return result
 
 

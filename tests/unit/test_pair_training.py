@@ -1,6 +1,7 @@
 """What stages that compare texts say of themselves: held-out accuracy with its interval, and the lines of their steps."""
 
 import math
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -162,3 +163,40 @@ def test_what_comes_after_sft_draws_from_the_seed_that_its_key_names(monkeypatch
     assert seeds == [7, 7, 7]  # ranks, the policy's accuracy and SFT's
     with runtime.learner("sft", config, [], []), runtime.learner("of_ones_own", "without one"):
         assert seeds[3:] == [3, 3]
+
+
+TIE, DECIDED = PreferencePair([1, 2], [1, 3], 0.5), PreferencePair([1, 2], [1, 3], 0.75)
+
+
+@pytest.mark.parametrize(
+    ("items", "of_reward_models", "of_preference"),
+    [
+        (
+            [TIE] * 4,
+            "1 usable rows for reward models; found 0, where",
+            "2 usable rows for stage preference; found 0, where",
+        ),
+        ([TIE, DECIDED, TIE], None, "2 usable rows for stage preference; found 1, where"),
+        ([DECIDED], None, "2 usable rows for stage preference; found 1$"),
+        ([TIE, DECIDED, DECIDED], None, None),
+        ([[3.0], [2.0, 4.0], [3.0]], "2 usable .*; found 0, where ties do not count$", "2 usable .*; found 0, where"),
+        ([[3.0]], "2 usable rows for reward models; found 1$", "2 usable rows for stage preference; found 1$"),
+        ([[3.0], [2.0, 4.0], [3.5]], None, None),
+    ],
+)
+def test_held_out_preferences_without_a_better_text_are_refused(
+    items: list[Any], of_reward_models: str | None, of_preference: str | None
+) -> None:
+    """Else everything trains before `accuracy` has no pair to tell of."""
+    config, example = TandemConfig(method="dpo"), Example([1, 2], [False, True])
+    is_rated = isinstance(items[0], list)
+    texts = [RatedText("a", [1, 2], given) for given in items] if is_rated else items
+    completions: list[Any] = [
+        RatedExample(example, given) if is_rated else ExamplePair(example, example, given.preference) for given in items
+    ]
+    trained = [RatedExample(example, [float(number)]) for number in range(4)]
+    found = reward_model.problems(config, Inputs({"test": texts}))
+    assert (len(found) == 1 and re.search(of_reward_models, found[0])) if of_reward_models else found == []
+    found = preference.problems(config, Inputs({"completions": trained, "test_completions": completions}))
+    assert (len(found) == 1 and re.search(of_preference, found[0])) if of_preference else found == []
+    assert len(preference.problems(config, Inputs({"completions": trained[:1], "test_completions": trained}))) == 1

@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -20,8 +22,10 @@ from contracts.checks.validation import ConfigError
 from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
 from controller.pipeline.ingredients import UNSEEN, environment_hidden, own_source, unseen
 from controller.pipeline.stage_cache import StageStore
+from controller.pipeline.summary import summary_rows
 from controller.record.reader import read
 from controller.record.run_log import LOGS, RunLog
+from tests.unit.test_strict_json import strict
 
 pytestmark = pytest.mark.usefixtures("made_up_metrics")
 
@@ -187,6 +191,26 @@ def test_stage_json_says_what_went_in(tmp_path: Path) -> None:
     assert content["inputs"]["seed"] == 1
     assert (content["name"], content["metrics"]) == ("sft", {"eval_loss": 2.5})
     assert content["seconds"] >= 0
+
+
+def test_unknown_metrics_of_a_stage(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+
+    def work(path: Path) -> dict[str, Any]:
+        work_with(log, 2.5)(path)
+        return {"accuracy": 1.0, "accuracy_low": math.nan, "accuracy_high": math.nan, "pairs": 1}
+
+    made = store.run("reward_model/proxy", INPUTS, work)
+    file = Path(made.path).parent / "stage.json"
+    content = strict(file)
+    assert content["metrics"] == {"accuracy": 1.0, "accuracy_low": None, "accuracy_high": None, "pairs": 1}
+    before = re.sub(r'(accuracy_\w+": )null', r"\1NaN", file.read_text())  # as earlier versions have written it
+    for text in (file.read_text(), before):
+        file.write_text(text)
+        found = store.find("reward_model/proxy", INPUTS)
+        assert found is not None
+        [row, *_] = summary_rows(TandemConfig(), {"reward_model/proxy": found.metrics}, Path("report.html"))
+        assert row == ("reward model (proxy)", "100.0% [–, –] of 1 held-out pairs")
 
 
 def test_lines_that_a_run_has_are_not_added_again(tmp_path: Path) -> None:
