@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 ROWS = 512  # of a block
+SIZES = (1.0, 1e-3, 1e4)  # of inputs that are tried: as they are, where a norm's eps tells, beyond any clamp
 NARROW = {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}  # of an MLP that is tried out
 
 
@@ -27,14 +28,18 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width = x.shape[-1]
         flat = x.reshape(-1, width)
-        out, inverse_rms = torch.empty_like(flat), x.new_empty(flat.shape[0], 1, dtype=torch.float32)
+        inverse_rms = x.new_empty(flat.shape[0], 1, dtype=torch.float32)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # no view: classes may clamp it in place
+        flat_out = out.view(-1, width)
         for rows in _blocks(flat):
             block = flat[rows].to(torch.float32, copy=True)
             squares = torch.linalg.vector_norm(block, dim=-1, keepdim=True).square_()
             inverse_rms[rows] = squares.div_(width).add_(eps).rsqrt_()
-            out[rows] = block.mul_(inverse_rms[rows])  # rounds to x's dtype before the weight, as transformers does
+            flat_out[rows] = block.mul_(
+                inverse_rms[rows]
+            )  # rounds to x's dtype before the weight, as transformers does
         ctx.save_for_backward(x, weight, inverse_rms)
-        return out.mul_(weight).view_as(x)
+        return out.mul_(weight)
 
     @staticmethod
     @once_differentiable
@@ -111,6 +116,7 @@ def _same(module: Any, forward: Callable[[Any, Tensor], Tensor], shapes: dict[st
         weights[name] = (drawn / shape[1] ** 0.5 if len(shape) == 2 else 1 + 0.5 * drawn).to(device)
     width = shapes["gate_proj"][1] if shapes else module.weight.shape[0]
     x = torch.linspace(-3, 3, 4 * width, device=device).view(1, 4, width)
+    x = torch.cat([x * size for size in SIZES], 1)
     try:
         expected = functional_call(module, weights, (x,))
         found = functional_call(_Instead(module, forward), {f"module.{n}": w for n, w in weights.items()}, (x,))

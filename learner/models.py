@@ -251,6 +251,8 @@ def _prepare(lm: PreTrainedModel, learner: LearnerConfig, on_cpu: bool) -> PreTr
         for name, value in list(vars(module).items()):
             if "drop" in name and isinstance(value, float):  # of layers too
                 setattr(module, name, 0.0)  # functions take it as an argument
+    if getattr(lm.config, "rescale_every", 0):
+        lm.config.rescale_every = 0  # RWKV halves weights in place for inference in float16, and they would be saved so
     if learner.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         for module in modules:

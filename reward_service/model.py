@@ -25,7 +25,7 @@ from common.models.loading import (
     refuse_unloaded,
 )
 from common.models.packed_attention import Packed
-from common.models.positions import positions
+from common.models.positions import longest_row
 from common.models.proof import SCALAR, Proof, prove
 from common.text.tokenizers import local_checkpoint
 from contracts.records import Score
@@ -107,8 +107,8 @@ class RewardModel:
         self.mean, self.std = normaliser(config, path, "path")
         config = self.model.config
         self.vocab_size = config.get_text_config().vocab_size
-        known = positions(config.get_text_config())
-        self.positions = known[0] if known else None  # beyond which learned ones end, for every item of a batch
+        # Beyond, learned positions end, and RoPE turns by the longest item: for every item of a batch.
+        self.positions = longest_row(config.get_text_config())
         self.batch_tokens = batch_tokens
         self.max_tokens = max_tokens
         self.reading = reading
@@ -140,8 +140,9 @@ class RewardModel:
         if min(key) < 0 or max(key) >= self.vocab_size:
             return "out_of_vocabulary"
         seen = len(self.reading(key)[0])  # which may be more than the key
-        if self.positions is not None and seen > self.positions:
-            return f"too_long: {seen} tokens as the model reads it, which has {self.positions} positions"
+        if self.positions is not None and seen > self.positions[0]:
+            limit, said = self.positions
+            return f"too_long: {seen} tokens as the model reads it, which has {limit} positions ({said})"
         return None
 
     def _normalised(self, score: Score) -> Score:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.models.forward import Form, candidates
 from common.models.lora import base_state, with_telling_adapter
 from common.models.packed_attention import MAX_TOKENS, NAME
+from common.models.positions import steady_positions
 from common.models.twin import NoTwin, make_twin
 from contracts.config import LoraConfig
 
@@ -72,8 +73,13 @@ def row_logprobs(lm: PreTrainedModel, row: list[int]) -> Tensor:
 
 
 def _score(classifier: PreTrainedModel, row: list[int]) -> Tensor:
-    classifier.config.get_text_config().pad_token_id = None  # else the class takes a row's last token for padding
-    return classifier(input_ids=torch.tensor([row], device=classifier.device), use_cache=False).logits[0].float()
+    text = classifier.config.get_text_config()
+    padding = getattr(text, "pad_token_id", None)
+    text.pad_token_id = None  # else the class takes a row's last token for padding
+    try:
+        return classifier(input_ids=torch.tensor([row], device=classifier.device), use_cache=False).logits[0].float()
+    finally:
+        text.pad_token_id = padding  # models made of this configuration hold its embedding fixed
 
 
 POLICY = Kind("policy", AutoModelForCausalLM, row_logprobs)
@@ -212,7 +218,11 @@ def _first_exact(
             ).eval()
             twin.load_state_dict(base_state(model))
             twin.to(model.device, torch.bfloat16 if is_half else torch.float32)
+            versions = {name: (p, p._version) for name, p in twin.named_parameters()}
             found = compute(twin, form, expected.rows)
+            written = [name for name, (p, version) in versions.items() if p._version != version]
+            if written:
+                raise RuntimeError(f"its forward pass writes to {written[0]}")
             error = (found.float() - expected.numbers).abs().max().item()
             worst = _gradient_error(twin, found, expected.gradients) if expected.gradients and not is_half else None
             if error <= tolerance and form.attention == NAME:
@@ -247,7 +257,8 @@ def _gradient_error(model: PreTrainedModel, numbers: Tensor, expected: dict[str,
 
 
 def _positions(config: Any) -> int:
-    """How long a row of the model may be."""
-    text = config.get_text_config()
+    """How long a row of the model may be, and as long as any other of its batch."""
+    text, steady = config.get_text_config(), steady_positions(config.get_text_config())
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    limits += [steady[0]] if steady else []
     return min([limit for limit in limits if isinstance(limit, int) and limit > 0], default=1 << 30)

@@ -4,28 +4,12 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from common.models.positions import positions
+from common.models.positions import longest_row
 from contracts.checks.check import Check
 from contracts.config import TandemConfig
 from contracts.methods import readings, runs
 from contracts.placement import needs
 from contracts.scorer_roles import CHECKPOINTS, scoring_models, value_model_key
-
-BY_LENGTH = ("dynamic", "longrope", "su")  # whose speed follows the length of what is computed together
-
-
-def steady_positions(model: Any) -> tuple[int, str] | None:
-    """Up to where RoPE turns at the same speed in rows of any length; None where it always does.
-
-    Beyond, transformers turns a row by the longest of its batch, and vLLM every row as if it were a long one
-    (rotary_embedding/phi3_long_rope_scaled_rope.py): the two differ, and so does a row from itself in other company.
-    """
-    rope = getattr(model, "rope_parameters", None) or {}
-    for layers in [rope] if "rope_type" in rope else rope.values():
-        if isinstance(layers, dict) and layers.get("rope_type") in BY_LENGTH:
-            original = layers.get("original_max_position_embeddings") or model.max_position_embeddings
-            return int(original), f"original_max_position_embeddings of rope_type {layers['rope_type']}"
-    return None
 
 
 def too_long(config: TandemConfig, key: str, path: str, model: Any) -> list[str]:
@@ -34,10 +18,9 @@ def too_long(config: TandemConfig, key: str, path: str, model: Any) -> list[str]
     Args:
         model: its configuration, that of the text model.
     """
-    known = [found for found in (positions(model), steady_positions(model)) if found]
-    if not known:
+    found = longest_row(model)
+    if found is None:
         return []
-    found = min(known)
     rule = f"at most the {found[0]} positions of {path} ({found[1]})"
     return [
         Check(False, what, rule, length, f"{what}={found[0]} or less" if " " not in what else "less of them").message

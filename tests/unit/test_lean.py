@@ -1,6 +1,9 @@
 """The lean norm and MLP against transformers' own in float64, and what they keep."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +24,13 @@ def norm(dtype: torch.dtype) -> LlamaRMSNorm:
     return module
 
 
-def run(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+def run(module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, grad: torch.Tensor) -> list[Any]:
     """Output, gradient of the input, gradients of the weights."""
     x = x.clone().requires_grad_()
     out = module(x)
     out.backward(grad)
-    return [out.detach(), x.grad, *(p.grad for p in module.parameters())]
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    return [out.detach(), x.grad, *(p.grad for p in parameters)]
 
 
 @pytest.mark.parametrize("rows", [1, ROWS - 1, ROWS + 3])
@@ -42,6 +46,25 @@ def test_norm_equals_the_formula_in_float64(rows: int) -> None:
     torch.testing.assert_close(out.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dx.double(), u.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dw.double(), weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def clamped(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = module(x)
+    return out.clamp_(-0.5, 0.5)
+
+
+def test_what_a_norm_gives_may_be_changed_in_place() -> None:
+    """OLMoE clamps its normed queries so."""
+    x, grad = (torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    layers = nn.ModuleList([norm(torch.float32), norm(torch.float32)])
+    assert make_lean(layers[1:]) == 1
+    (plain, lean), turned = layers, x.transpose(0, 1)  # of inputs in another order too
+    for u, g in ((x, grad), (turned, grad.transpose(0, 1))):
+        layers.zero_grad()
+        expected, found = (run(partial(clamped, m), u, g) for m in (plain, lean))
+        for ours, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lean.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_norm_rounds_where_transformers_rounds() -> None:
@@ -109,3 +132,31 @@ def test_zeros_that_wait_to_be_trained_hide_no_other_activation() -> None:
     for mlp in (gelu, silu):
         nn.init.zeros_(mlp.down_proj.weight)
     assert (make_lean(nn.ModuleList([gelu])), make_lean(nn.ModuleList([silu]))) == (0, 1)
+
+
+class ClampedMLP(LlamaMLP):
+    """As the shared experts of DeepSeek-V4, whose limit is 10."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x).clamp(max=10.0), self.up_proj(x).clamp(min=-10.0, max=10.0)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class ClampedRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.clamp(-1000.0, 1000.0))
+
+
+class OtherEpsRMSNorm(LlamaRMSNorm):
+    """x / (rms(x) + eps), which differs where x is small."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rms = hidden_states.pow(2).mean(-1, keepdim=True).sqrt()
+        return self.weight * (hidden_states / (rms + self.variance_epsilon))
+
+
+def test_what_differs_on_large_or_small_inputs_alone_is_left_alone() -> None:
+    config = LlamaConfig(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=4)
+    layers = nn.ModuleList([ClampedMLP(config), ClampedRMSNorm(WIDTH), OtherEpsRMSNorm(WIDTH)])
+    assert make_lean(layers) == 0
+    assert make_lean(nn.ModuleList([LlamaMLP(config), LlamaRMSNorm(WIDTH)])) == 2

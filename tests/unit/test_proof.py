@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from common.models.forward import Form, head_logits, hidden_states
 from common.models.loading import LoadingError
 from common.models.packed_attention import MAX_TOKENS, Packed, short_causal_attention
 from common.models.proof import POLICY, TOLERANCE, NoClass, Unproven, prove
-from common.models.twin import LARGEST, twin_config
+from common.models.twin import LARGEST, telling_weights, twin_config
 from contracts.checks.validation import ConfigError
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
 from controller.start_checks.model_checks import check_weights_and_code
-from learner.models import load_policy, load_scalar, prove_policy
+from learner.models import load_policy, load_scalar, prove_policy, prove_scalar, scalar_config
 from learner.selected_logprobs import selected_logprobs
-from reward_service.model import RewardModel
+from reward_service.model import RewardModel, prove_scores
 from tests.tiny_models import TINY, make
 
 FLOAT = ModelConfig(dtype="float32")
@@ -84,6 +85,63 @@ def test_logprobs_and_scores_are_those_of_the_class_row_by_row(name: str, tmp_pa
     assert values == pytest.approx(scores, abs=TOLERANCE)
     served = RewardModel(str(tmp_path / "scorer"), "float32").score(rows)
     assert [score.raw for score in served] == pytest.approx(scores, abs=TOLERANCE)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        # Most of these are in the rows of a twin: there the class drops the gradient of their embedding. Those that a twin
+        # has no room for are its last one.
+        *({"pad_token_id": pad} for pad in (4, 5, 12, 14, 17, 382, 383, 384, 900, -1)),
+        {"eos_token_id": 7},
+        {"eos_token_id": 383},
+        {"eos_token_id": [900, 2]},
+    ],
+    ids=str,
+)
+def test_whatever_token_pads(tokens: dict[str, Any]) -> None:
+    config = LlamaConfig(vocab_size=1000, **SMALL, **tokens)
+    value = prove_scalar(scalar_config(config), FLOAT, LearnerConfig(), True)
+    assert (value.form, value.tried) == (Form("short_causal", "packed"), {})
+    assert max(value.error, value.gradient_error or 1.0) < 1e-5
+    assert prove_scores(config, True).form == prove_policy(config, FLOAT, LearnerConfig(), True).form == value.form
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: LlamaConfig(vocab_size=128256, bos_token_id=128000, eos_token_id=[128001, 128008, 128009], **SMALL),
+        lambda: transformers.Qwen2Config(vocab_size=151936, eos_token_id=151645, pad_token_id=151643, **SMALL),
+        lambda: transformers.Qwen3Config(vocab_size=151936, eos_token_id=151645, **SMALL),
+    ],
+    ids=["llama3", "qwen2", "qwen3"],
+)
+def test_large_vocabularies_end_and_pad_far_behind_a_twins(config: Callable[[], Any]) -> None:
+    proof = prove_scalar(scalar_config(config()), FLOAT, LearnerConfig(), True)
+    assert (proof.form, proof.tried) == (Form("short_causal", "packed"), {})
+
+
+@pytest.mark.parametrize("eos", [2, 383, 384, 900])
+def test_a_value_model_of_a_large_vocabulary_has_the_gradients_of_its_class(eos: int, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=1000, eos_token_id=eos, **SMALL)).save_pretrained(tmp_path)
+    value = load_scalar(str(tmp_path), FLOAT, LearnerConfig(), on_cpu=True, seed=1)
+    assert value.lm.config.pad_token_id == eos
+    value.lm.save_pretrained(tmp_path / "value")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "value", attn_implementation="eager").eval()
+    plain.config.pad_token_id = None
+    rows = [[5, eos, 6], [7, 383, 384, 900, 8, eos]]  # the pad token inside and last
+    packed = Packed.of(rows, CPU)
+    value(packed, packed.last).sum().backward()
+    sum(plain(torch.tensor([row])).logits.sum() for row in rows).backward()
+    found = dict(value.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(found[f"lm.{name}"].grad, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 # ---- the proof can fail
@@ -149,6 +207,46 @@ def test_a_gradient_that_is_wrong_is_found() -> None:
         prove(POLICY, TINY["llama"](), faulty(detached), "short_causal", True)
 
 
+RWKV = partial(
+    transformers.RwkvConfig,
+    vocab_size=300,
+    hidden_size=64,
+    attention_hidden_size=64,
+    intermediate_size=96,
+    context_length=64,
+    num_hidden_layers=4,
+    rescale_every=2,
+)
+
+
+def test_a_forward_pass_that_writes_to_weights_is_found() -> None:
+    def plain(lm: Any, form: Form, rows: list[list[int]]) -> Any:
+        packed = Packed.of(rows, CPU)
+        return head_logits(lm, hidden_states(lm, packed, form.layout)), packed
+
+    with pytest.raises(Unproven, match=r"eager, padded: RuntimeError: its forward pass writes to rwkv\.blocks\.0\."):
+        prove(POLICY, RWKV(), faulty(plain), "eager", True)
+
+
+def test_weights_of_a_class_that_halves_them_for_inference_stay(tmp_path: Path) -> None:
+    """RWKV: what is saved is what is trained, in layers beyond the first `rescale_every` too."""
+    made = AutoModelForCausalLM.from_config(RWKV())
+    telling_weights(made)
+    made.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), FLOAT, LearnerConfig(), on_cpu=True)
+    rows = rows_of(300)
+    packed = Packed.of(rows, CPU)
+    select = torch.arange(packed.input_ids.shape[1])
+    with torch.no_grad():
+        found = policy(packed, select, select % 7)[0]
+        # As it is trained: halved, the last norm's eps would weigh more.
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+        logits = torch.cat([plain(torch.tensor([row]), use_cache=False).logits[0] for row in rows])
+    assert (found - torch.log_softmax(logits, -1).gather(1, select[:, None] % 7)[:, 0]).abs().max() < TOLERANCE
+    for name, parameter in policy.lm.named_parameters():
+        assert torch.equal(parameter, made.get_parameter(name)), name
+
+
 def test_the_form_is_the_fastest_that_is_exact() -> None:
     forms = {name: prove_policy(TINY[name](), FLOAT, LearnerConfig(), True).form for name in ("llama", "lfm2", "bloom")}
     assert forms == {
@@ -172,6 +270,11 @@ def test_a_twin_is_small_whatever_the_model(size: str) -> None:
     assert parameters < LARGEST / 50
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     assert set(kinds) == set(getattr(twin.get_text_config(), "layer_types", None) or [])
+
+
+def test_a_class_that_clamps_in_place_is_computed() -> None:
+    config = transformers.OlmoeConfig(vocab_size=300, **SMALL, num_experts=4, num_experts_per_tok=2, clip_qkv=0.5)
+    assert prove_policy(config, FLOAT, LearnerConfig(), True).form == Form("short_causal", "packed")
 
 
 @pytest.mark.parametrize(("begins", "every"), [(1, 1), (3, 1), (2, 2), (6, 3)])

@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
 )
 
 from common.models.loading import LoadingError
@@ -101,13 +104,38 @@ def test_an_item_beyond_the_positions_costs_only_itself(tmp_path: Path) -> None:
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
     inputs = [[5] * 16, [5] * 17, [7] * 3, [9] * 15]
     scores = RewardModel(str(tmp_path), "float32").score(inputs)
-    error = "too_long: 17 tokens as the model reads it, which has 16 positions"
+    error = "too_long: 17 tokens as the model reads it, which has 16 positions (max_position_embeddings)"
     assert [s.error for s in scores] == [None, error, None, None]
     expected = plain_scores(tmp_path, [inputs[i] for i in (0, 2, 3)])
     assert [s.value for s in scores if s.error is None] == pytest.approx(expected, abs=1e-5)
     # The reading may write more behind an input.
     longer = RewardModel(str(tmp_path), "float32", reading=lambda ids: ((*ids, 1, 2), len(ids) + 1)).score(inputs)
     assert [s.code for s in longer] == ["too_long", "too_long", None, "too_long"]
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_score_does_not_follow_the_longest_text_of_its_batch(kind: str, tmp_path: Path) -> None:
+    """transformers turns all rows of a batch by its longest, where that is beyond the original positions."""
+    rope: dict[str, Any] = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
+    if kind == "longrope":
+        rope |= {"original_max_position_embeddings": 16, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64 if kind == "longrope" else 16, initializer_range=0.5, rope_parameters=rope,
+        pad_token_id=0,
+    )  # fmt: skip
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    model = RewardModel(str(tmp_path), "float32")
+    short, longest, beyond = [5, 6, 7, 8, 9, 10, 11, 12], [*range(3, 19)], [*range(3, 20)]
+    scores = model.score([short, longest, beyond])
+    named = f"original_max_position_embeddings of rope_type {kind}"
+    assert scores[2].error == f"too_long: 17 tokens as the model reads it, which has 16 positions ({named})"
+    assert [s.value for s in scores[:2]] == pytest.approx(plain_scores(tmp_path, [short, longest]), abs=1e-5)
+    assert model._forward([tuple(short), tuple(beyond)])[0] != pytest.approx(scores[0].value, abs=1e-3)
+    # The reading may write more behind an input.
+    longer = RewardModel(str(tmp_path), "float32", reading=lambda ids: ((*ids, 1), len(ids))).score([short, longest])
+    assert [s.code for s in longer] == [None, "too_long"]
 
 
 def test_a_score_that_is_not_a_number_is_an_error(classifier: Path, tmp_path: Path) -> None:
