@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ import ray
 import yaml
 
 from common.files.durable import replace_text
-from contracts.checks.overrides import quoted
+from contracts.checks.overrides import override_key, quoted
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator
@@ -200,10 +200,14 @@ def require_scorers(commit: Commit, scorers: Mapping[str, str | None]) -> None:
         raise CheckpointError("\n  - ".join([told, *found]))
 
 
-def resume_command(overrides: list[str], run_dir: str) -> str:
-    """What a user types to go on; secrets of the command line are for the user to fill in."""
-    kept = [redacted_override(o) for o in overrides if not o.startswith(("run_dir=", "checkpoint.resume="))]
-    return shlex.join(["python", "train.py", *kept, f"run_dir={quoted(run_dir)}"])
+def resume_command(overrides: list[str], run_dir: str, origin: Sequence[str] = ()) -> str:
+    """What a user types to go on; secrets of the command line are for the user to fill in.
+
+    Args:
+        origin: words that say where the configuration lies (common/composing.py).
+    """
+    kept = [redacted_override(o) for o in overrides if override_key(o) not in ("run_dir", "checkpoint.resume")]
+    return shlex.join(["python", "train.py", *origin, *kept, f"run_dir={quoted(run_dir)}"])
 
 
 def is_ray_session(session: str) -> bool:
