@@ -96,8 +96,8 @@ class Pipeline:
             progress.line(f"completions end with any of {', '.join(names)}")
         check_amounts(config, data)
         check_rows(config, data)
-        self._check_stages()
         rehearse_environment(config, tokenizer, data, progress)
+        self._check_stages()
         nodes = embedded_nodes() if config.cluster.address == "local" else None
         free_gib = psutil.virtual_memory().available / 2**30
         for warning in check_machine(config, free_gib, usable_cores(), nodes):
