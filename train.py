@@ -17,8 +17,10 @@ os.environ.update({key: value for key, value in driver_env().items() if key not 
 
 import hydra
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from common.command_line import command_line_problems, flags_first, whole_sections
+from common.command_line import command_line_problems, flags_first, is_multirun, whole_sections
+from common.composing import origin_of_run, reason
 from common.error_text import last_line
 from common.files.outcome import write_outcome
 from common.models.precision import choose_dtypes
@@ -30,6 +32,7 @@ from controller.sweep import (
     finished_objective,
     hide_secrets,
     is_member,
+    keep_origin,
     place_member,
     register_resolvers,
 )
@@ -49,10 +52,11 @@ def main(composed: DictConfig) -> float | None:
     from controller.data.datasets import DataError
 
     hide_secrets()
+    keep_origin(CONF)
     try:
         if is_member():
             place_member(composed)
-        config = to_config(composed)
+        config = resolved(composed)
         validate(config)
         if is_member():
             done, value = finished_objective(config)
@@ -75,6 +79,13 @@ def main(composed: DictConfig) -> float | None:
         print(f"\ninterrupted; finished stages are kept and will be reused. {end.message}", file=sys.stderr)
         print(f"go on with: {sweep_command() or resume_command(config)}", file=sys.stderr)
         sys.exit(end.exit_code)
+
+
+def resolved(composed: DictConfig) -> TandemConfig:
+    try:
+        return to_config(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(reason(error)) from None
 
 
 def run(config: TandemConfig, stop: Stop) -> float | None:
@@ -103,11 +114,11 @@ def run(config: TandemConfig, stop: Stop) -> float | None:
                     results = pipeline.run()
                 except (ConfigError, DataError) as error:
                     directory.refused()
-                    status.end("refused", error=str(error))
+                    status.refuse(str(error), directory.has_begun)
                     raise
                 except Exception as error:
                     path = Path(config.run_dir) / "error.log"
-                    path.write_text(traceback.format_exc())
+                    path.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
                     progress.line(f"✗ the run failed: {root_cause(error)}")
                     progress.line(f"  whole traceback: {path}; finished stages are kept and will be reused")
                     progress.line(f"  go on with: {resume_command(config)}")
@@ -132,7 +143,9 @@ def resume_command(config: TandemConfig) -> str:
 
     from controller.commits import resume
 
-    return resume.resume_command(list(HydraConfig.get().overrides.task), config.run_dir)
+    hydra = HydraConfig.get()
+    origin = origin_of_run(hydra, CONF).words
+    return resume.resume_command(list(hydra.overrides.task), config.run_dir, origin)
 
 
 def sweep_command() -> str:
@@ -140,7 +153,7 @@ def sweep_command() -> str:
     from controller.record.redaction import redacted_override
 
     words = [redacted_override(word) for word in sys.argv[1:]]
-    return shlex.join(["python", "train.py", *words]) if {"-m", "--multirun"} & set(words) else ""
+    return shlex.join(["python", "train.py", *words]) if is_multirun(sys.argv[1:]) else ""
 
 
 def refuse(error: Exception) -> int:
@@ -151,7 +164,7 @@ def refuse(error: Exception) -> int:
 if __name__ == "__main__":
     sys.argv[1:] = flags_first(sys.argv[1:])
     try:
-        raise_conflicts([], command_line_problems(sys.argv[1:], CONF))
+        raise_conflicts([], command_line_problems(sys.argv[1:], CONF, starts=True))
     except ConfigError as error:
         sys.exit(refuse(error))
     sys.argv[1:] = whole_sections(sys.argv[1:])

@@ -24,6 +24,7 @@ from functools import lru_cache
 import numpy as np
 
 from actors.environment import environment_maker
+from common.error_text import told_by_others
 from common.text.tokenizers import load_tokenizer, vocab_size
 from contracts.config import EngineConfig, EnvironmentConfig, ModelConfig, SamplingConfig
 from contracts.environments import Environment, EnvironmentFault, checked_ids, checked_step
@@ -211,9 +212,10 @@ class Conversations:
     def _next(self, conversation: Conversation, ask: Callable[[], Ask | None]) -> Ask | None:
         try:
             return ask()
-        except Exception as error:
-            # Code that is not ours: whatever it raises costs this one rollout, which counts as unscored.
-            conversation.fault = f"environment: {type(error).__name__}: {error}"
+        except BaseException as error:
+            # Code that is not ours: whatever it raises, argparse's SystemExit and asyncio's CancelledError too, costs this
+            # one rollout, which counts as unscored.
+            conversation.fault = f"environment: {told_by_others(error)}"
             return None
 
     def _sampled(self, conversation: Conversation, done: "Future[Completion]", result: "Future[Rollout]") -> None:

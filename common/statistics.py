@@ -107,7 +107,9 @@ def bootstrap_groups(
     """A statistic of rows with a bootstrap over the groups that the rows are of, such as prompts: rows of one group come
     together.
 
-    No row: all NaN. One group: NaN limits. Resamples in which the statistic is NaN are left out.
+    No row: all NaN. One group: NaN limits. Resamples in which the statistic is NaN are left out. Where the others are one
+    number but for rounding, as a correlation of 1 is in every resample, the limits are NaN: how far other groups would be
+    from it is not known.
 
     Args:
         statistic: of row numbers, in which a row may come more than once.
@@ -126,7 +128,8 @@ def bootstrap_groups(
             for block in _resamples(len(members), samples, seed)
             for drawn in block
         ]
-    return _interval(estimate, draws)
+    found = [draw for draw in draws if math.isfinite(draw)]
+    return _interval(estimate, found) if found and spread(found) > 0 else Interval(estimate)
 
 
 def bootstrap_group_mean(

@@ -313,6 +313,7 @@ class PPOConfig:
     # The two bounds apart, as in 1 - clip_low and 1 + clip_high; null: clip, of gspo 3e-4 and 4e-4, of cispo none below.
     clip_low: float | None = key(None, above=0, below=1)
     clip_high: float | None = key(None, above=0)
+    # Where A < 0 the loss of clip and gspo is at most -A times this: a larger ratio has no gradient; null: no bound.
     dual_clip: float | None = key(3.0, above=1)
     # Of the entropy of the distributions that tokens are sampled from, nats a token, which joins the policy's loss with a
     # minus. 0 is the advice: the KL penalty keeps a policy broad, and where there is none clip_high does.

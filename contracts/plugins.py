@@ -28,6 +28,9 @@ class Kind:
     attribute: str  # of such a module: the declaration
 
 
+BY_PATH = Kind("class or function", "", "")  # that an import path alone leads to, or the path of its file
+
+
 def closest(name: str, options: Iterable[str]) -> str | None:
     """The option most like `name`, or None where none is alike."""
     matches = difflib.get_close_matches(name, list(options), n=1)
@@ -68,7 +71,7 @@ def find(kind: Kind, name: str) -> Any:
     module, _, attribute = import_path(kind, name).partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever somebody's module raises where it is imported
+    except (Exception, SystemExit) as error:  # whatever somebody's module raises where it is imported
         raise UnknownPlugin(
             f"{kind.title} {name}: {type(error).__name__}: {error}; write package.module:NAME of one that imports"
         ) from error

@@ -44,6 +44,8 @@ class Stage:
     keys_to_run: Callable[[TandemConfig], tuple[str, ...]] = lambda config: ()  # and those that matter where it runs
     roles: Callable[[TandemConfig], set[str]] = lambda config: set()  # reward models it needs beside those that score
     problems: Callable[[TandemConfig, Any], list[str]] = lambda config, data: []  # too few examples, no such column
+    # Of a context, before any stage: raises ConfigError where the run would be refused at this one. Asked where it will run.
+    check: Callable[[Any], None] | None = None
     samples: bool = False  # with actors, an environment and the reward service
     resumes: bool = False  # goes on from commits of its own; the others begin again when they lose a process
     trains: str = POLICY  # what its learner trains; "" where it has none

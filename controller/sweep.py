@@ -24,9 +24,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from common.composing import origin_of_run
+from common.files.durable import replace_text
 from common.files.outcome import read_outcome
 from contracts.checks.overrides import quoted
 from contracts.config import TandemConfig
+from controller.record.reader import ORIGIN
 from controller.record.redaction import redact_hydra, redact_sweep, redacted
 from controller.record.status_file import read_status
 
@@ -55,6 +58,19 @@ def hide_secrets() -> None:
         redact_hydra(Path(hydra.runtime.output_dir) / hydra.output_subdir)
     if is_member():
         redact_sweep(Path(hydra.sweep.dir))
+
+
+def keep_origin(conf: Path) -> None:
+    """Beside the overrides that Hydra has kept, where the command line has found its configuration: the command that a
+    report prints has both."""
+    hydra = HydraConfig.get()
+    if hydra.output_subdir is None:
+        return
+    file, words = Path(hydra.runtime.output_dir) / hydra.output_subdir / ORIGIN, origin_of_run(hydra, conf).words
+    if words:
+        replace_text(file, yaml.safe_dump(words))
+    else:
+        file.unlink(missing_ok=True)
 
 
 def is_member() -> bool:

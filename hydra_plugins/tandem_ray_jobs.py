@@ -19,13 +19,15 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, open_dict
 
+from common.composing import origin_of_run
 from common.files.outcome import read_outcome
+from common.override_values import misread_overrides
 from contracts.checks.overrides import quoted
 from contracts.checks.validation import ConfigError
 from contracts.config import to_config
 from controller.record.redaction import redact_sweep
 from controller.sweep import finished_objective, group_of
-from submission.job import Job, checked_job
+from submission.job import CONF, Job, checked_job
 from submission.ray_jobs import Cluster, ClusterError
 from submission.targets import RayJobs
 
@@ -40,12 +42,36 @@ class RayJobsLauncherConf(RayJobs):
 ConfigStore.instance().store(group="hydra/launcher", name="ray_jobs", node=RayJobsLauncherConf, provider="tandem")
 
 
+def check_travels(hydra: DictConfig) -> None:
+    """A job has the overrides of its member and conf/ as it is uploaded, and its settings are as they were written.
+
+    Raises:
+        ConfigError: it would train another configuration, or in another environment.
+    """
+    if words := origin_of_run(hydra, CONF).words:
+        raise ConfigError(
+            f"{' '.join(words)}: a job of hydra/launcher=ray_jobs composes conf/config.yaml with the overrides of its "
+            "member alone; write an experiment in conf/experiment and +experiment=NAME instead"
+        )
+    if misread := misread_overrides(list(hydra.overrides.hydra), "hydra.launcher.", RayJobsLauncherConf):
+        raise ConfigError("\n".join(misread))
+
+
+def refuse(error: Exception) -> int:
+    print(f"\nTandem cannot submit:\n{error}", file=sys.stderr)
+    return 2
+
+
 class RayJobsLauncher(Launcher):
     def __init__(self, max_parallel: int, **target: Any):
         self.max_parallel, self.target = max_parallel, RayJobs(**target)
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         self.loader, self.config = hydra_context.config_loader, config
+        try:
+            check_travels(config.hydra)
+        except ConfigError as error:
+            sys.exit(refuse(error))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
@@ -54,8 +80,7 @@ class RayJobsLauncher(Launcher):
         try:
             cluster = Cluster(self.target)
         except ClusterError as error:
-            print(f"\nTandem cannot submit:\n{error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(refuse(error))
         redact_sweep(Path(self.config.hydra.sweep.dir))  # the command line, which Hydra has written there
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
         with ThreadPoolExecutor(self.max_parallel) as pool:

@@ -19,17 +19,13 @@ from common.processes.ray_access import start_ray
 
 os.environ.update({key: value for key, value in driver_env().items() if key not in os.environ})
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
-from common.command_line import whole_sections
+from common.command_line import command_line_problems, whole_sections
+from common.composing import compose_config
 from common.error_text import typed_line
 from common.models.precision import choose_dtypes
 from common.text.tokenizers import pinned
-from contracts.checks.overrides import unknown_overrides
 from contracts.checks.validation import ConfigError, validate_service
-from contracts.config import ModelConfig, ScorerConfig, TandemConfig, register_schema, to_config
+from contracts.config import ModelConfig, ScorerConfig, TandemConfig
 from contracts.scorer_roles import ROLES, chosen_scorers
 from reward_service.resolve import ScorerError, resolve
 from reward_service.scorer_kind import scorer_kind
@@ -46,15 +42,9 @@ def read_config(overrides: list[str], serves: bool = True) -> tuple[TandemConfig
     Raises:
         ConfigError: with every conflict.
     """
-    problems = unknown_overrides(overrides)
-    if problems:
+    if problems := command_line_problems(overrides, CONF, check=lambda config: validate_service(config, serves)):
         raise ConfigError("\n".join(problems))
-    register_schema()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = to_config(compose("config", whole_sections(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from None
+    config = compose_config(whole_sections(overrides), CONF)
     validate_service(config, serves)
     choose_dtypes(config)
     given = {role: path for role in ROLES if (path := getattr(config, f"{role}_model"))}

@@ -29,6 +29,7 @@ import numpy as np
 
 from common.error_text import error_lines
 from common.statistics import Interval, bootstrap_group_mean, bootstrap_groups
+from common.strict_json import json_text, known
 from common.text.encoding import DataError, Turns, as_turns, encode_prompt, scored_ids
 from common.text.tokenizers import load_tokenizer, pinned
 from contracts.checks.validation import ConfigError
@@ -227,18 +228,13 @@ def agreement(gold: Gold, scores: list[Score], scale: list[float] | None, sample
         "scored": len(scored),
         "without_score": dict(Counter(score.code for score in scores if score.value is None)),
         "pairs": len(pairs),
-        **{name: _known(interval) for name, interval in measures.items()},
+        **known({name: interval.as_dict() for name, interval in measures.items()}),
         "parts": {name: _mean([part[name] for part in parts if name in part]) for name in dict.fromkeys(chain(*parts))},
     }
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _known(interval: Interval) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {name: number if math.isfinite(number) else None for name, number in interval.as_dict().items()}
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -291,7 +287,7 @@ def main(arguments: list[str]) -> int:
             f"--gold {given.gold}: {error}" if isinstance(error, GoldError | OSError) else str(error), file=sys.stderr
         )
         return 2
-    print(json.dumps(found) if given.json else _table(found))
+    print(json_text(found) if given.json else _table(found))
     return 0 if found["scored"] else 1
 
 

@@ -72,7 +72,8 @@ def main(function_name: str, memory_gib: float) -> None:
         function = load(function_name)
         form = call_form(inspect.signature(function))
         limit_memory(memory_gib)
-    except Exception as error:  # the replica that started this process reports it and does not start
+    # SystemExit too: the replica that started this process reports it and does not start.
+    except BaseException as error:
         answer(replies, {"error": f"{type(error).__name__}: {error}"})
         return
     answer(replies, {"wants": form.wants})
@@ -82,7 +83,8 @@ def main(function_name: str, memory_gib: float) -> None:
             reply: dict[str, Any] = {"scores": scores_of(function, form, parsed_request(line, form))}
         except Refused as refused:
             reply = {"refused": str(refused)}
-        except Exception as error:  # the item's error; its type alone, since its text may quote the completion
+        # The item's error, SystemExit too; its type alone, since its text may quote the completion.
+        except BaseException as error:
             reply = {"error": type(error).__name__}
         if os.getpid() != own:
             os._exit(0)  # a copy that the function has made of this process

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from common.error_text import error_lines, typed_line
-from common.files.source_code import source_digest
+from common.files.code_digest import foreign_digest, said
+from common.files.fingerprints import json_digest
+from common.files.source_code import TANDEM, own_files
 from contracts.config import RewardServiceConfig, ScorerConfig
 from reward_service.scorer_kind import ScorerSpec, scorer_kind, version_of
 
@@ -22,7 +24,16 @@ def content_of(entry: ScorerConfig, memory: Path | None = None) -> str:
 
 
 def _foreign_source(kind: str) -> str:
-    return source_digest(kind) if ":" in kind else ""
+    return foreign_digest(kind) if ":" in kind else ""
+
+
+def _built_on(kind: str) -> str:
+    """What a kind that is not ours has of Tandem beside what every kind is made with; empty where that is nothing."""
+    if ":" not in kind:
+        return ""
+    every = said([TANDEM / "reward_service/scorer_kind.py"])
+    more = {name: digest for name, digest in said(own_files(kind)).items() if name not in every}
+    return json_digest(more) if more else ""
 
 
 def resolve(
@@ -58,7 +69,7 @@ def resolve(
                 found = _composite(name, entry, parts)
             else:
                 found = kind.spec(name, entry, config, tokenizer)
-            if source := _foreign_source(entry.kind):
+            if source := _foreign_source(entry.kind) + _built_on(entry.kind):
                 settings = json.dumps(asdict(entry), sort_keys=True, default=str)
                 found = replace(found, version=version_of(found.version, source, settings))
             if not kind.is_composite:

@@ -144,8 +144,14 @@ class ScorerKind:
         prompt before anything starts."""
         return None
 
+    def named_code(self, entry: ScorerConfig) -> list[tuple[plugins.Kind, str]]:
+        """The code beside the kind's that its configuration names. What Tandem has of it is code of the stage that
+        samples."""
+        return []
+
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
-        """A digest of the files that its scores come from, beside the source of the kind; empty where there are none.
+        """A digest of the files that its scores come from, beside the source of the kind and Tandem's; empty where there are
+        none.
 
         Args:
             memory: as of `checkpoint_fingerprint`.

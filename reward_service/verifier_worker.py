@@ -77,7 +77,8 @@ def main(name: str, answer_column: str, options_json: str, memory_gib: float) ->
         if verifier.prepare:
             verifier.prepare(options)
         limit_memory(memory_gib)
-    except Exception as error:  # the replica that started this process reports it and does not start
+    # SystemExit too: the replica that started this process reports it and does not start.
+    except BaseException as error:
         answer(replies, {"error": f"{type(error).__name__}: {error}"})
         return
     answer(replies, {"ready": True})

@@ -11,12 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.command_line import whole_sections
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from common.command_line import command_line_problems, whole_sections
+from common.composing import SEARCH_PATH, compose_config
 from contracts.checks.check import Check
 from contracts.checks.cluster_checks import stated_nodes
-from contracts.checks.overrides import quoted, unknown_overrides
+from contracts.checks.overrides import override_key, quoted
 from contracts.checks.validation import ConfigError, raise_conflicts, validate
-from contracts.config import TandemConfig, register_schema, to_config
+from contracts.config import TandemConfig, register_schema
 from contracts.stages import checkpoint_keys
 from submission.targets import (
     ROOT,
@@ -25,15 +28,16 @@ from submission.targets import (
     RayJobs,
     Slurm,
     Target,
-    composed,
     directive_checks,
     form_checks,
     is_target,
     name_checks,
+    settled_checks,
     target_name,
     to_target,
 )
 
+CONF = ROOT / "conf"
 RECORDS = ROOT / ".cache/jobs"  # what this machine has submitted, so that a job's name is enough to reach it
 LEAVE_S = 15  # for the engines to end, once the state is saved
 MAX_ID = 47  # KubeRay makes names of Kubernetes services from it
@@ -83,13 +87,14 @@ def to_job(arguments: list[str]) -> tuple[Job, TandemConfig]:
         arguments: the overrides of train.py, and `target=...` among them.
 
     Raises:
-        ConfigError: with every unknown key, or with every conflict of the configuration.
+        ConfigError: with what is wrong with the overrides, or with every conflict of the configuration.
     """
-    overrides = whole_sections([argument for argument in arguments if not is_target(argument)])
-    if unknown := unknown_overrides(overrides):
-        raise ConfigError("\n".join(unknown))
+    overrides = [argument for argument in arguments if not is_target(argument)]
+    if problems := command_line_problems([*overrides, "cluster.address=auto"], CONF):
+        raise ConfigError("\n".join(problems))
+    overrides = whole_sections(overrides)
     target = to_target([argument for argument in arguments if is_target(argument)])
-    config = to_config(composed("config", [*overrides, "cluster.address=auto"]))
+    config = compose_config([*overrides, "cluster.address=auto"], CONF)
     return checked_job(config, overrides, target), config
 
 
@@ -103,7 +108,7 @@ def checked_job(config: TandemConfig, overrides: list[str], target: Target) -> J
     conflicts += _messages(lambda: raise_conflicts(_checks(config, overrides, target)))
     if conflicts:
         raise ConfigError("\n".join(conflicts))
-    settled = [o for o in overrides if o.lstrip("+").split("=", 1)[0] not in ("run_dir", "cluster.address")]
+    settled = [o for o in overrides if override_key(o) not in ("run_dir", "cluster.address")]
     complete = [*settled, f"run_dir={quoted(config.run_dir)}", "cluster.address=auto"]
     return Job(new_id(config), complete, config.run_dir, target)
 
@@ -118,7 +123,8 @@ def _messages(check: Callable[[], None]) -> list[str]:
 
 def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[Check]:
     """A job's working directory is a package cache or a node's own disk, so what outlives it needs an absolute path."""
-    address = next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith("cluster.address=")), "auto")
+    addresses = [o.split("=", 1)[1] for o in overrides if override_key(o) == "cluster.address"]
+    address = addresses[-1] if addresses else "auto"
     checks = [
         Check(
             Path(path).is_absolute(),
@@ -141,9 +147,10 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
             f"target.stop_wait_s={math.ceil(grace_s) + LEAVE_S}, or a smaller checkpoint.grace_s",
         )
     )
+    checks += [_search_path_check(word) for word in overrides if override_key(word) == SEARCH_PATH]
     checks += name_checks(target)
     if isinstance(target, Slurm):
-        checks += form_checks(target) + directive_checks(target, config.run_dir)
+        checks += settled_checks(target) + form_checks(target) + directive_checks(target, config.run_dir)
     checks.append(
         Check(
             isinstance(target, RayJobs) or config.checkpoint.resume != "never",
@@ -157,9 +164,9 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
     if isinstance(target, RayJobs):
         checks += [
             Check(
-                PurePosixPath(path).is_absolute() or PurePosixPath(path).parts[:1][0] not in target.excludes,
+                _is_uploaded(PurePosixPath(path), target),
                 key,
-                f"absolute, or below a directory that is uploaded (not {', '.join(target.excludes)})",
+                f"absolute, or below a directory that is uploaded (not {', '.join(target.excludes)}, and nothing with ..)",
                 path,
                 "an absolute path, or another target.excludes",
             )
@@ -190,6 +197,19 @@ def _checks(config: TandemConfig, overrides: list[str], target: Target) -> list[
     if isinstance(target, KubeRay):
         checks += _volume_checks(config, target)
     return checks
+
+
+def _is_uploaded(path: PurePosixPath, target: RayJobs) -> bool:
+    return path.is_absolute() or (".." not in path.parts and not {*path.parts[:1]} & {*target.excludes})
+
+
+def _search_path_check(word: str) -> Check:
+    """Hydra goes on without a place that is not there, and takes another file of the same name."""
+    value = OverridesParser.create().parse_override(word).value()
+    places = [str(place) for place in (value if isinstance(value, list) else [value])]
+    holds = all(place.startswith("pkg://") or Path(place.removeprefix("file://")).is_absolute() for place in places)
+    rule = "of absolute paths that every node can reach, and of packages (pkg://)"
+    return Check(holds, SEARCH_PATH, rule, ", ".join(places), f"for example {SEARCH_PATH}=[file:///shared/conf]")
 
 
 def _volume_checks(config: TandemConfig, target: KubeRay) -> list[Check]:

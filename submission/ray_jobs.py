@@ -15,6 +15,7 @@ import requests
 
 from common.error_text import error_lines
 from contracts.checks.cluster_checks import stated_nodes
+from contracts.checks.overrides import override_key
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.placement import PlacementError, Resources, check_nodes, plan
@@ -198,7 +199,7 @@ class Cluster:
             raise ClusterError(f"{job_id} is {info.status.value}: stop it first")
         old, is_same = self.job(job_id), recorded(job_id) is not None
         target = self.target if is_same else self._target_of(info)
-        overrides = [o for o in old.overrides if not o.startswith("checkpoint.resume=")]
+        overrides = [o for o in old.overrides if override_key(o) != "checkpoint.resume"]
         job = replace(old, id=next_id(job_id), overrides=overrides, target=target)
         self.submit(job)
         return job

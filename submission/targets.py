@@ -12,7 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from common.composing import reason
+from common.override_values import misread_overrides
 from contracts.checks.check import Check
 from contracts.checks.validation import ConfigError
 from contracts.plugins import closest
@@ -85,6 +88,34 @@ FORMS |= {
 }
 
 
+# What slurm.py says itself: the verbs, the log and the start of Ray rely on it. With what says it instead.
+SETTLED = {
+    "job-name": "name",
+    "nodes": "cluster.num_nodes",
+    "ntasks-per-node": "",
+    "cpus-per-task": "cluster.cpus_per_node",
+    "exclusive": "",
+    "time": "target.time",
+    "signal": "target.stop_wait_s",
+    "requeue": "",
+    "no-requeue": "",
+    "open-mode": "",
+    "output": "run_dir",
+    "partition": "target.partition",
+    "account": "target.account",
+}
+
+
+def settled_checks(target: Slurm) -> list[Check]:
+    """Whether an option replaces one that is not for it to say; sbatch takes the beginning of a name for the name."""
+    checks = []
+    for name, value in target.options.items():
+        replaced = next((settled for settled in SETTLED if settled.startswith(name)), None)
+        instead = SETTLED.get(replaced or "") or "the job without it"
+        checks.append(Check(replaced is None, f"target.options.{name}", "absent", value, instead))
+    return checks
+
+
 def form_checks(target: Slurm) -> list[Check]:
     """Whether texts that sbatch takes for times and sizes have the form of one."""
     written = {"target.time": ("time", target.time)}
@@ -94,8 +125,6 @@ def form_checks(target: Slurm) -> list[Check]:
         form, rule, example = FORMS[name]
         instead = f"for example {key}={example}, in a YAML file '{example}' with its quotes"
         checks.append(Check(form.fullmatch(value) is not None, key, rule, value, instead))
-    twice = "time" in target.options
-    checks.append(Check(not twice, "target.options.time", "absent", target.options.get("time"), "target.time"))
     return checks
 
 
@@ -178,7 +207,13 @@ def to_target(overrides: list[str]) -> Target:
             unknown.append(f"{key} is not a key of target={name}" + (f"; write {instead}" if instead else ""))
     if unknown:
         raise ConfigError("\n".join(unknown))
-    return OmegaConf.to_object(composed("submission", overrides).target)  # type: ignore[return-value]
+    try:
+        target = composed("submission", overrides).target
+        if misread := misread_overrides(overrides, "target.", TARGETS[name]):
+            raise ConfigError("\n".join(misread))
+        return OmegaConf.to_object(target)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(reason(error)) from None
 
 
 def changed(target: Target, overrides: list[str]) -> Target:

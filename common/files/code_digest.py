@@ -3,11 +3,24 @@ two edits apart."""
 
 import ast
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from common.files.source_code import PACKAGES, TANDEM, imported_files, installed_versions, parsed, source_digest
+from common.files.fingerprints import json_digest
+from common.files.source_code import (
+    PACKAGES,
+    TANDEM,
+    function_source,
+    imported_files,
+    installed_versions,
+    is_tandem,
+    own_files,
+    parsed,
+    source_digest,
+    split_function,
+)
 from contracts.plugins import import_path, module_file
 from contracts.stages import STAGES, TASKS, find_stage
 
@@ -42,24 +55,51 @@ def code_digest() -> str:
 
 
 def stage_code(stage: str, root: Path = TANDEM, named: tuple[str, ...] = ()) -> dict[str, str]:
-    """What the result of a stage depends on: a digest of each file of Tandem, by its path below `root`, and the versions of
-    packages. Comments, docstrings and layout do not count.
+    """What the result of a stage depends on: `said` of Tandem's files, `source_digest` of what is not Tandem's, and the
+    versions of packages.
 
     Args:
         stage: as `reward_model/proxy`.
-        named: files that the configuration chooses by a name (contracts/plugins.py), which no import shows.
+        named: what the configuration chooses by a name (contracts/plugins.py), which no import shows: files of Tandem below
+            `root`, or "module:name" of what is found elsewhere.
     """
     known = find_stage(stage)
     assert known is not None
     declared = [import_path(STAGES, known.name), *([import_path(TASKS, known.task)] if known.task else [])]
     ours = {
-        path: file for path in declared if (file := module_file(path)).startswith(PACKAGES) and (root / file).is_file()
+        path: file
+        for path in declared
+        if is_tandem(root / (file := module_file(path)), root) and (root / file).is_file()
     }
-    named = (*known.code, *named, *ours.values())
-    files = imported_files([root / name for name in named], [root], lambda file: not _is_no_part(file, root))
-    found = {file.relative_to(root).as_posix(): _meaning(file.read_bytes()) for file in sorted(files)}
-    found |= {path: source_digest(path) for path in declared if path not in ours}
+    files = {root / name for name in (*known.code, *named, *ours.values()) if ":" not in name}
+    others = {path: own_files(path) for path in declared if path not in ours}
+    for path in named:
+        if ":" in path:
+            with suppress(ValueError):  # there is none: for the checks to say
+                others[path] = own_files(path)
+    found = said(files.union(*others.values()), root)
+    found |= {path: source_digest(path) for path, own in others.items() if not any(map(is_tandem, own))}
     return found | installed_versions((*LIBRARIES, *ENGINES) if known.samples else LIBRARIES)
+
+
+def said(files: Iterable[Path], root: Path = TANDEM) -> dict[str, str]:
+    """A digest of each file of Tandem that is among `files` or that they import, by its path below `root`. Comments,
+    docstrings and layout do not count."""
+    found = imported_files(files, [root], lambda file: is_tandem(file, root) and not _is_no_part(file, root))
+    ours = sorted(file for file in found if is_tandem(file, root))
+    return {file.relative_to(root).as_posix(): _meaning(file.read_bytes()) for file in ours}
+
+
+def foreign_digest(function: str) -> str:
+    """`source_digest` of what is not Tandem's; empty of what is, as that counts as code. Raises as that."""
+    return "" if is_tandem(function_source(function)) else source_digest(function)
+
+
+def function_digest(function: str) -> str:
+    """What a function or class, "module:name", computes: its source where it is not Tandem's, and what Tandem's files say
+    that it is made of. Raises as `source_digest`."""
+    ours = said(own_files(function))
+    return foreign_digest(function) + (json_digest([split_function(function)[1], ours]) if ours else "")
 
 
 def package_versions() -> dict[str, str]:
@@ -73,8 +113,7 @@ def changed_code(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str
 
 
 def _is_no_part(file: Path, root: Path) -> bool:
-    name = file.relative_to(root).as_posix()
-    return not name.startswith(PACKAGES) or name.removesuffix(".py").startswith(NO_PART)
+    return file.relative_to(root).as_posix().removesuffix(".py").startswith(NO_PART)
 
 
 @cache

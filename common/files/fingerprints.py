@@ -9,6 +9,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ def file_hashes(files: list[Path], memory: Path | None = None) -> list[str]:
             if _identity(file) == identity and max(stat.st_mtime, stat.st_ctime) < now - SETTLED_S:
                 _known[identity] = hashes[identity]
     if memory and (settled := {identity: _known[identity] for _, identity in new if identity in _known}):
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(memory, json.dumps(dict(list((_read(memory) | settled).items())[-REMEMBERED:])))
+        with suppress(OSError):  # it only saves time: a full disk, or a cache of somebody else's
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(memory, json.dumps(dict(list((_read(memory) | settled).items())[-REMEMBERED:])))
     return [hashes.get(identity) or _known[identity] for identity in found]
 
 

@@ -98,11 +98,19 @@ def source_signature(function: str) -> inspect.Signature | None:
 
 
 def source_digest(function: str) -> str:
-    """SHA-256 (hex) over the source of a function or class, "module:name", and of all that it imports from beside it: from
-    the directory of its file, from where its package lies, and from the places on Python's path that the file lies below.
-    Raises as `function_source`."""
-    entry = function_source(function)
-    module, name = split_function(function)
+    """SHA-256 (hex) over the source of a function or class, "module:name", and of all that it imports from beside it. Of
+    Tandem's code there is a digest of its own (common/files/code_digest.py). Raises as `function_source`."""
+    digest = hashlib.sha256(split_function(function)[1].encode())
+    for file in sorted(own_files(function)):
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def own_files(function: str) -> set[Path]:
+    """The source of a function or class, "module:name", and all that it imports from beside it: from the directory of its
+    file, from where its package lies, and from the places on Python's path that the file lies below. Nothing of Tandem,
+    but for what is named. Raises as `function_source`."""
+    entry, module = function_source(function), split_function(function)[0]
     depth = 0 if module.endswith(".py") else module.count(".") + (entry.name == "__init__.py")
     root = entry.parents[depth]
     package = root / module.split(".")[0]
@@ -112,17 +120,13 @@ def source_digest(function: str) -> str:
     def follows(file: Path) -> bool:
         if root in INSTALLED:  # every package lies beside every other there
             return file.is_relative_to(package)
-        # Of Tandem's own code the stages have digests (common/files/code_digest.py).
-        return not _is_tandem(file) or _is_tandem(entry)
+        return not is_tandem(file)
 
-    digest = hashlib.sha256(name.encode())
-    for file in sorted(imported_files([entry], {entry.parent, root, *above}, follows)):
-        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
-    return digest.hexdigest()
+    return imported_files([entry], {entry.parent, root, *above}, follows)
 
 
-def _is_tandem(file: Path) -> bool:
-    return file.is_relative_to(TANDEM) and file.relative_to(TANDEM).parts[0] in PACKAGES
+def is_tandem(file: Path, root: Path = TANDEM) -> bool:
+    return file.is_relative_to(root) and file.relative_to(root).parts[0] in PACKAGES
 
 
 def imported_files(entries: Iterable[Path], roots: Iterable[Path], follows: Callable[[Path], bool]) -> set[Path]:

@@ -9,11 +9,13 @@ it has a generation prompt, not that it shows earlier answers as they were given
 
 import json
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache, partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.text.template_turns import turn_starts
@@ -29,6 +31,10 @@ Turns = list[Turn]
 
 
 MAX_RENDERED_TURNS = 1_000_000  # of one conversation, a few seconds
+SAID = (
+    "\ue000"  # a character that no template writes; Python writes it otherwise, where a template has it print an object
+)
+MARK = f"call{secrets.token_hex(16)}n"  # begins what stands for a call; unknown to whoever writes messages
 
 
 class DataError(ValueError):
@@ -43,11 +49,21 @@ class LeftOut(DataError):
         self.reason, self.bad = reason, bad
 
 
+class Calls(NamedTuple):
+    """How a template takes tool calls."""
+
+    end: str | None = None  # the token that ends an answer with them
+    as_text: bool = False  # arguments are JSON in a text; else an object
+    null_content: bool = False  # of an answer without a text; else ""
+    marked: str = "name"  # the part of a call that is sure to be shown
+
+
 class Form(NamedTuple):
     """How a template frames an answer."""
 
     opening: str  # the answer's header, of a template that writes no generation prompt itself; else ""
     ends: tuple[str, ...]  # tokens that end an answer, one with tool calls included
+    calls: Calls
 
 
 def template_name(tokenizer: "Tokenizer") -> str:
@@ -90,40 +106,65 @@ def template_form(tokenizer: "Tokenizer") -> Form:
 
 @lru_cache(8)
 def _form(tokenizer: "Tokenizer", template: str, eos: str) -> Form:
-    said = "\ue000"  # a character that no template writes
     ask: Turns = [{"role": "user", "content": "-"}]
     try:
-        whole = render(tokenizer, [*ask, {"role": "assistant", "content": said}])
+        whole = render(tokenizer, [*ask, {"role": "assistant", "content": SAID}])
     except LeftOut:  # some want a system's turn
         ask = [{"role": "system", "content": "-"}, *ask]
-        whole = render(tokenizer, [*ask, {"role": "assistant", "content": said}])
-    head, answer, tail = whole.partition(said)
+        whole = render(tokenizer, [*ask, {"role": "assistant", "content": SAID}])
+    head, answer, tail = whole.partition(SAID)
     end = first_of(tail, _controls(tokenizer))
     if not answer or end is None:
         raise DataError(
             f"data.chat: {template_name(tokenizer)} must end an answer with a token of its own, so that sampling can stop; "
-            f"it writes {whole.replace(said, 'ANSWER')!r}. Give another template, or write data.chat: false"
+            f"it writes {whole.replace(SAID, 'ANSWER')!r}. Give another template, or write data.chat: false"
         )
     plain, prompt = render(tokenizer, ask), render(tokenizer, ask, ask=True)
     # Spaces before an answer are a part of its first token, as "▁Seven" or "ĠSeven".
     opening = head[len(prompt) :].rstrip(" ") if prompt == plain and head.startswith(prompt) else ""
-    called = _end_of_call(tokenizer, ask, said, end)
-    return Form(opening, (end,) if called in (None, end) else (end, str(called)))
+    calls = _calls(tokenizer, ask, prompt, end)
+    return Form(opening, (end,) if calls.end in (None, end) else (end, str(calls.end)), calls)
 
 
-def _end_of_call(tokenizer: "Tokenizer", ask: Turns, said: str, end: str) -> str | None:
-    """The token that ends an answer which calls a tool (gpt-oss: `<|call|>`), where the template shows calls.
+def _calls(tokenizer: "Tokenizer", ask: Turns, prompt: str, end: str) -> Calls:
+    """How the template takes calls: the first form of these in which it shows them.
 
-    Control tokens may stand between the parts of a call and behind it (Ministral 3: `[ARGS]`): where the `end` of other
-    answers follows, that ends it.
+    Most write arguments as JSON themselves; DeepSeek's join them with texts, and its first ones show calls only where the
+    content is null.
     """
-    call = {"id": "call00000", "type": "function", "function": {"name": said, "arguments": {"a": said}}}
+    for marked, as_text, null_content in product(("arguments", "name"), (False, True), (False, True)):
+        form = Calls(None, as_text, null_content, marked)
+        tails = [found for count in (2, 1) if (found := _behind_calls(tokenizer, ask, prompt, form, count))]
+        if tails:
+            return form._replace(end=next(filter(None, (_end_of_calls(tokenizer, *each, end) for each in tails)), None))
+    return Calls()
+
+
+def _behind_calls(tokenizer: "Tokenizer", ask: Turns, prompt: str, form: Calls, count: int) -> tuple[str, str] | None:
+    """What the template writes of an answer of `count` calls, up to the marked part of the last one and behind it; None
+    where it does not show that."""
+    given = {"arguments": {"a": "-", "b": "-"}, "name": "-"}
+    calls = []
+    for number in range(count):
+        mark = f"{SAID}{number}"
+        function = given | {form.marked: mark if form.marked == "name" else {"a": mark, "b": mark}}
+        calls.append({"id": f"call0000{number}", "type": "function", "function": function})
+    turn = prepared({"role": "assistant", "content": "", "tool_calls": calls}, [], form)
     try:
-        whole = render(tokenizer, [*ask, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        whole = render(tokenizer, [*ask, turn])
     except LeftOut:
         return None
-    _, shown, tail = whole.rpartition(said)
-    return end if end in tail else first_of(tail, _controls(tokenizer)) if shown else None
+    said, shown, tail = whole.rpartition(f"{SAID}{count - 1}")
+    return (said[_shared(said, prompt) :], tail) if shown else None
+
+
+def _end_of_calls(tokenizer: "Tokenizer", said: str, tail: str, end: str) -> str | None:
+    """The token that ends an answer which calls tools (gpt-oss: `<|call|>`), where `tail` follows what it has `said`.
+
+    Control tokens may stand around the parts of a call and behind it (Ministral 3: `[ARGS]`, Gemma 4: quotes): where the
+    `end` of other answers follows, that ends it, else the first one that has not stood in the answer before.
+    """
+    return end if end in tail else first_of(tail, [token for token in _controls(tokenizer) if token not in said])
 
 
 def _controls(tokenizer: "Tokenizer") -> list[str]:
@@ -149,6 +190,13 @@ def first_of(text: str, tokens: list[str]) -> str | None:
     return min(found)[2] if found else None
 
 
+def _shared(first: str, second: str) -> int:
+    """How many characters both begin with."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
 class Shown(NamedTuple):
     """A rendered conversation."""
 
@@ -169,9 +217,10 @@ def show(tokenizer: "Tokenizer", turns: Turns, tools: list | None, learnt: list[
 
     Raises:
         LeftOut: where the template prompts for the last answer otherwise than it writes it, drops a part of it
-            (DeepSeek-R1's: thinking), or would have to write more than `MAX_RENDERED_TURNS`.
+            (DeepSeek-R1's: thinking), ends it not at all or before its last call, or would have to write more than
+            `MAX_RENDERED_TURNS`.
     """
-    opening, ends = template_form(tokenizer)
+    opening, ends, _ = template_form(tokenizer)
 
     def prompt(count: int) -> str:
         return render(tokenizer, turns[:count], tools, ask=True) + opening
@@ -181,16 +230,21 @@ def show(tokenizer: "Tokenizer", turns: Turns, tools: list | None, learnt: list[
         return Shown(prompt(len(turns)), [], 0)
     whole = render(tokenizer, turns, tools)
     asked = prompt(last)
-    stop = _end_of(whole, len(asked), ends) if whole.startswith(asked) else None
-    if stop is None:
-        shared = next((i for i, (a, b) in enumerate(zip(whole, asked, strict=False)) if a != b), len(asked))
-        start = max(0, shared - 40)
+    if not whole.startswith(asked):
+        start = max(0, _shared(whole, asked) - 40)
         raise LeftOut(
             f"{template_name(tokenizer)} prompts for an answer otherwise than it writes it",
             f"the prompt is ...{asked[start:]!r}, with the answer it is ...{whole[start:]!r}; give answers the form that "
             "the prompt opens, or another template",
         )
-    if not _says(whole[:stop], turns[last]["content"]):
+    stop = _end_of(whole, len(asked), ends)
+    if stop is None:
+        raise LeftOut(
+            f"{template_name(tokenizer)} does not end an answer where it is over",
+            f"sampling stops at {' and '.join(ends)}, and it writes {whole[len(asked) :]!r:.160}; give another template, or "
+            "calls in turns of their own",
+        )
+    if not _says(whole[:stop], len(asked), turns[last]["content"]):
         raise LeftOut(
             f"{template_name(tokenizer)} does not show an answer as it was given",
             f"of {turns[last]['content']!r:.80} it writes {whole[len(asked) : stop]!r:.80}; leave out of answers what it "
@@ -213,35 +267,48 @@ def show(tokenizer: "Tokenizer", turns: Turns, tools: list | None, learnt: list[
             alone = partial(str, whole[at : starts[index + 1]] + layout)
         else:
             at, ask, alone = 0, prompt(index), partial(render, tokenizer, turns[: index + 1], tools)
-        found.append(_kept(asked, at, ask, alone, ends))
+        found.append(_kept(asked, at, ask, alone, ends, turns[index]["content"]))
     answers = [place for place in found if place]
     return Shown(whole[:stop], [*answers, (len(asked), stop)], len(found) - len(answers))
 
 
-def _says(shown: str, content: str) -> bool:
-    """Whether a template has written a text: all of it, but for space, which templates trim and put in."""
-    return "".join(content.split()) in "".join(shown.split())
+def _says(shown: str, start: int, content: str | None) -> bool:
+    """Whether a template has written a text in the answer from `start` on: all of it, but for space, which templates trim
+    and put in. The prompt may have begun it, as with <think>."""
+    said, written = "".join((content or "").split()), "".join(shown.split())
+    at = written.rfind(said)
+    return not said or (at >= 0 and at + len(said) > len("".join(shown[:start].split())))
 
 
 def _kept(
-    history: str, at: int, prompt: str, alone: Callable[[], str], ends: tuple[str, ...]
+    history: str, at: int, prompt: str, alone: Callable[[], str], ends: tuple[str, ...], content: str | None
 ) -> tuple[int, int] | None:
-    """Where an earlier answer stands in `history`, if it stands there as the template writes it when it is the last.
+    """Where an earlier answer stands in `history`, if it stands there as it was given, and as the template writes it when it
+    is the last.
 
     Args:
         prompt: from `at` on, what the policy is shown for this answer.
         alone: from `at` on, the conversation that ends with it.
+        content: what was given.
     """
     if not history.startswith(prompt, at):
         return None
     given = alone()
     stop = _end_of(given, len(prompt), ends) if given.startswith(prompt) else None
-    return (at + len(prompt), at + stop) if stop is not None and history.startswith(given[:stop], at) else None
+    if stop is None or not history.startswith(given[:stop], at) or not _says(given[:stop], len(prompt), content):
+        return None
+    return at + len(prompt), at + stop
 
 
 def _end_of(text: str, start: int, ends: tuple[str, ...]) -> int | None:
+    """Where the answer from `start` on has ended, with nothing but layout behind it in `text`; None where it ends nowhere,
+    or goes on to another end, as with a second call."""
     end = first_of(text[start:], list(ends))
-    return None if end is None else text.index(end, start) + len(end)
+    if end is None:
+        return None
+    stop = text.index(end, start) + len(end)
+    *further, _ = re.split("|".join(map(re.escape, ends)), text[stop:])
+    return None if any(map(str.strip, further)) else stop
 
 
 @dataclass
@@ -272,7 +339,7 @@ class Notes:
         return [*found, f"{self.template} does not show {', '.join(unseen)}"] if unseen else found
 
 
-def prepared(turn: Turn, ends: list[str]) -> Turn:
+def prepared(turn: Turn, ends: list[str], calls: Calls) -> Turn:
     """A turn as templates expect it. An answer's own end marker goes, as the template writes one."""
     kept = {key: value for key, value in turn.items() if key != "weight"}
     kept["content"] = content = turn.get("content") or ""  # Jinja would write null as "None"
@@ -281,36 +348,85 @@ def prepared(turn: Turn, ends: list[str]) -> Turn:
     if turn.get("tool_calls"):
         if not isinstance(turn["tool_calls"], list):
             raise LeftOut("tool_calls is no list", f"found {type(turn['tool_calls']).__name__}")
-        kept["tool_calls"] = [_with_object(call) for call in turn["tool_calls"]]
+        kept["tool_calls"] = [_call(call, calls.as_text) for call in turn["tool_calls"]]
+        kept["content"] = kept["content"] or (None if calls.null_content else "")
+    else:  # some templates look for the key alone
+        kept.pop("tool_calls", None)
     return kept
 
 
-def _with_object(call: Any) -> Any:
-    """OpenAI's arguments are JSON in a text. Templates write an object as JSON, and would write the text as a string."""
+def _call(call: Any, as_text: bool) -> Any:
+    """OpenAI's arguments are JSON in a text. Most templates write an object as JSON, and would write a text as a string."""
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict) or "arguments" not in function:
         return call
+    given = function["arguments"]
     try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
+        value = json.loads(given or "{}") if isinstance(given, str) else given
     except json.JSONDecodeError:
-        raise LeftOut("the arguments of a tool call are not JSON", f"found {function['arguments'][:40]!r}") from None
+        raise LeftOut("the arguments of a tool call are not JSON", f"found {given[:40]!r}") from None
+    if as_text:
+        value = given if isinstance(given, str) and given else json.dumps(value or {}, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": value}}
+
+
+def check_calls(tokenizer: "Tokenizer", turns: Turns, tools: list | None) -> None:
+    """One rendering, in which every call is marked.
+
+    Raises:
+        LeftOut: where the template leaves out a call, which may be all that an answer is.
+    """
+    calls = [call for turn in turns for call in turn.get("tool_calls", ())]
+    if not calls:
+        return
+    numbers, form = iter(range(len(calls))), template_form(tokenizer).calls
+    marked = [
+        turn | {"tool_calls": [_marked(call, f"{MARK}{next(numbers)}n", form) for call in turn["tool_calls"]]}
+        if "tool_calls" in turn
+        else turn
+        for turn in turns
+    ]
+    try:
+        found = {int(number) for number in re.findall(rf"{MARK}(\d+)n", render(tokenizer, marked, tools))}
+    except LeftOut:  # for a template that looks at what is called
+        return
+    if lost := [call for number, call in enumerate(calls) if number not in found]:
+        raise LeftOut(
+            f"{template_name(tokenizer)} does not show tool_calls",
+            f"{len(lost)} of {len(calls)}, the first is {json.dumps(lost[0], default=str)[:80]}; give another template or "
+            "leave them out",
+        )
+
+
+def _marked(call: Any, mark: str, form: Calls) -> Any:
+    """A call with `mark` in the part that the template is sure to show."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return mark
+    given = function.get(form.marked)
+    if form.marked == "name" or form.as_text:
+        part: Any = f"{given}{mark}"
+    else:
+        part = {**(given if isinstance(given, dict) else {}), mark: mark}
+    function = {**function, form.marked: part}
+    return {**call, "function": function} if "function" in call else function
 
 
 def note_unshown(tokenizer: "Tokenizer", turns: Turns, tools: list | None, notes: Notes | None) -> None:
     """Note the keys of these messages that the template does not show, and the roles; one rendering each, until it has been
-    seen.
-
-    Raises:
-        LeftOut: where it leaves out a call, which may be all that an answer is; the one check without `notes`.
-    """
-    keys = {key for turn in turns for key, value in turn.items() if value} - {"role", "content"}
-    keys = keys & {"tool_calls"} if notes is None else keys - notes.shown
+    seen."""
+    if notes is None:
+        return
+    keys = (
+        {key for turn in turns for key, value in turn.items() if value}
+        - {"role", "content", "tool_calls"}
+        - notes.shown
+    )
     roles = {turn["role"] for turn in turns if turn["content"] and turn["role"] != "assistant"}
-    roles = {role for role in roles if notes is not None and _turns_of(role) not in notes.shown}
-    is_new = bool(tools) and notes is not None and "tools" not in notes.shown
+    roles = {role for role in roles if _turns_of(role) not in notes.shown}
+    is_new = bool(tools) and "tools" not in notes.shown
     if not keys and not roles and not is_new:
         return
-    notes = notes or Notes()
     whole = render(tokenizer, turns, tools)
     for role in sorted(roles):
         others = [turn | {"content": "\ue000"} if turn["role"] == role else turn for turn in turns]
@@ -321,10 +437,6 @@ def note_unshown(tokenizer: "Tokenizer", turns: Turns, tools: list | None, notes
     for key in sorted(keys):
         if _needs(tokenizer, whole, [{k: v for k, v in turn.items() if k != key} for turn in turns], tools):
             notes.shown.add(key)
-        elif key == "tool_calls":
-            raise LeftOut(
-                f"{template_name(tokenizer)} does not show tool_calls", "give another template or leave them out"
-            )
         else:
             notes.hidden[f"{key} of messages"] += 1
     if is_new:

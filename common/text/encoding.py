@@ -21,6 +21,7 @@ from common.text.chat_template import (
     Notes,
     Turn,
     Turns,
+    check_calls,
     first_of,
     note_spelled,
     note_unshown,
@@ -190,8 +191,10 @@ def encode_conversation(
     """
     learnt = learnt or [turn["role"] == "assistant" for turn in turns]
     learnt = [learns and turn.get("weight") != 0 for learns, turn in zip(learnt, turns, strict=True)]
-    ends = [*template_form(tokenizer).ends, str(tokenizer.eos_token)] if tokenizer.chat_template else []
-    safe, hidden = _shield(tokenizer, [prepared(turn, ends) for turn in turns], tools)
+    form = template_form(tokenizer)
+    ends = [*form.ends, str(tokenizer.eos_token)]
+    safe, hidden = _shield(tokenizer, [prepared(turn, ends, form.calls) for turn in turns], tools)
+    check_calls(tokenizer, safe, tools)
     note_unshown(tokenizer, safe, tools, notes)
     note_spelled(tokenizer, hidden.values(), notes)
     if notes is not None:
@@ -325,7 +328,7 @@ def told_ids(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:
         {"role": "assistant", "content": answer},
         {"role": "user", "content": text},
     ]
-    opening, ends = template_form(tokenizer)
+    opening, ends, _ = template_form(tokenizer)
     rendered = render(tokenizer, turns, ask=True) + opening
     alone = show(tokenizer, turns[:2], None, [False, True]).text
     if not rendered.startswith(alone):

@@ -41,6 +41,11 @@ def _generic(key: str, known: list[str]) -> str:
 FREE = re.compile(r"(environment\.options|learner\.deepspeed|reward_service\.scorers\.\w+\.options)\.")
 
 
+def override_key(word: str) -> str:
+    """The key of an override, whether it adds (`+`, `++`), deletes (`~`) or sets."""
+    return word.lstrip("+~").split("=", 1)[0]
+
+
 def unknown_overrides(arguments: list[str]) -> list[str]:
     """Messages for Hydra overrides of keys that the schema does not have, all of them.
 
@@ -51,7 +56,7 @@ def unknown_overrides(arguments: list[str]) -> list[str]:
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument:
             continue
-        key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
+        key = override_key(argument).split("@")[0]
         is_open = re.match(r"(hydra|experiment|arm|tuning)([./]|$)", key) or FREE.match(key)
         if _generic(key, known) not in known and not is_open:
             instead = closest(_generic(key, known), known)
@@ -59,8 +64,12 @@ def unknown_overrides(arguments: list[str]) -> list[str]:
     return messages
 
 
+NOT_TEXT = re.compile(r"true|false|null|[+-]?(inf(inity)?|nan|\d[\d_.]*(e[+-]?\d+)?|\.\d+(e[+-]?\d+)?)", re.IGNORECASE)
+
+
 def quoted(value: str) -> str:
-    """A value for Hydra's override grammar, in which a backslash is one unless a quote follows it."""
-    if re.fullmatch(r"[\w./+:-]+", value):
+    """A text for Hydra's override grammar, which has letters of ASCII alone outside quotes and reads numbers there, and in
+    which a backslash is one unless a quote follows it."""
+    if re.fullmatch(r"[\w./+:-]+", value, re.ASCII) and not NOT_TEXT.fullmatch(value):
         return value
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"

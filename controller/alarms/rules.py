@@ -93,7 +93,7 @@ def spread_collapses(run: Run) -> Iterator[Alarm]:
         yield Alarm(
             "alarm", "All completions score the same",
             f"reward/score_std has been 0 in all {len(values)} versions.",
-            "Without differences between completions there is nothing to learn from: the scorer says one thing of all.",
+            "Without differences between completions their scores teach nothing: the scorer says one thing of all.",
             "Read the samples; look at the scorer, or give it prompts of which some succeed.",
         )  # fmt: skip
     elif len(values) >= 2 * WINDOW and (means := _windows(values))[-1] <= 0.05 * means[0] and means[0] > 0:
@@ -101,7 +101,7 @@ def spread_collapses(run: Run) -> Iterator[Alarm]:
             "alarm", "All completions score the same",
             f"reward/score_std fell from {compact(means[0])} to {compact(means[-1])} (means of {WINDOW} versions), "
             "under 5% of its start.",
-            "Without differences between completions there is nothing to learn from; the policy has likely collapsed.",
+            "Without differences between completions their scores teach nothing; the policy has likely collapsed.",
             "Read the samples; raise ppo.kl.coef or the temperature, and go back to an earlier checkpoint.",
         )  # fmt: skip
 

@@ -212,7 +212,9 @@ class Runtime:
         # An embedded Ray is this machine alone.
         shared = [self.config.run_dir, self.config.cache_dir] if cluster.address != "local" else []
         env = environments(cluster)["learner"]
-        group = LearnerGroup(cluster, task, self.config.seed, arguments, env, placement, shared)
+        # That of the configuration which the task is given: what comes after SFT may have one of its own.
+        seed = next((each.seed for each in arguments if isinstance(each, TandemConfig)), self.config.seed)
+        group = LearnerGroup(cluster, task, seed, arguments, env, placement, shared)
         try:
             yield group
         finally:

@@ -5,6 +5,7 @@
     votes    every rank says what it wrote, or why it could not
     decide   all wrote: driver's state, manifest, fsync, rename to step_N, fsync; then the ledger's rows, then pruning
              one did not: no commit. The temporary files go, it is counted and said, training goes on
+             one is gone: no commit, and the run goes back to the last one with a new learner
 
 One commit is under way at a time, and it is decided before the next is begun.
 """
@@ -17,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.error_text import last_line
+from common.error_text import last_line, typed_line
 from common.files.durable import FileRecord
 from common.processes.ray_access import process_is_gone
 from contracts.config import CheckpointConfig
-from contracts.interfaces import LearnerLostError
+from contracts.interfaces import CollectiveError, LearnerLostError
 from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, Commit, RunFacts, State
 from learner.learner_actor import LearnerGroup
@@ -115,7 +116,7 @@ class Committer:
             self.answers.on_answers([*pending.begun, *votes], partial(self._decide, pending))
 
     def wait_until_decided(self) -> None:
-        """Return when no commit is under way. Raises as `begin`, and TimeoutError."""
+        """Return when no commit is under way. Raises as `begin`, LearnerLostError where a rank is lost, and TimeoutError."""
         if self._pending is not None:
             start, step = time.perf_counter(), self._pending.commit.step
             self.request_votes()
@@ -135,12 +136,20 @@ class Committer:
             raise OSError(f"{free / 2**20:.0f} MiB are free, a commit needs {SPARE * self._num_bytes / 2**20:.0f}")
 
     def _decide(self, pending: _Pending, answers: list[Any]) -> None:
-        """All ranks have been heard."""
+        """All ranks have been heard.
+
+        Raises:
+            LearnerLostError: one is gone: nothing trains on without it.
+            CheckpointError: as `begin`.
+        """
         if self._pending is not pending:  # the run went back to an earlier commit meanwhile
             return
         self._pending = None
         start, step = time.perf_counter(), pending.commit.step
-        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        errors = [_cause(answer) for answer in answers if isinstance(answer, BaseException)]
+        if lost := [error for error in errors if process_is_gone(error) or isinstance(error, CollectiveError)]:
+            shutil.rmtree(pending.folder, ignore_errors=True)
+            raise LearnerLostError(f"a learner rank is lost: {typed_line(lost[0])}") from lost[0]
         try:
             if errors:
                 raise errors[0]
@@ -195,5 +204,9 @@ def load_learner(learner: LearnerGroup, commit: Commit) -> None:
 
 
 def _reason(error: Any) -> str:
-    """One line; Ray wraps what a rank raised."""
-    return last_line(getattr(error, "cause", None) or error)
+    return last_line(_cause(error))
+
+
+def _cause(error: Any) -> Any:
+    """Ray wraps what a rank raised."""
+    return getattr(error, "cause", None) or error

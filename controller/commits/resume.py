@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ import ray
 import yaml
 
 from common.files.durable import replace_text
-from contracts.checks.overrides import quoted
+from contracts.checks.overrides import override_key, quoted
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.estimators import chosen_estimator
@@ -64,6 +64,7 @@ class RunDirectory:
         self._lock.write(str(self.attempt))
         self._lock.flush()
         self._earlier_config: str | None = None
+        self.has_begun = False  # this start has changed something of what an earlier attempt has left
         scale_file.forget(path)
         session = path / SESSION
         if session.exists():
@@ -113,22 +114,35 @@ class RunDirectory:
         commit = commit_store.newest_valid(self.path, self._say)
         if commit is None:
             return None
-        if found := differences(_without_bounds(commit.run.identity), _without_bounds(identity)):
-            told = f"{commit.path} is of another run than this configuration describes:"
-            instead = (
-                "write the values of the commit, another run_dir, or checkpoint.resume=never to start afresh; where "
-                "checkpoints alone differ, other code has made their stages anew: reuse_stages=true takes the old"
-            )
-            raise ConfigError("\n  - ".join([told, *found, instead]))
+        _require_same(commit.path, commit.run.identity, identity)
         if is_stale(commit):
             self.set_aside(f"{commit.path} is the end of a run by other code, or reuse_stages=false asks for a new one")
             return None
         return commit
 
+    def check(self, identity: Mapping[str, Any], unknown: Collection[str]) -> None:
+        """What `find` would refuse, before everything is known. The newest commit whose manifest can be read speaks for all:
+        those of one directory are of one run.
+
+        Args:
+            unknown: keys of the identity that nobody knows yet.
+
+        Raises:
+            ConfigError: the commits are of another run.
+        """
+        for step in reversed(commit_store.steps(self.path)):
+            try:
+                commit = commit_store.read_commit(commit_store.step_path(self.path, step))
+            except (commit_store.CheckpointError, OSError):  # `find` says so
+                continue
+            known = {key: value for key, value in commit.run.identity.items() if key not in unknown}
+            return _require_same(commit.path, known, identity)
+
     def set_aside(self, why: str) -> None:
         """Start afresh, and keep what is there: commits and logs."""
         folder = self.path / commit_store.FOLDER
         if commit_store.steps(self.path):
+            self.has_begun = True
             aside = self.path / f"{commit_store.FOLDER}.before-attempt-{self.attempt}"
             folder.rename(aside)
             for log in LOGS:  # the stage begins again, and takes its lines back
@@ -143,6 +157,16 @@ def open_run(config: TandemConfig, directory: RunDirectory) -> RunLog:
     directory.write_config(plain)
     estimators = [chosen_estimator(config.ppo)]
     return RunLog(directory.path, plain, config.logger, config.stage, attempt=directory.attempt, estimators=estimators)
+
+
+def _require_same(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    if found := differences(_without_bounds(theirs), _without_bounds(ours)):
+        told = f"{path} is of another run than this configuration describes:"
+        instead = (
+            "write the values of the commit, another run_dir, or checkpoint.resume=never to start afresh; where "
+            "checkpoints alone differ, other code has made their stages anew: reuse_stages=true takes the old"
+        )
+        raise ConfigError("\n  - ".join([told, *found, instead]))
 
 
 def _without_bounds(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,10 +200,14 @@ def require_scorers(commit: Commit, scorers: Mapping[str, str | None]) -> None:
         raise CheckpointError("\n  - ".join([told, *found]))
 
 
-def resume_command(overrides: list[str], run_dir: str) -> str:
-    """What a user types to go on; secrets of the command line are for the user to fill in."""
-    kept = [redacted_override(o) for o in overrides if not o.startswith(("run_dir=", "checkpoint.resume="))]
-    return shlex.join(["python", "train.py", *kept, f"run_dir={quoted(run_dir)}"])
+def resume_command(overrides: list[str], run_dir: str, origin: Sequence[str] = ()) -> str:
+    """What a user types to go on; secrets of the command line are for the user to fill in.
+
+    Args:
+        origin: words that say where the configuration lies (common/composing.py).
+    """
+    kept = [redacted_override(o) for o in overrides if override_key(o) not in ("run_dir", "checkpoint.resume")]
+    return shlex.join(["python", "train.py", *origin, *kept, f"run_dir={quoted(run_dir)}"])
 
 
 def is_ray_session(session: str) -> bool:

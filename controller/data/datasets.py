@@ -37,6 +37,7 @@ from controller.data.row_formats import (
     LABELS,
     Parts,
     Shape,
+    Traits,
     columns_read,
     is_refused_answer,
     pair_parts,
@@ -46,7 +47,7 @@ from controller.data.row_formats import (
     ratings,
     refuses_answers,
     shape_of,
-    sides_repeat,
+    traits_of,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 E = TypeVar("E")
 TOO_LONG = "over max_tokens"
+UNSHOWN = "no answer that may train is shown as it was given"
 LABELLED = ("prompt_completion", "messages")  # formats whose rows may have KTO's label
 
 
@@ -111,10 +113,20 @@ class _Source:
     shape: Shape | None
     base: str
     report: LoadReport
+    in_messages: set[bool] = field(default_factory=set)  # whether rows are messages: of all that were read
 
     def keep(self, build: Callable[[int, dict], T]) -> list[T]:
-        """`build` of every usable row, in our columns."""
+        """`build` of every usable row, in our columns.
+
+        Raises:
+            DataError: also where the chat template would write the rows with a history, and no others.
+        """
         kept = _keep(self.rows, lambda n, row: build(n, self.converted(row)), self.data, self.base, self.report)
+        if self.shape and "history" in self.shape.also and len(self.in_messages) > 1 and not self.data.chat:
+            raise DataError(
+                f"{self.base}: the chat template writes rows with a history, and without data.chat not the others. Write "
+                "data.chat: true, or give the column history another name"
+            )
         columns = dict.fromkeys(column for row in self.rows for column in row)
         in_chat = self.report.notes.template != ""
         read = columns_read(self.form, self.source, self.shape, in_chat, self.is_labelled)
@@ -131,20 +143,24 @@ class _Source:
         return self.form in LABELLED and refuses_answers(self.rows)
 
     @cached_property
-    def repeats(self) -> bool:
-        """Whether the sides of its pairs begin with their prompt."""
+    def traits(self) -> Traits:
         found = []
-        for row in self.rows:
+        for row in self.rows if self.form in ("pair", "rated") else ():
             with suppress(LeftOut):  # told where the row is read
                 found.append(self.converted(row))
-        return sides_repeat(found, self.source)
+        return traits_of(found, self.source)
 
     def parts(self, row: dict, words: int | None) -> Parts:
-        return parts(row, self.form, self.source, self.data, words, self.form == "pair" and self.repeats)
+        return self._noted(parts(row, self.form, self.source, self.data, words, self.traits))
+
+    def _noted(self, found: Parts) -> Parts:
+        self.in_messages.add(isinstance(found.prompt, list) or isinstance(found.completion, list))
+        return found
 
     def pair(self, row: dict, words: int | None, encode: Callable[[Parts], E]) -> tuple[E, E]:
         """Chosen and rejected. Raises LeftOut also where they come to the same tokens."""
-        chosen, rejected = map(encode, pair_parts(row, self.source, self.data, words, self.repeats))
+        sides = pair_parts(row, self.source, self.data, words, self.traits)
+        chosen, rejected = (encode(self._noted(side)) for side in sides)
         if chosen == rejected:
             raise LeftOut(EQUAL, "as they are encoded", bad=False)
         return chosen, rejected
@@ -156,7 +172,9 @@ class _Source:
         if len(example.token_ids) > max_tokens:
             raise LeftOut(TOO_LONG, f"{len(example.token_ids)} > {max_tokens}", bad=False)
         if not any(example.loss_mask):
-            raise LeftOut("every answer has weight 0", bad=False)
+            answers = [turn for turn in as_turns(found.completion, "assistant") if turn["role"] == "assistant"]
+            unshown = any(turn.get("weight") != 0 for turn in answers)
+            raise LeftOut(UNSHOWN if unshown else "every answer has weight 0", bad=False)
         return example
 
     def scored(self, found: Parts, max_tokens: int) -> list[int]:

@@ -212,8 +212,12 @@ def _split(path: Path) -> str | None:
 
 def _stem(path: Path) -> str:
     """The name of a file without extensions and numbers."""
-    shard, stem = SHARD.match(path.name), Path(path.stem).stem if path.suffix in PACKED else path.stem
-    return shard[1] if shard else NUMBERS.sub("", stem)
+    shard = SHARD.match(path.name)
+    return shard[1] if shard else NUMBERS.sub("", _unpacked(path).stem)
+
+
+def _unpacked(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in PACKED else path
 
 
 def _data_files(paths: Iterable[Path]) -> list[Path]:
@@ -223,7 +227,7 @@ def _data_files(paths: Iterable[Path]) -> list[Path]:
 
 def _kind(path: Path) -> str:
     """What a file holds: the extension before that of a packed one."""
-    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    return _unpacked(path).suffix
 
 
 def _folder(path: Path, subset: str, base: str) -> Path:
@@ -278,6 +282,20 @@ def _files(source: SourceConfig, path: Path, base: str) -> list[Path]:
     return files
 
 
+def _read_files(files: list[Path], source: SourceConfig, base: str) -> list[dict]:
+    """Their rows. Raises DataError also where one file is there packed and unpacked, or as two kinds: rows would count
+    twice."""
+    known: dict[Path, Path] = {}
+    for file in files:
+        first = known.setdefault(_unpacked(file).with_suffix(""), file)
+        if first != file:
+            raise DataError(
+                f"{base}.path: files of one name are taken for the same rows; {source.path} has {first.name} and "
+                f"{file.name}. Write the one that is meant, as {file}, or a pattern; where they differ, rename one"
+            )
+    return [row for file in files for row in _in_texts(_read_file(file, base), file, source)]
+
+
 def _in_texts(rows: list[dict], file: Path, source: SourceConfig) -> list[dict]:
     """Those of a .csv file with every cell of a column of texts as it is written: 7 is what a completion says."""
     if _kind(file) != ".csv":
@@ -296,12 +314,11 @@ def load_rows(source: SourceConfig, base: str = "data.x") -> list[dict]:
     if path.is_dir() and source.subset is not None:
         path = _folder(path, source.subset, base)
     if files := _files(source, path, base):
-        rows = [row for file in files for row in _in_texts(_read_file(file, base), file, source)]
+        rows = _read_files(files, source, base)
     elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         rows = _read_saved(path, source.split, base)
     elif path.is_dir():
-        files = _shards(path, source.split, base)
-        rows = [row for file in files for row in _in_texts(_read_file(file, base), file, source)]
+        rows = _read_files(_shards(path, source.split, base), source, base)
     elif _kind(path) in EXTENSIONS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{base}.path: no such file: {path.absolute()}{_did_you_mean(path.name, siblings)}")

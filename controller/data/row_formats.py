@@ -30,6 +30,7 @@ GOOD = {"true", "1", "1.0", "desirable", "chosen"}
 BAD = {"false", "0", "0.0", "-1", "-1.0", "undesirable", "rejected"}
 SPEAKER_KEYS = ("role", "from")
 EQUAL = "chosen equals rejected"
+DIFFERENT = "chosen and rejected answer different prompts"
 
 
 class Parts(NamedTuple):
@@ -281,14 +282,18 @@ def _number(value: Any, column: str) -> float:
 # ---- a row
 
 
-def parts(
-    row: dict, form: str, source: SourceConfig, data: DataConfig, words: int | None, repeats: bool = False
-) -> Parts:
+class Traits(NamedTuple):
+    """What all rows of a source have in common."""
+
+    prompted: bool = False  # one has a prompt, so that a row without is no text to be cut
+    repeats: bool = False  # the sides of its pairs begin with their prompt
+
+
+def parts(row: dict, form: str, source: SourceConfig, data: DataConfig, words: int | None, traits: Traits) -> Parts:
     """Of a row with one completion; of a pair the chosen side.
 
     Args:
         words: of a text that are its prompt.
-        repeats: whether the sides of the source's pairs begin with their prompt.
     """
     if form == "messages":
         return _framed(row, "", _turns(_cell(row, source.messages_column), source.messages_column), data)
@@ -303,13 +308,11 @@ def parts(
             raise LeftOut("the last turn is not the assistant's")
         prompt, said = said[:end], _text(said[end:], column)
     # UltraFeedback's form: chosen and rejected are whole conversations next to a prompt column that repeats the start.
-    elif form == "prompt_completion" or (
-        form != "text" and not _is_whole(said) and row.get(source.prompt_column) is not None
-    ):
+    elif form == "prompt_completion" or (form != "text" and not _is_whole(said) and traits.prompted):
         prompt = _asked(row, source, data)
         if isinstance(said, str) and isinstance(prompt, list) and isinstance(row[source.prompt_column], str):
             said = said.removeprefix(" ")  # as of every turn of a transcript
-        if form == "pair" and repeats and isinstance(said, str) and _repeats(row, source):
+        if form == "pair" and traits.repeats and isinstance(said, str) and _repeats(row, source):
             said = _text(said.removeprefix(str(prompt)), column)
     elif isinstance(said, str):
         prompt, said = first_words(said, words)
@@ -317,11 +320,12 @@ def parts(
     return _framed(row, prompt, said, data)
 
 
-def sides_repeat(rows: Iterable[dict], source: SourceConfig) -> bool:
-    """Whether the sides of most pairs of texts begin with the prompt, which stands in a column of its own too: those of a
-    few do by chance, as "Hello!" answers "Hello"."""
+def traits_of(rows: Iterable[dict], source: SourceConfig) -> Traits:
+    """Sides repeat where those of most pairs of texts begin with the prompt, which stands in a column of its own too: those
+    of a few do by chance, as "Hello!" answers "Hello"."""
+    rows = list(rows)
     known = [found for row in rows if (found := _repeats(row, source)) is not None]
-    return 2 * sum(known) > len(known)
+    return Traits(any(row.get(source.prompt_column) is not None for row in rows), 2 * sum(known) > len(known))
 
 
 def _repeats(row: dict, source: SourceConfig) -> bool | None:
@@ -332,7 +336,7 @@ def _repeats(row: dict, source: SourceConfig) -> bool | None:
 
 
 def pair_parts(
-    row: dict, source: SourceConfig, data: DataConfig, words: int | None, repeats: bool = False
+    row: dict, source: SourceConfig, data: DataConfig, words: int | None, traits: Traits
 ) -> tuple[Parts, Parts]:
     """Chosen and rejected, with the prompt that both share.
 
@@ -349,6 +353,8 @@ def pair_parts(
         at = _shared(chosen, rejected)
         prompts, answers = [chosen[:at]], [chosen[at:], rejected[at:]]
         is_pair = all(answer and answer[0]["role"] == "assistant" for answer in (chosen[at:], rejected[at:]))  # type: ignore[index]
+    elif _is_whole(chosen) or _is_whole(rejected):
+        raise LeftOut(DIFFERENT)
     elif _is_whole_transcript(chosen) and _is_whole_transcript(rejected):
         spoken = [SPEAKER.split(side) for side in (chosen, rejected)]
         if any(side[-2] != ANSWERS for side in spoken):
@@ -358,11 +364,11 @@ def pair_parts(
         prompts, answers = ["".join(spoken[0][:at])], [*said]
         is_pair = at > 0 and spoken[0][at - 1] == ANSWERS and all(map(str.strip, said))
     else:
-        sides = [parts({**row, columns[0]: row[column]}, "pair", source, data, words, repeats) for column in columns]
+        sides = [parts({**row, columns[0]: row[column]}, "pair", source, data, words, traits) for column in columns]
         prompts, answers = [side.prompt for side in sides], [side.completion for side in sides]
         is_pair = prompts[0] == prompts[1] and isinstance(chosen, str) == isinstance(rejected, str)
     if not is_pair:
-        raise LeftOut("chosen and rejected answer different prompts")
+        raise LeftOut(DIFFERENT)
     first, second = (_framed(row, prompts[0], answer, data) for answer in answers)
     return first, second
 

@@ -14,6 +14,7 @@ import numpy as np
 from common.files.durable import replace_text
 from common.files.fingerprints import json_digest
 from common.files.portable_records import ArrayStore, decode, encode
+from common.strict_json import json_text
 from controller.evaluation.judging import Judged
 
 FOLDER, FORMAT = "answers", 1
@@ -45,4 +46,4 @@ class KeptAnswers:
         encoded = encode(parts, store)
         arrays = {name: values.tolist() for name, values in store.arrays().items()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_text(self._path(model), json.dumps({"judged": encoded, "arrays": arrays}))
+        replace_text(self._path(model), json_text({"judged": encoded, "arrays": arrays}))

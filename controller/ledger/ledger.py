@@ -16,7 +16,8 @@ an update would leave behind: a straggler may be overtaken as long as the update
 group is consumed as a whole, so all of it is due with its oldest lease, also the part whose holder has died meanwhile.
 
 Rows reach `ledger.jsonl` after the commit that holds the weights, never before; the commit carries a copy of them. So the
-file, too, never claims more than the weights know, and a crash between the two costs nothing.
+file, too, never claims more than the weights know, and a crash between the two costs nothing. Those of a run whose last
+commit has failed follow the model that it ends with.
 """
 
 import heapq
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from common.error_text import whole_characters
 from common.files.portable_records import ArrayStore, decode, encode
 from contracts.records import Rollout, RolloutRequest
 from controller.ledger.entries import Awaited, Entry, Key, Lease, LedgerError, StalenessError, State
@@ -202,7 +204,8 @@ class Ledger:
             self._num_scored -= 1
         elif entry.state is State.BATCHED:
             self._batched.remove(entry)
-        self._close(entry, {"quarantined": reason, "update": self.updates})
+        # In words of a scorer or an environment: half a character would leave a log that nobody can audit.
+        self._close(entry, {"quarantined": whole_characters(reason), "update": self.updates})
         self.counts["quarantined"] += 1
 
     def filter(self, keys: list[Key], reason: str) -> None:
@@ -334,6 +337,11 @@ class Ledger:
         self._rows.append(json.dumps({"key": entry.request.key, **end, **way, **row}, separators=(",", ":")))
 
     # ---- commits
+
+    @property
+    def num_unwritten(self) -> int:
+        """Closed rollouts that the log lacks."""
+        return len(self._rows)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a commit must hold: JSON, and arrays. Leases are not part of it: those rollouts are sampled again."""

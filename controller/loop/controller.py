@@ -34,6 +34,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from common.error_text import typed_line
 from common.processes.garbage import full_collections_on_request
 from common.processes.ray_access import process_is_gone
 from contracts.config import TandemConfig
@@ -143,7 +144,7 @@ class PPOController:
                         self._commit(total)
                     except (LearnerLostError, RayError) as error:
                         # A lost actor is the dispatcher's affair.
-                        if not isinstance(error, LearnerLostError) and not process_is_gone(error):
+                        if not _is_loss(error):
                             raise
                         self._recover(error)
             except Stopping:
@@ -335,8 +336,7 @@ class PPOController:
         try:
             self.restore(self.recovery.restart(error))
         except (LearnerLostError, RayError, CollectiveError) as again:
-            is_loss = process_is_gone(again) or isinstance(again, (LearnerLostError, CollectiveError))
-            if self.recovery.is_spent or not is_loss:
+            if self.recovery.is_spent or not _is_loss(again):
                 raise
             self._recover(again)
 
@@ -349,16 +349,32 @@ class PPOController:
         are sampled again beside the same neighbours, or their log-probabilities would differ in the last bits."""
         if self.commits is not None and self.updates:
             self.progress.waiting_for(f"the commit of update {self.updates}")
-            self.commits.wait_until_decided()
-            if self.commits.newest != self.updates:
-                for key in self.ledger.of_broken_groups(self.config.ppo.samples_per_prompt):
-                    self.ledger.quarantine(key, "siblings had closed when the run was stopped")
-                self._begin_commit(self.commits, self._boundary if self.config.ppo.max_staleness == 0 else None)
-                self.commits.wait_until_decided()
+            try:
+                self._commit_now(self.commits)
+            except (LearnerLostError, RayError) as error:
+                # The next start goes on from the last commit, as this run would.
+                if not _is_loss(error):
+                    raise
+                self.progress.line(f"WARNING: no commit of update {self.updates}: {typed_line(error)}")
         saved = self.commits.newest if self.commits else 0
         lost = "checkpoint.every is 0: nothing is saved" if self.commits is None else "no update has been committed"
         assert self.stop.signum is not None
         raise Interrupted(self.stop.signum, f"everything up to update {saved} is committed" if saved > 0 else lost)
+
+    def _commit_now(self, commits: Committer) -> None:
+        """Wait for a commit of the last update, which is begun where there is none."""
+        commits.wait_until_decided()
+        if commits.newest != self.updates:
+            for key in self.ledger.of_broken_groups(self.config.ppo.samples_per_prompt):
+                self.ledger.quarantine(key, "siblings had closed when the run was stopped")
+            self._begin_commit(commits, self._boundary if self.config.ppo.max_staleness == 0 else None)
+            commits.wait_until_decided()
+
+    def complete_ledger(self) -> None:
+        """Once the model of the last update is saved: where its commit has failed, the log lacks what trained since the one
+        before. A resume from that one marks these rows as rolled back."""
+        if self.ledger.num_unwritten:
+            self._append_to_ledger()
 
     def state_dict(self) -> State:
         """What the driver adds to a commit."""
@@ -401,3 +417,8 @@ class PPOController:
         if self.commits is not None:
             self.commits.resume_at(commit)
         self.dispatcher.publish(self.version)
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether the learner cannot go on as it is."""
+    return process_is_gone(error) or isinstance(error, (LearnerLostError, CollectiveError))

@@ -1,10 +1,10 @@
-"""Groups that teach nothing, and what takes their place: dynamic sampling.
+"""Groups whose scores teach nothing, and what takes their place: dynamic sampling.
 
-Where all rollouts of a group have the same score, every advantage against the group is 0, but for a KL penalty in the
-reward. With `ppo.dynamic_sampling` such groups leave the batch, with a row of the ledger that says so, and groups of fresh
-prompts come in their place, until the batch is full or one more round would exceed the budget. What is there then trains:
-the denominators count what is in the batch, so a smaller one is a mean over fewer rollouts. Too few for every rank and
-minibatch is an error.
+Where all rollouts of a group have the same score, every advantage against the group is 0, but for what else a rollout is
+paid: the penalties for a missing EOS and for length, and a KL penalty in the reward. With `ppo.dynamic_sampling` such groups
+leave the batch, with a row of the ledger that says so, and groups of fresh prompts come in their place, until the batch is
+full or one more round would exceed the budget. What is there then trains: the denominators count what is in the batch, so a
+smaller one is a mean over fewer rollouts. Too few for every rank and minibatch is an error.
 
 Source: Yu et al. 2025 (arXiv 2503.14476, DAPO), equation 11, which wants 0 < right answers < group size: scores that differ,
 before any shaping. Left out: sampling more than is missing, which is faster where phases take turns, and what is too much
@@ -56,7 +56,7 @@ def require_enough(config: TandemConfig, kept: list[Rollout], sampled: list[Roll
         f"{least} are needed (cluster.num_learner_ranks * ppo.minibatches); the scores lie between {min(scores):g} and "
         f"{max(scores):g}. Give prompts that are neither solved nor hopeless, a scorer that tells their completions apart, "
         "more ppo.samples_per_prompt, or a larger ppo.dynamic_sampling.max_batches "
-        f"({ppo.dynamic_sampling.max_batches}); null trains on equal groups too, which teach nothing but the KL penalty"
+        f"({ppo.dynamic_sampling.max_batches}); null trains on equal groups too, whose scores teach nothing"
     )
 
 

@@ -21,12 +21,11 @@ Result = TypeVar("Result")
 
 def once_more(work: Callable[[], Result], stage: str, log: RunLog, say: Callable[[str], None]) -> Result:
     """`work`, of a stage without commits; from its beginning, and once more where it loses a process. What it has logged
-    before goes, of earlier attempts too.
+    before goes.
 
     Raises:
         Exception: of `work`, the loss of a second process among them.
     """
-    log.forget(stage)
     try:
         return work()
     except (RayError, ActorsMissing) as error:

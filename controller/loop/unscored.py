@@ -34,8 +34,10 @@ def scored(rollouts: list[Rollout], max_failed: float, policy_version: int, run_
 
 
 def save_rollouts(path: Path, rollouts: list[Rollout]) -> Path:
-    """Write one JSON line a rollout: key, texts, tokens, log-probabilities and scores. What is not finite becomes a text."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+    """Write one JSON line a rollout: key, texts, tokens, log-probabilities and scores. What is not finite becomes a text,
+    half a character a question mark: the fault that is told here shall not be hidden by another."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
         for rollout in rollouts:
             file.write(json.dumps(_row(rollout), ensure_ascii=False, allow_nan=False) + "\n")
     return path

@@ -41,6 +41,8 @@ class StageContext:
     # The checkpoint of an earlier stage, by the name of its result, or `base`. Raises ConfigError where there is none.
     checkpoint: Callable[[str], str]
     will_run: Callable[[Stage], bool]  # whether a result of a stage is still to be made
+    # The stage that makes a result is not refused any more, and does something.
+    begin: Callable[[str], None] = lambda result: None
     # Each waits for proofs of vLLM, which are under way.
     proofs: list[Callable[[], list[Any]]] = field(default_factory=list)
     result: str = ""  # the result that is made, as reward_model/proxy: the name of its lines in the logs
@@ -104,12 +106,14 @@ class StageContext:
 
     def start_ray(self) -> None:
         if not ray.is_initialized():
-            with self.stop.kept(), self.phase("starting Ray"):
+            with self.stop.kept(), self._phase("starting Ray"):
                 self.runtime.start()
-            if self.config.cluster.address != "local":
-                for warning in check_nodes_room(self.config, self.data.__getitem__, nodes(), self.will_run):
-                    self.progress.line(warning)
+                if self.config.cluster.address != "local":
+                    for warning in check_nodes_room(self.config, self.data.__getitem__, nodes(), self.will_run):
+                        self.progress.line(warning)
+                self.begin(self.result)
             self.directory.started_ray(ray_session() if self.config.cluster.address == "local" else None)
+        self.begin(self.result)
 
     @contextmanager
     def learner(self, task: str, *arguments: Any) -> Iterator[Any]:
@@ -132,8 +136,15 @@ class StageContext:
     @contextmanager
     def phase(self, text: str) -> Iterator[None]:
         """Announce a phase on the terminal and record it for the report."""
+        self.begin(self.result)
+        with self._phase(text):
+            yield
+
+    @contextmanager
+    def _phase(self, text: str) -> Iterator[None]:
         with self.progress.phase(text), self.log.phase(self.result, text):
             yield
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.begin(self.result)
         self.log.log(self.result, step, metrics)

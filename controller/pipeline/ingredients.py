@@ -5,9 +5,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from common.files.code_digest import code_digest, package_versions, stage_code
+from common.files.code_digest import code_digest, foreign_digest, package_versions, stage_code
 from common.files.fingerprints import MEMORY, checkpoint_fingerprint, file_hashes, json_digest
-from common.files.source_code import source_digest
 from common.flatten import flat
 from contracts.checks.validation import ConfigError
 from contracts.config import SourceConfig, TandemConfig
@@ -48,7 +47,7 @@ def environment_hidden(config: TandemConfig) -> dict[str, str]:
 def own_source(key: str, name: str) -> str | None:
     """A digest of the source of what `key` names; None of what is Tandem's. Raises ConfigError where it is not there."""
     try:
-        return source_digest(name) if is_import_path(name) else None
+        return (foreign_digest(name) or None) if is_import_path(name) else None
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
 

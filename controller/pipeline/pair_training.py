@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from controller.pipeline.context import StageContext
 
 T = TypeVar("T")
+Comparison = RatedText | RatedExample | PreferencePair | ExamplePair
 CHUNK = 256  # texts a call, so that progress and deadlines stay fine-grained
 
 
@@ -30,6 +31,19 @@ def lone_texts(stage: str, batch_size: int, sources: Iterable[Sequence[Any]]) ->
     if batch_size > 1 or not is_rated:
         return []
     return [f"{stage}.batch_size must be at least 2 with rated texts, of which a step compares all; found {batch_size}"]
+
+
+def few_held_out(stage: str, least: int, items: Sequence[Comparison]) -> list[str]:
+    """Why `accuracy` would have too little to tell, which only shows when all is trained: fewer pairs than `least` that are
+    no ties, or rated texts of which none is better than another."""
+    if ratings := _mean_ratings(items):
+        usable = len(ratings) if len(ratings) == 1 or len({*ratings}) > 1 else 0
+    else:
+        usable = len(_decided(items))
+    if usable >= least:
+        return []
+    ties = ", where ties do not count" if usable < len(items) else ""
+    return [f"data.test must have at least {least} usable rows for {stage}; found {usable}{ties}"]
 
 
 def train_on_pairs(context: "StageContext", group: Any, title: str) -> None:
@@ -59,7 +73,7 @@ def interval_inputs(config: TandemConfig) -> dict[str, Any]:
 
 def accuracy(
     config: TandemConfig,
-    items: Sequence[RatedText | RatedExample | PreferencePair | ExamplePair],
+    items: Sequence[Comparison],
     score: Callable[[list[int]], list[float]],
     count: int,
 ) -> dict[str, float]:
@@ -72,17 +86,28 @@ def accuracy(
         count: pairs to draw of rated texts.
     """
     options = {"samples": config.evaluate.bootstrap_samples, "seed": config.seed}
-    ratings = [float(np.mean(item.ratings)) for item in items if isinstance(item, RatedText | RatedExample)]
+    ratings = _mean_ratings(items)
     if ratings:
         scores = score(list(range(len(ratings))))
         pairs = statistics.random_pairs(ratings, count, config.seed)
         found = statistics.pair_accuracy(scores, ratings, pairs, **options)
         return found.row("accuracy") | {"pairs": len(pairs), "texts": len(scores)}
     sides = [item for item in items if isinstance(item, PreferencePair | ExamplePair)]
-    chosen = [2 * i for i, item in enumerate(sides) if item.preference != 0.5]
+    chosen = [2 * i for i in _decided(items)]
     prompts = prompts_of([_tokens(sides[i // 2]) for i in chosen])
     wins = _win_rate(score(chosen), score([i + 1 for i in chosen]), prompts, **options)
     return wins.row("accuracy") | {"pairs": len(chosen)}
+
+
+def _mean_ratings(items: Sequence[Comparison]) -> list[float]:
+    return [float(np.mean(item.ratings)) for item in items if isinstance(item, RatedText | RatedExample)]
+
+
+def _decided(items: Sequence[Comparison]) -> list[int]:
+    """The pairs that are no ties, by number."""
+    return [
+        i for i, item in enumerate(items) if isinstance(item, PreferencePair | ExamplePair) and item.preference != 0.5
+    ]
 
 
 def _tokens(pair: PreferencePair | ExamplePair) -> tuple[list[int], list[int]]:

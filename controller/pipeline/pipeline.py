@@ -11,7 +11,6 @@ says of itself (`contracts.stages`); here are the checks before the first, their
 Whatever can be known beforehand is checked before an engine starts: configuration, models, data, memory.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,6 +23,7 @@ import psutil
 from common.files.durable import replace_text
 from common.processes.cores import usable_cores
 from common.processes.memory_room import memory_room
+from common.strict_json import json_text
 from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import TandemConfig
@@ -36,7 +36,7 @@ from controller.commits.resume import RunDirectory
 from controller.data.inputs import Inputs, load_inputs
 from controller.loop.recovery import once_more
 from controller.pipeline.context import StageContext
-from controller.pipeline.stage_cache import StageStore, code_of, file_name
+from controller.pipeline.stage_cache import StageStore, code_of, edited_code, file_name
 from controller.plan.room import check_room
 from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
@@ -46,17 +46,29 @@ from controller.start_checks.model_checks import check_weights_and_code
 from controller.start_checks.row_checks import check_rows
 
 
+class NotMade(ConfigError):
+    """There is no result of an earlier stage."""
+
+
 class Pipeline:
+    _is_running = False
+
     def __init__(self, config: TandemConfig, log: RunLog, progress: Progress, directory: RunDirectory, stop: Stop):
         self.config = config
         self.log = log
         self.progress = progress
         self.run_dir = Path(config.run_dir)
         self.store = StageStore(
-            Path(config.cache_dir), log, config.reuse_stages, progress.line, code=partial(code_of, config)
+            Path(config.cache_dir),
+            log,
+            config.reuse_stages,
+            progress.line,
+            code=partial(code_of, config),
+            edited=partial(edited_code, config),
         )
         self.results: dict[str, StageResult] = {}
         self.seconds: dict[str, float] = {}
+        self._begun: set[str] = set()
         check_model(config)
         with progress.phase("proving the models"):
             check_weights_and_code(config)
@@ -76,6 +88,7 @@ class Pipeline:
             runtime=Runtime(config),
             checkpoint=self.checkpoint,
             will_run=self._will_run,
+            begin=self._begin,
         )
         ends = self.context.end_ids([config.model.path], "prompts", "eval_prompts")
         if len(ends) > 1:
@@ -84,6 +97,7 @@ class Pipeline:
         check_amounts(config, data)
         check_rows(config, data)
         rehearse_environment(config, tokenizer, data, progress)
+        self._check_stages()
         nodes = embedded_nodes() if config.cluster.address == "local" else None
         free_gib = psutil.virtual_memory().available / 2**30
         for warning in check_machine(config, free_gib, usable_cores(), nodes):
@@ -100,19 +114,41 @@ class Pipeline:
         needed, keys = results_needed(self.config), stage.checkpoint_keys
         try:
             found = [
-                self.store.find(name, stage.inputs(self.context.made_for(name))) for name in keys if name in needed
+                self.store.look(name, stage.inputs(self.context.made_for(name))) for name in keys if name in needed
             ]
-        except ConfigError:  # of an earlier stage, whose result is not there yet
+        except NotMade:
             return True
         return None in found
 
+    def _check_stages(self) -> None:
+        """Refuse what a stage would refuse after hours of earlier ones. Raises ConfigError."""
+        for name in results_needed(self.config):
+            self.store.code(name)  # as it is now; what is started later may import other
+        for stage in running_stages(self.config):
+            if stage.check and self._will_run(stage):
+                stage.check(self.context.made_for(stage.name))
+
     def run(self) -> dict[str, Any]:
         """Run `config.stage`. Returns the numbers of the summary."""
-        set_aside_reports(self.run_dir, self.log, self.progress.line)
+        self.results.clear()  # what the checks before have looked up: its lines are not in the log
+        self._is_running = True
         with self.context.runtime:
             for stage in running_stages(self.config):
                 self._run(stage)
         return {name: result.metrics for name, result in self.results.items()}
+
+    def _begin(self, result: str) -> None:
+        """What an earlier attempt has found out, and has logged of this stage, is not of this one. Until here a refusal
+        leaves it as it was."""
+        if result in self._begun:
+            return
+        if not self._begun:
+            set_aside_reports(self.run_dir, self.log, self.progress.line)
+            self.context.directory.has_begun = True
+        self._begun.add(result)
+        stage = find_stage(result)
+        if stage and not stage.resumes:  # else its commits say which lines stay
+            self.log.forget(result)
 
     def _run(self, stage: Stage) -> None:
         if not stage.results:
@@ -134,25 +170,31 @@ class Pipeline:
     def _make_or_find(self, stage: Stage, name: str) -> None:
         inputs = stage.inputs(self.context.made_for(name))
         start = time.time()
-        with self.store.alone(name, inputs, lambda: self.progress.phase(f"waiting for the run that makes {name}")):
-            result = self.store.find(name, inputs)
-            if result:
-                self.progress.line(f"✓ {name}: nothing has changed, reusing {result.path}")
-            else:
-                work = partial(self.store.run, name, inputs, lambda path: stage.run(self.context.made_for(name, path)))
-                result = work() if stage.resumes else once_more(work, name, self.log, self.progress.line)
-                self.progress.line(f"✓ {name}: {result.path}")
-                self.log.artifact(f"{self.config.name}-{file_name(name)}", "model", result.path)
+        result = self.store.find(name, inputs) or self._make(stage, name, inputs)
+        if result.cached:
+            self.progress.line(f"✓ {name}: nothing has changed, reusing {result.path}")
+        else:
+            self.progress.line(f"✓ {name}: {result.path}")
+            self.log.artifact(f"{self.config.name}-{file_name(name)}", "model", result.path)
         self._finish(result, start)
+
+    def _make(self, stage: Stage, name: str, inputs: dict[str, Any]) -> StageResult:
+        """Or find what another run makes meanwhile."""
+        work = partial(self.store.run, name, inputs, lambda path: stage.run(self.context.made_for(name, path)))
+        with self.store.alone(name, inputs, lambda: self.progress.phase(f"waiting for the run that makes {name}")):
+            if found := self.store.find(name, inputs):
+                return found
+            return work() if stage.resumes else once_more(work, name, self.log, self.progress.line)
 
     def _finish(self, result: StageResult, start: float) -> None:
         self.results[result.name] = result
         self.seconds[result.name] = time.time() - start
         rows = [asdict(result) | {"seconds": self.seconds.get(name, 0.0)} for name, result in self.results.items()]
-        replace_text(self.run_dir / "stages.json", json.dumps(rows, indent=1) + "\n")
+        replace_text(self.run_dir / "stages.json", json_text(rows, indent=1) + "\n")
 
     def checkpoint(self, name: str) -> str:
-        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`."""
+        """The checkpoint of an earlier stage: made in this run, given in the configuration, or in the cache; or `base`.
+        Raises NotMade where there is none."""
         if name in self.results:
             return self.results[name].path
         if name == "base":
@@ -163,13 +205,14 @@ class Pipeline:
         if key and (given := getattr(self.config, key)):
             return given
         if self.config.reuse_stages is False:  # and `find` finds nothing, whatever was run first
-            raise ConfigError(
+            raise NotMade(
                 f"stage={self.config.stage} needs the result of {name}, and reuse_stages=false takes none that is there: "
                 "write reuse_stages=auto or stage=pipeline" + (f", or set {key}=PATH" if key else "")
             )
-        found = self.store.find(name, stage.inputs(self.context.made_for(name)))
+        look = self.store.find if self._is_running else self.store.look
+        found = look(name, stage.inputs(self.context.made_for(name)))
         if found is None:
-            raise ConfigError(
+            raise NotMade(
                 f"stage={self.config.stage} needs the result of {name}, which has not run with this configuration and code: "
                 f"run stage={stage.name} or stage=pipeline first" + (f", or set {key}=PATH" if key else "")
             )

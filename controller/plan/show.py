@@ -9,20 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from common.command_line import command_line_problems, whole_sections
+from common.composing import compose_config
 from common.models.loading import LoadingError
 from common.models.precision import choose_dtypes
 from common.models.proof import Unproven
 from common.text.tokenizers import load_tokenizer
-from contracts.checks.validation import ConfigError, raise_conflicts, validate
-from contracts.config import TandemConfig, register_schema, to_config
+from contracts.checks.validation import raise_conflicts, validate
+from contracts.config import TandemConfig, register_schema
 from controller.data.inputs import Inputs, load_inputs
 from controller.plan.activations import Unplannable
 from controller.plan.measured import measured
@@ -37,11 +35,7 @@ UNMEASURED = "Of jobs on GPUs nothing is measured: it is arithmetic, and librari
 def read_config(overrides: list[str]) -> TandemConfig:
     """As train.py reads it. Raises ConfigError with every conflict."""
     raise_conflicts([], command_line_problems(overrides, CONF))
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = to_config(compose("config", [*whole_sections(overrides), "run_dir=runs/plan"]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from None
+    config = compose_config([*whole_sections(overrides), "run_dir=runs/plan"], CONF)
     validate(config)
     choose_dtypes(config)
     return config

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from contracts.methods import method_title
+from controller.record.number_text import number
 
 PENALTY = 0.1  # score units for each nat a sequence beyond the bound
 
@@ -79,7 +80,7 @@ def evaluation_metrics(evaluation: dict[str, Any], max_kl: float) -> dict[str, f
     found = {name: (comparison.get(name) or {}).get("mean") for name in ("gold_gain", "proxy_gain", "win_rate")}
     found |= {"kl": (model.get("kl") or {}).get("mean"), "length_ratio": comparison.get("length_ratio")}
     found |= {name: (model.get(name) or {}).get("mean") for name in measured_passes(model) if "/" not in name}
-    known = {name: float(value) for name, value in found.items() if value is not None and value == value}
+    known = {name: value for name, given in found.items() if (value := number(given)) is not None}
     if "gold_gain" in known and "kl" in known:
         known["objective"] = known["gold_gain"] - PENALTY * max(0.0, known["kl"] - max_kl)
     return known

@@ -16,6 +16,7 @@ from controller.record.number_text import count, number
 from controller.record.redaction import redacted, redacted_override
 
 RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "hydra/overrides.yaml")
+ORIGIN = "origin.yaml"  # beside Hydra's overrides.yaml, where the configuration did not lie in conf/ alone
 CURVE_FILES = ("metrics.jsonl", "stages.json", "evaluation.json")
 
 
@@ -33,6 +34,7 @@ class Run:
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] | None = None  # of the command line; None where Hydra kept no record of them
+    origin: list[str] = field(default_factory=list)  # words before them, for where the configuration lay
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     phases: list[dict[str, Any]] = field(default_factory=list)
@@ -45,6 +47,11 @@ class Run:
     @property
     def name(self) -> str:
         return str(self.config.get("name") or self.path.name)
+
+    @property
+    def command(self) -> list[str] | None:
+        """Does the same again; None where Hydra kept no record of it."""
+        return None if self.overrides is None else ["python", "train.py", *self.origin, *self.overrides]
 
     def setting(self, dotted: str) -> Any:
         """A value of the configuration by its path, or None."""
@@ -174,6 +181,9 @@ def _yaml(run: Run) -> dict[str, Any]:
         if overrides.exists():
             kept = yaml.safe_load(overrides.read_text(encoding="utf-8"))
             run.overrides = [redacted_override(str(item)) for item in kept] if isinstance(kept, list) else None
+            origin = overrides.with_name(ORIGIN)
+            kept = yaml.safe_load(origin.read_text(encoding="utf-8")) if origin.exists() else None
+            run.origin = [str(word) for word in kept] if isinstance(kept, list) else []
         if not path.exists():
             run.missing.append("config.yaml")
             return {}

@@ -13,7 +13,6 @@ those that came after it; the lines of other stages stay where they are.
 
 import io
 import json
-import math
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import IO, Any
 
 from common.error_text import typed_line
 from common.files.durable import replace_text
+from common.strict_json import known
 from contracts.catalogue import catalogue
 from contracts.config import LoggerConfig
 from contracts.metrics import declared
@@ -106,7 +106,7 @@ class RunLog:
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Append prompts and completions with their scores. The text reaches trackers only with `logger.wandb_text`."""
         for row in rows:
-            self._write("samples.jsonl", {k: _finite(v) if isinstance(v, float) else v for k, v in row.items()})
+            self._write("samples.jsonl", known(row))
         for tracker in self._trackers:
             tracker.samples(rows)
 
@@ -214,7 +214,7 @@ class RunLog:
 def _open(path: Path) -> IO[str]:
     """Open for appending; a line that a killed process left half-written is ended first."""
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8")
+    file = path.open("a", encoding="utf-8", errors="replace")  # half a character shall not end a run
     if torn:
         file.write("\n")
     return file
@@ -244,7 +244,4 @@ def _stage_of(line: str) -> str:
 
 def _finite(value: float | None) -> float | None:
     """A plain Python number (also from numpy and torch scalars), or None."""
-    if value is None or isinstance(value, int):
-        return value
-    number = float(value)
-    return number if math.isfinite(number) else None
+    return value if value is None or isinstance(value, int) else known(float(value))

@@ -41,6 +41,7 @@ class StatusFile:
 
     def __init__(self, run_dir: str | Path, waiting: Callable[[], Waiting], beat_s: float = BEAT_S) -> None:
         self._path = Path(run_dir) / NAME
+        self._before = read_status(run_dir)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._waiting, self._beat_s = waiting, beat_s
         self._ended = threading.Event()
@@ -58,6 +59,15 @@ class StatusFile:
         self._thread.join()
         self._facts |= {"state": state, "ended": time.time(), **facts}
         self._write()
+
+    def refuse(self, error: str, has_begun: bool) -> None:
+        """Of a start that has changed nothing the status is that of the attempt before, if there was one."""
+        if has_begun or self._before.state in ("", "refused"):
+            self.end("refused", error=error)
+        elif not self._ended.is_set():
+            self._ended.set()
+            self._thread.join()
+            replace_text(self._path, json.dumps(self._before.facts) + "\n")
 
     def __enter__(self) -> "StatusFile":
         return self

@@ -41,7 +41,7 @@ class TrackerThread:
         plain = redacted(config)
         title = str(plain.get("name") or run_dir.name)
         group = re.sub(r"[^\w.-]+", "-", f"{title}-{run_dir.resolve().name}")[-MOST_ID:]
-        self._faults: queue.SimpleQueue[tuple[str, Exception]] = queue.SimpleQueue()
+        self._faults: queue.SimpleQueue[tuple[str, BaseException]] = queue.SimpleQueue()
         self.run = TrackedRun(
             path=run_dir,
             name=title,
@@ -90,7 +90,7 @@ class TrackerThread:
     def alert(self, title: str, text: str) -> None:
         self._put("alert", lambda tracker: tracker.alert(title, text))
 
-    def new_faults(self) -> list[tuple[str, Exception]]:
+    def new_faults(self) -> list[tuple[str, BaseException]]:
         """What went wrong since the last call: (action, error)."""
         found = []
         while not self._faults.empty():
@@ -119,21 +119,21 @@ class TrackerThread:
                 self._faults.put((action, queue.Full(f"{MOST_QUEUED} calls wait for {self.name}")))
 
     def _work(self) -> None:
-        """Errors of whatever kind cost the tracker's copy, never the run."""
+        """Errors of whatever kind, SystemExit too, cost the tracker's copy, never the run."""
         try:
             tracker = self._kind(self.run)
-        except Exception as error:
+        except BaseException as error:
             self._faults.put(("init", error))
             return
         while (item := self._calls.get()) is not None:
             action, call = item
             try:
                 call(tracker)
-            except Exception as error:
+            except BaseException as error:
                 self._faults.put((action, error))
         try:
             tracker.end(self._state)
-        except Exception as error:
+        except BaseException as error:
             self._faults.put(("finish", error))
 
 

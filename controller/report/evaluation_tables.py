@@ -92,7 +92,7 @@ def models(run: Run) -> Markup:
     found, present = run.evaluation.get("models") or {}, models_of(run)
     passes = dict.fromkeys(key for name, _, _ in present for key in measured_passes(found[name]))
     rows = [*((key, pass_title(key), "", 1, True) for key in passes), *MEASURES]
-    measured = [row for row in rows if any(found[name].get(row[0]) is not None for name, _, _ in present)]
+    measured = [row for row in rows if any(row[0] in found[name] for name, _, _ in present)]
     prompts = {int(n) for name, _, _ in present if (n := number(found[name].get("prompts"))) is not None}
     return RUN.models(present, found, measured, sorted(prompts), _comparisons(run))
 

@@ -35,7 +35,8 @@ class Member:
     @property
     def command(self) -> list[str]:
         """Runs this member alone again."""
-        return ["python", "train.py", *(self.run.overrides or [f"{k}={v}" for k, v in self.settings.items()])]
+        words = [*self.run.origin, *(self.run.overrides or [])] or [f"{k}={v}" for k, v in self.settings.items()]
+        return ["python", "train.py", *words]
 
     def comparison(self, name: str) -> Any:
         return against_sft(self.run.evaluation).get(name)

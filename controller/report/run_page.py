@@ -42,7 +42,7 @@ def run_page(run: Run) -> Markup:
     # Another method has no updates to draw.
     has_updates = run.setting("method") in (None, "ppo") or bool(run.stages_of("ppo"))
     configuration = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100) if run.config else ""
-    again = None if run.overrides is None else shlex.join(["python", "train.py", *run.overrides])
+    again = None if run.command is None else shlex.join(run.command)
     sections = (
         evaluation_tables.verdict(run),
         evaluation_tables.key_numbers(run),

@@ -1,11 +1,11 @@
 """Base, SFT and what `method` made of it on held-out prompts, judged: docs/preference.md, evaluation.json."""
 
-import json
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from common.files.code_digest import package_versions
+from common.files.code_digest import code_digest, package_versions
+from common.strict_json import json_text
 from contracts.config import TandemConfig
 from contracts.environments import SHIPPED
 from contracts.methods import method_stage
@@ -45,6 +45,11 @@ def column_problems(config: TandemConfig, data: "Inputs") -> list[str]:
     ]
 
 
+def is_edited(config: TandemConfig) -> bool:
+    """Whether Tandem's code has changed since the run began: what samples and scores may be either."""
+    return read_status(config.run_dir).facts.get("code") != code_digest()
+
+
 def kept_answers(
     context: "StageContext", shared: dict[str, str], scorers: dict[str, str | None], ends: tuple[int, ...]
 ) -> "KeptAnswers | None":
@@ -58,9 +63,8 @@ def kept_answers(
         entry.kind != "model" or not entry.path for entry in chosen.values()
     ):
         return None
-    packages = package_versions()
-    if not str(read_status(config.run_dir).facts.get("code")).startswith(packages["tandem"]):
-        return None  # an edit meanwhile: what scores may be the code of before
+    if is_edited(config):
+        return None
     judges = {name: context.fingerprint(str(entry.path)) for name, entry in chosen.items()}
     sections: dict[str, Any] = {
         "environment": config.environment,
@@ -77,7 +81,7 @@ def kept_answers(
             "sampling": [asdict(evaluate.sampling), evaluate.seed, evaluate.samples, ends],
             "remote_code": config.model.trust_remote_code,
             "computed": [config.model.dtype, cluster.num_actors, cluster.threads_per_actor, cluster.gpus_per_actor],
-            "packages": packages,
+            "packages": package_versions(),
         },
     )
 
@@ -111,7 +115,7 @@ def run(context: "StageContext") -> dict[str, Any]:
             if known:
                 context.progress.line(f"  {', '.join(known)}: judged answers of an earlier run")
             judged = judge_models(config, models, prompts, actors, list(scorers), context.progress, known)
-        if answers:
+        if answers and not is_edited(config):
             for name in shared.keys() - known.keys():
                 if judged[name].is_scored:  # else a judge that was away for a while would be so for good
                     answers.keep(shared[name], judged[name])
@@ -119,7 +123,7 @@ def run(context: "StageContext") -> dict[str, Any]:
     numbers = evaluation_metrics(result, config.evaluate.max_kl)
     context.log_step(0, {f"evaluate/{name}": value for name, value in numbers.items()})
     log.samples(sample_rows(judged, list(scorers)))
-    replace_text(context.path, json.dumps(result, indent=1) + "\n")
+    replace_text(context.path, json_text(result, indent=1) + "\n")
     return result
 
 

@@ -5,12 +5,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from contracts.config import CurriculumConfig, RewardServiceConfig, TandemConfig
+from contracts.environments import is_import_path
 from contracts.estimators import ESTIMATORS, chosen_estimator, warmup_updates
 from contracts.lora_roles import role_model
 from contracts.methods import method_config, method_title, sources_read
 from contracts.objectives import OBJECTIVES
 from contracts.placement import actor_bounds, is_elastic
-from contracts.plugins import Kind
+from contracts.plugins import BY_PATH, Kind
 from contracts.scorer_roles import ROLES, SCORER_KINDS, chosen_scorers, judges, scoring_models, starts_value_model
 from contracts.stages import Reading, Stage
 from contracts.transports import TRANSPORTS, weight_backend
@@ -51,10 +52,14 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
 
 
 def plugins(config: TandemConfig) -> list[tuple[Kind, str]]:
-    scorers = chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES))
-    ppo = config.ppo
-    ours = [(ESTIMATORS, ppo.estimator), (OBJECTIVES, ppo.objective), (TRANSPORTS, weight_backend(config))]
-    return [*ours, *((SCORER_KINDS, entry.kind) for entry in scorers.values())]
+    from reward_service.scorer_kind import scorer_kind
+
+    ppo, environment = config.ppo, config.environment.name
+    found = [(ESTIMATORS, ppo.estimator), (OBJECTIVES, ppo.objective), (TRANSPORTS, weight_backend(config))]
+    found += [(BY_PATH, environment)] if is_import_path(environment) else []
+    for entry in chosen_scorers(config.reward_service.scorers, dict.fromkeys(ROLES)).values():
+        found += [(SCORER_KINDS, entry.kind), *scorer_kind(entry.kind).named_code(entry)]
+    return found
 
 
 def scored_roles(config: TandemConfig) -> tuple[str, ...]:
@@ -63,19 +68,32 @@ def scored_roles(config: TandemConfig) -> tuple[str, ...]:
 
 
 def inputs(context: "StageContext") -> dict[str, Any]:
-    from controller.pipeline.ingredients import environment_hidden, own_source, unseen
+    from controller.pipeline.ingredients import unseen
+
+    checkpoints = {
+        key: context.fingerprint(context.checkpoint(result)) if result else None
+        for key, result in _starts_from(context.config).items()
+    }
+    return {**_settings(context), **checkpoints, **unseen(context.config)}
+
+
+def _starts_from(config: TandemConfig) -> dict[str, str | None]:
+    """The results of earlier stages that PPO has anything of, by what they are among its inputs."""
+
+    def reward_model(role: str) -> str | None:
+        is_value = role == "proxy" and starts_value_model(config)
+        scores = role in scored_roles(config) and role in scoring_models(config)
+        return f"reward_model/{role}" if is_value or scores else None
+
+    return {"policy": config.ppo.init_from, **{role: reward_model(role) for role in ROLES}}
+
+
+def _settings(context: "StageContext") -> dict[str, Any]:
+    """The inputs that no earlier stage makes, and that a commit has too."""
+    from controller.pipeline.ingredients import environment_hidden, own_source
     from controller.record.redaction import redacted
 
     config = context.config
-
-    def reward_model(role: str) -> str | None:
-        """Where PPO has anything of it."""
-        is_value = role == "proxy" and starts_value_model(config)
-        scores = role in scored_roles(config) and role in scoring_models(config)
-        if not is_value and not scores:
-            return None
-        return context.fingerprint(context.checkpoint(f"reward_model/{role}"))
-
     # Only where there is one: a new key would set the commits of before aside.
     source, batch_tokens = own_source("ppo.estimator", config.ppo.estimator), config.reward_service.batch_tokens
     own: dict[str, Any] = {"estimator_source": source} if source else {}
@@ -95,10 +113,7 @@ def inputs(context: "StageContext") -> dict[str, Any]:
         "actors": "elastic" if is_elastic(config.cluster) else config.cluster.num_actors,
         "prompts": context.data_fingerprint("prompts"),
         "ptx": context.data_fingerprint("sft") if config.ppo.ptx_coef else None,
-        "policy": context.fingerprint(context.checkpoint(config.ppo.init_from)),
-        **{role: reward_model(role) for role in ROLES},
         "scorers": redacted({n: asdict(s) for n, s in config.reward_service.scorers.items()}),
-        **unseen(config),
     }
 
 
@@ -108,6 +123,22 @@ def _value_adapters(config: TandemConfig) -> dict[str, Any]:
     if value == policy or not chosen_estimator(config.ppo).has_value_model:
         return {}
     return {"value_lora": value}
+
+
+def check(context: "StageContext") -> None:
+    """Compare the commits in the run directory with what is known before earlier stages have run."""
+    from common.flatten import flat
+    from contracts.checks.validation import ConfigError
+
+    config, seen, unknown = context.config, _settings(context), set[str]()
+    if not config.checkpoint.every or config.checkpoint.resume == "never":
+        return
+    for key, result in _starts_from(config).items():
+        try:
+            seen[key] = context.fingerprint(context.checkpoint(result)) if result else None
+        except ConfigError:  # it is still to be made
+            unknown.add(key)
+    context.directory.check(flat(seen, keeps_empty=False), unknown)
 
 
 def run(context: "StageContext") -> dict[str, Any]:
@@ -198,15 +229,16 @@ def run(context: "StageContext") -> dict[str, Any]:
         with context.phase(f"{title}: {updates} updates of {config.ppo.rollouts_per_update} rollouts"):
             controller.run()
         learner.call("save", str(context.path))
+        controller.complete_ledger()
         ended = {"versions": controller.version, "learner_peak_gib": learner.peak_memory_gib()}
         return ended | {"scorers": client.versions}
 
 
 def _code(context: "StageContext") -> str:
     from common.files.fingerprints import json_digest
-    from controller.pipeline.stage_cache import code_of
+    from controller.pipeline.stage_cache import code_of, edited_code
 
-    return json_digest(code_of(context.config, context.result))[:16]
+    return json_digest(code_of(context.config, context.result) | edited_code(context.config, context.result))[:16]
 
 
 def _find_commit(context: "StageContext", identity: dict[str, Any]) -> "Commit | None":
@@ -250,6 +282,7 @@ STAGE = Stage(
     keys_to_run=lambda config: ("checkpoint", "evaluate.every" if config.evaluate.every is None else "evaluate"),
     roles=lambda config: {"proxy"} if starts_value_model(config) else set(),
     problems=problems,
+    check=check,
     samples=True,
     resumes=True,
     task="ppo",

@@ -33,17 +33,14 @@ def inputs(context: "StageContext") -> dict[str, Any]:
 
 
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:
-    from controller.pipeline.pair_training import lone_texts
+    """Held-out texts are ranked once the policy has trained."""
+    from controller.pipeline.pair_training import few_held_out, lone_texts
 
-    least = max(2, config.cluster.num_learner_ranks)
-    alone = lone_texts(
-        "preference", chosen_preference(config).batch_size, [data[reading.item] for reading in READS[:1]]
-    )
-    return alone + [
-        f"data.{reading.source} must have at least {least} usable rows for stage preference; found {len(data[reading.item])}"
-        for reading in READS
-        if len(data[reading.item]) < least
-    ]
+    least, texts = max(2, config.cluster.num_learner_ranks), data["completions"]
+    rule = f"data.preferences must have at least {least} usable rows for stage preference; found {len(texts)}"
+    few = [rule] if len(texts) < least else []
+    few += few_held_out("stage preference", least, data["test_completions"])
+    return lone_texts("preference", chosen_preference(config).batch_size, [texts]) + few
 
 
 def run(context: "StageContext") -> dict[str, Any]:
@@ -67,7 +64,7 @@ def run(context: "StageContext") -> dict[str, Any]:
             """Held-out accuracy of the scores that a policy implies."""
             scores = loss.scores(now, before, tokens, 1.0).tolist()
             count = settings.eval_pairs
-            return accuracy(context.config, test, lambda rows: [scores[i] for i in rows], count)
+            return accuracy(config, test, lambda rows: [scores[i] for i in rows], count)
 
         with context.phase(f"log-probabilities of the reference on {len(test)} held-out and {len(examples)} items"):
             before = likelihoods()

@@ -61,23 +61,12 @@ def run(context: "StageContext") -> dict[str, Any]:
 
 def problems(config: TandemConfig, data: "Inputs") -> list[str]:
     """Held-out texts are scored once the model has trained."""
-    from controller.pipeline.pair_training import lone_texts
+    from controller.pipeline.pair_training import few_held_out, lone_texts
 
-    read = [data[f"preferences/{role}"] for role in ROLES]
-    return lone_texts("reward_model", config.reward_model.batch_size, read) + _unusable_test(config, data)
-
-
-def _unusable_test(config: TandemConfig, data: "Inputs") -> list[str]:
-    test, least = data["test"], config.cluster.num_learner_ranks
-    rated = [sum(item.ratings) / len(item.ratings) for item in test if isinstance(item, RatedText)]
-    if rated:
-        usable, least = len(test) if len({*rated}) > 1 else 0, max(2, least)
-    else:
-        usable = sum(item.preference != 0.5 for item in test)
-    if usable >= least or not test:
-        return []
-    rule = f"data.test must have at least {least} usable rows for reward models"
-    return [f"{rule}; found {usable}, where ties do not count"]
+    read, test = [data[f"preferences/{role}"] for role in ROLES], data["test"]
+    least = max(2 if test and isinstance(test[0], RatedText) else 1, config.cluster.num_learner_ranks)
+    few = few_held_out("reward models", least, test) if test else []
+    return lone_texts("reward_model", config.reward_model.batch_size, read) + few
 
 
 def _sides(pair: Any) -> tuple[list[int], list[int]]:

@@ -1,8 +1,8 @@
 """The environment is rehearsed on the driver before an engine starts: a few prompts, and random tokens for the policy.
 
-Each prompt is played three times: every turn as long as it may be and without an EOS, every turn one token and an EOS, and
-turns of random lengths. What an environment does wrong for other tokens than these shows only in a run, where the same
-checks are made on every answer.
+Each prompt is played three times: every turn as long as it may be and without an EOS, every turn as short as it may be (its
+EOS alone, where nothing asks for more), and turns of random lengths. What an environment does wrong for other tokens than
+these shows only in a run, where the same checks are made on every answer.
 """
 
 import random
@@ -14,6 +14,7 @@ import numpy as np
 
 from actors.conversation import Ask, Conversation, Limits
 from actors.environment import environment_maker
+from common.error_text import told_by_others, whole_characters
 from common.text.end_tokens import end_ids
 from contracts.checks.validation import ConfigError
 from contracts.config import SamplingConfig, TandemConfig
@@ -70,8 +71,8 @@ def rehearse(
         )
     if failures:
         error = failures[0]
-        kind = "" if isinstance(error, EnvironmentFault) else f"{type(error).__name__}: "
-        raise ConfigError(f"{name}: {kind}{error}") from error
+        told = whole_characters(str(error)) if isinstance(error, EnvironmentFault) else told_by_others(error)
+        raise ConfigError(f"{name}: {told}") from error
 
 
 def _play(config: TandemConfig, tokenizer: Any, prompts: dict[str, list[Prompt]], in_chat: Set[str]) -> None:
@@ -103,7 +104,7 @@ def _converse(
     ask: Ask | None = conversation.begin()
     while ask is not None:
         most = ask.sampling.max_completion_tokens
-        said = length(max(1, ask.sampling.min_completion_tokens), most, draw)
+        said = length(ask.sampling.min_completion_tokens, most, draw)
         tokens = [draw.randrange(limits.vocab_size) for _ in range(said)]
         tokens += [draw.choice(ends)] if said < most else []
         ids = np.array(tokens, dtype=np.int32)

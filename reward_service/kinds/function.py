@@ -27,9 +27,11 @@ from queue import Queue
 from typing import Any
 
 from common.error_text import last_line
-from common.files.source_code import function_source, parsed, source_digest, source_signature, split_function
+from common.files.code_digest import foreign_digest, function_digest
+from common.files.source_code import function_source, parsed, source_signature, split_function
 from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
+from contracts.plugins import BY_PATH, Kind
 from contracts.records import Score, ScoringItem
 from reward_service.call_forms import CallForm, UnknownForm, call_form
 from reward_service.function_answers import Plain
@@ -75,7 +77,10 @@ class Function(ScorerKind):
         return form.lacks_in_data if form else None
 
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
-        return source_digest(entry.function) if entry.function else ""
+        return foreign_digest(entry.function) if entry.function else ""
+
+    def named_code(self, entry: ScorerConfig) -> list[tuple[Kind, str]]:
+        return [(BY_PATH, entry.function)] if entry.function else []
 
     def spec(self, name: str, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str | None) -> ScorerSpec:
         source = entry.function or ""
@@ -135,8 +140,9 @@ def has_whole_queries(function: str) -> bool:
 
 
 def function_version(function: str) -> str:
-    """Covers its name, its source file and what that imports from beside it. Raises ValueError without such a source."""
-    return version_of(source_digest(function))
+    """Covers its name, its source file and what that imports from beside it and of Tandem. Raises ValueError without such a
+    source."""
+    return version_of(function_digest(function))
 
 
 class FunctionScorer(Scorer):

@@ -10,10 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common.files.source_code import source_digest
+from common.files.code_digest import foreign_digest, function_digest
 from contracts.checks.check import Check
 from contracts.config import RewardServiceConfig, ScorerConfig
-from contracts.plugins import UnknownPlugin, names
+from contracts.plugins import Kind, UnknownPlugin, import_path, names
 from contracts.records import Score, ScoringItem
 from reward_service.isolate import KILLS, Failed, Quarantine, isolate
 from reward_service.kinds.function import CALL_S, FunctionError, FunctionPool, FunctionProcess, process_checks
@@ -44,21 +44,19 @@ class VerifierKind(ScorerKind):
         instead = f"pip install 'tandem-rlhf[{EXTRA}]'"
         return [Check(False, f"{key}.verifier", rule, entry.verifier, instead).message] if missing else []
 
+    def named_code(self, entry: ScorerConfig) -> list[tuple[Kind, str]]:
+        return [(VERIFIERS, entry.verifier)] if entry.verifier else []
+
     def content(self, entry: ScorerConfig, memory: Path | None = None) -> str:
         """Its source, and the releases of the packages that it compares with."""
-        found = find_verifier(name := entry.verifier or "")
-        path = name if ":" in name else f"{VERIFIERS.package}.{name}:{VERIFIERS.attribute}"
-        releases = {
-            package: version(package) for package in sorted(set(found.requires.values()) - set(found.missing()))
-        }
-        return source_digest(path) + json.dumps(releases)
+        return foreign_digest(_path(entry)) + _releases(entry)
 
     def spec(self, name: str, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str | None) -> ScorerSpec:
         settings = json.dumps([entry.answer, entry.options], sort_keys=True, default=str)
         return ScorerSpec(
             name,
             entry,
-            version_of(str(entry.verifier), self.content(entry), settings),
+            version_of(str(entry.verifier), function_digest(_path(entry)) + _releases(entry), settings),
             calls=entry.processes * service.most_replicas,
             call_items=entry.batch_size,
             call_s=CALL_S,  # what is in one call waits for the slowest of it
@@ -72,6 +70,16 @@ class VerifierKind(ScorerKind):
 
     def make(self, entry: ScorerConfig, service: RewardServiceConfig, tokenizer: str) -> Scorer:
         return VerifierScorer(entry, tokenizer)
+
+
+def _path(entry: ScorerConfig) -> str:
+    return import_path(VERIFIERS, entry.verifier or "")
+
+
+def _releases(entry: ScorerConfig) -> str:
+    found = find_verifier(entry.verifier or "")
+    packages = sorted(set(found.requires.values()) - set(found.missing()))
+    return json.dumps({package: version(package) for package in packages})
 
 
 class VerifierScorer(Scorer):

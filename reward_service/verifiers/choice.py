@@ -4,7 +4,7 @@ statement counts, and a letter within a word, or one of several ("A or B"), is n
 import re
 
 from reward_service.verifier import BadRow, Option, Options, Row, Verified, Verifier, answer_text
-from reward_service.verifiers._answers import verdict
+from reward_service.verifiers._answers import answered, verdict
 
 # The runs are possessive: nothing of them is given back, and so no text takes long.
 OPEN = r"[\s*_`'\"“(\[{$]*+(?:\\text\{|\\textbf\{|\\mathrm\{|\\mathbf\{)?[\s*_`'\"“(\[{]*+"
@@ -58,7 +58,7 @@ def read(row: Row, options: Options) -> str:
 
 
 def verify(completion: str, right: str, options: Options) -> Verified:
-    found = chosen(completion, options)
+    found = chosen(answered(completion), options)
     return verdict(found == right, found is not None)
 
 

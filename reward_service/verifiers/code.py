@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from reward_service.sandbox import GRACE_S, Limits, Tests, encloses, outputs, passed
 from reward_service.sandbox_runner import OUTPUT_BYTES
 from reward_service.verifier import BadRow, Option, Options, Row, Verified, Verifier, column, flag, one_of
-from reward_service.verifiers._answers import fenced
+from reward_service.verifiers._answers import answered, fenced
 
 WANTED = "Python with asserts, a list of such texts, or a list of {input, output} for a program that reads and prints"
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -187,9 +187,10 @@ def _calls(statement: ast.stmt) -> set[str]:
 
 
 def verify(completion: str, right: Wanted, options: Options) -> Verified:
-    code = fenced(completion, "python", "python3", "py")
+    answer = answered(completion)
+    code = fenced(answer, "python", "py")
     if code is None and not options["fenced"]:
-        code = completion
+        code = answer
     if not code or not _compiles(code):
         return {"score": 0.0, "passed": 0.0, "extracted": float(code is not None)}
     limits = Limits(options["seconds"], options["memory_mib"], options["processes"])

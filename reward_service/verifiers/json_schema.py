@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from reward_service.verifier import BadRow, Option, Options, Row, Verified, Verifier, column
-from reward_service.verifiers._answers import fenced, verdict
+from reward_service.verifiers._answers import answered, fenced, verdict
 
 
 def problem_of(schema: Any) -> str | None:
@@ -84,9 +84,10 @@ def read(row: Row, options: Options) -> Any:
 
 
 def verify(completion: str, right: Any, options: Options) -> Verified:
-    text = fenced(completion, "json")
+    answer = answered(completion)
+    text = fenced(answer, "json")
     try:
-        value = json.loads(completion if text is None else text, parse_constant=_refuse, object_pairs_hook=_object)
+        value = json.loads(answer if text is None else text, parse_constant=_refuse, object_pairs_hook=_object)
         return verdict(right.is_valid(value))
     except (ValueError, RecursionError):  # no JSON, or deeper than Python goes
         return verdict(False, False)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from reward_service.verifier import BadRow, Options, Row, Verified, Verifier, answer_text, flag
 from reward_service.verifiers._amounts import amounts
-from reward_service.verifiers._answers import TAG, verdict
+from reward_service.verifiers._answers import TAG, answered, verdict
 from reward_service.verifiers._quantities import MAX_DIGITS, Quantity, quantity, same, same_unit, unit_of
 
 LIBRARY_S = 2  # of parsing, and of comparing: beyond, the answer has no score
@@ -29,25 +29,29 @@ STEP = re.compile(r"\A\W*(?:step|part|case|method)\s+\d+\s*(?:[*_]*[:.)–-][*_]
 REMARK = re.compile(
     r"(?:correct|right|confirmed|verified|reasonable|consistent|valid|clear)\b|[^\W\d]*$", re.IGNORECASE
 )
-WORDS = re.compile(r"[A-Za-z]{2,}")
+WORDS = re.compile(r"[A-Za-z]{3,}")
 # "It is 7", "it's 7": nobody writes products so, and the library would read I*t*i*s*7.
 PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2}(?:['’][a-z]+)?\s+\$?[A-Za-z\d]")
-COMMANDS = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+")
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt pi max min gcd lcm det".split()  # noqa: SIM905
-)
+COMMANDS = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+|_\{[A-Za-z]+\}")
+# Functions that the library knows, behind a backslash alone; log2 and log10 say their base.
+_NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log(?![0-9])|ln|lg|exp|sqrt|max|min|gcd|lcm"
+NAME = re.compile(rf"\\(?:operatorname|mathrm)\s*\{{\s*({_NAMES})\s*\}}|(?<![A-Za-z\\])(?<!_\{{)({_NAMES})(?![A-Za-z])")
+ROOT = re.compile(r"\\sqrt\s*\(((?:[^()]|\([^()]*\))*)\)")
 # In Markdown; not x**2 + y**2, nor 2**(n + 1).
 BOLD = re.compile(r"(?<![\w)\]}*])(\*\*|__)(?=[^\s*_])([^*_\n]+?)(?<=\S)\1(?![\w({\[*])")
 END = re.compile(
-    r"(?<=[^\s.])[.!?](?=\s|$)|[;\n]|,?\s+(?:because|since|as|which|where|so)\b|\s+\((?=\s*(?:[A-Za-z]{2}|[aA]\s))|,\s+(?=[A-Za-z]{3})"
+    r"(?<=[^\s.\\])[.!?](?=\s|$)|[;\n]|,?\s+(?:because|since|as|which|where|so)\b|\s+\((?=\s*(?:[A-Za-z]{2}|[aA]\s))|,\s+(?=[A-Za-z]{3})"
+)
+FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|\\\(((?:(?!\\\().)+?)\\\)|(?<![\\$])\$([^$\n]+)(?<!\\)\$"
 )
 PLAIN = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ",
-    "≥": r"\ge ", "√": r"\sqrt", "**": "^", "²": "^2", "³": "^3", "\u00a0": " ",
+    "≥": r"\ge ", "∈": r"\in ", "√": r"\sqrt", "**": "^", "²": "^2", "³": "^3", "\u00a0": " ",
 }  # fmt: skip
 # Read as something else by the library: 0.\overline{3} as 0, 12:30 as 2/5, words as products of their letters.
 UNREAD = re.compile(
-    r"^\s*-?0,\d+\s*$|\\overline|\\dot\b|\\bar\b|\d\s*:\s*\d|\d\s+\d|(?<![A-Za-z\\])\d+[eE]\d|!\s*\d|[?#@~](?!\\)"
+    r"^\s*-0,\d|\\(?:cot|sec|csc)h\b|\\overline|\\dot\b|\\bar\b|\d\s*:\s*\d|\d\s+\d|(?<![A-Za-z\\])\d+[eE]\d|!\s*\d|[?#@~](?!\\)"
 )
 # Before a letter that is a factor: behind a number the library drops it as a unit (0.9: 3t is 3, 2ab is 2).
 VARIABLE = re.compile(
@@ -70,6 +74,11 @@ UNIT_BEHIND = re.compile(
 # 5m is five meters, or what 2m + 3m is.
 FACTOR = re.compile(r"[\d}][A-Za-z](?:\s*\^\s*\{?\d\}?)?$")
 ALTERNATIVES = re.compile(r",?\s+or\s+|\s*\\text\s*\{\s*or\s*\}\s*")
+SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*")
+MEMBER = re.compile(r"\A\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])")  # x \in (0,1)
+# At the ends; at the last one a run is tried from its beginning alone.
+SPACES = re.compile(r"\A(?:\s*\\[,;:! ])+|(?<!\s)(?<!\\[,;:! ])(?:\s*\\(?:[,;:! ]|\Z))+\Z")
+SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!)\s*(?=\d{3}(?!\d))")  # 10,\!080
 BRACKETS = re.compile(r"(.*\S)\s+\(([^()]*)\)", re.DOTALL)
 BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|,?\s*(?:or|and)\b)[\s$]*(?:[A-Za-z]\s*=)?[\s$]*")
 
@@ -83,10 +92,10 @@ class Right(NamedTuple):
 
 def clean(text: str) -> str:
     """Without what surrounds a formula, and with LaTeX in place of other signs."""
-    text = text.strip()
+    text = SEPARATOR.sub("", text.strip())
     for _ in range(4):
         before = text
-        text = text.strip().strip("*_`").strip()
+        text = SPACES.sub("", text.strip().strip("*_`")).strip()
         text = re.sub(r"^\\(?:left|displaystyle)\b|^(?:\\\[|\\\()\s*|\s*(?:\\\]|\\\))$|[.,;]$", "", text).strip()
         text = text[2:-2] if len(text) > 4 and text.startswith("$$") and text.endswith("$$") else text
         text = text[1:-1] if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1] else text
@@ -188,12 +197,27 @@ def candidates(completion: str, options: Options) -> list[str]:
 
 
 def _read_off(text: str) -> list[str]:
-    """A formula, as a whole and behind its last equals sign, or else the only number of a sentence or behind that sign."""
+    """A formula, as a whole and behind its last equals sign, or else the only number of a sentence or behind that sign, or
+    its only formula."""
     text = _without_remark(text)
     whole = _sides(text)
     if any(map(readable, whole)):
         return whole
-    return amounts(clean(text)) or (amounts(clean(text.rsplit("=", 1)[1])) if "=" in text else [])
+    found = amounts(clean(text)) or (amounts(clean(text.rsplit("=", 1)[1])) if "=" in text else [])
+    return found or _only_formula(text)
+
+
+def _only_formula(text: str) -> list[str]:
+    """Of a sentence that would have one number, were it one; with its unit."""
+    found = list(FORMULA.finditer(text))
+    if len(found) != 1:
+        return []
+    before, inside, behind = text[: found[0].start()], next(filter(None, found[0].groups())), text[found[0].end() :]
+    if amounts(clean(f"{before}1{behind}")) != ["1"]:
+        return []
+    unit = rf"\text{{{behind.strip(' .')}}}" if unit_of(behind) else ""
+    sides = [side + unit for side in _sides(inside)]
+    return sides if any(map(readable, sides)) else []
 
 
 def _without_remark(text: str) -> str:
@@ -241,20 +265,22 @@ def expression(text: str) -> str | None:
     """LaTeX of what is no plain number, where the library reads it as people do."""
     text = re.sub(r"_(\d)\s+", r"_{\1} ", with_unit(text)[0])
     text = re.sub(r"\s*(?:,\s*)?(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*", ", ", clean(text))
-    text = re.sub(r"\\[,;:!]|\\(?:left|right|displaystyle|limits)(?![A-Za-z])", " ", text)
+    text = re.sub(r"\\[,;:!]|\\(?:displaystyle|limits)(?![A-Za-z])", " ", SIZE.sub(" ", text))
     text = re.sub(
         r"(?<![A-Za-z\\])(pi|infinity|infty)(?![A-Za-z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty ", text
     )
     if not 0 < len(text) <= MAX_CHARACTERS or sum(map(str.isdigit, text)) > MAX_DIGITS // 2:
         return None
+    text = NAME.sub(lambda m: f"\\{m[1]} " if m[1] else f"\\{m[2]}", text)
+    while (rooted := ROOT.sub(r"\\sqrt{\1}", text)) != text:
+        text = rooted
+    text = re.sub(r"\A\s*0,(?=\d)", "0, ", text)  # two numbers; of 0,125 the library makes a decimal
     if text.count("{") != text.count("}") or "\\boxed" in text:
         return None
     if UNREAD.search(re.sub(r"\\times|\\cdot", "*", text)) or HUGE.search(text) or "\\text" in text or "$" in text:
         return None
     plain = COMMANDS.sub(" ", text)
-    prose = [said for said in PROSE.findall(plain) if said[:2].lower() not in FUNCTIONS]
-    words = [word for word in WORDS.findall(plain) if word.lower() not in FUNCTIONS]
-    if prose or any(len(word) > 2 for word in words):
+    if PROSE.search(plain) or WORDS.search(plain):
         return None
     text = re.sub(r"\\([dt]?frac)\s*(\d)\s*([A-Za-z])", r"\\\1{\2}{\3}", FUNCTION.sub(r"\1\2(\3)", text))
     return VARIABLE.sub("*", text)
@@ -298,6 +324,10 @@ def read(row: Row, options: Options) -> Right:
     elif boxes := boxed(text):
         text = boxes[-1][1]
     number = quantity(clean(text))
+    if re.fullmatch(r"-?0,\d+", clean(text)):
+        raise BadRow(
+            f"{name} must be one number or several; write 0.5 for a decimal, or 0, 5 with a space for two numbers"
+        )
     try:
         tree = [] if number and not FACTOR.search(clean(text)) else parsed(text)
     except TimeoutError:
@@ -307,12 +337,17 @@ def read(row: Row, options: Options) -> Right:
             f"{name} must be a number or an expression that math-verify reads; write the answer alone, or verifier: exact, "
             "choice or regex for words"
         )
-    within = re.fullmatch(r"([(\[])[^()\[\]]*[)\]]", clean(text).replace("\\left", "").replace("\\right", ""))
+    within = re.fullmatch(r"([(\[])[^()\[\]]*[)\]]", unnamed(clean(text)))
     return Right(number, tree, within[1] if within and "," in within[0] else "", "" if number else with_unit(text)[1])
 
 
+def unnamed(text: str) -> str:
+    """An interval without what it is of, and its brackets without their sizes: x \\in \\left(0,1\\right)."""
+    return MEMBER.sub("", SIZE.sub("", text)).strip()
+
+
 def verify(completion: str, right: Right, options: Options) -> Verified:
-    found = candidates(completion, options)
+    found = candidates(answered(completion), options)
     return verdict(any(_is_right(right, text) for text in found), any(map(readable, found)))
 
 
@@ -336,9 +371,7 @@ def equal(right: Right, text: str) -> bool:
         assert number is not None
         as_latex = f"\\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
         return compared(parsed(as_latex) if right.number else right.parsed, parsed(as_latex if given else text))
-    if right.opening and not text.removeprefix("\\left").startswith(
-        right.opening
-    ):  # a point is no interval, and neither is a set
+    if right.opening and not unnamed(text).startswith(right.opening):  # a point is no interval, and neither is a set
         return False
     return bool(right.parsed) and given is None and compared(right.parsed, parsed(text))
 

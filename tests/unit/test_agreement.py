@@ -64,6 +64,20 @@ def test_the_bootstrap_draws_groups_whole() -> None:
     assert math.isnan(bootstrap_groups(lambda rows: values[rows].mean(), [], 500, 7).mean)
 
 
+def test_resamples_that_are_all_one_number_tell_no_limits(tmp_path: Path) -> None:
+    """Perfect agreement of three prompts, and numbers that are one but for rounding."""
+    gold = read_gold(gold_file(tmp_path / "gold.jsonl", rated(("p", "a", 1), ("q", "b", 2), ("r", "c", 3))))
+    found = agreement(gold, [Score(1.0), Score(2.0), Score(3.0)], [1.0, 2.0, 3.0], 200, 1)
+    for name in ("spearman", "kendall", "kappa"):
+        assert found[name] == {"mean": pytest.approx(1.0), "low": None, "high": None}
+    found = agreement(gold, [Score(1.0), Score(3.0), Score(2.0)], [1.0, 2.0, 3.0], 200, 1)
+    for name in ("spearman", "kendall", "kappa"):
+        assert found[name]["low"] < found[name]["mean"] < found[name]["high"]
+    groups, noise = [0, 1, 2], np.array([0.0, 1e-9, -1e-9])
+    almost = bootstrap_groups(lambda rows: 1 + noise[rows].sum(), groups, 200, 1)
+    assert (almost.mean, math.isnan(almost.low), math.isnan(almost.high)) == (1.0, True, True)
+
+
 def test_items_without_a_score_count_as_such_and_nothing_else(tmp_path: Path) -> None:
     rows = rated(("p", "a", 1), ("p", "b", 3), ("q", "c", 2), ("q", "d", 2), ("q", "e", 5), ("r", "f", 4))
     gold = read_gold(gold_file(tmp_path / "gold.jsonl", rows))
@@ -204,7 +218,7 @@ def test_a_judge_at_an_address(server: Scripted, tmp_path: Path, capsys: pytest.
     table = capsys.readouterr().out
     assert "5 of 6 items have a score" in table
     assert "1 unreadable" in table
-    assert "spearman       1.000 [1.000, 1.000]" in table
-    assert "kappa          1.000 [1.000, 1.000]" in table
+    assert "spearman       1.000 [unknown, unknown]" in table  # as it is in every resample of so few
+    assert "kappa          1.000 [unknown, unknown]" in table
     assert "pair_accuracy  unknown [unknown, unknown], 0 pairs" in table
     assert {body["messages"][0]["content"] for body in server.bodies[1:]} >= {"text <1> a hint", "lost a hint"}

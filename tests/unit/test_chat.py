@@ -41,6 +41,8 @@ TAIL = "<|im_end|>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 # The last answer as it is given; of earlier ones the thinking goes.
 DROPS = "{% set c = m['content'] %}{% if m['role']=='assistant' and '</think>' in c and not loop.last %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+# As DeepSeek-R1's distilled models: the thinking goes from every answer, the last one too.
+FORGETS = DROPS.replace(" and not loop.last", "")
 TEMPLATES = {
     "trim": HEAD + "{{ m['content'] | trim }}" + TAIL + ASK,
     "nogen": HEAD + "{{ m['content'] }}" + TAIL,
@@ -277,6 +279,110 @@ def test_control_tokens_inside_a_call_do_not_end_it(make: Make, plain: Any, end:
     check(tokenizer, plain, [FOUR[0], asked, *FOUR[2:]], pieces)
 
 
+# As Gemma 4: control tokens quote texts, close every call, and say that the calls are over.
+QUOTES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for t in m.tool_calls or [] %}<jupyter_code>{{ t.function.name }}{% for k, v in t.function.arguments | items %}{{ k }}:<file_sep>{{ v }}<file_sep>{% endfor %}<jupyter_output>{% if loop.last %}OVER{% endif %}{% endfor %}{% if not m.tool_calls %}<|im_end|>\n{% endif %}{% endfor %}"
+    + ASK
+)
+
+
+def asks(*calls: dict, said: str | None = None) -> Turns:
+    return [*FOUR[:1], {"role": "assistant", "content": said, "tool_calls": [*calls]}]
+
+
+def test_control_tokens_that_quote_arguments_do_not_end_a_call(make: Make, plain: Any) -> None:
+    tokenizer = make(QUOTES.replace("OVER", "<empty_output>"))
+    assert turn_end_ids(tokenizer, chat=True) == tuple(plain.convert_tokens_to_ids(["<|im_end|>", "<empty_output>"]))
+    one = "<jupyter_code>weathercity:<file_sep>Oslo<file_sep><jupyter_output>"
+    for count in (1, 2):
+        pieces = [FOUR_PIECES[0], (one * count + "<empty_output>", True)]
+        check(tokenizer, plain, asks(*[CALL] * count), pieces)
+        asked = [(f"{USER}Another?<|im_end|>\n{ASSISTANT}", False), FOUR_PIECES[3]]
+        check(tokenizer, plain, [*asks(*[CALL] * count), *FOUR[2:]], [*pieces, *asked])
+
+
+def test_calls_of_which_each_has_an_end_are_not_cut_at_the_first(make: Make, plain: Any) -> None:
+    tokenizer, one = make(QUOTES.replace("OVER", "")), "<jupyter_code>weathercity:<file_sep>Oslo<file_sep>"
+    check(tokenizer, plain, asks(CALL), [FOUR_PIECES[0], (one + "<jupyter_output>", True)])
+    with pytest.raises(LeftOut, match="does not end an answer where it is over"):
+        encode_example(tokenizer, "", asks(CALL, CALL), chat=True)
+    notes = Notes()
+    example = encode_example(tokenizer, "", [*asks(CALL, CALL), *FOUR[2:]], chat=True, notes=notes)
+    assert (trained(plain, example), notes.rewritten) == ("Eleven.<|im_end|>", 1)
+
+
+def trained(plain: Any, example: Any) -> str:
+    return plain.decode([i for i, trains in zip(example.token_ids, example.loss_mask, strict=True) if trains])
+
+
+NEWS = {"id": "2", "type": "function", "function": {"name": "news", "arguments": {"topic": "Oslo"}}}
+CALLED = "{% for t in m.tool_calls or [] %}<tool_call>{{ t.function | tojson }}</tool_call>{% endfor %}"
+SHOWN = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+
+
+def test_every_call_of_every_row_is_shown_or_the_row_is_refused(make: Make, plain: Any) -> None:
+    """Whatever rows before it were, and though the text speaks of what is called."""
+    either = make(
+        HEAD + "{% if m.content %}{{ m.content }}{% elif m.tool_calls %}" + CALLED + "{% endif %}" + TAIL + ASK
+    )
+    first = make(
+        HEAD + "{{ m.content }}" + CALLED.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]") + TAIL + ASK
+    )
+    notes = Notes()
+    for row in (asks(CALL), [*asks(CALL), *FOUR[2:]]):
+        assert trained(plain, encode_example(either, "", row, chat=True, notes=notes)).startswith(SHOWN)
+    for row in (asks(CALL, said="The weather?"), [*asks(CALL, said="The weather?"), *FOUR[2:]]):
+        with pytest.raises(LeftOut, match=r"does not show tool_calls \(1 of 1, the first is .*weather"):
+            encode_example(either, "", row, chat=True, notes=notes)
+    assert trained(plain, encode_example(first, "", asks(CALL), chat=True, notes=notes)) == SHOWN + "<|im_end|>"
+    for calls in ([CALL, NEWS], [CALL, CALL]):
+        with pytest.raises(LeftOut, match=r"does not show tool_calls \(1 of 2"):
+            encode_prompt(first, [*asks(*calls), FOUR[2]], chat=True, notes=notes)
+
+
+def test_an_earlier_answer_of_which_a_part_is_never_shown_does_not_train(make: Make, plain: Any) -> None:
+    """As Llama 3.1's call beside a text, and the thinking of DeepSeek-R1."""
+    call_alone = make(HEAD + "{% if m.tool_calls %}" + CALLED + "{% else %}{{ m.content }}{% endif %}" + TAIL + ASK)
+    forgets = make("{% for m in messages %}" + FORGETS + "<|im_start|>{{ m['role'] }}\n{{ c }}" + TAIL + ASK)
+    for tokenizer, row in (
+        (call_alone, asks(CALL, said="Let me look.")),
+        (call_alone, [*asks(CALL, said="Name"), *FOUR[2:], *asks(CALL, said="Eleven.")]),  # said elsewhere
+        (forgets, turns("Name a prime.", THOUGHT)),
+    ):
+        with pytest.raises(LeftOut, match="does not show an answer as it was given"):
+            encode_example(tokenizer, "", row, chat=True)
+        notes = Notes()
+        example = encode_example(tokenizer, "", [*row, *FOUR[2:]], chat=True, notes=notes)
+        assert not trained(plain, example).startswith("<tool_call>")
+        assert trained(plain, example).replace("Eleven.<|im_end|>", "") == ""
+        assert notes.rewritten in (1, 2)
+    check(call_alone, plain, [*asks(CALL), *FOUR[2:]], [FOUR_PIECES[0], (SHOWN + "<|im_end|>", True), *FOUR_PIECES[2:]])
+
+
+# As DeepSeek-V3, which joins arguments with texts; its first template shows calls only where the content is null.
+JOINS = HEAD + "{% for t in m.tool_calls or [] %}{{ t.function.name + ' ' + t.function.arguments }}{% endfor %}{{ m.content or '' }}" + TAIL + ASK  # fmt: skip
+NULLS = HEAD + "{% if m.content is none %}{% for t in m.tool_calls %}{{ t.function.name }} {{ t.function.arguments }}{% endfor %}{% else %}{{ m.content }}{% endif %}" + TAIL + ASK  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [JOINS, NULLS])
+@pytest.mark.parametrize("arguments", ['{"city":"Oslo"}', {"city": "Oslo"}])
+@pytest.mark.parametrize("said", [None, ""])
+def test_templates_that_take_arguments_as_a_text(
+    make: Make, plain: Any, template: str, arguments: Any, said: str | None
+) -> None:
+    call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+    written = arguments if isinstance(arguments, str) else '{"city": "Oslo"}'
+    check(make(template), plain, asks(call, said=said), [FOUR_PIECES[0], (f"weather {written}<|im_end|>", True)])
+    with pytest.raises(LeftOut, match="the arguments of a tool call are not JSON"):
+        encode_example(make(template), "", asks({**CALL, "function": {"name": "f", "arguments": "{"}}), chat=True)
+
+
+def test_no_calls_are_as_if_there_were_no_such_key(make: Make, plain: Any) -> None:
+    tokenizer = make(HEAD + "{% if 'tool_calls' in m %}" + CALLED + "{% else %}{{ m.content }}{% endif %}" + TAIL + ASK)
+    for calls in ([], None):
+        check(tokenizer, plain, [FOUR[0], FOUR[1] | {"tool_calls": calls}, *FOUR[2:]], FOUR_PIECES)
+
+
 def test_what_a_template_cannot_do_without_is_shown(make: Make, plain: Any) -> None:
     """Mistral's fails on a result without the call's id."""
     template = TEMPLATES["tools"].replace("{{ m['content'] or", "{% if m.role == 'tool' %}{{ m.tool_call_id + ': ' }}{% endif %}{{ m['content'] or")  # fmt: skip
@@ -290,7 +396,7 @@ def test_what_a_template_cannot_do_without_is_shown(make: Make, plain: Any) -> N
     example = encode_example(tokenizer, "", conversation, chat=True, notes=notes)
     assert "<|im_start|>tool\n1: 4 degrees<|im_end|>\n" in plain.decode(example.token_ids)
     roles = {"turns of the role user", "turns of the role tool"}
-    assert (notes.shown - roles, dict(notes.hidden)) == ({"tool_calls", "tool_call_id"}, {"name of messages": 1})
+    assert (notes.shown - roles, dict(notes.hidden)) == ({"tool_call_id"}, {"name of messages": 1})
 
 
 def test_a_template_without_an_end_is_refused(make: Make) -> None:
@@ -470,10 +576,6 @@ def test_too_many_answers_of_a_template_that_looks_ahead(make: Make, monkeypatch
         LeftOut, match=r"each of 7 answers takes renderings of its own, 105 turns in all, more than 100"
     ):
         encode_example(make("qwen3"), "", conversation, chat=True)
-
-
-# As DeepSeek-R1's distilled models: the thinking goes from every answer, the last one too.
-FORGETS = DROPS.replace(" and not loop.last", "")
 
 
 def test_an_answer_that_the_template_does_not_show_whole_is_refused(make: Make) -> None:

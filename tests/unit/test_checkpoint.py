@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from common.files import durable
 from common.files.durable import RawTensor
 from contracts.config import CheckpointConfig
-from contracts.interfaces import LearnerLostError
+from contracts.interfaces import CollectiveError, LearnerLostError
 from controller.commits import commit_store
 from controller.commits.commit_store import CheckpointError, RunFacts
 from controller.commits.committer import Committer, load_learner
@@ -117,6 +117,32 @@ def test_failures_in_a_row_end_the_run(tmp_path: Path) -> None:
         run.commit(step)
     with pytest.raises(CheckpointError, match=r"2 commits in a row have failed .*unexpected pos"):
         run.commit(4)
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        RayActorError(),
+        OutOfMemoryError("Ray's monitor of memory has ended it"),
+        RayTaskError("call", "traceback", CollectiveError("rank 1: gloo")),
+    ],
+)
+def test_a_rank_that_is_gone_is_no_failed_commit(failing: BaseException, tmp_path: Path) -> None:
+    """Nothing trains on without it: the run goes back, however few commits may fail."""
+    run = Fixture(tmp_path, max_failures=1)
+    run.commit(1)
+    run.learner.failing = failing
+    with pytest.raises(LearnerLostError, match="a learner rank is lost: "):
+        run.commit(2)
+    assert commit_store.steps(tmp_path) == [1]
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+    assert run.said == []
+    assert run.committer.metrics()["fault/commits_failed"] == 0
+    run.committer.wait_until_decided()  # none is under way
+    run.learner.failing = None
+    run.committer.resume_at(commit_store.verified(tmp_path, 1))
+    run.commit(2)
+    assert commit_store.steps(tmp_path) == [1, 2]
 
 
 def test_without_room_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,16 @@ import pytest
 
 from common.files.code_digest import changed_code, package_versions, stage_code
 from common.files.source_code import PACKAGES, TANDEM, source_digest
-from contracts.config import TandemConfig
+from contracts.config import RewardServiceConfig, ScorerConfig, TandemConfig
 from contracts.estimators import ESTIMATORS
 from contracts.plugins import source_file
 from contracts.preference_losses import PREFERENCE_LOSSES
 from contracts.stages import all_stages
-from controller.pipeline.stage_cache import code_of
+from controller.pipeline.ingredients import unseen
+from controller.pipeline.stage_cache import code_at_start, code_of, edited_code
 from reward_service.kinds.function import function_version
+from reward_service.resolve import resolve
+from reward_service.scorer_kind import version_of
 from reward_service.verifier import VERIFIERS
 
 STAGES = [stage.name for stage in all_stages() if stage.results]
@@ -271,3 +274,116 @@ def test_tandems_own_part_in_an_environment_is_left_to_the_stage(
     source_digest("tests.stand_ins:anything")
     assert TANDEM / "tests/stand_ins.py" in seen
     assert not [path for path in seen if path.is_relative_to(TANDEM / "contracts")]
+
+
+# ---- what Tandem has of a scorer, an environment, a stage
+
+
+@pytest.fixture
+def edit_tandem(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let a file of Tandem have this for its first lines, without touching it."""
+    read, more = Path.read_bytes, dict[Path, bytes]()
+
+    def edited(name: str, text: str) -> None:
+        code_at_start.cache_clear()
+        more.clear()
+        more[TANDEM / name] = text.encode()
+
+    monkeypatch.setattr(Path, "read_bytes", lambda path: more.get(path, b"") + read(path))
+    yield edited
+    code_at_start.cache_clear()
+
+
+def of_scorer(entry: ScorerConfig, tmp_path: Path) -> tuple[str, Any, dict[str, str]]:
+    """(version of the scores, what the inputs of PPO have of them, code of PPO)."""
+    config = TandemConfig(cache_dir=str(tmp_path), reward_service=RewardServiceConfig(scorers={"proxy": entry}))
+    version = resolve(config.reward_service.scorers, config.reward_service)["proxy"].version
+    return version, unseen(config), code_of(config, "ppo")
+
+
+MINE = """
+    from dataclasses import replace
+    from reward_service.verifiers.exact import VERIFIER
+    from reward_service.scorer_kind import ScorerKind
+    STRICT = replace(VERIFIER, answer="label")
+    def score(completions):
+        from reward_service.rules import brevity
+        return brevity(completions)
+    class Kind(ScorerKind): ...
+    KIND = Kind()
+"""
+SCORERS = {
+    "our verifier": (ScorerConfig(kind="verifier", verifier="exact"), "reward_service/verifiers/_answers.py"),
+    "our function": (
+        ScorerConfig(kind="function", function="reward_service.rules:brevity"),
+        "reward_service/rules.py",
+    ),
+    "their verifier": (ScorerConfig(kind="verifier", verifier="mine:STRICT"), "reward_service/verifiers/_answers.py"),
+    "their function": (ScorerConfig(kind="function", function="mine:score"), "reward_service/rules.py"),
+    "their kind": (ScorerConfig(kind="mine:KIND"), "reward_service/verifiers/_answers.py"),
+}
+
+
+@pytest.mark.parametrize("who", SCORERS)
+def test_what_tandem_has_of_a_scorer_is_code_and_its_version(
+    who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit_tandem: Any
+) -> None:
+    write(tmp_path, {"mine.py": MINE})
+    monkeypatch.syspath_prepend(tmp_path)
+    entry, made_of = SCORERS[who]
+    before = of_scorer(entry, tmp_path)
+    for harmless in ("contracts/config.py", "contracts/checks/check.py"):
+        edit_tandem(harmless, "changed = 1\n")
+        assert of_scorer(entry, tmp_path) == before
+    edit_tandem(made_of, "# a comment\n")
+    assert of_scorer(entry, tmp_path) == before
+    edit_tandem(made_of, "changed = 1\n")
+    version, inputs, code = of_scorer(entry, tmp_path)
+    assert version != before[0]  # no commit that it scored is gone on from
+    assert inputs == before[1]  # reuse_stages=true takes what is there
+    assert changed_code(before[2], code) == [made_of]
+
+
+def test_a_function_that_has_nothing_of_tandem_keeps_the_version_that_it_had(tmp_path: Path) -> None:
+    write(tmp_path, FILES)
+    function = f"{tmp_path}/rules.py:brevity"
+    assert function_version(function) == version_of(source_digest(function))
+
+
+@pytest.mark.parametrize("key", ["environment.name", "ppo.estimator", "stage"])
+def test_what_tandem_has_of_somebody_elses_code_is_code(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit_tandem: Any
+) -> None:
+    files = {
+        "beside.py": "from reward_service.rules import exact_answer\n",
+        "mine.py": """
+            from dataclasses import replace
+            import beside
+            from contracts.stages import find_stage
+            MINE = replace(find_stage("sft"), task="beside:TASK")
+        """,
+    }
+    write(tmp_path, files)
+    monkeypatch.syspath_prepend(tmp_path)
+    config, stage = TandemConfig(), "mine:MINE" if key == "stage" else "ppo"
+    if key == "environment.name":
+        config.environment.name = "mine:MINE"
+    elif key == "ppo.estimator":
+        config.ppo.estimator = "mine:MINE"
+    before = code_of(config, stage)
+    assert "mine:MINE" in before
+    edit_tandem("reward_service/rules.py", "changed = 1\n")
+    assert changed_code(before, code_of(config, stage)) == ["reward_service/rules.py"]
+
+
+def test_an_edit_since_the_process_began_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, sft = TandemConfig(), TANDEM / "learner/sft.py"
+    code_at_start.cache_clear()
+    before, read = code_of(config, "sft"), Path.read_bytes
+    assert edited_code(config, "sft") == {}
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (b"x = 1\n" if path == sft else b"") + read(path))
+    assert code_of(config, "sft") == before
+    assert list(edited_code(config, "sft")) == ["learner/sft.py (edited while it ran)"]
+    assert list(edited_code(config, "filtered_sft")) == []  # it has not asked before
+    assert edited_code(config, "preference") == {}
+    code_at_start.cache_clear()

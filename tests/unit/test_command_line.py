@@ -1,5 +1,6 @@
 """All that is wrong with a command line is said at once: unknown keys, wrong types, conflicts, also of a sweep's members."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from common.command_line import TAKE_VALUE, command_line_problems, flags_first, whole_sections
 from contracts.config import register_schema, to_config
+from controller.record.reader import read
+from controller.report.members import Member
 
 CONF = Path(__file__).parents[2] / "conf"
 UNKNOWN = "ppo.updats is not a key of the configuration; write ppo.updates"
@@ -226,3 +229,169 @@ def test_a_sweep_over_experiments_of_ones_own(said: tuple[str, ...], tmp_path: P
     words = [word.replace("DIR", str(tmp_path)) for word in said]
     [text] = command_line_problems(["-m", *words, "+experiment=mine", "ppo.seed=1,2"], CONF)
     assert text.startswith("ppo.updates must be at least 1; found 0")
+
+
+OWN = (CONF / "config.yaml").read_text().replace("ppo:\n", "ppo:\n  estimator: grpo\n  samples_per_prompt: 7\n")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [("--config-dir", "DIR", "-cn", "own"), ("--config-dir=DIR", "--config-name=own"), ("-cp", "DIR", "-cn", "own")],
+)
+def test_a_sweep_over_a_configuration_of_ones_own(said: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(OWN)
+    words = [word.replace("DIR", str(tmp_path)) for word in said]
+    if "-cp" in words:
+        shutil.copytree(CONF, tmp_path, dirs_exist_ok=True)
+    [text] = command_line_problems(["-m", *words, "ppo.seed=1,2"], CONF)
+    assert text.startswith("ppo.rollouts_per_update must be a multiple of ppo.samples_per_prompt (7); found 64")
+    assert command_line_problems(["-m", *words, "ppo.seed=1,2", "ppo.samples_per_prompt=8"], CONF) == []
+
+
+def test_a_folder_of_configuration_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert problems("--config-dir", f"{tmp_path}/no") == [f"--config-dir must be a directory; found {tmp_path}/no"]
+
+
+def starting(*arguments: str) -> list[str]:
+    return command_line_problems(list(arguments), CONF, starts=True)
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("data.sft.path=${oc.env:NOPE}", 'data.sft.path: KeyError raised while resolving interpolation: "Environment'),
+        ("model.path=${nope}/x", "model.path: Interpolation key 'nope' not found"),
+        ("run_dir=${oc.env:NOPE}/x", 'run_dir: KeyError raised while resolving interpolation: "Environment'),
+        (
+            "cluster=nope",
+            "In 'config': Could not find 'cluster/nope'; write one of laptop, multi_node, single_node_8gpu",
+        ),
+        (
+            "run_dir=",
+            "run_dir must be a directory that is there or can be made; found nothing; write for example run_dir=",
+        ),
+        (
+            "run_dir=FILE",
+            "run_dir must be a directory that is there or can be made; found FILE, and FILE is no directory",
+        ),
+        (
+            "run_dir=FILE/x",
+            "run_dir must be a directory that is there or can be made; found FILE/x, and FILE is no dir",
+        ),
+        ("hydra.run.dir=FILE", "hydra.run.dir must be a directory that is there or can be made; found FILE, and FILE"),
+    ],
+)
+def test_what_hydra_cannot_begin_is_said_before_it(word: str, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    [found] = starting(word.replace("FILE", str(file)))
+    assert found.startswith(text.replace("FILE", str(file)))
+    assert problems(word.replace("FILE", str(file))) == []  # of a job that runs elsewhere
+    assert starting("--cfg", "job", word.replace("FILE", str(file))) == []
+
+
+def test_the_directory_of_a_sweep_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in ("", f"{tmp_path}/link"):
+        [text] = starting("-m", "ppo.seed=1,2", f"hydra.sweep.dir={place}")
+        assert text.startswith("hydra.sweep.dir must be a directory that is there or can be made; found ")
+    assert starting("-m", "ppo.seed=1,2", f"hydra.sweep.dir={tmp_path}/a/b") == []
+    assert starting(f"run_dir={tmp_path}/" + "${hydra:job.name}", "~data") == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "link"]
+
+
+def test_a_sweeper_draws_in_no_section_that_is_null() -> None:
+    words = ["-m", "+experiment=sweep_optuna"]
+    [text] = starting(*words, "model.lora.alpha=interval(8,16)")
+    assert text.startswith("model.lora is null, where a sweeper draws model.lora.alpha; write it in an experiment")
+    assert starting(*words, "model.lora.alpha=choice(8,16)") == []
+    assert starting("-m", "+experiment=[sweep_optuna,lora]", "model.lora.alpha=interval(8,16)") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "whole"),
+    [
+        (["++model.lora.rank=8"], ["model={lora:{rank:8}}"]),
+        (["+model.lora={rank: 8}"], ["model={lora:{rank:8}}"]),
+        (["++model.lora.rank=8,16"], ["model={lora:{rank:8}},{lora:{rank:16}}"]),
+        (["data.gold.path="], ["data={gold:{path:''}}"]),
+        (
+            ["+data.prompt_sources.a.path=x", "+data.prompt_sources.b={path: y}", "+data.prompt_sources.a.weight=0.5"],
+            ["++data.prompt_sources={a:{path:x,weight:0.5},b:{path:y}}"],
+        ),
+        (["data.prompt_sources.a.path=x"], ["data.prompt_sources.a.path=x"]),
+    ],
+)
+def test_sections_that_are_added_are_whole(words: list[str], whole: list[str]) -> None:
+    found = whole_sections(words)
+    parsed = [OverridesParser.create().parse_override(word) for word in (*found, *whole)]
+    assert [(o.key_or_group, o.type, o._value) for o in parsed[: len(found)]] == [
+        (o.key_or_group, o.type, o._value) for o in parsed[len(found) :]
+    ]
+
+
+def test_a_scorer_and_a_source_are_added_by_dotted_words() -> None:
+    words = ["+reward_service.scorers.proxy.kind=function", "+reward_service.scorers.proxy.function=rules.py:f"]
+    words += ["+data.prompt_sources.a.path=x", "++model.lora.rank=8", "data.gold.path="]
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = to_config(compose("config", whole_sections(words)))
+    scorer = config.reward_service.scorers["proxy"]
+    assert (scorer.kind, scorer.function) == ("function", "rules.py:f")
+    assert (config.data.prompt_sources["a"].path, config.model.lora.rank) == ("x", 8)  # type: ignore[union-attr]
+    assert config.data.gold.path == ""  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("ppo={kl: {coef: x}}", "ppo.kl.coef must be a number; found x; write for example 0.05 (the default)"),
+        ("ppo={kl: {coof: 1}}", "ppo.kl.coof is not a key of the configuration; write ppo.kl.coef"),
+        (
+            "+reward_service.scorers={proxy: {kind: function, timeout_s: 5s}}",
+            "+reward_service.scorers.proxy.timeout_s must be a number; found 5s; write for example 5.0 (the default)",
+        ),
+        (
+            "+reward_service.scorers.r.timeout_s=5s",
+            "+reward_service.scorers.r.timeout_s must be a number; found 5s; write for example 5.0 (the default)",
+        ),
+        ("+data.prompt_sources.a=3", "+data.prompt_sources.a must be a section with keys of its own; found 3"),
+        (
+            "model={revision: 1.10}",
+            "model.revision must be a text; found one that is read as 1.1; write it in quotes within {revision: 1.10}",
+        ),
+        (
+            "+data.prompt_sources.a.path=1.10",
+            "+data.prompt_sources.a.path must be a text; found 1.10, which is read as 1.1; write "
+            "+data.prompt_sources.a.path='\"1.10\"'",
+        ),
+        (
+            "ppo.mask_truncated=2",
+            "ppo.mask_truncated must be true or false; found 2; write for example False (the default)",
+        ),
+        ("name=müller", "name: token recognition error at: 'ü'; write name='\"müller\"'"),
+    ],
+)
+def test_the_key_that_is_wrong_is_named(word: str, text: str) -> None:
+    assert text in problems(word)
+
+
+def test_a_sweep_has_no_run_directory_however_it_is_written() -> None:
+    assert problems("-m", "++run_dir=runs/x", "ppo.seed=1,2") == [
+        "run_dir names one run; write hydra.sweep.dir=DIRECTORY for the directory of a sweep"
+    ]
+
+
+def test_the_command_of_a_run_says_where_its_configuration_lay(tmp_path: Path) -> None:
+    """`train.py` keeps it beside Hydra's record of the overrides, for reports."""
+    folder, run_dir = tmp_path / "josé", tmp_path / "run"
+    folder.mkdir()
+    (folder / "own.yaml").write_text(OWN)
+    words = ["--config-dir", str(folder), "-cn", "own", "ppo.clip=7", f"run_dir={run_dir}"]
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=CONF.parent, capture_output=True, text=True)
+    assert (done.returncode, "ppo.samples_per_prompt (7)" in done.stderr) == (2, True)
+    run, flags = read(run_dir), ["--config-name=own", f"--config-dir={folder}"]
+    assert run.command == ["python", "train.py", *flags, "ppo.clip=7", f"run_dir={run_dir}"]
+    assert Member(run, "failed").command == run.command
+    plain = subprocess.run([sys.executable, "train.py", *words[4:]], cwd=CONF.parent, capture_output=True, text=True)
+    assert (plain.returncode, read(run_dir).origin) == (2, [])

@@ -23,6 +23,7 @@ from contracts.stages import method_titles, stage_names
 ROOT = Path(__file__).parents[2]
 CONF = (ROOT / "conf", ROOT / "studies/five_reasons/conf")
 FILES = sorted(str(path.relative_to(root).with_suffix("")) for root in CONF for path in root.rglob("*.yaml"))
+TRAIN = ("sft", "reward_model", "preference", "ppo")  # sections with settings of a training
 # What a user has to fill in before `data=files` can start.
 OWN_FILES = [f"data.{name}.path={name}.jsonl" for name in ("sft", "prompts", "preferences", "test", "eval_prompts")]
 
@@ -120,6 +121,22 @@ def test_a_large_preset_fits_its_nodes_and_no_fewer(file: str, nodes: int, gpus:
         check_nodes(plan(config), [node | {"GPU": gpus / 2}] * nodes)
     assert config.learner.zero_stage == 3
     assert "has NOT been run" in (ROOT / f"conf/{file}.yaml").read_text()
+
+
+@pytest.mark.parametrize("file", ["experiment/node_7b", "experiment/nodes_70b"])
+def test_a_large_preset_trains_nothing_by_the_settings_of_the_demo(file: str) -> None:
+    """Whatever `method`, stage or estimator a user takes with it."""
+    large, demo = composed(overrides_of(file)), composed([])
+    for method in method_titles():
+        validate(composed([*overrides_of(file), f"method={method}"]))
+    sections = (large.sft, large.reward_model, large.preference, large.ppo)
+    assert [section.trainable_layers for section in sections] + [large.ppo.value_trainable_layers] == [None] * 5
+    assert large.sft.max_tokens == large.reward_model.max_tokens == large.preference.max_tokens
+    assert large.sft.max_tokens == large.data.max_prompt_tokens + large.ppo.sampling.max_completion_tokens
+    pairs = [(getattr(large, name).optimizer, getattr(demo, name).optimizer) for name in TRAIN]
+    for of_large, of_demo in [*pairs, (large.ppo.value_optimizer, demo.ppo.value_optimizer)]:
+        assert (of_large.eps, of_large.warmup_steps > 5) == (1e-8, True)
+        assert of_large.learning_rate <= of_demo.learning_rate / 5
 
 
 def test_the_reference_of_all_keys_is_made_from_the_schema() -> None:

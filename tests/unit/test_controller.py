@@ -1,5 +1,6 @@
 """Steps of the PPO loop that need no engine."""
 
+import json
 import time
 from collections import Counter
 from dataclasses import replace
@@ -88,6 +89,16 @@ def test_an_update_without_any_score_ends_the_run_with_the_reasons(tmp_path: Pat
     with pytest.raises(ScoreError, match=r"2 of 2 rollouts of version 3 have no score .* reasons: \['wrong_type"):
         scored(rollouts, max_failed=1.0, policy_version=3, run_dir=tmp_path)
     assert len((tmp_path / "unscored.jsonl").read_text().splitlines()) == 2
+
+
+def test_half_a_character_does_not_hide_why_a_run_ends(tmp_path: Path) -> None:
+    one = np.ones(1, dtype=np.int32)
+    completion = Completion(one, one.astype(np.float32), one, "stop", "\ud83d é")
+    rollout = Rollout((0, 0, 0), Prompt(0, "", (5,)), completion, {"proxy": Score(None, "bad_row: \udc00")})
+    with pytest.raises(ScoreError, match="1 of 1 rollouts"):
+        scored([rollout], max_failed=0.0, policy_version=3, run_dir=tmp_path)
+    row = json.loads((tmp_path / "unscored.jsonl").read_text(encoding="utf-8"))
+    assert (row["completion"], row["scores"]["proxy"]["error"]) == ("? é", "bad_row: ?")
 
 
 def test_samples_have_the_version_of_their_line(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """Conversations on an engine that is a function of its requests: sequences, masks, seeds, limits, faults and scores."""
 
+import argparse
+import asyncio
+import json
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,7 @@ from contracts.config import SamplingConfig
 from contracts.environments import Step
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score, Turn
 from controller.ledger.ledger import Ledger
+from controller.loop.unscored import ScoreError, scored
 
 EOS = 2
 PROMPT = Prompt(3, "three", (5, 6, 7))
@@ -56,7 +61,7 @@ class FakeEngine:
 class Scripted:
     """Plays a list of steps and remembers what it was told."""
 
-    def __init__(self, *steps: Step | Exception, begin: list[int] | None = None):
+    def __init__(self, *steps: Step | BaseException, begin: list[int] | None = None):
         self.steps, self.begin, self.heard = list(steps), begin, list[list[int]]()
 
     def reset(self, prompt: Prompt) -> Any:
@@ -65,7 +70,7 @@ class Scripted:
     def step(self, token_ids: list[int]) -> Step:
         self.heard.append(token_ids)
         step = self.steps[len(self.heard) - 1]
-        if isinstance(step, Exception):
+        if isinstance(step, BaseException):
             raise step
         return step
 
@@ -233,6 +238,67 @@ def test_a_fault_costs_its_own_rollout(
     assert ledger.complete(lease.number, rollout)
     assert ledger.take(1, 1) == [rollout]
     ledger.quarantine(rollout.key, "no score")
+
+
+def argparse_of_a_tool() -> None:
+    tool = argparse.ArgumentParser("tool")
+    tool.add_argument("--x", type=int)
+    tool.parse_args(["--x", "seven"])
+
+
+async def cancelled() -> None:
+    task = asyncio.create_task(asyncio.sleep(5))
+    task.cancel()
+    await task
+
+
+class SaysNothing(Exception):
+    def __str__(self) -> str:
+        return self.text  # type: ignore[attr-defined, no-any-return]  # it has none
+
+
+def say_nothing() -> None:
+    raise SaysNothing
+
+
+@pytest.mark.parametrize(
+    ("act", "fault"),
+    [
+        (argparse_of_a_tool, "SystemExit: 2"),
+        (lambda: asyncio.run(cancelled()), "CancelledError"),
+        (say_nothing, "SaysNothing"),
+    ],
+)
+@pytest.mark.parametrize("place", ["make", "reset", "step"])
+def test_whatever_an_environment_raises_costs_its_own_rollout(act: Any, fault: str, place: str) -> None:
+    class Acts(Scripted):
+        def __init__(self) -> None:
+            super().__init__(Step([], 1.0, True))
+            if place == "make":
+                act()
+
+        def reset(self, prompt: Prompt) -> Any:
+            return act() if place == "reset" else super().reset(prompt)
+
+        def step(self, token_ids: list[int]) -> Step:
+            return act() if place == "step" else super().step(token_ids)  # type: ignore[no-any-return]
+
+    conversations = Conversations(FakeEngine([10, EOS]), Acts, LIMITS, decode)  # type: ignore[arg-type]
+    rollout = conversations.submit(REQUEST, SAMPLING).result(timeout=10)
+    assert rollout.fault == f"environment: {fault}"
+    assert rollout.completion.token_ids.tolist() == ([10, EOS] if place == "step" else [])
+
+
+def test_a_fault_has_a_text_that_every_file_takes(tmp_path: Path) -> None:
+    """Half an emoji's escape is what a policy writes that is cut off; a tool's megabyte is no reason."""
+    told = ValueError("no tool \ud83d " + "x" * 2**20)
+    rollout = play(FakeEngine([10, EOS]), Scripted(told))
+    assert rollout.fault == "environment: ValueError: no tool ? " + "x" * 490
+    score_rollouts(FakeClient([]), "proxy", [rollout], (EOS,))
+    with pytest.raises(ScoreError, match=r"no tool \? x"):
+        scored([rollout], 0.0, 0, tmp_path)
+    [row] = (tmp_path / "unscored.jsonl").read_text().splitlines()
+    assert json.loads(row)["fault"] == rollout.fault
 
 
 def test_an_engine_that_refuses_fails_the_future() -> None:

@@ -333,9 +333,10 @@ def test_rated_rows(jsonl, tokenizer):
         {"text": "Fine film.", "rating": 9.0, "ratings": [1, 2, 3]},
         {"text": "Bad film.", "rating": -1},
         {"text": "Odd film.", "ratings": "[0, -1.5]"},  # as a CSV cell holds it
-        {"prompt": "Your view? ", "text": "Good.", "rating": "2.5"},
     ]
-    several, one, cell, answer = load_preferences(jsonl(*rows), DATA, tokenizer, 64)
+    several, one, cell = load_preferences(jsonl(*rows), DATA, tokenizer, 64)
+    prompted = {"prompt": "Your view? ", "text": "Good.", "rating": "2.5"}
+    [answer] = load_preferences(jsonl(prompted), DATA, tokenizer, 64)
     assert (several.text, several.ratings) == ("Fine film.", [1.0, 2.0, 3.0])
     assert several.token_ids == [*tokenizer("Fine film.")["input_ids"], EOS]
     assert (one.ratings, cell.ratings, answer.ratings) == ([-1.0], [0.0, -1.5], [2.5])

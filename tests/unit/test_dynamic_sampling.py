@@ -200,7 +200,7 @@ def test_without_any_spread_in_a_whole_budget_the_run_ends(tmp_path: Path) -> No
         "0 of the 32 rollouts of update 1 are of groups whose scores differ, and 1 are needed "
         "(cluster.num_learner_ranks * ppo.minibatches); the scores lie between 0.25 and 0.25. Give prompts that are neither "
         "solved nor hopeless, a scorer that tells their completions apart, more ppo.samples_per_prompt, or a larger "
-        "ppo.dynamic_sampling.max_batches (4); null trains on equal groups too, which teach nothing but the KL penalty"
+        "ppo.dynamic_sampling.max_batches (4); null trains on equal groups too, whose scores teach nothing"
     )
     assert run.ledger.counts["filtered"] == 32
     # As many rollouts as ranks times minibatches must be left.

@@ -304,7 +304,7 @@ class Endless(Scripted):
 
 
 class SevenTurns(Scripted):
-    """Seven turns of one token and an EOS and two observed tokens each are too many for 12 tokens."""
+    """Seven turns of an EOS and two observed tokens each are too many for 12 tokens."""
 
     turns = 7
 
@@ -312,6 +312,19 @@ class SevenTurns(Scripted):
 class Crashes(Scripted):
     def step(self, token_ids: list[int]) -> Any:
         raise KeyError("answer")
+
+
+class Exits(Scripted):
+    def step(self, token_ids: list[int]) -> Any:
+        raise SystemExit("usage: tool \ud83d")
+
+
+class FirstWord(Scripted):
+    """Knows no answer without one."""
+
+    def step(self, token_ids: list[int]) -> Any:
+        _ = next(token for token in token_ids if token not in (0, EOS))
+        return super().step(token_ids)
 
 
 class Hangs(Scripted):
@@ -355,6 +368,8 @@ def test_a_sound_environment_passes(config: TandemConfig, tokenizer: Any) -> Non
         (Endless, "a conversation must end within ppo.sampling.max_completion_tokens (12)"),
         (SevenTurns, "write a larger ppo.sampling.max_completion_tokens, a smaller environment.max_turn_tokens"),
         (Crashes, "KeyError: 'answer'"),
+        (Exits, "SystemExit: usage: tool ?"),
+        (FirstWord, "StopIteration"),
         (WrongArguments, "TypeError"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -365,18 +380,37 @@ def test_faults_end_the_start_with_their_reason(config: TandemConfig, tokenizer:
     assert f"environment.name={__name__}:{kind.__name__}: " in str(raised.value)
 
 
+class Lengths(Scripted):
+    """Remembers how long turns were."""
+
+    found: ClassVar[set[int]] = set()
+
+    def step(self, token_ids: list[int]) -> Any:
+        self.found.add(len(token_ids))
+        return super().step(token_ids)
+
+
+@pytest.mark.parametrize(("least", "shortest"), [(0, 1), (2, 3), (3, 4)])
+def test_turns_are_as_short_as_they_may_be(config: TandemConfig, tokenizer: Any, least: int, shortest: int) -> None:
+    """The EOS alone, or `least` tokens and an EOS."""
+    config.environment.min_turn_tokens = least
+    Lengths.found.clear()
+    rehearsal(config, tokenizer, Lengths)
+    assert (min(Lengths.found), max(Lengths.found)) == (shortest, 4)
+
+
 def test_options_that_the_environment_does_not_have(config: TandemConfig, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="unexpected keyword argument 'sise'"):
         rehearsal(config, tokenizer, Scripted, sise=3)
 
 
 class Listens(Scripted):
-    """Remembers what turns ended with that may be longer."""
+    """Remembers what turns ended with that are an EOS alone."""
 
     ended: ClassVar[set[int]] = set()
 
     def step(self, token_ids: list[int]) -> Any:
-        if len(token_ids) == 2:
+        if len(token_ids) == 1:
             self.ended.add(token_ids[-1])
         return super().step(token_ids)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 
-from common.error_text import error_lines, typed_line
+from common.error_text import error_lines, last_line, told_by_others, typed_line, whole_characters
 from controller.loop.recovery import once_more
 from tests.conftest import ROOT
 
@@ -30,14 +30,25 @@ def test_an_error_in_one_line(error: Exception, lines: list[str], typed: str) ->
     assert typed_line(error) == typed
 
 
+def test_half_a_character_is_told_as_a_question_mark() -> None:
+    error = ValueError("one \udc00\ntwo \ud83d")
+    assert (typed_line(error), last_line(error)) == ("ValueError: one ?", "ValueError: two ?")
+    assert told_by_others(error) == "ValueError: one ?\ntwo ?"
+    assert whole_characters("\U0001f600 é") == "\U0001f600 é"
+
+
+def test_what_others_tell_is_bounded() -> None:
+    assert told_by_others(ValueError("é" * 501)) == "ValueError: " + "é" * 500
+    assert told_by_others(SystemExit(2)) == "SystemExit: 2"
+    assert told_by_others(TimeoutError()) == "TimeoutError"
+
+
 def test_a_lost_process_without_a_message_is_told(tmp_path: Path) -> None:
     class Silent(RayActorError):
         def __str__(self) -> str:
             return ""
 
     class Log:
-        def forget(self, stage: str) -> None: ...
-
         def cut(self, stage: str, sizes: dict[str, int]) -> None: ...
 
     said: list[str] = []

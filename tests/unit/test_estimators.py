@@ -116,6 +116,14 @@ def test_reward_to_go_by_hand() -> None:
     torch.testing.assert_close(whiten(to_go, mask, whitening_moments(to_go, mask)), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_module_that_exits_where_it_is_imported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without its guard: the run would end with that code, and no word."""
+    (tmp_path / "exits_at_import.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UnknownPlugin, match="estimator exits_at_import:MINE: SystemExit: 0; write"):
+        find_estimator("exits_at_import:MINE")
+
+
 def test_an_unknown_estimator_is_refused() -> None:
     with pytest.raises(UnknownPlugin, match=r"'gea' is no estimator; write gae, or package\.module:NAME"):
         chosen_estimator(PPOConfig(estimator="gea"))

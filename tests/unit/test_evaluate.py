@@ -13,12 +13,19 @@ import pytest
 from ray.exceptions import GetTimeoutError
 
 from common.files.code_digest import code_digest
-from contracts.config import ScorerConfig, TandemConfig
+from contracts.config import LoggerConfig, ScorerConfig, TandemConfig
 from contracts.records import Completion, Prompt, Rollout, RolloutRequest, Score
 from controller.evaluation import judging
 from controller.evaluation.judging import Judged, judge_models, sample_rows, summarize
 from controller.evaluation.kept_answers import KeptAnswers
+from controller.pipeline.pipeline import Pipeline
+from controller.pipeline.summary import summary_rows
+from controller.record.evaluation import objective
+from controller.record.reader import load
+from controller.record.run_log import RunLog
+from controller.report.run_page import render
 from controller.stages import evaluate
+from tests.unit.test_strict_json import strict
 
 
 def judged(lengths: list[int], **scores: list[float | None]) -> Judged:
@@ -276,3 +283,78 @@ def test_a_judge_that_was_away_is_not_remembered() -> None:
     several = judged([3, 4], proxy=[1.0, 2.0])
     several.others = [judged([3, 4], proxy=[None, 2.0]).rollouts]
     assert not several.is_scored
+
+
+def test_kept_answers_without_a_kl(tmp_path: Path) -> None:
+    given = judged([3, 4], proxy=[1.0, 2.0])
+    given.log_ratio = np.array([np.nan, 0.25])
+    KeptAnswers(str(tmp_path), {"seed": 1}).keep("base", given)
+    [file] = tmp_path.rglob("*.json")
+    strict(file)
+    found = KeptAnswers(str(tmp_path), {"seed": 1}).find("base")
+    assert found is not None
+    np.testing.assert_array_equal(found.log_ratio, given.log_ratio)
+
+
+def evaluated(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stage evaluate on two prompts, of which one has a score by both; completions of one token, at temperature 0.7."""
+    config = TandemConfig(run_dir=str(path), cache_dir=str(path / "cache"))
+    config.environment.name = "my_package.guess:Guess"  # no answers are kept
+    config.evaluate.sampling.temperature, config.evaluate.bootstrap_samples = 0.7, 50
+    given = judged([1, 1], proxy=[1.0, None], gold=[2.0, None]).rollouts
+    actor = Sampler()
+    actor.rollout.remote = lambda *asked: given
+    monkeypatch.setattr(judging.ray, "get", lambda calls, timeout: calls)
+    quiet: Any = SimpleNamespace(phase=lambda what: nullcontext(), line=print)
+    runtime = SimpleNamespace(
+        service=lambda scorers: None, actors=lambda *_: nullcontext([actor]), wait_for_service=lambda: None
+    )
+    context: Any = SimpleNamespace(
+        config=config,
+        data={"eval_prompts": [Prompt(0, "It is ", (7,)), Prompt(1, "It is ", (7,))]},
+        reward_models=lambda judges: {"proxy": "a", "gold": "b"},
+        end_ids=lambda *_: (2,),
+        fingerprint=str,
+        checkpoint=str,
+        phase=quiet.phase,
+        progress=quiet,
+        runtime=runtime,
+        start_ray=lambda: None,
+        require_proofs=lambda: None,
+        result="evaluate",
+    )
+    with RunLog(path, {}, LoggerConfig(wandb="disabled"), "test") as log:
+        context.log, context.log_step = log, lambda step, metrics: log.log("evaluate", step, metrics)
+        pipeline: Any = object.__new__(Pipeline)  # without its proofs and checks
+        pipeline.log, pipeline.progress, pipeline.run_dir, pipeline.results, pipeline.seconds = log, quiet, path, {}, {}
+        pipeline.context = SimpleNamespace(made_for=lambda name, report: SimpleNamespace(**vars(context), path=report))
+        pipeline._run_anew(evaluate.STAGE)
+    (path / "config.yaml").write_text("name: x\nevaluate: {max_kl: 10.0}\n")
+    return pipeline.results["evaluate"].metrics
+
+
+@pytest.mark.usefixtures("sent")
+def test_an_evaluation_of_which_little_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = evaluated(tmp_path / "run", monkeypatch)
+    written = strict(tmp_path / "run/evaluation.json")
+    ppo, against = written["models"]["ppo"], written["comparisons"]["ppo_vs_sft"]
+    assert ppo["kl"] == {"mean": None, "low": None, "high": None}  # at another temperature than 1
+    assert (ppo["distinct_1"], ppo["distinct_2"]) == (0.5, None)  # one token has no pair
+    assert against["gold_gain"] == against["proxy_gain"] == {"mean": 0.0, "low": None, "high": None}  # of one prompt
+    assert [check["value"] for check in written["verdict"]["checks"]] == [None, 0.0, 1.0, None]
+    assert (written["verdict"]["passed"], written["verdict"]["state"]) == (False, "inconclusive")
+    [stage] = strict(tmp_path / "run/stages.json")
+    assert stage["metrics"] == written
+
+    for result in (found, written):  # the numbers of the run, and what a file of it says
+        rows = dict(summary_rows(TandemConfig(), {"evaluate": result}, Path("report.html")))
+        assert rows["gold reward, PPO - SFT"] == "+0.00 [–, –]"
+        assert rows["KL, EOS share"] == "– nats a sequence, 100%"
+        assert not any("nan" in row or "None" in row for row in rows.values())
+        assert objective(result, 10.0) is None
+    pages = []
+    for text in (json.dumps(found), json.dumps(written)):  # as runs have written it, with NaN, and as they do
+        (tmp_path / "run/evaluation.json").write_text(text)
+        assert load(tmp_path / "run").problems == []
+        pages.append(render(tmp_path / "run").read_text())
+    assert pages[0] == pages[1]

@@ -328,14 +328,15 @@ def test_a_row_of_others_is_read_or_left_out(tmp_path: Path, row: dict[str, Any]
         try:
             ours = shape.convert(found, source) if shape else found
             detect_format(source, ours)
+            traits = row_formats.traits_of([ours], source)
             if form == "pair":
-                sides = row_formats.pair_parts(ours, source, data, 4)
+                sides = row_formats.pair_parts(ours, source, data, 4, traits)
                 assert 0.5 <= row_formats.preference(ours, source) <= 1
             elif form == "rated":
                 assert all(abs(value) < float("inf") for value in row_formats.ratings(ours, source))
                 continue
             else:
-                sides = (row_formats.parts(ours, form, source, data, 4),)
+                sides = (row_formats.parts(ours, form, source, data, 4, traits),)
         except DataError:  # LeftOut is one
             continue
         assert all(isinstance(side.completion, str | list) for side in sides)

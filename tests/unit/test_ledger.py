@@ -449,6 +449,19 @@ def test_rows_and_parts_are_part_of_a_commit(tmp_path: Path):
     assert taken.scores["proxy"].parts == {"format": 0.5}
 
 
+def test_half_a_character_in_a_reason_leaves_a_log_that_can_be_audited(tmp_path: Path):
+    ledger = Ledger(2, 0)
+    ledger.admit(requests(0, 1))
+    serve(ledger, 2, 0)
+    ledger.take(2, 0)
+    ledger.quarantine((0, 0, 0), "no score: bad_row: \ud83d é")
+    ledger.trained(1)
+    ledger.committed(tmp_path / NAME)
+    result = audit(tmp_path / NAME)
+    assert (result.reasons, result.trained, result.faults) == ({"no score: bad_row: ? é": 1}, 1, [])
+    assert main([str(tmp_path)]) == 0
+
+
 def test_a_damaged_row_is_a_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / NAME).write_text(json.dumps(row(0)) + '\n{"key":[0,1\n' + json.dumps(commit(1)) + "\n")
     assert main([str(tmp_path)]) == 1

@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
+from common.files import durable
 from contracts.config import LoggerConfig, PPOConfig, TandemConfig
 from contracts.records import Assignment, Delivery, Prompt, Rollout, Score, TrainingBatch
 from controller.cluster.signals import Interrupted
+from controller.commits import commit_store
+from controller.commits.commit_store import RunFacts
 from controller.data.prompts import PromptStream
+from controller.ledger.audit import audit
 from controller.loop.controller import PPOController
 from controller.loop.fleet import Fleet
 from controller.record.run_log import RunLog
@@ -194,3 +199,140 @@ def test_a_stop_commits_the_driver_as_it_was_with_those_weights(
         assert state["stream"] == {"epoch": 0, "position": step * ROLLOUTS}
         assert state["kl"]["coef"] == pytest.approx(0.5 * 0.8**step)
         assert state["logs"]["metrics.jsonl"] == step
+
+
+class Writing(Learner):
+    """Its rank writes for commits; `harm(number)` may have something against that of so many updates. Started again, it is
+    at the commit that it is given."""
+
+    def __init__(self, harm: Callable[[int], BaseException | None]) -> None:
+        super().__init__()
+        self.harm, self.is_lost, self.restarts, self.folder = harm, False, 0, Path()
+
+    def start(self, method: str, *arguments: Any) -> list[dispatch.Call]:
+        if method not in ("begin_commit", "state.result"):
+            return super().start(method, *arguments)
+        answer = dispatch.Future[Any]()
+        if method == "begin_commit":
+            self.folder = Path(*arguments)
+            answer.set_result(None)
+        elif (error := self.harm(len(self.updates))) is not None:
+            self.is_lost = self.is_lost or isinstance(error, RayActorError)
+            answer.set_exception(error)
+        else:
+            name = "rank_0.safetensors"
+            answer.set_result({name: durable.write_json(self.folder / name, len(self.updates))})
+        return [dispatch.Call(answer)]
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        if self.is_lost:
+            raise RayActorError
+        if method == "load_commit":
+            del self.updates[json.loads((Path(arguments[0]) / "rank_0.safetensors").read_text()) :]
+        return [1000]
+
+    def votes(self, method: str, *arguments: Any) -> list[Any]:
+        return [None]
+
+    def stacks(self) -> str:
+        return ""
+
+    def restart(self) -> None:
+        self.is_lost, self.restarts = False, self.restarts + 1
+
+
+@contextmanager
+def committing(
+    config: TandemConfig, run_dir: Path, harm: Callable[[int], BaseException | None] = lambda _: None
+) -> Iterator[tuple[PPOController, Writing]]:
+    """As `started`, with commits on the disk."""
+    config.cluster.step_timeout_s = 10.0
+    learner: Any = Writing(harm)
+    learner.actors = [Actor(learner)]
+    with Progress(0, stream=open(os.devnull, "w")) as progress, RunLog(run_dir, {}, config.logger, "ppo") as log:
+        fleet = Fleet(learner.actors, learner, "", lambda *_: False, 0, print)  # type: ignore[arg-type]
+        stream = PromptStream([Prompt(i, "", (1, 2, i)) for i in range(1000)], 1, seed=1)
+        facts = RunFacts({}, {}, packages={})
+        yield PPOController(config, stream, fleet, learner, log, progress, False, facts), learner
+
+
+def once(updates: int, error: BaseException) -> Callable[[int], BaseException | None]:
+    """The first commit of so many updates fails with `error`."""
+    left = [error]
+    return lambda number: left.pop() if number == updates and left else None
+
+
+@pytest.mark.parametrize("after", [2, 4])
+def test_a_rank_that_is_gone_while_a_commit_is_written_is_started_again(
+    after: int, config: TandemConfig, tmp_path: Path
+) -> None:
+    """Also in the last commit: whoever saves the model finds a learner that is alive and has all updates."""
+    config.ppo.updates, config.checkpoint.every, config.checkpoint.max_failures = 4, 1, 1
+    with committing(config, tmp_path, once(after, RayActorError())) as (loop, learner):
+        loop.run()
+        assert learner.call("save", "x")
+    assert (learner.restarts, len(learner.updates), loop.updates) == (1, 4, 4)
+    assert commit_store.steps(tmp_path) == [3, 4]
+    found = audit(tmp_path / "ledger.jsonl")
+    assert (found.trained, found.open, found.updates, found.faults) == (4 * ROLLOUTS, 0, 4, [])
+
+
+@pytest.mark.parametrize("asked", ["state.num_bytes", "state.result"])
+def test_a_stop_that_finds_the_learner_gone_is_a_stop(asked: str, config: TandemConfig, tmp_path: Path) -> None:
+    """Update 1 is committed, update 2 cannot be: the next start goes on from the first."""
+    config.ppo.updates, config.checkpoint.every, config.ppo.max_staleness = 9, 5, 1
+    with committing(config, tmp_path) as (loop, learner):
+        loop.commits.newest = 1  # type: ignore[union-attr]
+        loop.updates, loop.stop.signum = 2, 15
+        if asked == "state.num_bytes":
+            learner.is_lost = True
+        else:
+            learner.harm = lambda _: RayActorError()
+        with pytest.raises(Interrupted, match="everything up to update 1 is committed"):
+            loop._commit_and_leave()
+
+
+def test_the_ledger_of_a_run_whose_last_commit_fails_has_all_that_trained(config: TandemConfig, tmp_path: Path) -> None:
+    """A resume goes on from the commit before, and its rows count in place of those."""
+    config.ppo.updates, config.checkpoint.every = 4, 2
+    log = tmp_path / "ledger.jsonl"
+    with committing(config, tmp_path, once(4, OSError(28, "No space left on device"))) as (loop, learner):
+        loop.run()
+        assert audit(log).trained == 2 * ROLLOUTS
+        loop.complete_ledger()
+        for _ in range(2):
+            found = audit(log)
+            assert (found.trained, found.open, found.updates, found.faults) == (4 * ROLLOUTS, 0, 4, [])
+            loop.complete_ledger()  # and nothing twice
+    assert commit_store.steps(tmp_path) == [2]
+    with committing(config, tmp_path) as (loop, learner):
+        learner.updates = [([], ())] * 2
+        loop.restore(commit_store.verified(tmp_path, 2))
+        found = audit(log)
+        assert (found.trained, found.rolled_back, found.updates) == (2 * ROLLOUTS, 2 * ROLLOUTS, 2)
+        loop.run()
+        loop.complete_ledger()
+    found = audit(log)
+    assert (found.trained, found.open, found.rolled_back, found.faults) == (4 * ROLLOUTS, 0, 2 * ROLLOUTS, [])
+    assert dict(found.by_version) == dict.fromkeys(range(1, 5), ROLLOUTS)
+    assert commit_store.steps(tmp_path) == [2, 4]
+
+
+def test_rows_that_the_last_commit_could_not_append_follow(config: TandemConfig, tmp_path: Path) -> None:
+    """It is whole on the disk, but nothing comes after it that would append them."""
+    config.ppo.updates, config.checkpoint.every = 2, 1
+    with committing(config, tmp_path) as (loop, _):
+        commits: Any = loop.commits
+        append = commits.committed
+
+        def fails_at_the_end(state: Any) -> None:
+            if state[0]["updates"] == 2:
+                raise OSError(28, "No space left on device")
+            append(state)
+
+        commits.committed = fails_at_the_end
+        loop.run()
+        assert commit_store.steps(tmp_path) == [1, 2]
+        loop.complete_ledger()
+    found = audit(tmp_path / "ledger.jsonl")
+    assert (found.trained, found.open, found.faults) == (2 * ROLLOUTS, 0, [])

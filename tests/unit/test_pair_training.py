@@ -1,13 +1,18 @@
 """What stages that compare texts say of themselves: held-out accuracy with its interval, and the lines of their steps."""
 
 import math
+import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common import statistics
 from contracts.config import TandemConfig
 from contracts.records import Example, ExamplePair, PreferencePair, RatedExample, RatedText
+from controller.cluster.runtime import Runtime
 from controller.data.inputs import Inputs
 from controller.pipeline.pair_training import accuracy, prompts_of, train_on_pairs
 from controller.stages import preference, reward_model
@@ -121,3 +126,77 @@ def test_a_step_of_one_rated_text_is_refused(batch_size: int, refused: bool) -> 
     assert any(told in text for text in preference.problems(config, data)) == refused
     pairs = Inputs({"preferences/proxy": [PreferencePair([1, 2], [1, 3], 1.0)] * 4})
     assert not any(told in text for text in reward_model.problems(config, pairs))
+
+
+def test_what_comes_after_sft_draws_from_the_seed_that_its_key_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks (dropout of adapters among the rest) and held-out accuracy; a stage before it from the run's."""
+    seeds: list[int] = []
+
+    class Ranks:
+        actors = (None,)
+
+        def __init__(self, cluster: Any, task: str, seed: int, *_: Any):
+            seeds.append(seed)
+
+        def call(self, method: str, *arguments: Any) -> list[Any]:
+            return [np.zeros(len(arguments[0]))] if method == "logprobs" else [None]
+
+        def stop(self) -> None: ...
+
+    def counted(config: TandemConfig, *_: Any) -> dict[str, float]:
+        seeds.append(config.seed)
+        return {"accuracy": 0.5, "pairs": 1}
+
+    monkeypatch.setattr("learner.learner_actor.LearnerGroup", Ranks)
+    monkeypatch.setattr("controller.pipeline.pair_training.accuracy", counted)
+    monkeypatch.setattr("controller.pipeline.pair_training.train_on_pairs", lambda *_: None)
+    config = TandemConfig(method="rank", seed=3)
+    config.ppo.seed = 7
+    runtime: Any = Runtime(config)
+    runtime.start, runtime._placement = lambda: None, SimpleNamespace(learner=lambda rank: {})
+    pair = ExamplePair(Example([1, 2], [False, True]), Example([1, 3], [False, True]), 1.0)
+    context: Any = SimpleNamespace(
+        config=config, learner=runtime.learner, checkpoint=str, phase=lambda text: nullcontext(), path="",
+        data=Inputs({"completions": [pair], "test_completions": [pair]}), progress=SimpleNamespace(line=print),
+    )  # fmt: skip
+    preference.run(context)
+    assert seeds == [7, 7, 7]  # ranks, the policy's accuracy and SFT's
+    with runtime.learner("sft", config, [], []), runtime.learner("of_ones_own", "without one"):
+        assert seeds[3:] == [3, 3]
+
+
+TIE, DECIDED = PreferencePair([1, 2], [1, 3], 0.5), PreferencePair([1, 2], [1, 3], 0.75)
+
+
+@pytest.mark.parametrize(
+    ("items", "of_reward_models", "of_preference"),
+    [
+        (
+            [TIE] * 4,
+            "1 usable rows for reward models; found 0, where",
+            "2 usable rows for stage preference; found 0, where",
+        ),
+        ([TIE, DECIDED, TIE], None, "2 usable rows for stage preference; found 1, where"),
+        ([DECIDED], None, "2 usable rows for stage preference; found 1$"),
+        ([TIE, DECIDED, DECIDED], None, None),
+        ([[3.0], [2.0, 4.0], [3.0]], "2 usable .*; found 0, where ties do not count$", "2 usable .*; found 0, where"),
+        ([[3.0]], "2 usable rows for reward models; found 1$", "2 usable rows for stage preference; found 1$"),
+        ([[3.0], [2.0, 4.0], [3.5]], None, None),
+    ],
+)
+def test_held_out_preferences_without_a_better_text_are_refused(
+    items: list[Any], of_reward_models: str | None, of_preference: str | None
+) -> None:
+    """Else everything trains before `accuracy` has no pair to tell of."""
+    config, example = TandemConfig(method="dpo"), Example([1, 2], [False, True])
+    is_rated = isinstance(items[0], list)
+    texts = [RatedText("a", [1, 2], given) for given in items] if is_rated else items
+    completions: list[Any] = [
+        RatedExample(example, given) if is_rated else ExamplePair(example, example, given.preference) for given in items
+    ]
+    trained = [RatedExample(example, [float(number)]) for number in range(4)]
+    found = reward_model.problems(config, Inputs({"test": texts}))
+    assert (len(found) == 1 and re.search(of_reward_models, found[0])) if of_reward_models else found == []
+    found = preference.problems(config, Inputs({"completions": trained, "test_completions": completions}))
+    assert (len(found) == 1 and re.search(of_preference, found[0])) if of_preference else found == []
+    assert len(preference.problems(config, Inputs({"completions": trained[:1], "test_completions": trained}))) == 1

@@ -271,6 +271,8 @@ def test_the_command_to_go_on() -> None:
     )
     overrides = ["stage=ppo", "run_dir=elsewhere", "name=my run", "checkpoint.resume=never"]
     assert resume_command(overrides, "runs/x") == "python train.py stage=ppo 'name=my run' run_dir=runs/x"
+    again = resume_command(["++run_dir=x", "+checkpoint.resume=never", "seed=2"], "/müller/r", ["--config-name=own"])
+    assert shlex.split(again)[2:] == ["--config-name=own", "seed=2", "run_dir='/müller/r'"]
     # As the directory of a sweep's member, which Hydra takes in quotes alone.
     member = "runs/x/0-ppo.kl.coef=0.02,ppo.seed=1"
     *_, last = shlex.split(resume_command([], member))

@@ -37,7 +37,8 @@ def spoken(completions):
     return [1.0] * len(completions)
 def odd(completions):
     answers = {"hang": lambda: time.sleep(60), "crash": lambda: os._exit(3), "raise": lambda: 1 / 0, "nan": lambda: math.nan,
-               "none": lambda: None, "text": lambda: "1", "grow": lambda: float(len(bytearray(3 << 30)))}
+               "none": lambda: None, "text": lambda: "1", "exit": lambda: sys.exit(2),
+               "grow": lambda: float(len(bytearray(3 << 30)))}
     return [answers[c]() if c in answers else float(len(c)) for c in completions]
 def few(completions): return [1.0]
 def copied(completions):
@@ -121,11 +122,12 @@ def test_what_a_function_prints_goes_nowhere(pool: Callable[..., FunctionPool], 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_each_failure_costs_its_own_item(pool: Callable[..., FunctionPool], batch_size: int) -> None:
     odd = pool("odd", batch_size=batch_size, memory_gib=1.0)
-    scores = run(odd, "ab", "crash", "raise", "nan", "none", "text", "grow", "abc")
-    assert [s.value for s in scores] == [2.0, None, None, None, None, None, None, 3.0]
+    scores = run(odd, "ab", "crash", "raise", "exit", "nan", "none", "text", "grow", "abc")
+    assert [s.value for s in scores] == [2.0, None, None, None, None, None, None, None, 3.0]
     assert [s.error for s in scores[1:-1]] == [
         "poison: its process ended",
         "poison: ZeroDivisionError",
+        "poison: SystemExit",
         "non_finite",
         "not_applicable: None in place of a score",
         "wrong_type: str instead of a number",

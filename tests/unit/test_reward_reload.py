@@ -74,6 +74,28 @@ def test_a_token_file_that_is_none_is_refused(content: bytes, tmp_path: Path) ->
     assert service.specs == {}
 
 
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("model.revision=12e4567", "model.revision must be a text; found 12e4567, which is read as inf; write"),
+        ("cluster=nope", "In 'config': Could not find 'cluster/nope'; write one of laptop, multi_node"),
+        ("model.path=${nope}/x", "model.path: Interpolation key 'nope' not found"),
+        (
+            "+reward_service.scorers={r: {kind: function, timeout_s: 5s}}",
+            "+reward_service.scorers.r.timeout_s must be a number; found 5s; write for example 5.0 (the default)",
+        ),
+        (
+            "reward_service.scorers.r.path=m",
+            "Could not override 'reward_service.scorers.r.path'; reward_service.scorers.r",
+        ),
+    ],
+)
+def test_an_override_that_cannot_be_used_is_refused_with_the_reason(word: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config(["reward_service=http", "proxy_model=m", word])
+    assert str(caught.value).startswith(text)
+
+
 def test_tokens_that_have_gone_open_nothing(tmp_path: Path) -> None:
     """Of a file that somebody empties between the check and its use, and of one that is no file."""
     (tmp_path / "tokens").write_text("")

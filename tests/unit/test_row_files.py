@@ -129,6 +129,33 @@ def test_splits_of_a_directory_are_told_apart(tmp_path: Path) -> None:
         assert f"as {path / 'data' / several[0]}" in message
 
 
+def test_rows_that_are_there_twice_are_refused(tmp_path: Path) -> None:
+    """Packed and unpacked, or as two kinds; shards, and files of other names or folders, are not."""
+    line = b'{"text": "a"}\n'
+    kinds = {".jsonl": line, ".json": line, ".csv": b"text\na\n", ".jsonl.gz": gzip.compress(line)}
+    for number, (first, second) in enumerate(
+        [
+            ("train.jsonl", "train.jsonl.gz"),
+            ("train.csv", "train.jsonl"),
+            ("rows.json", "rows.jsonl.gz"),
+            ("train-00000-of-00001.jsonl", "train-00000-of-00001.jsonl.gz"),
+        ]
+    ):
+        path = tmp_path / str(number)
+        path.mkdir()
+        for name in (first, second):
+            (path / name).write_bytes(kinds[name.removeprefix(name.split(".")[0])])
+        for written in (path, path / "*"):
+            message = refusal(load_rows, source(written), "data.sft")
+            assert f"files of one name are taken for the same rows; {written} has {first} and {second}" in message
+        assert load_rows(source(path / first)) == [{"text": "a"}]
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/train-1.jsonl").write_bytes(line)
+    (tmp_path / "parts/train-2.jsonl.gz").write_bytes(gzip.compress(line))
+    assert len(load_rows(source(tmp_path / "parts"))) == 2
+    assert len(load_rows(source(tmp_path / "[01]/train.jsonl"))) == 2
+
+
 CARD = """---
 configs:
 - config_name: main

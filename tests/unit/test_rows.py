@@ -209,6 +209,12 @@ def test_weights_of_messages(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
     nothing = {"messages": [ASK, {**SAID, "weight": 0}]}
     assert len(load_sft(jsonl(nothing, {"messages": turns}), DATA, tokenizer, 99, report)) == 1
     assert report.left_out == {"every answer has weight 0": 1}
+    template = "{% if m.role == 'assistant' and loop.last %}!{% endif %}{{ m.content }}"  # rewrites earlier answers
+    other = AutoTokenizer.from_pretrained(SMOLLM)
+    other.chat_template = f"{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{template}<|im_end|>\n{{% endfor %}}"
+    report, rewritten = LoadReport(), {"messages": [ASK, SAID, MORE, {**YES, "weight": 0}]}
+    assert len(load_sft(jsonl(rewritten, nothing, {"messages": [ASK, SAID]}), DATA, other, 99, report)) == 1
+    assert report.left_out == {"no answer that may train is shown as it was given": 1, "every answer has weight 0": 1}
     half = {"messages": [ASK, {**SAID, "weight": 0.5}]}
     assert "row 0: messages: the weight of a message must be 0 or 1 (found 0.5)" in refusal(
         load_sft, jsonl(half), DATA, tokenizer, 99
@@ -355,6 +361,40 @@ def test_nulls_are_left_out_and_counted(jsonl: Any, tokenizer: Any) -> None:  # 
     assert "row 1: no rejected" in refusal(
         load_preferences, jsonl(rows[1], {"prompt": "p", "chosen": "a"}), DATA, tokenizer, 64
     )
+
+
+def test_a_null_beside_prompts_leaves_its_row_out(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    """It is no text without a prompt, which would train in another form than its neighbours."""
+    pair, rated = {"chosen": "Seven.", "rejected": "Nine."}, {"text": "Seven.", "rating": 3}
+    loads = (load_preferences, load_rated_examples, load_sft)
+    for answer in (pair, rated, {"chosen": [SAID], "rejected": [NO]}):
+        rows = [{"prompt": "Name a prime.", **answer}, {"prompt": None, **answer}]
+        for load, data in ((load, data) for load in loads for data in (DATA, CHAT)):
+            report = LoadReport()
+            only = load(jsonl(rows[0]), data, tokenizer, 99)
+            assert load(jsonl(*rows), data, tokenizer, 99, report) == only
+            assert report.left_out == {"no prompt": 1}
+            assert "row 1: no prompt" in refusal(load, jsonl(rows[0], answer), data, tokenizer, 99)
+        assert len(load_prompts(jsonl(*rows), CHAT, tokenizer, 8, 99)) == 1
+    for answer in (pair, rated):  # where no row has one, all are texts
+        assert len(load_sft(jsonl({"prompt": None, **answer}, answer), DATA, tokenizer, 99)) == 2
+    whole = {"chosen": [ASK, SAID], "rejected": [ASK, NO]}
+    asked = {"prompt": [ASK], "chosen": [SAID], "rejected": [NO]}
+    one, other = load_rated_examples(jsonl(asked, {"prompt": None, **whole}), DATA, tokenizer, 99)
+    assert one == other
+
+
+def test_rows_with_a_history_beside_rows_without_need_the_chat_template(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811
+    """Which else would write some rows of the source alone."""
+    for row in ({"output": "Seven."}, {"chosen": "Seven.", "rejected": "Nine."}):
+        row = {"instruction": "Name a prime.", **row}
+        rows = [{**row, "history": [["Name an even number.", "Two."]]}, {**row, "history": []}]
+        message = "the chat template writes rows with a history, and without data.chat not the others"
+        assert refusal(load_sft, jsonl(*rows), DATA, tokenizer, 199).startswith(f"data.sft: {message}")
+        assert message in refusal(load_prompts, jsonl(*rows), DATA, tokenizer, 8, 199)
+        assert len(load_sft(jsonl(*rows), CHAT, tokenizer, 199)) == 2
+        for alone in rows:
+            assert len(load_sft(jsonl(alone), DATA, tokenizer, 199)) == 1
 
 
 def test_texts_keep_their_spaces(jsonl: Any, tokenizer: Any) -> None:  # noqa: F811

@@ -169,7 +169,7 @@ def test_the_rollouts_of_a_fault_are_kept_for_their_owner(tmp_path: Path) -> Non
 HYDRA_FILES = ("hydra/config.yaml", "hydra/hydra.yaml", "hydra/overrides.yaml", "multirun.yaml")
 UNCHECKED = """
 import runpy, common.command_line
-common.command_line.command_line_problems = lambda arguments, conf: []
+common.command_line.command_line_problems = lambda arguments, conf, **_: []
 runpy.run_path("train.py", run_name="__main__")
 """
 SECRET = f"+environment.options.api_key={CANARY}"

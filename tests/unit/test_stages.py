@@ -1,24 +1,31 @@
 """Stages are reused while nothing that went in has changed, and never half done."""
 
+import errno
 import hashlib
 import json
+import math
+import os
+import re
 import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.files import fingerprints
 from contracts.checks.validation import ConfigError
 from contracts.config import LoggerConfig, ScorerConfig, SFTConfig, TandemConfig
 from controller.pipeline.ingredients import UNSEEN, environment_hidden, own_source, unseen
 from controller.pipeline.stage_cache import StageStore
+from controller.pipeline.summary import summary_rows
 from controller.record.reader import read
 from controller.record.run_log import LOGS, RunLog
+from tests.unit.test_strict_json import strict
 
 pytestmark = pytest.mark.usefixtures("made_up_metrics")
 
@@ -186,6 +193,26 @@ def test_stage_json_says_what_went_in(tmp_path: Path) -> None:
     assert content["seconds"] >= 0
 
 
+def test_unknown_metrics_of_a_stage(tmp_path: Path) -> None:
+    store, log = run_of(tmp_path, "first")
+
+    def work(path: Path) -> dict[str, Any]:
+        work_with(log, 2.5)(path)
+        return {"accuracy": 1.0, "accuracy_low": math.nan, "accuracy_high": math.nan, "pairs": 1}
+
+    made = store.run("reward_model/proxy", INPUTS, work)
+    file = Path(made.path).parent / "stage.json"
+    content = strict(file)
+    assert content["metrics"] == {"accuracy": 1.0, "accuracy_low": None, "accuracy_high": None, "pairs": 1}
+    before = re.sub(r'(accuracy_\w+": )null', r"\1NaN", file.read_text())  # as earlier versions have written it
+    for text in (file.read_text(), before):
+        file.write_text(text)
+        found = store.find("reward_model/proxy", INPUTS)
+        assert found is not None
+        [row, *_] = summary_rows(TandemConfig(), {"reward_model/proxy": found.metrics}, Path("report.html"))
+        assert row == ("reward model (proxy)", "100.0% [–, –] of 1 held-out pairs")
+
+
 def test_lines_that_a_run_has_are_not_added_again(tmp_path: Path) -> None:
     """A second attempt in the same run directory finds the stage, and its lines in the log."""
     store, log = run_of(tmp_path, "first")
@@ -328,6 +355,128 @@ def test_a_torn_or_foreign_stage_is_named_and_made_anew(damage: str, tmp_path: P
     assert found is not None
     assert found.metrics == {"eval_loss": 1.5}
     assert sorted(p.name for p in stage.iterdir()) == ["log", "model", "stage.json"]
+
+
+@pytest.mark.parametrize("file", ["stage.json", "log/metrics.jsonl", "model/weights"])
+def test_a_stage_that_cannot_be_read_now_is_not_made_anew(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, log = run_of(tmp_path, "first")
+    made = store.run("sft", INPUTS, work_with(log, 2.5))
+    stage = Path(made.path).parent
+    whole, opened = Path.read_text, Path.open
+
+    def failing(of: Any) -> Any:
+        def fails(path: Path, *arguments: Any, **named: Any) -> Any:
+            if path == stage / file:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return of(path, *arguments, **named)
+
+        return fails
+
+    monkeypatch.setattr(fingerprints, "_known", {})
+    monkeypatch.setattr(Path, "read_text", failing(whole))
+    monkeypatch.setattr(Path, "open", failing(opened))
+    with pytest.raises(
+        ConfigError, match=rf"{stage} cannot be read now and may be whole \(OSError: .*Input/output error"
+    ):
+        store.find("sft", INPUTS)
+    anew, log = run_of(tmp_path, "second", reuse=False)
+    other = anew.run("sft", INPUTS, work_with(log, 3.5))
+    assert other.path != made.path
+    monkeypatch.undo()
+    assert (Path(made.path) / "weights").read_text() == "2.5"
+
+
+def test_a_cache_that_remembers_nothing_is_still_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a full disk, or of somebody else's."""
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    store, log = run_of(tmp_path, "first")
+    made = store.run("sft", INPUTS, work_with(log, 2.5))
+    for file in (Path(made.path) / "weights", tmp_path / "cache"):
+        os.utime(file, (1e9, 1e9))
+    monkeypatch.setattr(fingerprints, "SETTLED_S", -60.0)
+    monkeypatch.setattr(fingerprints, "_known", {})
+    monkeypatch.setattr(fingerprints, "replace_text", full)
+    assert store.find("sft", INPUTS) == replace(made, cached=True)
+    assert not (tmp_path / "cache/fingerprints.json").exists()
+
+
+# ---- code that is edited meanwhile
+
+
+def test_what_ran_while_its_code_was_edited_is_of_no_code(tmp_path: Path) -> None:
+    """Its workers have imported what was there when they started: neither run may take it for its own."""
+    said: list[str] = []
+    store, log = run_of(tmp_path, "first", say=said.append)
+    clean = store.run("sft", INPUTS, work_with(log, 2.5))
+    store.reuse, store.edited = False, lambda stage: {"learner/sft.py (edited while it ran)": "9"}
+    made = store.run("sft", INPUTS, work_with(log, 3.5))
+    assert said == ["WARNING: sft counts as made by code of its own: learner/sft.py (edited while it ran)"]
+    store, _ = run_of(tmp_path, "second")
+    assert store.find("sft", INPUTS) == replace(clean, cached=True)
+    shutil.rmtree(Path(clean.path).parent)
+    for code in (CODE, other_code(learner__sft="9")):
+        told: list[str] = []
+        store, _ = run_of(tmp_path, "third", code=code, say=told.append)
+        assert store.find("sft", INPUTS) is None
+        assert "learner/sft.py (edited while it ran)" in told[0]
+        store.reuse = True
+        assert store.find("sft", INPUTS) == replace(made, cached=True)
+
+
+# ---- a cache of several users
+
+
+def test_another_users_lock_is_waited_for_as_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be read and not written."""
+    opened = os.open
+
+    def as_another(path: Any, flags: int, *mode: int) -> int:
+        if str(path).endswith(".lock") and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, flags, *mode)
+
+    first, _ = run_of(tmp_path, "first")
+    second, _ = run_of(tmp_path, "second")
+    waited: list[str] = []
+
+    @contextmanager
+    def wait() -> Iterator[None]:
+        waited.append("waits")
+        yield
+
+    def member() -> None:
+        with second.alone("sft", INPUTS, wait):
+            waited.append("is alone")
+
+    thread = threading.Thread(target=member)
+    with first.alone("sft", INPUTS, lambda: pytest.fail("nobody else makes it")):
+        monkeypatch.setattr(os, "open", as_another)
+        thread.start()
+        until = time.monotonic() + 10
+        while not waited and time.monotonic() < until:
+            time.sleep(0.01)
+        assert waited == ["waits"]
+    thread.join()
+    assert waited == ["waits", "is alone"]
+
+
+@pytest.mark.parametrize("fault", [errno.EROFS, errno.EACCES, errno.EBADF])
+def test_a_cache_that_cannot_be_written_is_named(fault: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EBADF: NFS locks no file that is open for reading alone."""
+
+    def fails(*_: Any) -> Any:
+        raise OSError(fault, os.strerror(fault))
+
+    store, _ = run_of(tmp_path, "first")
+    monkeypatch.setattr("fcntl.flock" if fault == errno.EBADF else "os.open", fails)
+    told = rf"^cache_dir must be .* found {tmp_path}/cache \(.*{os.strerror(fault)}"
+    with pytest.raises(ConfigError, match=told), store.alone("sft", INPUTS, nullcontext):
+        pass
 
 
 # ---- inputs of ppo

@@ -30,8 +30,8 @@ from contracts.config import TandemConfig, to_config
 from controller.pipeline.ingredients import made_of
 from controller.record.redaction import redacted
 from controller.sweep import group_of
-from hydra_plugins.tandem_ray_jobs import RayJobsLauncher, RayJobsLauncherConf
-from submission.job import Job, next_id, recorded, to_job
+from hydra_plugins.tandem_ray_jobs import RayJobsLauncher, RayJobsLauncherConf, check_travels
+from submission.job import CONF, Job, next_id, recorded, to_job
 from submission.ray_jobs import Cluster
 from submission.targets import KubeRay, RayJobs, Slurm, changed, composed, to_target
 from tests.conftest import ROOT
@@ -70,7 +70,34 @@ def test_unknown_targets_and_keys_are_refused_with_the_closest() -> None:
 
 def test_a_value_of_the_wrong_type_is_refused() -> None:
     assert "could not be converted to Integer" in "\n".join(refusal("target.stop_wait_s=long"))
-    assert "could not be converted to Integer" in "\n".join(refusal("ppo.updates=many", *PLACES))
+    assert refusal("ppo.updates=many", *PLACES) == [
+        "ppo.updates must be a whole number; found many; write for example 50 (the default)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("model.revision=12e4567", "found 12e4567, which is read as inf; write model.revision='\"12e4567\"'"),
+        ("name=1.10", "found 1.10, which is read as 1.1; write name='\"1.10\"'"),
+        ("+target.env.V=12.10", "found 12.10, which is read as 12.1; write +target.env.V='\"12.10\"'"),
+        ("+target.env.TOKENIZERS_PARALLELISM=false", "found false, which is read as False; write"),
+        ("+target.env.X=1_000", "found 1_000, which is read as 1000; write"),
+        ("target.account=12e3", "found 12e3, which is read as 12000.0; write target.account='\"12e3\"'"),
+        ("+target.options.constraint=1e5", "found 1e5, which is read as 100000.0; write"),
+        ("+target.env={V: 1.10}", "found one that is read as 1.1; write it in quotes within {V: 1.10}"),
+        ("target.setup=[1.10]", "found one that is read as 1.1; write it in quotes within [1.10]"),
+    ],
+)
+def test_a_text_that_is_read_as_something_else_is_refused(word: str, text: str) -> None:
+    [found] = refusal("target=slurm", word, *TWO_NODES)
+    assert " must be a text; " in found
+    assert text in found
+
+
+def test_texts_of_a_target_that_read_as_they_are_written() -> None:
+    words = ["+target.env.A=8", '+target.env.B="1.10"', "+target.env.C=1.5"]
+    assert to_target(words) == RayJobs(env={"A": "8", "B": "1.10", "C": "1.5"})
 
 
 # ---- the job
@@ -114,6 +141,37 @@ def test_everything_that_a_cluster_could_not_find_is_refused_at_once() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("path", "holds"), [(".", True), ("./x", True), ("runs", False), ("../x.jsonl", False), ("a/../../x", False)]
+)
+def test_a_path_is_uploaded_where_it_lies_below_and_is_not_left_out(path: str, holds: bool) -> None:
+    words = [*PLACES, f"data.sft.path={path}"]
+    if holds:
+        to_job(words)
+    else:
+        assert "data.sft.path must be absolute, or below a directory that is uploaded" in "\n".join(refusal(*words))
+
+
+def test_what_cannot_be_resolved_is_named() -> None:
+    why = "KeyError raised while resolving interpolation: \"Environment variable 'NOPE' not found\""
+    for key in ("run_dir", "data.sft.path", "+target.env.V"):
+        assert refusal(*PLACES, f"{key}=${{oc.env:NOPE}}") == [f"{key.lstrip('+')}: {why}"]
+
+
+def test_configuration_that_lies_elsewhere_is_sent_where_the_nodes_can_reach_it() -> None:
+    lines = refusal(*PLACES, "hydra.searchpath=[pkg://conf,file://conf]", "++cluster.address=local")
+    assert [line.strip("- ").split(" must be ")[0] for line in lines[1:]] == ["cluster.address", "hydra.searchpath"]
+    word = "hydra.searchpath=[pkg://conf]"
+    assert word in to_job([*PLACES, word])[0].overrides
+
+
+@pytest.mark.parametrize("flag", [["-cn", "own"], ["--config-name=own"], ["--config-dir", "d"], ["-cp", "d"]])
+def test_flags_of_hydra_are_none_of_submit(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        submit.main([*flag, *PLACES])
+    assert (end.value.code, flag[0] in capsys.readouterr().err) == (2, True)
+
+
 @pytest.mark.parametrize("target", ["ray_jobs", "slurm", "kuberay"])
 def test_a_job_is_not_killed_before_it_has_saved(target: str) -> None:
     places = [*TWO_NODES, *(["target.volume_claim=data"] if target == "kuberay" else [])]
@@ -136,10 +194,30 @@ def test_a_job_that_the_stated_nodes_cannot_hold_is_refused() -> None:
     assert "9 actors x 1 GPU + 8 learner ranks x 1 GPU" in "\n".join(lines)
 
 
-@pytest.mark.parametrize("value", ["/a/b-c_d.e", "/a b", "/a=b,c", "/it's", "/back\\slash", "/[x]{y}"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "/a/b-c_d.e",
+            "/a b",
+            "/a=b,c",
+            "/it's",
+            "/back\\slash",
+            "/[x]{y}",
+            "/müller/josé",
+            "é",
+            "",
+            " a ",
+            "-",
+            "a:b",
+        ),
+        *("1.10", "1e5", "1_000", "007", "true", "NULL", "nan", "-inf", ".5", "1.2.3"),
+    ],
+)
 def test_quoted_values_come_back_from_hydras_grammar(value: str) -> None:
     [override] = OverridesParser.create().parse_overrides([f"run_dir={quoted(value)}"])
     assert override.value() == value
+    assert type(override.value()) is str
 
 
 def test_names_of_jobs() -> None:
@@ -263,6 +341,28 @@ def test_the_launcher_gets_plain_values() -> None:
     assert launcher.target == RayJobs(address="http://head:8265")
     assert type(launcher.target.excludes) is list
     assert launcher.max_parallel == 4
+
+
+def test_a_sweep_whose_configuration_would_not_reach_its_jobs_is_refused() -> None:
+    def hydra(name: str = "config", overrides: tuple[str, ...] = (), **sources: str) -> Any:
+        found = [{"provider": provider, "path": path} for provider, path in {"main": str(CONF), **sources}.items()]
+        task = {"job": {"config_name": name}, "runtime": {"config_sources": found}}
+        return OmegaConf.create({**task, "overrides": {"hydra": list(overrides)}})
+
+    check_travels(hydra(overrides=("hydra.launcher.max_parallel=2", "hydra.sweep.dir=/shared/x")))
+    for given, words in (
+        (hydra("own"), "--config-name=own"),
+        (hydra("own", **{"command-line": "/my conf"}), "--config-name=own --config-dir=/my conf"),
+        (hydra(main="/other"), "--config-path=/other"),
+        (hydra(overrides=("hydra.searchpath=[file:///x]",)), "hydra.searchpath=[file:///x]"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_travels(given)
+        assert str(caught.value).startswith(f"{words}: a job of hydra/launcher=ray_jobs composes conf/config.yaml with")
+    with pytest.raises(
+        ConfigError, match=r"hydra\.launcher\.env\.V must be a text; found 12\.10, which is read as 12\.1"
+    ):
+        check_travels(hydra(overrides=("+hydra.launcher.env.V=12.10",)))
 
 
 class NoCluster:

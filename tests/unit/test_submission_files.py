@@ -19,7 +19,7 @@ from contracts.checks.validation import ConfigError
 from submission import kuberay, slurm
 from submission.job import Job, checked_job, to_job
 from submission.ray_jobs import entrypoint
-from submission.targets import KubeRay, RayJobs, Slurm
+from submission.targets import SETTLED, KubeRay, RayJobs, Slurm
 from tests.conftest import ROOT
 
 PLACES = ["run_dir=/shared/runs/a", "cache_dir=/shared/cache"]
@@ -110,6 +110,21 @@ def test_the_form_of_times_and_sizes(option: str, good: list[str], bad: list[str
 def test_the_time_is_said_once() -> None:
     with pytest.raises(ConfigError, match=r"target\.options\.time must be absent; found 1:00:00; write target\.time"):
         to_job(["target=slurm", "+target.options.time=1:00:00", *TWO_NODES])
+
+
+def test_what_the_script_relies_on_is_no_option() -> None:
+    job, config = to_job(["target=slurm", "target.partition=a", "target.account=b", *TWO_NODES])
+    said = {option.removeprefix("--").split("=")[0] for option in slurm.directives(job, job.target, config.cluster)}  # type: ignore[arg-type]
+    assert said - {"gpus-per-node"} == SETTLED.keys() - {"no-requeue"}
+    options = {name: "x" for name in (*SETTLED, "out", "sig")}  # sbatch takes the beginning of a name, too
+    with pytest.raises(ConfigError) as caught:
+        checked_job(config, job.overrides, Slurm(options=options))
+    for name in options:
+        assert f"target.options.{name} must be absent; found x" in str(caught.value)
+    assert "target.options.out must be absent; found x; write run_dir" in str(caught.value)
+    for name in ("gpus-per-node", "time-min", "nodelist", "reservation", "qos", "mem-per-gpu", "exclude"):
+        value = {"time-min": "1:00:00", "mem-per-gpu": "8G"}.get(name, "x")
+        checked_job(config, job.overrides, Slurm(options={name: value}))
 
 
 def as_sbatch_reads(line: str) -> list[str]:

@@ -202,6 +202,20 @@ class Raises(Bad):
         raise OSError("disk full")
 
 
+class Exits(Raises):
+    def log(self, values: dict[str, float], *, stage: str, step: int, wall_s: float) -> None:
+        raise SystemExit(1)  # which ends a thread without a word
+
+
+def test_a_tracker_that_exits_is_counted(tmp_path: Path) -> None:
+    name = f"{__name__}:Exits"
+    log = RunLog(tmp_path, CONFIG, LoggerConfig(trackers=[name]), "ppo")
+    for version in range(3):
+        log.log("ppo", version, {"reward/score_mean": 1.0})
+    log.close()
+    assert log.tracker_faults == {name: 4}  # its end too
+
+
 def test_a_tracker_that_raises_or_hangs_costs_the_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     bad = {f"{__name__}:{kind.__name__}": kind for kind in (Bad, NeverStarts, Raises)}
     start = time.perf_counter()

@@ -753,7 +753,7 @@ def test_examples_of_another_method_must_fill_a_step(config):
         "sft.top_fraction must leave 2 or more different texts of data.preferences to train on and to hold out; found 0.5, "
         "which leaves 1; write a larger one, or give more texts"
     )
-    rated = [RatedExample(example, [1.0]) for example in examples(3)]
+    rated = [RatedExample(example, [float(number)]) for number, example in enumerate(examples(3))]
     check_amounts(put(config, stage="preference"), Inputs({"completions": rated, "test_completions": rated}))
     with pytest.raises(
         ConfigError, match=r"^data.test must have at least 2 usable rows for stage preference; found 1$"

@@ -336,6 +336,118 @@ MATH: Table = [
     ("5m", ["5m", "5 m", "5 meters", "m*5", "2m + 3m"], ["5", "\\boxed{5}", "5g", "6m"]),
     ("5m^2", ["5m^2", "2m^2 + 3m^2", "5 square meters"], ["5", "5m"]),
     ("5\\text{m}", ["5", "5m", "5 meters"], ["5 s"]),
+    # MATH's separator of thousands, and spaces of LaTeX at the ends.
+    (
+        "10,\\!080",
+        ["10080", "\\boxed{10080}", "\\boxed{10,080}", "\\boxed{10,\\!080}", "10{,}080", "It is $10,\\! 080$ cm."],
+        ["80, 10", "\\boxed{80,10}", "(10,80)", "\\boxed{10}", "80"],
+    ),
+    ("11,\\! 111,\\! 111,\\! 100", ["11111111100", "The answer is 11,\\! 111,\\! 111,\\! 100."], ["11", "111", "100"]),
+    ("1,080", ["\\boxed{1,\\!080}", "1{,}080"], ["\\boxed{1,\\!08}"]),
+    ("\\$32,\\!348", ["32348", "\\boxed{\\$32,348}"], ["32", "348"]),
+    ("1,\\!080\\pi", ["\\boxed{1080\\pi}", "1{,}080\\pi"], ["\\boxed{80\\pi}", "1, 80\\pi"]),
+    (
+        "9",
+        ["\\boxed{9\\,}", "\\boxed{\\,9\\,}", "\\boxed{\\;9\\;}", "\\boxed{9\\ }", "$\\!9\\:$"],
+        ["\\boxed{\\,8\\,}"],
+    ),
+    # An interval with what it is of, and brackets of any size.
+    (
+        "(0, 1)",
+        [
+            "\\boxed{x \\in (0,1)}",
+            "$\\theta\\in\\left(0,1\\right)$",
+            "x ∈ (0, 1)",
+            "\\boxed{\\bigl(0,1\\bigr)}",
+            "\\boxed{\\big( 0, 1 \\big)}",
+        ],
+        ["\\boxed{x \\in [0,1]}", "x \\in \\{0,1\\}", "x \\in (0,2)", "\\boxed{\\Bigl[0,1\\Bigr]}"],
+    ),
+    ("[-1, 3]", ["\\boxed{x\\in[-1,3]}", "\\biggl[-1,3\\biggr]"], ["x\\in(-1,3)", "\\boxed{x\\in[-1,3)}"]),
+    ("x \\in (0,1)", ["(0,1)", "\\boxed{x\\in(0,1)}"], ["[0,1]", "\\{0,1\\}", "x\\in[0,1]"]),
+    # Functions without a backslash.
+    ("\\ln 2", ["\\boxed{ln(2)}", "ln 2", "\\boxed{\\operatorname{ln} 2}", "ln2"], ["\\boxed{ln(3)}", "2ln", "l*n*2"]),
+    ("ln(2)", ["\\boxed{\\ln 2}", "ln 2"], ["\\boxed{n l 2}", "\\sin 2"]),
+    ("\\sin x", ["\\boxed{sin x}", "sin(x)"], ["cos x", "x i n s", "sin y"]),
+    ("\\sin^2 x", ["sin^2 x", "sin(x)^2", "\\boxed{1 - cos^2(x)}"], ["sin x", "sin(x^2)"]),
+    ("\\log_2 3", ["log_2(3)", "log_2 3"], ["log_3(2)", "log2(3)"]),
+    ("2\\sin x \\cos x", ["2 sin x cos x", "2sin(x)cos(x)"], ["2 sin x"]),
+    ("e^{2x}", ["exp(2x)", "\\exp(2x)"], ["exp(x)", "2x"]),
+    ("11\\sqrt{2}", ["\\boxed{11 * sqrt(2)}", "11*sqrt(2)", "11 sqrt 2", "11√(2)"], ["11 * sqrt(3)", "sqrt(22)"]),
+    ("\\sqrt{1+\\sqrt{2}}", ["sqrt(1 + sqrt(2))", "√(1+√2)"], ["sqrt(1 + 2)"]),
+    ("v_{max}", ["\\boxed{v_{max}}"], ["v", "v_{min}"]),
+    # Several numbers, of which the first is 0; 0,5 may be a decimal.
+    ("0, 4", ["\\boxed{0,4}", "0, 4", "\\{4,0\\}", "4,0"], ["0.4", "4", "0,5", "-0,4"]),
+    ("x=0,4", ["\\boxed{0,4}"], ["\\boxed{0}", "0.4"]),
+    ("\\{0,125\\}", ["0,125", "\\boxed{0, 125}"], ["0.125", "125"]),
+    ("0.5", ["0.5"], ["0,5"]),
+    # A sentence's only formula.
+    (
+        "\\frac{3}{4}",
+        [
+            "So the probability is $\\frac{3}{4}$.",
+            "Thus $x = \\frac{3}{4}$.",
+            "So the probability is \\(\\frac{3}{4}\\), as asked.",
+            "She ate \\[\\frac{3}{4}\\] of it.",
+            "Therefore we get $$P = \\frac{6}{8} = \\frac{3}{4}.$$",
+            "The answer is the fraction $\\frac{3}{4}$.",
+            "So she needs at least $\\frac{3}{4}$ cups.",
+            "The result is 24.\nSo the ratio is $\\frac{3}{4}$.",
+        ],
+        [
+            "The probability is not $\\frac{3}{4}$.",
+            "It is less than $\\frac{3}{4}$.",
+            "It is $\\frac{3}{4}$ or $\\frac{1}{4}$.",
+            "It is $\\frac{3}{4}$ or 1.",
+            "The slope is -$\\frac{3}{4}$.",
+            "The slope is negative $\\frac{3}{4}$.",
+            "It is twice $\\frac{3}{4}$.",
+            "The value of $f$ is $\\frac{3}{4}$.",
+            "The probability is $-\\frac{3}{4}$.",
+        ],
+    ),
+    (
+        "25\\pi",
+        ["The area is $25\\pi$.", "The area is $25\\pi$ square units.", "The area is $\\pi r^2 = 25\\pi$."],
+        ["The area is $5\\pi$.", "The area is $25$.", "The area is $25\\pi$ and the radius is 5."],
+    ),
+    (
+        "25\\pi \\text{ cm}^2",
+        ["The area is $25\\pi$ square centimeters.", "The area is $25\\pi$."],
+        ["The area is $25\\pi$ square meters."],
+    ),
+    ("x>5", ["So it holds for all $x > 5$."], ["So it holds for all $x < 5$."]),
+    (
+        "5",
+        ["She pays $5 and is glad ($).", "The number is $\\sqrt{25}$."],
+        ["The side is $\\sqrt{5}$ meters.", "The side of length $x$ is not $5$.", "It is the $5n$th one."],
+    ),
+    # The answer stands behind the thought.
+    (
+        "18",
+        [
+            "<think>maybe \\boxed{20}</think>\nShe makes $18 every day.",
+            "<think>20</think>18",
+            "The answer is 20? No.\n</think>\n\nShe makes $18 every day.",
+            "<think>I must put the result in an <answer> tag. 9*2=18.</think>\n<answer>18</answer>",
+            "An <answer> tag: <answer>18</answer>",
+            "[THINK]\\boxed{20}[/THINK]18",
+            "<thinking>20</thinking>\n\\boxed{18}",
+            "<think>A thought ends with </think>, I think. \\boxed{20}</think>18",
+            "The answer is 18.\n<think>Or is it 20?",
+            "It goes into <think> tags. The answer is 18.",
+        ],
+        [
+            "<think>\\boxed{18}? maybe 20.</think>\n\nShe makes $20 every day.",
+            "<think>\\boxed{18}</think>\nI am sorry, I cannot answer that.",
+            "<think>\\boxed{18}</think>",
+            "<think>\nThe answer is 18.",
+            "  <think>\\boxed{18}",
+            "The answer is 18.</think>",
+            "[THINK]\\boxed{18}",
+            "<think>20</think>\n<think>The answer is 18.",
+        ],
+    ),
 ]
 CHOICE: Table = [
     (
@@ -474,6 +586,16 @@ CHOICE: Table = [
         ["Answer:" + " " * 400 + "B"],
         ["Answer:" + " " * 5000 + ".", "Answer:" + "\n" * 5000, "answer" + "*_" * 3000],
     ),
+    # Behind a thought.
+    (
+        "B",
+        [
+            "<think>The answer is A? Hmm no.</think>\n\n(B) Paris",
+            "Perhaps the answer is A.\n</think>\nB",
+            "<think>I must put it in an <answer> tag.</think>\n<answer>B</answer>",
+        ],
+        ["<think>The answer is B.</think>\nI cannot say.", "<think>The answer is B.", "<think>B</think>(A) London"],
+    ),
 ]
 EXACT: Table = [
     (
@@ -483,6 +605,7 @@ EXACT: Table = [
     ),
     (["yes", "true"], ["True", "yes "], ["yes.", "no", "The answer is yes", "", "yes true"]),
     (5, ["5"], ["5.0", "five", "55"]),
+    ("5", ["<think>6</think>5"], ["<think>5</think>", "<think>Or\n5"]),
 ]
 REGEX: Table = [
     ("x", ["Answer: x", "Answer: y Answer: x ok"], ["x", "Answer: y", "Answer: x Answer: y", "answer: x", "Answer:x"])
@@ -516,6 +639,23 @@ JSON_SCHEMA: Table = [
             '```json\n{"a": "x"}\n```',
             "[" * 50_000,
             '{"a": ' + "9" * 5000 + "}",
+        ],
+    ),
+    # Behind a thought; the last block of JSON, or else the last without a language.
+    (
+        SCHEMA,
+        [
+            '<think>{"a": "x"}</think>\n{"a": 1}',
+            'So:\n```json\n{"b": 1}\n```\n</think>{"a": 1}',
+            '```json\n{"a": 1}\n```\nOutput:\n```\nok\n```',
+            '```\n{}\n```\n```\n{"a": 1}\n```\n```python\nprint(1)\n```',
+            '1. ```JSON\n   {"a": 1}\n   ```',
+            '```json\r\n{"a": 1}\r\n```\r\n',
+        ],
+        [
+            '<think>{"a": 1}</think>',
+            '<think>\n```json\n{"a": 1}\n```',
+            '```\n{"a": 1}\n```\n```json\n{"a": "x"}\n```',
         ],
     ),
     # Decimals as they are written; also under a draft of its own, and where a schema refers to itself.
@@ -620,6 +760,23 @@ CODE: Table = [
                "    x: int\n    y: int")],
         [block("class Point: pass")],
     ),
+    # Behind a thought; what it prints may stand behind it; in an item of a list; with line ends of Windows.
+    (
+        "assert add(1, 2) == 3",
+        [
+            block("def add(a, b):\n    return a + b") + "\nOutput:\n```\n3\n```",
+            block("def add(a, b):\n    return a - b") + "\n</think>\n" + block("def add(a, b):\n    return a + b"),
+            "1. Code:\n\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n",
+            "- ```py\n  def add(a, b):\n      return a + b\n  ```\n",
+            "```python3.11\r\ndef add(a, b):\r\n    return a + b\r\n```\r\n",
+            "```\ndef add(a, b):\n    return a + b\n```\nIn C:\n```c\nint add(int a, int b);\n```",
+        ],
+        [
+            block("def add(a, b):\n    return a - b") + "\n```\ndef add(a, b):\n    return a + b\n```",
+            "<think>\n" + block("def add(a, b):\n    return a + b") + "\n</think>\nDone.",
+            "<think>\n" + block("def add(a, b):\n    return a + b"),
+        ],
+    ),
     # What a program prints when its threads and its exit functions end.
     (
         [{"input": "3\n", "output": "3\nbye\n"}],
@@ -664,7 +821,25 @@ def test_right_answers_are_right_and_wrong_ones_are_not(verifier: str) -> None:
     assert failed == []
 
 
-@pytest.mark.parametrize("text", [("#### 5 " * 50 + "\n") * 60, "#### 5 " * 3000, "Answer: x " * 2500])
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("0,5", "write 0.5 for a decimal, or 0, 5 with a space"),
+        ("-0,25", "write 0.5 for a decimal"),
+        ("det(A)", "write the answer alone"),
+        ("lg 5", "write the answer alone"),
+        ("\\coth x", "write the answer alone"),  # math-verify reads cot(h*x)
+    ],
+)
+def test_an_answer_that_may_be_misread_is_refused(answer: str, problem: str) -> None:
+    verifier = find_verifier("math")
+    assert problem in str(verifier.row_problem({"answer": answer}, verifier.chosen(None, {})))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [("#### 5 " * 50 + "\n") * 60, "#### 5 " * 3000, "Answer: x " * 2500, "5" + "\\, " * 5000 + "x", "\\[ a " * 5000],
+)
 def test_many_statements_take_no_time(text: str) -> None:
     verifier = find_verifier("math")
     options = verifier.chosen(None, {})
