@@ -202,6 +202,7 @@ class RewardModelConfig:
     epochs: int = key(1, least=1)
     batch_size: int = key(32, least=1)  # rated texts a step, of which all pairs count; or pairs
     max_tokens: int = key(512, least=1)
+    init_from: str = key("base", choices=("base", "sft"))  # what they start from, with a new head
     trainable_layers: int | None = key(None, rule=HEAD_ALONE)
     freeze_embeddings: bool = True
     eval_pairs: int = key(4000, least=1)

@@ -46,7 +46,7 @@ def _with_origins(config: TandemConfig, *stages: str) -> list[Stage]:
         if stage is not None and stage.name not in found:
             found[stage.name] = stage
             trained = method_stage(config) if stage.name == LAST else None
-            left += [*stage.starts_from, *([trained] if trained else [])]
+            left += [*stage.origins(config), *([trained] if trained else [])]
     return sorted(found.values(), key=lambda stage: (stage.position, stage.name))
 
 

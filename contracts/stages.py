@@ -34,7 +34,8 @@ class Stage:
     run: Callable[[Any], dict[str, Any]]  # of a context: writes a checkpoint to `context.path`, returns the numbers
     position: int = 50  # in a pipeline, and where names are listed
     methods: Mapping[str, str] = field(default_factory=dict)  # the title of each `method` that this stage serves
-    starts_from: tuple[str, ...] = ("sft",)  # stages whose results it needs
+    # Stages whose results it needs, or what names them by the configuration.
+    starts_from: tuple[str, ...] | Callable[[TandemConfig], tuple[str, ...]] = ("sft",)
     # The results by role, "" where there is one alone, with the key that names a checkpoint in its place; none of a stage
     # that runs anew every time.
     results: Mapping[str, str | None] = field(default_factory=lambda: {"": None})
@@ -52,6 +53,9 @@ class Stage:
     task: str = ""  # the learner's: TASK of a module of learner/, or an import path
     code: tuple[str, ...] = ()  # files that the result comes from and that neither stage nor task imports
     plugins: Callable[[TandemConfig], list[tuple[Kind, str]]] = lambda config: []  # and what is found by name
+
+    def origins(self, config: TandemConfig) -> tuple[str, ...]:
+        return self.starts_from(config) if callable(self.starts_from) else self.starts_from
 
     @property
     def checkpoint_keys(self) -> dict[str, str | None]:

@@ -1,6 +1,7 @@
 """Ray actor: one rank of the learner, hosting the task of a stage. `LearnerGroup` is the driver's side."""
 
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 
 import ray
 
+from common.processes.heap import Heap
 from common.processes.network_interface import free_port
 from contracts.checks.validation import ConfigError
 from contracts.config import ClusterConfig
@@ -30,6 +32,7 @@ class LearnerActor:
         self._task: Any = None
         self._ranks: Any = None
         self._is_updating, self._pulses = False, 0
+        self._heap = Heap()
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 waits for the others."""
@@ -56,7 +59,7 @@ class LearnerActor:
         """
         from learner.engine import is_collective
 
-        self._is_updating = method == "update"
+        self._is_updating, start = method == "update", time.perf_counter()
         try:
             return attrgetter(method)(self._task)(*arguments)
         except Exception as error:
@@ -65,6 +68,8 @@ class LearnerActor:
             raise
         finally:
             self._is_updating = False
+            if self.on_cpu:
+                self._heap.after(time.perf_counter() - start)
 
     @ray.method(concurrency_group="control")
     def pulse(self) -> int | None:

@@ -41,14 +41,16 @@ def batch_preferences(
 class RewardModelTask:
     """All ranks hold all examples; each scores its share of a batch and sees everybody's scores in the loss."""
 
-    def __init__(self, ranks: Ranks, config: TandemConfig, examples: Sequence[RatedText | PreferencePair]):
+    def __init__(self, ranks: Ranks, config: TandemConfig, start: str, examples: Sequence[RatedText | PreferencePair]):
+        """`start` is the checkpoint whose layers the model begins with."""
         self.ranks = ranks
         self.config = config
+        self.start = start
         self.examples = examples
         stage = config.reward_model
         self.batches = epoch_batches(len(examples), stage.batch_size, stage.epochs, config.seed, ranks.world_size)
         layers, embeddings = stage.trainable_layers, stage.freeze_embeddings
-        model = trained_scalar(config.model.path, config, ranks, "reward_model", layers, embeddings)
+        model = trained_scalar(start, config, ranks, "reward_model", layers, embeddings)
         self.engine = TrainEngine(model, stage.optimizer, config.learner, ranks, len(self.batches))
         self.model = model
 
@@ -107,7 +109,7 @@ class RewardModelTask:
             texts += [item.token_ids] if isinstance(item, RatedText) else [item.chosen_ids, item.rejected_ids]
         raw = np.asarray(self.score(texts)) * self.model.std + self.model.mean
         fields = {"score_mean": float(raw.mean()), "score_std": spread(raw) or 1.0}
-        save_checkpoint(self.engine, path, self.config.model.path, self.config.model, self.ranks, fields)
+        save_checkpoint(self.engine, path, self.start, self.config.model, self.ranks, fields)
         if self.ranks.rank == 0:
             write_golden(path, texts[:16], ((raw[:16] - fields["score_mean"]) / fields["score_std"]).tolist())
 

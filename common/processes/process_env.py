@@ -50,10 +50,19 @@ def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
     return env | ({"DS_ACCELERATOR": "cpu"} | ON_CPU if on_cpu else {"DS_ACCELERATOR": "cuda"})
 
 
+# A learner rank's by default would be 1024: twice the memory, and no faster (a product takes a millisecond to compile).
+LEARNER_PRODUCTS, SCORER_PRODUCTS = 128, 16
+
+
+def learner_env(threads: int, on_cpu: bool) -> dict[str, str]:
+    """Environment of one learner rank. oneDNN keeps a compiled product for each shape, and every microbatch has its own
+    number of tokens."""
+    return worker_env(threads, on_cpu) | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(LEARNER_PRODUCTS)}
+
+
 def scorer_env(threads: int, on_cpu: bool) -> dict[str, str]:
-    """Environment of one reward replica. oneDNN keeps a compiled product for each shape, and every batch of texts has
-    its own number of tokens: by default a thousand of them stay, which come to more than the activations."""
-    return worker_env(threads, on_cpu) | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+    """Environment of one reward replica, whose batches of texts are scored once: no shape comes back."""
+    return worker_env(threads, on_cpu) | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(SCORER_PRODUCTS)}
 
 
 def driver_env() -> dict[str, str]:

@@ -16,10 +16,13 @@ def adapted_roles(config: TandemConfig) -> dict[Role, LoraConfig]:
     """The roles that this run has with adapters."""
     roles: list[Role] = ["policy"]
     needed = results_needed(config)
-    stages = [find_stage(name) for name in needed]
     roles += ["value_model"] if "ppo" in needed and has_value_model(config) else []
-    roles += ["reward_model"] if any(stage and stage.trains == REWARD_MODEL for stage in stages) else []
+    roles += ["reward_model"] if _makes_reward_models(config) else []
     return {role: lora for role in roles if (lora := role_model(config.model, role).lora)}
+
+
+def _makes_reward_models(config: TandemConfig) -> bool:
+    return any(stage and stage.trains == REWARD_MODEL for stage in map(find_stage, results_needed(config)))
 
 
 def lora_checks(config: TandemConfig) -> list[Check]:
@@ -27,6 +30,7 @@ def lora_checks(config: TandemConfig) -> list[Check]:
     loras, transport = adapted_roles(config), chosen_transport(config)
     if not loras:
         return []
+    makes_reward_models = _makes_reward_models(config)
     checks = [
         Check(
             config.model.revision is None,
@@ -41,6 +45,15 @@ def lora_checks(config: TandemConfig) -> list[Check]:
             "null or at least 1 with model.lora, as a directory of PEFT is of an adapter",
             0,
             "reward_model.trainable_layers=1",
+        ),
+        Check(
+            config.reward_model.init_from == "base"
+            or not makes_reward_models
+            or {"policy", "reward_model"}.isdisjoint(loras),
+            "reward_model.init_from",
+            "base with model.lora, as every adapter lies on model.path",
+            config.reward_model.init_from,
+            "reward_model.init_from=base",
         ),
         Check(
             "policy" not in loras or not samples(config) or transport is None or not transport.needs_gpus,

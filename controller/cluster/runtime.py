@@ -8,7 +8,7 @@ from typing import Any
 import ray
 import torch
 
-from common.processes.process_env import embedded_cpus, fitting_threads, scorer_env, worker_env
+from common.processes.process_env import embedded_cpus, fitting_threads, learner_env, scorer_env, worker_env
 from common.processes.ray_access import start_ray
 from common.text.tokenizers import pinned
 from contracts.config import ClusterConfig, TandemConfig
@@ -23,14 +23,14 @@ from controller.cluster.room import ClusterRoom, Room
 def environments(cluster: ClusterConfig) -> dict[str, dict[str, str]]:
     """Environment of the processes of each role."""
     roles = {
-        "actor": (cluster.threads_per_actor, cluster.gpus_per_actor),
-        "learner": (cluster.threads_per_learner_rank, cluster.gpus_per_learner_rank),
+        "actor": (worker_env, cluster.threads_per_actor, cluster.gpus_per_actor),
+        "learner": (learner_env, cluster.threads_per_learner_rank, cluster.gpus_per_learner_rank),
+        "reward": (scorer_env, cluster.threads_per_reward_replica, cluster.gpus_per_reward_replica),
     }
-    environments = {
-        role: worker_env(fitting_threads(cluster, threads), on_cpu=gpus == 0) for role, (threads, gpus) in roles.items()
+    return {
+        role: environment(fitting_threads(cluster, threads), on_cpu=gpus == 0)
+        for role, (environment, threads, gpus) in roles.items()
     }
-    threads = fitting_threads(cluster, cluster.threads_per_reward_replica)
-    return environments | {"reward": scorer_env(threads, on_cpu=cluster.gpus_per_reward_replica == 0)}
 
 
 def embedded_nodes() -> list[Resources]:

@@ -15,10 +15,10 @@ from contracts.placement import actors_that_fit, replicas_that_fit
 from contracts.stages import Stage
 from controller.plan.engine_memory import CPU_BATCH_TOKENS, SAMPLER_COPIES
 from controller.plan.learner_memory import (
-    PRODUCTS,
     Network,
     held_tokens,
     model_of,
+    most_compiled,
     served_policy,
     stage_networks,
     zero_pieces,
@@ -82,7 +82,7 @@ def _rank(config: TandemConfig, stage: Stage, data: Data) -> float:
         width = (2 if lora else 1) * _width(text) + text.num_attention_heads * max(lengths.largest)
         logits = 0 if network.is_scalar else LOGITS * selected * text.vocab_size * held / tokens
         passes += network.trains * size * (held * width * (trained + 1) + logits)
-    return state + (1 + measured()["slack"]) * passes + PRODUCTS * measured()["product_mib"] * MIB
+    return state + (1 + measured()["slack"]) * passes + most_compiled()
 
 
 def _replica(config: TandemConfig, path: str) -> float:

@@ -26,6 +26,8 @@ import torch
 from common.models.adapters import split
 from common.models.forward import Form
 from common.models.lora import add_adapter, target_modules
+from common.processes.heap import GROWTH
+from common.processes.process_env import LEARNER_PRODUCTS
 from common.text.tokenizers import load_config
 from contracts.config import LearnerConfig, ModelConfig, TandemConfig
 from contracts.estimators import chosen_estimator
@@ -48,7 +50,7 @@ from learner.models import (
 )
 
 MASTER, MOMENTS = 4, 8  # bytes a weight: float32, and Adam's two
-PRODUCTS, ATTENTION_PRODUCTS = 1024, 6  # that oneDNN keeps; two of attention, each with two in the backward pass
+ATTENTION_PRODUCTS = 6  # two, each with two in the backward pass
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
 
 
@@ -86,7 +88,17 @@ def stage_networks(config: TandemConfig, stage: str) -> list[Network]:
     if stage == "reward_model":
         chosen = config.reward_model
         layers, embeddings = chosen.trainable_layers, chosen.freeze_embeddings
-        return [Network("reward model", path, True, layers, freeze_embeddings=embeddings, role="reward_model")]
+        origin = _sft(config) if chosen.init_from == "sft" else Network("", path)
+        return [
+            replace(
+                origin,
+                name="reward model",
+                is_scalar=True,
+                trainable_layers=layers,
+                freeze_embeddings=embeddings,
+                role="reward_model",
+            )
+        ]
     policy = Network("policy", path) if ppo.init_from == "base" else _sft(config)
     networks = [replace(policy, trainable_layers=ppo.trainable_layers)]
     if chosen_estimator(ppo).has_value_model:
@@ -248,9 +260,9 @@ def learner_items(config: TandemConfig, stage: str, lengths: Lengths, selected: 
 
 
 def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) -> Item:
-    """oneDNN compiles a bfloat16 product for each shape and keeps the last PRODUCTS. Every microbatch has a number of tokens
-    of its own, and so its own shapes: a product for each kind of linear layer, one more where what lies below it trains, as
-    an adapter does, and another where it trains itself."""
+    """oneDNN compiles a bfloat16 product for each shape. Every microbatch has a number of tokens of its own, and so its own
+    shapes: a product for each kind of linear layer, one more where what lies below it trains, as an adapter does, and
+    another where it trains itself."""
     kinds = dict[tuple[int, ...], int]()
     for network, trains in networks:
         for name, module in network.named_modules():
@@ -259,10 +271,18 @@ def _compiled(networks: list[tuple[torch.nn.Module, bool]], lengths: Lengths) ->
                 products = 3 if module.weight.requires_grad else 2 if name.endswith(".base_layer") else 1
                 kinds[shape] = max(kinds.get(shape, 1), products if trains else 1)
     a_size = sum(kinds.values()) + ATTENTION_PRODUCTS
-    count = min(PRODUCTS, lengths.sizes * a_size)
     each = measured()["product_mib"]
-    how = f"{lengths.sizes} microbatch sizes x {a_size} shapes, at most {PRODUCTS}, {each} MiB each (measured)"
-    return Item("compiled products", count * each * MIB, how, least=0.0)
+    nbytes = min(lengths.sizes * a_size * each * MIB, most_compiled())
+    how = (
+        f"{lengths.sizes} microbatch sizes x {a_size} shapes, {each} MiB each with what it pins of the heap (measured), or "
+        f"{LEARNER_PRODUCTS} of them and the {GROWTH // MIB} MiB by which the heap may grow"
+    )
+    return Item("compiled products", nbytes, how, least=0.0)
+
+
+def most_compiled() -> float:
+    """Bytes, however many microbatches there are: what oneDNN keeps, and growth that is not given back yet."""
+    return LEARNER_PRODUCTS * measured()["product_mib"] * MIB + GROWTH
 
 
 def mapped_file(network: Network, model: ModelConfig, dtype: str | None = None) -> str | None:

@@ -26,6 +26,7 @@ def inputs(context: "StageContext") -> dict[str, Any]:
 
     return context.common_inputs("reward_model", UNREAD) | {
         "reward_model": context.config.reward_model,
+        "start": context.fingerprint(_start(context)),
         "data": context.data_fingerprint(f"preferences/{context.role}"),
         "test": context.data_fingerprint("test"),
         **interval_inputs(context.config),
@@ -37,7 +38,7 @@ def run(context: "StageContext") -> dict[str, Any]:
 
     name, examples, test = context.role, context.data[f"preferences/{context.role}"], context.data["test"]
     texts = [ids for item in test for ids in ([item.token_ids] if isinstance(item, RatedText) else _sides(item))]
-    with context.learner("reward_model", context.config, examples) as group:
+    with context.learner("reward_model", context.config, _start(context), examples) as group:
         with context.phase(f"{name} reward model on {len(examples)} preferences"):
             train_on_pairs(context, group, f"{name} reward model")
 
@@ -69,6 +70,10 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
     return lone_texts("reward_model", config.reward_model.batch_size, read) + few
 
 
+def _start(context: "StageContext") -> str:
+    return context.checkpoint(context.config.reward_model.init_from)
+
+
 def _sides(pair: Any) -> tuple[list[int], list[int]]:
     return pair.chosen_ids, pair.rejected_ids
 
@@ -85,7 +90,7 @@ STAGE = Stage(
     inputs=inputs,
     run=run,
     position=20,
-    starts_from=(),
+    starts_from=lambda config: ("sft",) if config.reward_model.init_from == "sft" else (),
     results={"proxy": "proxy_model", "gold": "gold_model"},
     reads=reads,
     problems=problems,

@@ -84,7 +84,8 @@ def _uses(config: TandemConfig) -> Iterator[tuple[str, str]]:
     if any(stage.trains == POLICY for stage in running):
         yield policy, POLICY
     if any(stage.trains == REWARD_MODEL and needed & stage.checkpoint_keys.keys() for stage in running):
-        yield "model.path", REWARD_MODEL
+        is_given = config.reward_model.init_from == "sft" and config.sft_model
+        yield "sft_model" if is_given else "model.path", REWARD_MODEL
     for key, _ in _scorers(config):
         yield key, "a scorer"
     if runs(config, "ppo") and (value := value_model_key(config)):

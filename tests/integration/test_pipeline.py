@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from common.files.outcome import read_outcome
 from controller.commits.resume import SESSION, is_ray_session
@@ -29,6 +31,8 @@ def command(folder: Path, model: Path, *overrides: str) -> list[str]:
         "name=tiny",
         *(f"data.{name}.path={VADER}/{part}.jsonl" for name, part in PARTS.items()),
         *(f"data.{name}.max_rows=96" for name in PARTS),
+        "reward_model.init_from=sft",
+        "reward_model.trainable_layers=1",
         "ppo.updates=3",
         "ppo.value_warmup_updates=1",
         "ppo.rollouts_per_update=8",
@@ -98,7 +102,18 @@ def finished(folder: Path, tiny_model: Path) -> subprocess.CompletedProcess[str]
     return done
 
 
-def test_every_stage_leaves_a_checkpoint(finished: Any, folder: Path) -> None:
+def layers_of(checkpoint: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Its weights by decoder layer and name."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, weight in load_file(checkpoint / "model.safetensors").items():
+        _, is_layer, rest = name.partition("layers.")
+        if is_layer:
+            number, _, key = rest.partition(".")
+            found.setdefault(int(number), {})[key] = weight
+    return found
+
+
+def test_every_stage_leaves_a_checkpoint(finished: Any, folder: Path, tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     stages = {row["name"]: row for row in json.loads((folder / "run/stages.json").read_text())}
@@ -108,6 +123,15 @@ def test_every_stage_leaves_a_checkpoint(finished: Any, folder: Path) -> None:
         AutoTokenizer.from_pretrained(stages[name]["path"])
     reward_model = AutoModelForSequenceClassification.from_pretrained(stages["reward_model/proxy"]["path"])
     assert reward_model.config.num_labels == 1
+    models = {"base": tiny_model, "sft": stages["sft"]["path"], "reward_model": stages["reward_model/proxy"]["path"]}
+    # On the layers of SFT, which has trained them.
+    layers = {name: layers_of(Path(path)) for name, path in models.items()}
+    top = max(layers["sft"])
+    assert top > 0
+    for number in range(top):
+        assert all(torch.equal(layers["reward_model"][number][k], v) for k, v in layers["sft"][number].items())
+        assert not all(torch.equal(layers["base"][number][k], v) for k, v in layers["sft"][number].items())
+    assert not all(torch.equal(layers["reward_model"][top][k], v) for k, v in layers["sft"][top].items())
     assert reward_model.config.problem_type == "regression"
     assert reward_model.config.score_std > 0
 

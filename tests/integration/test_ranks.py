@@ -150,7 +150,7 @@ def test_a_reward_model_is_the_same_by_any_ranks_microbatches_and_zero(
     sequences, outcomes = [text.token_ids for text in TEXTS], []
     for ranks, budget, stage in ((1, 4096, 0), (1, 20, 0), (2, 4096, 0), *((2, 20, stage) for stage in range(4))):
         config.learner.microbatch_tokens, config.learner.zero_stage = budget, stage
-        group = learners.begin(config, ranks, "reward_model", config, items)
+        group = learners.begin(config, ranks, "reward_model", config, config.model.path, items)
         before = np.array(group.call("score", sequences)[0])
         metrics = [group.call("step", 0)[0] for _ in range(2)]
         outcomes.append((np.array(group.call("score", sequences)[-1]) - before, metrics[1]))

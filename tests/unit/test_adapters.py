@@ -211,7 +211,7 @@ def proxy(make_lora_config: Callable[..., TandemConfig], ranks: Ranks, tmp_path:
     config = make_lora_config()
     config.reward_model.optimizer.learning_rate = 1e-2
     config.reward_model.batch_size = 2
-    task = RewardModelTask(ranks, config, PAIRS)
+    task = RewardModelTask(ranks, config, config.model.path, PAIRS)
     for step in range(task.num_steps()):
         task.step(step)
     randomise(task.engine, 5)

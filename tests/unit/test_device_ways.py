@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.models.forward import Form, candidates, knows_shared_prompts
 from common.models.packed_attention import NAME
-from common.processes.process_env import scorer_env, worker_env
+from common.processes.process_env import learner_env, scorer_env, worker_env
 from contracts.config import LearnerConfig, ModelConfig
 from learner.engine import deepspeed_config
 from learner.estimators.gae import gae
@@ -51,7 +51,7 @@ def test_communication_overlaps_on_gpus_alone() -> None:
 
 def test_what_a_process_is_told_about_cpus_it_is_told_on_cpus() -> None:
     of_cpus = {"GLIBC_TUNABLES", "TORCH_COMPILE_DISABLE", "VLLM_CPU_OMP_THREADS_BIND", "CUDA_VISIBLE_DEVICES"}
-    for environment in (worker_env, scorer_env):
+    for environment in (worker_env, learner_env, scorer_env):
         cpu, gpu = environment(2, on_cpu=True), environment(2, on_cpu=False)
         assert cpu.keys() - gpu.keys() == of_cpus
         assert {name for name in gpu if cpu[name] != gpu[name]} == {"DS_ACCELERATOR"}

@@ -85,6 +85,18 @@ PARTS = ScorerConfig(kind="weighted_sum", parts=["proxy_model", "brevity"], weig
             {"sft", "preference"},
             {"sft", "preferences", "test", "eval_prompts"},
         ),
+        (
+            {"stage": "reward_model", "reward_init": "sft"},
+            {"proxy": RULE},
+            {"sft", "reward_model/proxy"},
+            {"sft", "preferences", "test"},
+        ),
+        (
+            {"stage": "reward_model", "reward_init": "sft", "sft_model": "s"},
+            {"proxy": RULE},
+            {"reward_model/proxy"},
+            {"preferences", "test"},
+        ),
         # Beside a reward model, or with a value model that starts from one.
         (
             {"stage": "ppo"},
@@ -118,7 +130,9 @@ def test_rules_need_no_reward_model(
     values: dict[str, str], scorers: dict[str, ScorerConfig], needed: set[str], read: set[str]
 ) -> None:
     ppo = {key: values[key] for key in ("init_value_from", "estimator") if key in values}
-    config = config_of(**{key: value for key, value in values.items() if key not in (*ppo, "gold")})
+    beside = (*ppo, "gold", "reward_init")
+    config = config_of(**{key: value for key, value in values.items() if key not in beside})
+    config.reward_model.init_from = values.get("reward_init", "base")
     config.data.gold = SourceConfig(path=values["gold"]) if "gold" in values else None
     for key, value in ppo.items():
         setattr(config.ppo, key, value)

@@ -19,7 +19,7 @@ from contracts.stages import all_stages
 from controller.plan import show
 from controller.plan.activations import Unplannable, _measure, pass_memory
 from controller.plan.bound import most
-from controller.plan.learner_memory import Network, Sizes, network_shapes, network_state, sizes
+from controller.plan.learner_memory import Network, Sizes, network_shapes, network_state, sizes, stage_networks
 from controller.plan.memory_items import GIB, JobPlan
 from controller.plan.microbatch_lengths import batch_lengths
 from controller.plan.plan import plan_job, plan_stage, planned_stages, stage_lengths
@@ -410,6 +410,21 @@ def test_what_cannot_be_planned_is_said_without_a_traceback(
         monkeypatch.setattr(show, "plan_job", lambda *given: JobPlan(()))
     assert show.main() == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("init_from", "given", "path", "made"),
+    [("base", "other", "model.path", ""), ("sft", "other", "other", ""), ("sft", None, "model.path", "sft")],
+)
+def test_what_a_reward_model_starts_from(
+    init_from: str, given: str | None, path: str, made: str, job: TandemConfig
+) -> None:
+    job.sft_model, job.reward_model.init_from, job.reward_model.trainable_layers = given, init_from, 3
+    [network] = stage_networks(job, "reward_model")
+    assert (network.path, network.made) == (job.model.path if path == "model.path" else path, made)
+    assert (network.name, network.is_scalar, network.trainable_layers) == ("reward model", True, 3)
+    assert network.role == "reward_model"
+    assert network.freeze_embeddings
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def make_task(config: TandemConfig, ranks: Ranks) -> Callable[..., RewardModelTa
         stage = config.reward_model
         stage.batch_size, stage.epochs = batch_size, epochs
         stage.optimizer.learning_rate, stage.optimizer.head_learning_rate = 1e-3, 1e-2
-        return RewardModelTask(ranks, config, examples)
+        return RewardModelTask(ranks, config, config.model.path, examples)
 
     return make
 

@@ -47,6 +47,7 @@ DECIDES = {
     "evaluate.bootstrap_samples": ("preference", "reward_model/proxy"),  # of the intervals of held-out accuracy
 }
 OTHER = {"preference.loss": "rank", "ppo.init_from": "base", "reward_service.scorers": {"x": ScorerConfig()}}
+OTHER |= {"reward_model.init_from": "sft"}
 OTHER |= {"environment.options": {"x": 1}, "learner.deepspeed": {"dump_state": True}, "model.lora": LoraConfig()}
 OTHER |= {f"model.lora_by_role.{role}": RoleLoraConfig(rank=4) for role in get_args(Role)}
 APART = ("data", "model.path", "model.revision")

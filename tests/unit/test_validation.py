@@ -525,6 +525,10 @@ def test_a_choice_suggests_the_closest_name(config):
             ["model.revision must be null with model.lora", "found main", "write model.revision=null"],
         ),
         (
+            {"model__lora": LoraConfig(), "reward_model__init_from": "sft"},
+            ["reward_model.init_from must be base with model.lora", "found sft", "write reward_model.init_from=base"],
+        ),
+        (
             {"model__lora": LoraConfig(), "reward_model__trainable_layers": 0},
             ["reward_model.trainable_layers must be null or at least 1 with model.lora", "found 0"],
         ),
