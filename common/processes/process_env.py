@@ -50,7 +50,8 @@ def worker_env(threads: int, on_cpu: bool) -> dict[str, str]:
     return env | ({"DS_ACCELERATOR": "cpu"} | ON_CPU if on_cpu else {"DS_ACCELERATOR": "cuda"})
 
 
-# A learner rank's by default would be 1024: twice the memory, and no faster (a product takes a millisecond to compile).
+# By default 1024. With them a learner rank's peak was 0.15 GiB higher and it was no faster: a product compiles in a
+# millisecond or two.
 LEARNER_PRODUCTS, SCORER_PRODUCTS = 128, 16
 
 
