@@ -24,7 +24,10 @@ DOCS = ROOT / "docs/memory.md"
 SMOLLM = ROOT / ".cache/models/smollm2-135m-instruct"
 SMALL = {"sft.batch_size": 64, "data.sft.max_rows": 520, "sft.epochs": 1, "sft.max_tokens": 96}
 SFT = {"stage": "sft", **SMALL}
-REWARD = {"stage": "reward_model", "data.preferences.max_rows": 320, "data.test.max_rows": 64, "reward_model.epochs": 1}
+REWARD = {
+    "stage": "reward_model", "data.preferences.max_rows": 320, "data.test.max_rows": 64, "reward_model.epochs": 1,
+    "reward_model.init_from": "base", "reward_model.trainable_layers": None,
+}  # fmt: skip
 PPO = {
     "stage": "ppo", "ppo.updates": 2, "ppo.value_warmup_updates": 1, "ppo.rollouts_per_update": 32,
     "ppo.gold_rollouts": 0, "ppo.sampling.max_completion_tokens": 32, "ppo.sampling.min_completion_tokens": 31,
@@ -41,6 +44,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft, 2 ranks, ZeRO-3": ("smollm2", SFT | TWO | {"learner.zero_stage": 3, "learner.held_tokens": 0}),
     "sft, gradient checkpointing": ("smollm2", SFT | {"learner.gradient_checkpointing": True}),
     "reward model": ("smollm2", REWARD),
+    "reward model, 10 layers train": ("smollm2", REWARD | {"reward_model.trainable_layers": 10}),
     "ppo, 10 layers train": ("smollm2", PPO),
     "sft, LoRA": ("smollm2", SFT | LORA),
     "ppo, LoRA": ("smollm2", PPO | LORA | ALL_LAYERS | {"ppo.init_value_from": "policy"}),

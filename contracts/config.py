@@ -202,7 +202,9 @@ class RewardModelConfig:
     epochs: int = key(1, least=1)
     batch_size: int = key(32, least=1)  # rated texts a step, of which all pairs count; or pairs
     max_tokens: int = key(512, least=1)
-    init_from: str = key("base", choices=("base", "sft"))  # what they start from, with a new head
+    # What they start from, with a new head; auto: the SFT model, or model.path where adapters train, which all lie on it, or
+    # where there is neither an SFT model nor texts for one.
+    init_from: str = key("base", choices=("base", "sft", "auto"))
     trainable_layers: int | None = key(None, rule=HEAD_ALONE)
     freeze_embeddings: bool = True
     eval_pairs: int = key(4000, least=1)

@@ -5,6 +5,7 @@ from typing import Any
 
 from contracts.config import ScorerConfig, TandemConfig
 from contracts.estimators import known_estimator
+from contracts.lora_roles import role_model
 from contracts.plugins import Kind, UnknownPlugin, find
 
 SCORER_KINDS = Kind("scorer kind", "reward_service.kinds", "KIND")  # declarations: reward_service/scorer_kind.py
@@ -72,6 +73,15 @@ def starts_value_model(config: TandemConfig) -> bool:
     if not has_value_model(config):
         return False
     return "proxy" in scoring_models(config) if chosen is None else chosen == "reward_model"
+
+
+def reward_model_origin(config: TandemConfig) -> str:
+    """What the reward models that this run makes start from, as `ppo.init_from` has it: sft or base."""
+    chosen = config.reward_model.init_from
+    if chosen != "auto":
+        return chosen
+    adapters = any(role_model(config.model, role).lora for role in ("policy", "reward_model"))
+    return "sft" if not adapters and (config.sft_model or config.data.sft.path) else "base"
 
 
 def value_model_key(config: TandemConfig) -> str | None:

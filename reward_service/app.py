@@ -223,10 +223,11 @@ class RewardService:
 
     def _check_tokenizer(self) -> None:
         """Raises ScorerError where requests could not be read by it."""
+        from common.text.tokenizer_proof import check_tokens
         from reward_service.encoder import Encoder
 
         try:
-            Encoder(self.tokenizer, self.template_date)
+            check_tokens(self.tokenizer, Encoder(self.tokenizer, self.template_date).tokenizer)
         except Exception as error:  # whatever a library raises on a file that it cannot read
             raise ScorerError(f"{self.tokenizer}: {typed_line(error)}") from None
 

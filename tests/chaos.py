@@ -47,6 +47,7 @@ def overrides(folder: Path, policy: Path, reward: Path, *more: str) -> list[str]
         "ppo.gold_rollouts=0",
         "ppo.value_warmup_updates=0",
         "ppo.rollouts_per_update=16",
+        "reward_model.trainable_layers=null",
         "ppo.trainable_layers=1",
         "ppo.value_trainable_layers=null",
         "ppo.sampling.max_completion_tokens=64",

@@ -4,7 +4,7 @@ from contracts.checks.check import Check
 from contracts.config import LoraConfig, TandemConfig
 from contracts.lora_roles import Role, lora_key, role_model
 from contracts.methods import results_needed, samples
-from contracts.scorer_roles import has_value_model, starts_value_model
+from contracts.scorer_roles import has_value_model, reward_model_origin, starts_value_model
 from contracts.stages import REWARD_MODEL, find_stage
 from contracts.transports import chosen_transport, weight_backend
 
@@ -47,7 +47,7 @@ def lora_checks(config: TandemConfig) -> list[Check]:
             "reward_model.trainable_layers=1",
         ),
         Check(
-            config.reward_model.init_from == "base"
+            reward_model_origin(config) == "base"
             or not makes_reward_models
             or {"policy", "reward_model"}.isdisjoint(loras),
             "reward_model.init_from",

@@ -33,7 +33,7 @@ from contracts.config import LearnerConfig, ModelConfig, TandemConfig
 from contracts.estimators import chosen_estimator
 from contracts.lora_roles import Role, lora_key, role_model, shares_base
 from contracts.methods import chosen_preference
-from contracts.scorer_roles import starts_value_model
+from contracts.scorer_roles import reward_model_origin, starts_value_model
 from controller.plan.activations import FUSED, PassMemory, pass_memory
 from controller.plan.measured import measured
 from controller.plan.memory_items import MIB, Item, shown
@@ -88,7 +88,7 @@ def stage_networks(config: TandemConfig, stage: str) -> list[Network]:
     if stage == "reward_model":
         chosen = config.reward_model
         layers, embeddings = chosen.trainable_layers, chosen.freeze_embeddings
-        origin = _sft(config) if chosen.init_from == "sft" else Network("", path)
+        origin = _sft(config) if reward_model_origin(config) == "sft" else Network("", path)
         return [
             replace(
                 origin,

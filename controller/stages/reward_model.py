@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from contracts.config import TandemConfig
 from contracts.records import RatedText
-from contracts.scorer_roles import ROLES
+from contracts.scorer_roles import ROLES, reward_model_origin
 from contracts.stages import REWARD_MODEL, Reading, Stage
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def run(context: "StageContext") -> dict[str, Any]:
     name, examples, test = context.role, context.data[f"preferences/{context.role}"], context.data["test"]
     texts = [ids for item in test for ids in ([item.token_ids] if isinstance(item, RatedText) else _sides(item))]
     with context.learner("reward_model", context.config, _start(context), examples) as group:
-        with context.phase(f"{name} reward model on {len(examples)} preferences"):
+        origin = {"sft": "SFT's layers", "base": "the base's layers"}[reward_model_origin(context.config)]
+        with context.phase(f"{name} reward model on {len(examples)} preferences, from {origin}"):
             train_on_pairs(context, group, f"{name} reward model")
 
         def score(rows: list[int]) -> list[float]:
@@ -71,7 +72,7 @@ def problems(config: TandemConfig, data: "Inputs") -> list[str]:
 
 
 def _start(context: "StageContext") -> str:
-    return context.checkpoint(context.config.reward_model.init_from)
+    return context.checkpoint(reward_model_origin(context.config))
 
 
 def _sides(pair: Any) -> tuple[list[int], list[int]]:
@@ -90,7 +91,7 @@ STAGE = Stage(
     inputs=inputs,
     run=run,
     position=20,
-    starts_from=lambda config: ("sft",) if config.reward_model.init_from == "sft" else (),
+    starts_from=lambda config: ("sft",) if reward_model_origin(config) == "sft" else (),
     results={"proxy": "proxy_model", "gold": "gold_model"},
     reads=reads,
     problems=problems,

@@ -12,14 +12,15 @@ from common.models.adapters import check_fits, split
 from common.models.loading import LoadingError, loading_report, refuse_unloaded
 from common.models.lora import stored_name, target_modules
 from common.models.proof import NoClass, Proof, Unproven
-from common.text.tokenizers import load_config
+from common.text.tokenizer_proof import OtherTokens, check_tokens
+from common.text.tokenizers import load_config, load_tokenizer, pinned
 from contracts.checks.check import Check
 from contracts.checks.lora_checks import adapted_roles
 from contracts.checks.validation import ConfigError
 from contracts.config import TandemConfig
 from contracts.lora_roles import Role, lora_key, role_model
 from contracts.methods import checkpoints_read, reads, results_needed, running_stages, runs
-from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, value_model_key
+from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, reward_model_origin, value_model_key
 from contracts.stages import POLICY, REWARD_MODEL
 from reward_service.scorer_kind import scorer_kind
 
@@ -38,6 +39,8 @@ def check_weights_and_code(config: TandemConfig) -> None:
         text for key, path in policies.items() if (text := _unloaded(partial(_check_policy, config), key, path))
     ]
     problems += [text for key, path in scorers.items() if (text := _unloaded(_check_scorer, key, path))]
+    if text := _other_tokens(config):
+        problems.append(text)
     if problems:
         raise ConfigError("\n".join(problems))
     for key, use in _uses(config):
@@ -84,7 +87,7 @@ def _uses(config: TandemConfig) -> Iterator[tuple[str, str]]:
     if any(stage.trains == POLICY for stage in running):
         yield policy, POLICY
     if any(stage.trains == REWARD_MODEL and needed & stage.checkpoint_keys.keys() for stage in running):
-        is_given = config.reward_model.init_from == "sft" and config.sft_model
+        is_given = reward_model_origin(config) == "sft" and config.sft_model
         yield "sft_model" if is_given else "model.path", REWARD_MODEL
     for key, _ in _scorers(config):
         yield key, "a scorer"
@@ -103,6 +106,17 @@ def _prove(config: TandemConfig, use: str, found: Any) -> Proof:
         return prove_scores(found, on_cpu)
     role: Role = "reward_model" if use == REWARD_MODEL else "value_model"
     return prove_scalar(scalar_config(found), role_model(config.model, role), config.learner, on_cpu)
+
+
+def _other_tokens(config: TandemConfig) -> str | None:
+    path = config.model.path
+    try:
+        check_tokens(pinned(path, config.model), load_tokenizer(path, config.model))
+    except OtherTokens as error:
+        return f"model.path={path}: {error}"
+    except Exception:  # a tokenizer that cannot be read: whoever needs it says so
+        return None
+    return None
 
 
 def _unloaded(check: Callable[[str, str], None], key: str, path: str) -> str | None:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from common.error_text import error_lines
 from common.files.fingerprints import checkpoint_fingerprint
 from common.text.encoding import readable
+from common.text.tokenizer_proof import check_tokens
 from common.text.tokenizers import load_tokenizer, local_checkpoint
 from contracts.checks.check import Check
 from contracts.config import JudgeConfig, ModelConfig, RewardServiceConfig, ScorerConfig
@@ -207,6 +208,7 @@ def _questions(judge: JudgeConfig) -> Questions:
     """As the engine asks them. Raises what the tokenizer does, and ValueError."""
     assert judge.model
     tokenizer = load_tokenizer(judge.model, ModelConfig(path=judge.model))
+    check_tokens(judge.model, tokenizer)
     return Questions(judge, scale_of(judge), tokenizer, read_rubric(judge).source)
 
 

@@ -29,6 +29,7 @@ LORA = (
     *(f"data.{part}.path={VADER}/{file}.jsonl" for part, file in (("preferences", "proxy"), ("test", "test"))),
     f"data.eval_prompts.path={VADER}/test.jsonl",
     "sft.optimizer.learning_rate=3e-2",
+    "reward_model.trainable_layers=null",
     "reward_model.optimizer.learning_rate=5e-3",
     "ppo.optimizer.learning_rate=3e-2",
     "evaluate.sampling.max_completion_tokens=12",

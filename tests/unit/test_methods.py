@@ -2,9 +2,9 @@
 
 import pytest
 
-from contracts.config import ScorerConfig, SourceConfig, TandemConfig
+from contracts.config import RoleLoraConfig, ScorerConfig, SourceConfig, TandemConfig
 from contracts.methods import chosen_preference, results_needed, sources_read, stages_to_run
-from contracts.scorer_roles import judges, num_models, starts_value_model
+from contracts.scorer_roles import judges, num_models, reward_model_origin, starts_value_model
 from contracts.stages import method_titles
 
 JUDGES = {"reward_model/proxy", "reward_model/gold"}
@@ -150,6 +150,30 @@ def test_reward_models_that_are_placed() -> None:
     assert (judges(config), num_models(config)) == (("proxy",), 0)
     config.reward_service.scorers["gold"] = RULE
     assert (judges(config), num_models(config)) == (("proxy", "gold"), 0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "given", "texts", "adapted", "origin"),
+    [
+        ("base", "my/sft", "sft.jsonl", None, "base"),
+        ("sft", None, "", None, "sft"),
+        ("auto", None, "sft.jsonl", None, "sft"),
+        ("auto", "my/sft", "", None, "sft"),
+        ("auto", None, "", None, "base"),  # preferences alone are what there is
+        ("auto", "my/sft", "sft.jsonl", "policy", "base"),
+        ("auto", "my/sft", "sft.jsonl", "reward_model", "base"),
+        ("auto", "my/sft", "sft.jsonl", "value_model", "sft"),
+    ],
+)
+def test_what_reward_models_start_from(
+    chosen: str, given: str | None, texts: str, adapted: str | None, origin: str
+) -> None:
+    config = config_of(stage="reward_model")
+    config.reward_model.init_from, config.sft_model, config.data.sft.path = chosen, given, texts
+    if adapted:
+        setattr(config.model.lora_by_role, adapted, RoleLoraConfig(rank=8))
+    assert reward_model_origin(config) == origin
+    assert ("sft" in sources_read(config)) == (origin == "sft" and given is None)
 
 
 @pytest.mark.parametrize(
