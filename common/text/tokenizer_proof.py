@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.text.tokenizers import local_checkpoint
+from common.text.tokenizers import fast_tokenizer, local_checkpoint, tokenizer_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -36,6 +36,7 @@ TEXTS = (
 # Keys of tokenizer_config.json by which BERT's kind changes what tokenizer.json does.
 CHANGES = ("do_lower_case", "strip_accents")
 BACKEND = "TokenizersBackend"  # the class of transformers that takes tokenizer.json as it is
+JSON = "a copy with a tokenizer.json, which save_pretrained() of an AutoTokenizer of transformers 4 makes"
 SHOWN = 12  # tokens in a message
 Split = Callable[[str], list[str]]
 
@@ -57,8 +58,9 @@ def check_tokens(path: str, tokenizer: "Tokenizer") -> None:
         return
     folder = local_checkpoint(path)
     file = next((name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), "")
-    split = _reader(folder / file, _options(folder)) if file else None
-    if split is None or (found := _first_other(tokenizer, split, folder)) is None:
+    options = tokenizer_options(path)
+    split = _reader(folder / file, options) if file else None
+    if split is None or (found := _first_other(tokenizer, split, options)) is None:
         return
     text, right, mine = found
     same = (a == b for a, b in zip(right, mine, strict=False))
@@ -66,21 +68,13 @@ def check_tokens(path: str, tokenizer: "Tokenizer") -> None:
     raise OtherTokens(
         f"of {text!r} its {file} makes {_shown(right, at)}, and {type(tokenizer).__name__} of transformers "
         f"{transformers.__version__} makes {_shown(mine, at)}, which the model has not learnt; write "
-        f"{_instead(folder, file)}"
+        f"{_instead(folder, split, options) if file == 'tokenizer.json' else JSON}"
     )
-
-
-def _options(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def _reader(file: Path, options: dict[str, Any]) -> Split | None:
     """None where another than the file decides, or where SentencePiece cannot read it: tiktoken's have that name too."""
-    if file.suffix == ".json":
-        from tokenizers import Tokenizer
-
-        fast = Tokenizer.from_file(str(file))
+    if fast := fast_tokenizer(str(file.parent)):
         fast.no_padding()
         fast.no_truncation()
         is_changed = any(options.get(key) for key in CHANGES)
@@ -94,9 +88,12 @@ def _reader(file: Path, options: dict[str, Any]) -> Split | None:
     return lambda text: pieces.encode(text, out_type=str)
 
 
-def _first_other(tokenizer: "Tokenizer", split: Split, folder: Path) -> tuple[str, list[str], list[str]] | None:
+def _first_other(
+    tokenizer: "Tokenizer", split: Split, options: dict[str, Any]
+) -> tuple[str, list[str], list[str]] | None:
+    """The first text that both split otherwise, and into what."""
     # An option, not the file, puts a space before a text that has none.
-    before = " " if _options(folder).get("add_prefix_space") else ""
+    before = " " if options.get("add_prefix_space") else ""
     for text in (before + text for text in TEXTS):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         right, mine = split(text), list(tokenizer.convert_ids_to_tokens(ids))
@@ -111,19 +108,20 @@ def _shown(tokens: list[str], at: int) -> str:
     return f"{'... ' if start else ''}{' '.join(part)}{' ...' if start + SHOWN < len(tokens) else ''}"
 
 
-def _instead(folder: Path, file: str) -> str:
-    if file == "tokenizer.model":
-        return "a copy with a tokenizer.json, which save_pretrained() of an AutoTokenizer of transformers 4 makes"
+def _instead(folder: Path, split: Split, options: dict[str, Any]) -> str:
+    """Of a tokenizer.json: by trying whether transformers takes it as it is where it is told to."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         for beside in folder.glob("*.json"):
             shutil.copy(beside, copy)
-        (copy / "tokenizer_config.json").write_text(json.dumps(_options(folder) | {"tokenizer_class": BACKEND}))
-        split = _reader(copy / file, {})
-        changed = AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
-        if split and _first_other(changed, split, copy) is None:
+        (copy / "tokenizer_config.json").write_text(json.dumps(options | {"tokenizer_class": BACKEND}))
+        try:
+            told = AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
+        except (OSError, ValueError):  # code of its own, which is not in the copy
+            told = None
+        if told is not None and _first_other(told, split, options) is None:
             return f'a copy whose tokenizer_config.json has "tokenizer_class": "{BACKEND}"'
     return (
         "another checkpoint; or, if the model has learnt the latter, what save_pretrained() of its AutoTokenizer makes"

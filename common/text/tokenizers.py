@@ -59,7 +59,7 @@ def local_checkpoint(path: str, revision: str | None = None) -> Path:
     return Path(snapshot_download(name, revision=revision or of_name or None))
 
 
-def _fast(path: str) -> Any:
+def fast_tokenizer(path: str) -> Any:
     """None where the checkpoint has no `tokenizer.json`."""
     file = local_checkpoint(path) / "tokenizer.json"
     if not file.exists():
@@ -67,6 +67,12 @@ def _fast(path: str) -> Any:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(file))
+
+
+def tokenizer_options(path: str) -> dict[str, Any]:
+    """What a checkpoint's tokenizer_config.json has; nothing where there is none."""
+    file = local_checkpoint(path) / "tokenizer_config.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def _slow(path: str) -> "Tokenizer":
@@ -77,7 +83,7 @@ def _slow(path: str) -> "Tokenizer":
 
 def vocabulary(path: str) -> dict[str, int] | None:
     """Token -> id of a checkpoint's tokenizer, added tokens included; None where it has no `tokenizer.json`."""
-    fast = _fast(path)
+    fast = fast_tokenizer(path)
     return fast.get_vocab(with_added_tokens=True) if fast else None
 
 
@@ -89,8 +95,7 @@ def known_ids(path: str) -> frozenset[int]:
 
 def text_start(path: str) -> int | None:
     """The token that a checkpoint's tokenizer writes before every text, its BOS; None where it writes none."""
-    file, fast = local_checkpoint(path) / "tokenizer_config.json", _fast(path)
-    said = json.loads(file.read_text()) if file.is_file() else {}
+    said, fast = tokenizer_options(path), fast_tokenizer(path)
     token = said.get("bos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if token and said.get("add_bos_token"):
@@ -104,6 +109,6 @@ def text_start(path: str) -> int | None:
 
 def load_decoder(path: str, with_controls: bool = True) -> Callable[[Sequence[int]], str]:
     """Token ids to text, control tokens shown or left out, by the tokenizer of a checkpoint. A fast one needs no torch."""
-    fast = _fast(path)
+    fast = fast_tokenizer(path)
     tokenizer: Any = _slow(path) if fast is None else fast
     return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=not with_controls)

@@ -24,7 +24,6 @@ from common.files.durable import replace_text
 from common.processes.cores import usable_cores
 from common.processes.memory_room import memory_room
 from common.strict_json import json_text
-from common.text.tokenizers import load_tokenizer
 from contracts.checks.validation import ConfigError, check_machine
 from contracts.config import TandemConfig
 from contracts.methods import results_needed, running_stages
@@ -42,7 +41,7 @@ from controller.record.run_log import RunLog
 from controller.record.terminal import Progress
 from controller.start_checks.amounts import check_amounts, check_model
 from controller.start_checks.engine_checks import begin_proofs
-from controller.start_checks.model_checks import check_weights_and_code
+from controller.start_checks.model_checks import check_weights_and_code, checked_tokenizer
 from controller.start_checks.row_checks import check_rows
 
 
@@ -72,9 +71,7 @@ class Pipeline:
         check_model(config)
         with progress.phase("proving the models"):
             check_weights_and_code(config)
-        tokenizer = load_tokenizer(config.model.path, config.model)
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(f"model.path={config.model.path}: its tokenizer names no EOS token")
+        tokenizer = checked_tokenizer(config)
         with progress.phase("reading the data"):
             data = load_inputs(config, tokenizer, progress.line)
         self.context = StageContext(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
@@ -24,6 +24,9 @@ from contracts.scorer_roles import CHECKPOINTS, ROLES, chosen_scorers, reward_mo
 from contracts.stages import POLICY, REWARD_MODEL
 from reward_service.scorer_kind import scorer_kind
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
 
 def check_weights_and_code(config: TandemConfig) -> None:
     """Refuse models that lack weights, or that would not be trained and scored as their classes define them.
@@ -39,8 +42,6 @@ def check_weights_and_code(config: TandemConfig) -> None:
         text for key, path in policies.items() if (text := _unloaded(partial(_check_policy, config), key, path))
     ]
     problems += [text for key, path in scorers.items() if (text := _unloaded(_check_scorer, key, path))]
-    if text := _other_tokens(config):
-        problems.append(text)
     if problems:
         raise ConfigError("\n".join(problems))
     for key, use in _uses(config):
@@ -108,15 +109,22 @@ def _prove(config: TandemConfig, use: str, found: Any) -> Proof:
     return prove_scalar(scalar_config(found), role_model(config.model, role), config.learner, on_cpu)
 
 
-def _other_tokens(config: TandemConfig) -> str | None:
+def checked_tokenizer(config: TandemConfig) -> "Tokenizer":
+    """The tokenizer of the run.
+
+    Raises:
+        ConfigError: it names no EOS, or makes other tokens than its file.
+        OSError, ValueError: it cannot be loaded.
+    """
     path = config.model.path
+    tokenizer = load_tokenizer(path, config.model)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path={path}: its tokenizer names no EOS token")
     try:
-        check_tokens(pinned(path, config.model), load_tokenizer(path, config.model))
+        check_tokens(pinned(path, config.model), tokenizer)
     except OtherTokens as error:
-        return f"model.path={path}: {error}"
-    except Exception:  # a tokenizer that cannot be read: whoever needs it says so
-        return None
-    return None
+        raise ConfigError(f"model.path={path}: {error}") from None
+    return tokenizer
 
 
 def _unloaded(check: Callable[[str, str], None], key: str, path: str) -> str | None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from common.text.tokenizer_proof import OtherTokens, check_tokens
 from contracts.checks.validation import ConfigError
 from contracts.config import ModelConfig, TandemConfig
-from controller.start_checks.model_checks import check_weights_and_code
+from controller.start_checks.model_checks import checked_tokenizer
 from reward_service.kinds import judge
 from tests.conftest import SMOLLM
 
@@ -136,13 +136,13 @@ def test_a_file_of_tiktoken_is_nothing_for_sentencepiece(smollm: Callable[[str],
 def test_a_run_is_refused(small_vocab: Path, tmp_path: Path) -> None:
     config = TandemConfig(stage="sft", model=ModelConfig(path=str(tmp_path / "model")))
     shutil.copytree(small_vocab, tmp_path / "model")
-    check_weights_and_code(config)
+    assert checked_tokenizer(config)("x")
     said = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps(said | {"model_type": "qwen2"}))
     with pytest.raises(ConfigError, match=r"model\.path=\S+: of .* its tokenizer\.json makes"):
-        check_weights_and_code(config)
+        checked_tokenizer(config)
 
 
-def test_a_judge_is_refused(llama2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_is_refused(llama2: Path) -> None:
     with pytest.raises(OtherTokens):
         judge._questions(judge.JudgeConfig(model=str(llama2), rubric="{{ completion }}"))
